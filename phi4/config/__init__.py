@@ -1,0 +1,56 @@
+"""The recipe: one tree of frozen models, its cross-checks, and how it is read and compared."""
+
+from phi4.config.load import (
+    changed_keys,
+    dump_toml,
+    identity_hash,
+    load_recipe,
+    parse_recipe,
+    with_overrides,
+)
+from phi4.config.rules import check, violations
+from phi4.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    KernelsConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    Recipe,
+    RecomputeConfig,
+    RunConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrackingConfig,
+    key_kinds,
+)
+
+__all__ = [
+    "BatchConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "KernelsConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "Recipe",
+    "RecomputeConfig",
+    "RunConfig",
+    "SourceConfig",
+    "TokenizerConfig",
+    "TrackingConfig",
+    "changed_keys",
+    "check",
+    "dump_toml",
+    "identity_hash",
+    "key_kinds",
+    "load_recipe",
+    "parse_recipe",
+    "violations",
+    "with_overrides",
+]

@@ -1,0 +1,145 @@
+"""Reading, overriding, writing and comparing recipes.
+
+TOML because it is typed, in the standard library and diffable; `3e-4` is a number in it and `on` is
+not a boolean. Overrides are dotted keys that exist, their values in TOML syntax; a value that is
+not TOML is taken as a string, so `run.dir=runs/a` needs no quotes.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from phi4.config.schema import Kind, Recipe, SourceConfig, key_kinds
+from phi4.errors import ConfigError
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe and apply `section.key=value` overrides. Cross-rules are not checked here.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, a key is unknown (names the nearest one), a
+            value has the wrong type or range; all of them at once.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"recipe {path} does not exist; recipes that come with phi4 are in examples/recipes/"
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"recipe {path} is a directory; give a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not valid TOML: {error}") from None
+    return parse_recipe(_overridden(tree, overrides), where=str(path))
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `section.key=value` overrides applied."""
+    return parse_recipe(_overridden(_plain(recipe), overrides), where="overrides")
+
+
+def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a plain tree.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+def dump_toml(recipe: Recipe) -> str:
+    """The whole resolved recipe as TOML; keys that are None are left out."""
+    return tomli_w.dumps(_plain(recipe))
+
+
+def identity_hash(recipe: Recipe) -> str:
+    """sha256 over the identity keys: equal for runs that train the same model."""
+    identity = {key: value for key, value in _flat(recipe).items() if _KINDS[key] == "identity"}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def changed_keys(old: Recipe, new: Recipe) -> dict[Kind, dict[str, tuple[Any, Any]]]:
+    """Keys that differ, by kind: {kind: {dotted key: (old value, new value)}}."""
+    before, after = _flat(old), _flat(new)
+    changes: dict[Kind, dict[str, tuple[Any, Any]]] = {"identity": {}, "schedule": {}, "free": {}}
+    for key, value in after.items():
+        if before[key] != value:
+            changes[_KINDS[key]][key] = (before[key], value)
+    return changes
+
+
+_KINDS = key_kinds()
+_SOURCE_KEYS = tuple(SourceConfig.model_fields)
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    tree = recipe.model_dump(mode="json")
+    return {f"{s}.{k}": value for s, table in tree.items() for k, value in table.items()}
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    tree = recipe.model_dump(mode="json")
+    return {s: {k: v for k, v in t.items() if v is not None} for s, t in tree.items()}
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    tree = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        key = key.strip()
+        if not separator or key not in _KINDS:
+            hint = nearest(key, _KINDS)
+            raise ConfigError(
+                f"override {override!r}: "
+                + (f"unknown key {key!r}{hint}" if separator else "expected section.key=value")
+            )
+        section, name = key.split(".")
+        if not isinstance(tree.setdefault(section, {}), dict):
+            raise ConfigError(f"override {override!r}: [{section}] is not a table in the recipe")
+        tree[section][name] = _value(text.strip())
+    return tree
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def nearest(key: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """`; did you mean X?` for the closest known key, or an empty string."""
+    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    if not match and "." in key:
+        tails = {full.rpartition(".")[2]: full for full in known}
+        tail = difflib.get_close_matches(key.rpartition(".")[2], list(tails), n=1, cutoff=0.6)
+        match = [tails[tail[0]]] if tail else []
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def _explain(item: dict[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        if len(location) > 2:
+            known = [".".join([*location[:-1], name]) for name in _SOURCE_KEYS]
+        else:
+            known = [*_KINDS, *Recipe.model_fields]
+        return f"unknown key {key}{nearest(key, known)}"
+    if item["type"] == "missing":
+        return f"{key} is required"
+    got = item.get("input")
+    shown = "" if isinstance(got, dict) else f", got {got!r}"
+    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}{shown}"

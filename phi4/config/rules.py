@@ -1,0 +1,218 @@
+"""Cross-checks of a recipe: named rules, all violations reported at once, before any process starts.
+
+A rule takes the recipe and yields one line per violation in the form: what was asked, what is true,
+what to change.
+"""
+
+from collections.abc import Callable, Iterator
+
+from phi4.config.schema import Recipe
+from phi4.errors import LayoutError
+
+Rule = Callable[[Recipe], Iterator[str]]
+
+
+def check(recipe: Recipe, world_size: int | None = None) -> None:
+    """Refuse a recipe that breaks any rule.
+
+    Args:
+        recipe: the resolved recipe.
+        world_size: processes that were started, or None when they are still to be started.
+
+    Raises:
+        LayoutError: every violated rule, one line each.
+    """
+    found = violations(recipe, world_size)
+    if len(found) == 1:
+        raise LayoutError(found[0])
+    if found:
+        lines = "\n".join(f"  - {line}" for line in found)
+        raise LayoutError(f"the recipe breaks {len(found)} rules:\n{lines}")
+
+
+def violations(recipe: Recipe, world_size: int | None = None) -> list[str]:
+    """Every violated rule as one line; an empty list for a sound recipe."""
+    found = [line for rule in RULES for line in rule(recipe)]
+    if world_size is not None:
+        found += _world(recipe, world_size)
+    return found
+
+
+def data_parallel_size(recipe: Recipe, world_size: int | None) -> int:
+    """Data-parallel replicas; `parallel.data = 0` takes what the started processes leave."""
+    if recipe.parallel.data:
+        return recipe.parallel.data
+    return max(1, (world_size or 0) // recipe.parallel.model_parallel_size)
+
+
+def _heads(recipe: Recipe) -> Iterator[str]:
+    m = recipe.model
+    if m.hidden_size % m.num_attention_heads:
+        yield (
+            f"model.num_attention_heads={m.num_attention_heads} does not divide "
+            f"model.hidden_size={m.hidden_size}; use a divisor"
+        )
+    elif m.head_dim % 2:
+        yield f"head dim {m.head_dim} is odd; RoPE rotates halves, so it must be even"
+    if m.num_attention_heads % m.num_key_value_heads:
+        yield (
+            f"model.num_key_value_heads={m.num_key_value_heads} does not divide "
+            f"model.num_attention_heads={m.num_attention_heads}; every KV head serves as many queries"
+        )
+
+
+def _tensor(recipe: Recipe) -> Iterator[str]:
+    m, tensor = recipe.model, recipe.parallel.tensor
+    if m.num_key_value_heads % tensor:
+        fitting = [d for d in range(1, m.num_key_value_heads + 1) if m.num_key_value_heads % d == 0]
+        yield (
+            f"parallel.tensor={tensor} does not divide num_key_value_heads="
+            f"{m.num_key_value_heads}; use {_listed(fitting)} (a KV head is not replicated)"
+        )
+    elif m.num_attention_heads % tensor:
+        yield (
+            f"parallel.tensor={tensor} does not divide num_attention_heads="
+            f"{m.num_attention_heads}; use a divisor"
+        )
+    for key in ("intermediate_size", "vocab_size"):
+        if getattr(m, key) % tensor:
+            yield f"parallel.tensor={tensor} does not divide model.{key}={getattr(m, key)}"
+
+
+def _sequence(recipe: Recipe) -> Iterator[str]:
+    p, length = recipe.parallel, recipe.data.sequence_length
+    if length > recipe.model.max_position_embeddings:
+        yield (
+            f"data.sequence_length={length} exceeds model.max_position_embeddings="
+            f"{recipe.model.max_position_embeddings}; raise the latter or shorten the rows"
+        )
+    if length % recipe.data.unit_tokens:
+        yield (
+            f"data.sequence_length={length} is not a multiple of data.unit_tokens="
+            f"{recipe.data.unit_tokens}; a row is a whole number of units"
+        )
+    if p.sequence and p.tensor == 1:
+        yield "parallel.sequence=true needs parallel.tensor > 1; there is nothing to split over"
+    pieces = (2 * p.context if p.context > 1 else 1) * (p.tensor if p.sequence else 1)
+    if length % pieces:
+        yield (
+            f"data.sequence_length={length} does not split over context={p.context} (two chunks "
+            f"per rank) and sequence-parallel tensor={p.tensor}; use a multiple of {pieces}"
+        )
+
+
+def _pipeline(recipe: Recipe) -> Iterator[str]:
+    p, layers = recipe.parallel, recipe.model.num_layers
+    stages = p.pipeline * p.virtual_pipeline
+    if p.virtual_pipeline > 1 and p.pipeline == 1:
+        yield "parallel.virtual_pipeline > 1 needs parallel.pipeline > 1"
+    if p.virtual_pipeline > 1 and p.pipeline == 2 and not p.overlap_p2p:
+        yield (
+            "parallel.virtual_pipeline > 1 on parallel.pipeline=2 needs parallel.overlap_p2p=true: "
+            "megatron-core's batched sends between the same two ranks are matched in issue order "
+            "and the loss is silently wrong"
+        )
+    if p.overlap_p2p and p.virtual_pipeline == 1:
+        yield (
+            "parallel.overlap_p2p=true needs parallel.virtual_pipeline > 1; "
+            "plain 1F1B has no overlapped sends"
+        )
+    if p.layers_per_stage is None:
+        if layers % stages:
+            yield (
+                f"pipeline={p.pipeline} x virtual_pipeline={p.virtual_pipeline} does not divide "
+                f"model.num_layers={layers}; use a divisor or set parallel.layers_per_stage"
+            )
+        return
+    if len(p.layers_per_stage) != stages:
+        yield (
+            f"parallel.layers_per_stage has {len(p.layers_per_stage)} entries; pipeline="
+            f"{p.pipeline} x virtual_pipeline={p.virtual_pipeline} needs {stages}"
+        )
+    if sum(p.layers_per_stage) != layers:
+        yield (
+            f"parallel.layers_per_stage sums to {sum(p.layers_per_stage)}; "
+            f"model.num_layers is {layers}"
+        )
+
+
+def _batch(recipe: Recipe) -> Iterator[str]:
+    b, p = recipe.batch, recipe.parallel
+    yield from _batch_divides(recipe, p.data or 1)
+    rows = b.micro_batch_size * (p.data or 1)
+    num_microbatches = b.global_batch_size // rows
+    # Interleaved 1F1B runs micro-batches in groups as large as the pipeline.
+    if p.virtual_pipeline > 1 and (num_microbatches == 0 or num_microbatches % p.pipeline):
+        yield (
+            f"interleaved pipeline needs the {num_microbatches} micro-batches per rank to be a "
+            f"multiple of parallel.pipeline={p.pipeline}; change batch.global_batch_size or "
+            "batch.micro_batch_size"
+        )
+
+
+def _batch_divides(recipe: Recipe, data: int) -> Iterator[str]:
+    b = recipe.batch
+    if b.global_batch_size % (b.micro_batch_size * data):
+        yield (
+            f"batch.global_batch_size={b.global_batch_size} is not a multiple of micro_batch_size="
+            f"{b.micro_batch_size} x data={data}; every rank runs whole micro-batches"
+        )
+
+
+def _schedule(recipe: Recipe) -> Iterator[str]:
+    o = recipe.optim
+    if o.min_learning_rate > o.learning_rate:
+        yield (
+            f"optim.min_learning_rate={o.min_learning_rate} exceeds "
+            f"optim.learning_rate={o.learning_rate}"
+        )
+    if o.decay and o.warmup >= o.decay:
+        yield f"optim.warmup={o.warmup} must end before optim.decay={o.decay}"
+    if recipe.parallel.overlap_param_gather and not (
+        recipe.parallel.distributed_optimizer and recipe.parallel.overlap_grad_reduce
+    ):
+        yield (
+            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
+            "parallel.overlap_grad_reduce=true"
+        )
+
+
+def _sources(recipe: Recipe) -> Iterator[str]:
+    names = [source.name for source in recipe.data.sources]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        yield f"data.sources names {name!r} twice; every source needs its own name"
+    if recipe.data.sources and not any(source.weight for source in recipe.data.sources):
+        yield "data.sources: all weights are 0; nothing would be drawn"
+
+
+def _world(recipe: Recipe, world_size: int) -> Iterator[str]:
+    p = recipe.parallel
+    if p.data and world_size != p.model_parallel_size * p.data:
+        yield (
+            f"{world_size} processes were started; tensor={p.tensor} x pipeline={p.pipeline} x "
+            f"context={p.context} x data={p.data} needs {p.model_parallel_size * p.data}"
+        )
+    if not p.data:
+        if world_size % p.model_parallel_size:
+            yield (
+                f"{world_size} processes were started; not a multiple of tensor={p.tensor} x "
+                f"pipeline={p.pipeline} x context={p.context} = {p.model_parallel_size}"
+            )
+        else:
+            yield from _batch_divides(recipe, world_size // p.model_parallel_size)
+
+
+def _listed(values: list[int]) -> str:
+    *head, last = map(str, values)
+    return f"{', '.join(head)} or {last}" if head else last
+
+
+RULES: tuple[Rule, ...] = (
+    _heads,
+    _tensor,
+    _sequence,
+    _pipeline,
+    _batch,
+    _schedule,
+    _sources,
+)

@@ -1,0 +1,8 @@
+"""Packages of phi4: `phi4` at the root, `phi4_kernels` under kernels/ (see pyproject.toml for the rest)."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=find_packages(include=["phi4", "phi4.*"]) + find_packages("kernels"),
+    package_dir={"phi4": "phi4", "phi4_kernels": "kernels/phi4_kernels"},
+)
