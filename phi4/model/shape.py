@@ -1,0 +1,176 @@
+"""Phi-4's shape in numbers: tensors, parameters, FLOPs and bytes, all from a `ModelConfig`.
+
+One table, `tensor_kinds`, lists the nine kinds of tensor with their shapes and the dimension that
+tensor parallelism splits; every count here and every name in `names.py` derives from it, so a
+number and a checkpoint cannot disagree.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from phi4.config import ModelConfig
+
+Role = Literal[
+    "embedding",
+    "input_norm",
+    "qkv",
+    "attention_out",
+    "mlp_norm",
+    "gate_up",
+    "down",
+    "final_norm",
+    "head",
+]
+Dtype = Literal["fp32", "bf16"]
+
+DTYPE_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorKind:
+    """A kind of tensor: one per layer when `per_layer`, else one per model."""
+
+    role: Role
+    shape: tuple[int, ...]
+    """Unsplit; matrices are [out, in]."""
+    per_layer: bool
+    split_dim: int | None
+    """Dimension that tensor parallelism divides; None means every tensor rank holds a copy."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of one tensor of this kind."""
+        return prod(self.shape)
+
+    def num_parameters_local(self, tp_size: int) -> int:
+        """Elements that one tensor rank holds."""
+        return self.num_parameters // (1 if self.split_dim is None else tp_size)
+
+
+def tensor_kinds(model: ModelConfig) -> tuple[TensorKind, ...]:
+    """The nine kinds, in the order in which the model applies them."""
+    hidden, ffn, vocab = model.hidden_size, model.intermediate_size, model.vocab_size
+    queries = model.num_attention_heads * model.head_dim
+    keys_values = 2 * model.num_key_value_heads * model.head_dim
+    return (
+        TensorKind("embedding", (vocab, hidden), False, 0),
+        TensorKind("input_norm", (hidden,), True, None),
+        TensorKind("qkv", (queries + keys_values, hidden), True, 0),
+        TensorKind("attention_out", (hidden, queries), True, 1),
+        TensorKind("mlp_norm", (hidden,), True, None),
+        TensorKind("gate_up", (2 * ffn, hidden), True, 0),
+        TensorKind("down", (hidden, ffn), True, 1),
+        TensorKind("final_norm", (hidden,), False, None),
+        TensorKind("head", (vocab, hidden), False, 0),
+    )
+
+
+def num_layer_parameters(model: ModelConfig) -> int:
+    """Parameters of one transformer layer."""
+    return sum(kind.num_parameters for kind in tensor_kinds(model) if kind.per_layer)
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """All parameters; embedding and head are two tensors."""
+    return sum(
+        kind.num_parameters * (model.num_layers if kind.per_layer else 1)
+        for kind in tensor_kinds(model)
+    )
+
+
+def num_matmul_parameters(model: ModelConfig) -> int:
+    """Parameters that multiply every token: the matrices of the layers and the head."""
+    return sum(
+        kind.num_parameters * (model.num_layers if kind.per_layer else 1)
+        for kind in tensor_kinds(model)
+        if len(kind.shape) == 2 and kind.role != "embedding"
+    )
+
+
+def num_rank_parameters(
+    model: ModelConfig, num_layers: int, tp_size: int, *, first: bool, last: bool
+) -> int:
+    """Parameters that one tensor rank of one pipeline stage holds.
+
+    Args:
+        model: the unsplit model.
+        num_layers: layers of the stage, over all its virtual chunks.
+        tp_size: width of the tensor group; divides every split dimension.
+        first: the stage holds the embedding.
+        last: the stage holds the final norm and the head.
+    """
+    copies = {"embedding": int(first), "final_norm": int(last), "head": int(last)}
+    return sum(
+        kind.num_parameters_local(tp_size) * (num_layers if kind.per_layer else copies[kind.role])
+        for kind in tensor_kinds(model)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFlops:
+    """FLOPs of one training token, forward and backward: a multiply-add counts as 2, backward as 2
+    forwards, recomputation and elementwise work as 0.
+    """
+
+    matmul: int
+    attention_causal: int
+    """Scores and weighted sum over the tokens a causal mask leaves, half of the square."""
+    attention_full: int
+    """The same over the whole square, the count of PaLM's appendix B."""
+    six_n: int
+    """6 x all parameters, embedding included, no attention."""
+
+    @property
+    def causal(self) -> int:
+        """The count that phi4 reports MFU with."""
+        return self.matmul + self.attention_causal
+
+    @property
+    def full(self) -> int:
+        """The count to compare with systems that ignore the mask."""
+        return self.matmul + self.attention_full
+
+
+def training_flops_per_token(model: ModelConfig, sequence_length: int) -> TrainingFlops:
+    """FLOPs per token when rows of `sequence_length` tokens hold one document each."""
+    width = model.num_attention_heads * model.head_dim
+    full = 12 * model.num_layers * sequence_length * width
+    return TrainingFlops(
+        matmul=6 * num_matmul_parameters(model),
+        attention_causal=full // 2,
+        attention_full=full,
+        six_n=6 * num_parameters(model),
+    )
+
+
+def kv_cache_bytes_per_token(model: ModelConfig, dtype: Dtype = "bf16") -> int:
+    """Bytes of keys and values that generation keeps per token, over all layers."""
+    values = 2 * model.num_layers * model.num_key_value_heads * model.head_dim
+    return values * DTYPE_BYTES[dtype]
+
+
+def weight_bytes(model: ModelConfig, dtype: Dtype) -> int:
+    """Bytes of the weights alone, as a checkpoint or an inference server holds them."""
+    return num_parameters(model) * DTYPE_BYTES[dtype]
+
+
+def training_bytes_per_parameter(dtype: Dtype) -> int:
+    """Bytes of weight, fp32 gradient and AdamW state of one parameter, unsharded.
+
+    bf16 weights have an fp32 master copy beside the two moments; fp32 weights are their own.
+    """
+    weight, gradient, moments = DTYPE_BYTES[dtype], 4, 8
+    master = 0 if dtype == "fp32" else 4
+    return weight + gradient + moments + master
+
+
+def format_bytes(count: float) -> str:
+    """`count` bytes in binary units, one decimal, for example `27.3 GiB`."""
+    if abs(count) < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if abs(count) < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:,.1f} TiB"
