@@ -1,0 +1,54 @@
+# phi4 installs into .venv and writes nothing outside this directory. `make` lists the targets.
+#   PYTHON=python3.12     the Python to build .venv with
+#   PIP_ARGS="..."        passed to pip, for example another package index
+#   WORKERS=2             test processes
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint gpu bench budgets golden clean
+
+export PYTHON ?= python3
+export PIP_ARGS ?=
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+setup:  ## build .venv when it is missing or out of date; the targets below do so themselves
+	@tools/setup.sh
+
+demo: setup  ## train a small Phi-4 on four CPU processes, resume, generate, check parity
+	@.venv/bin/phi4 demo
+
+test: setup  ## CPU tests, at most 10 minutes on 2 cores
+	@$(PYTEST) -m "not slow and not slurm and not gpu" -n $(WORKERS) --dist loadfile --durations=10
+
+test-all: test  ## test, then the slow and Slurm tests and conversion against transformers 4.57
+	@$(PYTEST) -m "(slow or slurm) and not gpu" --durations=10
+	@tools/setup_transformers4.sh
+	@OMP_NUM_THREADS=1 .venv-tf4/bin/python -m pytest tests/convert -m "not gpu" --durations=10
+
+lint: setup  ## ruff, and clang-format where it is installed
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@sources=$$(find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null || true); \
+	if [ -n "$$sources" ] && command -v clang-format >/dev/null; then \
+		clang-format --dry-run -Werror $$sources; \
+	fi
+
+gpu:  ## on a machine with one GPU: train, compare with CPU, leave a results file
+	@bash tools/gpu_check.sh
+
+bench: setup  ## kernel benches against their floors: make bench ARGS="--op rms_norm"
+	@.venv/bin/python -m phi4_kernels.bench $(ARGS)
+
+budgets: setup  ## write the register and shared-memory budgets of the kernels
+	@.venv/bin/python tools/kernel_budgets.py
+
+golden: setup  ## write the golden losses of the recipes
+	@.venv/bin/python tools/golden_losses.py
+
+clean:  ## remove .venv, builds and caches; runs/ stays
+	@rm -rf .venv .venv-tf4 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
