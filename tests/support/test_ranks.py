@@ -1,0 +1,167 @@
+"""The ranks that other tests rely on: results by rank, isolation, who is blamed for a failure."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.ranks import RankError, RankPool, gloo_group, rendezvous, run_ranks
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(3) as ranks:
+        yield ranks
+
+
+def rank_and_arguments(rank: int, world_size: int, *args: object) -> tuple:
+    assert not dist.is_initialized()
+    return (rank, world_size, *args)
+
+
+def sum_of_ranks(rank: int, world_size: int) -> torch.Tensor:
+    with gloo_group(rank, world_size):
+        total = torch.tensor(float(rank))
+        dist.all_reduce(total)
+        return total
+
+
+def process_id(rank: int, world_size: int) -> int:
+    return os.getpid()
+
+
+def leave_traces(rank: int, world_size: int) -> None:
+    os.environ["PHI4_TEST_TRACE"] = "left"
+    random.random()
+    store = dist.FileStore(rendezvous().removeprefix("dir:") + "/left", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+
+
+def look_for_traces(rank: int, world_size: int) -> tuple:
+    return os.environ.get("PHI4_TEST_TRACE"), dist.is_initialized(), random.random()
+
+
+def read_environment(rank: int, world_size: int, name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def raise_on(rank: int, world_size: int, guilty: int) -> None:
+    with gloo_group(rank, world_size):
+        if rank == guilty:
+            time.sleep(0.1)
+            raise ValueError("the first cause")
+        dist.all_reduce(torch.zeros(1))
+
+
+def die_on(rank: int, world_size: int, guilty: int) -> None:
+    with gloo_group(rank, world_size):
+        if rank == guilty:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.zeros(1))
+
+
+def hang_on(rank: int, world_size: int, guilty: int) -> None:
+    if rank == guilty:
+        wait_for_nobody()
+
+
+def wait_for_nobody() -> None:
+    time.sleep(600)
+
+
+def start_a_child_and_hang(rank: int, world_size: int, note: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(note).write_text(f"{os.getpid()} {child.pid}")
+    time.sleep(600)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_ranks_return_values_in_rank_order(pool: RankPool) -> None:
+    assert pool.run(rank_and_arguments, "a", 2) == [(r, 3, "a", 2) for r in range(3)]
+
+
+def test_ranks_reach_each_other(pool: RankPool) -> None:
+    assert [total.item() for total in pool.run(sum_of_ranks)] == [3.0, 3.0, 3.0]
+
+
+def test_run_ranks_starts_fresh_processes() -> None:
+    assert set(run_ranks(2, process_id)).isdisjoint(run_ranks(2, process_id))
+
+
+def test_pool_keeps_its_processes_between_calls(pool: RankPool) -> None:
+    assert pool.run(process_id) == pool.run(process_id)
+
+
+def test_pool_call_leaves_no_trace_for_the_next(pool: RankPool) -> None:
+    before = pool.run(look_for_traces)
+    pool.run(leave_traces)
+    assert pool.run(look_for_traces) == before == [(None, False, before[0][2])] * 3
+
+
+def test_ranks_see_the_environment_of_the_test(
+    pool: RankPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHI4_TEST_VARIABLE", "seen")
+    assert pool.run(read_environment, "PHI4_TEST_VARIABLE") == ["seen"] * 3
+    assert pool.run(read_environment, "GLOO_SOCKET_IFNAME") == ["lo"] * 3
+
+
+def test_raising_rank_is_blamed_with_its_traceback(pool: RankPool) -> None:
+    with pytest.raises(RankError, match="rank 1 of 3") as failure:
+        pool.run(raise_on, 1)
+    assert failure.value.rank == 1
+    assert "ValueError: the first cause" in str(failure.value)
+    assert "in raise_on" in str(failure.value)
+
+
+def test_killed_rank_is_blamed_and_the_pool_recovers(pool: RankPool) -> None:
+    with pytest.raises(RankError, match="rank 2 of 3: died of signal 9"):
+        pool.run(die_on, 2)
+    assert pool.run(rank_and_arguments) == [(r, 3) for r in range(3)]
+
+
+def test_hanging_rank_is_named_with_its_stack(pool: RankPool) -> None:
+    started = time.monotonic()
+    with pytest.raises(RankError, match="ranks 1 of 3 did not return in time") as failure:
+        pool.run(hang_on, 1, timeout_seconds=1)
+    assert time.monotonic() - started < 10
+    assert failure.value.rank == 1
+    assert "in wait_for_nobody" in str(failure.value)
+
+
+def test_timeout_kills_what_the_rank_started(tmp_path: Path) -> None:
+    note = tmp_path / "pids"
+    with pytest.raises(RankError):
+        run_ranks(1, start_a_child_and_hang, str(note), timeout_seconds=2)
+    assert not any(is_alive(int(pid)) for pid in note.read_text().split())
+
+
+def test_killed_test_process_takes_its_ranks_along(tmp_path: Path) -> None:
+    note = tmp_path / "pids"
+    script = (
+        "from tests.support.test_ranks import *\n"
+        f"run_ranks(1, start_a_child_and_hang, {str(note)!r})"
+    )
+    tests = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 60
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    tests.kill()
+    tests.wait()
+    time.sleep(0.5)
+    assert not any(is_alive(int(pid)) for pid in note.read_text().split())
