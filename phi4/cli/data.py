@@ -1,0 +1,105 @@
+"""`phi4 data`: token files in, out and looked at."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from phi4.config import TokenizerConfig
+from phi4.data.demo import build_demo
+from phi4.data.documents import read_documents, write_documents
+from phi4.data.manifest import manifest_path, read_manifest
+from phi4.data.token_file import TokenFile
+from phi4.data.token_writer import adopt as adopt_pair
+from phi4.data.tokenizer import Tokenizer, load_tokenizer
+
+app = typer.Typer(help="Token files: build, inspect, check.", no_args_is_help=True)
+
+Prefix = Annotated[str, typer.Argument(help="Path of a .bin/.idx pair without the suffix.")]
+Ranks = Annotated[
+    str | None,
+    typer.Option(help="Rank file of a small BPE; phi-4's own vocabulary when left out."),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Directory to write.")] = "runs/demo/data",
+    vocab_size: Annotated[int, typer.Option(help="Ids, special tokens included.")] = 2048,
+) -> None:
+    """Build the demo corpus from this Python's standard library, with a tokenizer of its own."""
+    start = time.monotonic()
+    report = build_demo(out, vocab_size)
+    for name, source in report.sources.items():
+        typer.echo(f"{name:16} {source.num_documents:>6} documents {source.num_tokens:>10} tokens")
+    typer.echo(
+        f"{report.vocab_size} ids, unigram entropy of the training tokens "
+        f"{report.unigram_entropy_nats:.4f} nats"
+    )
+    typer.echo(f"written to {out} in {time.monotonic() - start:.1f} s")
+
+
+@app.command()
+def tokenize(
+    inputs: Annotated[
+        list[Path], typer.Argument(help="jsonl files with `text`, text files, source trees.")
+    ],
+    out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
+    ranks: Ranks = None,
+) -> None:
+    """Tokenize documents into a Megatron .bin/.idx pair with a manifest."""
+    start = time.monotonic()
+    manifest = write_documents(read_documents(inputs), _tokenizer(ranks), out)
+    seconds = time.monotonic() - start
+    typer.echo(
+        f"{out}: {manifest.num_documents} documents, {manifest.num_tokens} tokens, "
+        f"{seconds:.1f} s, {manifest.num_tokens / seconds:,.0f} tokens/s"
+    )
+
+
+@app.command()
+def inspect(
+    prefix: Prefix,
+    ranks: Ranks = None,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to decode and show.")] = 0,
+) -> None:
+    """Show documents, lengths and decoded samples of a pair."""
+    pair = TokenFile(prefix)
+    typer.echo(
+        f"{prefix}: {pair.num_documents} documents, {pair.num_tokens} tokens, {pair.tokens.dtype}"
+    )
+    if pair.num_documents:
+        first, *middle, last = np.quantile(pair.document_lengths(), [0, 0.5, 0.9, 0.99, 1]).tolist()
+        typer.echo(
+            f"tokens per document: shortest {first:.0f}, median {middle[0]:.0f}, 90% "
+            f"{middle[1]:.0f}, 99% {middle[2]:.0f}, longest {last:.0f}"
+        )
+    if read_manifest(prefix) is None:
+        typer.echo(f"no manifest; `phi4 data adopt {prefix}` writes one")
+    else:
+        manifest = pair.manifest()
+        typer.echo(f"tokenizer {manifest.tokenizer_fingerprint}, {manifest.vocab_size} ids")
+    tokenizer = _tokenizer(ranks) if samples else None
+    for index in range(min(samples, pair.num_documents)):
+        typer.echo(f"--- document {index}\n{tokenizer.decode(pair.document(index)[:200])}")
+
+
+@app.command()
+def verify(prefix: Prefix) -> None:
+    """Compare a pair with the checksums of its manifest."""
+    manifest = TokenFile(prefix).verify()
+    typer.echo(f"{prefix}: {manifest.num_documents} documents, checksums match")
+
+
+@app.command()
+def adopt(prefix: Prefix, ranks: Ranks = None) -> None:
+    """Write the manifest of a pair that Megatron's own tools wrote with the given tokenizer."""
+    manifest = adopt_pair(prefix, _tokenizer(ranks).facts)
+    typer.echo(f"{manifest_path(prefix)}: {manifest.num_tokens} tokens, all ids in the vocabulary")
+
+
+def _tokenizer(ranks: str | None) -> Tokenizer:
+    kind = "phi4" if ranks is None else "bpe"
+    return load_tokenizer(TokenizerConfig(kind=kind, path=ranks))

@@ -1,0 +1,67 @@
+"""A micro-batch as the engine takes it: tokens, labels, weights and document boundaries.
+
+Boundaries and positions follow from the tokens alone, so every batch, served or synthetic, is made
+by one function and a boundary can never disagree with the text.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B rows of S tokens.
+
+    Attributes:
+        tokens: [B, S] int64.
+        labels: [B, S] int64, the token that follows.
+        loss_mask: [B, S] float32, weight of each label.
+        cu_seqlens: [num_documents + 1] int32, where documents begin in the rows flattened in row
+            order, closed by B * S; every row start is a boundary.
+        positions: [B, S] int64, distance to the last boundary.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    cu_seqlens: np.ndarray
+    positions: np.ndarray
+
+
+def build_batch(
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    loss_mask: np.ndarray,
+    *,
+    eod_id: int,
+    document_mask: bool = True,
+    unit_tokens: int | None = None,
+) -> Batch:
+    """Derive boundaries and positions.
+
+    Args:
+        tokens: [B, S] integers.
+        labels: [B, S] integers.
+        loss_mask: [B, S].
+        eod_id: the token after which a document starts.
+        document_mask: whether documents inside a row are boundaries; row starts always are.
+        unit_tokens: when rows are joined from units of this many tokens, the joints are document
+            boundaries too: the units of a row come from unrelated places.
+    """
+    tokens = np.ascontiguousarray(tokens, dtype=np.int64)
+    num_tokens, row_tokens = tokens.size, tokens.shape[1]
+    starts = np.zeros(num_tokens, dtype=bool)
+    if document_mask:
+        np.equal(tokens.reshape(-1)[:-1], eod_id, out=starts[1:])
+        starts[:: unit_tokens or row_tokens] = True
+    starts[::row_tokens] = True
+    bounds = np.append(np.flatnonzero(starts), num_tokens)
+    positions = np.arange(num_tokens) - np.repeat(bounds[:-1], np.diff(bounds))
+    return Batch(
+        tokens=tokens,
+        labels=np.ascontiguousarray(labels, dtype=np.int64),
+        loss_mask=np.ascontiguousarray(loss_mask, dtype=np.float32),
+        cu_seqlens=bounds.astype(np.int32),
+        positions=positions.reshape(tokens.shape),
+    )

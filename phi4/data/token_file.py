@@ -1,0 +1,217 @@
+"""Reader of Megatron's `.bin/.idx` token files.
+
+`.bin` is one flat array of token ids; `.idx` says where sequences and documents begin. Both are
+memory-mapped: opening compares sizes with the header and touches no token, in constant time and
+memory for any number of documents.
+"""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from phi4.data.manifest import Manifest, file_sha256, manifest_path, read_manifest
+from phi4.data.tokenizer import TokenizerFacts
+from phi4.errors import DataError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
+_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_INT32_CODE = 4
+
+
+class TokenFile:
+    """An open `.bin/.idx` pair.
+
+    Attributes:
+        prefix: path without `.bin`.
+        tokens: [num_tokens], int32 or uint16, memory-mapped.
+        lengths: [num_sequences], int32, tokens per sequence.
+        pointers: [num_sequences], int64, byte offset of each sequence in `.bin`.
+        document_bounds: [num_documents + 1], int64, first sequence of each document.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        """Open a pair.
+
+        Raises:
+            DataError: a file is missing, truncated or of another format.
+        """
+        self.prefix = str(prefix)
+        index = _map_bytes(Path(f"{prefix}.idx"))
+        dtype, num_sequences, num_bounds = _read_header(index, f"{prefix}.idx")
+        split = np.cumsum([_HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_bounds])
+        _check_index_size(index.size, int(split[-1]), num_sequences, f"{prefix}.idx")
+        self.lengths = index[split[0] : split[1]].view("<i4")
+        self.pointers = index[split[1] : split[2]].view("<i8")
+        self.document_bounds = index[split[2] : split[3]].view("<i8")
+        content = _map_bytes(Path(f"{prefix}.bin"))
+        self._check_content(content.size, dtype.itemsize)
+        self.tokens = content.view(dtype)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the pair, end-of-document tokens included."""
+        return self.tokens.size
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the pair."""
+        return max(0, self.document_bounds.size - 1)
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of one document."""
+        first, last = (int(self.document_bounds[index + i]) for i in (0, 1))
+        start = int(self.pointers[first]) // self.tokens.itemsize
+        return self.tokens[start : start + int(self.lengths[first:last].sum())]
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document, [num_documents] int64."""
+        ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        return np.diff(ends[self.document_bounds])
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Document that holds a token position, and the offset inside the document."""
+        pointers = np.asarray(self.pointers)
+        sequence = np.searchsorted(pointers, position * self.tokens.itemsize, side="right") - 1
+        document = int(np.searchsorted(self.document_bounds, sequence, side="right")) - 1
+        start = int(pointers[self.document_bounds[document]]) // self.tokens.itemsize
+        return document, position - start
+
+    def manifest(self) -> Manifest:
+        """The manifest beside the pair.
+
+        Raises:
+            DataError: there is none, or its counts are not those of the pair.
+        """
+        manifest = read_manifest(self.prefix)
+        if manifest is None:
+            raise DataError(
+                f"{manifest_path(self.prefix)} does not exist, so nothing says which tokenizer "
+                f"wrote {self.prefix}.bin; write it with `phi4 data adopt {self.prefix}`"
+            )
+        found = (self.num_documents, self.num_tokens)
+        expected = (manifest.num_documents, manifest.num_tokens)
+        if found != expected:
+            raise DataError(
+                f"{self.prefix}.bin/.idx hold {found[0]} documents and {found[1]} tokens, the "
+                f"manifest says {expected[0]} and {expected[1]}; tokenize again or run `phi4 data "
+                "adopt`"
+            )
+        return manifest
+
+    def require_tokenizer(self, tokenizer: TokenizerFacts) -> Manifest:
+        """The manifest, once it is clear that this tokenizer wrote the ids.
+
+        Raises:
+            DataError: no manifest, or one of another tokenizer.
+        """
+        manifest = self.manifest()
+        found, expected = manifest.tokenizer_fingerprint, tokenizer.fingerprint
+        if found != expected:
+            raise DataError(
+                f"{self.prefix}.bin was written by tokenizer {found[:12]}, the recipe's is "
+                f"{expected[:12]}; tokenize the source again or name its tokenizer in the recipe"
+            )
+        return manifest
+
+    def verify(self) -> Manifest:
+        """Compare both files with the checksums of the manifest.
+
+        Raises:
+            DataError: no manifest, or a file that differs from it.
+        """
+        manifest = self.manifest()
+        for suffix, expected in (("bin", manifest.bin_sha256), ("idx", manifest.idx_sha256)):
+            found = file_sha256(f"{self.prefix}.{suffix}")
+            if found != expected:
+                raise DataError(
+                    f"{self.prefix}.{suffix}: sha256 is {found}, the manifest says {expected}; the "
+                    "file changed after it was written: copy it again or tokenize again"
+                )
+        return manifest
+
+    def _check_content(self, found_bytes: int, itemsize: int) -> None:
+        expected = 0
+        if self.lengths.size:
+            expected = int(self.pointers[-1]) + int(self.lengths[-1]) * itemsize
+        if found_bytes != expected:
+            raise DataError(
+                f"{self.prefix}.bin has {found_bytes} bytes, its .idx describes {expected}; the "
+                "pair is truncated or mixed: copy both again or tokenize again"
+            )
+        bounds = self.document_bounds
+        if bounds.size and not (bounds[0] == 0 and bounds[-1] <= self.lengths.size):
+            raise DataError(
+                f"{self.prefix}.idx: documents run from sequence {bounds[0]} to {bounds[-1]} of "
+                f"{self.lengths.size}; the index is damaged: tokenize again"
+            )
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, locate: Callable[[int], str]) -> None:
+    """Refuse ids outside the vocabulary.
+
+    Args:
+        ids: integer array of any shape.
+        vocab_size: ids must be in [0, vocab_size).
+        locate: says where the id at a flat position comes from.
+
+    Raises:
+        DataError: names the first such id and its origin.
+    """
+    # A negative int32 is a huge uint32, so one maximum finds both kinds.
+    unsigned = ids.view(np.uint32) if ids.dtype.kind == "i" else ids
+    if unsigned.size and int(unsigned.max()) >= vocab_size:
+        position = int(np.flatnonzero(unsigned.reshape(-1) >= vocab_size)[0])
+        raise DataError(
+            f"{locate(position)}: token id {int(ids.reshape(-1)[position])} is outside the "
+            f"vocabulary of {vocab_size}; tokenize the source with the recipe's tokenizer"
+        )
+
+
+def index_bytes(lengths: np.ndarray) -> bytes:
+    """The `.idx` of int32 documents that are one sequence each.
+
+    Args:
+        lengths: [num_documents], int32, tokens per document.
+    """
+    ends = 4 * np.cumsum(lengths, dtype=np.int64)
+    header = _HEADER.pack(_MAGIC, 1, _INT32_CODE, lengths.size, lengths.size + 1)
+    pointers = ends - 4 * lengths.astype(np.int64)
+    bounds = np.arange(lengths.size + 1, dtype=np.int64)
+    columns = (lengths.astype("<i4"), pointers.astype("<i8"), bounds.astype("<i8"))
+    return header + b"".join(column.tobytes() for column in columns)
+
+
+def _map_bytes(path: Path) -> np.ndarray:
+    try:
+        if path.stat().st_size == 0:
+            return np.empty(0, dtype=np.uint8)
+        return np.memmap(path, dtype=np.uint8, mode="r")
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); the prefix of a source is its path "
+            "without .bin"
+        ) from None
+
+
+def _read_header(index: np.ndarray, path: str) -> tuple[np.dtype, int, int]:
+    if index.size < _HEADER.size or bytes(index[: len(_MAGIC)]) != _MAGIC:
+        raise DataError(f"{path} is not a Megatron index; write one with `phi4 data tokenize`")
+    _, version, code, num_sequences, num_bounds = _HEADER.unpack(bytes(index[: _HEADER.size]))
+    if version != 1 or code not in _DTYPES:
+        raise DataError(
+            f"{path} has version {version} and dtype code {code}; phi4 reads version 1 with int32 "
+            "(4) or uint16 (8) ids: tokenize again"
+        )
+    return _DTYPES[code], num_sequences, num_bounds
+
+
+def _check_index_size(found: int, expected: int, num_sequences: int, path: str) -> None:
+    # Multimodal files carry one more byte per sequence.
+    if found not in (expected, expected + num_sequences):
+        raise DataError(
+            f"{path} has {found} bytes, its header describes {expected}; the index is truncated "
+            "or damaged: copy it again or tokenize again"
+        )
