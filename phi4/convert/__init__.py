@@ -1,0 +1,5 @@
+"""Weights in and out of other systems' formats: Hugging Face's Phi3 directory."""
+
+from phi4.convert.hf import read_hf, write_hf
+
+__all__ = ["read_hf", "write_hf"]
