@@ -1,0 +1,23 @@
+"""The engine: megatron-core on CUDA over NCCL or on CPU over gloo, behind plain values.
+
+The only room that imports megatron.core or transformer_engine. Everything above it speaks of
+recipes, batches, objectives and step results.
+"""
+
+import warnings
+
+from phi4.errors import PlatformError
+
+try:
+    with warnings.catch_warnings():
+        # "Apex is not installed" and the like: the engine brings its own norm and Adam.
+        warnings.simplefilter("ignore")
+        import megatron.core.dist_checkpointing
+        import megatron.core.models.gpt
+        import megatron.core.optimizer
+        import megatron.core.pipeline_parallel
+except RuntimeError as error:  # a transformer-engine without cuDNN breaks megatron-core's import
+    raise PlatformError(
+        f"megatron-core does not import: {error}; uninstall transformer-engine on a machine "
+        "without a GPU"
+    ) from error

@@ -1,0 +1,30 @@
+"""Checkpoints by megatron dist_checkpointing, wrapped in directories that are complete or absent."""
+
+from phi4.engine.checkpoint.directory import (
+    CheckpointDirectory,
+    checkpoint_name,
+    complete_checkpoints,
+    latest_checkpoint,
+    read_checkpoint_file,
+)
+from phi4.engine.checkpoint.manifest import Manifest, verify_files
+from phi4.engine.checkpoint.state import (
+    load_checkpoint,
+    optimizer_format,
+    predicted_gather_bytes,
+    save_checkpoint,
+)
+
+__all__ = [
+    "CheckpointDirectory",
+    "Manifest",
+    "checkpoint_name",
+    "complete_checkpoints",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "optimizer_format",
+    "predicted_gather_bytes",
+    "read_checkpoint_file",
+    "save_checkpoint",
+    "verify_files",
+]

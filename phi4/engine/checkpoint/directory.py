@@ -1,0 +1,116 @@
+"""Where checkpoints live: `checkpoints/step_0000123/`, written aside, renamed when complete.
+
+`latest` is a file that names the newest complete one; it is replaced atomically after the rename, so
+a kill at any moment leaves a `latest` that can be loaded.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from phi4.engine.checkpoint.manifest import MANIFEST_NAME
+from phi4.errors import CheckpointError
+
+LATEST_NAME = "latest"
+_NAME = re.compile(r"step_(\d{7,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """`step_0000123`."""
+    return f"step_{step:07d}"
+
+
+def step_of(directory: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(directory.name)
+    if not match:
+        raise CheckpointError(f"{directory} is not a checkpoint; its name is not step_NNNNNNN")
+    return int(match.group(1))
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Checkpoints with a manifest, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [p for p in root.iterdir() if _NAME.fullmatch(p.name) and (p / MANIFEST_NAME).is_file()]
+    return sorted(found, key=step_of)
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """What `latest` names, else the newest complete checkpoint, else None."""
+    complete = complete_checkpoints(root)
+    pointer = root / LATEST_NAME
+    if pointer.is_file():
+        named = root / pointer.read_text(encoding="utf-8").strip()
+        if named in complete:
+            return named
+    return complete[-1] if complete else None
+
+
+def read_checkpoint_file(checkpoint: Path, name: str) -> str:
+    """Text of a small file of a checkpoint.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    try:
+        return (checkpoint / name).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{checkpoint} has no {name}; give a directory like RUN/checkpoints/step_0000100"
+        ) from None
+
+
+class CheckpointDirectory:
+    """One checkpoint being written. Only the writer rank calls the methods.
+
+    Args:
+        root: the run's `checkpoints` directory.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, root: Path, step: int) -> None:
+        self.root = root
+        self.final = root / checkpoint_name(step)
+        self.partial = root / f".{self.final.name}.partial"
+
+    def begin(self) -> None:
+        """An empty directory to write into; the leavings of a killed save are removed."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for stale in self.root.glob(".step_*.partial"):
+            shutil.rmtree(stale)
+        self.partial.mkdir()
+
+    def commit(self, manifest: bytes, keep: int) -> None:
+        """Write the manifest, make everything durable, rename, point `latest` at it, prune."""
+        write_durably(self.partial / MANIFEST_NAME, manifest)
+        for directory in [p for p in self.partial.rglob("*") if p.is_dir()] + [self.partial]:
+            _sync_directory(directory)
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        self.partial.rename(self.final)
+        _sync_directory(self.root)
+        pointer = self.root / f".{LATEST_NAME}.partial"
+        write_durably(pointer, f"{self.final.name}\n".encode())
+        pointer.replace(self.root / LATEST_NAME)
+        _sync_directory(self.root)
+        for old in complete_checkpoints(self.root)[:-keep]:
+            if old != self.final:
+                shutil.rmtree(old)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,155 @@
+"""The engine's face: one model in one layout, with plain values in and out.
+
+Entering megatron-core always happens inside `Patches`; nothing outside this class needs to know.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from phi4.config import Recipe
+from phi4.engine import step as steps
+from phi4.engine.layout import Layout, create_layout, destroy_layout
+from phi4.engine.model import (
+    build_chunks,
+    global_parameters,
+    initialise,
+    seed_random_states,
+    shard,
+    transformer_config,
+    unshard,
+)
+from phi4.engine.objective import Objective
+from phi4.engine.optimizer import build_optimizer, wrap_data_parallel
+from phi4.engine.patches import Patches
+from phi4.engine.placement import HostBatch, MicroBatch, place
+from phi4.engine.platform import Platform
+from phi4.engine.precision import torch_dtype
+from phi4.engine.spec import choose
+from phi4.engine.step import StepResult
+
+
+class Engine:
+    """A Phi-4 in a parallel layout: steps, evaluation, logits.
+
+    Args:
+        recipe: checked against the rules and the world size.
+        platform: where this process runs.
+        trains: False builds no gradient buffers and no optimizer.
+        patches: for tests; the platform's own by default.
+
+    Collectives: creation of the process groups, one all-gather of optimizer group names.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        platform: Platform,
+        *,
+        trains: bool = True,
+        patches: Patches | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.platform = platform
+        self.patches = patches or Patches(platform.kind)
+        self.choices = choose(recipe.kernels)
+        with self.patches:
+            self.layout: Layout = create_layout(recipe.parallel)
+            seed_random_states(recipe.run.seed)
+            self.config = transformer_config(recipe, frees_stage_outputs=platform.kind == "cuda")
+            self.bare_chunks = build_chunks(recipe, self.layout, self.config)
+            initialise(self.bare_chunks, recipe.model, recipe.run.seed, self.layout)
+            self.chunks: list[torch.nn.Module] = list(self.bare_chunks)
+            self.optimizer = None
+            if trains:
+                self.chunks = wrap_data_parallel(self.bare_chunks, self.config, recipe, self.layout)
+                self.optimizer = build_optimizer(self.chunks, recipe)
+
+    def train_step(
+        self,
+        batches: Sequence[HostBatch],
+        objective: Objective,
+        *,
+        learning_rate: float,
+        weight_decay: float | None = None,
+    ) -> StepResult:
+        """One update over this data rank's micro-batches; see `step.train_step`."""
+        decay = self.recipe.optim.weight_decay if weight_decay is None else weight_decay
+        with self.patches:
+            self._set_training(True)
+            return steps.train_step(
+                self.chunks,
+                self.optimizer,
+                self.place(batches),
+                objective,
+                self.layout,
+                learning_rate=learning_rate,
+                weight_decay=decay,
+            )
+
+    def evaluate(self, batches: Sequence[HostBatch], objective: Objective) -> StepResult:
+        """The objective over this data rank's micro-batches, without gradients."""
+        with self.patches:
+            self._set_training(False)
+            return steps.evaluate(self.chunks, self.place(batches), objective, self.layout)
+
+    def logits(self, batches: Sequence[HostBatch]) -> list[torch.Tensor]:
+        """Logits [B, S, V] per micro-batch on the last stage; elsewhere an empty list.
+
+        Collectives: the forward schedule; all-gather over tp and over cp on the last stage.
+        """
+        with self.patches:
+            self._set_training(False)
+            local = steps.logits(self.chunks, self.place(batches), self.layout)
+            return [self._whole_logits(piece) for piece in local]
+
+    def place(self, batches: Sequence[HostBatch]) -> list[MicroBatch]:
+        """Host batches as this rank's slices on its device."""
+        dtype = torch_dtype(self.recipe.precision)
+        return [
+            place(batch, self.layout, self.recipe.model, dtype, self.platform.device)
+            for batch in batches
+        ]
+
+    def whole_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(global name, whole tensor) of this pipeline stage, the same on every tensor rank.
+
+        Collectives: one all-gather over tp per split tensor.
+        """
+        for name, parameter in global_parameters(self.bare_chunks):
+            yield name, unshard(parameter.detach(), parameter, self.layout)
+
+    @torch.no_grad()
+    def load_whole_parameters(self, whole: dict[str, torch.Tensor]) -> None:
+        """Fill this stage's parameters from whole tensors by global name; missing names raise."""
+        for name, parameter in global_parameters(self.bare_chunks):
+            parameter.copy_(shard(whole[name], parameter, self.layout))
+        if self.optimizer is not None:
+            with self.patches:
+                self.optimizer.reload_model_params()
+
+    def close(self) -> None:
+        """Forget megatron-core's process groups."""
+        with self.patches:
+            destroy_layout()
+
+    def _set_training(self, training: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(training)
+
+    def _whole_logits(self, local_BSV: torch.Tensor) -> torch.Tensor:
+        layout = self.layout
+        if layout.tp_size > 1:
+            local_BSV = torch.cat(_all_gather(local_BSV, layout.groups.tp), dim=-1)
+        if layout.cp_size == 1:
+            return local_BSV
+        gathered = _all_gather(local_BSV, layout.groups.cp)
+        halves = [piece.chunk(2, dim=1) for piece in gathered]
+        ordered = [first for first, _ in halves] + [second for _, second in reversed(halves)]
+        return torch.cat(ordered, dim=1)
+
+
+def _all_gather(x: torch.Tensor, group) -> list[torch.Tensor]:
+    pieces = [torch.empty_like(x) for _ in range(group.size())]
+    torch.distributed.all_gather(pieces, x.contiguous(), group=group)
+    return pieces

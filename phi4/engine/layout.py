@@ -1,0 +1,119 @@
+"""The grid of ranks: which process holds which part of the model and of the batch.
+
+Megatron's order, fastest first: tensor, context, data, pipeline. megatron-core keeps its groups in
+module state; this file is the only one that creates and destroys them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from phi4.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees, this process's coordinates, and the process groups."""
+
+    parallel: ParallelConfig
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+    dp_size: int
+    groups: ProcessGroupCollection
+
+    @property
+    def tp_size(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.parallel.tensor
+
+    @property
+    def pp_size(self) -> int:
+        """Pipeline ranks."""
+        return self.parallel.pipeline
+
+    @property
+    def vpp_size(self) -> int:
+        """Model chunks per pipeline rank."""
+        return self.parallel.virtual_pipeline
+
+    @property
+    def cp_size(self) -> int:
+        """Context-parallel ranks."""
+        return self.parallel.context
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last model chunk, with the loss head."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Row lengths are a multiple of this."""
+        chunks = 2 * self.cp_size if self.cp_size > 1 else 1
+        return chunks * (self.tp_size if self.parallel.sequence else 1)
+
+    def describe(self) -> str:
+        """One line for the console."""
+        p = self.parallel
+        sequence = "+sequence" if p.sequence else ""
+        virtual = f"x{p.virtual_pipeline} virtual" if p.virtual_pipeline > 1 else ""
+        return (
+            f"layout: tensor {p.tensor}{sequence}, pipeline {p.pipeline}{virtual}, "
+            f"context {p.context}, data {self.dp_size}"
+        )
+
+    def context_chunks(self, length: int) -> list[tuple[int, int]]:
+        """Global [start, end) ranges of a row that this context rank holds, in local order.
+
+        Rank r of c holds chunks r and 2c-1-r of 2c, so that causal attention costs every rank the
+        same (zig-zag; Llama 3 report, section 3.3.2). One rank holds the whole row.
+        """
+        return context_chunks(length, self.cp_rank, self.cp_size)
+
+    def context_slice(self, x_BS: torch.Tensor) -> torch.Tensor:
+        """The columns of [B, S] that this context rank holds, [B, S / cp]."""
+        if self.cp_size == 1:
+            return x_BS
+        return torch.cat([x_BS[:, a:b] for a, b in self.context_chunks(x_BS.shape[1])], dim=1)
+
+
+def context_chunks(length: int, cp_rank: int, cp_size: int) -> list[tuple[int, int]]:
+    """See `Layout.context_chunks`."""
+    if cp_size == 1:
+        return [(0, length)]
+    size = length // (2 * cp_size)
+    return [(i * size, (i + 1) * size) for i in (cp_rank, 2 * cp_size - 1 - cp_rank)]
+
+
+def create_layout(parallel: ParallelConfig) -> Layout:
+    """Create megatron-core's process groups for these degrees.
+
+    Collectives: creates one group per axis and per pair of axes that megatron-core uses; every
+    rank of the default group calls it.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=parallel.context,
+    )
+    return Layout(
+        parallel=parallel,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def destroy_layout() -> None:
+    """Forget megatron-core's process groups."""
+    parallel_state.destroy_model_parallel()

@@ -1,0 +1,249 @@
+"""Every change we make to megatron-core's behaviour, and nothing else.
+
+megatron-core names CUDA devices literally and falls back to an Adam that cannot resume. The changes
+are a context that engine calls enter (`Patches`), not state of the process: outside of it torch and
+megatron-core are stock. Each change is a row of `PATCHES` with its upstream place and reason;
+`tests/engine/test_patches.py` shows that each row's absence fails. Written against megatron-core
+0.16.1 and refuses any other version.
+"""
+
+import contextlib
+import queue
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode
+
+from phi4.engine.adamw import AdamW
+from phi4.errors import PlatformError
+
+MEGATRON_VERSION = "0.16.1"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change: where upstream, why, on which platforms, and the attributes it replaces."""
+
+    name: str
+    upstream: str
+    """megatron/core/ file:line that needs it."""
+    reason: str
+    kinds: tuple[Literal["cpu", "cuda", "meta"], ...]
+    replacements: Callable[["Patches"], list[tuple[Any, str, Any]]]
+    """(object, attribute, new value) triples."""
+
+
+class CudaMeansHere(TorchFunctionMode):
+    """Rewrites the device argument of torch calls from cuda to another device.
+
+    Replaces no attribute of torch or megatron-core; costs about 1 us per torch call, so the engine
+    leaves it (`without_rewriting`) around the model's own forward pass, which names no device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """See TorchFunctionMode."""
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": self.device}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+without_rewriting = torch._C.DisableTorchFunction
+"""Context in which torch calls skip every TorchFunctionMode."""
+
+
+class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
+    """megatron's tracker of named random states, over the CPU generator."""
+
+    def add(self, name: str, seed: int) -> None:
+        """Register a state under a name."""
+        if name in self.states_ or seed in self.seeds_:
+            raise ValueError(f"random state {name} or seed {seed} is already registered")
+        self._is_initialized = True
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        """Draw from a named state inside the context."""
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+
+def _get_cpu_rng_state(device="cuda", clone=False, graph_safe=False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_cpu_rng_state(new_state, device=-1, graph_safe=False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _write_here(
+    transforms: list, use_msc: bool, rank: int, write_buckets: list, results: queue.SimpleQueue
+) -> None:
+    """Write the buckets of a checkpoint one after the other in this process."""
+    written: dict[int, list] | Exception = {}
+    for index, bucket in enumerate(write_buckets):
+        done, pending = queue.SimpleQueue(), queue.Queue()
+        pending.put(index)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, index, bucket, done, pending, use_fsync=True
+        )
+        _, outcome = done.get()
+        if isinstance(outcome, Exception):
+            written = outcome
+            break
+        written[index] = outcome
+    results.put(written)
+
+
+PATCHES = (
+    Patch(
+        "current_device",
+        "tensor_parallel/layers.py:552, mappings.py:141, distrib_optimizer.py:791 and others",
+        "tensors are placed on torch.cuda.current_device()",
+        ("cpu", "meta"),
+        lambda patches: [(torch.cuda, "current_device", lambda: patches.device)],
+    ),
+    Patch(
+        "synchronize",
+        "pipeline_parallel/p2p_communication.py:398, dist_checkpointing/strategies/*.py",
+        "waits for a CUDA device that is not there",
+        ("cpu",),
+        lambda patches: [(torch.cuda, "synchronize", lambda device=None: None)],
+    ),
+    Patch(
+        "rng_state",
+        "tensor_parallel/random.py:447,457",
+        "activation recompute saves and restores the CUDA generator",
+        ("cpu",),
+        lambda patches: [
+            (megatron_random, "_get_cuda_rng_state", _get_cpu_rng_state),
+            (megatron_random, "_set_cuda_rng_state", _set_cpu_rng_state),
+        ],
+    ),
+    Patch(
+        "rng_tracker",
+        "tensor_parallel/random.py:235",
+        "the tracker of named random states reads CUDA generators",
+        ("cpu", "meta"),
+        lambda patches: [
+            (megatron_random, "_CUDA_RNG_STATE_TRACKER", patches.rng_tracker),
+            (megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True),
+        ],
+    ),
+    Patch(
+        "adam",
+        "optimizer/__init__.py:30, optimizer/distrib_optimizer.py:642,940",
+        "without apex and transformer-engine, torch's AdamW takes the place of FusedAdam; its step "
+        "counts per parameter and cannot resume under the distributed optimizer",
+        ("cpu", "cuda"),
+        lambda patches: [
+            (megatron_optimizer, "Adam", AdamW),
+            (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
+            (distrib_optimizer, "Adam", AdamW),
+            (distrib_optimizer, "HAVE_APEX_OR_TE", True),
+            (distrib_optimizer, "USING_APEX_OPTIMIZER", True),
+        ],
+    ),
+    Patch(
+        "checkpoint_writer",
+        "dist_checkpointing/strategies/filesystem_async.py:49,254",
+        "a synchronous save starts a Manager process per rank, which outlives a killed worker, and "
+        "forks writers out of a process that runs threads; it needs neither",
+        ("cpu", "cuda"),
+        lambda patches: [
+            (filesystem_async, "_get_write_results_queue", queue.SimpleQueue),
+            (
+                filesystem_async.FileSystemWriterAsync,
+                "write_preloaded_data_multiproc",
+                staticmethod(_write_here),
+            ),
+        ],
+    ),
+)
+DEVICE_LITERALS = "device_literals"
+"""Name of the one change that is a TorchFunctionMode: literal device="cuda", .cuda(), pin_memory
+(pipeline_parallel/schedules.py:596,983,2138, optimizer/clip_grads.py:103 and 17 other places)."""
+
+
+class Patches:
+    """A re-entrant context in which megatron-core runs on this kind of platform.
+
+    Args:
+        kind: cpu, cuda, or meta (shapes only, for the planner).
+        without: names of patches to leave out; for the tests that show each is needed.
+
+    Raises:
+        PlatformError: megatron-core is missing or has another version.
+    """
+
+    def __init__(
+        self, kind: Literal["cpu", "cuda", "meta"], without: frozenset[str] = frozenset()
+    ) -> None:
+        check_megatron_version()
+        self.device = torch.device("cuda" if kind == "cuda" else kind)
+        self.rng_tracker = CpuRngTracker()
+        self._active = [p for p in PATCHES if kind in p.kinds and p.name not in without]
+        rewrites = kind != "cuda" and DEVICE_LITERALS not in without
+        self._mode = CudaMeansHere(self.device) if rewrites else contextlib.nullcontext()
+        self._saved: list[tuple[Any, str, Any]] = []
+        self._depth = 0
+
+    def __enter__(self) -> "Patches":
+        self._depth += 1
+        if self._depth == 1:
+            for patch in self._active:
+                for owner, name, value in patch.replacements(self):
+                    self._saved.append((owner, name, getattr(owner, name)))
+                    setattr(owner, name, value)
+            self._mode.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._mode.__exit__(*exception)
+            while self._saved:
+                owner, name, value = self._saved.pop()
+                setattr(owner, name, value)
+
+
+def check_megatron_version() -> None:
+    """Refuse a megatron-core that the patches were not written against.
+
+    Raises:
+        PlatformError: missing, or not MEGATRON_VERSION.
+    """
+    try:
+        found = version("megatron-core")
+    except PackageNotFoundError:
+        found = "none"
+    if found != MEGATRON_VERSION:
+        raise PlatformError(
+            f"megatron-core {found} is installed; the engine's patches are written against "
+            f"{MEGATRON_VERSION}; run: pip install megatron-core=={MEGATRON_VERSION}"
+        )

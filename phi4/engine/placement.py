@@ -1,0 +1,144 @@
+"""A micro-batch on this rank's device: its context slice, and the documents attention may not cross.
+
+Document boundaries travel through megatron-core as `PackedSeqParams(qkv_format="sbhd")` over the
+rows flattened in row order, every row start a boundary. megatron's own `thd` form is never used:
+its RoPE and context split assume that documents divide by the context size.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from phi4.config import ModelConfig
+from phi4.engine.layout import Layout
+
+# Shape legend: B rows, S local columns (a context slice), D head dim.
+
+
+class HostBatch(Protocol):
+    """What the engine needs of a data batch (phi4.data.Batch); numpy arrays."""
+
+    tokens: np.ndarray  # [B, S_row] int64
+    labels: np.ndarray  # [B, S_row] int64
+    loss_mask: np.ndarray  # [B, S_row] float32
+    cu_seqlens: np.ndarray  # [documents + 1] int32, rows flattened
+    positions: np.ndarray  # [B, S_row] int64, restart at each document
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Queries of one document piece on this rank, and the keys they see.
+
+    Rows of q are local to this rank's flattened [B * S]; keys are global in [B * S_row].
+    """
+
+    q_start: int
+    q_end: int
+    k_start: int
+    k_end: int
+
+    @property
+    def is_aligned(self) -> bool:
+        """Queries and keys are the same tokens, so a plain causal mask holds."""
+        return self.q_end - self.q_start == self.k_end - self.k_start
+
+
+@dataclass
+class Documents(PackedSeqParams):
+    """PackedSeqParams with this rank's RoPE tables and attention segments.
+
+    A dataclass of megatron-core's own kind, since it travels through its layers.
+    """
+
+    cos_SBD: torch.Tensor = None
+    sin_SBD: torch.Tensor = None
+    segments: tuple[Segment, ...] = ()
+    one_per_row: bool = False
+    """Every row is one document held whole by this rank."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch on the device; [B, S] are context slices."""
+
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    loss_mask_BS: torch.Tensor
+    documents: Documents
+
+
+def place(
+    batch: HostBatch, layout: Layout, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> MicroBatch:
+    """Move this rank's slice of a host batch to the device.
+
+    Raises:
+        ValueError: the rows do not split over the context ranks, or the labels' shape differs.
+    """
+    num_rows, length = batch.tokens.shape
+    if length % layout.sequence_multiple:
+        raise ValueError(f"rows of {length} tokens; need a multiple of {layout.sequence_multiple}")
+
+    def slice_of(array: np.ndarray, to: torch.dtype) -> torch.Tensor:
+        local = layout.context_slice(torch.from_numpy(np.ascontiguousarray(array)))
+        return local.to(device=device, dtype=to, non_blocking=True)
+
+    cos, sin = rope_tables(slice_of(batch.positions, torch.float32), model, dtype)
+    cu_seqlens = torch.from_numpy(np.asarray(batch.cu_seqlens, dtype=np.int32)).to(device)
+    segments = attention_segments(batch.cu_seqlens, num_rows, length, layout.context_chunks(length))
+    documents = Documents(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=int(np.diff(batch.cu_seqlens).max()),
+        max_seqlen_kv=int(np.diff(batch.cu_seqlens).max()),
+        cos_SBD=cos,
+        sin_SBD=sin,
+        segments=segments,
+        one_per_row=len(batch.cu_seqlens) == num_rows + 1 and layout.cp_size == 1,
+    )
+    return MicroBatch(
+        tokens_BS=slice_of(batch.tokens, torch.int64),
+        labels_BS=slice_of(batch.labels, torch.int64),
+        loss_mask_BS=slice_of(batch.loss_mask, torch.float32),
+        documents=documents,
+    )
+
+
+def rope_tables(
+    positions_BS: torch.Tensor, model: ModelConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotary angles, [S, B, D], both halves equal (NeoX form).
+
+    Angles are computed in fp32 and cast last. Source: RoFormer, section 3.2.2; halves as in GPT-NeoX.
+    """
+    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=positions_BS.device)
+    frequencies_D2 = 1.0 / (model.rope_theta ** (exponents / model.head_dim))
+    angles_SBD2 = positions_BS.t().unsqueeze(-1) * frequencies_D2
+    angles_SBD = torch.cat((angles_SBD2, angles_SBD2), dim=-1)
+    return angles_SBD.cos().to(dtype), angles_SBD.sin().to(dtype)
+
+
+def attention_segments(
+    cu_seqlens: np.ndarray, num_rows: int, length: int, chunks: list[tuple[int, int]]
+) -> tuple[Segment, ...]:
+    """Every (document, local chunk) overlap, in the order of this rank's flattened rows."""
+    segments = []
+    local_length = sum(end - start for start, end in chunks)
+    for row in range(num_rows):
+        base, local = row * length, row * local_length
+        first = int(np.searchsorted(cu_seqlens, base, side="right")) - 1
+        for chunk_start, chunk_end in chunks:
+            start, end = base + chunk_start, base + chunk_end
+            document = first + int(np.searchsorted(cu_seqlens[first:], start, side="right")) - 1
+            while start < end:
+                stop = min(end, int(cu_seqlens[document + 1]))
+                segments.append(
+                    Segment(local, local + stop - start, int(cu_seqlens[document]), stop)
+                )
+                local += stop - start
+                start, document = stop, document + 1
+    return tuple(segments)

@@ -1,0 +1,150 @@
+"""Where the engine runs: CUDA over NCCL or CPU over gloo, chosen once and said aloud.
+
+The processes meet through a torch Store. Workers that `phi4 train` started itself meet in a
+directory: rank 0 opens the store on a free loopback port and writes the port there, so no port can
+clash and no host name is resolved.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from phi4.errors import PlatformError
+
+RENDEZVOUS_SECONDS = 120
+COLLECTIVE_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Platform:
+    """This process's device and its place among the others."""
+
+    kind: Literal["cpu", "cuda"]
+    device: torch.device
+    rank: int
+    world_size: int
+    reason: str
+    """Why this kind was chosen."""
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """One line for the console."""
+        backend = "NCCL" if self.kind == "cuda" else "gloo"
+        return f"platform: {self.kind} over {backend}, {self.world_size} processes ({self.reason})"
+
+
+def choose_kind(asked: Literal["auto", "cpu", "cuda"]) -> tuple[Literal["cpu", "cuda"], str]:
+    """The platform for `run.platform` and the reason.
+
+    Raises:
+        PlatformError: cuda was asked for and torch finds no CUDA device.
+    """
+    if asked == "cpu":
+        return "cpu", "run.platform=cpu"
+    if torch.cuda.is_available():
+        return "cuda", "run.platform=cuda" if asked == "cuda" else "a CUDA device is present"
+    if asked == "cuda":
+        raise PlatformError(
+            "run.platform=cuda, but torch finds no CUDA device; "
+            "install a CUDA build of torch and check nvidia-smi, or use run.platform=cpu"
+        )
+    return "cpu", "torch finds no CUDA device"
+
+
+def connect(
+    asked: Literal["auto", "cpu", "cuda"],
+    *,
+    rank: int = 0,
+    local_rank: int = 0,
+    world_size: int = 1,
+    rendezvous: str = "",
+    threads: int = 1,
+) -> Platform:
+    """Join the other processes.
+
+    Args:
+        asked: `run.platform`.
+        rank: index of this process among world_size.
+        local_rank: index of this process on its machine; its CUDA device.
+        world_size: number of processes.
+        rendezvous: `dir:PATH` (a directory that all processes of this machine see) or
+            `tcp:HOST:PORT` (rank 0 listens there); unused for one process.
+        threads: CPU threads of this process.
+
+    Raises:
+        PlatformError: no such device, or the others did not come within RENDEZVOUS_SECONDS.
+
+    Collectives: creates the default process group over all ranks.
+    """
+    kind, reason = choose_kind(asked)
+    torch.set_num_threads(threads)
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise PlatformError(
+                f"local rank {local_rank} has no CUDA device; this machine shows "
+                f"{torch.cuda.device_count()}; start at most that many processes on it"
+            )
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        if not rendezvous.startswith("tcp:"):
+            # All processes are on this machine; gloo would otherwise resolve the host name.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        store=_store(rendezvous, rank, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+        device_id=device if kind == "cuda" else None,
+    )
+    return Platform(kind, device, rank, world_size, reason)
+
+
+def disconnect() -> None:
+    """Leave the process groups. Collectives: none that wait for a broken rank."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _store(rendezvous: str, rank: int, world_size: int) -> dist.Store:
+    if world_size == 1:
+        return dist.HashStore()
+    form, _, place = rendezvous.partition(":")
+    timeout = timedelta(seconds=RENDEZVOUS_SECONDS)
+    if form == "tcp":
+        host, _, port = place.rpartition(":")
+        return dist.TCPStore(host, int(port), world_size, rank == 0, timeout)
+    if form != "dir":
+        raise PlatformError(
+            f"rendezvous {rendezvous!r} is neither dir:PATH nor tcp:HOST:PORT; "
+            "start the processes with `phi4 train`, torchrun or srun"
+        )
+    port_file = Path(place) / "port"
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, world_size, True, timeout, wait_for_workers=False)
+        partial = port_file.with_suffix(".partial")
+        partial.write_text(str(store.port))
+        partial.rename(port_file)
+        return store
+    return dist.TCPStore("127.0.0.1", _read_port(port_file), world_size, False, timeout)
+
+
+def _read_port(port_file: Path) -> int:
+    deadline = time.monotonic() + RENDEZVOUS_SECONDS
+    while not port_file.exists():
+        if time.monotonic() > deadline:
+            raise PlatformError(f"rank 0 wrote no port to {port_file} in {RENDEZVOUS_SECONDS} s")
+        time.sleep(0.02)
+    return int(port_file.read_text())

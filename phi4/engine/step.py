@@ -1,0 +1,201 @@
+"""One optimizer step and one forward pass over a global batch, in any layout.
+
+The loss is a sum over a global weight sum, never a mean of means: megatron-core scales gradients by
+the token count it reduces over pipeline, data and context ranks (`calculate_per_token_loss`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+
+from phi4.engine.layout import Layout
+from phi4.engine.objective import Loss, Objective, make_segment_sum
+from phi4.engine.optimizer import set_learning_rate
+from phi4.engine.patches import without_rewriting
+from phi4.engine.placement import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Host values of one step, the same on every rank."""
+
+    loss: float
+    """Loss sum over weight sum."""
+    weight: float
+    """Weight sum: for pretraining the number of tokens that counted."""
+    grad_norm: float
+    """Global L2 norm before clipping; 0 for a pass without gradients."""
+    updated: bool
+    """Whether the optimizer changed the parameters."""
+    metrics: dict[str, float]
+
+
+class Totals:
+    """Running (sum, count) pairs of a step on the ranks that compute the loss."""
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = ("loss", *names)
+        self.sums = torch.zeros(2 * len(self.names), dtype=torch.float64, device=device)
+
+    def add(self, loss: Loss) -> None:
+        """Add one micro-batch."""
+        pairs = [(loss.loss_sum, loss.weight_sum)]
+        pairs += [loss.metrics[name] for name in self.names[1:]]
+        values = [value.detach().double() for pair in pairs for value in pair]
+        self.sums += torch.stack(values)
+
+    def reduce(self, layout: Layout) -> dict[str, tuple[float, float]]:
+        """(sum, count) of every name over the whole step, on every rank.
+
+        Collectives: one all-reduce over all ranks of two fp64 numbers per name.
+        """
+        # Tensor ranks hold copies; only the last stage's first tensor rank has what counts.
+        if not (layout.is_last_stage and layout.tp_rank == 0):
+            self.sums.zero_()
+        dist.all_reduce(self.sums)
+        values = self.sums.tolist()
+        return {n: (values[2 * i], values[2 * i + 1]) for i, n in enumerate(self.names)}
+
+
+def train_step(
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    batches: Sequence[MicroBatch],
+    objective: Objective,
+    layout: Layout,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+) -> StepResult:
+    """Gradients of the whole global batch, clipping, one AdamW update.
+
+    Args:
+        chunks: this rank's model chunks with their gradient buffers.
+        optimizer: over the same parameters.
+        batches: this data rank's micro-batches.
+        objective: the stage's loss.
+        layout: the rank grid.
+        learning_rate: of this step.
+        weight_decay: of this step.
+
+    Collectives: those of the schedule, the gradient reduction over data and context ranks, the norm
+    over model ranks, one all-reduce of the totals over all ranks.
+    """
+    totals = Totals(objective.metric_names, batches[0].tokens_BS.device)
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    set_learning_rate(optimizer, learning_rate, weight_decay)
+    run_schedule(chunks, batches, layout, _loss_function(objective, totals, layout), totals)
+    updated, grad_norm, _ = optimizer.step()
+    return _result(totals.reduce(layout), float(grad_norm or 0.0), bool(updated))
+
+
+@torch.no_grad()
+def evaluate(
+    chunks: list[torch.nn.Module],
+    batches: Sequence[MicroBatch],
+    objective: Objective,
+    layout: Layout,
+) -> StepResult:
+    """The objective over a global batch without gradients.
+
+    Collectives: those of the forward schedule, one all-reduce of the totals over all ranks.
+    """
+    totals = Totals(objective.metric_names, batches[0].tokens_BS.device)
+    run_schedule(chunks, batches, layout, _loss_function(objective, totals, layout), None)
+    return _result(totals.reduce(layout), 0.0, False)
+
+
+@torch.no_grad()
+def logits(
+    chunks: list[torch.nn.Module], batches: Sequence[MicroBatch], layout: Layout
+) -> list[torch.Tensor]:
+    """Logits [B, S, V / tp] of each micro-batch on the last stage; elsewhere an empty list.
+
+    Collectives: those of the forward schedule.
+    """
+    outputs = run_schedule(chunks, batches, layout, None, None)
+    return outputs if layout.is_last_stage else []
+
+
+def run_schedule(
+    chunks: list[torch.nn.Module],
+    batches: Sequence[MicroBatch],
+    layout: Layout,
+    loss_of: Callable[[torch.Tensor, MicroBatch], Loss] | None,
+    totals: Totals | None,
+) -> list[torch.Tensor]:
+    """megatron-core's pipeline schedule over the micro-batches.
+
+    Args:
+        chunks: this rank's model chunks.
+        batches: micro-batches in order.
+        layout: the rank grid.
+        loss_of: loss from the last chunk's log-probabilities; None collects its logits instead.
+        totals: with gradients: supplies the weight sum they are divided by. None: forward only.
+
+    Collectives: point-to-point over pp; those of the layers over tp and cp; with totals those of
+    megatron-core's finalize_model_grads.
+    """
+
+    def forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
+        batch = next(iterator)
+        labels = batch.labels_BS if loss_of is not None else None
+        with without_rewriting():
+            output = getattr(chunk, "module", chunk).run(batch, labels)
+        return output, partial(finish, batch)
+
+    def finish(batch: MicroBatch, output: torch.Tensor, non_loss_data: bool = False):
+        if loss_of is None:
+            return output
+        # The count that megatron-core adds up is an integer; ours may not be, see finalize.
+        return loss_of(output, batch).loss_sum, torch.ones((), dtype=torch.int), {}
+
+    def finalize(model, num_tokens, **options) -> None:
+        finalize_model_grads(model, totals.sums[1].clone(), **options)
+
+    rows, length = batches[0].tokens_BS.shape
+    get_model_config(chunks[0]).finalize_model_grads_func = finalize if totals else None
+    iterators = [iter(batches) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=length * layout.cp_size,
+        micro_batch_size=rows,
+        forward_only=totals is None,
+        collect_non_loss_data=loss_of is None,
+    )
+
+
+def _loss_function(
+    objective: Objective, totals: Totals, layout: Layout
+) -> Callable[[torch.Tensor, MicroBatch], Loss]:
+    segment_sum = make_segment_sum(layout.groups.cp)
+
+    def loss_of(log_probs_BS: torch.Tensor, batch: MicroBatch) -> Loss:
+        loss = objective(log_probs_BS, batch.loss_mask_BS, segment_sum)
+        totals.add(loss)
+        return loss
+
+    return loss_of
+
+
+def _result(sums: dict[str, tuple[float, float]], grad_norm: float, updated: bool) -> StepResult:
+    means = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
+    return StepResult(
+        loss=means.pop("loss"),
+        weight=sums["loss"][1],
+        grad_norm=grad_norm,
+        updated=updated,
+        metrics=means,
+    )
