@@ -16,6 +16,9 @@ from phi4.errors import ConfigError
 from phi4.model.shape import Dtype
 
 _HF_DTYPE: dict[Dtype, str] = {"fp32": "float32", "bf16": "bfloat16"}
+# The released file's, whose keys these are. Without one, 4.57.6 takes the tokenizer for Mistral's
+# and warns that its split is wrong.
+_FORMAT_VERSION = "4.47.0"
 # Hugging Face's key: ours. The first group has no default that could be meant.
 _REQUIRED = {
     "vocab_size": "vocab_size",
@@ -68,6 +71,7 @@ def hf_config(
         "sliding_window": None,
         "tie_word_embeddings": False,
         "torch_dtype": _HF_DTYPE[dtype],
+        "transformers_version": _FORMAT_VERSION,
         "use_cache": True,
         "vocab_size": model.vocab_size,
     }

@@ -17,11 +17,12 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
 )
+from transformers.utils import logging
 
 from phi4.convert import read_hf, write_hf
 from phi4.convert.hf_tokenizer import PROBE
 from phi4.errors import CheckpointError, ConfigError
-from phi4.model.names import to_hf
+from phi4.model.names import megatron_shapes, to_hf
 
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 
@@ -79,6 +80,23 @@ def test_transformers_tokenizer_gives_the_same_ids(written, tokenizer):
     assert len(opened) == tokenizer.vocab_size
     assert opened.eos_token_id == tokenizer.im_end_id
     assert opened.pad_token_id == tokenizer.pad_id
+
+
+def test_transformers_opens_phi4s_tokenizer_without_a_warning(
+    tmp_path, model, phi4_tokenizer, caplog
+):
+    """4.57.6 takes a large vocabulary beside an undated config for Mistral's and warns."""
+    large = model.model_copy(update={"vocab_size": phi4_tokenizer.vocab_size})
+    zeros = ((name, torch.zeros(shape)) for name, shape in megatron_shapes(large).items())
+    write_hf(tmp_path / "out", zeros, large, phi4_tokenizer)
+    logging.enable_propagation()
+    try:
+        opened = AutoTokenizer.from_pretrained(tmp_path / "out")
+    finally:
+        logging.disable_propagation()
+
+    assert caplog.messages == []
+    assert opened(PROBE)["input_ids"] == phi4_tokenizer.encode(PROBE)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_config_equals_the_released_one_after_the_eos_fix():
         "sliding_window": None,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
+        "transformers_version": "4.47.0",
         "use_cache": True,
         "vocab_size": 100_352,
     }

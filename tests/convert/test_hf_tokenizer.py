@@ -23,8 +23,9 @@ from phi4.errors import TokenizerError
 RELEASED_CONFIG_SHA256 = "2b707658c7c2b41580155a45503d7d3b42dc2f530bef678f67a39bf5d10b0510"
 
 SINGLES = " \n\t\0\u00a0\u3000\u0085\u0301٣½ß🙂ﬁſ"
-STRINGS = "\r\n|  |'s|'LL|'ſ|123| def|return|été|你好|👩\u200d👧|_x_|();|//".split("|")
-PIECES = st.sampled_from([*SINGLES, *STRINGS])
+CODE = ["\r\n", "  ", " def", "return", "_x_", "();", "//", "123"]
+WORDS = ["'s", "'LL", "'ſ", "été", "你好", "👩\u200d👧"]
+PIECES = st.sampled_from([*SINGLES, *CODE, *WORDS])
 TEXTS = st.lists(PIECES | st.text(st.characters(max_codepoint=0x7F), max_size=6), max_size=25).map(
     "".join
 )
