@@ -22,7 +22,7 @@ demo: setup  ## train a small Phi-4 on four CPU processes, resume, generate, che
 	@.venv/bin/phi4 demo
 
 test: setup  ## CPU tests, at most 10 minutes on 2 cores
-	@$(PYTEST) -m "not slow and not slurm and not gpu" -n $(WORKERS) --dist loadfile --durations=10
+	@$(PYTEST) -m "not slow and not slurm and not gpu" -n $(WORKERS) --dist loadfile --durations=10 --room-budgets
 
 test-all: test  ## test, then the slow and Slurm tests and conversion against transformers 4.57
 	@$(PYTEST) -m "(slow or slurm) and not gpu" --durations=10

@@ -1,0 +1,44 @@
+"""Every recipe that comes with phi4 loads, keeps the cross-rules and says what it needs."""
+
+from pathlib import Path
+
+import pytest
+
+from phi4.config import check, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("**/*.toml"))
+
+
+def test_there_are_recipes() -> None:
+    assert {"tiny_pretrain", "phi4_14b_pretrain", "phi4_14b_midtrain_16k"} <= {
+        path.stem for path in RECIPES
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads_and_keeps_the_rules(path: Path) -> None:
+    check(load_recipe(path))
+
+
+@pytest.mark.parametrize("world_size", [16, 64, 1920])
+@pytest.mark.parametrize("name", ["phi4_14b_pretrain", "phi4_14b_midtrain_16k"])
+def test_14b_recipe_fits_the_clusters(name: str, world_size: int) -> None:
+    path = next(path for path in RECIPES if path.stem == name)
+    check(load_recipe(path), world_size)
+
+
+def test_14b_recipes_are_the_reports() -> None:
+    pretrain, midtrain = (
+        load_recipe(next(path for path in RECIPES if path.stem == name))
+        for name in ("phi4_14b_pretrain", "phi4_14b_midtrain_16k")
+    )
+    weights = {source.name: source.weight for source in pretrain.data.sources}
+    assert list(weights.values()) == [0.15, 0.15, 0.40, 0.20, 0.10]
+    assert pretrain.optim.learning_rate == pytest.approx(10 * midtrain.optim.learning_rate)
+    long = sum(s.weight for s in midtrain.data.sources if s.name not in weights)
+    assert long == pytest.approx(0.3)
+    assert sum(s.weight for s in midtrain.data.sources) == pytest.approx(1.0)
+    for recipe, tokens in ((pretrain, 10e12), (midtrain, 250e9)):
+        step_tokens = recipe.batch.global_batch_size * recipe.data.sequence_length
+        assert step_tokens == 23_592_960
+        assert recipe.run.steps == round(tokens / step_tokens)

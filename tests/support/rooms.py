@@ -1,0 +1,57 @@
+"""Where the test time goes, by room (`tests/<room>/`), and how much each room may take.
+
+The budgets add up to what two test processes have in the ten minutes of `make test`.
+"""
+
+from collections import Counter
+
+import pytest
+
+BUDGET_SECONDS = {
+    "architecture": 40,
+    "config": 20,
+    "convert": 120,
+    "data": 120,
+    "engine": 300,
+    "golden": 40,
+    "kernels": 180,
+    "launch": 60,
+    "model": 20,
+    "stages": 40,
+    "support": 50,
+    "track": 40,
+    "train": 60,
+    "verify": 110,
+}
+
+
+class RoomSeconds:
+    """Pytest plugin that prints the seconds per room.
+
+    Args:
+        strict: whether a room over its budget fails the run.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+        self._seconds: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add up set-up, call and tear-down."""
+        self._seconds[report.nodeid.split("/")[1]] += report.duration
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Fail a strict run whose rooms took too long."""
+        if self._strict and self._over() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """The table."""
+        terminalreporter.section("seconds per room")
+        for room, seconds in self._seconds.most_common():
+            mark = "  OVER BUDGET" if room in self._over() else ""
+            budget = BUDGET_SECONDS.get(room, 0)
+            terminalreporter.write_line(f"{room:<14} {seconds:6.1f} of {budget:4d} s{mark}")
+
+    def _over(self) -> list[str]:
+        return [r for r, seconds in self._seconds.items() if seconds > BUDGET_SECONDS.get(r, 0)]
