@@ -56,6 +56,7 @@ def write_hf(
             f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size={model.vocab_size}; "
             f"export with the tokenizer of the training"
         )
+    out = out.resolve()
     _refuse_occupied(out, weight_bytes(model, dtype))
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.mkdir()
