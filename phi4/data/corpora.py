@@ -8,7 +8,6 @@ other form.
 
 import ast
 import hashlib
-import importlib
 import importlib.util
 import sysconfig
 import warnings
@@ -47,7 +46,7 @@ def standard_library_corpus(max_code_bytes: int = 5_000_000) -> dict[str, list[s
             corpus[kind + side].append(text)
 
     for digest, text in sorted((_digest(text), text) for text in _sources()):
-        prose = _docstrings(text)
+        prose = docstrings(text)
         if prose is None:
             continue
         code_bytes += len(text)
@@ -60,6 +59,17 @@ def standard_library_corpus(max_code_bytes: int = 5_000_000) -> dict[str, list[s
     for name in ("prose", "prose_held_out"):
         corpus[name].sort(key=_digest)
     return corpus
+
+
+def docstrings(source: str) -> str | None:
+    """A module's docstrings under the names they describe; None when it is not Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module = ast.parse(source)
+        except (SyntaxError, ValueError):
+            return None
+    return "\n\n".join(_described(module, ""))
 
 
 def _digest(text: str) -> str:
@@ -90,24 +100,13 @@ def _sources() -> Iterator[str]:
 
 def _topics() -> list[str]:
     try:
-        topics = importlib.import_module("pydoc_data.topics").topics
+        from pydoc_data.topics import topics
     except ImportError:
         raise DataError(
             "this Python has no pydoc_data.topics, the language reference of help(); use a "
             "complete CPython 3.11 to 3.13"
         ) from None
     return list(topics.values())
-
-
-def _docstrings(source: str) -> str | None:
-    """A module's docstrings under the names they describe; None when it is not Python."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            module = ast.parse(source)
-        except (SyntaxError, ValueError):
-            return None
-    return "\n\n".join(_described(module, ""))
 
 
 def _described(node: ast.AST, name: str) -> Iterator[str]:

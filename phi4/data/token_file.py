@@ -7,6 +7,7 @@ memory for any number of documents.
 
 import struct
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,9 @@ class TokenFile:
         self.prefix = str(prefix)
         index = _map_bytes(Path(f"{prefix}.idx"))
         dtype, num_sequences, num_bounds = _read_header(index, f"{prefix}.idx")
-        split = np.cumsum([_HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_bounds])
-        _check_index_size(index.size, int(split[-1]), num_sequences, f"{prefix}.idx")
+        sizes = (_HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_bounds)
+        split = list(accumulate(sizes))
+        _check_index_size(index.size, split[-1], num_sequences, f"{prefix}.idx")
         self.lengths = index[split[0] : split[1]].view("<i4")
         self.pointers = index[split[1] : split[2]].view("<i8")
         self.document_bounds = index[split[2] : split[3]].view("<i8")

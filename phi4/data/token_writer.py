@@ -61,7 +61,7 @@ class TokenFileWriter:
         os.unlink(self._content.name)
 
     def _finish(self) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        lengths = np.array(self._lengths, dtype=np.int32)
         index = index_bytes(lengths)
         self.manifest = Manifest(
             tokenizer_fingerprint=self._tokenizer.fingerprint,

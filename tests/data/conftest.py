@@ -1,0 +1,54 @@
+"""Token files whose ids say where they came from."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phi4.data import TokenizerFacts
+from phi4.data.token_writer import TokenFileWriter
+
+EOD, PAD, FIRST_ID = 0, 1, 2
+FACTS = TokenizerFacts(vocab_size=1 << 30, eod_id=EOD, pad_id=PAD, fingerprint="f" * 64)
+
+WriteSource = Callable[[str, Sequence[int], int], str]
+
+
+def write_numbered(prefix: Path, document_lengths: Sequence[int], first_id: int) -> str:
+    """Documents of ids that count up from first_id, each closed by EOD (included in its length)."""
+    next_id = first_id
+    with TokenFileWriter(prefix, FACTS) as writer:
+        for length in document_lengths:
+            document = np.arange(next_id, next_id + length)
+            document[-1] = EOD
+            next_id += length
+            writer.add(document)
+    return str(prefix)
+
+
+@pytest.fixture
+def facts() -> TokenizerFacts:
+    return FACTS
+
+
+@pytest.fixture
+def write_source(tmp_path: Path) -> WriteSource:
+    def write(name: str, document_lengths: Sequence[int], first_id: int = FIRST_ID) -> str:
+        return write_numbered(tmp_path / name, document_lengths, first_id)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def cl100k_file() -> Path:
+    """cl100k_base.tiktoken from TIKTOKEN_CACHE_DIR or beside the repository."""
+    names = ("cl100k_base.tiktoken", "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")
+    root = Path(__file__).parents[2]
+    directories = [os.environ.get("TIKTOKEN_CACHE_DIR"), root.parent / "shared" / "data"]
+    for directory in filter(None, directories):
+        for name in names:
+            if (Path(directory) / name).is_file():
+                return Path(directory) / name
+    pytest.skip("cl100k_base.tiktoken is neither in TIKTOKEN_CACHE_DIR nor in ../shared/data")

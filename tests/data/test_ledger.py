@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phi4.data.ledger import Ledger
+from phi4.errors import DataError
+
+SIZES = {"code": 7, "prose": 5, "web": 11}
+
+
+def ledger(weights: dict[str, float], state: dict | None = None, **changes) -> Ledger:
+    sizes = {name: SIZES[name] for name in weights}
+    run = {"seed": 1, "unit_tokens": 4, **changes}
+    return Ledger(sizes, weights, state=state, **run)
+
+
+def drawn(book: Ledger, num_units: int) -> list[tuple[str, int]]:
+    source, ordinal = book.draw(num_units)
+    book.count(source)
+    return [(book.names[s], o) for s, o in zip(source.tolist(), ordinal.tolist(), strict=True)]
+
+
+@given(
+    blends=st.lists(
+        st.dictionaries(
+            st.sampled_from(sorted(SIZES)), st.sampled_from([0.1, 0.3, 1.0]), min_size=1
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    lengths=st.lists(st.integers(0, 40), min_size=5, max_size=5),
+)
+def test_sources_count_on_through_every_change_of_the_blend(
+    blends: list[dict[str, float]], lengths: list[int]
+) -> None:
+    state, draws = None, []
+    for weights, length in zip(blends, lengths, strict=False):
+        book = ledger(weights, state)
+        since = drawn(book, length)
+        asked = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        last = state is not None and state["blends"][-1]["weights"]
+        if last != weights:
+            for prefix in range(1, length + 1):
+                for name, fraction in asked.items():
+                    count = sum(source == name for source, _ in since[:prefix])
+                    assert abs(count - fraction * prefix) < 1
+        draws += since
+        state = json.loads(json.dumps(book.state()))
+    for name in SIZES:
+        ordinals = [ordinal for source, ordinal in draws if source == name]
+        assert ordinals == list(range(len(ordinals)))
+
+
+def test_resumed_ledger_goes_on_and_records_no_change() -> None:
+    weights = {"code": 0.4, "prose": 0.6}
+    straight = drawn(ledger(weights), 50)
+    first = ledger(weights)
+    resumed = drawn(first, 23)
+    second = ledger({"prose": 6.0, "code": 4.0}, first.state())
+    assert resumed + drawn(second, 27) == straight
+    assert len(second.state()["blends"]) == 1
+
+
+def test_drawing_twice_without_counting_gives_the_same() -> None:
+    book = ledger({"code": 1.0, "web": 2.0})
+    assert np.array_equal(book.draw(9), book.draw(9))
+
+
+def test_state_is_not_shared_with_the_ledger_that_gave_it() -> None:
+    book = ledger({"code": 1.0})
+    state = book.state()
+    before = json.dumps(state)
+    drawn(ledger({"code": 1.0}, state), 3)
+    drawn(book, 3)
+    assert json.dumps(state) == before
+
+
+def test_history_keeps_each_blend_that_was_drawn_from() -> None:
+    book = ledger({"code": 1.0})
+    drawn(book, 4)
+    book = ledger({"code": 1.0, "web": 3.0}, book.state())
+    book = ledger({"code": 1.0, "web": 1.0}, book.state())
+    drawn(book, 2)
+    book = ledger({"web": 1.0}, book.state())
+    state = book.state()
+    assert [entry["weights"] for entry in state["blends"]] == [
+        {"code": 1.0},
+        {"code": 1.0, "web": 1.0},
+        {"web": 1.0},
+    ]
+    assert [entry["drawn"] for entry in state["blends"]] == [
+        {"code": 0},
+        {"code": 4, "web": 0},
+        {"code": 5, "web": 1},
+    ]
+
+
+def test_blend_that_is_taken_back_before_a_draw_leaves_no_trace() -> None:
+    book = ledger({"code": 1.0, "web": 2.0})
+    drawn(book, 4)
+    before = book.state()
+    changed = ledger({"code": 1.0, "web": 1.0}, before)
+    assert ledger({"code": 1.0, "web": 2.0}, changed.state()).state() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 2}, "run.seed=2, the checkpoint's stream was drawn with 1"),
+        ({"unit_tokens": 8}, "data.unit_tokens=8, .* with 4"),
+    ],
+)
+def test_another_stream_is_refused(changes: dict[str, int], message: str) -> None:
+    state = ledger({"code": 1.0}).state()
+    with pytest.raises(DataError, match=message):
+        ledger({"code": 1.0}, state, **changes)
+
+
+def test_source_of_another_size_is_refused() -> None:
+    state = ledger({"code": 1.0}).state()
+    with pytest.raises(DataError, match="'code' has 8 units, the checkpoint counted 7"):
+        Ledger({"code": 8}, {"code": 1.0}, seed=1, unit_tokens=4, state=state)
+
+
+@pytest.mark.parametrize("state", [{}, {"seed": "x"}, {"sources": object()}])
+def test_damaged_state_is_one_clear_line(state: dict) -> None:
+    with pytest.raises(DataError, match="data position is not one of phi4") as caught:
+        ledger({"code": 1.0}, state)
+    assert "\n" not in str(caught.value)
