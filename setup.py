@@ -1,4 +1,4 @@
-"""Packages of phi4: `phi4` at the root, `phi4_kernels` under kernels/ (see pyproject.toml for the rest)."""
+"""The packages: `phi4` at the root, `phi4_kernels` under kernels/. The rest: pyproject.toml."""
 
 from setuptools import find_packages, setup
 

@@ -6,6 +6,7 @@ from phi4.config.load import (
     identity_hash,
     load_recipe,
     parse_recipe,
+    recipe_from_toml,
     with_overrides,
 )
 from phi4.config.rules import check, violations
@@ -51,6 +52,7 @@ __all__ = [
     "key_kinds",
     "load_recipe",
     "parse_recipe",
+    "recipe_from_toml",
     "violations",
     "with_overrides",
 ]

@@ -41,6 +41,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(_overridden(tree, overrides), where=str(path))
 
 
+def recipe_from_toml(text: str, where: str) -> Recipe:
+    """Parse the text of a recipe, for example one kept in a checkpoint.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
+    try:
+        return parse_recipe(tomllib.loads(text), where=where)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {where} is not valid TOML: {error}") from None
+
+
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with `section.key=value` overrides applied."""
     return parse_recipe(_overridden(_plain(recipe), overrides), where="overrides")
@@ -82,6 +94,7 @@ def changed_keys(old: Recipe, new: Recipe) -> dict[Kind, dict[str, tuple[Any, An
 
 _KINDS = key_kinds()
 _SOURCE_KEYS = tuple(SourceConfig.model_fields)
+_SHAPES = {"model_type": "a table", "tuple_type": "an array"}
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
@@ -121,11 +134,14 @@ def _value(text: str) -> Any:
 
 def nearest(key: str, known: Sequence[str] | dict[str, Any]) -> str:
     """`; did you mean X?` for the closest known key, or an empty string."""
+    name = key.rpartition(".")[2]
+    names = {full.rpartition(".")[2]: full for full in known}
+    if name in names:
+        return f"; did you mean {names[name]}?"
     match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    if not match and "." in key:
-        tails = {full.rpartition(".")[2]: full for full in known}
-        tail = difflib.get_close_matches(key.rpartition(".")[2], list(tails), n=1, cutoff=0.6)
-        match = [tails[tail[0]]] if tail else []
+    if not match:
+        close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+        match = [names[found] for found in close]
     return f"; did you mean {match[0]}?" if match else ""
 
 
@@ -140,6 +156,8 @@ def _explain(item: dict[str, Any]) -> str:
         return f"unknown key {key}{nearest(key, known)}"
     if item["type"] == "missing":
         return f"{key} is required"
+    if item["type"] in _SHAPES:
+        return f"{key} must be {_SHAPES[item['type']]}, got {item['input']!r}"
     got = item.get("input")
     shown = "" if isinstance(got, dict) else f", got {got!r}"
     return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}{shown}"

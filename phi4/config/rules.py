@@ -1,9 +1,10 @@
-"""Cross-checks of a recipe: named rules, all violations reported at once, before any process starts.
+"""Cross-checks of a recipe: named rules, all violations reported before any process starts.
 
 A rule takes the recipe and yields one line per violation in the form: what was asked, what is true,
 what to change.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 from phi4.config.schema import Recipe
@@ -57,26 +58,22 @@ def _heads(recipe: Recipe) -> Iterator[str]:
     if m.num_attention_heads % m.num_key_value_heads:
         yield (
             f"model.num_key_value_heads={m.num_key_value_heads} does not divide "
-            f"model.num_attention_heads={m.num_attention_heads}; every KV head serves as many queries"
+            f"model.num_attention_heads={m.num_attention_heads}; use a divisor"
         )
 
 
 def _tensor(recipe: Recipe) -> Iterator[str]:
     m, tensor = recipe.model, recipe.parallel.tensor
-    if m.num_key_value_heads % tensor:
-        fitting = [d for d in range(1, m.num_key_value_heads + 1) if m.num_key_value_heads % d == 0]
+    split = ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size")
+    sizes = {key: getattr(m, key) for key in split}
+    wrong = [f"{key}={size}" for key, size in sizes.items() if size % tensor]
+    if wrong:
+        common = math.gcd(*sizes.values())
+        fitting = [degree for degree in range(1, common + 1) if common % degree == 0]
         yield (
-            f"parallel.tensor={tensor} does not divide num_key_value_heads="
-            f"{m.num_key_value_heads}; use {_listed(fitting)} (a KV head is not replicated)"
+            f"parallel.tensor={tensor} does not divide {' nor '.join(wrong)}; "
+            f"use {_listed(fitting)} (a KV head is not replicated, the vocabulary is not padded)"
         )
-    elif m.num_attention_heads % tensor:
-        yield (
-            f"parallel.tensor={tensor} does not divide num_attention_heads="
-            f"{m.num_attention_heads}; use a divisor"
-        )
-    for key in ("intermediate_size", "vocab_size"):
-        if getattr(m, key) % tensor:
-            yield f"parallel.tensor={tensor} does not divide model.{key}={getattr(m, key)}"
 
 
 def _sequence(recipe: Recipe) -> Iterator[str]:
@@ -137,25 +134,24 @@ def _pipeline(recipe: Recipe) -> Iterator[str]:
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:
+    # A batch that one replica cannot run, no number of replicas can.
+    yield from _microbatches(recipe, recipe.parallel.data or 1)
+
+
+def _microbatches(recipe: Recipe, data: int) -> Iterator[str]:
     b, p = recipe.batch, recipe.parallel
-    yield from _batch_divides(recipe, p.data or 1)
-    rows = b.micro_batch_size * (p.data or 1)
-    num_microbatches = b.global_batch_size // rows
+    num_microbatches, rest = divmod(b.global_batch_size, b.micro_batch_size * data)
+    if rest:
+        yield (
+            f"batch.global_batch_size={b.global_batch_size} is not a multiple of micro_batch_size="
+            f"{b.micro_batch_size} x data={data}; every rank runs whole micro-batches"
+        )
     # Interleaved 1F1B runs micro-batches in groups as large as the pipeline.
-    if p.virtual_pipeline > 1 and (num_microbatches == 0 or num_microbatches % p.pipeline):
+    elif p.virtual_pipeline > 1 and num_microbatches % p.pipeline:
         yield (
             f"interleaved pipeline needs the {num_microbatches} micro-batches per rank to be a "
             f"multiple of parallel.pipeline={p.pipeline}; change batch.global_batch_size or "
             "batch.micro_batch_size"
-        )
-
-
-def _batch_divides(recipe: Recipe, data: int) -> Iterator[str]:
-    b = recipe.batch
-    if b.global_batch_size % (b.micro_batch_size * data):
-        yield (
-            f"batch.global_batch_size={b.global_batch_size} is not a multiple of micro_batch_size="
-            f"{b.micro_batch_size} x data={data}; every rank runs whole micro-batches"
         )
 
 
@@ -199,7 +195,7 @@ def _world(recipe: Recipe, world_size: int) -> Iterator[str]:
                 f"pipeline={p.pipeline} x context={p.context} = {p.model_parallel_size}"
             )
         else:
-            yield from _batch_divides(recipe, world_size // p.model_parallel_size)
+            yield from _microbatches(recipe, world_size // p.model_parallel_size)
 
 
 def _listed(values: list[int]) -> str:

@@ -7,7 +7,7 @@ Each key is declared `identity` (a change refuses to resume: it would be another
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict
 from pydantic.fields import FieldInfo
 
 Kind = Literal["identity", "schedule", "free"]
@@ -15,6 +15,8 @@ Implementation = Literal["auto", "torch", "triton", "cuda", "te"]
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+# Strict alone would refuse the lists that TOML arrays become.
+LayerCounts = Annotated[tuple[NonNegative, ...], Strict(False)]
 
 
 def _key(kind: Kind, default: Any = ..., **constraints: Any) -> Any:
@@ -22,9 +24,15 @@ def _key(kind: Kind, default: Any = ..., **constraints: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A frozen table of the recipe that refuses unknown keys."""
+    """A frozen table of the recipe that refuses unknown keys and values of another type."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class ModelConfig(Section):
@@ -55,7 +63,8 @@ class TokenizerConfig(Section):
     """Which ids the tokens of the data mean."""
 
     kind: Literal["phi4", "bpe"] = _key("identity", "phi4")
-    """phi4: cl100k_base plus 96 added tokens. bpe: a small vocabulary trained on the demo corpus."""
+    """phi4: cl100k_base plus 96 added tokens. bpe: a small vocabulary trained on the demo
+    corpus."""
     path: str | None = _key("free", None)
     """Rank file. None lets phi4 use TIKTOKEN_CACHE_DIR or tiktoken's own download."""
     sha256: str | None = _key("identity", None, pattern=r"^[0-9a-f]{64}$")
@@ -72,17 +81,20 @@ class SourceConfig(Section):
     """Fraction of the training units drawn from this source; normalised over the blend."""
 
 
+Sources = Annotated[tuple[SourceConfig, ...], Strict(False)]
+
+
 class DataConfig(Section):
     """What is read, and how documents share a row."""
 
     sequence_length: Positive = _key("schedule", 4096)
     """Tokens in a row."""
     unit_tokens: Positive = _key("identity", 4096)
-    """Labels in a unit, the smallest thing the blend counts; sequence_length is a multiple of it."""
+    """Labels in a unit, the smallest thing the blend counts; sequence_length is a multiple."""
     document_mask: bool = _key("schedule", True)
     """Attention and positions restart at each document."""
-    sources: tuple[SourceConfig, ...] = _key("schedule", ())
-    held_out: tuple[SourceConfig, ...] = _key("free", ())
+    sources: Sources = _key("schedule", ())
+    held_out: Sources = _key("free", ())
     """Never trained on; the evaluation hook measures their loss."""
     max_open_shards: Positive = _key("free", 64)
 
@@ -107,7 +119,7 @@ class OptimConfig(Section):
     warmup: NonNegative = _key("schedule", 0)
     """Length of the warm-up in schedule_unit."""
     decay: NonNegative = _key("schedule", 0)
-    """Where the decay ends, counted from the start, in schedule_unit; 0 means the end of the run."""
+    """Where the decay ends, from the start, in schedule_unit; 0 means the end of the run."""
     weight_decay: float = _key("schedule", 0.1, ge=0)
     """Decoupled; not applied to norm weights."""
     beta1: float = _key("identity", 0.9, ge=0, lt=1)
@@ -129,7 +141,7 @@ class ParallelConfig(Section):
     """Data-parallel replicas; 0 means whatever the started processes leave."""
     sequence: bool = _key("free", False)
     """Sequence parallelism: norms and residuals are split over the tensor ranks."""
-    layers_per_stage: tuple[NonNegative, ...] | None = _key("free", None)
+    layers_per_stage: LayerCounts | None = _key("free", None)
     """Uneven pipeline: layers of each (virtual) stage in model order. The loss head weighs about
     1.5 layers at Phi-4's shape, so a shorter last stage balances."""
     overlap_p2p: bool = _key("free", False)
@@ -180,6 +192,8 @@ class RunConfig(Section):
     steps: Positive = _key("schedule", 100)
     """The run is finished after this optimizer step."""
     seed: int = _key("identity", 1234, ge=0)
+    init_from: str | None = _key("identity", None)
+    """Checkpoint whose weights the run starts from; None draws them from the seed."""
     platform: Literal["auto", "cpu", "cuda"] = _key("free", "auto")
     threads: Positive = _key("free", 1)
     """CPU threads of each process."""
@@ -198,7 +212,7 @@ class CheckpointConfig(Section):
     host_memory_share: float = _key("free", 0.25, gt=0, le=1)
     """Share of a machine's memory that the gather of `full` may take before auto turns to dp."""
     reshardable_every: NonNegative = _key("free", 0)
-    """With auto and dp for routine saves: every so many steps a full one; 0 means only on request."""
+    """With auto and dp for routine saves: steps between full ones; 0 means only on request."""
 
 
 class EvaluationConfig(Section):
