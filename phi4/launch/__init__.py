@@ -1,0 +1,27 @@
+"""Starting a run's workers and learning who started this one. Imports no torch."""
+
+from phi4.launch.environment import (
+    Starter,
+    WorkerEnvironment,
+    expand_nodelist,
+    started_by,
+    worker_environment,
+)
+from phi4.launch.local import run_workers
+from phi4.launch.ranks import join, on_ranks, ranks_per_host
+from phi4.launch.worker import ErrorReport, StoppedError, report_errors
+
+__all__ = [
+    "ErrorReport",
+    "Starter",
+    "StoppedError",
+    "WorkerEnvironment",
+    "expand_nodelist",
+    "join",
+    "on_ranks",
+    "ranks_per_host",
+    "report_errors",
+    "run_workers",
+    "started_by",
+    "worker_environment",
+]

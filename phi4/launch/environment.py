@@ -1,0 +1,147 @@
+"""Who started this process, and which rank it is.
+
+Owns the three launch conventions (`phi4`'s own launcher, torchrun, srun). One decision: they are
+read once, into a frozen value that is passed on; nothing below asks the environment again.
+"""
+
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from phi4.errors import PlatformError
+
+Starter = Literal["phi4", "torchrun", "slurm"]
+
+# Slurm numbers the steps that are not srun's (pending, extern, batch, interactive) from here on.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+_RANGE = r"\d+(?:-\d+)?"
+_HOSTS = rf"(?:[\w.-]|\[{_RANGE}(?:,{_RANGE})*\])+"
+
+
+@dataclass(frozen=True)
+class WorkerEnvironment:
+    """One worker's place in its run, and where the workers meet."""
+
+    rank: int
+    local_rank: int
+    """Rank among the workers of this machine: which device it takes."""
+    world_size: int
+    rendezvous: Literal["none", "directory", "env", "tcp"]
+    """none: a single process. directory: rank 0 listens on a loopback port of its choice and writes
+    it there. env: torchrun's own store, by torch's `env://`. tcp: rank 0 listens on address."""
+    address: str
+    """Empty, a directory, `env://` or `tcp://host:port`."""
+
+
+def started_by(environ: Mapping[str, str]) -> Starter | None:
+    """Which launcher started this process as one of several workers; None when none did."""
+    if "PHI4_RENDEZVOUS" in environ:
+        return "phi4"
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return "torchrun"
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+        is_srun = _integer(environ, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
+        return "slurm" if is_srun and _slurm_tasks(environ) > 1 else None
+    return None
+
+
+def worker_environment(environ: Mapping[str, str]) -> WorkerEnvironment:
+    """This process's rank and rendezvous, whoever started it.
+
+    Raises:
+        PlatformError: a variable is missing, is not a number, or the rank is outside the world.
+    """
+    match started_by(environ):
+        case "phi4":
+            directory = environ["PHI4_RENDEZVOUS"]
+            worker = WorkerEnvironment(*_torch_ranks(environ), "directory", directory)
+        case "torchrun":
+            worker = WorkerEnvironment(*_torch_ranks(environ), "env", "env://")
+        case "slurm":
+            worker = WorkerEnvironment(
+                _integer(environ, "SLURM_PROCID"),
+                _integer(environ, "SLURM_LOCALID"),
+                _slurm_tasks(environ),
+                "tcp",
+                f"tcp://{_slurm_host(environ)}:{_slurm_port(environ)}",
+            )
+        case None:
+            worker = WorkerEnvironment(0, 0, 1, "none", "")
+    if not 0 <= worker.rank < worker.world_size:
+        raise PlatformError(
+            f"rank {worker.rank} is outside the world of {worker.world_size} workers; the launch "
+            "variables in the environment contradict each other, start from a clean shell"
+        )
+    return worker
+
+
+def expand_nodelist(nodelist: str) -> list[str]:
+    """Host names of a Slurm node list, in its order: `n[1-2,05],m` gives n1, n2, n05, m.
+
+    Raises:
+        PlatformError: the text is not a node list.
+    """
+    if not re.fullmatch(rf"{_HOSTS}(?:,{_HOSTS})*", nodelist):
+        raise PlatformError(
+            f"Slurm node list {nodelist!r} is not of the form host[1-3,7],other; "
+            "set MASTER_ADDR to the first host"
+        )
+    return [host for part in re.findall(_HOSTS, nodelist) for host in _expand(part)]
+
+
+def _expand(part: str) -> list[str]:
+    head, bracket, rest = part.partition("[")
+    if not bracket:
+        return [part]
+    ranges, _, tail = rest.partition("]")
+    numbers = [number for item in ranges.split(",") for number in _numbers(item)]
+    return [head + number + end for number in numbers for end in _expand(tail)]
+
+
+def _numbers(item: str) -> list[str]:
+    first, _, last = item.partition("-")
+    return [f"{n:0{len(first)}d}" for n in range(int(first), int(last or first) + 1)]
+
+
+def _torch_ranks(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+    return rank, _integer(environ, "LOCAL_RANK"), world_size
+
+
+def _slurm_tasks(environ: Mapping[str, str]) -> int:
+    # SLURM_NTASKS may still be the allocation's; the step's own count is certain.
+    in_step = "SLURM_STEP_NUM_TASKS" in environ
+    return _integer(environ, "SLURM_STEP_NUM_TASKS" if in_step else "SLURM_NTASKS")
+
+
+def _slurm_host(environ: Mapping[str, str]) -> str:
+    if "MASTER_ADDR" in environ:
+        return environ["MASTER_ADDR"]
+    for key in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
+        if key in environ:
+            return expand_nodelist(environ[key])[0]
+    raise PlatformError(
+        "neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set; set MASTER_ADDR to the host of "
+        "rank 0"
+    )
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    """A port that all ranks of the step agree on, below the range of outgoing connections."""
+    if "MASTER_PORT" in environ:
+        return _integer(environ, "MASTER_PORT")
+    step = f"{_integer(environ, 'SLURM_JOB_ID')}.{_integer(environ, 'SLURM_STEP_ID')}"
+    return 10_000 + zlib.crc32(step.encode()) % 20_000
+
+
+def _integer(environ: Mapping[str, str], key: str) -> int:
+    text = environ.get(key)
+    if text is None or not text.isdecimal():
+        got = "is not set" if text is None else f"is {text!r}, not a whole number"
+        raise PlatformError(
+            f"{key} {got}; start the workers through phi4 train, torchrun or srun, which set it"
+        )
+    return int(text)

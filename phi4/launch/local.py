@@ -1,0 +1,229 @@
+"""Runs the workers of a run on this machine.
+
+Owns their start, their output, and their end. One decision: the launcher never takes part in a
+collective and never imports torch; it only watches processes, so that nothing can hang it. No port
+is chosen here: the workers meet in a fresh directory (PHI4_RENDEZVOUS), over loopback.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from phi4.launch import reaper
+from phi4.launch.worker import ErrorReport, read_reports
+
+_POLL_SECONDS = 0.05
+
+# The kernel closes a dying process's connections before its death can be seen here, so a peer may
+# report the broken connection first. A death without a report is dated back by this much.
+_NOTICE_SECONDS = 0.25
+
+_LOG_LINES = 20
+_LOG_BYTES = 16_384
+
+
+@dataclass
+class _Worker:
+    rank: int
+    process: subprocess.Popen
+    log: Path | None
+    """None for rank 0, whose output is the launcher's own."""
+    log_start: int
+    died_at: float | None = None
+    """When its failure was seen; None while it runs, and for a rank that ended well."""
+
+    @property
+    def exit_code(self) -> int:
+        code = self.process.returncode
+        return code if code >= 0 else 128 - code
+
+
+def run_workers(
+    argv: Sequence[str],
+    *,
+    num_workers: int,
+    work_dir: Path,
+    env: Mapping[str, str] = MappingProxyType({}),
+    grace_seconds: float = 5.0,
+    command: Sequence[str] = (sys.executable, "-m", "phi4"),
+) -> int:
+    """Run `command argv` once per rank on this machine, to the end of all or of the first to fail.
+
+    Rank 0 writes to this process's stdout and stderr, rank N to `work_dir/logs/rank_N.log`
+    (appended). When a rank fails, or SIGINT, SIGTERM or SIGHUP arrives, the others are told to stop
+    (SIGTERM, or SIGINT after a signal), and after `grace_seconds` no process of the run is left,
+    grandchildren included. That holds also when this process is killed. Main thread only.
+
+    Args:
+        argv: arguments of every worker.
+        num_workers: world size, at least 1.
+        work_dir: the run's directory.
+        env: added to the workers' environment; the rank variables win over it.
+        grace_seconds: what the others get to note how the run ended.
+        command: what is run; a parameter for programs other than phi4.
+
+    Returns:
+        0; 2 for an error the user can mend, printed as one line; 1 for any other, its traceback
+        printed last; the exit code of a rank that gave no report; 128+S for a rank killed by
+        signal S, and for a signal to the launcher (130 for Ctrl-C).
+    """
+    run_dir = Path(tempfile.mkdtemp(prefix="phi4-run-"))
+    guard = _start_reaper(run_dir)
+    workers: list[_Worker] = []
+    try:
+        with _received_signals() as received:
+            for rank in range(num_workers):
+                ranks = _rank_environment(rank, num_workers, run_dir)
+                workers.append(_start([*command, *argv], rank, work_dir, {**env, **ranks}))
+            _watch(workers, received)
+            _stop(workers, received, grace_seconds)
+            reports = read_reports(run_dir)
+    finally:
+        reaper.sweep(str(run_dir))
+        for worker in workers:
+            worker.process.wait()
+        guard.kill()
+        guard.communicate()
+        shutil.rmtree(run_dir, ignore_errors=True)
+    return _conclude(workers, reports, received)
+
+
+def _start_reaper(run_dir: Path) -> subprocess.Popen:
+    command = [sys.executable, "-I", "-S", reaper.__file__, str(run_dir)]
+    null = subprocess.DEVNULL
+    # A session of its own: Ctrl-C in the terminal must not reach it.
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
+    )
+
+
+def _rank_environment(rank: int, num_workers: int, run_dir: Path) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_workers),
+        "LOCAL_WORLD_SIZE": str(num_workers),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PHI4_ERROR_FILE": str(run_dir / f"rank_{rank}.json"),
+        reaper.MARK: str(run_dir),
+    }
+
+
+def _start(command: Sequence[str], rank: int, work_dir: Path, env: Mapping[str, str]) -> _Worker:
+    # A killed rank must not take its last lines with it, and one that crashes says where.
+    defaults = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    environment = {**defaults, **os.environ, **env}
+    options = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    if rank == 0:
+        return _Worker(rank, subprocess.Popen(command, **options), None, 0)
+    log = work_dir / "logs" / f"rank_{rank}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
+        return _Worker(rank, process, log, output.tell())
+
+
+@contextmanager
+def _received_signals() -> Iterator[list[int]]:
+    """The signals that ask for an end, as they arrive; ignored ones (nohup) stay ignored."""
+    received: list[int] = []
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            previous[number] = signal.signal(number, lambda got, _: received.append(got))
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _watch(workers: Sequence[_Worker], received: Sequence[int]) -> None:
+    """Wait until all ended well, one failed, or a signal came."""
+    while not received and _running(workers):
+        if any(worker.died_at for worker in workers):
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _stop(workers: Sequence[_Worker], received: Sequence[int], grace_seconds: float) -> None:
+    """Tell those that run to stop and wait for them; a second signal ends the wait."""
+    asked = signal.SIGINT if received else signal.SIGTERM
+    told = _running(workers)
+    for worker in told:
+        worker.process.send_signal(asked)
+    deadline = time.monotonic() + grace_seconds
+    while _running(workers) and time.monotonic() < deadline and len(received) < 2:
+        time.sleep(_POLL_SECONDS)
+    for worker in told:
+        if worker.process.returncode in (-asked, 128 + asked):
+            worker.died_at = None
+
+
+def _running(workers: Sequence[_Worker]) -> list[_Worker]:
+    """Those that have not ended; dates the failure of those that have."""
+    running = []
+    for worker in workers:
+        code = worker.process.poll()
+        if code is None:
+            running.append(worker)
+        elif code and worker.died_at is None:
+            worker.died_at = time.time()
+    return running
+
+
+def _conclude(
+    workers: Sequence[_Worker], reports: Sequence[ErrorReport], received: Sequence[int]
+) -> int:
+    """Say why the run ended, the guilty rank's word last; gives the exit code."""
+    if received:
+        name = signal.Signals(received[0]).name
+        _say(f"interrupted by {name}; all {len(workers)} workers are stopped")
+        return 128 + received[0]
+    reported = {report.rank for report in reports}
+    silent = [w for w in workers if w.died_at and w.rank not in reported]
+    first = min(silent, key=lambda worker: worker.died_at, default=None)
+    if first and (not reports or first.died_at - _NOTICE_SECONDS < reports[0].time):
+        _say(_obituary(first, len(workers)))
+        return first.exit_code
+    if not reports:
+        return 0
+    guilty = reports[0]
+    if guilty.user_error:
+        _say(guilty.line)
+        return 2
+    _say(f"rank {guilty.rank} of {len(workers)} failed:\n{guilty.traceback.rstrip()}")
+    return 1
+
+
+def _obituary(worker: _Worker, num_workers: int) -> str:
+    """The last lines of a rank that died without a report, and how it died."""
+    code = worker.process.returncode
+    if code > 0:
+        cause = f"exited with code {code} and left no report"
+    else:
+        cause = f"was killed by signal {-code} ({signal.Signals(-code).name})"
+        if -code == signal.SIGKILL:
+            cause += "; often the kernel, out of memory: see dmesg"
+    line = f"rank {worker.rank} of {num_workers} {cause}"
+    if worker.log is None:
+        return line
+    with worker.log.open("rb") as log:
+        log.seek(max(worker.log_start, log.seek(0, os.SEEK_END) - _LOG_BYTES))
+        tail = log.read().decode(errors="replace").splitlines()[-_LOG_LINES:]
+    return "\n".join([*tail, f"{line} (its output: {worker.log})"])
+
+
+def _say(text: str) -> None:
+    # A progress bar that was killed leaves the cursor hidden.
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    print(f"{show_cursor}{text}", file=sys.stderr, flush=True)

@@ -1,0 +1,125 @@
+"""How a worker tells why it failed, and how it leaves.
+
+One decision: a rank that fails leaves at once, without unwinding the interpreter. Destructors of
+communicators wait for other ranks, which wait for this one; a run that should end would hang.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from phi4.errors import Phi4Error, WorkerError
+from phi4.launch.environment import started_by, worker_environment
+
+
+class ErrorReport(msgspec.Struct, frozen=True):
+    """What one rank raised."""
+
+    rank: int
+    time: float
+    """Seconds since the epoch when it was raised; the earliest of a run is the guilty rank's."""
+    type: str
+    message: str
+    traceback: str
+    user_error: bool
+    """A `Phi4Error`: the message alone tells the user what to mend."""
+
+    @property
+    def line(self) -> str:
+        return f"{self.type}: {self.message}"
+
+
+class StoppedError(WorkerError):
+    """Another rank failed, so the launcher told this one to stop."""
+
+
+@contextmanager
+def report_errors(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Report what the block raises, then leave the process; the outermost block of a worker's work.
+
+    A worker of `phi4` writes PHI4_ERROR_FILE, from which the launcher prints the guilty rank's; one
+    of torchrun or srun prints to stderr itself. A process that nobody started as a worker raises as
+    usual. Nothing outside the block runs after a failure, and nothing in it may close connections
+    before the error arrives here, or a peer that notices is blamed. Under `phi4`, SIGINT raises
+    KeyboardInterrupt and SIGTERM raises `StoppedError` in the block. Main thread only.
+    """
+    starter = started_by(environ)
+    if starter is None:
+        yield
+        return
+    if starter == "phi4":
+        # A launcher in the background may have been started with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            raise
+        raised_at = time.time()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        _leave(_reported(error, raised_at, environ))
+
+
+def read_reports(run_dir: Path) -> list[ErrorReport]:
+    """Reports of a run's ranks, the earliest first."""
+    decoder = msgspec.json.Decoder(ErrorReport)
+    reports = [decoder.decode(path.read_bytes()) for path in run_dir.glob("rank_*.json")]
+    return sorted(reports, key=lambda report: report.time)
+
+
+def _reported(error: BaseException, raised_at: float, environ: Mapping[str, str]) -> int:
+    """Report the error where it belongs; gives the exit code."""
+    match error:
+        case SystemExit(code=int(code)):
+            return code
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT
+        case StoppedError():
+            return 128 + signal.SIGTERM
+    assert error.__traceback__ is not None
+    below_this_module = error.__traceback__.tb_next
+    report = ErrorReport(
+        rank=worker_environment(environ).rank,
+        time=raised_at,
+        type=type(error).__name__,
+        message=str(error),
+        traceback="".join(traceback.format_exception(type(error), error, below_this_module)),
+        user_error=isinstance(error, Phi4Error),
+    )
+    destination = environ.get("PHI4_ERROR_FILE")
+    if destination:
+        _write(Path(destination), report)
+    # Rank 0 shares the launcher's terminal, where the guilty rank's report is to be the last word.
+    if not destination or report.rank:
+        text = report.line if report.user_error else report.traceback
+        print(f"rank {report.rank}: {text}", file=sys.stderr)
+    return 2 if report.user_error else 1
+
+
+def _write(path: Path, report: ErrorReport) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(msgspec.json.encode(report))
+    partial.replace(path)
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise StoppedError(
+        "another rank failed, so this one was told to stop; see the launcher's output"
+    )
+
+
+def _leave(exit_code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(exit_code)

@@ -1,0 +1,101 @@
+"""Starts the launcher as a process of its own, over small worker scripts."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+DRIVER = """
+import signal, sys
+from pathlib import Path
+from phi4.launch import run_workers
+signal.signal(signal.SIGINT, signal.default_int_handler)
+script, num_workers, work_dir, grace = sys.argv[1:]
+sys.exit(run_workers([script], num_workers=int(num_workers), work_dir=Path(work_dir),
+                     grace_seconds=float(grace), command=[sys.executable]))
+"""
+
+PROLOGUE = """
+import os, signal, sys, time
+from pathlib import Path
+from phi4.errors import LayoutError
+from phi4.launch import report_errors
+rank, here = int(os.environ["RANK"]), Path(os.environ["TEST_DIR"])
+
+def note(name):
+    (here / name).write_text(str(os.getpid()))
+
+def await_note(name):
+    while not (here / name).exists():
+        time.sleep(0.01)
+"""
+
+
+@dataclass
+class Launch:
+    process: subprocess.Popen
+    directory: Path
+
+    def pid_in(self, name: str) -> int:
+        """The pid that a worker noted, once it did."""
+        deadline = time.monotonic() + 60
+        while not (self.directory / name).is_file() or not (self.directory / name).read_text():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output()
+            time.sleep(0.01)
+        return int((self.directory / name).read_text())
+
+    def output(self) -> tuple[str, str]:
+        return self.process.communicate(timeout=60)
+
+    def log(self, rank: int) -> str:
+        return (self.directory / "work" / "logs" / f"rank_{rank}.log").read_text()
+
+    def survivors(self) -> list[int]:
+        """Living processes that the launcher started, however deep; it may have been killed."""
+        mark = f"TEST_DIR={self.directory}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdecimal() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    def leftovers(self) -> list[Path]:
+        return list(self.directory.glob("phi4-run-*"))
+
+
+Launcher = Callable[..., Launch]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launcher]:
+    started: list[Launch] = []
+
+    def start(script: str, num_workers: int, grace: float = 2.0, **streams: int) -> Launch:
+        path = tmp_path / "script.py"
+        path.write_text(PROLOGUE + textwrap.dedent(script))
+        work = str(tmp_path / "work")
+        command = [sys.executable, "-c", DRIVER, str(path), str(num_workers), work, str(grace)]
+        environment = {**os.environ, "TEST_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+        environment.pop("OMP_NUM_THREADS", None)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+        process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        started.append(Launch(process, tmp_path))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.process.kill()
+        # What the launcher failed to end would hold the pipes open.
+        for pid in run.survivors():
+            os.kill(pid, signal.SIGKILL)
+        run.process.communicate()
