@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LAYERS = (
-    ("cli", "__main__"),
+    ("__main__",),
+    ("cli",),
     ("verify", "launch"),
     ("stages", "pts", "convert"),
     ("train",),

@@ -8,6 +8,7 @@ no ports, no host names.
 import contextlib
 import faulthandler
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -175,8 +176,13 @@ class RankPool:
 
 
 def rendezvous() -> str:
-    """Inside a rank: the place of this call, in the form `phi4.engine.platform.connect` takes."""
-    return f"dir:{_place}"
+    """Inside a rank: a directory to meet in, as `phi4.engine.platform.connect` takes it.
+
+    The n-th call of every rank gives the same one, and no two calls share one.
+    """
+    directory = _place / f"meeting_{next(_meetings)}"
+    directory.mkdir(exist_ok=True)
+    return str(directory)
 
 
 @contextlib.contextmanager
@@ -184,7 +190,7 @@ def gloo_group(rank: int, world_size: int) -> Iterator[None]:
     """Inside a rank: a default process group for tests that do without the engine."""
     import torch.distributed as dist
 
-    store = dist.FileStore(str(_place / "store"), world_size)
+    store = dist.FileStore(f"{rendezvous()}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
         yield
@@ -193,6 +199,7 @@ def gloo_group(rank: int, world_size: int) -> Iterator[None]:
 
 
 _place = Path()
+_meetings = itertools.count()
 
 
 def _start(rank: int) -> _Worker:
@@ -261,12 +268,12 @@ def _answer(rank: int, call: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _fresh(rank: int, directory: str) -> Iterator[None]:
-    global _place
+    global _place, _meetings
     import numpy
     import torch
     import torch.distributed as dist
 
-    _place = Path(directory)
+    _place, _meetings = Path(directory), itertools.count()
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)

@@ -34,6 +34,10 @@ def sum_of_ranks(rank: int, world_size: int) -> torch.Tensor:
         return total
 
 
+def sum_twice(rank: int, world_size: int) -> list[float]:
+    return [sum_of_ranks(rank, world_size).item() for _ in range(2)]
+
+
 def process_id(rank: int, world_size: int) -> int:
     return os.getpid()
 
@@ -41,7 +45,7 @@ def process_id(rank: int, world_size: int) -> int:
 def leave_traces(rank: int, world_size: int) -> None:
     os.environ["PHI4_TEST_TRACE"] = "left"
     random.random()
-    store = dist.FileStore(rendezvous().removeprefix("dir:") + "/left", world_size)
+    store = dist.FileStore(f"{rendezvous()}/left", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
 
 
@@ -97,6 +101,10 @@ def test_ranks_return_values_in_rank_order(pool: RankPool) -> None:
 
 def test_ranks_reach_each_other(pool: RankPool) -> None:
     assert [total.item() for total in pool.run(sum_of_ranks)] == [3.0, 3.0, 3.0]
+
+
+def test_ranks_meet_twice_in_one_call(pool: RankPool) -> None:
+    assert pool.run(sum_twice) == [[3.0, 3.0]] * 3
 
 
 def test_run_ranks_starts_fresh_processes() -> None:
