@@ -15,7 +15,7 @@ try:
         import megatron.core.dist_checkpointing
         import megatron.core.models.gpt
         import megatron.core.optimizer
-        import megatron.core.pipeline_parallel
+        import megatron.core.pipeline_parallel  # noqa: F401
 except RuntimeError as error:  # a transformer-engine without cuDNN breaks megatron-core's import
     raise PlatformError(
         f"megatron-core does not import: {error}; uninstall transformer-engine on a machine "

@@ -1,7 +1,7 @@
-"""Self attention: fused QKV, RoPE per document, core attention within documents under TP, SP and CP.
+"""Self attention: fused QKV, RoPE per document, core attention that stays within documents.
 
-`CoreAttention` is the torch implementation of the op: exact, any layout, cost in the sum of squared
-document lengths. Context parallelism gathers K and V over the context ranks and keeps Q where it is.
+`CoreAttention` is the torch implementation of the op: exact under TP, SP and CP, cost in the sum of
+squared document lengths. Context parallelism gathers K and V over its ranks and leaves Q in place.
 """
 
 import torch
@@ -12,8 +12,8 @@ from megatron.core.transformer.attention import SelfAttention
 from phi4.engine.layout import context_chunks
 from phi4.engine.placement import Documents, Segment
 
-# Shape legend: S local sequence, B rows, T = B * S tokens, N query heads, K key-value heads (both per
-# tensor rank), G = N / K, D head dim.
+# Shape legend: S local sequence, B rows, T = B * S tokens, N query heads and K key-value heads per
+# tensor rank, G = N / K, D head dim.
 
 
 class Phi4SelfAttention(SelfAttention):

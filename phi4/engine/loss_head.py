@@ -1,7 +1,7 @@
 """Per-token log-probabilities over a vocabulary that is split across tensor ranks.
 
-One all-gather of three fp32 numbers per token (maximum, sum of exponentials, target logit), combined
-in rank order, so the result does not depend on how a reduction is scheduled.
+One all-gather of three fp32 numbers per token (maximum, sum of exponentials, target logit),
+combined in rank order, so the result does not depend on how a reduction is scheduled.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """What a stage is to the engine: a loss over per-token log-probabilities.
 
-Stages know nothing of parallelism. The engine hands an objective this rank's slice of the tokens and
-`segment_sum`, which adds over tokens that context parallelism may have split.
+Stages know nothing of parallelism. The engine hands an objective this rank's slice of the tokens
+and `segment_sum`, which adds over tokens that context parallelism may have split.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ SegmentSum = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 class Loss:
     """A micro-batch's part of the loss: the step minimises sum(loss_sum) / sum(weight_sum).
 
-    The sums run over all micro-batches, data ranks and context ranks. A loss made of segment sums is
-    the same on every context rank; its weight is then counted as often, so the quotient is right.
+    The sums run over all micro-batches, data ranks and context ranks. A loss made of segment sums
+    is the same on every context rank; its weight is counted as often, so the quotient is right.
     """
 
     loss_sum: torch.Tensor

@@ -1,4 +1,4 @@
-"""A micro-batch on this rank's device: its context slice, and the documents attention may not cross.
+"""A micro-batch on this rank's device: its context slice and its document boundaries.
 
 Document boundaries travel through megatron-core as `PackedSeqParams(qkv_format="sbhd")` over the
 rows flattened in row order, every row start a boundary. megatron's own `thd` form is never used:
@@ -113,7 +113,7 @@ def rope_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the rotary angles, [S, B, D], both halves equal (NeoX form).
 
-    Angles are computed in fp32 and cast last. Source: RoFormer, section 3.2.2; halves as in GPT-NeoX.
+    Angles in fp32, cast last. Source: RoFormer, section 3.2.2; halves as in GPT-NeoX.
     """
     exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=positions_BS.device)
     frequencies_D2 = 1.0 / (model.rope_theta ** (exponents / model.head_dim))

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from phi4.errors import PlatformError
 
-RENDEZVOUS_SECONDS = 120
+RENDEZVOUS_SECONDS = 600
 COLLECTIVE_SECONDS = 1800
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def connect(
         rank: index of this process among world_size.
         local_rank: index of this process on its machine; its CUDA device.
         world_size: number of processes.
-        rendezvous: `dir:PATH` (a directory that all processes of this machine see) or
-            `tcp:HOST:PORT` (rank 0 listens there); unused for one process.
+        rendezvous: a directory that all processes of this machine see, `tcp://HOST:PORT` (rank 0
+            listens there) or `env://` (torchrun's store); unused for one process.
         threads: CPU threads of this process.
 
     Raises:
@@ -98,12 +99,17 @@ def connect(
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-        if not rendezvous.startswith("tcp:"):
+        if "://" not in rendezvous or os.environ.get("MASTER_ADDR") in _LOOPBACK:
             # All processes are on this machine; gloo would otherwise resolve the host name.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    meeting = (
+        {"init_method": rendezvous}
+        if "://" in rendezvous
+        else {"store": _store(rendezvous, rank, world_size)}
+    )
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
-        store=_store(rendezvous, rank, world_size),
+        **meeting,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
@@ -118,20 +124,11 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def _store(rendezvous: str, rank: int, world_size: int) -> dist.Store:
+def _store(directory: str, rank: int, world_size: int) -> dist.Store:
     if world_size == 1:
         return dist.HashStore()
-    form, _, place = rendezvous.partition(":")
     timeout = timedelta(seconds=RENDEZVOUS_SECONDS)
-    if form == "tcp":
-        host, _, port = place.rpartition(":")
-        return dist.TCPStore(host, int(port), world_size, rank == 0, timeout)
-    if form != "dir":
-        raise PlatformError(
-            f"rendezvous {rendezvous!r} is neither dir:PATH nor tcp:HOST:PORT; "
-            "start the processes with `phi4 train`, torchrun or srun"
-        )
-    port_file = Path(place) / "port"
+    port_file = Path(directory) / "port"
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, world_size, True, timeout, wait_for_workers=False)
         partial = port_file.with_suffix(".partial")

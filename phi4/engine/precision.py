@@ -1,4 +1,4 @@
-"""Number formats of a run: weights and activations in one dtype; masters, gradients and moments fp32."""
+"""Number formats of a run: one dtype for weights and activations, fp32 for all that accumulates."""
 
 import torch
 

@@ -1,0 +1,1 @@
+"""The training loop: a run directory, steps, hooks, and an end that tells the truth."""

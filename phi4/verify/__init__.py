@@ -1,0 +1,1 @@
+"""Proofs that users can run on their own recipe and machine."""

@@ -1,4 +1,4 @@
-"""Checkpoints by megatron dist_checkpointing, wrapped in directories that are complete or absent."""
+"""Checkpoints by megatron dist_checkpointing, in directories that are complete or absent."""
 
 from phi4.engine.checkpoint.directory import (
     CheckpointDirectory,
@@ -7,12 +7,13 @@ from phi4.engine.checkpoint.directory import (
     latest_checkpoint,
     read_checkpoint_file,
 )
-from phi4.engine.checkpoint.manifest import Manifest, verify_files
+from phi4.engine.checkpoint.manifest import Manifest
 from phi4.engine.checkpoint.state import (
     load_checkpoint,
     optimizer_format,
     predicted_gather_bytes,
     save_checkpoint,
+    verify_checkpoint,
 )
 
 __all__ = [
@@ -26,5 +27,5 @@ __all__ = [
     "predicted_gather_bytes",
     "read_checkpoint_file",
     "save_checkpoint",
-    "verify_files",
+    "verify_checkpoint",
 ]

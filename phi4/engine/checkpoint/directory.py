@@ -1,7 +1,7 @@
 """Where checkpoints live: `checkpoints/step_0000123/`, written aside, renamed when complete.
 
-`latest` is a file that names the newest complete one; it is replaced atomically after the rename, so
-a kill at any moment leaves a `latest` that can be loaded.
+`latest` is a file that names the newest complete one; it is replaced atomically after the rename,
+so a kill at any moment leaves a `latest` that can be loaded.
 """
 
 import os

@@ -1,9 +1,9 @@
 """Model, optimizer and random state through megatron dist_checkpointing.
 
-Two optimizer formats under the distributed optimizer: `full` (fully_reshardable, any layout, gathers
-12 bytes per parameter of the model shard in host memory on every data rank) and `dp`
-(dp_reshardable, no gather, same tensor and pipeline degrees). Without the distributed optimizer every
-save is `full` and gathers nothing.
+Two optimizer formats under the distributed optimizer: `full` (fully_reshardable, any layout,
+gathers 12 bytes per parameter of the model shard in host memory on every data rank) and `dp`
+(dp_reshardable, no gather, same tensor and pipeline degrees). Without the distributed optimizer
+every save is `full` and gathers nothing.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from phi4.config import CheckpointConfig, ParallelConfig, identity_hash
+from phi4.config import CheckpointConfig, identity_hash
 from phi4.engine.checkpoint.directory import CheckpointDirectory, step_of, write_durably
 from phi4.engine.checkpoint.manifest import (
     FileEntry,
@@ -30,7 +30,7 @@ from phi4.engine.checkpoint.manifest import (
     verify_files,
 )
 from phi4.engine.engine import Engine
-from phi4.errors import CheckpointError
+from phi4.errors import CheckpointError, LayoutError
 
 OptimizerFormat = Literal["full", "dp", "none"]
 _SHARDING_TYPE = {"full": "fully_reshardable", "dp": "dp_reshardable"}
@@ -115,20 +115,23 @@ def save_checkpoint(
     return directory.final
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path, *, optimizer: bool = True) -> Manifest:
+def load_checkpoint(
+    engine: Engine, checkpoint: Path, manifest: Manifest, *, optimizer: bool = True
+) -> None:
     """Fill the engine from a checkpoint of any layout.
 
     Args:
         engine: of the same model; its layout may differ from the writer's.
         checkpoint: a `step_NNNNNNN` directory.
+        manifest: from `verify_checkpoint`.
         optimizer: also load the optimizer and the random states.
 
     Raises:
-        CheckpointError: damaged or incomplete, or the optimizer format does not fit the layout.
+        LayoutError: the optimizer format does not fit the layout.
+        CheckpointError: the checkpoint holds no optimizer.
 
-    Collectives: one all-gather of the verification; those of dist_checkpointing.
+    Collectives: those of dist_checkpointing.
     """
-    manifest = _verify_together(engine, checkpoint)
     with_optimizer = optimizer and engine.optimizer is not None
     if with_optimizer:
         _check_optimizer(engine, checkpoint, manifest)
@@ -147,7 +150,6 @@ def load_checkpoint(engine: Engine, checkpoint: Path, *, optimizer: bool = True)
             engine.optimizer.reload_model_params()
         if "random" in state:
             _set_random_state(engine, state["random"])
-    return manifest
 
 
 def _sharded_state(
@@ -218,21 +220,21 @@ def _check_optimizer(engine: Engine, checkpoint: Path, manifest: Manifest) -> No
     here, there = _degrees(engine), manifest.layout
     if manifest.optimizer_format == "none":
         raise CheckpointError(f"{checkpoint} holds weights only; it cannot resume a training run")
-    for key, name in (("distributed_optimizer", "parallel.distributed_optimizer"),):
-        if here[key] != there[key]:
-            raise CheckpointError(
-                f"{checkpoint} was written with {name}={bool(there[key])}, asked for "
-                f"{bool(here[key])}; resume with {name}={str(bool(there[key])).lower()}"
-            )
+    key = "distributed_optimizer"
+    if here[key] != there[key]:
+        raise LayoutError(
+            f"{checkpoint} was written with parallel.{key}={bool(there[key])}, asked for "
+            f"{bool(here[key])}; resume with parallel.{key}={str(bool(there[key])).lower()}"
+        )
     if manifest.optimizer_format == "dp":
         moved = [
             key for key in ("tensor", "pipeline", "virtual_pipeline") if here[key] != there[key]
         ]
         if moved:
-            raise CheckpointError(
+            raise LayoutError(
                 f"{checkpoint} has optimizer format dp, which keeps "
-                f"{', '.join(f'{key}={there[key]}' for key in moved)}; resume with these, save once "
-                "with checkpoint.optimizer_format=full, then change the layout"
+                f"{', '.join(f'{key}={there[key]}' for key in moved)}; resume with these, save "
+                "once with checkpoint.optimizer_format=full, then change the layout"
             )
 
 
@@ -246,8 +248,14 @@ def _hash_together(directory: Path, engine: Engine) -> dict[str, FileEntry]:
     return dict(sorted(merged.items()))
 
 
-def _verify_together(engine: Engine, checkpoint: Path) -> Manifest:
-    """Every rank verifies a share of the files; all raise together."""
+def verify_checkpoint(engine: Engine, checkpoint: Path) -> Manifest:
+    """Read the manifest and check every file against it, each rank a share; all raise together.
+
+    Raises:
+        CheckpointError: incomplete, or a file is missing, truncated or altered.
+
+    Collectives: one all-gather of the problems found, over all ranks.
+    """
     rank, size = engine.platform.rank, engine.platform.world_size
     manifest, problems = None, []
     try:

@@ -1,0 +1,52 @@
+"""The command line: one file per group of commands, every user error one line and exit code 2."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import typer
+
+from phi4.errors import Phi4Error
+
+COMMANDS = {
+    "train": "Train a recipe; resumes where it stopped.",
+    "generate": "Continue a prompt with a checkpoint, in any layout.",
+    "plan": "Bytes per GPU of a recipe, before it runs.",
+    "demo": "Train a small Phi-4 on this machine, from corpus to text.",
+}
+GROUPS = {
+    "data": "Token files: build, inspect, check.",
+    "model": "Phi-4's shape in numbers.",
+    "convert": "Hugging Face checkpoints in and out.",
+    "verify": "Proofs to run on this machine: parity, resume.",
+    "bench": "Measure.",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `phi4`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _app(arguments)(arguments)
+    except Phi4Error as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2)
+
+
+def _app(arguments: Sequence[str]) -> typer.Typer:
+    """The typer app, with the module of the asked command loaded and the others only named.
+
+    Loading every command would import torch for `phi4 --help`.
+    """
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+    asked = next((word for word in arguments if not word.startswith("-")), None)
+    for name, text in (COMMANDS | GROUPS).items():
+        if name != asked:
+            app.command(name, help=text)(lambda: None)
+            continue
+        module = import_module(f"phi4.cli.{name}")
+        if name in GROUPS:
+            app.add_typer(module.app, name=name, help=text)
+        else:
+            app.command(name, help=text)(getattr(module, name))
+    return app

@@ -1,0 +1,48 @@
+"""`phi4 train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi4.config import check, load_recipe
+from phi4.launch import WorkerEnvironment, join, on_ranks, ranks_per_host
+
+RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, for example parallel.tensor=2.")
+]
+
+
+def train(
+    recipe_path: RecipePath,
+    overrides: Overrides = None,
+    change: Annotated[
+        bool, typer.Option("--change", help="Let schedule keys differ from the run's.")
+    ] = False,
+) -> None:
+    """Train a recipe on this machine's processes, or as one rank of torchrun or srun."""
+    overrides = overrides or []
+    recipe = load_recipe(recipe_path, overrides)
+    check(recipe)
+    parallel = recipe.parallel
+    argv = ["train", str(recipe_path), *overrides, *(["--change"] if change else [])]
+
+    def body(worker: WorkerEnvironment) -> None:
+        from phi4.engine.platform import disconnect
+        from phi4.stages.pretrain import NextToken
+        from phi4.train.run import run_training
+
+        check(recipe, worker.world_size)
+        platform = join(worker, recipe.run.platform, recipe.run.threads)
+        run_training(
+            recipe,
+            platform,
+            NextToken(),
+            allow_change=change,
+            ranks_per_host=ranks_per_host(worker),
+        )
+        disconnect()
+
+    num_workers = parallel.model_parallel_size * max(parallel.data, 1)
+    raise typer.Exit(on_ranks(argv, body, num_workers=num_workers, work_dir=Path(recipe.run.dir)))

@@ -1,0 +1,86 @@
+"""`phi4 verify`: proofs on the user's own machine."""
+
+import sys
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from phi4.config import check, load_recipe
+from phi4.errors import ConfigError
+from phi4.launch import WorkerEnvironment, on_ranks
+
+app = typer.Typer(help="Proofs to run on this machine.", no_args_is_help=True)
+
+DEFAULT_RECIPE = Path("examples/recipes/tiny_pretrain.toml")
+RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value.")]
+
+
+@app.command()
+def parity(
+    recipe_path: RecipePath = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    layouts: Annotated[str, typer.Option(help="Comma-separated names; empty means all.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10,
+    work_dir: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """One process against every layout: losses, gradient norms, parameters. Exit 1 past tolerance."""
+    from phi4.verify.layouts import LAYOUTS, cases, reference_case
+
+    recipe = load_recipe(recipe_path, overrides or [])
+    names = tuple(name for name in layouts.split(",") if name) or tuple(LAYOUTS)
+    for name in names:
+        if name not in LAYOUTS:
+            raise ConfigError(f"unknown layout {name}; known are {', '.join(LAYOUTS)}")
+    reference = reference_case(recipe)
+    check(reference.recipe)
+    possible, impossible = cases(recipe, names)
+    started_here = work_dir is None
+    work_dir = work_dir or Path(mkdtemp(prefix="phi4-parity-"))
+
+    def body(worker: WorkerEnvironment) -> None:
+        from phi4.stages.pretrain import NextToken
+        from phi4.verify.parity import run_cases
+
+        run_cases([reference, *possible], worker.rank, NextToken(), steps=steps, work_dir=work_dir)
+
+    code = on_ranks(
+        [*sys.argv[1:], "--work-dir", str(work_dir)],
+        body,
+        num_workers=max(case.world_size for case in [reference, *possible]),
+        work_dir=work_dir,
+    )
+    if code or not started_here:
+        raise typer.Exit(code)
+    raise typer.Exit(_report_parity(reference, possible, impossible, work_dir))
+
+
+def _report_parity(reference, possible, impossible, work_dir: Path) -> int:
+    from phi4.verify.parity import LOSS_TOLERANCE, PARAMETER_TOLERANCE, compare
+
+    table = Table(
+        title=f"parity with one process (loss <= {LOSS_TOLERANCE:g}, parameters <= "
+        f"{PARAMETER_TOLERANCE:g}, recompute bit-identical)"
+    )
+    for column in ("layout", "processes", "loss", "gradient norm", "parameters", "worst", ""):
+        table.add_column(column)
+    results = [(case, compare(case, reference, work_dir)) for case in possible]
+    for case, result in results:
+        table.add_row(
+            case.name,
+            str(case.world_size),
+            f"{result.loss_error:.1e}",
+            f"{result.grad_norm_error:.1e}",
+            f"{result.parameter_error:.1e}",
+            result.worst_parameter,
+            "ok" if result.passed else "[red]FAILED[/red]",
+        )
+    console = Console(width=140 if not sys.stdout.isatty() else None)
+    console.print(table)
+    for name, rule in impossible.items():
+        console.print(f"{name}: not possible for this recipe: {rule}")
+    return 0 if all(result.passed for _, result in results) else 1

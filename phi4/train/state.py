@@ -1,0 +1,75 @@
+"""What a run needs besides model and optimizer to go on: step, tokens, data position, history.
+
+The history lists every change of a `schedule` key with the step at which it took effect; changes of
+`identity` keys are refused, `free` keys change without a trace.
+"""
+
+import msgspec
+
+from phi4.config import Recipe, changed_keys
+from phi4.errors import ConfigError
+
+STATE_FILE = "state.json"
+RECIPE_FILE = "recipe.toml"
+
+
+class Change(msgspec.Struct, frozen=True):
+    """A schedule key that changed on resume."""
+
+    step: int
+    key: str
+    old: str
+    new: str
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """Plain values, the same on every rank, saved in every checkpoint."""
+
+    step: int = 0
+    consumed_tokens: int = 0
+    data: dict | None = None
+    """Ledger of the loader; None before the first step."""
+    history: tuple[Change, ...] = ()
+
+    def to_json(self) -> str:
+        """Text of state.json."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()
+
+    @staticmethod
+    def from_json(text: str) -> "RunState":
+        """Inverse of `to_json`."""
+        return msgspec.json.decode(text, type=RunState)
+
+
+def with_changes(state: RunState, old: Recipe, new: Recipe, *, allow: bool) -> RunState:
+    """The state of a run that goes on under another recipe.
+
+    Args:
+        state: as saved.
+        old: the recipe it was saved under.
+        new: the recipe asked for.
+        allow: whether `--change` was given.
+
+    Raises:
+        ConfigError: an identity key differs, or a schedule key does and allow is False.
+    """
+    changes = changed_keys(old, new)
+    if changes["identity"]:
+        raise ConfigError(
+            f"the run was started with {_listed(changes['identity'])}; it would be another model: "
+            "restore the value or use another run.dir"
+        )
+    if changes["schedule"] and not allow:
+        raise ConfigError(
+            f"the run was started with {_listed(changes['schedule'])}; pass --change to go on with "
+            "the new value from this step"
+        )
+    added = tuple(
+        Change(state.step, key, repr(before), repr(after))
+        for key, (before, after) in sorted(changes["schedule"].items())
+    )
+    return msgspec.structs.replace(state, history=state.history + added)
+
+
+def _listed(changes: dict) -> str:
+    return ", ".join(f"{key}={old!r}, now {new!r}" for key, (old, new) in sorted(changes.items()))

@@ -1,0 +1,83 @@
+"""The layouts that parity is shown for, each as overrides of a recipe."""
+
+from dataclasses import dataclass
+
+from phi4.config import Recipe, violations, with_overrides
+
+_SINGLE = (
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "parallel.virtual_pipeline=1",
+    "parallel.context=1",
+    "parallel.data=1",
+    "parallel.sequence=false",
+    "parallel.overlap_p2p=false",
+    "parallel.distributed_optimizer=false",
+    "parallel.overlap_grad_reduce=false",
+    "parallel.overlap_param_gather=false",
+    "recompute.granularity='none'",
+    "precision.dtype='fp32'",
+)
+
+_TP2, _PP2, _CP2, _DP2 = (
+    f"parallel.{axis}=2" for axis in ("tensor", "pipeline", "context", "data")
+)
+_SP = "parallel.sequence=true"
+_VPP2 = "parallel.virtual_pipeline=2"
+_DISTRIBUTED = "parallel.distributed_optimizer=true"
+
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "recompute-selective": ("recompute.granularity='selective'",),
+    "recompute-full": ("recompute.granularity='full'",),
+    "tp2": (_TP2,),
+    "tp2+sp": (_TP2, _SP),
+    "pp2": (_PP2,),
+    "pp4": ("parallel.pipeline=4",),
+    "pp2-uneven": (_PP2, "parallel.layers_per_stage=[5, 3]"),
+    "pp2-vpp2": (_PP2, _VPP2, "parallel.overlap_p2p=true"),
+    "pp4-vpp2": ("parallel.pipeline=4", _VPP2),
+    "cp2": (_CP2,),
+    "dp2": (_DP2,),
+    "dp2-distributed": (_DP2, _DISTRIBUTED),
+    "tp2xpp2+sp": (_TP2, _PP2, _SP),
+    "tp2xcp2+sp": (_TP2, _CP2, _SP),
+    "dp2xtp2": (_DP2, _TP2),
+}
+"""Name -> overrides on top of one process."""
+
+BITWISE = frozenset({"recompute-selective", "recompute-full"})
+"""Layouts that only compute again what was computed before."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe in one layout."""
+
+    name: str
+    recipe: Recipe
+
+    @property
+    def world_size(self) -> int:
+        """Processes."""
+        return self.recipe.parallel.model_parallel_size * self.recipe.parallel.data
+
+
+def reference_case(recipe: Recipe) -> Case:
+    """The recipe on one process, in fp32."""
+    single = recipe.model_copy(
+        update={"parallel": recipe.parallel.model_copy(update={"layers_per_stage": None})}
+    )
+    return Case("one process", with_overrides(single, _SINGLE))
+
+
+def cases(recipe: Recipe, names: tuple[str, ...]) -> tuple[list[Case], dict[str, str]]:
+    """Cases that the recipe's rules allow, and for the others the rule they break."""
+    single, possible, impossible = reference_case(recipe).recipe, [], {}
+    for name in names:
+        case = Case(name, with_overrides(single, LAYOUTS[name]))
+        broken = violations(case.recipe)
+        if broken:
+            impossible[name] = "; ".join(broken)
+        else:
+            possible.append(case)
+    return possible, impossible

@@ -1,0 +1,176 @@
+"""One process against every layout: same checkpoint, same batches, ten steps.
+
+The batches are hard on purpose: several documents per row, a random loss mask whose counts differ
+per micro-batch, data rank and context rank, one micro-batch and one context slice without a token.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from phi4.config import Recipe
+from phi4.data.batch import Batch, build_batch
+from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from phi4.engine.engine import Engine
+from phi4.engine.objective import Objective
+from phi4.engine.platform import Platform, connect, disconnect
+from phi4.train.schedule import learning_rate
+from phi4.verify.layouts import BITWISE, Case
+
+LOSS_TOLERANCE = 5e-7
+"""Of the loss."""
+PARAMETER_TOLERANCE = 1e-5
+"""Relative L2 error of a tensor."""
+_EOD_ID = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One layout against one process."""
+
+    name: str
+    loss_error: float
+    """Largest |difference| / loss over the steps."""
+    grad_norm_error: float
+    parameter_error: float
+    """Relative L2 error of the worst tensor after the last step."""
+    worst_parameter: str
+
+    @property
+    def passed(self) -> bool:
+        """Within the tolerances; recompute layouts must be bit-identical."""
+        if self.name in BITWISE:
+            return self.loss_error == 0 and self.parameter_error == 0
+        return self.loss_error <= LOSS_TOLERANCE and self.parameter_error <= PARAMETER_TOLERANCE
+
+
+def run_cases(
+    cases: list[Case], rank: int, objective: Objective, *, steps: int, work_dir: Path
+) -> None:
+    """Run the cases one after the other as this rank; ranks beyond a case's size sit it out.
+
+    Collectives: those of `run_case`, in a process group of each case's own.
+    """
+    for index, case in enumerate(cases):
+        if rank >= case.world_size:
+            continue
+        meeting = work_dir / f"meeting_{index}"
+        meeting.mkdir(parents=True, exist_ok=True)
+        platform = connect(
+            "cpu",
+            rank=rank,
+            world_size=case.world_size,
+            rendezvous=str(meeting),
+        )
+        run_case(case, platform, objective, steps=steps, work_dir=work_dir)
+        disconnect()
+
+
+def run_case(
+    case: Case, platform: Platform, objective: Objective, *, steps: int, work_dir: Path
+) -> None:
+    """Train one layout on this rank and write losses and final parameters under work_dir.
+
+    The first case of a work_dir (one process) writes the initial checkpoint; the others load it.
+
+    Collectives: those of the engine; one all-gather over tp per split tensor.
+    """
+    engine = Engine(case.recipe, platform)
+    initial = work_dir / "initial"
+    if initial.is_dir():
+        checkpoint = initial / "step_0000000"
+        manifest = verify_checkpoint(engine, checkpoint)
+        load_checkpoint(engine, checkpoint, manifest, optimizer=False)
+    else:
+        save_checkpoint(engine, initial, 0, form="none", keep=1, files={}, data={})
+    results = [_step(engine, case.recipe, objective, step, steps) for step in range(steps)]
+    out = _folder(work_dir, case)
+    out.mkdir(parents=True, exist_ok=True)
+    parameters = dict(engine.whole_parameters())
+    layout = engine.layout
+    if (layout.tp_rank, layout.dp_rank, layout.cp_rank) == (0, 0, 0):
+        cpu = {name: tensor.float().cpu().contiguous() for name, tensor in parameters.items()}
+        save_file(cpu, out / f"stage_{layout.pp_rank}.safetensors")
+    if platform.is_writer:
+        (out / "steps.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    engine.close()
+
+
+def compare(case: Case, reference: Case, work_dir: Path) -> Comparison:
+    """Compare what two cases wrote."""
+    expected, found = (
+        np.array(json.loads((_folder(work_dir, c) / "steps.json").read_text()))
+        for c in (reference, case)
+    )
+    errors = np.abs(found - expected) / np.abs(expected)
+    truth, tensors = _parameters(work_dir, reference), _parameters(work_dir, case)
+    assert truth.keys() == tensors.keys(), truth.keys() ^ tensors.keys()
+    by_name = {
+        name: float(torch.linalg.vector_norm(tensors[name] - tensor))
+        / max(float(torch.linalg.vector_norm(tensor)), 1e-30)
+        for name, tensor in truth.items()
+    }
+    worst = max(by_name, key=by_name.__getitem__)
+    return Comparison(
+        name=case.name,
+        loss_error=float(errors[:, 0].max()),
+        grad_norm_error=float(errors[:, 1].max()),
+        parameter_error=by_name[worst],
+        worst_parameter=worst,
+    )
+
+
+def global_batch(recipe: Recipe, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [rows, S + 1] and loss mask [rows, S] of a step, the same for every layout."""
+    rows, length = recipe.batch.global_batch_size, recipe.data.sequence_length
+    random = np.random.default_rng([recipe.run.seed, step])
+    tokens = random.integers(1, recipe.model.vocab_size, (rows, length + 1))
+    # Half of the tokens follow from the one before, so that there is something to learn.
+    followers = tokens[:, 1::2]
+    followers[:] = tokens[:, 0::2][:, : followers.shape[1]] * 7 % (recipe.model.vocab_size - 1) + 1
+    tokens[random.random(tokens.shape) < 4 / length] = _EOD_ID
+    density = random.uniform(0.1, 0.9, (rows, 1))
+    mask = (random.random((rows, length)) < density).astype(np.float32)
+    mask[: recipe.batch.micro_batch_size] = 0
+    mask[-1, length // 4 : 3 * length // 4] = 0
+    return tokens, mask
+
+
+def micro_batches(recipe: Recipe, step: int, dp_rank: int, dp_size: int) -> list[Batch]:
+    """The micro-batches of one data rank: every dp_size-th group of rows."""
+    tokens, mask = global_batch(recipe, step)
+    size = recipe.batch.micro_batch_size
+    return [
+        build_batch(
+            tokens[start : start + size, :-1],
+            tokens[start : start + size, 1:],
+            mask[start : start + size],
+            eod_id=_EOD_ID,
+        )
+        for start in range(dp_rank * size, tokens.shape[0], dp_size * size)
+    ]
+
+
+def _step(
+    engine: Engine, recipe: Recipe, objective: Objective, step: int, steps: int
+) -> tuple[float, float]:
+    rate = learning_rate(
+        recipe.optim, step=step, consumed_tokens=0, total_steps=steps + 1, step_tokens=1
+    )
+    batches = micro_batches(recipe, step, engine.layout.dp_rank, engine.layout.dp_size)
+    result = engine.train_step(batches, objective, learning_rate=rate)
+    return result.loss, result.grad_norm
+
+
+def _folder(work_dir: Path, case: Case) -> Path:
+    return work_dir / case.name.replace(" ", "_")
+
+
+def _parameters(work_dir: Path, case: Case) -> dict[str, torch.Tensor]:
+    stages = sorted(_folder(work_dir, case).glob("stage_*.safetensors"))
+    return {name: tensor for stage in stages for name, tensor in load_file(stage).items()}
