@@ -1,0 +1,153 @@
+"""Which implementation runs an op: the caller's explicit choice, or `auto`, always with a reason.
+
+`auto` takes a kernel only on proof: a committed row of `correctness.jsonl` that is green on this
+compute capability for the very source that is installed. Everything else is experimental and runs
+only when named. There is no fallback: a named implementation that cannot run is an error.
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from phi4_kernels import registry
+from phi4_kernels.errors import DeviceError, ImplementationError
+
+CORRECTNESS_ROWS = registry.ROOT / "correctness.jsonl"
+_PREFERENCE = ("cuda", "triton")
+_calls: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("phi4_kernels_calls", default=None)
+_log = logging.getLogger("phi4_kernels")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What runs an op on a device, and why."""
+
+    op: str
+    implementation: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.implementation} ({self.reason})"
+
+
+def debug() -> bool:
+    """Whether PHI4_KERNELS_DEBUG=1 asks for checks that read device memory, and so synchronise."""
+    return os.environ.get("PHI4_KERNELS_DEBUG", "0") == "1"
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 asks for Triton's CPU interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def _rows() -> tuple[dict[str, Any], ...]:
+    if not CORRECTNESS_ROWS.exists():
+        return ()
+    return tuple(json.loads(line) for line in CORRECTNESS_ROWS.read_text().splitlines() if line)
+
+
+def proof(op: str, implementation: str, capability: str) -> dict[str, Any] | None:
+    """The newest row of this very source on this capability, if it is green."""
+    digest = registry.source_digest(op, implementation)
+    wanted = (op, implementation, capability, digest)
+    keys = ("op", "implementation", "capability", "source")
+    rows = [row for row in _rows() if tuple(row[key] for key in keys) == wanted]
+    return rows[-1] if rows and rows[-1]["green"] else None
+
+
+def _automatic(op: str, device: torch.device) -> Choice:
+    if device.type != "cuda":
+        return Choice(op, "torch", f"auto: tensors are on {device.type}")
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    for name in _PREFERENCE:
+        if name in registry.implementations(op) and (row := proof(op, name, capability)):
+            return Choice(op, name, f"auto: proven on {capability}, commit {row['commit']}")
+    return Choice(op, "torch", f"auto: no kernel of this source is proven on {capability}")
+
+
+@cache
+def choose(op: str, requested: str, device: torch.device) -> Choice:
+    """Decide once per process, and log the decision once.
+
+    Args:
+        op: one of registry.OPS.
+        requested: `auto` or the name of an implementation.
+        device: where the tensors are.
+
+    Raises:
+        ImplementationError: no such op or implementation, or it cannot be imported.
+        DeviceError: the implementation cannot use this device.
+    """
+    if op not in registry.OPS:
+        raise ImplementationError(f"no op {op!r}; there are {', '.join(registry.OPS)}")
+    if requested == "auto":
+        choice = _automatic(op, device)
+    else:
+        choice = Choice(op, requested, _named_reason(op, requested, device))
+    _log.info("%s", choice)
+    return choice
+
+
+def _named_reason(op: str, name: str, device: torch.device) -> str:
+    registry.implementation(op, name)
+    if name == "torch":
+        return "named"
+    if device.type == "cuda":
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        return "named" if proof(op, name, capability) else f"named; experimental on {capability}"
+    if name != "triton" or not interpreting():
+        raise DeviceError(
+            f"{op}: implementation {name!r} got tensors on {device.type}; expected cuda; move "
+            "them, use 'torch', or start with TRITON_INTERPRET=1 to interpret Triton on the CPU"
+        )
+    from phi4_kernels import interpreter
+
+    interpreter.repair()
+    return "named; interpreted on the CPU"
+
+
+def resolve(op: str, requested: str, device: torch.device) -> str:
+    """Name of the implementation that runs this call; counts it for `count_calls`."""
+    choice = choose(op, requested, device)
+    if (calls := _calls.get()) is not None:
+        calls[op, choice.implementation] += 1
+    return choice.implementation
+
+
+@contextmanager
+def count_calls() -> Iterator[Counter[tuple[str, str]]]:
+    """Count the calls made inside, by (op, implementation): proof that a kernel was used."""
+    token = _calls.set(Counter())
+    try:
+        yield _calls.get()
+    finally:
+        _calls.reset(token)
+
+
+def status() -> list[dict[str, str]]:
+    """One row per op and implementation: its state, and the last row that says so."""
+    return [_status_of(op, name) for op in registry.OPS for name in registry.implementations(op)]
+
+
+def _status_of(op: str, name: str) -> dict[str, str]:
+    row = {"op": op, "implementation": name, "device": "", "commit": "", "date": ""}
+    if name == "torch":
+        return row | {"state": "always available"}
+    past = [entry for entry in _rows() if (entry["op"], entry["implementation"]) == (op, name)]
+    if not past:
+        return row | {"state": "experimental: never executed on a GPU"}
+    last = past[-1]
+    row |= {key: last[key] for key in ("device", "commit", "date")}
+    if last["source"] != registry.source_digest(op, name):
+        return row | {"state": "experimental: changed since its last row"}
+    return row | {"state": "proven" if last["green"] else "experimental: last row is red"}

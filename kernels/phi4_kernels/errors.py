@@ -1,0 +1,32 @@
+"""The errors of phi4_kernels: each says in one line what was got, what is expected, what to change.
+
+A family of its own, because the package runs without phi4.
+"""
+
+
+class KernelError(Exception):
+    """Base of all errors that a caller can mend."""
+
+
+class DtypeError(KernelError):
+    """A tensor has a dtype that the op or the implementation does not take."""
+
+
+class ShapeError(KernelError):
+    """A tensor has the wrong shape or strides, or a layout does not add up."""
+
+
+class DeviceError(KernelError):
+    """Tensors lie on different devices, or on one that the implementation cannot use."""
+
+
+class PositionError(KernelError):
+    """A position or a document boundary is out of range."""
+
+
+class ImplementationError(KernelError):
+    """An implementation does not exist, cannot be imported or was never shipped for this size."""
+
+
+class GateError(KernelError):
+    """A kernel failed a gate: wrong numbers, touched memory, or more resources than its budget."""

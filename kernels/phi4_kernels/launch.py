@@ -1,0 +1,75 @@
+"""Launch ladders: how a kernel is launched at each size, as a table that a developer edits.
+
+A ladder is data, so that the resource gate can compile every row of it and a row that no case
+reaches is an error. The choice depends on sizes alone, never on a timing: two runs launch alike.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.errors import ImplementationError
+
+# Programs on a device without multiprocessors: small, so that loops over rows run more than once.
+_INTERPRETED_PROCESSORS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One row of a ladder: it serves every size up to `limit`."""
+
+    limit: int
+    """Largest size (unit: see the ladder) that this row serves."""
+    block: int
+    """Elements of the last dimension that a program handles at a time; a power of two."""
+    num_warps: int
+    rows: int = 1
+    """Rows (tokens) that a program handles at a time."""
+    programs_per_processor: int = 0
+    """Resident programs per multiprocessor of a persistent kernel; 0 where the grid is the data."""
+
+
+Ladder = tuple[Launch, ...]
+
+
+def pick(ladder: Ladder, size: int) -> Launch:
+    """The first row of `ladder` that serves `size`.
+
+    Raises:
+        ImplementationError: no row serves it.
+    """
+    for row in ladder:
+        if size <= row.limit:
+            return row
+    raise ImplementationError(
+        f"size {size} is over the launch ladder's last row, {ladder[-1].limit}; "
+        "use implementation='torch' or add a row"
+    )
+
+
+def persistent_programs(row: Launch, num_items: int, device: torch.device) -> int:
+    """Programs for a kernel that loops over `num_items`: what fills the device, never more."""
+    processors = _INTERPRETED_PROCESSORS
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(num_items, processors * max(row.programs_per_processor, 1))
+
+
+def divisor_block(width: int, largest: int, smallest: int) -> int:
+    """The largest power of two <= `largest` that divides `width` (no masks), or `largest` cut to
+    the next power of two of `width` where only blocks under `smallest` divide it."""
+    block = largest
+    while block > smallest and width % block:
+        block //= 2
+    return block if width % block == 0 else min(largest, 1 << max(width - 1, 1).bit_length())
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def row_stride(tensor: Tensor) -> int:
+    """Stride of the rows of a [T, H] tensor, in elements."""
+    return tensor.stride(0)

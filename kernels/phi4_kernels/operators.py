@@ -1,0 +1,34 @@
+"""Registration of kernels as torch operators, for compile, fake tensors and opcheck."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from phi4_kernels import registry
+
+
+def register(op: str, step: str, schema: str, fake: Callable[..., Any]) -> Any:
+    """Define `phi4::<schema>` for CPU (interpreted) and CUDA tensors.
+
+    Args:
+        op: the op's folder.
+        step: the function of the implementation's module that runs it.
+        schema: name, arguments and results in torch's schema language. A last argument
+            `str implementation` is added, and names the module.
+        fake: makes outputs of the right shape, dtype and device without computing them.
+
+    Returns:
+        The operator's default overload.
+    """
+    name = schema.partition("(")[0]
+    signature = schema.removeprefix(name).replace(") ->", ", str implementation) ->", 1)
+
+    def launch(*args: Any) -> Any:
+        *inputs, implementation = args
+        return getattr(registry.implementation(op, implementation), step)(*inputs)
+
+    torch.library.define(f"phi4::{name}", signature)
+    torch.library.impl(f"phi4::{name}", ("cpu", "cuda"))(launch)
+    torch.library.register_fake(f"phi4::{name}")(lambda *args: fake(*args[:-1]))
+    return getattr(torch.ops.phi4, name).default

@@ -1,0 +1,49 @@
+"""The definition of rotary position embedding on packed QKV.
+
+The first rotary_dim elements of each query and key head are halves (a, b) that become
+(a cos - b sin, b cos + a sin) with the token's angles; values pass through. Half precision is
+computed in fp32 and rounded once.
+"""
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.numerics import widened
+from phi4_kernels.rope.layout import QKVLayout
+
+
+def positions(
+    num_tokens: int, position_ids: Tensor | None, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor:
+    """[T] positions: as given, or counted from each document's start, or from 0."""
+    if position_ids is not None:
+        return position_ids
+    tokens = torch.arange(num_tokens, device=device)
+    if cu_seqlens is None:
+        return tokens
+    starts = cu_seqlens[:-1].to(tokens.dtype)
+    return tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]
+
+
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads [T, ..., D] by angles [T, rotary_dim / 2]."""
+    half = cos.shape[-1]
+    shape = (cos.shape[0],) + (1,) * (heads.dim() - 2) + (half,)
+    cos, sin = cos.view(shape), sin.view(shape)
+    a, b, rest = widened(heads).split((half, half, heads.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(heads.dtype)
+
+
+def rope_qkv(
+    qkv: Tensor,
+    layout: QKVLayout,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, width] -> q [T, G, Q, D], k [T, G, D], v [T, G, D]; qkv is left as it is."""
+    at = positions(qkv.shape[0], position_ids, cu_seqlens, qkv.device)
+    q, k, v = layout.split(qkv)
+    return rotated(q, cos[at], sin[at]), rotated(k, cos[at], sin[at]), v

@@ -1,0 +1,54 @@
+"""RoPE on PyTorch's own kernels, in place like the fused kernel."""
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.rope import reference
+from phi4_kernels.rope.layout import QKVLayout
+
+
+def _rotate(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> None:
+    half = cos.shape[-1]
+    shape = (cos.shape[0],) + (1,) * (source.dim() - 2) + (half,)
+    cos, sin = cos.view(shape), sin.view(shape)
+    a, b = source[..., :half].float(), source[..., half : 2 * half].float()
+    first, second = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    target[..., :half].copy_(first)
+    target[..., half : 2 * half].copy_(second)
+
+
+def forward(
+    qkv: Tensor,
+    layout: QKVLayout,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """See op.rope_qkv; overwrites qkv [T, width]."""
+    at = reference.positions(qkv.shape[0], position_ids, cu_seqlens, qkv.device)
+    q, k, _ = layout.split(qkv)
+    _rotate(q, q, cos[at], sin[at])
+    _rotate(k, k, cos[at], sin[at])
+
+
+def backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    layout: QKVLayout,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Gradient of the packed projection [T, width]."""
+    at = reference.positions(dq.shape[0], position_ids, cu_seqlens, dq.device)
+    packed = dq.new_empty(dq.shape[0], layout.width)
+    q, k, v = layout.split(packed)
+    rotary_dim = 2 * cos.shape[-1]
+    for source, target in ((dq, q), (dk, k)):
+        _rotate(source, target, cos[at], -sin[at])
+        target[..., rotary_dim:].copy_(source[..., rotary_dim:])
+    v.copy_(dv)
+    return packed

@@ -1,0 +1,152 @@
+"""What tests, resource gate and benchmarks run of SwiGLU."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.registry import Case, Cost, Entry, Inputs
+from phi4_kernels.swiglu import op, reference
+from phi4_kernels.testing import draw
+
+# Blocks that divide the width and blocks with a tail, rows that fill a tile and rows that do not,
+# phi-4's width (35 * 512), and the empty and single row.
+_PROOF = (
+    Case("w1", {"rows": 3, "width": 1}),
+    Case("w63", {"rows": 5, "width": 63}),
+    Case("w100-strided", {"rows": 9, "width": 100}, strided=True),
+    Case("w640", {"rows": 6, "width": 640}),
+    Case("rows70", {"rows": 70, "width": 72}),
+    Case("w1030", {"rows": 5, "width": 1030}),
+    Case("w17920", {"rows": 3, "width": 17920}),
+    Case("empty", {"rows": 0, "width": 64}),
+    Case("one-row", {"rows": 1, "width": 512}),
+)
+# Local widths at TP 1, 2, 5 and 10 all divide by 512 or 256.
+_SHIPPED = (Case("w17920", {"rows": 8, "width": 17920}), Case("w1792", {"rows": 8, "width": 1792}))
+_BENCH = tuple(Case(f"t{rows}-w17920", {"rows": rows, "width": 17920}) for rows in (4096, 16384))
+
+
+def _make(case: Case, dtype: torch.dtype) -> Inputs:
+    generator = case.generator()
+    shape = (case.sizes["rows"], case.sizes["width"])
+    gate = draw.rows(shape, dtype, generator)
+    up = draw.rows(shape, dtype, generator, high=draw.gradient_high(dtype))
+    gate_up = torch.cat((gate, up), dim=1)
+    if not case.strided:
+        return Inputs({"gate_up": gate_up})
+    wide = torch.full((shape[0], 2 * shape[1] + 8), torch.nan, dtype=dtype)
+    wide[:, : 2 * shape[1]] = gate_up
+    return Inputs({"gate_up": wide[:, : 2 * shape[1]]})
+
+
+def _make_linear(case: Case, dtype: torch.dtype) -> Inputs:
+    generator = case.generator()
+    weight = torch.randn(24, case.sizes["width"], generator=generator, dtype=torch.float64)
+    weight = (weight / case.sizes["width"] ** 0.5).to(dtype)
+    return Inputs(_make(case, dtype).tensors | {"weight": weight})
+
+
+def _make_backward(case: Case, dtype: torch.dtype) -> Inputs:
+    gate_up = _make(case, dtype).tensors["gate_up"]
+    shape = (case.sizes["rows"], case.sizes["width"])
+    high = draw.gradient_high(dtype)
+    dout = draw.rows(shape, dtype, case.generator(), high=high, strided=case.strided)
+    return Inputs({"dout": dout, "gate_up": gate_up})
+
+
+def _make_fp8(case: Case, dtype: torch.dtype) -> Inputs:
+    return Inputs(_make(case, dtype).tensors, {"scale": torch.tensor(0.75)})
+
+
+def _backward(**arguments: Any) -> tuple[Tensor, Tensor]:
+    return op.swiglu_backward(**arguments, emit_product=True)
+
+
+def _fp8(columnwise: bool) -> Any:
+    """The op and its definition without amax: one number is no sample for the error rule."""
+
+    def run(**arguments: Any) -> tuple[Tensor, ...]:
+        out = op.swiglu_fp8(**arguments, columnwise=columnwise)
+        return (out.rowwise, *((out.columnwise.t(),) if columnwise else ()))
+
+    def define(gate_up: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        rowwise, _ = reference.swiglu_fp8(gate_up, scale)
+        return (rowwise, *((rowwise,) if columnwise else ()))
+
+    return run, define
+
+
+def _cost(passes: dict[str, tuple[int, int, int]]) -> Any:
+    """Per pass: elements of the activation dtype, bytes of e4m3, flops, each per element of F."""
+
+    def cost(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
+        elements = case.sizes["rows"] * case.sizes["width"]
+        return {
+            mode: Cost(
+                (wide * dtype.itemsize + fp8) * elements,
+                flops * elements,
+                f"T * F * ({wide} * {dtype.itemsize} + {fp8}) B",
+            )
+            for mode, (wide, fp8, flops) in passes.items()
+        }
+
+    return cost
+
+
+_ROWWISE, _BOTH = _fp8(False), _fp8(True)
+_FP8_PROOF = tuple(case for case in _PROOF if case.name != "w17920")
+_COMMON = {"op": "swiglu", "shipped_cases": _SHIPPED, "bench_cases": _BENCH}
+
+ENTRIES = (
+    Entry(
+        name="swiglu",
+        proof_cases=_PROOF,
+        function=op.swiglu,
+        reference=reference.swiglu,
+        make=_make,
+        cost=_cost({"forward": (3, 0, 6), "backward": (5, 0, 12)}),
+        **_COMMON,
+    ),
+    Entry(
+        name="swiglu_backward",
+        proof_cases=_PROOF,
+        function=_backward,
+        reference=reference.swiglu_backward,
+        make=_make_backward,
+        cost=_cost({"forward": (6, 0, 13)}),
+        differentiable=False,
+        **_COMMON,
+    ),
+    Entry(
+        op="swiglu",
+        name="swiglu_linear",
+        function=op.swiglu_linear,
+        reference=reference.swiglu_linear,
+        make=_make_linear,
+        proof_cases=_PROOF[1:4],
+        shipped_cases=(),
+        bench_cases=(),
+        cost=lambda case, dtype: {},
+    ),
+    Entry(
+        name="swiglu_fp8",
+        proof_cases=_FP8_PROOF,
+        function=_ROWWISE[0],
+        reference=_ROWWISE[1],
+        make=_make_fp8,
+        cost=_cost({"forward": (2, 1, 7)}),
+        differentiable=False,
+        **_COMMON,
+    ),
+    Entry(
+        name="swiglu_fp8_columnwise",
+        proof_cases=_FP8_PROOF,
+        function=_BOTH[0],
+        reference=_BOTH[1],
+        make=_make_fp8,
+        cost=_cost({"forward": (2, 2, 7)}),
+        differentiable=False,
+        **_COMMON,
+    ),
+)

@@ -1,0 +1,181 @@
+"""SwiGLU in Triton: tiles of a few rows by a power of two that divides the width, so without masks.
+
+phi-4's width, 17,920, is 35 * 512. Each thread holds 16 elements of each half: with several 16-byte
+loads in flight the kernel waits for bandwidth, not for latency.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from phi4_kernels import launch
+from phi4_kernels.launch import Launch
+
+# By width F. `block` is the widest tile; the kernel takes the largest power of two that divides F.
+FORWARD = (Launch(1 << 30, 512, 4, rows=4),)
+BACKWARD = (Launch(1 << 30, 512, 4, rows=2),)
+# 64 rows make 64-byte pieces of the transpose.
+COLUMNWISE = (Launch(1 << 30, 128, 8, rows=64),)
+_SMALLEST_EXACT_BLOCK = 128
+
+FP8_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def _sigmoid(x):
+    # exp of a non-positive number only: no overflow, and full precision on both sides of zero.
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _tile(num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    rows = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = rows < num_rows
+    if WIDTH % BLOCK != 0:
+        mask = mask & (cols < WIDTH)
+    return rows, cols, tl.broadcast_to(mask, (ROWS, BLOCK))
+
+
+@triton.jit
+def _swiglu_forward_kernel(
+    gate_up_ptr,
+    scale_ptr,
+    out_ptr,
+    transposed_ptr,
+    amax_ptr,
+    stride_gate_up,
+    num_rows,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
+    COLUMNWISE: tl.constexpr,
+):
+    rows, cols, mask = _tile(num_rows, WIDTH, ROWS, BLOCK)
+    gate_ptr = gate_up_ptr + rows * stride_gate_up + cols
+    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    out = gate * _sigmoid(gate) * up
+    if FP8:
+        tl.store(amax_ptr + tl.program_id(0), tl.max(tl.max(tl.abs(out), axis=1), axis=0))
+        out = tl.clamp(out * tl.load(scale_ptr), -FP8_MAX, FP8_MAX)
+    stored = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows * WIDTH + cols, stored, mask=mask)
+    if COLUMNWISE:
+        down = transposed_ptr + cols.to(tl.int64) * num_rows + rows
+        tl.store(tl.trans(down), tl.trans(stored), mask=tl.trans(mask))
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    dout_ptr,
+    gate_up_ptr,
+    gradient_ptr,
+    product_ptr,
+    stride_dout,
+    stride_gate_up,
+    num_rows,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EMIT: tl.constexpr,
+):
+    rows, cols, mask = _tile(num_rows, WIDTH, ROWS, BLOCK)
+    dout = tl.load(dout_ptr + rows * stride_dout + cols, mask=mask, other=0.0).to(tl.float32)
+    gate_ptr = gate_up_ptr + rows * stride_gate_up + cols
+    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = _sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = dout * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    dgate_ptr = gradient_ptr + rows * (2 * WIDTH) + cols
+    tl.store(dgate_ptr, dgate.to(gradient_ptr.dtype.element_ty), mask=mask)
+    tl.store(dgate_ptr + WIDTH, (dout * silu).to(gradient_ptr.dtype.element_ty), mask=mask)
+    if EMIT:
+        product = (silu * up).to(product_ptr.dtype.element_ty)
+        tl.store(product_ptr + rows * WIDTH + cols, product, mask=mask)
+
+
+def _grid(row: Launch, num_rows: int, width: int) -> tuple[int, dict[str, int]]:
+    block = launch.divisor_block(width, row.block, _SMALLEST_EXACT_BLOCK)
+    programs = triton.cdiv(num_rows, row.rows) * triton.cdiv(width, block)
+    return programs, {"WIDTH": width, "ROWS": row.rows, "BLOCK": block}
+
+
+def forward(gate_up: Tensor) -> Tensor:
+    """[T, 2F] -> [T, F]."""
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        row = launch.pick(FORWARD, width)
+        programs, tile = _grid(row, num_rows, width)
+        _swiglu_forward_kernel[(programs,)](
+            gate_up,
+            None,
+            out,
+            None,
+            None,
+            gate_up.stride(0),
+            num_rows,
+            **tile,
+            FP8=False,
+            COLUMNWISE=False,
+            num_warps=row.num_warps,
+        )
+    return out
+
+
+def forward_fp8(gate_up: Tensor, scale: Tensor, columnwise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, 2F] -> e4m3 [T, F], its transpose (empty unless columnwise), amax []."""
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    row = launch.pick(COLUMNWISE if columnwise else FORWARD, width)
+    programs, tile = _grid(row, num_rows, width)
+    fp8 = {"dtype": torch.float8_e4m3fn, "device": gate_up.device}
+    out = torch.empty((num_rows, width), **fp8)
+    transposed = torch.empty((width, num_rows) if columnwise else (0, 0), **fp8)
+    amax = torch.empty(programs, dtype=torch.float32, device=gate_up.device)
+    if not out.numel():
+        return out, transposed, scale.new_zeros(())
+    _swiglu_forward_kernel[(programs,)](
+        gate_up,
+        scale,
+        out,
+        transposed,
+        amax,
+        gate_up.stride(0),
+        num_rows,
+        **tile,
+        FP8=True,
+        COLUMNWISE=columnwise,
+        num_warps=row.num_warps,
+    )
+    return out, transposed, amax.amax()
+
+
+def backward(dout: Tensor, gate_up: Tensor, emit_product: bool) -> tuple[Tensor, Tensor]:
+    """[T, F], [T, 2F] -> gradient [T, 2F], product [T, F] (empty unless emitted)."""
+    num_rows, width = dout.shape
+    like = {"dtype": gate_up.dtype, "device": gate_up.device}
+    gradient = torch.empty((num_rows, 2 * width), **like)
+    product = torch.empty((num_rows, width) if emit_product else (0, 0), **like)
+    if dout.numel():
+        row = launch.pick(BACKWARD, width)
+        programs, tile = _grid(row, num_rows, width)
+        _swiglu_backward_kernel[(programs,)](
+            dout,
+            gate_up,
+            gradient,
+            product,
+            dout.stride(0),
+            gate_up.stride(0),
+            num_rows,
+            **tile,
+            EMIT=emit_product,
+            num_warps=row.num_warps,
+        )
+    return gradient, product

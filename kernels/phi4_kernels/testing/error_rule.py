@@ -1,0 +1,73 @@
+"""The one tolerance of the lab: measured by what plain PyTorch loses on the same inputs.
+
+Truth is the reference on fp64 copies of the rounded inputs, eager is the reference on the inputs as
+given. Nothing is tuned by hand, and nothing can be widened to let a kernel pass.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.errors import GateError
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """How much of the rule a result uses up; 1.0 is the limit."""
+
+    largest: float
+    """Largest error over 2 * eager's + 1 ulp at max |truth|."""
+    row: float
+    """Worst row's L2 error over 2 * eager's worst relative row error * norm + 1 ulp."""
+
+
+def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """Spacing of `dtype` at each |magnitude|, subnormals included."""
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(magnitude.clamp(min=info.smallest_normal)))
+    return info.eps * 2.0**exponent
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    wide = tensor.detach().cpu().double()
+    return wide.reshape(-1, wide.shape[-1]) if wide.dim() else wide.reshape(1, 1)
+
+
+def check(name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> Margin:
+    """Hold one output or gradient against the rule.
+
+    Args:
+        name: for the message.
+        ours: what the kernel gave.
+        eager: what the reference gave on the same inputs.
+        truth: what the reference gave in fp64.
+
+    Raises:
+        GateError: wrong shape or dtype, not finite, or over the rule.
+    """
+    if ours.shape != truth.shape or ours.dtype != eager.dtype:
+        raise GateError(
+            f"{name}: got {tuple(ours.shape)} {ours.dtype}; expected {tuple(truth.shape)} "
+            f"{eager.dtype}, the reference's; fix the kernel's outputs"
+        )
+    if not ours.numel():
+        return Margin(0.0, 0.0)
+    values, plain, exact = _as_rows(ours), _as_rows(eager), _as_rows(truth)
+    error, eager_error = (values - exact).abs(), (plain - exact).abs()
+    bound = 2 * eager_error.max() + ulp(exact.abs().max(), ours.dtype)
+    norm = exact.norm(dim=1)
+    relative = torch.where(norm > 0, eager_error.norm(dim=1) / norm, 0.0).max()
+    row_bound = 2 * relative * norm + ulp(exact.abs().amax(dim=1), ours.dtype)
+    row_margins = error.norm(dim=1) / row_bound
+    margin = Margin(float(error.max() / bound), float(row_margins.max()))
+    # A NaN anywhere makes a maximum NaN, and NaN is not <= 1.
+    if not (margin.largest <= 1.0 and margin.row <= 1.0):
+        worst = int(row_margins.nan_to_num(nan=math.inf).argmax())
+        raise GateError(
+            f"{name} ({ours.dtype}): largest error is {margin.largest:.3g} of its bound, row "
+            f"{worst}'s is {margin.row:.3g}; expected at most 1 (2x eager's error + 1 ulp); "
+            "fix the kernel, the rule has no knob"
+        )
+    return margin

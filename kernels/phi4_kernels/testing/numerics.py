@@ -1,0 +1,160 @@
+"""Runs one case of one entry and holds every output and gradient against the error rule."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi4_kernels import dispatch, interpreter
+from phi4_kernels.errors import GateError
+from phi4_kernels.registry import Case, Entry, Inputs
+from phi4_kernels.testing import draw, error_rule
+from phi4_kernels.testing.error_rule import Margin
+from phi4_kernels.testing.poison import poisoned
+
+Results = dict[str, Tensor]
+
+
+def _convert(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    return convert(value) if isinstance(value, Tensor) else value
+
+
+def converted(inputs: Inputs, convert: Callable[[Tensor], Tensor]) -> Inputs:
+    """The inputs with every tensor converted."""
+    return Inputs(
+        {name: convert(tensor) for name, tensor in inputs.tensors.items()},
+        {name: _convert(value, convert) for name, value in inputs.constants.items()},
+    )
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def outputs_of(result: Any) -> tuple[Tensor, ...]:
+    """The outputs of an entry's function as a tuple."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def evaluate(
+    function: Callable[..., Any],
+    inputs: Inputs,
+    gradients: tuple[Tensor, ...] | None,
+    place: Callable[[Tensor], Tensor] = Tensor.clone,
+) -> Results:
+    """Run forward, and backward when gradients are given.
+
+    Args:
+        function: called with the inputs.
+        inputs: what to call it with.
+        gradients: one per output, cast to its dtype; None for functions without autograd.
+        place: copies a tensor to where the function may use it.
+
+    Returns:
+        Outputs as out0, out1, ... and gradients as d_<input>.
+    """
+    leaves = {name: place(tensor).detach() for name, tensor in inputs.tensors.items()}
+    for leaf in leaves.values():
+        leaf.requires_grad_(gradients is not None)
+    constants = {name: _convert(value, place) for name, value in inputs.constants.items()}
+    outputs = outputs_of(function(**leaves, **constants))
+    results = {f"out{index}": output for index, output in enumerate(outputs)}
+    if gradients is not None:
+        incoming = [
+            place(gradient.to(output.dtype)) if gradient.dtype != output.dtype else place(gradient)
+            for gradient, output in zip(gradients, outputs, strict=True)
+        ]
+        torch.autograd.backward(outputs, incoming)
+        results |= {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
+    return {name: tensor.detach() for name, tensor in results.items()}
+
+
+def _incoming(entry: Entry, case: Case, inputs: Inputs) -> tuple[Tensor, ...] | None:
+    if not entry.differentiable:
+        return None
+    outputs = outputs_of(entry.reference(**inputs.tensors, **inputs.constants))
+    generator = case.generator()
+    return tuple(
+        draw.rows(
+            tuple(output.shape),
+            output.dtype,
+            generator,
+            high=draw.gradient_high(output.dtype),
+            strided=case.strided,
+        )
+        for output in outputs
+    )
+
+
+def run(
+    entry: Entry, case: Case, dtype: torch.dtype, implementation: str, device: str = "cpu"
+) -> tuple[Results, Callable[[], Results]]:
+    """Prepare a case: a poisoned first run's results, and a function that repeats it bare."""
+    inputs = entry.make(case, dtype)
+    gradients = _incoming(entry, case, inputs)
+    function = partial(entry.function, implementation=implementation)
+    move = partial(copied, device=device)
+    moved = converted(inputs, move)
+    incoming = None if gradients is None else tuple(move(gradient) for gradient in gradients)
+    with poisoned() as guard:
+        results = evaluate(function, moved, incoming, guard.guarded)
+        guard.verify()
+    return results, partial(evaluate, function, moved, incoming, copied)
+
+
+def copied(tensor: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """A copy with the same strides, by default on the same device."""
+    to = tensor.device if device is None else device
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=to)
+    return copy.copy_(tensor.detach())
+
+
+def check(
+    entry: Entry,
+    case: Case,
+    dtype: torch.dtype,
+    implementation: str = "triton",
+    device: str = "cpu",
+) -> dict[str, Margin]:
+    """Numbers by the error rule, memory by guard bands, and equal bits in every program order.
+
+    Raises:
+        GateError: any of them fails.
+    """
+    inputs = entry.make(case, dtype)
+    gradients = _incoming(entry, case, inputs)
+    eager = evaluate(entry.reference, inputs, gradients)
+    truth = evaluate(
+        entry.reference,
+        converted(inputs, _double),
+        None if gradients is None else tuple(gradient.double() for gradient in gradients),
+    )
+    ours, again = run(entry, case, dtype, implementation, device)
+    margins = {
+        name: error_rule.check(f"{entry.name}/{case.name} {name}", ours[name], eager[name], exact)
+        for name, exact in truth.items()
+    }
+    interpreted = implementation == "triton" and dispatch.interpreting()
+    for order in interpreter.ORDERS[1:] if interpreted else ("forward",):
+        with interpreter.program_order(order) if interpreted else nullcontext():
+            expect_same_bits(f"{entry.name}/{case.name} {order}", ours, again())
+    return margins
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
+
+
+def expect_same_bits(name: str, first: Results, second: Results) -> None:
+    """Raise GateError unless both runs agree in every bit."""
+    for key, tensor in first.items():
+        other = second[key]
+        same = torch.equal(_bits(tensor), _bits(other))
+        if not same:
+            raise GateError(
+                f"{name} {key}: two runs differ; expected equal bits; look for atomics, races or "
+                "reads of unwritten memory"
+            )
