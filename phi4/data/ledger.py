@@ -136,13 +136,11 @@ class Ledger:
 
 def _parse(state: dict[str, Any]) -> LedgerState:
     try:
-        # A round trip through JSON leaves the caller's dictionary untouched by later draws.
-        parsed = msgspec.json.decode(msgspec.json.encode(state), type=LedgerState)
-    except (msgspec.ValidationError, TypeError) as error:
+        return msgspec.convert(state, LedgerState)
+    except msgspec.ValidationError as error:
         raise DataError(
             f"the checkpoint's data position is not one of phi4 ({error}); take another checkpoint"
         ) from None
-    return parsed
 
 
 def _ratio(weights: dict[str, float]) -> dict[str, int]:

@@ -137,6 +137,10 @@ def _open_sources(data: DataConfig, tokenizer: TokenizerFacts) -> list[Source]:
             "no data source with a weight above 0; name a .bin/.idx prefix under data.sources (or "
             "data.held_out), `phi4 data demo` writes some"
         )
+    names = [source.name for source in data.sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two sources are named {name!r}; every source needs its own name")
     opened = []
     for config in data.sources:
         shard = TokenFile(config.path)

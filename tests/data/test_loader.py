@@ -173,6 +173,32 @@ def test_shards_are_cut_each_on_its_own(write_source) -> None:
     assert source.locate(3, 2).endswith("s1.bin, document 0, offset 6")
 
 
+def test_documents_share_a_row_when_the_mask_is_off(two_sources, facts: TokenizerFacts) -> None:
+    masked, plain = (
+        step(Loader(data_config(two_sources, document_mask=on), facts, 7), 8)
+        for on in (True, False)
+    )
+    assert all(batch.cu_seqlens.tolist() == [0, 8] for batch in plain)
+    assert all(batch.cu_seqlens.size > 2 for batch in masked)
+
+
+def test_two_held_out_sources_of_one_name_are_refused(write_source, facts: TokenizerFacts) -> None:
+    twice = tuple(SourceConfig(name="s", path=write_source(f"s{i}", [9])) for i in range(2))
+    with pytest.raises(DataError, match="two sources are named 's'"):
+        HeldOut(DataConfig(held_out=twice), facts, 7)
+
+
+def test_partial_unit_of_an_unfinished_document_is_padded(
+    tmp_path: Path, facts: TokenizerFacts
+) -> None:
+    with TokenFileWriter(tmp_path / "s", facts) as writer:
+        writer.add(np.array([5, 6, 7]))
+    (batch,) = step(Loader(data_config({"s": (f"{tmp_path}/s", 1.0)}, row_units=1), facts, 1), 1)
+    assert batch.tokens.tolist() == [[5, 6, 7, PAD]]
+    assert batch.labels.tolist() == [[6, 7, PAD, PAD]]
+    assert batch.loss_mask.tolist() == [[1, 1, 0, 0]]
+
+
 def test_token_beyond_the_vocabulary_is_located(tmp_path: Path) -> None:
     facts = TokenizerFacts(vocab_size=100, eod_id=EOD, pad_id=PAD, fingerprint="x")
     with TokenFileWriter(tmp_path / "s", facts) as writer:
