@@ -46,10 +46,10 @@ fi
 rm -f "$stamp"
 build=$(torch_build)
 if [ "$build" = cuda ] && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-    echo "phi4: pip will take the CUDA build of torch: 2.7 GB to download, 7 GB on disk."
+    echo "phi4: pip will take the CUDA build of torch: 2.7 GB to download, 6 GB on disk."
     command -v nvidia-smi >/dev/null ||
         echo "phi4: there is no nvidia-smi here; the CPU build is 0.2 GB (README, section Set-up)."
-    NEED_DISK_GB=11 sh tools/check_machine.sh >/dev/null
+    NEED_DISK_GB=10 sh tools/check_machine.sh >/dev/null
 elif [ "$build" = cpu ] && command -v nvidia-smi >/dev/null; then
     echo "phi4: there is a GPU here, but pip takes the CPU build of torch; phi4 will not use the GPU."
 fi
