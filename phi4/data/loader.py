@@ -63,10 +63,11 @@ class Loader:
             )
         row_units = self._data.sequence_length // self._data.unit_tokens
         source, ordinal = self._stream.next_units(global_batch_size * row_units)
-        own_units = source.size // dp_size
-        starts = range(dp_rank * own_units, (dp_rank + 1) * own_units, micro_batch_size * row_units)
-        slices = [slice(start, start + micro_batch_size * row_units) for start in starts]
-        return [self._batch(source[part], ordinal[part]) for part in slices]
+        own = slice(dp_rank * source.size // dp_size, (dp_rank + 1) * source.size // dp_size)
+        source, unit = source[own], self._stream.units(source[own], ordinal[own])
+        size = micro_batch_size * row_units
+        starts = range(0, unit.size, size)
+        return [self._batch(source[i : i + size], unit[i : i + size]) for i in starts]
 
     def state(self) -> dict[str, Any]:
         """The ledger between two steps, plain JSON."""
@@ -76,9 +77,9 @@ class Loader:
         """sha256 of each source's manifest, by source name."""
         return {s.name: file_sha256(manifest_path(s.path)) for s in self._data.sources}
 
-    def _batch(self, source: np.ndarray, ordinal: np.ndarray) -> Batch:
+    def _batch(self, source: np.ndarray, unit: np.ndarray) -> Batch:
         rows = (-1, self._data.sequence_length)
-        tokens, labels, weights = self._stream.read(source, ordinal)
+        tokens, labels, weights = self._stream.read(source, unit)
         return build_batch(
             tokens.reshape(rows),
             labels.reshape(rows),

@@ -80,9 +80,9 @@ class Stream:
         return unit
 
     def read(
-        self, source: np.ndarray, ordinal: np.ndarray
+        self, source: np.ndarray, unit: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs, labels and label weights of some draws.
+        """Inputs, labels and label weights of some units.
 
         The label after an end-of-document token and the padding of a partial unit weigh 0.
 
@@ -94,7 +94,6 @@ class Stream:
         Raises:
             DataError: an id is outside the vocabulary.
         """
-        unit = self.units(source, ordinal)
         window = np.full((unit.size, self._unit_tokens + 1), self._tokenizer.pad_id, dtype=np.int32)
         filled = np.empty(unit.size, dtype=np.int64)
         for row, (index, number) in enumerate(zip(source.tolist(), unit.tolist(), strict=True)):
@@ -108,5 +107,5 @@ class Stream:
         tokens, labels = (window[:, i : i + self._unit_tokens].astype(np.int64) for i in (0, 1))
         weights = tokens != self._tokenizer.eod_id
         for row in np.flatnonzero(filled < window.shape[1]):
-            weights[row, max(0, filled[row] - 1) :] = False
+            weights[row, filled[row] - 1 :] = False
         return tokens, labels, weights

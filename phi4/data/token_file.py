@@ -190,7 +190,8 @@ def _map_bytes(path: Path) -> np.ndarray:
     try:
         if path.stat().st_size == 0:
             return np.empty(0, dtype=np.uint8)
-        return np.memmap(path, dtype=np.uint8, mode="r")
+        # A plain view: slices of the memmap subclass cost several times as much.
+        return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); the prefix of a source is its path "
