@@ -1,7 +1,7 @@
 """Token-by-token generation through the training layout: any TP x PP x CP, no KV cache.
 
-Every rank computes the same tokens: the last stage draws, all others are told. Causal attention makes
-the padding behind the text invisible, so rows are padded to whatever the layout needs.
+Every rank computes the same tokens: the last stage draws, all others are told. Causal attention
+makes the padding behind the text invisible, so rows are padded to whatever the layout needs.
 """
 
 from collections.abc import Iterator, Sequence

@@ -4,12 +4,6 @@
 torchrun or srun started, joins the others and runs the body.
 """
 
-"""One command, any number of ranks: the same call starts the workers and is the workers.
-
-`phi4 train RECIPE` typed by a user starts `num_workers` copies of itself; a copy, or a process that
-torchrun or srun started, joins the others and runs the body.
-"""
-
 import os
 import warnings
 from collections.abc import Callable, Sequence

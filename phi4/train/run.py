@@ -3,28 +3,27 @@
 Everything that can be wrong is checked before anything is written over.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch.distributed as dist
 
 from phi4.config import Recipe, dump_toml
 from phi4.data.loader import Loader
 from phi4.data.tokenizer import TokenizerFacts, load_tokenizer
-from phi4.engine.checkpoint import load_checkpoint, verify_checkpoint
+from phi4.engine.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
-from phi4.errors import ConfigError, TokenizerError
-from phi4.track import Trackers, open_trackers
-from phi4.train.checkpointing import Checkpointer, checkpoints_of, read_recipe, resume
+from phi4.errors import CheckpointError, TokenizerError
+from phi4.track import Trackers, open_trackers, recipe_params
+from phi4.train.checkpointing import Checkpointer, read_recipe, resume
 from phi4.train.evaluation import HeldOutLoss
 from phi4.train.hooks import Hook, Meter
 from phi4.train.loop import train
-from phi4.train.state import RECIPE_FILE, RunState
+from phi4.train.state import RunState
 
 Say = Callable[[str], None]
+CONFIG_FILE = "config.toml"
 
 
 def run_training(
@@ -53,30 +52,72 @@ def run_training(
 
     Collectives: those of building the engine, of loading, of every step and hook.
     """
-    say = _speaker(platform)
+    say = print_line if platform.is_writer else _silent
     tokenizer = check_tokenizer(recipe)
+    # Opened once before anything is built: a missing or foreign source is an error at once.
     Loader(recipe.data, tokenizer, recipe.run.seed)
     engine = Engine(recipe, platform)
-    say(platform.describe())
-    say(engine.layout.describe())
-    for choice in engine.choices:
-        say(choice.describe())
-    state = _start(recipe, engine, allow_change=allow_change, say=say)
+    for line in (
+        platform.describe(),
+        engine.layout.describe(),
+        *(choice.describe() for choice in engine.choices),
+    ):
+        say(line)
+    state = resume(recipe, engine, allow_change=allow_change, say=say)
+    if state.step == 0 and recipe.run.init_from:
+        initialise_from(engine, Path(recipe.run.init_from), say)
     loader = Loader(recipe.data, tokenizer, recipe.run.seed, state.data)
-    held_out = HeldOutLoss(recipe, engine, objective, tokenizer)
-    saver = Checkpointer(recipe, engine, loader.source_hashes(), ranks_per_host, say)
-    with tracked(recipe, platform, state) as trackers:
+    own_hooks = [
+        Meter(),
+        HeldOutLoss(recipe, engine, objective, tokenizer),
+        Checkpointer(recipe, engine, loader.source_hashes(), ranks_per_host, say),
+    ]
+    with _followed(recipe, platform, state.step, say) as trackers:
         state = train(
-            recipe,
-            engine,
-            loader,
-            objective,
-            [Meter(), held_out, saver, *hooks],
-            state,
-            record=trackers.log,
+            recipe, engine, loader, objective, [*own_hooks, *hooks], state, record=trackers.log
         )
     engine.close()
     return state
+
+
+def initialise_from(engine: Engine, place: Path, say: Say) -> None:
+    """Take the weights, and nothing else, of a checkpoint of the same shape.
+
+    Raises:
+        CheckpointError: damaged, or its model has another shape.
+
+    Collectives: those of `load_checkpoint`.
+    """
+    checkpoint = find_checkpoint(place)
+    manifest = verify_checkpoint(engine, checkpoint)
+    shape, asked = read_recipe(checkpoint).model, engine.recipe.model
+    # RoPE has no weights, so its base and the longest sequence may change: midtraining does that.
+    free = {"rope_theta": 0.0, "max_position_embeddings": 0, "init_std": 0.0}
+    if shape.model_copy(update=free) != asked.model_copy(update=free):
+        raise CheckpointError(
+            f"{checkpoint} holds a model of another shape than the recipe's; give the [model] "
+            "table of its recipe.toml"
+        )
+    load_checkpoint(engine, checkpoint, manifest, optimizer=False)
+    say(f"initial weights from {checkpoint}")
+
+
+@contextmanager
+def _followed(recipe: Recipe, platform: Platform, resume_step: int, say: Say) -> Iterator[Trackers]:
+    """The run's trackers, told truthfully how it ended."""
+    run_dir = Path(recipe.run.dir)
+    if platform.is_writer:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG_FILE).write_text(dump_toml(recipe), encoding="utf-8")
+    trackers = open_trackers(recipe, resume_step=resume_step, is_writer=platform.is_writer, say=say)
+    trackers.start(recipe_params(recipe), [run_dir / CONFIG_FILE])
+    try:
+        yield trackers
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        trackers.finish("interrupted" if stopped else "failed")
+        raise
+    trackers.finish("finished")
 
 
 def check_tokenizer(recipe: Recipe) -> TokenizerFacts:
@@ -92,3 +133,12 @@ def check_tokenizer(recipe: Recipe) -> TokenizerFacts:
             f"{recipe.model.vocab_size}; raise model.vocab_size or use the model's tokenizer"
         )
     return facts
+
+
+def print_line(text: str) -> None:
+    """Print at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass

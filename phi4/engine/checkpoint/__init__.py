@@ -4,6 +4,7 @@ from phi4.engine.checkpoint.directory import (
     CheckpointDirectory,
     checkpoint_name,
     complete_checkpoints,
+    find_checkpoint,
     latest_checkpoint,
     read_checkpoint_file,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Manifest",
     "checkpoint_name",
     "complete_checkpoints",
+    "find_checkpoint",
     "latest_checkpoint",
     "load_checkpoint",
     "optimizer_format",

@@ -48,6 +48,25 @@ def latest_checkpoint(root: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def find_checkpoint(place: Path) -> Path:
+    """A checkpoint, or the newest one of a `checkpoints` directory or of a run directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if _NAME.fullmatch(place.name):
+        if not place.is_dir():
+            raise CheckpointError(f"{place} does not exist")
+        return place
+    for root in (place, place / "checkpoints"):
+        newest = latest_checkpoint(root)
+        if newest is not None:
+            return newest
+    raise CheckpointError(
+        f"no checkpoint in {place}; give RUN/checkpoints/step_NNNNNNN, RUN/checkpoints or RUN"
+    )
+
+
 def read_checkpoint_file(checkpoint: Path, name: str) -> str:
     """Text of a small file of a checkpoint.
 

@@ -1,0 +1,111 @@
+"""`phi4 demo`: from a corpus to text on one machine, in the commands a user would type."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi4.errors import Phi4Error
+
+RECIPE = "examples/recipes/tiny_pretrain.toml"
+FIRST_STEPS, ALL_STEPS = 100, 140
+NATS_BELOW_UNIGRAM = 0.5
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of everything the demo makes.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Train a small Phi-4 on this machine: corpus, TP2 x PP2, resume elsewhere, text, parity."""
+    started = time.monotonic()
+    data, run = out / "data", out / "run"
+    if run.exists():
+        typer.echo(f"removing the run of an earlier demo in {run}")
+        shutil.rmtree(run)
+    files = _recipe_overrides(data, run)
+    train = ["train", RECIPE, *files]
+    _phi4("The corpus: sources and documentation of this Python.", "data", "demo", "--out", data)
+    _phi4(
+        "Tensor 2 x pipeline 2 with sequence parallelism: four processes.",
+        *train,
+        f"run.steps={FIRST_STEPS}",
+    )
+    _phi4(
+        "The same run goes on in another layout: context 2 x data 1.",
+        *train,
+        f"run.steps={ALL_STEPS}",
+        "--change",
+        *("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"),
+        "parallel.context=2",
+    )
+    _phi4("What it writes.", "generate", run, "--prompt", "def ", "--max-tokens", 40)
+    _phi4(
+        "Three layouts against one process.",
+        *("verify", "parity", RECIPE, "--steps", 3, "--layouts", "tp2+sp,pp2,tp2xcp2+sp"),
+    )
+    picture = _draw(run)
+    _conclude(data, run, picture, time.monotonic() - started)
+
+
+def _phi4(why: str, *words: object) -> None:
+    command = [str(word) for word in words]
+    typer.secho(f"\n{why}\n$ phi4 {shlex.join(command)}", bold=True)
+    code = subprocess.run([sys.executable, "-m", "phi4", *command], check=False).returncode
+    if code:
+        raise typer.Exit(code)
+
+
+def _recipe_overrides(data: Path, run: Path) -> Sequence[str]:
+    """Overrides only where the demo does not run in its usual place."""
+    if data == Path("runs/demo/data"):
+        return []
+
+    def sources(suffix: str) -> str:
+        entries = (f'{{name="{n}", path="{data / n}{suffix}"}}' for n in ("code", "prose"))
+        return f"[{', '.join(entries)}]"
+
+    return [
+        f"run.dir={run}",
+        f"tokenizer.path={data / 'bpe.tiktoken'}",
+        f"data.sources={sources('')}",
+        f"data.held_out={sources('_held_out')}",
+    ]
+
+
+def _draw(run: Path) -> Path:
+    from phi4.track import draw_losses
+
+    return draw_losses(run / "metrics.jsonl", run / "loss.png")
+
+
+def _conclude(data: Path, run: Path, picture: Path, seconds: float) -> None:
+    from phi4.track import read_metrics
+
+    unigram = json.loads((data / "corpus.json").read_text())["unigram_entropy_nats"]
+    held_out = [
+        m["held_out_loss"] for m in read_metrics(run / "metrics.jsonl") if "held_out_loss" in m
+    ]
+    gain = unigram - held_out[-1]
+    typer.secho(f"\nDone in {seconds:.0f} s.", bold=True)
+    typer.echo(
+        f"held-out loss {held_out[-1]:.3f}, {gain:.3f} nats below the unigram entropy "
+        f"{unigram:.3f} of the training tokens"
+    )
+    latest = (run / "checkpoints" / "latest").read_text().strip()
+    typer.echo(f"metrics     {run / 'metrics.jsonl'}")
+    typer.echo(f"loss curve  {picture}")
+    typer.echo(f"checkpoint  {run / 'checkpoints' / latest}")
+    typer.echo(f"MLflow      mlflow ui --backend-store-uri sqlite:///{run.parent / 'mlflow.db'}")
+    if gain < NATS_BELOW_UNIGRAM:
+        raise Phi4Error(
+            f"the demo's held-out loss is only {gain:.3f} nats below the unigram entropy, expected "
+            f"at least {NATS_BELOW_UNIGRAM}; something is wrong with this installation"
+        )
