@@ -1,0 +1,21 @@
+"""Following a run: metrics.jsonl is the record; the console and MLflow are views of it."""
+
+from phi4.track.build import open_trackers, recipe_params
+from phi4.track.console import ConsoleTracker
+from phi4.track.jsonl import MetricsFile, read_metrics
+from phi4.track.mlflow import MlflowTracker
+from phi4.track.plot import draw_losses
+from phi4.track.record import Status, Tracker, Trackers
+
+__all__ = [
+    "ConsoleTracker",
+    "MetricsFile",
+    "MlflowTracker",
+    "Status",
+    "Tracker",
+    "Trackers",
+    "draw_losses",
+    "open_trackers",
+    "read_metrics",
+    "recipe_params",
+]

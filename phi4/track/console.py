@@ -1,0 +1,119 @@
+"""What a run shows to whoever watches: a progress bar on a terminal, plain lines elsewhere.
+
+A log file gets at most one line per second of training, but never misses an evaluation or the last
+step. Decisions taken at the start are said through `say`, which keeps clear of the bar.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from phi4.track.record import Status
+
+_LINE_SECONDS = 1.0
+
+# How much of the estimate the newest step makes up; the first steps of a run are slow.
+_NEWEST_STEP_SHARE = 0.1
+
+
+class ConsoleTracker:
+    """Shows a run's progress; a `Tracker`.
+
+    Args:
+        total_steps: where the run ends.
+        resume_step: where it goes on from.
+        stream: a terminal or a file; standard output when None.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        resume_step: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total_steps = total_steps
+        self._resume_step = resume_step
+        self._clock = clock
+        self._console = Console(file=stream, highlight=False, markup=False, soft_wrap=True)
+        has_bar = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._bar = self._new_bar() if has_bar else None
+        self._step_seconds: float | None = None
+        self._last_line_at = -math.inf
+        self._unsaid: str | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        self._console.print(text)
+        self._console.file.flush()
+
+    def start(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
+        """Show the bar."""
+        if self._bar:
+            self._bar.add_task("", total=self._total_steps, completed=self._resume_step, numbers="")
+            self._bar.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the step's loss, learning rate and speed, and how long the rest takes."""
+        has_evaluation = "held_out_loss" in metrics
+        if self._bar:
+            numbers = _numbers(metrics, _ON_THE_BAR)
+            self._bar.update(self._bar.task_ids[0], completed=step, numbers=numbers)
+            if has_evaluation:
+                self.say(f"step {step}  {_numbers(metrics, _IN_A_LINE)}")
+            return
+        numbers = _numbers(metrics, _IN_A_LINE)
+        line = f"step {step}/{self._total_steps}  {numbers}{self._remaining(step, metrics)}"
+        if has_evaluation or self._clock() - self._last_line_at >= _LINE_SECONDS:
+            self.say(line)
+            self._last_line_at, self._unsaid = self._clock(), None
+        else:
+            self._unsaid = line
+
+    def finish(self, status: Status) -> None:
+        """Leave the terminal as it was."""
+        if self._bar:
+            self._bar.stop()
+        elif self._unsaid:
+            self.say(self._unsaid)
+
+    def _new_bar(self) -> Progress:
+        return Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=10),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+
+    def _remaining(self, step: int, metrics: Mapping[str, float]) -> str:
+        seconds = metrics.get("step_seconds")
+        if seconds is None:
+            return ""
+        share = 1.0 if self._step_seconds is None else _NEWEST_STEP_SHARE
+        self._step_seconds = share * seconds + (1 - share) * (self._step_seconds or 0.0)
+        return f"  eta {timedelta(seconds=round((self._total_steps - step) * self._step_seconds))}"
+
+
+_TEXTS = {
+    "loss": "loss {:.4f}",
+    "held_out_loss": "held-out loss {:.4f}",
+    "grad_norm": "grad norm {:.3f}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+}
+_IN_A_LINE = tuple(_TEXTS)
+_ON_THE_BAR = ("loss", "learning_rate", "tokens_per_second")
+
+
+def _numbers(metrics: Mapping[str, float], keys: Sequence[str]) -> str:
+    return "  ".join(_TEXTS[key].format(metrics[key]) for key in keys if key in metrics)
