@@ -12,6 +12,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import hypothesis
 import pytest
 
+from tests.architecture.sizes import ROOT, largest
 from tests.support.ranks import OUR_MODULES
 from tests.support.rooms import RoomSeconds
 from tests.support.skips import StrictSkips, read_skip_list
@@ -23,7 +24,7 @@ hypothesis.settings.load_profile("phi4")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The option that `make test` gives."""
-    parser.addoption("--room-budgets", action="store_true", help="print the seconds per room")
+    parser.addoption("--room-budgets", action="store_true", help="seconds per room, largest code")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,3 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(StrictSkips(allowed))
     if config.getoption("--room-budgets") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(RoomSeconds(strict))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What asks to be split next."""
+    if terminalreporter.config.getoption("--room-budgets"):
+        terminalreporter.section("largest files and functions, in lines")
+        terminalreporter.write_line(largest(ROOT))

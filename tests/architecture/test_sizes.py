@@ -1,66 +1,15 @@
-"""Files and functions stay readable in one sitting; the ten largest are printed."""
+"""Files and functions stay readable in one sitting. `make test` prints the ten largest."""
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-FILE_LINES = 500
-FUNCTION_LINES = {"phi4": 80, "kernels": 80, "tools": 80, "tests": 120}
-KERNEL_LINES = 120
-"""A @triton.jit function."""
+from tests.architecture.sizes import ROOT, largest, sizes, too_large
 
 
-class Size(NamedTuple):
-    """Lines of a file or a function, and how many it may have."""
-
-    num_lines: int
-    limit: int
-    name: str
-
-
-def sizes(root: Path) -> tuple[list[Size], list[Size]]:
-    """Sizes of all files and of all functions under a root, largest first."""
-    files, functions = [], []
-    for room, limit in FUNCTION_LINES.items():
-        for path in sorted((root / room).glob("**/*.py")):
-            text = path.read_text(encoding="utf-8")
-            name = path.relative_to(root).as_posix()
-            files.append(Size(text.count("\n"), FILE_LINES, name))
-            functions += [
-                Size(node.end_lineno - node.lineno + 1, limit_of(node, limit), f"{name} {label}")
-                for node, label in walk(ast.parse(text))
-            ]
-    return sorted(files, reverse=True), sorted(functions, reverse=True)
-
-
-def walk(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node, f"{node.name}()"
-
-
-def limit_of(node: ast.FunctionDef | ast.AsyncFunctionDef, limit: int) -> int:
-    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-    return KERNEL_LINES if any("triton.jit" in text for text in decorators) else limit
-
-
-def too_large(measured: list[Size]) -> list[str]:
-    return [f"{s.name}: {s.num_lines} lines of {s.limit}" for s in measured if s[0] > s.limit]
-
-
-def table(measured: list[Size]) -> str:
-    return "\n".join(f"{size.num_lines:5d}  {size.name}" for size in measured[:10])
-
-
-def test_no_file_or_function_is_too_large(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_file_or_function_is_too_large() -> None:
     files, functions = sizes(ROOT)
-    with capsys.disabled():
-        print(f"\nlargest files\n{table(files)}\nlargest functions\n{table(functions)}")
-    assert too_large(files) + too_large(functions) == []
+    assert too_large(files) + too_large(functions) == [], largest(ROOT)
 
 
 def planted(root: Path, path: str, text: str) -> list[str]:
