@@ -80,8 +80,6 @@ class Entry:
     """Per timed pass: `forward`, and `backward` where there is one."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     differentiable: bool = True
-    schemas: tuple[str, ...] = ()
-    """Registered operators that a call of this entry runs, checked with `opcheck`."""
 
 
 @cache

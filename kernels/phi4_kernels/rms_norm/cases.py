@@ -19,13 +19,13 @@ _PROOF = (
     Case("w100-strided", {"rows": 9, "hidden": 100}, strided=True),
     Case("w640", {"rows": 4, "hidden": 640}),
     Case("w5120", {"rows": 5, "hidden": 5120}),
-    Case("w10248", {"rows": 2, "hidden": 10248}),
+    Case("w6152", {"rows": 3, "hidden": 6152}),
     Case("empty", {"rows": 0, "hidden": 64}),
     Case("one-row", {"rows": 1, "hidden": 2048}),
     Case("fp32-weight", {"rows": 7, "hidden": 768, "fp32_weight": True}),
 )
 _SHIPPED = tuple(
-    Case(f"w{width}", {"rows": 4, "hidden": width}) for width in (2048, 5120, 8192, 16384)
+    Case(f"w{width}", {"rows": 4, "hidden": width}) for width in (512, 2048, 5120, 8192)
 )
 _BENCH = tuple(Case(f"t{rows}-w5120", {"rows": rows, "hidden": 5120}) for rows in (4096, 16384))
 

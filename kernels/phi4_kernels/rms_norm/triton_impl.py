@@ -17,15 +17,14 @@ from phi4_kernels import launch
 from phi4_kernels.launch import Launch
 
 # By hidden size: 8 elements a thread and block, so bf16 moves in 16-byte pieces.
-FORWARD = (Launch(2048, 512, 2), Launch(8192, 1024, 4), Launch(16384, 4096, 16))
+FORWARD = (Launch(512, 256, 1), Launch(10240, 1024, 4))
 BACKWARD = (
-    Launch(2048, 512, 2, programs_per_processor=8),
+    Launch(512, 256, 1, programs_per_processor=16),
     Launch(5120, 1024, 4, programs_per_processor=3),
     Launch(10240, 2048, 8, programs_per_processor=2),
-    Launch(16384, 4096, 16, programs_per_processor=1),
 )
 # A row is read twice, the second time from L2: 32 rows make 32-byte pieces of the transpose.
-COLUMNWISE = (Launch(16384, 128, 8, rows=32),)
+COLUMNWISE = (Launch(10240, 128, 8, rows=32),)
 
 FP8_MAX = tl.constexpr(448.0)
 
@@ -87,11 +86,13 @@ def _rms_norm_forward_kernel(
     rstd = _inverse_root(tl.sum(squares) / WIDTH, eps)
     tl.store(rstd_ptr + row, rstd)
     largest = tl.zeros((BLOCK,), tl.float32)
+    if FP8:
+        scale = tl.load(scale_ptr)
     for block in tl.static_range(NUM_BLOCKS):
         y = b_x[block] * rstd * _load(weight_ptr, block, WIDTH, BLOCK)
         if FP8:
             largest = tl.maximum(largest, tl.abs(y))
-            y = tl.clamp(y * tl.load(scale_ptr), -FP8_MAX, FP8_MAX)
+            y = tl.clamp(y * scale, -FP8_MAX, FP8_MAX)
         _store(y_ptr + row * WIDTH, y, block, WIDTH, BLOCK)
     if FP8:
         tl.store(amax_ptr + row, tl.max(largest))

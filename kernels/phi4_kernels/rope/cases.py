@@ -33,13 +33,9 @@ _PROOF = (
 )
 _SOURCES = (("rows", None), ("ids", "ids"), ("documents", (0, 3, 8)))
 _SHIPPED = (
-    *(
-        _case(f"{order}-{kind}-g{groups}", 8, **(_PHI4 | {"groups": groups}), order=order, where=at)
-        for order in ("grouped", "blocked")
-        for kind, at in _SOURCES
-        for groups in (1, 10)
-    ),
-    _case("small", 8, groups=1, queries=1, dim=64),
+    *(_case(f"phi4-{kind}", 8, **_PHI4, where=where) for kind, where in _SOURCES),
+    _case("phi4-blocked", 8, **_PHI4, order="blocked"),
+    _case("small", 8, groups=1, queries=2, dim=128),
     _case("wide", 8, groups=8, queries=8, dim=256),
     _case("widest", 8, groups=32, queries=4, dim=256),
     _case("partial", 8, groups=10, queries=4, dim=128, rotary=96),

@@ -103,8 +103,10 @@ def _swiglu_backward_kernel(
 
 def _grid(row: Launch, num_rows: int, width: int) -> tuple[int, dict[str, int]]:
     block = launch.divisor_block(width, row.block, _SMALLEST_EXACT_BLOCK)
-    programs = triton.cdiv(num_rows, row.rows) * triton.cdiv(width, block)
-    return programs, {"WIDTH": width, "ROWS": row.rows, "BLOCK": block}
+    # A narrower tile is taller: every thread keeps its 16-byte pieces.
+    rows = row.rows * row.block // block
+    programs = triton.cdiv(num_rows, rows) * triton.cdiv(width, block)
+    return programs, {"WIDTH": width, "ROWS": rows, "BLOCK": block}
 
 
 def forward(gate_up: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def evaluate(
     Args:
         function: called with the inputs.
         inputs: what to call it with.
-        gradients: one per output, cast to its dtype; None for functions without autograd.
+        gradients: one per output, of its dtype; None for functions without autograd.
         place: copies a tensor to where the function may use it.
 
     Returns:
@@ -63,16 +63,13 @@ def evaluate(
     outputs = outputs_of(function(**leaves, **constants))
     results = {f"out{index}": output for index, output in enumerate(outputs)}
     if gradients is not None:
-        incoming = [
-            place(gradient.to(output.dtype)) if gradient.dtype != output.dtype else place(gradient)
-            for gradient, output in zip(gradients, outputs, strict=True)
-        ]
-        torch.autograd.backward(outputs, incoming)
+        torch.autograd.backward(outputs, [place(gradient) for gradient in gradients])
         results |= {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
-def _incoming(entry: Entry, case: Case, inputs: Inputs) -> tuple[Tensor, ...] | None:
+def incoming(entry: Entry, case: Case, inputs: Inputs) -> tuple[Tensor, ...] | None:
+    """Random gradients of the entry's outputs, one per output; None without autograd."""
     if not entry.differentiable:
         return None
     outputs = outputs_of(entry.reference(**inputs.tensors, **inputs.constants))
@@ -94,15 +91,15 @@ def run(
 ) -> tuple[Results, Callable[[], Results]]:
     """Prepare a case: a poisoned first run's results, and a function that repeats it bare."""
     inputs = entry.make(case, dtype)
-    gradients = _incoming(entry, case, inputs)
+    gradients = incoming(entry, case, inputs)
     function = partial(entry.function, implementation=implementation)
     move = partial(copied, device=device)
     moved = converted(inputs, move)
-    incoming = None if gradients is None else tuple(move(gradient) for gradient in gradients)
+    arriving = None if gradients is None else tuple(move(gradient) for gradient in gradients)
     with poisoned() as guard:
-        results = evaluate(function, moved, incoming, guard.guarded)
+        results = evaluate(function, moved, arriving, guard.guarded)
         guard.verify()
-    return results, partial(evaluate, function, moved, incoming, copied)
+    return results, partial(evaluate, function, moved, arriving, copied)
 
 
 def copied(tensor: Tensor, device: torch.device | str | None = None) -> Tensor:
@@ -125,7 +122,7 @@ def check(
         GateError: any of them fails.
     """
     inputs = entry.make(case, dtype)
-    gradients = _incoming(entry, case, inputs)
+    gradients = incoming(entry, case, inputs)
     eager = evaluate(entry.reference, inputs, gradients)
     truth = evaluate(
         entry.reference,

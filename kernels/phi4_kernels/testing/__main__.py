@@ -1,0 +1,98 @@
+"""Command line of the proofs.
+
+    python -m phi4_kernels.testing numbers [--op OP] [--implementation NAME] [--record]
+    python -m phi4_kernels.testing compile [--op OP] [--json]
+    python -m phi4_kernels.testing budgets
+
+`numbers` interprets on a machine without a GPU. `compile` holds resources against the budgets,
+`budgets` writes them. `--record` appends the rows that let `auto` choose a kernel.
+"""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import torch
+
+from phi4_kernels import dispatch, registry
+from phi4_kernels.testing import rows
+from phi4_kernels.testing.interpreted import InterpretedProcess
+
+
+def _numbers(options: argparse.Namespace) -> int:
+    on_gpu = torch.cuda.is_available()
+    if options.record and not on_gpu:
+        print("--record needs a GPU: a row says what ran on it; nothing was recorded")
+        return 2
+    failures = 0
+    for op in [options.op] if options.op else registry.OPS:
+        result = _run_numbers(op, options.implementation, on_gpu)
+        failures += len(result["red"])
+        state = "red" if result["red"] else "green"
+        print(
+            f"{op} {options.implementation}: {state}, {result['num_checks']} checks, "
+            f"worst margin {result['worst_margin']:.2f} of the error rule"
+        )
+        for name, message in result["red"].items():
+            print(f"  {name}: {message}")
+        if options.record:
+            rows.append(
+                dispatch.CORRECTNESS_ROWS, rows.correctness(op, options.implementation, result)
+            )
+    return int(failures > 0)
+
+
+def _run_numbers(op: str, implementation: str, on_gpu: bool) -> dict[str, Any]:
+    arguments = {"op": op, "implementation": implementation, "device": "cuda" if on_gpu else "cpu"}
+    if on_gpu:
+        from phi4_kernels.testing import gates
+
+        return gates.red_cases(**arguments)
+    process = InterpretedProcess()
+    try:
+        return process.call("phi4_kernels.testing.gates:red_cases", **arguments)
+    finally:
+        process.close()
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from phi4_kernels.testing import budgets, compiled
+
+    entries = [entry for entry in registry.entries().values() if options.op in (None, entry.op)]
+    found, unreached = compiled.compile_all(entries)
+    if options.json:
+        print(json.dumps({"found": found, "unreached": unreached}))
+        return 0
+    if options.command == "budgets":
+        budgets.write(found)
+        print(f"wrote {len(found)} budgets to {budgets.path()}")
+        return 0
+    known, broken = budgets.load(), [f"no shipped case reaches {row}" for row in unreached]
+    for key, numbers in found.items():
+        print(key, *(f"{name}={value}" for name, value in numbers.items() if value))
+        broken += budgets.laws(key, numbers)
+        broken += budgets.over_budget(key, numbers, known[key]) if key in known else [f"{key}: new"]
+    print(*broken, sep="\n")
+    print(f"{len(found)} kernels compiled for sm_90, {len(broken)} over budget")
+    return int(bool(broken))
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m phi4_kernels.testing")
+    commands = parser.add_subparsers(dest="command", required=True)
+    numbers = commands.add_parser("numbers", help="the error rule on every case")
+    numbers.add_argument("--implementation", default="triton")
+    numbers.add_argument("--record", action="store_true", help="append correctness rows")
+    compiling = commands.add_parser("compile", help="resources against the budgets")
+    compiling.add_argument("--json", action="store_true", help="print resources, judge nothing")
+    writing = commands.add_parser("budgets", help="write the budgets")
+    writing.set_defaults(json=False, op=None)
+    for command in (numbers, compiling):
+        command.add_argument("--op", choices=registry.OPS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    chosen = _parse(sys.argv[1:])
+    sys.exit(_numbers(chosen) if chosen.command == "numbers" else _compile(chosen))

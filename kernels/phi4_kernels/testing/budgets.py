@@ -1,0 +1,81 @@
+"""The committed resource budget of each shipped kernel, and the gate that holds kernels to it.
+
+Budgets are keyed by Triton version, because each version allocates registers differently, and are
+written only by `make budgets`. A kernel may use less than its budget, never more.
+"""
+
+import json
+from pathlib import Path
+
+import triton
+
+from phi4_kernels import registry
+from phi4_kernels.errors import GateError
+
+FOLDER = registry.ROOT.parent / "budgets"
+MAX_SHARED_BYTES = 232_448
+"""A Hopper block's opt-in limit, which Triton's compiler does not check."""
+_REGISTER_FILE = 65_536
+_AT_MOST = ("registers", "stack_bytes", "shared_bytes", "local_accesses", "hmma")
+_AT_LEAST = ("wide_loads", "wide_stores", "hgmma")
+
+Found = dict[str, int]
+
+
+def path(version: str = triton.__version__) -> Path:
+    """Where the budgets of a Triton version are."""
+    return FOLDER / f"triton-{version}.json"
+
+
+def load() -> dict[str, Found]:
+    """The budgets of the installed Triton.
+
+    Raises:
+        GateError: there are none.
+    """
+    if not path().exists():
+        raise GateError(
+            f"no budgets for triton {triton.__version__}; expected {path()}; run `make budgets` "
+            "with this version and review the file"
+        )
+    return json.loads(path().read_text())
+
+
+def write(found: dict[str, Found]) -> None:
+    """Replace the budgets of the installed Triton."""
+    FOLDER.mkdir(exist_ok=True)
+    lines = [f"  {json.dumps(key)}: {json.dumps(found[key])}" for key in sorted(found)]
+    path().write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def laws(key: str, found: Found) -> list[str]:
+    """What no shipped kernel may do, whatever its budget says."""
+    threads = found["num_warps"] * 32
+    broken = {
+        f"{found['stack_bytes']} bytes of stack; registers spill": found["stack_bytes"],
+        f"{found['float_atomics']} floating-point atomics; the order of a sum would change": found[
+            "float_atomics"
+        ],
+        f"{found['shared_bytes']} bytes of shared memory, over {MAX_SHARED_BYTES}": found[
+            "shared_bytes"
+        ]
+        > MAX_SHARED_BYTES,
+        f"{found['registers']} registers * {threads} threads, over {_REGISTER_FILE}": found[
+            "registers"
+        ]
+        * threads
+        > _REGISTER_FILE,
+        f"{found['tf32']} TF32 instructions in an fp32 kernel": "/fp32/" in key and found["tf32"],
+    }
+    return [f"{key}: {text}" for text, is_broken in broken.items() if is_broken]
+
+
+def over_budget(key: str, found: Found, budget: Found) -> list[str]:
+    """Where a kernel is worse than its budget."""
+    worse = [name for name in _AT_MOST if found[name] > budget[name]]
+    worse += [name for name in _AT_LEAST if found[name] < budget[name]]
+    return [
+        f"{key}: {name} is {found[name]}, budget {budget[name]}; undo what cost it, or run "
+        "`make budgets` and justify the change"
+        for name in worse
+    ]

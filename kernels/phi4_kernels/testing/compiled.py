@@ -1,0 +1,187 @@
+"""Compiles every shipped launch for sm_90 without a GPU, and reads what the machine code uses.
+
+A driver that only compiles is installed, and the public functions are called on CPU tensors: what
+is compiled is what a GPU would launch, with Triton's own specialisation of arguments. This changes
+Triton for the whole process, so it runs in a process of its own:
+
+    python -m phi4_kernels.testing compile
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from phi4_kernels import dispatch, launch
+from phi4_kernels.dispatch import Choice
+from phi4_kernels.registry import Entry
+from phi4_kernels.testing.numerics import outputs_of
+
+CAPABILITY = 90
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_WARP = 32
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one compiled kernel takes, from its cubin."""
+
+    registers: int
+    """Per thread."""
+    num_warps: int
+    stack_bytes: int
+    shared_bytes: int
+    wide_loads: int
+    """128-bit global loads in the machine code."""
+    wide_stores: int
+    hgmma: int
+    """Warpgroup matrix instructions, fp8's included."""
+    hmma: int
+    local_accesses: int
+    float_atomics: int
+    tf32: int
+
+
+_PATTERNS = {
+    "wide_loads": r"\bLDG\.E\.128",
+    "wide_stores": r"\bSTG\.E\.128",
+    "hgmma": r"\b[HQ]GMMA\b",
+    "hmma": r"\bHMMA\b",
+    "local_accesses": r"\b(?:LDL|STL)\b",
+    "float_atomics": r"\b(?:ATOM|RED)\w*\.\S*(?:F16|F32|F64|BF16)",
+    "tf32": r"\bTF32\b|\.TF32",
+}
+
+
+class _CompileOnlyDriver(DriverBase):
+    """Answers what the compiler asks of a device, and can launch nothing."""
+
+    def __init__(self) -> None:
+        """Nothing to open."""
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, _WARP)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("this driver only compiles")
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def count_instructions(sass: str) -> dict[str, int]:
+    """Occurrences of the instructions that the gate looks at."""
+    return {name: len(re.findall(pattern, sass)) for name, pattern in _PATTERNS.items()}
+
+
+def _tool(name: str, *arguments: str) -> str:
+    command = [str(_TOOLS / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def read_resources(kernel: Any) -> Resources:
+    """Disassemble one compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
+        sass = _tool("nvdisasm", "-c", cubin.name)
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    return Resources(
+        registers=numbers["REG"],
+        num_warps=kernel.metadata.num_warps,
+        stack_bytes=numbers["STACK"],
+        shared_bytes=kernel.metadata.shared,
+        **count_instructions(sass),
+    )
+
+
+@contextmanager
+def _compiling() -> Iterator[dict[str, Any]]:
+    """Compile launches instead of running them; yields kernels by name as they are launched."""
+    kernels: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        kernels[self.__name__] = run(self, *args, warmup=True, **kwargs)
+        return kernels[self.__name__]
+
+    driver.set_active(_CompileOnlyDriver())
+    chosen = partial(Choice, implementation="triton", reason="compile only")
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(dispatch, "choose", lambda op, *_: chosen(op)),
+    ):
+        yield kernels
+
+
+def compile_entry(entry: Entry, kernels: dict[str, Any]) -> Iterator[tuple[str, Resources]]:
+    """Every kernel of every shipped case and dtype of an entry, as `entry/case/dtype/kernel`."""
+    for case in entry.shipped_cases:
+        for dtype in entry.dtypes:
+            kernels.clear()
+            inputs = entry.make(case, dtype)
+            tensors = [t.requires_grad_(entry.differentiable) for t in inputs.tensors.values()]
+            leaves = dict(zip(inputs.tensors, tensors, strict=True))
+            outputs = outputs_of(entry.function(**leaves, **inputs.constants))
+            if entry.differentiable:
+                torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+            for name, kernel in kernels.items():
+                yield (
+                    f"{entry.name}/{case.name}/{_DTYPE_NAMES[dtype]}/{name}",
+                    read_resources(kernel),
+                )
+
+
+def compile_all(entries: Iterable[Entry]) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Resources of everything that ships, and the ladder rows that no shipped case reaches."""
+    reached: set[tuple[int, int]] = set()
+    ladders: dict[int, launch.Ladder] = {}
+    pick = launch.pick
+
+    def recorded(ladder: launch.Ladder, size: int) -> launch.Launch:
+        row = pick(ladder, size)
+        ladders[id(ladder)] = ladder
+        reached.add((id(ladder), ladder.index(row)))
+        return row
+
+    with _compiling() as kernels, mock.patch.object(launch, "pick", recorded):
+        found = {
+            key: asdict(resources)
+            for entry in entries
+            for key, resources in compile_entry(entry, kernels)
+        }
+    unreached = [
+        f"{row} of {ladder}"
+        for identity, ladder in ladders.items()
+        for index, row in enumerate(ladder)
+        if (identity, index) not in reached
+    ]
+    return found, unreached

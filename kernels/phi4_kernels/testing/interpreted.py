@@ -1,0 +1,86 @@
+"""A process in which Triton interprets, for callers whose own process does not.
+
+Triton decides when a kernel is defined whether it is compiled or interpreted, so both cannot live
+in one process. The process runs functions by name, `module:function` with JSON arguments, and says
+what they raised.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from phi4_kernels.errors import GateError
+from phi4_kernels.testing.plant import planted
+
+
+class InterpretedProcess:
+    """A child process with TRITON_INTERPRET=1; close it."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "phi4_kernels.testing.interpreted"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def call(self, function: str, *, plant: tuple[str, str, str] | None = None, **args: Any) -> Any:
+        """Run `module:function(**args)` there.
+
+        Args:
+            function: what to run; its result must be JSON.
+            plant: (op, old, new), a mistake to run it under; see testing.plant.
+            args: JSON values.
+
+        Raises:
+            GateError: the function raised, or the process died.
+        """
+        self._child.stdin.write(json.dumps([function, plant, args]) + "\n")
+        self._child.stdin.flush()
+        answer = self._child.stdout.readline()
+        if not answer:
+            raise GateError(
+                f"the interpreting process died (exit {self._child.wait()}) in {function} {args}; "
+                "expected an answer; look for an address out of range"
+            )
+        result, error = json.loads(answer)
+        if error is not None:
+            raise GateError(error)
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        self._child.stdin.close()
+        self._child.stdout.close()
+        self._child.wait()
+
+
+def _answer(request: str) -> tuple[Any, str | None]:
+    name, plant, arguments = json.loads(request)
+    module, _, function = name.partition(":")
+    run = getattr(importlib.import_module(module), function)
+    try:
+        if plant is None:
+            return run(**arguments), None
+        with planted(*plant):
+            return run(**arguments), None
+    except Exception as error:  # the caller is told, whatever it is
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _serve() -> None:
+    # Answers get a pipe of their own: a print inside a function must not break the protocol.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for request in sys.stdin:
+        answers.write(json.dumps(_answer(request)) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()
