@@ -136,8 +136,9 @@ class MlflowTracker:
     def _complain(self, reason: str) -> None:
         if not self._complained:
             self._complained = True
-            place = re.sub(r"//[^/@]*@", "//", self._uri)
-            self._say(f"MLflow at {place}: {reason}; training goes on and it is tried again")
+            text = f"MLflow at {self._uri}: {reason}; training goes on and it is tried again"
+            # mlflow repeats the address, password included, in its own messages.
+            self._say(re.sub(r"//[^/@\s]*@", "//", text))
 
     def _open(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> "_Run":
         client = _connect(self._uri)
