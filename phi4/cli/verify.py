@@ -1,5 +1,6 @@
 """`phi4 verify`: proofs on the user's own machine."""
 
+import subprocess
 import sys
 from pathlib import Path
 from tempfile import mkdtemp
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from phi4.config import check, load_recipe
+from phi4.config import Recipe, check, dump_toml, load_recipe
 from phi4.errors import ConfigError
 from phi4.launch import WorkerEnvironment, on_ranks
 
@@ -28,7 +29,7 @@ def parity(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10,
     work_dir: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """One process against every layout: losses, gradient norms, parameters. Exit 1 past tolerance."""
+    """One process against every layout: losses, norms, parameters. Exit 1 past tolerance."""
     from phi4.verify.layouts import LAYOUTS, cases, reference_case
 
     recipe = load_recipe(recipe_path, overrides or [])
@@ -84,3 +85,35 @@ def _report_parity(reference, possible, impossible, work_dir: Path) -> int:
     for name, rule in impossible.items():
         console.print(f"{name}: not possible for this recipe: {rule}")
     return 0 if all(result.passed for _, result in results) else 1
+
+
+@app.command()
+def resume(
+    recipe_path: RecipePath = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="Steps of the straight run.")] = 10,
+) -> None:
+    """N steps straight against N/2 and a resumption, bit by bit. Exit 1 when they differ."""
+    from phi4.verify.resume import compare_runs, resumed_recipe, straight_recipe
+
+    work_dir = Path(mkdtemp(prefix="phi4-resume-"))
+    straight = straight_recipe(load_recipe(recipe_path, overrides or []), steps, work_dir)
+    check(straight)
+    _train(straight, work_dir / "straight.toml")
+    resumed = resumed_recipe(straight, work_dir)
+    _train(resumed, work_dir / "resumed.toml")
+    report = compare_runs(straight, resumed)
+    for line in report.differences:
+        typer.echo(line)
+    verdict = "FAILED" if report.differences else "bit-identical"
+    typer.echo(f"resume: steps {report.first_step} to {report.last_step} {verdict}")
+    raise typer.Exit(1 if report.differences else 0)
+
+
+def _train(recipe: Recipe, path: Path) -> None:
+    path.write_text(dump_toml(recipe), encoding="utf-8")
+    code = subprocess.run(
+        [sys.executable, "-m", "phi4", "train", str(path)], check=False
+    ).returncode
+    if code:
+        raise typer.Exit(code)

@@ -174,9 +174,10 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
 
 
 def _sources(recipe: Recipe) -> Iterator[str]:
-    names = [source.name for source in recipe.data.sources]
-    for name in sorted({n for n in names if names.count(n) > 1}):
-        yield f"data.sources names {name!r} twice; every source needs its own name"
+    for key in ("sources", "held_out"):
+        names = [source.name for source in getattr(recipe.data, key)]
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"data.{key} names {name!r} twice; every source needs its own name"
     if recipe.data.sources and not any(source.weight for source in recipe.data.sources):
         yield "data.sources: all weights are 0; nothing would be drawn"
 

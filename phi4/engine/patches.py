@@ -9,6 +9,7 @@ megatron-core are stock. Each change is a row of `PATCHES` with its upstream pla
 
 import contextlib
 import queue
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -190,6 +191,19 @@ DEVICE_LITERALS = "device_literals"
 (pipeline_parallel/schedules.py:596,983,2138, optimizer/clip_grads.py:103 and 17 other places)."""
 
 
+UPSTREAM_WARNINGS = (
+    # torch 2.13 renames collectives and checkpoint calls that megatron-core uses by the old name.
+    r"`torch\.distributed\.\w+` is deprecated",
+    r"`load_state_dict` is deprecated",
+    r"Please use DTensor instead",
+    # schedules.py:480 reads .grad of what it received, which sequence parallelism made a view.
+    r"The \.grad attribute of a Tensor that is not a leaf",
+    # transformer_config.py:1225 speaks of transformer-engine's attention; ours is recomputed.
+    r"If you are using transformer_engine as the transformer implementation",
+)
+"""Messages of megatron-core's own calls, silent inside the context; a user cannot act on them."""
+
+
 class Patches:
     """A re-entrant context in which megatron-core runs on this kind of platform.
 
@@ -211,11 +225,16 @@ class Patches:
         rewrites = kind != "cuda" and DEVICE_LITERALS not in without
         self._mode = CudaMeansHere(self.device) if rewrites else contextlib.nullcontext()
         self._saved: list[tuple[Any, str, Any]] = []
+        self._warnings: warnings.catch_warnings | None = None
         self._depth = 0
 
     def __enter__(self) -> "Patches":
         self._depth += 1
         if self._depth == 1:
+            self._warnings = warnings.catch_warnings()
+            self._warnings.__enter__()
+            for message in UPSTREAM_WARNINGS:
+                warnings.filterwarnings("ignore", message)
             for patch in self._active:
                 for owner, name, value in patch.replacements(self):
                     self._saved.append((owner, name, getattr(owner, name)))
@@ -230,6 +249,7 @@ class Patches:
             while self._saved:
                 owner, name, value = self._saved.pop()
                 setattr(owner, name, value)
+            self._warnings.__exit__(*exception)
 
 
 def check_megatron_version() -> None:

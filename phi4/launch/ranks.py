@@ -5,7 +5,6 @@ torchrun or srun started, joins the others and runs the body.
 """
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -53,8 +52,6 @@ def on_ranks(
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Sequence parallelism wants the gathers queued before the products on Hopper.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # torch 2.13 renames collectives that megatron-core 0.16.1 still calls by the old name.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     with report_errors():
         body(worker)
     return 0

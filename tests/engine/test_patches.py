@@ -1,0 +1,81 @@
+"""Each change to megatron-core is needed: without it a step, a save or a resumption fails."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from phi4.engine.patches import DEVICE_LITERALS, PATCHES, Patches, check_megatron_version
+from phi4.errors import PlatformError
+from phi4.stages.pretrain import NextToken
+from tests.support.engines import batches_of, engine_on, tiny_recipe
+from tests.support.ranks import RankError, RankPool
+
+NAMES = [DEVICE_LITERALS, *(patch.name for patch in PATCHES)]
+
+
+def _train_save_resume(rank: int, world_size: int, root: Path, without: frozenset[str]) -> float:
+    recipe = tiny_recipe(
+        "parallel.pipeline=2",
+        "parallel.distributed_optimizer=true",
+        "recompute.granularity='full'",
+    )
+    loss = 0.0
+    for first in (0, 2):
+        with engine_on(rank, recipe, patches=Patches("cpu", without)) as engine:
+            if first:
+                checkpoint = root / f"step_{first:07d}"
+                load_checkpoint(engine, checkpoint, verify_checkpoint(engine, checkpoint))
+            for step in range(first, first + 2):
+                result = engine.train_step(
+                    batches_of(engine, step), NextToken(), learning_rate=1e-2
+                )
+                loss = result.loss
+            save_checkpoint(engine, root, first + 2, form="full", keep=9, files={}, data={})
+    leftovers = psutil.Process().children(recursive=True)
+    assert not leftovers, f"the save left processes behind: {leftovers}"
+    return loss
+
+
+@pytest.fixture(scope="module")
+def straight_loss(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Loss of the last step with all patches."""
+    with RankPool(2) as pool:
+        return pool.run(_train_save_resume, tmp_path_factory.mktemp("all"), frozenset())[0]
+
+
+def test_run_with_all_patches_trains_saves_and_resumes(straight_loss: float) -> None:
+    assert 0 < straight_loss < 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_run_without_a_patch_fails(name: str, tmp_path: Path, straight_loss: float) -> None:
+    with RankPool(2) as pool, pytest.raises(RankError):
+        loss = pool.run(_train_save_resume, tmp_path, frozenset({name}), timeout_seconds=60)[0]
+        if loss != straight_loss:
+            raise RankError(0, f"the loss became {loss}, expected {straight_loss}")
+
+
+def test_outside_of_the_context_torch_is_stock() -> None:
+    before = (torch.cuda.current_device, torch.cuda.synchronize)
+    with Patches("cpu") as patches, patches:
+        assert torch.cuda.current_device() == torch.device("cpu")
+        assert torch.zeros(1, device="cuda").device.type == "cpu"
+    assert (torch.cuda.current_device, torch.cuda.synchronize) == before
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+
+
+def test_context_is_left_clean_after_an_error() -> None:
+    before = torch.cuda.current_device
+    with pytest.raises(KeyError), Patches("cpu"):
+        raise KeyError
+    assert torch.cuda.current_device is before
+
+
+def test_another_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phi4.engine.patches.version", lambda _: "0.17.0")
+    with pytest.raises(PlatformError, match=r"0\.17\.0.*0\.16\.1"):
+        check_megatron_version()

@@ -1,0 +1,59 @@
+"""A Phi-4 small enough for a test, and engines of it inside ranks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from phi4.config import Recipe, check, parse_recipe, with_overrides
+from phi4.data.batch import Batch
+from phi4.engine.engine import Engine
+from phi4.engine.patches import Patches
+from phi4.engine.platform import connect, disconnect
+from phi4.verify.parity import micro_batches
+from tests.support.ranks import rendezvous
+
+TINY = {
+    "model": {
+        "num_layers": 8,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+        "init_std": 0.1,
+    },
+    "data": {"sequence_length": 32, "unit_tokens": 32},
+    "batch": {"global_batch_size": 8, "micro_batch_size": 2},
+    "optim": {"learning_rate": 1e-2, "warmup": 3, "decay": 20},
+    "precision": {"dtype": "fp32"},
+    "tracking": {"mlflow": False},
+}
+
+
+def tiny_recipe(*overrides: str) -> Recipe:
+    """The tiny recipe with overrides; its rules hold."""
+    recipe = with_overrides(parse_recipe(TINY), overrides)
+    check(recipe)
+    return recipe
+
+
+@contextmanager
+def engine_on(
+    rank: int, recipe: Recipe, *, trains: bool = True, patches: Patches | None = None
+) -> Iterator[Engine | None]:
+    """Inside a rank: the recipe's engine, or None on a rank that its layout does not need."""
+    world_size = recipe.parallel.model_parallel_size * recipe.parallel.data
+    meeting = rendezvous()
+    if rank >= world_size:
+        yield None
+        return
+    platform = connect("cpu", rank=rank, world_size=world_size, rendezvous=meeting)
+    engine = Engine(recipe, platform, trains=trains, patches=patches)
+    yield engine
+    engine.close()
+    disconnect()
+
+
+def batches_of(engine: Engine, step: int) -> Sequence[Batch]:
+    """This data rank's micro-batches of a step of the parity data."""
+    return micro_batches(engine.recipe, step, engine.layout.dp_rank, engine.layout.dp_size)

@@ -1,0 +1,103 @@
+"""Every layout equals one process, and the comparison turns red when a layout is wrong."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phi4.engine.objective import Loss
+from phi4.stages.pretrain import NextToken
+from phi4.verify.layouts import LAYOUTS, cases, reference_case
+from phi4.verify.parity import Comparison, compare, global_batch, micro_batches, run_case
+from tests.support.engines import tiny_recipe
+from tests.support.ranks import RankPool, rendezvous
+
+STEPS = 10
+
+
+class MeanOfMeans(NextToken):
+    """The classic mistake: every micro-batch counts alike, however many tokens it has."""
+
+    def __call__(self, log_probs_BS, loss_mask_BS, segment_sum):
+        loss = super().__call__(log_probs_BS, loss_mask_BS, segment_sum)
+        weight = loss.weight_sum.clamp_min(1.0)
+        return Loss(loss.loss_sum / weight, weight / weight)
+
+
+def _run(
+    rank: int, world_size: int, names: tuple[str, ...], work_dir: Path, fault: str = ""
+) -> None:
+    from phi4.engine.platform import connect, disconnect
+
+    if fault == "no norm all-reduce":
+        finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]
+        finalize._allreduce_non_tensor_model_parallel_grads = lambda *_: None
+    recipe = tiny_recipe()
+    possible, _ = cases(recipe, names)
+    reference = [] if (work_dir / "initial").exists() else [reference_case(recipe)]
+    for case in [*reference, *possible]:
+        meeting = rendezvous()
+        if rank < case.world_size:
+            platform = connect("cpu", rank=rank, world_size=case.world_size, rendezvous=meeting)
+            objective = MeanOfMeans() if fault == "mean of means" else NextToken()
+            run_case(case, platform, objective, steps=STEPS, work_dir=work_dir)
+            disconnect()
+
+
+def _compared(names: tuple[str, ...], work_dir: Path) -> list[Comparison]:
+    recipe = tiny_recipe()
+    possible, impossible = cases(recipe, names)
+    assert not impossible
+    return [compare(case, reference_case(recipe), work_dir) for case in possible]
+
+
+@pytest.fixture(scope="module")
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one process and of every layout."""
+    directory = tmp_path_factory.mktemp("parity")
+    with RankPool(1) as pool:
+        pool.run(_run, (), directory)
+    with RankPool(4) as pool:
+        pool.run(_run, tuple(LAYOUTS), directory, timeout_seconds=280)
+    return directory
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_process(name: str, work_dir: Path) -> None:
+    (result,) = _compared((name,), work_dir)
+    assert result.passed, result
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"), [("mean of means", "dp2"), ("no norm all-reduce", "tp2+sp")]
+)
+def test_wrong_reduction_is_found(fault: str, name: str, work_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "initial").symlink_to(work_dir / "initial")
+    (tmp_path / "one_process").symlink_to(work_dir / "one_process")
+    with RankPool(2) as pool:
+        pool.run(_run, (name,), tmp_path, fault)
+    (result,) = _compared((name,), tmp_path)
+    assert not result.passed, result
+
+
+def test_batches_are_as_hard_as_promised() -> None:
+    recipe = tiny_recipe("parallel.data=2", "parallel.context=2")
+    tokens, mask = global_batch(recipe, 0)
+    length = recipe.data.sequence_length
+    assert (tokens[:, :-1] == 0).any(), "several documents in some row"
+    counts = [
+        batch.loss_mask.sum() for rank in (0, 1) for batch in micro_batches(recipe, 0, rank, 2)
+    ]
+    assert counts.count(0) == 1
+    assert len(set(counts)) > 2
+    inner = mask[:, length // 4 : 3 * length // 4].sum(1)
+    assert inner[-1] == 0 < mask[-1].sum(), "one context rank of the last row has no token"
+
+
+def test_micro_batches_of_all_data_ranks_are_the_global_batch() -> None:
+    recipe = tiny_recipe("parallel.data=2")
+    tokens, _ = global_batch(recipe, 3)
+    served = [b.tokens for rank in (0, 1) for b in micro_batches(recipe, 3, rank, 2)]
+    rows = {row.tobytes() for batch in served for row in batch}
+    assert rows == {row.tobytes() for row in np.ascontiguousarray(tokens[:, :-1])}
