@@ -1,0 +1,98 @@
+"""`phi4 generate`: a checkpoint continues a prompt, live in any layout."""
+
+import codecs
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phi4.config import Recipe, check
+from phi4.data.tokenizer import Tokenizer, load_tokenizer
+from phi4.launch import WorkerEnvironment, join, on_ranks
+
+if TYPE_CHECKING:
+    from phi4.engine.platform import Platform
+
+
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A step_NNNNNNN directory, or a run whose latest is meant.")
+    ],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value, for example parallel.tensor=2; else one process."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+) -> None:
+    """Continue a prompt. The text goes to stdout as it is made, layout and platform to stderr."""
+    from phi4.convert.checkpoint import find_checkpoint, recipe_of
+
+    # The workers get the checkpoint itself: `latest` of a live run may move on between them.
+    found = find_checkpoint(checkpoint)
+    recipe = recipe_of(found, overrides or [])
+
+    def body(worker: WorkerEnvironment) -> None:
+        from phi4.engine.platform import disconnect
+
+        check(recipe, worker.world_size)
+        platform = join(worker, recipe.run.platform, recipe.run.threads)
+        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        for piece in _continuation(recipe, found, platform, prompt, **options):
+            if platform.is_writer:
+                typer.echo(piece, nl=False)
+        disconnect()
+
+    argv = [
+        *("generate", str(found), *(overrides or []), f"--prompt={prompt}"),
+        *(f"--max-tokens={max_tokens}", f"--temperature={temperature}", f"--seed={seed}"),
+    ]
+    num_workers = recipe.parallel.model_parallel_size * max(recipe.parallel.data, 1)
+    logs = Path(tempfile.gettempdir()) / f"phi4-generate-{os.getpid()}"
+    raise typer.Exit(on_ranks(argv, body, num_workers=num_workers, work_dir=logs))
+
+
+def text_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Text of ids as they come; a character that tokens split waits for its last byte.
+
+    Joined, the pieces are `tokenizer.decode` of all ids.
+    """
+    token_bytes = {token_id: token for token, token_id in tokenizer.mergeable_ranks.items()}
+    token_bytes |= {token_id: name.encode() for name, token_id in tokenizer.special_tokens.items()}
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token_id in ids:
+        yield decoder.decode(token_bytes[token_id])
+    yield decoder.decode(b"", final=True)
+
+
+def _continuation(
+    recipe: Recipe, checkpoint: Path, platform: "Platform", prompt: str, **options: float
+) -> Iterator[str]:
+    """The prompt and what follows it, to the end of a document or turn, closed by a newline.
+
+    Collectives: those of building the engine, of loading and of every token.
+    """
+    from phi4.convert.checkpoint import open_checkpoint
+    from phi4.engine.generate import generate as generate_tokens
+
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    engine = open_checkpoint(recipe, checkpoint, platform)
+    if platform.is_writer:
+        typer.echo(f"{platform.describe()}\n{engine.layout.describe()}", err=True)
+    stop_ids = frozenset((tokenizer.eod_id, tokenizer.im_end_id))
+    tokens = generate_tokens(
+        engine,
+        tokenizer.encode(prompt),
+        vocab_size=tokenizer.vocab_size,
+        stop_ids=stop_ids,
+        **options,
+    )
+    yield prompt
+    yield from text_pieces(tokenizer, (token for token in tokens if token not in stop_ids))
+    yield "\n"
+    engine.close()

@@ -1,0 +1,177 @@
+"""The bridge between checkpoints and Hugging Face directories, in one process.
+
+A checkpoint carries its recipe, so an export needs nothing else. One that comes from Hugging Face
+gets a recipe made from config.json, the number format of its files, and weights only.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from phi4.config import (
+    DataConfig,
+    KernelsConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    Recipe,
+    RunConfig,
+    TokenizerConfig,
+    changed_keys,
+    check,
+    dump_toml,
+    with_overrides,
+)
+from phi4.convert.hf import read_hf, write_hf
+from phi4.data.tokenizer import load_tokenizer
+from phi4.engine.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from phi4.engine.checkpoint.manifest import MANIFEST_NAME
+from phi4.engine.engine import Engine
+from phi4.engine.platform import Platform
+from phi4.errors import CheckpointError, ConfigError
+from phi4.model.shape import Dtype
+from phi4.train.checkpointing import read_recipe
+from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the latest of a `checkpoints` or run directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    found = latest_checkpoint(path) or latest_checkpoint(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            f"{path} is no checkpoint and holds none that is complete; give a directory like "
+            "RUN/checkpoints/step_0000100, its parent, or RUN"
+        )
+    return found
+
+
+def recipe_of(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe a checkpoint was written under, on one process unless overrides lay it out.
+
+    Raises:
+        CheckpointError: the checkpoint has no recipe.
+        ConfigError: an override is wrong, or would make it another model.
+        LayoutError: the recipe breaks a rule.
+    """
+    written = read_recipe(checkpoint)
+    single = written.model_copy(update={"parallel": ParallelConfig()})
+    recipe = with_overrides(single, overrides)
+    foreign = changed_keys(written, recipe)["identity"]
+    if foreign:
+        raise ConfigError(
+            f"{', '.join(sorted(foreign))} belong to what {checkpoint} holds; "
+            "leave these overrides out"
+        )
+    check(recipe)
+    return recipe
+
+
+def open_checkpoint(recipe: Recipe, checkpoint: Path, platform: Platform) -> Engine:
+    """An engine without optimizer that holds a checkpoint's weights, in the recipe's layout.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged.
+
+    Collectives: those of building the engine, of `verify_checkpoint` and of `load_checkpoint`.
+    """
+    engine = Engine(recipe, platform, trains=False)
+    manifest = verify_checkpoint(engine, checkpoint)
+    load_checkpoint(engine, checkpoint, manifest, optimizer=False)
+    return engine
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    platform: Platform,
+    *,
+    dtype: Dtype | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Write a checkpoint of any layout as a Hugging Face directory.
+
+    Args:
+        checkpoint: a `step_NNNNNNN` directory.
+        out: must not exist, or be empty.
+        platform: of a single process.
+        dtype: of the stored weights; the checkpoint's own by default.
+        overrides: of the checkpoint's recipe, for example where the tokenizer now lies.
+
+    Raises:
+        As `recipe_of`, `open_checkpoint`, `load_tokenizer` and `write_hf`.
+    """
+    recipe = recipe_of(checkpoint, overrides)
+    # What computed the weights does not matter here, and may not run on this machine.
+    recipe = recipe.model_copy(update={"kernels": KernelsConfig()})
+    check(recipe, platform.world_size)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        # Entered once write_hf has found the output and the tokenizer right.
+        engine = open_checkpoint(recipe, checkpoint, platform)
+        yield from engine.whole_parameters()
+        engine.close()
+
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    write_hf(out, weights(), recipe.model, tokenizer, dtype=dtype or recipe.precision.dtype)
+
+
+def import_hf(
+    hf_dir: Path, root: Path, platform: Platform, *, overrides: Sequence[str] = ()
+) -> Path:
+    """Write `root/step_0000000` with the weights of a Phi3-shape directory.
+
+    Args:
+        hf_dir: config.json and safetensors.
+        root: a new or empty directory.
+        platform: of a single process.
+        overrides: of the recipe made from config.json, for example data.sequence_length.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: `root` holds something, or as `read_hf`.
+        ConfigError: an override is wrong or changes the model, or as `read_hf`.
+        LayoutError: the recipe breaks a rule.
+    """
+    model, stream = read_hf(hf_dir)
+    # The files are mapped, so this reads hardly more than the headers.
+    stored = {tensor.dtype for _, tensor in stream()}
+    recipe = with_overrides(_recipe(model, stored, root), overrides)
+    if recipe.model != model:
+        raise ConfigError(f"overrides change [model], which {hf_dir}/config.json says; remove them")
+    check(recipe, platform.world_size)
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise CheckpointError(f"{root} exists and is not empty; name a new directory")
+    engine = Engine(recipe, platform, trains=False)
+    engine.load_whole_parameters(dict(stream()))
+    files = {RECIPE_FILE: dump_toml(recipe), STATE_FILE: RunState().to_json()}
+    checkpoint = save_checkpoint(engine, root, 0, form="none", keep=1, files=files, data={})
+    engine.close()
+    return checkpoint
+
+
+def _recipe(model: ModelConfig, stored: set[torch.dtype], root: Path) -> Recipe:
+    phi4 = ModelConfig()
+    length = min(DataConfig().sequence_length, model.max_position_embeddings)
+    return Recipe(
+        model=model,
+        # Only phi-4's own vocabulary is known by its size; another one has to be named.
+        tokenizer=TokenizerConfig(kind="phi4" if model.vocab_size == phi4.vocab_size else "bpe"),
+        data=DataConfig(sequence_length=length, unit_tokens=length),
+        # fp32 holds all that fp16 and mixed files can.
+        precision=PrecisionConfig(dtype="bf16" if stored == {torch.bfloat16} else "fp32"),
+        run=RunConfig(dir=str(root)),
+    )
