@@ -37,13 +37,13 @@ def expect_same_device(op: str, **tensors: Tensor | None) -> None:
             )
 
 
-def rows_of(op: str, name: str, tensor: Tensor) -> Tensor:
-    """`tensor` [..., H] as [T, H] with unit last stride, without a copy where strides allow.
-
-    Raises:
-        ShapeError: the tensor has no dimension.
-    """
+def expect_rows(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ShapeError unless `tensor` is [..., H]."""
     if tensor.dim() == 0:
-        raise ShapeError(f"{op}: {name} is a scalar; expected [..., H]; give it a row dimension")
-    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() != 2 else tensor
+        raise ShapeError(f"{op}: {name} is a scalar; expected [..., H]; give it a last dimension")
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """`tensor` [..., H] as [T, H] with unit last stride, without a copy where strides allow."""
+    rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.numel() == 0 else rows.contiguous()

@@ -19,6 +19,7 @@ from phi4_kernels import dispatch
 from phi4_kernels.checks import (
     FLOAT_DTYPES,
     expect_dtype,
+    expect_rows,
     expect_same_device,
     expect_shape,
     rows_of,
@@ -138,7 +139,7 @@ def rms_norm_fp8(
     expect_dtype("rms_norm_fp8", "scale", scale, (torch.float32,))
     name = dispatch.resolve("rms_norm", implementation, x.device)
     run = torch_impl.forward_fp8 if name == "torch" else partial(_rms_norm_fp8, implementation=name)
-    x, residual = rows_of("rms_norm_fp8", "x", x), _optional_rows(residual)
+    x, residual = rows_of(x), _optional_rows(residual)
     rowwise, transposed, amax, total, rstd = run(x, residual, weight, eps, scale, columnwise)
     return FP8Norm(
         rowwise, transposed if columnwise else None, amax, None if residual is None else total, rstd
@@ -174,7 +175,7 @@ def rms_norm_backward(
     run = (
         torch_impl.backward if name == "torch" else partial(_rms_norm_backward, implementation=name)
     )
-    dy, x = rows_of("rms_norm_backward", "dy", dy), rows_of("rms_norm_backward", "x", x)
+    dy, x = rows_of(dy), rows_of(x)
     return run(dy, _optional_rows(dtotal), x, weight, rstd)
 
 
@@ -183,7 +184,7 @@ def _check(
 ) -> None:
     expect_dtype(op, "x", x, (*FLOAT_DTYPES, torch.float64))
     expect_dtype(op, "weight", weight, {x.dtype: None, torch.float32: None})
-    rows_of(op, "x", x[:0])
+    expect_rows(op, "x", x)
     expect_shape(op, "weight", weight, (x.shape[-1],), "one weight per element of a row")
     if like_x is not None:
         expect_dtype(op, "the second activation", like_x, (x.dtype,))
@@ -192,13 +193,13 @@ def _check(
 
 
 def _optional_rows(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else rows_of("rms_norm", "residual", tensor)
+    return None if tensor is None else rows_of(tensor)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, name: str) -> Tensor:
-        rows = rows_of("rms_norm", "x", x)
+        rows = rows_of(x)
         y, rstd = _rms_norm_forward(rows, weight, eps, name)
         ctx.name = name
         ctx.save_for_backward(rows, weight, rstd)
@@ -207,7 +208,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        rows = rows_of("rms_norm", "dy", dy)
+        rows = rows_of(dy)
         dx, dweight = _rms_norm_backward(rows, None, x, weight, rstd, ctx.name)
         return dx.view(dy.shape), dweight.to(weight.dtype), None, None
 
@@ -217,7 +218,7 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, name: str
     ) -> tuple[Tensor, Tensor]:
-        rows, added = rows_of("add_rms_norm", "x", x), rows_of("add_rms_norm", "residual", residual)
+        rows, added = rows_of(x), rows_of(residual)
         y, total, rstd = _add_rms_norm_forward(rows, added, weight, eps, name)
         ctx.name = name
         ctx.save_for_backward(total, weight, rstd)
@@ -226,7 +227,7 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
-        dy_rows, dtotal_rows = rows_of("rms_norm", "dy", dy), rows_of("rms_norm", "dtotal", dtotal)
+        dy_rows, dtotal_rows = rows_of(dy), rows_of(dtotal)
         dx, dweight = _rms_norm_backward(dy_rows, dtotal_rows, total, weight, rstd, ctx.name)
         return dx.view(dy.shape), dx.view(dy.shape), dweight.to(weight.dtype), None, None
 

@@ -56,7 +56,9 @@ def _make_backward(case: Case, dtype: torch.dtype) -> Inputs:
 
 
 def _make_fp8(case: Case, dtype: torch.dtype) -> Inputs:
-    return Inputs(_make(case, dtype).tensors, {"scale": torch.tensor(0.75)})
+    inputs = _make(case, dtype)
+    product = reference.swiglu(inputs.tensors["gate_up"].double())
+    return Inputs(inputs.tensors, {"scale": draw.saturating_scale(product)})
 
 
 def _backward(**arguments: Any) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
     name = dispatch.resolve("swiglu", implementation, gate_up.device)
     if name == "torch":
         return torch_impl.swiglu(gate_up)
-    rows = rows_of("swiglu", "gate_up", gate_up)
+    rows = rows_of(gate_up)
     return _SwiGLU.apply(rows, name).view(*gate_up.shape[:-1], width)
 
 
@@ -77,7 +77,7 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, *, implementation: str = "aut
     expect_shape("swiglu_linear", "weight", weight, (weight.shape[0], width), "[H, F]")
     expect_same_device("swiglu_linear", gate_up=gate_up, weight=weight)
     name = dispatch.resolve("swiglu", implementation, gate_up.device)
-    return _SwiGLULinear.apply(rows_of("swiglu_linear", "gate_up", gate_up), weight, name)
+    return _SwiGLULinear.apply(rows_of(gate_up), weight, name)
 
 
 def swiglu_backward(
@@ -102,8 +102,8 @@ def swiglu_backward(
     expect_shape("swiglu_backward", "dout", dout, (*gate_up.shape[:-1], width), "[T, F]")
     expect_same_device("swiglu_backward", gate_up=gate_up, dout=dout)
     name = dispatch.resolve("swiglu", implementation, gate_up.device)
-    rows = rows_of("swiglu_backward", "gate_up", gate_up)
-    dout = rows_of("swiglu_backward", "dout", dout)
+    rows = rows_of(gate_up)
+    dout = rows_of(dout)
     gradient, product = _backward(dout, rows, emit_product, name)
     return gradient, product if emit_product else None
 
@@ -128,7 +128,7 @@ def swiglu_fp8(
     expect_same_device("swiglu_fp8", gate_up=gate_up, scale=scale)
     name = dispatch.resolve("swiglu", implementation, gate_up.device)
     run = torch_impl.forward_fp8 if name == "torch" else partial(_swiglu_fp8, implementation=name)
-    rows = rows_of("swiglu_fp8", "gate_up", gate_up)
+    rows = rows_of(gate_up)
     rowwise, transposed, amax = run(rows, scale, columnwise)
     return FP8Product(rowwise, transposed if columnwise else None, amax)
 
@@ -165,7 +165,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        return _backward(rows_of("swiglu", "dout", dout), gate_up, False, ctx.name)[0], None
+        return _backward(rows_of(dout), gate_up, False, ctx.name)[0], None
 
 
 class _SwiGLULinear(torch.autograd.Function):

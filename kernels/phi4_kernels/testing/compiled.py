@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -142,8 +143,9 @@ def _compiling() -> Iterator[dict[str, Any]]:
         yield kernels
 
 
-def compile_entry(entry: Entry, kernels: dict[str, Any]) -> Iterator[tuple[str, Resources]]:
+def _compile_entry(entry: Entry, kernels: dict[str, Any]) -> dict[str, Any]:
     """Every kernel of every shipped case and dtype of an entry, as `entry/case/dtype/kernel`."""
+    compiled = {}
     for case in entry.shipped_cases:
         for dtype in entry.dtypes:
             kernels.clear()
@@ -153,11 +155,17 @@ def compile_entry(entry: Entry, kernels: dict[str, Any]) -> Iterator[tuple[str, 
             outputs = outputs_of(entry.function(**leaves, **inputs.constants))
             if entry.differentiable:
                 torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-            for name, kernel in kernels.items():
-                yield (
-                    f"{entry.name}/{case.name}/{_DTYPE_NAMES[dtype]}/{name}",
-                    read_resources(kernel),
-                )
+            prefix = f"{entry.name}/{case.name}/{_DTYPE_NAMES[dtype]}"
+            compiled |= {f"{prefix}/{name}": kernel for name, kernel in kernels.items()}
+    return compiled
+
+
+def _read_all(compiled: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Resources by key; equal machine code is read once, two at a time."""
+    distinct = {kernel.asm["cubin"]: kernel for kernel in compiled.values()}
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(distinct, pool.map(read_resources, distinct.values()), strict=True))
+    return {key: asdict(found[kernel.asm["cubin"]]) for key, kernel in compiled.items()}
 
 
 def compile_all(entries: Iterable[Entry]) -> tuple[dict[str, dict[str, int]], list[str]]:
@@ -173,15 +181,13 @@ def compile_all(entries: Iterable[Entry]) -> tuple[dict[str, dict[str, int]], li
         return row
 
     with _compiling() as kernels, mock.patch.object(launch, "pick", recorded):
-        found = {
-            key: asdict(resources)
-            for entry in entries
-            for key, resources in compile_entry(entry, kernels)
-        }
+        compiled: dict[str, Any] = {}
+        for entry in entries:
+            compiled |= _compile_entry(entry, kernels)
     unreached = [
         f"{row} of {ladder}"
         for identity, ladder in ladders.items()
         for index, row in enumerate(ladder)
         if (identity, index) not in reached
     ]
-    return found, unreached
+    return _read_all(compiled), unreached

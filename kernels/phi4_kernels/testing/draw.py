@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from phi4_kernels.numerics import FP8_MAX, largest
+
 _GAP = 8
 
 
@@ -47,3 +49,8 @@ def rows(
 def gradient_high(dtype: torch.dtype) -> float:
     """Largest scale of incoming gradients: fp16 results must not overflow in the truth itself."""
     return 1.0 if dtype == torch.float16 else 1e3
+
+
+def saturating_scale(values: Tensor) -> Tensor:
+    """[], fp32: an FP8 scale at which the largest of `values` is twice the largest e4m3 number."""
+    return 2 * FP8_MAX / largest(values).float() if values.numel() else torch.ones(())

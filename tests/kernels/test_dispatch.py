@@ -1,0 +1,114 @@
+"""Dispatch: explicit choice or `auto` on proof, always with a reason, never a silent fallback."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from phi4_kernels import dispatch, registry
+from phi4_kernels.errors import ImplementationError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """No rows, nothing decided yet, and a pretended GPU of capability 9.0."""
+    monkeypatch.setattr(dispatch, "CORRECTNESS_ROWS", tmp_path / "correctness.jsonl")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    dispatch.choose.cache_clear()
+    dispatch._rows.cache_clear()
+    yield
+    dispatch.choose.cache_clear()
+    dispatch._rows.cache_clear()
+
+
+def write_row(**changes: object) -> None:
+    row = {
+        "op": "swiglu",
+        "implementation": "triton",
+        "capability": "9.0",
+        "source": registry.source_digest("swiglu", "triton"),
+        "green": True,
+        "commit": "abc123",
+        "device": "H200",
+        "date": "2026-01-01",
+    }
+    with dispatch.CORRECTNESS_ROWS.open("a") as file:
+        file.write(json.dumps(row | changes) + "\n")
+
+
+def test_auto_on_cpu_is_torch() -> None:
+    assert str(dispatch.choose("rope", "auto", CPU)) == "rope: torch (auto: tensors are on cpu)"
+
+
+def test_auto_without_a_row_is_torch() -> None:
+    choice = dispatch.choose("swiglu", "auto", GPU)
+    assert (choice.implementation, "proven" in choice.reason) == ("torch", True)
+
+
+def test_auto_takes_what_is_proven_here() -> None:
+    write_row()
+    choice = dispatch.choose("swiglu", "auto", GPU)
+    assert choice == dispatch.Choice("swiglu", "triton", "auto: proven on 9.0, commit abc123")
+    assert dispatch.choose("rope", "auto", GPU).implementation == "torch"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"green": False}, {"capability": "8.0"}, {"source": "0" * 16}, {"op": "rope"}]
+)
+def test_auto_ignores_rows_that_prove_something_else(changes: dict[str, object]) -> None:
+    write_row(**changes)
+    assert dispatch.choose("swiglu", "auto", GPU).implementation == "torch"
+
+
+def test_a_later_red_row_withdraws_the_proof() -> None:
+    write_row()
+    write_row(green=False)
+    assert dispatch.choose("swiglu", "auto", GPU).implementation == "torch"
+
+
+def test_named_without_a_row_is_experimental() -> None:
+    choice = dispatch.choose("swiglu", "triton", GPU)
+    assert (choice.implementation, choice.reason) == ("triton", "named; experimental on 9.0")
+
+
+def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="phi4_kernels"):
+        for _ in range(3):
+            dispatch.resolve("rope", "torch", CPU)
+    assert [record.message for record in caplog.records] == ["rope: torch (named)"]
+
+
+def test_unknown_op_is_an_error() -> None:
+    with pytest.raises(ImplementationError, match="rms_norm, rope, swiglu"):
+        dispatch.choose("softmax", "auto", CPU)
+
+
+def test_status_lists_every_implementation() -> None:
+    write_row()
+    write_row(op="rope", source="0" * 16)
+    states = {(row["op"], row["implementation"]): row["state"] for row in dispatch.status()}
+    assert states == {
+        ("rms_norm", "torch"): "always available",
+        ("rms_norm", "triton"): "experimental: never executed on a GPU",
+        ("rope", "torch"): "always available",
+        ("rope", "triton"): "experimental: changed since its last row",
+        ("swiglu", "torch"): "always available",
+        ("swiglu", "triton"): "proven",
+    }
+
+
+def test_calls_are_only_counted_inside() -> None:
+    dispatch.resolve("rope", "torch", CPU)
+    with dispatch.count_calls() as calls:
+        dispatch.resolve("rope", "torch", CPU)
+    dispatch.resolve("rope", "torch", CPU)
+    assert calls == {("rope", "torch"): 1}
+
+
+def test_the_committed_rows_are_readable() -> None:
+    path = registry.ROOT / "correctness.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        assert {"op", "implementation", "capability", "source", "green"} <= json.loads(line).keys()

@@ -1,0 +1,149 @@
+"""Gate 1: numerics of every op, case and dtype under the interpreter, by the error rule."""
+
+import pytest
+from phi4_kernels import registry
+from phi4_kernels.errors import GateError
+from phi4_kernels.testing import gates
+from phi4_kernels.testing.interpreted import InterpretedProcess
+
+CHECKS = [check for entry in registry.entries().values() for check in gates.names(entry)]
+GATE = "phi4_kernels.testing.gates:check_numbers"
+
+
+@pytest.mark.parametrize(("entry", "case", "dtype"), CHECKS)
+def test_triton_obeys_the_error_rule(
+    interpreted: InterpretedProcess, entry: str, case: str, dtype: str
+) -> None:
+    margins = interpreted.call(GATE, entry=entry, case=case, dtype=dtype)
+    assert margins
+
+
+@pytest.mark.parametrize(("entry", "case", "dtype"), CHECKS)
+def test_torch_obeys_the_error_rule(entry: str, case: str, dtype: str) -> None:
+    assert gates.check_numbers(entry, case, dtype, "torch")
+
+
+# Every mistake is planted in the source of the shipped kernel and must turn a named check red.
+MISTAKES = {
+    "dropped eps": ("rms_norm", "mean_square + eps", "mean_square", "rms_norm", "w640", "fp32"),
+    "one column off": (
+        "rms_norm",
+        "cols = block * BLOCK + tl.arange(0, BLOCK)",
+        "cols = block * BLOCK + tl.arange(0, BLOCK) + 1",
+        "rms_norm",
+        "w5120",
+        "bf16",
+    ),
+    "bf16 accumulation": (
+        "rms_norm",
+        "b_dweight[block] + b_dy[block] * b_hat[block]",
+        "(b_dweight[block] + b_dy[block] * b_hat[block]).to(tl.bfloat16).to(tl.float32)",
+        "rms_norm",
+        "fp32-weight",
+        "bf16",
+    ),
+    "unmasked tail": (
+        "rms_norm",
+        "if (block + 1) * BLOCK <= WIDTH:",
+        "if True:",
+        "add_rms_norm",
+        "w63",
+        "bf16",
+    ),
+    "unmasked rows": (
+        "swiglu",
+        "mask = rows < num_rows",
+        "mask = rows < num_rows + 1",
+        "swiglu",
+        "w640",
+        "bf16",
+    ),
+    "a row's gradient skipped": (
+        "rms_norm",
+        "range(program, num_rows,",
+        "range(program + 1, num_rows,",
+        "rms_norm",
+        "w640",
+        "bf16",
+    ),
+    "residual gradient dropped": (
+        "rms_norm",
+        "dx += _load(dtotal_ptr",
+        "dx += 0.0 * _load(dtotal_ptr",
+        "add_rms_norm",
+        "w100-strided",
+        "fp16",
+    ),
+    "no scale": (
+        "swiglu",
+        "tl.clamp(out * tl.load(scale_ptr), -FP8_MAX, FP8_MAX)",
+        "tl.clamp(out, -FP8_MAX, FP8_MAX)",
+        "swiglu_fp8",
+        "w640",
+        "bf16",
+    ),
+    "transposed by the wrong stride": (
+        "swiglu",
+        "cols.to(tl.int64) * num_rows + rows",
+        "cols.to(tl.int64) * ROWS + rows",
+        "swiglu_fp8_columnwise",
+        "w640",
+        "bf16",
+    ),
+    "backward rotates forward": (
+        "rope",
+        "sin = -_angles",
+        "sin = _angles",
+        "rope_qkv",
+        "phi4-blocked-ids",
+        "bf16",
+    ),
+    "bisection ends early": (
+        "rope",
+        "num_documents.bit_length())",
+        "num_documents.bit_length() - 2)",
+        "rope_qkv",
+        "many-documents",
+        "fp32",
+    ),
+    "partial rotation loses the rest": (
+        "rope",
+        "if REST > 0:",
+        "if False:",
+        "rope_qkv",
+        "partial",
+        "bf16",
+    ),
+    "sigmoid of the wrong sign": (
+        "swiglu",
+        "tl.where(x >= 0, 1.0, small)",
+        "tl.where(x <= 0, 1.0, small)",
+        "swiglu",
+        "one-row",
+        "fp16",
+    ),
+    "gradient in half precision": (
+        "swiglu",
+        "sigmoid = _sigmoid(gate)",
+        "sigmoid = _sigmoid(gate).to(tl.bfloat16).to(tl.float32)",
+        "swiglu",
+        "w640",
+        "fp16",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_turns_the_gate_red(
+    interpreted: InterpretedProcess, mistake: str
+) -> None:
+    op, old, new, entry, case, dtype = MISTAKES[mistake]
+    with pytest.raises(GateError, match="GateError"):
+        interpreted.call(GATE, plant=(op, old, new), entry=entry, case=case, dtype=dtype)
+
+
+def test_a_racing_kernel_turns_the_program_orders_red(interpreted: InterpretedProcess) -> None:
+    # All programs share one row of the weight gradient: the last to run wins.
+    plant = ("rms_norm", "program.to(tl.int64) * WIDTH", "0 * program.to(tl.int64)")
+    with pytest.raises(GateError, match="GateError"):
+        interpreted.call(GATE, plant=plant, entry="rms_norm", case="w640", dtype="fp32")

@@ -1,0 +1,25 @@
+"""Gate 2: torch's opcheck on every registered operator."""
+
+import pytest
+from phi4_kernels import registry
+from phi4_kernels.testing.interpreted import InterpretedProcess
+
+OPERATORS = {
+    "rms_norm": {"phi4::rms_norm_forward", "phi4::rms_norm_backward"},
+    "add_rms_norm": {"phi4::add_rms_norm_forward", "phi4::rms_norm_backward"},
+    "rms_norm_fp8": {"phi4::rms_norm_fp8"},
+    "rms_norm_fp8_columnwise": {"phi4::rms_norm_fp8"},
+    "rope_qkv": {"phi4::rope_forward", "phi4::rope_backward"},
+    "swiglu": {"phi4::swiglu_forward", "phi4::swiglu_backward"},
+    "swiglu_backward": {"phi4::swiglu_backward"},
+    "swiglu_linear": {"phi4::swiglu_forward", "phi4::swiglu_backward"},
+    "swiglu_fp8": {"phi4::swiglu_fp8"},
+    "swiglu_fp8_columnwise": {"phi4::swiglu_fp8"},
+}
+
+
+@pytest.mark.parametrize("entry", registry.entries())
+def test_operators_pass_opcheck(interpreted: InterpretedProcess, entry: str) -> None:
+    case = registry.entries()[entry].proof_cases[0].name
+    gate = "phi4_kernels.testing.gates:check_operators"
+    assert set(interpreted.call(gate, entry=entry, case=case, dtype="bf16")) == OPERATORS[entry]
