@@ -39,14 +39,24 @@ def demo(
         f"run.steps={FIRST_STEPS}",
     )
     _phi4(
-        "The same run goes on in another layout: context 2 x data 1.",
+        "The same run goes on in another layout: context 2.",
         *train,
         f"run.steps={ALL_STEPS}",
         "--change",
         *("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"),
         "parallel.context=2",
     )
-    _phi4("What it writes.", "generate", run, "--prompt", "def ", "--max-tokens", 40)
+    _phi4(
+        "What it writes.",
+        "generate",
+        run,
+        "--prompt",
+        "def ",
+        "--max-tokens",
+        60,
+        "--temperature",
+        0.7,
+    )
     _phi4(
         "Three layouts against one process.",
         *("verify", "parity", RECIPE, "--steps", 3, "--layouts", "tp2+sp,pp2,tp2xcp2+sp"),

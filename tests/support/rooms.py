@@ -8,20 +8,22 @@ from collections import Counter
 import pytest
 
 BUDGET_SECONDS = {
-    "architecture": 40,
-    "config": 20,
+    "architecture": 80,
+    "cli": 150,
+    "config": 40,
     "convert": 120,
-    "data": 120,
-    "engine": 300,
+    "data": 300,
+    "engine": 500,
     "golden": 40,
-    "kernels": 180,
-    "launch": 60,
-    "model": 20,
+    "kernels": 360,
+    "launch": 150,
+    "model": 40,
+    "plan": 60,
     "stages": 40,
-    "support": 50,
-    "track": 40,
-    "train": 60,
-    "verify": 110,
+    "support": 120,
+    "track": 120,
+    "train": 90,
+    "verify": 240,
 }
 
 
