@@ -13,7 +13,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("verify", "launch"),
-    ("stages", "pts", "convert"),
+    ("stages", "pts", "convert", "plan"),
     ("train",),
     ("engine", "track"),
     ("data", "model"),

@@ -1,0 +1,11 @@
+"""Whether a recipe fits its GPUs, answered before anything starts.
+
+Parameters are counted on the real model built without bytes; activations come from a formula that
+lists what our layers save, which a test compares with autograd. Nothing here predicts speed.
+"""
+
+from phi4.plan.cards import CARDS, Card, card_named
+from phi4.plan.fit import check_fit
+from phi4.plan.memory import Plan, StageMemory, make_plan
+
+__all__ = ["CARDS", "Card", "Plan", "StageMemory", "card_named", "check_fit", "make_plan"]

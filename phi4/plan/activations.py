@@ -1,0 +1,201 @@
+"""Bytes that a micro-batch keeps between its forward and its backward pass, term by term.
+
+Counted are storages, not tensors: a view keeps its whole storage alive. The terms follow what
+engine/layers.py, engine/attention.py and engine/loss_head.py save on a CUDA device; a test runs
+these very modules under `saved_tensors_hooks` and finds the same number of bytes.
+
+With t tokens of a row slice, r = t / tp under sequence parallelism (else t), e bytes per element,
+and h, q, kv, f the widths of hidden state, queries, keys and SwiGLU on this tensor rank, a layer
+without recompute keeps
+
+    4 r h e   inputs and outputs of the two norms (the outputs are the column linears' inputs)
+    8 r       one fp32 statistic per norm
+    3 t (q + kv) e   packed QKV, its rotated queries and keys, a copy of the queries
+    t q e     input of the output projection
+    4 t f e   gate and up, silu(gate), their product
+
+and what core attention itself saves: with flash attention its output (unless that is the
+projection's input) and 4 bytes per token and head. Where a mask is needed (context parallelism) or
+the dtype is fp32, torch may take its unfused attention; that bound is used: fp32 probabilities and
+copies of queries, keys and values instead of the packed ones. Selective recompute keeps the layer
+without what core attention saves, full recompute keeps r h e.
+"""
+
+from dataclasses import dataclass
+
+from phi4.config import Recipe
+from phi4.model.shape import DTYPE_BYTES
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one rank keeps and needs, all in bytes for one micro-batch, from a recipe."""
+
+    recipe: Recipe
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of one row on this context rank."""
+        return self.recipe.data.sequence_length // self.recipe.parallel.context
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on this context rank (t above)."""
+        return self.row_tokens * self.recipe.batch.micro_batch_size
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an activation."""
+        return DTYPE_BYTES[self.recipe.precision.dtype]
+
+    @property
+    def residual_tokens(self) -> int:
+        """Tokens whose hidden state this tensor rank holds between the parallel linears (r)."""
+        parallel = self.recipe.parallel
+        return self.tokens // parallel.tensor if parallel.sequence else self.tokens
+
+    @property
+    def residual_bytes(self) -> int:
+        """A hidden state as it travels between layers and stages."""
+        return self.residual_tokens * self.recipe.model.hidden_size * self.element_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """Kept per layer under the recipe's recompute mode."""
+        granularity = self.recipe.recompute.granularity
+        if granularity == "full":
+            return self.residual_bytes
+        if granularity == "selective":
+            return self._outside_core_bytes + self._core_inputs_bytes
+        return self._whole_layer_bytes
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Kept by the embedding: with a split vocabulary, local ids and where they are foreign."""
+        return 0 if self.recipe.parallel.tensor == 1 else 9 * self.tokens
+
+    @property
+    def head_bytes(self) -> int:
+        """Kept by final norm, output layer and loss head: the fp32 softmax is nearly all of it."""
+        norm = 2 * self.residual_bytes + _FP32 * self.residual_tokens
+        target_column_and_owned = 9 * self.tokens
+        return norm + _FP32 * self.num_logits + target_column_and_owned
+
+    @property
+    def num_logits(self) -> int:
+        """Logits of a micro-batch on this tensor rank."""
+        return self.tokens * self.recipe.model.vocab_size // self.recipe.parallel.tensor
+
+    @property
+    def batch_bytes(self) -> int:
+        """A micro-batch placed on the device: ids, labels, mask, cosines and sines."""
+        tables = 2 * self.recipe.model.head_dim * self.element_bytes
+        return self.tokens * (8 + 8 + 4 + tables)
+
+    def working_bytes(self, *, is_last: bool) -> int:
+        """Bound of what lives beside the kept bytes while one layer or the loss head runs.
+
+        Gradients of one layer's activations and of its largest matrix, what recompute brings back,
+        the gathered input under sequence parallelism, the buffers of pipeline sends.
+        """
+        parallel = self.recipe.parallel
+        gathered = self.tokens * self.recipe.model.hidden_size * self.element_bytes
+        always = gathered if parallel.sequence else 0
+        always += 4 * self.residual_bytes if parallel.pipeline > 1 else 0
+        layer = self._recomputed_bytes + self._layer_gradient_bytes
+        return always + max(layer, self._head_working_bytes if is_last else 0)
+
+    @property
+    def _layer_gradient_bytes(self) -> int:
+        width = self._ffn
+        matrix = 2 * width * self.recipe.model.hidden_size
+        swiglu_and_hidden = self.tokens * (5 * width + 2 * self.recipe.model.hidden_size)
+        scores = 0
+        if not self._is_fused:
+            # The gradients of the probabilities and of the scores.
+            scores = 2 * _FP32 * self._heads * sum(q * k for q, k in self._attention_pieces)
+        return self.element_bytes * (matrix + swiglu_and_hidden) + scores
+
+    @property
+    def _head_working_bytes(self) -> int:
+        # Forward: logits and their fp32 copy beside the softmax; backward: their gradients.
+        copies = _FP32 + (self.element_bytes if self.element_bytes < _FP32 else 0)
+        hidden = self.recipe.model.hidden_size
+        matrix = hidden * self.recipe.model.vocab_size // self.recipe.parallel.tensor
+        linear = self.element_bytes * (self.num_logits + matrix + self.tokens * hidden)
+        return max(copies * self.num_logits, linear)
+
+    @property
+    def _recomputed_bytes(self) -> int:
+        granularity = self.recipe.recompute.granularity
+        if granularity == "full":
+            return self._whole_layer_bytes - self.residual_bytes
+        # Several rows are first copied into one sequence; that copy is no larger than the inputs.
+        return self._core_bytes + self._core_inputs_bytes if granularity == "selective" else 0
+
+    @property
+    def _whole_layer_bytes(self) -> int:
+        inputs = self._core_inputs_bytes if self._is_fused else 0
+        return self._outside_core_bytes + inputs + self._core_bytes
+
+    @property
+    def _outside_core_bytes(self) -> int:
+        norms = 4 * self.residual_bytes + 2 * _FP32 * self.residual_tokens
+        swiglu = 4 * self.tokens * self._ffn * self.element_bytes
+        projection = self.tokens * self._queries * self.element_bytes
+        return norms + swiglu + projection
+
+    @property
+    def _core_inputs_bytes(self) -> int:
+        packed_and_rotated = 2 * self._queries + 3 * self._keys
+        # The queries of a single group are contiguous among the rotated; of several, copied.
+        is_copied = self.recipe.model.num_key_value_heads > self.recipe.parallel.tensor
+        queries = self._queries if is_copied else 0
+        return self.tokens * (packed_and_rotated + queries) * self.element_bytes
+
+    @property
+    def _core_bytes(self) -> int:
+        """What core attention saves beside its inputs."""
+        if self._is_fused:
+            lse = _FP32 * self.tokens * self._heads
+            # Documents are attended one by one and put together again; a whole row is not.
+            outputs = self.tokens * self._queries * self.element_bytes
+            return lse + (outputs if self.recipe.data.document_mask else 0)
+        dim = self.recipe.model.head_dim
+        elements = sum(q * k + q * dim + 2 * k * dim for q, k in self._attention_pieces)
+        return _FP32 * self._heads * elements
+
+    @property
+    def _is_fused(self) -> bool:
+        return self.recipe.precision.dtype == "bf16" and self.recipe.parallel.context == 1
+
+    @property
+    def _attention_pieces(self) -> list[tuple[int, int]]:
+        """(queries, keys) of each unfused call when every row is one document."""
+        context, length = self.recipe.parallel.context, self.recipe.data.sequence_length
+        rows = self.recipe.batch.micro_batch_size
+        if context == 1:
+            return [(length, length)] * rows
+        # Rank r's chunks r and 2 cp - 1 - r see r + 1 and 2 cp - r chunks: the same sum on every
+        # rank. Here rank 0's, whose first chunk is square and in truth needs no mask.
+        chunk = length // (2 * context)
+        return [(chunk, chunk), (chunk, 2 * context * chunk)] * rows
+
+    @property
+    def _heads(self) -> int:
+        return self.recipe.model.num_attention_heads // self.recipe.parallel.tensor
+
+    @property
+    def _queries(self) -> int:
+        return self._heads * self.recipe.model.head_dim
+
+    @property
+    def _keys(self) -> int:
+        model = self.recipe.model
+        return model.num_key_value_heads * model.head_dim // self.recipe.parallel.tensor
+
+    @property
+    def _ffn(self) -> int:
+        return self.recipe.model.intermediate_size // self.recipe.parallel.tensor

@@ -1,0 +1,193 @@
+"""Bytes on each pipeline stage's GPUs, and in host memory during a save."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from phi4.config import Recipe, check, with_overrides
+from phi4.engine.checkpoint.state import GATHER_BYTES_PER_PARAMETER
+from phi4.engine.meta import RankShape, rank_shapes
+from phi4.errors import LayoutError
+from phi4.model.shape import DTYPE_BYTES, training_bytes_per_parameter
+from phi4.plan.activations import Activations
+from phi4.plan.cards import Card
+from phi4.plan.schedule import peak_in_flight
+
+GRADIENT_BYTES = 4
+"""megatron-core's gradient buffer is fp32 (grad_reduce_in_fp32) for bf16 and fp32 parameters."""
+CONTEXT_BYTES = 2**30
+"""Allowance, not a measurement: CUDA context, cuBLAS workspaces, kernel code."""
+NCCL_GROUP_BYTES = 2**28
+"""Allowance, not a measurement: buffers of one communicator."""
+FRAGMENTATION = 0.05
+"""Allowance, not a measurement: share of activations and working memory lost between blocks."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Peak bytes on one GPU of a pipeline rank, during the backward pass."""
+
+    pp_rank: int
+    layers: tuple[int, ...]
+    """Per model chunk."""
+    in_flight: tuple[int, ...]
+    """Micro-batches per model chunk at the peak."""
+    num_parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept by the layers for the micro-batches in flight."""
+    loss_head: int
+    """Kept by final norm, output layer and loss for the micro-batches in flight."""
+    working: int
+    """Lives beside the kept bytes while one layer or the loss head runs; a bound."""
+    batch: int
+    """Every micro-batch of a step is placed on the device before the first pass."""
+    allowance: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        state = self.weights + self.gradients + self.optimizer
+        return (
+            state + self.activations + self.loss_head + self.working + self.batch + self.allowance
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on a number of GPUs of one kind."""
+
+    recipe: Recipe
+    """With parallel.data as the GPUs make it."""
+    card: Card
+    num_gpus: int
+    gpus_per_node: int
+    num_parameters: int
+    """Of the whole model, each counted once."""
+    stages: tuple[StageMemory, ...]
+
+    @property
+    def largest_stage_parameters(self) -> int:
+        """Parameters on a GPU of the stage that holds most."""
+        return max(stage.num_parameters for stage in self.stages)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Per step and data-parallel rank."""
+        batch = self.recipe.batch
+        return batch.global_batch_size // (batch.micro_batch_size * self.recipe.parallel.data)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.recipe.batch.global_batch_size * self.recipe.data.sequence_length
+
+    @property
+    def gather_bytes(self) -> int:
+        """Host memory that a save in format `full` takes on the fullest machine."""
+        if not self.recipe.parallel.distributed_optimizer:
+            return 0
+        ranks = min(self.num_gpus, self.gpus_per_node)
+        return GATHER_BYTES_PER_PARAMETER * self.largest_stage_parameters * ranks
+
+    def save_format(self, host_bytes: int) -> str:
+        """What checkpoint.optimizer_format=auto takes for routine saves on such a machine."""
+        share = self.recipe.checkpoint.host_memory_share
+        return "full" if self.gather_bytes <= share * host_bytes else "dp"
+
+
+def make_plan(recipe: Recipe, num_gpus: int, card: Card, gpus_per_node: int = 8) -> Plan:
+    """Lay a recipe out on GPUs and count.
+
+    Args:
+        recipe: its parallel.data is replaced by what the GPUs make.
+        num_gpus: in all.
+        card: the kind of GPU.
+        gpus_per_node: GPUs, and so ranks, that share a machine's memory.
+
+    Raises:
+        LayoutError: num_gpus is no multiple of a model copy's GPUs, or a rule is broken.
+    """
+    recipe = _laid_out(recipe, num_gpus)
+    shapes = rank_shapes(recipe)
+    stages = [
+        _stage(recipe, [shape for shape in shapes if shape.pp_rank == pp_rank])
+        for pp_rank in range(recipe.parallel.pipeline)
+    ]
+    num_parameters = sum(shape.num_counted_parameters for shape in shapes)
+    return Plan(recipe, card, num_gpus, gpus_per_node, num_parameters, tuple(stages))
+
+
+def optimizer_bytes_per_parameter(recipe: Recipe, *, distributed: bool) -> float:
+    """AdamW's moments and, beside bf16 weights, the fp32 master.
+
+    Args:
+        recipe: gives the dtype and the data and context ranks.
+        distributed: split over these ranks (ZeRO-1).
+    """
+    dtype, parallel = recipe.precision.dtype, recipe.parallel
+    whole = training_bytes_per_parameter(dtype) - DTYPE_BYTES[dtype] - GRADIENT_BYTES
+    return whole / (parallel.data * parallel.context if distributed else 1)
+
+
+def _laid_out(recipe: Recipe, num_gpus: int) -> Recipe:
+    parallel = recipe.parallel
+    copies, rest = divmod(num_gpus, parallel.model_parallel_size)
+    if rest or not copies:
+        raise LayoutError(
+            f"--gpus {num_gpus} is not a multiple of tensor={parallel.tensor} x pipeline="
+            f"{parallel.pipeline} x context={parallel.context} = {parallel.model_parallel_size}; "
+            "change --gpus or one of the three"
+        )
+    recipe = with_overrides(recipe, [f"parallel.data={copies}"])
+    check(recipe, num_gpus)
+    return recipe
+
+
+def _stage(recipe: Recipe, tensor_ranks: Sequence[RankShape]) -> StageMemory:
+    fullest = max(tensor_ranks, key=lambda shape: shape.num_parameters)
+    kept, parallel, batch = Activations(recipe), recipe.parallel, recipe.batch
+    chunks, num_parameters = fullest.chunks, fullest.num_parameters
+    layers = [
+        chunk.num_layers * kept.layer_bytes + chunk.is_first * kept.embedding_bytes
+        for chunk in chunks
+    ]
+    heads = [chunk.is_last * kept.head_bytes for chunk in chunks]
+    num_microbatches = batch.global_batch_size // (batch.micro_batch_size * parallel.data)
+    in_flight = peak_in_flight(
+        [sum(pair) for pair in zip(layers, heads, strict=True)],
+        pp_rank=fullest.pp_rank,
+        pp_size=parallel.pipeline,
+        num_microbatches=num_microbatches,
+    )
+    activations, loss_head = (
+        sum(count * size for count, size in zip(in_flight, sizes, strict=True))
+        for sizes in (layers, heads)
+    )
+    working = kept.working_bytes(is_last=any(chunk.is_last for chunk in chunks))
+    optimizer_bytes = optimizer_bytes_per_parameter(
+        recipe, distributed=parallel.distributed_optimizer
+    )
+    return StageMemory(
+        pp_rank=fullest.pp_rank,
+        layers=tuple(chunk.num_layers for chunk in chunks),
+        in_flight=in_flight,
+        num_parameters=num_parameters,
+        weights=num_parameters * DTYPE_BYTES[recipe.precision.dtype],
+        gradients=num_parameters * GRADIENT_BYTES,
+        optimizer=round(num_parameters * optimizer_bytes),
+        activations=activations,
+        loss_head=loss_head,
+        working=working,
+        batch=num_microbatches * kept.batch_bytes,
+        allowance=_allowance(recipe, activations + loss_head + working),
+    )
+
+
+def _allowance(recipe: Recipe, churned_bytes: int) -> int:
+    parallel = recipe.parallel
+    axes = (parallel.tensor, parallel.pipeline, parallel.context, parallel.data)
+    # Beside one group per axis in use: all ranks, one model copy, data with context.
+    groups = sum(size > 1 for size in axes) + 3
+    return CONTEXT_BYTES + groups * NCCL_GROUP_BYTES + round(FRAGMENTATION * churned_bytes)

@@ -1,0 +1,169 @@
+"""The activation formula against what autograd keeps of the engine's own modules.
+
+The modules run on the CPU as one rank of a layout whose collectives move nothing: sizes are real,
+values are not. Two things are a CUDA device's and not the CPU's: its fused RMSNorm saves the input
+and one fp32 statistic per row, which a stand-in does here; and its attention with a mask or in fp32
+may be torch's unfused one, which is asked for by name.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from phi4.config import Recipe, with_overrides
+from phi4.data.batch import build_batch
+from phi4.engine import layers
+from phi4.engine.meta import paper_rank
+from phi4.engine.model import build_chunks, seed_random_states, transformer_config
+from phi4.engine.placement import MicroBatch, place
+from phi4.engine.precision import torch_dtype
+from phi4.plan.activations import Activations
+
+LENGTH, EOD = 64, 7
+TINY = with_overrides(
+    Recipe(),
+    [
+        "model.num_layers=3",
+        "model.hidden_size=64",
+        "model.num_attention_heads=8",
+        "model.num_key_value_heads=4",
+        "model.intermediate_size=96",
+        "model.vocab_size=128",
+        f"data.sequence_length={LENGTH}",
+        f"data.unit_tokens={LENGTH}",
+    ],
+)
+
+
+class DeviceRMSNorm(torch.autograd.Function):
+    """Saves what the CUDA kernel saves; the gradient is of no interest."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        statistic = torch.rsqrt(x.float().pow(2).mean(dim=-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, statistic)
+        return (x.float() * statistic).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
+
+
+@pytest.fixture(autouse=True)
+def device_norm(monkeypatch):
+    monkeypatch.setattr(
+        layers.RMSNorm, "forward", lambda self, x: DeviceRMSNorm.apply(x, self.weight, self.eps)
+    )
+
+
+@contextmanager
+def rank_of(recipe: Recipe, rank: int) -> Iterator[tuple]:
+    with warnings.catch_warnings(), paper_rank(recipe.parallel, rank, "cpu") as layout:
+        warnings.simplefilter("ignore", UserWarning)
+        seed_random_states(1)
+        chunks = build_chunks(recipe, layout, transformer_config(recipe, frees_stage_outputs=True))
+        yield layout, chunks
+
+
+def placed(recipe: Recipe, layout, documents_per_row: int) -> MicroBatch:
+    rows = recipe.batch.micro_batch_size
+    tokens = np.full((rows, LENGTH), 1)
+    tokens[:, LENGTH // documents_per_row - 1 :: LENGTH // documents_per_row] = EOD
+    batch = build_batch(
+        tokens,
+        tokens,
+        np.ones((rows, LENGTH)),
+        eod_id=EOD,
+        document_mask=recipe.data.document_mask,
+    )
+    return place(batch, layout, recipe.model, torch_dtype(recipe.precision), torch.device("cpu"))
+
+
+def storages(tensors) -> dict[int, int]:
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def batch_tensors(batch: MicroBatch) -> list[torch.Tensor]:
+    documents = batch.documents
+    ids = [batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS]
+    return [*ids, documents.cos_SBD, documents.sin_SBD]
+
+
+def kept_bytes(recipe: Recipe, rank: int = 0, documents_per_row: int = 2) -> int:
+    """Storages that one micro-batch's graph keeps, without parameters and the batch itself."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # Of one element is only the mask type that recompute carries along, on the host.
+        if tensor.numel() > 1:
+            kept.update(storages([tensor]))
+        return tensor
+
+    with rank_of(recipe, rank) as (layout, chunks):
+        batch = placed(recipe, layout, documents_per_row)
+        unfused = recipe.precision.dtype == "fp32" or recipe.parallel.context > 1
+        backend = sdpa_kernel([SDPBackend.MATH]) if unfused else nullcontext()
+        (chunk,) = chunks
+        with backend, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            log_probs = chunk.run(batch, batch.labels_BS)
+        known = storages([*chunk.parameters(), *batch_tensors(batch)])
+        assert log_probs.requires_grad
+        return sum(size for pointer, size in kept.items() if pointer not in known)
+
+
+def formula_bytes(recipe: Recipe) -> int:
+    kept = Activations(recipe)
+    return recipe.model.num_layers * kept.layer_bytes + kept.embedding_bytes + kept.head_bytes
+
+
+LAYOUTS = {
+    "one": [],
+    "tensor": ["parallel.tensor=2"],
+    "one group per rank": ["parallel.tensor=2", "model.num_key_value_heads=2"],
+    "tensor and sequence": ["parallel.tensor=2", "parallel.sequence=true"],
+    "context": ["parallel.context=2"],
+    "all three": ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"],
+}
+
+
+@pytest.mark.parametrize("granularity", ["none", "selective", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_formula_is_what_autograd_keeps(layout: str, granularity: str) -> None:
+    recipe = with_overrides(TINY, [*LAYOUTS[layout], f"recompute.granularity={granularity}"])
+    # The last rank: foreign to every token's embedding, and each of its queries needs a mask.
+    rank = recipe.parallel.model_parallel_size - 1
+    documents = 1 if recipe.parallel.context > 1 else 2
+    assert kept_bytes(recipe, rank, documents) == formula_bytes(recipe)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_formula_without_document_mask(dtype: str, rows: int) -> None:
+    recipe = with_overrides(
+        TINY,
+        [
+            "data.document_mask=false",
+            f"precision.dtype={dtype}",
+            f"batch.micro_batch_size={rows}",
+        ],
+    )
+    assert kept_bytes(recipe) == formula_bytes(recipe)
+
+
+@pytest.mark.parametrize("overrides", [["batch.micro_batch_size=3"], ["parallel.context=2"]])
+def test_formula_is_a_close_bound_elsewhere(overrides: list[str]) -> None:
+    recipe = with_overrides(TINY, overrides)
+    measured, bound = kept_bytes(recipe, documents_per_row=1), formula_bytes(recipe)
+    assert 0.8 * bound < measured <= bound
+
+
+def test_batch_bytes_are_what_place_puts_on_the_device() -> None:
+    recipe = with_overrides(TINY, ["batch.micro_batch_size=2", "parallel.context=2"])
+    with rank_of(recipe, 0) as (layout, _):
+        batch = placed(recipe, layout, 2)
+    assert sum(storages(batch_tensors(batch)).values()) == Activations(recipe).batch_bytes

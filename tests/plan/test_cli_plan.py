@@ -1,0 +1,56 @@
+"""`phi4 plan` prints the table and ends with 2 and one line where a recipe does not fit."""
+
+from pathlib import Path
+
+import pytest
+
+from phi4.cli import main
+
+PRETRAIN = str(Path(__file__).parents[2] / "examples" / "recipes" / "phi4_14b_pretrain.toml")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", PRETRAIN, *arguments])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def test_it_prints_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "--gpus", "1920", "--gpu", "h100")
+    assert (code, err) == (0, "")
+    for figure in (
+        "14,659,507,200",
+        "23,592,960 = 5,760 rows x 4,096; 24 micro-batches of 1 per data rank",
+        "423,855, 9,999,994,060,800 tokens",
+        "1,960,939,520",
+        "175.3 GiB gathered per machine; auto takes full from 701.3 GiB on, so full on 2.0 TiB",
+        "context 1, data 240",
+        "not measured",
+    ):
+        assert figure in out
+    assert "…" not in out
+
+
+def test_small_machine_saves_without_gathering(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--gpus", "64", "--host-memory", "512")
+    assert "so dp, full every 5,000 steps on 512.0 GiB" in out
+
+
+def test_refusal_is_one_line_after_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "batch.micro_batch_size=4")
+    assert code == 2
+    assert "GiB per GPU at the peak, on 8 x H100" in out
+    assert err.startswith("LayoutError: stage 0 of 4 needs")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--gpus", "12"), ("--gpu", "tpu"), ("parallel.tensor=4",), ("x=1",)]
+)
+def test_wrong_input_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err

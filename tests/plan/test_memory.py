@@ -1,0 +1,153 @@
+"""Planned bytes against the buffers of real ranks, and the arithmetic of a plan."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from phi4.config import CheckpointConfig, Recipe, with_overrides
+from phi4.engine.checkpoint import optimizer_format
+from phi4.errors import LayoutError
+from phi4.plan import CARDS, make_plan
+from phi4.plan.memory import GRADIENT_BYTES, optimizer_bytes_per_parameter
+from tests.support.ranks import run_ranks
+
+NUM_TENSORS = 15
+"""Of TINY. The distributed optimizer aligns each to 64 elements and pads the buffer to 128."""
+H100 = CARDS["h100"]
+TINY = with_overrides(
+    Recipe(),
+    [
+        "model.num_layers=2",
+        "model.hidden_size=64",
+        "model.num_attention_heads=4",
+        "model.num_key_value_heads=2",
+        "model.intermediate_size=96",
+        "model.vocab_size=256",
+        "data.sequence_length=32",
+        "data.unit_tokens=32",
+    ],
+)
+
+
+def measure(rank: int, world_size: int, recipes: list[Recipe], directory: str) -> list[dict]:
+    """`state_bytes` of one rank under each recipe."""
+    from phi4.engine.engine import Engine
+    from phi4.engine.platform import connect, disconnect
+
+    platform = connect("cpu", rank=rank, world_size=world_size, rendezvous=directory)
+    measured = []
+    for recipe in recipes:
+        engine = Engine(recipe, platform)
+        measured.append(state_bytes(engine, recipe))
+        engine.close()
+    disconnect()
+    return measured
+
+
+def state_bytes(engine: Any, recipe: Recipe) -> dict[str, int]:
+    """Weights, gradient buffers and optimizer state of this rank after a first step."""
+    for chunk in engine.chunks:
+        for parameter in chunk.parameters():
+            parameter.main_grad.fill_(1.0)
+    with engine.patches:
+        engine.optimizer.step()
+    parameters = list(engine.bare_chunks[0].parameters())
+    buffers = [buffer for chunk in engine.chunks for buffer in chunk.buffers]
+    state: dict[int, int] = {}
+    for optimizer in engine.optimizer.chained_optimizers:
+        for master, moments in optimizer.optimizer.state.items():
+            kept = [moments["exp_avg"], moments["exp_avg_sq"]]
+            # fp32 weights are their own master.
+            kept += [master] if recipe.precision.dtype == "bf16" else []
+            state |= {t.data_ptr(): t.numel() * t.element_size() for t in kept}
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "gradients": sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers),
+        "optimizer": sum(state.values()),
+    }
+
+
+def test_state_is_what_two_ranks_hold(tmp_path: Path) -> None:
+    recipes = [
+        with_overrides(
+            TINY,
+            [
+                "parallel.data=2",
+                f"parallel.distributed_optimizer={distributed}",
+                f"precision.dtype={dtype}",
+            ],
+        )
+        for dtype in ("bf16", "fp32")
+        for distributed in ("true", "false")
+    ]
+    ranks = run_ranks(2, measure, recipes, str(tmp_path))
+    for recipe, *measured in zip(recipes, *ranks, strict=True):
+        (stage,) = make_plan(recipe, 2, H100).stages
+        padding = 4 * NUM_TENSORS * 128 if recipe.parallel.distributed_optimizer else 0
+        for rank in measured:
+            assert rank["weights"] == stage.weights
+            assert 0 <= rank["gradients"] - stage.gradients <= padding
+        assert sum(rank["optimizer"] for rank in measured) == 2 * stage.optimizer
+
+
+def test_optimizer_is_split_over_data_and_context_ranks() -> None:
+    recipe = with_overrides(TINY, ["parallel.data=3", "parallel.context=2"])
+    assert optimizer_bytes_per_parameter(recipe, distributed=False) == 12
+    assert optimizer_bytes_per_parameter(recipe, distributed=True) == 2
+    fp32 = with_overrides(recipe, ["precision.dtype=fp32"])
+    assert optimizer_bytes_per_parameter(fp32, distributed=True) == pytest.approx(8 / 6)
+    assert torch.float32.itemsize == GRADIENT_BYTES
+
+
+def test_data_ranks_follow_from_the_gpus() -> None:
+    recipe = with_overrides(TINY, ["parallel.tensor=2", "parallel.data=7"])
+    plan = make_plan(recipe, 8, H100)
+    assert plan.recipe.parallel.data == 4
+    assert plan.num_microbatches == 2
+    with pytest.raises(LayoutError, match=r"--gpus 7 is not a multiple of tensor=2 .* = 2; change"):
+        make_plan(recipe, 7, H100)
+    with pytest.raises(LayoutError, match="global_batch_size=8 is not a multiple"):
+        make_plan(recipe, 6, H100)
+
+
+@pytest.mark.parametrize("gib", [1, 700, 702, 4000])
+def test_predicted_save_is_the_engines(monkeypatch: pytest.MonkeyPatch, gib: int) -> None:
+    recipe = with_overrides(
+        Recipe(),
+        [
+            "parallel.tensor=2",
+            "parallel.pipeline=4",
+            "parallel.distributed_optimizer=true",
+            "batch.global_batch_size=16",
+        ],
+    )
+    plan = make_plan(recipe, 64, H100)
+    largest = max(stage.num_parameters for stage in plan.stages)
+    assert plan.gather_bytes == 12 * largest * 8
+    assert make_plan(recipe, 64, H100, gpus_per_node=4).gather_bytes == 12 * largest * 4
+    memory = type("Memory", (), {"total": gib * 2**30})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    form, _ = optimizer_format(CheckpointConfig(), plan.gather_bytes)
+    assert form == plan.save_format(gib * 2**30)
+
+
+def test_nothing_is_gathered_without_the_distributed_optimizer() -> None:
+    plan = make_plan(TINY, 1, H100)
+    assert (plan.gather_bytes, plan.save_format(1)) == (0, "full")
+
+
+def test_loss_head_and_deep_pipeline_show_in_the_stages() -> None:
+    recipe = with_overrides(
+        Recipe(), ["parallel.pipeline=4", "parallel.layers_per_stage=[12,11,10,7]"]
+    )
+    stages = make_plan(recipe, 4, H100).stages
+    assert [stage.layers for stage in stages] == [(12,), (11,), (10,), (7,)]
+    assert [stage.in_flight for stage in stages] == [(4,), (3,), (2,), (1,)]
+    per_layer = stages[1].activations / (3 * 11)
+    assert [round(s.activations / per_layer) for s in stages] == [48, 33, 20, 7]
+    assert [stage.loss_head > 0 for stage in stages] == [False, False, False, True]
+    # fp32 softmax of 4,096 tokens over the whole vocabulary, two hidden states, small change.
+    assert stages[3].loss_head == pytest.approx(4096 * (4 * 100_352 + 4 * 5120), rel=1e-3)
