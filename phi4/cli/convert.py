@@ -30,7 +30,8 @@ def to_hf(
     """Write a checkpoint of any layout as a directory that transformers opens."""
 
     def body(worker: WorkerEnvironment) -> None:
-        from phi4.convert.checkpoint import export_checkpoint, find_checkpoint
+        from phi4.convert.checkpoint import export_checkpoint
+        from phi4.engine.checkpoint import find_checkpoint
         from phi4.engine.platform import disconnect
 
         found = find_checkpoint(checkpoint)

@@ -31,7 +31,8 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
 ) -> None:
     """Continue a prompt. The text goes to stdout as it is made, layout and platform to stderr."""
-    from phi4.convert.checkpoint import find_checkpoint, recipe_of
+    from phi4.convert.checkpoint import recipe_of
+    from phi4.engine.checkpoint import find_checkpoint
 
     # The workers get the checkpoint itself: `latest` of a live run may move on between them.
     found = find_checkpoint(checkpoint)

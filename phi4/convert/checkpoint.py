@@ -25,36 +25,13 @@ from phi4.config import (
 )
 from phi4.convert.hf import read_hf, write_hf
 from phi4.data.tokenizer import load_tokenizer
-from phi4.engine.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    verify_checkpoint,
-)
-from phi4.engine.checkpoint.manifest import MANIFEST_NAME
+from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.platform import Platform
 from phi4.errors import CheckpointError, ConfigError
 from phi4.model.shape import Dtype
 from phi4.train.checkpointing import read_recipe
 from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the latest of a `checkpoints` or run directory.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (path / MANIFEST_NAME).is_file():
-        return path
-    found = latest_checkpoint(path) or latest_checkpoint(path / "checkpoints")
-    if found is None:
-        raise CheckpointError(
-            f"{path} is no checkpoint and holds none that is complete; give a directory like "
-            "RUN/checkpoints/step_0000100, its parent, or RUN"
-        )
-    return found
 
 
 def recipe_of(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:

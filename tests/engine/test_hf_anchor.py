@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ from phi4.engine.model import global_parameters, unshard
 from phi4.engine.platform import connect, disconnect
 from phi4.model.names import block_qkv, group_qkv, to_megatron
 from phi4.stages.pretrain import NextToken
-from tests.support.ranks import RankPool, rendezvous
+from tests.support.engines import engine_on
+from tests.support.ranks import RankPool
 
 MODEL = ModelConfig(
     num_layers=4,
@@ -87,8 +89,8 @@ class Found:
     """None on a rank that is not of the last stage, like the other logits."""
     gradients: Tensors
     greedy: list[int]
+    packed_logits: torch.Tensor | None
     live_logits: torch.Tensor | None = None
-    packed_logits: torch.Tensor | None = None
 
 
 def check_logits(found: torch.Tensor, expected: torch.Tensor, allowed: float) -> None:
@@ -200,10 +202,13 @@ def _joined(parts: list[Found]) -> Found:
 
 def test_one_process_has_the_logits(found, anchor):
     check_single(found["one process"].logits, anchor.logits)
+    check_single(found["one process"].live_logits, anchor.logits)
 
 
 def test_packed_documents_have_the_logits_of_each_alone(found, anchor):
     check_single(found["one process"].packed_logits, anchor.packed_logits)
+    for layout in LAYOUTS:
+        check_logits(found[layout].packed_logits, anchor.packed_logits, 2 * anchor.rounding)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -308,31 +313,24 @@ def run_layouts(
     rank: int, world_size: int, hf_dir: Path, work_dir: Path, tokens: torch.Tensor
 ) -> dict[str, Found]:
     """What this rank has of every layout."""
-    imported, everywhere = work_dir / "imported", rendezvous()
-    checkpoint = imported / "step_0000000"
-    found = {}
     if rank == 0:
-        platform = connect("cpu")
-        import_hf(hf_dir, imported, platform)
-        engine = Engine(_recipe(work_dir), platform)
-        _load(engine, checkpoint)
-        packed = engine.logits([_batch(tokens, DOCUMENTS)])[0]
-        found["one process"] = replace(_measure(engine, tokens), packed_logits=packed)
-        engine.close()
+        import_hf(hf_dir, work_dir / "imported", connect("cpu"))
         disconnect()
-    platform = connect("cpu", rank=rank, world_size=world_size, rendezvous=everywhere)
-    for name, parallel in LAYOUTS.items():
+    checkpoint, found = work_dir / "imported" / "step_0000000", {}
+    for name, parallel in ({"one process": {}} | LAYOUTS).items():
         recipe = _recipe(work_dir, parallel=parallel)
-        live = Engine(recipe, platform, trains=False)
-        live.load_whole_parameters(dict(read_hf(hf_dir)[1]()))
-        live_logits = _last(live.logits([_batch(tokens)]))
-        live.close()
-        engine = Engine(recipe, platform)
-        _load(engine, checkpoint)
-        files = {"recipe.toml": dump_toml(recipe)}
-        save_checkpoint(engine, work_dir / name, 0, form="none", keep=1, files=files, data={})
-        found[name] = replace(_measure(engine, tokens), live_logits=live_logits)
-        engine.close()
+        with engine_on(rank, recipe, trains=False) as live:
+            if live is not None:
+                live.load_whole_parameters(dict(read_hf(hf_dir)[1]()))
+                live_logits = _last(live.logits([_batch(tokens)]))
+        with engine_on(rank, recipe) as engine:
+            if engine is None:
+                continue
+            manifest = verify_checkpoint(engine, checkpoint)
+            load_checkpoint(engine, checkpoint, manifest, optimizer=False)
+            files = {"recipe.toml": dump_toml(recipe)}
+            save_checkpoint(engine, work_dir / name, 0, form="none", keep=1, files=files, data={})
+            found[name] = replace(_measure(engine, tokens), live_logits=live_logits)
     return found
 
 
@@ -344,23 +342,17 @@ def export(rank: int, world_size: int, checkpoint: Path, out: Path) -> None:
 def run_mutants(rank: int, world_size: int, hf_dir: Path, tokens: torch.Tensor) -> dict[str, Found]:
     if rank:
         return {}
-    platform, found = connect("cpu"), {}
+    found = {}
     for name, mutant in MUTANTS.items():
         whole = {key: tensor.clone() for key, tensor in read_hf(hf_dir)[1]()}
         mutant.change(whole)
-        engine = Engine(_recipe(hf_dir, model=mutant.model.model_dump()), platform)
-        engine.load_whole_parameters(whole)
-        attention.rotate_and_split = mutant.rotation
-        try:
+        with (
+            engine_on(rank, _recipe(hf_dir, model=mutant.model.model_dump())) as engine,
+            patch.object(attention, "rotate_and_split", mutant.rotation),
+        ):
+            engine.load_whole_parameters(whole)
             found[name] = _measure(engine, tokens)
-        finally:
-            attention.rotate_and_split = rotate_and_split
-        engine.close()
     return found
-
-
-def _load(engine: Engine, checkpoint: Path) -> None:
-    load_checkpoint(engine, checkpoint, verify_checkpoint(engine, checkpoint), optimizer=False)
 
 
 def _measure(engine: Engine, tokens: torch.Tensor) -> Found:
@@ -369,6 +361,7 @@ def _measure(engine: Engine, tokens: torch.Tensor) -> Found:
         logits=_last(engine.logits([_batch(tokens)])),
         greedy=list(generate(engine, prompt, max_tokens=NEW_TOKENS, temperature=0.0, seed=0)),
         gradients=_gradients(engine, tokens),
+        packed_logits=_last(engine.logits([_batch(tokens, DOCUMENTS)])),
     )
 
 
