@@ -178,8 +178,25 @@ def _sources(recipe: Recipe) -> Iterator[str]:
         names = [source.name for source in getattr(recipe.data, key)]
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"data.{key} names {name!r} twice; every source needs its own name"
-    if recipe.data.sources and not any(source.weight for source in recipe.data.sources):
+    weights = [source.weight for source in recipe.data.sources]
+    if weights and not any(weights):
         yield "data.sources: all weights are 0; nothing would be drawn"
+    if any(0 < weight < 1 for weight in weights) and not math.isclose(math.fsum(weights), 1):
+        yield (
+            f"data.sources: weights below 1 are fractions, and they sum to {math.fsum(weights):g}; "
+            "make them sum to 1, or give ratios from 1 up"
+        )
+    for source in (*recipe.data.sources, *recipe.data.held_out):
+        if source.kind == "stream" and (source.min_tokens or source.max_tokens):
+            yield (
+                f"source {source.name!r} bounds its documents by min_tokens or max_tokens, which "
+                'a stream cannot; set kind="windows"'
+            )
+        if 0 < source.max_tokens < source.min_tokens:
+            yield (
+                f"source {source.name!r}: min_tokens={source.min_tokens} exceeds "
+                f"max_tokens={source.max_tokens}; no document is left"
+            )
 
 
 def _world(recipe: Recipe, world_size: int) -> Iterator[str]:

@@ -76,9 +76,18 @@ class SourceConfig(Section):
 
     name: str = _key("schedule", min_length=1)
     path: str = _key("schedule", min_length=1)
-    """Prefix of a .bin/.idx pair."""
+    """Prefix of a .bin/.idx pair, a glob of prefixes, or a .list file with a prefix per line."""
     weight: float = _key("schedule", 1.0, ge=0)
-    """Fraction of the training units drawn from this source; normalised over the blend."""
+    """Share of the blend drawn from this source: fractions that sum to 1, or ratios from 1 up."""
+    max_epochs: float = _key("schedule", 0.0, ge=0)
+    """The source may be read so many times; 0 sets no limit."""
+    kind: Literal["stream", "windows"] = _key("schedule", "stream")
+    """stream: cut into units wherever documents end. windows: documents are kept whole up to
+    sequence_length and packed best-fit into rows, for long documents and for chat records."""
+    min_tokens: NonNegative = _key("schedule", 0)
+    """Shorter documents are left out; windows only."""
+    max_tokens: NonNegative = _key("schedule", 0)
+    """Longer documents are left out; 0 sets no limit; windows only."""
 
 
 Sources = Annotated[tuple[SourceConfig, ...], Strict(False)]
@@ -94,9 +103,12 @@ class DataConfig(Section):
     document_mask: bool = _key("schedule", True)
     """Attention and positions restart at each document."""
     sources: Sources = _key("schedule", ())
+    weigh_by: Literal["units", "loss_tokens"] = _key("schedule", "units")
+    """What the weights are fractions of. loss_tokens suits sources that differ in padding or mask."""
     held_out: Sources = _key("free", ())
     """Never trained on; the evaluation hook measures their loss."""
-    max_open_shards: Positive = _key("free", 64)
+    max_open_shards: Positive = _key("free", 1024)
+    """Shards that are mapped at once; each takes addresses, not memory."""
 
 
 class BatchConfig(Section):

@@ -36,7 +36,7 @@ def build_batch(
     *,
     eod_id: int,
     document_mask: bool = True,
-    unit_tokens: int | None = None,
+    starts: np.ndarray | None = None,
 ) -> Batch:
     """Derive boundaries and positions.
 
@@ -46,17 +46,18 @@ def build_batch(
         loss_mask: [B, S].
         eod_id: the token after which a document starts.
         document_mask: whether documents inside a row are boundaries; row starts always are.
-        unit_tokens: when rows are joined from units of this many tokens, the joints are document
-            boundaries too: the units of a row come from unrelated places.
+        starts: [B, S] bool, further places where a document starts: pieces that a row is joined
+            from.
     """
     tokens = np.ascontiguousarray(tokens, dtype=np.int64)
     num_tokens, row_tokens = tokens.size, tokens.shape[1]
-    starts = np.zeros(num_tokens, dtype=bool)
+    begins = np.zeros(num_tokens, dtype=bool)
     if document_mask:
-        np.equal(tokens.reshape(-1)[:-1], eod_id, out=starts[1:])
-        starts[:: unit_tokens or row_tokens] = True
-    starts[::row_tokens] = True
-    bounds = np.append(np.flatnonzero(starts), num_tokens)
+        np.equal(tokens.reshape(-1)[:-1], eod_id, out=begins[1:])
+        if starts is not None:
+            begins |= starts.reshape(-1)
+    begins[::row_tokens] = True
+    bounds = np.append(np.flatnonzero(begins), num_tokens)
     positions = np.arange(num_tokens) - np.repeat(bounds[:-1], np.diff(bounds))
     return Batch(
         tokens=tokens,

@@ -1,19 +1,26 @@
-"""Which source the next unit comes from: a quota rule with earliest deadlines.
+"""Which source the next draw comes from: quota rules with earliest deadlines.
 
-A source may be drawn once its deficit has reached 1 / (2K - 2) of a unit and must be drawn before
-the deficit exceeds 1 - 1 / (2K - 2); among those that may, the earliest deadline goes first. That
-keeps every source within one unit of its fraction at every prefix. The more obvious rule, always
-the largest deficit, does not. All arithmetic is on integers, so the order is exact at any length.
+Draws of equal size: a source may be drawn once its deficit has reached 1 / (2K - 2) of a draw and
+must be drawn before the deficit exceeds 1 - 1 / (2K - 2); among those that may, the earliest
+deadline goes first. That keeps every source within one unit of its fraction at every prefix. The
+more obvious rule, always the largest deficit, does not. The order repeats once every source has had
+its whole share, so one period answers for any place in any run. Draws of unequal size, weighed by
+loss tokens: worst-case fair queueing, which keeps every source within one largest sample. All
+arithmetic is on integers, so both orders are exact at any length.
 
-Source: Tijdeman 1980, The chairman assignment problem.
+Source: Tijdeman 1980, The chairman assignment problem; Bennett and Zhang 1996, WF2Q.
 """
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
+
+_LONGEST_PERIOD = 1 << 17
+"""Blends whose weights have up to five decimals are below it; others are drawn one by one."""
 
 
 def integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
@@ -26,17 +33,37 @@ def integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(share // divisor for share in shares)
 
 
-def quota_order(shares: Sequence[int], drawn: Sequence[int], num_units: int) -> np.ndarray:
-    """Sources of the next units.
+def draw_order(shares: Sequence[int], drawn: Sequence[int], num_draws: int) -> np.ndarray:
+    """As `quota_order`, looked up in the period of the blend where that is short enough."""
+    total = sum(shares)
+    if total > _LONGEST_PERIOD:
+        return quota_order(shares, drawn, num_draws)
+    start = sum(drawn) % total
+    return np.take(_period(tuple(shares)), np.arange(start, start + num_draws), mode="wrap")
+
+
+def drawn_after(shares: Sequence[int], drawn: Sequence[int], num_draws: int) -> list[int]:
+    """Draws from each source once `num_draws` more are made; constant time for short periods."""
+    total = sum(shares)
+    periods, rest = divmod(num_draws, total) if total <= _LONGEST_PERIOD else (0, num_draws)
+    added = np.bincount(draw_order(shares, drawn, rest), minlength=len(shares)).tolist()
+    return [
+        count + periods * share + more
+        for count, share, more in zip(drawn, shares, added, strict=True)
+    ]
+
+
+def quota_order(shares: Sequence[int], drawn: Sequence[int], num_draws: int) -> np.ndarray:
+    """Sources of the next draws of equal size.
 
     Args:
         shares: integers in the ratio of the blend, at least one positive; a source with share 0
             is never drawn.
-        drawn: units drawn from each source since this blend began.
-        num_units: how many draws to compute.
+        drawn: draws from each source since this blend began.
+        num_draws: how many to compute.
 
     Returns:
-        [num_units], int64, index of the source of each draw.
+        [num_draws], int64, index of the source of each draw.
     """
     total = sum(shares)
     # 1 / spread is the deficit that makes a source eligible; a lone source is always.
@@ -54,9 +81,9 @@ def quota_order(shares: Sequence[int], drawn: Sequence[int], num_units: int) -> 
     waiting = [eligible(source) for source, share in enumerate(shares) if share]
     heapq.heapify(waiting)
     ready: list[tuple[int, int]] = []
-    order = np.empty(num_units, dtype=np.int64)
+    order = np.empty(num_draws, dtype=np.int64)
     start = sum(counts) + 1
-    for step in range(num_units):
+    for step in range(num_draws):
         while waiting and waiting[0][0] <= start + step:
             heapq.heappush(ready, deadline(heapq.heappop(waiting)[1]))
         source = heapq.heappop(ready)[1]
@@ -64,3 +91,56 @@ def quota_order(shares: Sequence[int], drawn: Sequence[int], num_units: int) -> 
         counts[source] += 1
         heapq.heappush(waiting, eligible(source))
     return order
+
+
+def loss_order(
+    shares: Sequence[int],
+    served: Sequence[int],
+    num_draws: int,
+    loss_of: Callable[[int, int], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sources of the next draws when the blend is measured in loss tokens.
+
+    A source may be drawn while it is not ahead of its fraction; among those, the one whose next
+    sample would be due first goes first. No source is ever a largest sample away from its fraction.
+
+    Args:
+        shares: as in `quota_order`.
+        served: loss tokens from each source since this blend began.
+        num_draws: how many to compute.
+        loss_of: (source, n) to the loss tokens of at least its next n draws, all above 0.
+
+    Returns:
+        source: [num_draws], int64.
+        loss: [num_draws], int64, loss tokens of each draw.
+    """
+    drawable = [source for source, share in enumerate(shares) if share]
+    common = math.lcm(*(shares[source] for source in drawable))
+    pace = {source: common // shares[source] for source in drawable}
+    served, total = list(served), sum(served)
+    whole = sum(shares)
+    ahead = {source: _growing(loss_of, source) for source in drawable}
+    upcoming = {source: next(ahead[source]) for source in drawable}
+    order, loss = np.empty((2, num_draws), dtype=np.int64)
+    for step in range(num_draws):
+        ready = (s for s in drawable if served[s] * whole <= shares[s] * total)
+        source = min(ready, key=lambda s: ((served[s] + upcoming[s]) * pace[s], s))
+        order[step], loss[step] = source, upcoming[source]
+        served[source] += upcoming[source]
+        total += upcoming[source]
+        upcoming[source] = next(ahead[source])
+    return order, loss
+
+
+def _growing(loss_of: Callable[[int, int], np.ndarray], source: int) -> Iterator[int]:
+    """The loss tokens of a source's draws one by one, asked for in doubling blocks."""
+    seen, block = 0, 64
+    while True:
+        block *= 2
+        yield from loss_of(source, block)[seen:block].tolist()
+        seen = block
+
+
+@lru_cache(maxsize=4)
+def _period(shares: tuple[int, ...]) -> np.ndarray:
+    return quota_order(shares, [0] * len(shares), sum(shares))

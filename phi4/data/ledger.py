@@ -1,26 +1,33 @@
 """The ledger: how many units each source has given, under which blends.
 
-It is the whole state of the training stream. The n-th draw of a source is element n of a
+It is the whole state of the training stream. The n-th unit of a source is element n of a
 permutation that its name, the seed and the epoch define, so counts are enough to go on anywhere: at
 another data-parallel size, batch size or sequence length, and with another blend. A source that
 leaves the blend keeps its count and continues where it stood when it comes back.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
-from phi4.data.blend import integer_shares, quota_order
+from phi4.data.blend import draw_order, drawn_after, integer_shares, loss_order
 from phi4.errors import DataError
+
+LossOf = Callable[[str, np.ndarray], np.ndarray]
 
 
 class SourceCount(msgspec.Struct, forbid_unknown_fields=True):
-    """Size of a source and the units drawn from it since the run began."""
+    """Size of a source and what was drawn from it since the run began."""
 
     num_units: int
     drawn: int = 0
+    whole_rows: bool = False
+    """One of its units is a row, whatever the draws of the blend take from other sources."""
+    loss_tokens: int = 0
+    """Counted under blends that are weighed by them."""
 
 
 class BlendEntry(msgspec.Struct, forbid_unknown_fields=True):
@@ -28,6 +35,18 @@ class BlendEntry(msgspec.Struct, forbid_unknown_fields=True):
 
     weights: dict[str, float]
     drawn: dict[str, int]
+    draw_units: int = 1
+    """Units of the stream that one draw fills."""
+    weigh_by: Literal["units", "loss_tokens"] = "units"
+    loss_tokens: dict[str, int] = {}
+
+    def same_as(self, other: "BlendEntry") -> bool:
+        """Whether both draw in the same way."""
+        return (_ratio(self.weights), self.draw_units, self.weigh_by) == (
+            _ratio(other.weights),
+            other.draw_units,
+            other.weigh_by,
+        )
 
 
 class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
@@ -38,80 +57,136 @@ class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
     sources: dict[str, SourceCount]
     blends: list[BlendEntry]
 
+    def draws(self) -> int:
+        """Draws since the last blend began."""
+        blend = self.blends[-1]
+        return sum(
+            (count.drawn - blend.drawn.get(name, 0)) // per_draw(count, blend.draw_units)
+            for name, count in self.sources.items()
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """The next draws of the stream, [n] int64 each."""
+
+    source: np.ndarray
+    """Index into the ledger's names."""
+    ordinal: np.ndarray
+    """How many units of its source came before the first one of the draw, ever."""
+    loss: np.ndarray | None
+    """Loss tokens, where the blend is weighed by them."""
+
 
 class Ledger:
-    """Draws units by the quota rule and counts them.
+    """Makes draws by the quota rules and counts them.
 
     Attributes:
         names: sources of the blend, sorted.
+        draw_units: units of the stream that one draw fills.
     """
 
     def __init__(
         self,
-        num_units: Mapping[str, int],
-        weights: Mapping[str, float],
+        sources: Mapping[str, SourceCount],
+        blend: BlendEntry,
         *,
         seed: int,
         unit_tokens: int,
         state: dict[str, Any] | None = None,
+        loss_of: LossOf | None = None,
     ) -> None:
-        """Begin, or go on from a state; weights that differ from its last blend begin a new one.
+        """Begin, or go on from a state; a blend other than its last one begins anew.
 
         Args:
-            num_units: units of each source of the blend.
-            weights: weight of each, in any scale. Ties go to the first name in sorted order, so
-                the order of a recipe's sources means nothing.
+            sources: sizes of the blend's sources; what they count is ignored.
+            blend: weights in any scale, and how they are drawn by; what it counts is ignored. Ties
+                go to the first name in sorted order, so the order in a recipe means nothing.
             seed: names the permutations.
             unit_tokens: labels per unit.
             state: from `state()`.
+            loss_of: (name, [n] ordinals) to the loss tokens of draws, for blends weighed by them.
 
         Raises:
             DataError: the state is damaged, or a source, the seed or the unit is not the one that
                 it counted.
         """
-        self.names = tuple(sorted(weights))
-        self._shares = integer_shares([weights[name] for name in self.names])
+        self.names = tuple(sorted(blend.weights))
+        self.draw_units = blend.draw_units
+        self._shares = integer_shares([blend.weights[name] for name in self.names])
+        self._loss_of = loss_of
         if state is None:
             self._state = LedgerState(seed=seed, unit_tokens=unit_tokens, sources={}, blends=[])
         else:
-            self._state = _parse(state)
+            self._state = parse_state(state)
             self._check_run(seed, unit_tokens)
-        for name, size in num_units.items():
-            count = self._state.sources.setdefault(name, SourceCount(size))
-            if count.num_units != size:
+        for name, size in sources.items():
+            fresh = SourceCount(num_units=size.num_units, whole_rows=size.whole_rows)
+            count = self._state.sources.setdefault(name, fresh)
+            if (count.num_units, count.whole_rows) != (size.num_units, size.whole_rows):
                 raise DataError(
-                    f"source {name!r} has {size} units, the checkpoint counted "
+                    f"source {name!r} has {size.num_units} units, the checkpoint counted "
                     f"{count.num_units}; give a source with other content another name"
                 )
-        self._begin_blend(dict(weights))
+        self._begin_blend(blend)
 
-    def draw(self, num_units: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next units of the stream, without counting them.
-
-        Returns:
-            source: [num_units] int64, index into `names`.
-            ordinal: [num_units] int64, how many units of its source came before, ever.
-        """
-        began = self._state.blends[-1].drawn
-        totals = [self._state.sources[name].drawn for name in self.names]
-        since = [total - began.get(name, 0) for name, total in zip(self.names, totals, strict=True)]
-        source = quota_order(self._shares, since, num_units)
+    def draw(self, num_draws: int) -> Draws:
+        """The next draws, without counting them."""
+        counts = [self._state.sources[name] for name in self.names]
+        steps = [per_draw(count, self.draw_units) for count in counts]
+        loss = None
+        if self._state.blends[-1].weigh_by == "units":
+            source = draw_order(self._shares, self._draws_since(), num_draws)
+        else:
+            source, loss = self._draw_by_loss(counts, steps, num_draws)
         ordinal = np.empty_like(source)
-        for index, total in enumerate(totals):
+        for index, (count, step) in enumerate(zip(counts, steps, strict=True)):
             chosen = np.flatnonzero(source == index)
-            ordinal[chosen] = np.arange(total, total + chosen.size)
-        return source, ordinal
+            ordinal[chosen] = count.drawn + step * np.arange(chosen.size)
+        return Draws(source, ordinal, loss)
 
-    def count(self, source: np.ndarray) -> None:
-        """Count drawn units, [n] indices into `names`."""
-        for name, number in zip(
-            self.names, np.bincount(source, minlength=len(self.names)).tolist(), strict=True
-        ):
-            self._state.sources[name].drawn += number
+    def count(self, draws: Draws) -> None:
+        """Count draws that were made."""
+        for index, name in enumerate(self.names):
+            count, chosen = self._state.sources[name], draws.source == index
+            count.drawn += int(np.count_nonzero(chosen)) * per_draw(count, self.draw_units)
+            if draws.loss is not None:
+                count.loss_tokens += int(draws.loss[chosen].sum())
+
+    def skip(self, num_draws: int) -> None:
+        """Make and count draws; constant time for blends of units with short weights."""
+        if self._state.blends[-1].weigh_by == "loss_tokens":
+            self.count(self.draw(num_draws))
+            return
+        since = self._draws_since()
+        after = drawn_after(self._shares, since, num_draws)
+        for name, old, new in zip(self.names, since, after, strict=True):
+            count = self._state.sources[name]
+            count.drawn += (new - old) * per_draw(count, self.draw_units)
 
     def state(self) -> dict[str, Any]:
         """Plain JSON."""
         return msgspec.to_builtins(self._state)
+
+    def _draws_since(self) -> list[int]:
+        began = self._state.blends[-1].drawn
+        counts = ((name, self._state.sources[name]) for name in self.names)
+        return [(c.drawn - began.get(n, 0)) // per_draw(c, self.draw_units) for n, c in counts]
+
+    def _draw_by_loss(
+        self, counts: list[SourceCount], steps: list[int], num_draws: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        began = self._state.blends[-1].loss_tokens
+        served = [
+            count.loss_tokens - began.get(name, 0)
+            for name, count in zip(self.names, counts, strict=True)
+        ]
+
+        def loss_of(source: int, ahead: int) -> np.ndarray:
+            ordinals = counts[source].drawn + steps[source] * np.arange(ahead)
+            return self._loss_of(self.names[source], ordinals)
+
+        return loss_order(self._shares, served, num_draws, loss_of)
 
     def _check_run(self, seed: int, unit_tokens: int) -> None:
         for key, now, then in (
@@ -124,17 +199,29 @@ class Ledger:
                     "units would be repeated and lost"
                 )
 
-    def _begin_blend(self, weights: dict[str, float]) -> None:
+    def _begin_blend(self, blend: BlendEntry) -> None:
         blends, sources = self._state.blends, self._state.sources
         drawn = {name: count.drawn for name, count in sources.items()}
-        changed = not blends or _ratio(blends[-1].weights) != _ratio(weights)
-        if blends and changed and drawn.items() >= blends[-1].drawn.items():
+        if blends and not blends[-1].same_as(blend) and drawn.items() >= blends[-1].drawn.items():
             blends.pop()  # nothing was drawn under it
-        if not blends or _ratio(blends[-1].weights) != _ratio(weights):
-            blends.append(BlendEntry(weights=weights, drawn=drawn))
+        if not blends or not blends[-1].same_as(blend):
+            loss = {name: count.loss_tokens for name, count in sources.items()}
+            by_loss = blend.weigh_by == "loss_tokens"
+            begun = msgspec.structs.replace(blend, drawn=drawn, loss_tokens=loss if by_loss else {})
+            blends.append(begun)
 
 
-def _parse(state: dict[str, Any]) -> LedgerState:
+def per_draw(count: SourceCount, draw_units: int) -> int:
+    """Units that one draw takes from a source."""
+    return 1 if count.whole_rows else draw_units
+
+
+def parse_state(state: dict[str, Any]) -> LedgerState:
+    """A ledger as checkpoints keep it.
+
+    Raises:
+        DataError: it is not one.
+    """
     try:
         return msgspec.convert(state, LedgerState)
     except msgspec.ValidationError as error:

@@ -4,23 +4,28 @@ Every rank draws the whole global batch from its ledger and reads only its own r
 broadcast, all ranks hold the same state, and a checkpoint continues at any data-parallel size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from phi4.config import DataConfig
 from phi4.data.batch import Batch, build_batch
-from phi4.data.manifest import file_sha256, manifest_path
-from phi4.data.stream import Stream
-from phi4.data.token_file import TokenFile
+from phi4.data.ledger import BlendEntry
+from phi4.data.sources import SourceManifest, read_source
+from phi4.data.stream import Source, Stream
 from phi4.data.tokenizer import TokenizerFacts
-from phi4.data.units import Source
+from phi4.data.units import ShardPool, UnitSource
+from phi4.data.windows import WindowSource
 from phi4.errors import DataError, LayoutError
 
 
 class Loader:
-    """Training batches, step by step."""
+    """Training batches, step by step.
+
+    Attributes:
+        stream: where the batches are cut from.
+    """
 
     def __init__(
         self,
@@ -35,11 +40,27 @@ class Loader:
             DataError: no source, a source is missing, damaged or from another tokenizer, or the
                 state does not belong to these sources.
         """
+        _check_names(data)
+        if data.sequence_length % data.unit_tokens:
+            raise DataError(
+                f"data.sequence_length={data.sequence_length} is not a multiple of "
+                f"data.unit_tokens={data.unit_tokens}; a row is a whole number of units"
+            )
         self._data = data
         self._tokenizer = tokenizer
-        sources = _open_sources(data, tokenizer)
-        weights = [source.weight for source in data.sources]
-        self._stream = Stream(sources, weights, tokenizer, seed=seed, state=state)
+        self._max_epochs = {source.name: source.max_epochs for source in data.sources}
+        self._manifests = {s.name: read_source(s.path, tokenizer) for s in data.sources}
+        sources = _cut(data, self._manifests, tokenizer)
+        whole_rows = any(source.whole_rows for source in sources)
+        blend = BlendEntry(
+            weights={source.name: source.weight for source in data.sources},
+            drawn={},
+            draw_units=data.sequence_length // data.unit_tokens if whole_rows else 1,
+            weigh_by=data.weigh_by,
+        )
+        self.stream = Stream(
+            sources, blend, tokenizer, seed=seed, unit_tokens=data.unit_tokens, state=state
+        )
 
     def next_step(
         self, *, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
@@ -61,32 +82,33 @@ class Loader:
                 f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size="
                 f"{micro_batch_size} x data={dp_size}; every rank runs whole micro-batches"
             )
-        row_units = self._data.sequence_length // self._data.unit_tokens
-        source, ordinal = self._stream.next_units(global_batch_size * row_units)
-        own = slice(dp_rank * source.size // dp_size, (dp_rank + 1) * source.size // dp_size)
-        source, unit = source[own], self._stream.units(source[own], ordinal[own])
-        size = micro_batch_size * row_units
-        starts = range(0, unit.size, size)
-        return [self._batch(source[i : i + size], unit[i : i + size]) for i in starts]
+        row_draws = self._data.sequence_length // self.stream.draw_tokens
+        draws = self.stream.next_draws(global_batch_size * row_draws, self._max_epochs)
+        num_draws = draws.source.size
+        own = slice(dp_rank * num_draws // dp_size, (dp_rank + 1) * num_draws // dp_size)
+        source, ordinal = draws.source[own], draws.ordinal[own]
+        size = micro_batch_size * row_draws
+        starts = range(0, source.size, size)
+        return [self._batch(source[i : i + size], ordinal[i : i + size]) for i in starts]
 
     def state(self) -> dict[str, Any]:
         """The ledger between two steps, plain JSON."""
-        return self._stream.state()
+        return self.stream.state()
 
     def source_hashes(self) -> dict[str, str]:
-        """sha256 of each source's manifest, by source name."""
-        return {s.name: file_sha256(manifest_path(s.path)) for s in self._data.sources}
+        """sha256 of what each source holds, by source name."""
+        return {name: manifest.content_hash for name, manifest in self._manifests.items()}
 
-    def _batch(self, source: np.ndarray, unit: np.ndarray) -> Batch:
-        rows = (-1, self._data.sequence_length)
-        tokens, labels, weights = self._stream.read(source, unit)
+    def _batch(self, source: np.ndarray, ordinal: np.ndarray) -> Batch:
+        shape = (-1, self._data.sequence_length)
+        rows = self.stream.read(source, ordinal)
         return build_batch(
-            tokens.reshape(rows),
-            labels.reshape(rows),
-            weights.reshape(rows),
+            rows.tokens.reshape(shape),
+            rows.labels.reshape(shape),
+            rows.weights.reshape(shape),
             eod_id=self._tokenizer.eod_id,
             document_mask=self._data.document_mask,
-            unit_tokens=self._data.unit_tokens,
+            starts=rows.starts.reshape(shape),
         )
 
 
@@ -132,7 +154,7 @@ class HeldOut:
             )
 
 
-def _open_sources(data: DataConfig, tokenizer: TokenizerFacts) -> list[Source]:
+def _check_names(data: DataConfig) -> None:
     if not any(source.weight for source in data.sources):
         raise DataError(
             "no data source with a weight above 0; name a .bin/.idx prefix under data.sources (or "
@@ -142,9 +164,20 @@ def _open_sources(data: DataConfig, tokenizer: TokenizerFacts) -> list[Source]:
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"two sources are named {name!r}; every source needs its own name")
-    opened = []
+
+
+def _cut(
+    data: DataConfig, manifests: Mapping[str, SourceManifest], tokenizer: TokenizerFacts
+) -> list[Source]:
+    pool = ShardPool(data.max_open_shards)
+    sources: list[Source] = []
     for config in data.sources:
-        shard = TokenFile(config.path)
-        shard.require_tokenizer(tokenizer)
-        opened.append(Source(config.name, [shard], data.unit_tokens))
-    return opened
+        manifest = manifests[config.name]
+        if config.kind == "stream":
+            source = UnitSource(config.name, manifest.shards, pool, tokenizer, data.unit_tokens)
+        else:
+            bounds = (config.min_tokens, config.max_tokens)
+            row_tokens = data.sequence_length
+            source = WindowSource(config.name, manifest, pool, tokenizer, row_tokens, bounds)
+        sources.append(source)
+    return sources

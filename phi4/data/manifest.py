@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from phi4.errors import DataError
 
@@ -22,6 +23,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     num_tokens: int
     bin_sha256: str
     idx_sha256: str
+    mask_sha256: str | None = None
+    """Of the loss mask, where some tokens are not learnt."""
+    length_histogram: tuple[int, ...] = ()
+    """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens."""
+    num_rejected: int = 0
+    """Rows that went to PREFIX.rejected.jsonl."""
+    shuffle_seed: int | None = None
+    """Seed of the order of the documents; None for the order of the inputs."""
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -29,8 +38,14 @@ def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
-    """The manifest as indented JSON."""
+def length_histogram(lengths: np.ndarray) -> tuple[int, ...]:
+    """Documents by the power of two below their length; [n] lengths, 0 counts as 1."""
+    exponents = np.frexp(np.maximum(lengths, 1).astype(np.float64))[1] - 1
+    return tuple(np.bincount(exponents).tolist())
+
+
+def encode_manifest(manifest: msgspec.Struct) -> bytes:
+    """A manifest as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
 
 

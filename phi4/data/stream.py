@@ -1,111 +1,134 @@
 """The training stream: an endless order of units that is a function of seed, sources and blend.
 
 The quota rule says which source comes next, the source's permutation of the current epoch says
-which of its units. Nobody stores an order; a rank computes the units of its own rows.
+which of its units. Nobody stores an order; a rank computes the units of its own rows. A draw is one
+unit, or one row in blends with a source of whole rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from phi4.data.ledger import Ledger
+from phi4.data.ledger import BlendEntry, Draws, Ledger, SourceCount
 from phi4.data.permutation import permutation_key, permute
-from phi4.data.token_file import check_ids
 from phi4.data.tokenizer import TokenizerFacts
-from phi4.data.units import Source
+from phi4.data.units import Rows, UnitSource
+from phi4.data.windows import WindowSource
+from phi4.errors import DataError
+
+Source = UnitSource | WindowSource
 
 
 class Stream:
-    """Units of a blend in training order."""
+    """Draws of a blend in training order.
+
+    Attributes:
+        draw_tokens: tokens that one draw fills.
+    """
 
     def __init__(
         self,
         sources: Sequence[Source],
-        weights: Sequence[float],
+        blend: BlendEntry,
         tokenizer: TokenizerFacts,
         *,
         seed: int,
+        unit_tokens: int,
         state: dict[str, Any] | None = None,
     ) -> None:
         """Begin, or go on from a ledger state.
 
         Args:
-            sources: distinct names, one unit size.
-            weights: fraction of the units of each source, in any scale.
+            sources: those of the blend.
+            blend: weights by source name, and how they are drawn by.
             tokenizer: whose ids the sources hold.
             seed: names the order.
+            unit_tokens: labels per unit.
             state: from `state()`.
 
         Raises:
             DataError: see `Ledger`.
         """
         self._sources = sorted(sources, key=lambda source: source.name)
+        self._named = {source.name: source for source in sources}
         self._tokenizer = tokenizer
         self._seed = seed
-        self._unit_tokens = sources[0].unit_tokens
+        self.draw_tokens = unit_tokens * blend.draw_units
         self._ledger = Ledger(
-            {source.name: source.num_units for source in sources},
-            {source.name: weight for source, weight in zip(sources, weights, strict=True)},
+            {s.name: SourceCount(s.num_units, whole_rows=s.whole_rows) for s in sources},
+            blend,
             seed=seed,
-            unit_tokens=self._unit_tokens,
+            unit_tokens=unit_tokens,
             state=state,
+            loss_of=self._loss_of,
         )
 
-    def next_units(self, num_units: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw units and count them.
+    def next_draws(self, num_draws: int, max_epochs: Mapping[str, float]) -> Draws:
+        """Make draws and count them.
 
-        Returns:
-            source: [num_units] int64, index of each draw's source among the sorted names.
-            ordinal: [num_units] int64, its place in the endless order of that source.
+        Raises:
+            DataError: a source would be read more often than allowed.
         """
-        source, ordinal = self._ledger.draw(num_units)
-        self._ledger.count(source)
-        return source, ordinal
+        draws = self._ledger.draw(num_draws)
+        for index, source in enumerate(self._sources):
+            allowed = max_epochs.get(source.name, 0)
+            if not allowed:
+                continue
+            last = draws.ordinal[draws.source == index].max(initial=-1)
+            if last >= allowed * source.num_units:
+                raise DataError(
+                    f"source {source.name!r} would begin epoch "
+                    f"{int(last) // source.num_units + 1}, max_epochs={allowed:g} of its "
+                    f"{source.num_units} units; lower its weight, raise max_epochs or end the run"
+                )
+        self._ledger.count(draws)
+        return draws
 
     def state(self) -> dict[str, Any]:
         """The ledger as plain JSON."""
         return self._ledger.state()
 
-    def units(self, source: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
-        """Which unit of its source each draw stands for, [n] int64."""
-        unit = np.empty_like(ordinal)
-        for index, item in enumerate(self._sources):
-            chosen = np.flatnonzero(source == index)
-            epochs, place = np.divmod(ordinal[chosen], item.num_units)
-            for epoch in np.unique(epochs).tolist():
-                within = epochs == epoch
-                key = permutation_key(self._seed, item.name, epoch)
-                unit[chosen[within]] = permute(place[within], item.num_units, key)
-        return unit
+    def skip(self, num_draws: int) -> None:
+        """Go on as if draws had been served."""
+        self._ledger.skip(num_draws)
 
-    def read(
-        self, source: np.ndarray, unit: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs, labels and label weights of some units.
-
-        The label after an end-of-document token and the padding of a partial unit weigh 0.
-
-        Returns:
-            tokens: [n, unit_tokens] int64.
-            labels: [n, unit_tokens] int64.
-            weights: [n, unit_tokens] bool.
+    def read(self, source: np.ndarray, ordinal: np.ndarray) -> Rows:
+        """Inputs, labels, label weights and joints of some draws, [n, draw_tokens].
 
         Raises:
             DataError: an id is outside the vocabulary.
         """
-        window = np.full((unit.size, self._unit_tokens + 1), self._tokenizer.pad_id, dtype=np.int32)
-        filled = np.empty(unit.size, dtype=np.int64)
-        for row, (index, number) in enumerate(zip(source.tolist(), unit.tolist(), strict=True)):
-            filled[row] = self._sources[index].read(number, window[row])
+        rows = Rows.padded(source.size, self.draw_tokens, self._tokenizer.pad_id)
+        for index, item in enumerate(self._sources):
+            chosen = np.flatnonzero(source == index)
+            units = self._units(item, ordinal[chosen])
+            # In the order of the files: neighbours share a shard.
+            for place in np.argsort(units, axis=None).tolist():
+                draw, part = divmod(place, units.shape[1])
+                begin = part * item.row_tokens
+                item.fill(int(units[draw, part]), rows.cut(chosen[draw], begin, item.row_tokens))
+        return rows
 
-        def locate(position: int) -> str:
-            row, offset = divmod(position, window.shape[1])
-            return self._sources[source[row]].locate(int(unit[row]), offset)
+    def origins(self, source: int, ordinal: int) -> list[tuple[Source, int, int]]:
+        """Source, unit and epoch of each unit of one draw."""
+        item = self._sources[source]
+        units = self._units(item, np.array([ordinal]))[0].tolist()
+        return [(item, u, (ordinal + i) // item.num_units) for i, u in enumerate(units)]
 
-        check_ids(window, self._tokenizer.vocab_size, locate)
-        tokens, labels = (window[:, i : i + self._unit_tokens].astype(np.int64) for i in (0, 1))
-        weights = tokens != self._tokenizer.eod_id
-        for row in np.flatnonzero(filled < window.shape[1]):
-            weights[row, filled[row] - 1 :] = False
-        return tokens, labels, weights
+    def _units(self, item: Source, ordinal: np.ndarray) -> np.ndarray:
+        """Units behind the draws of one source, [n, units per draw] int64."""
+        per_draw = self.draw_tokens // item.row_tokens
+        place = (ordinal[:, None] + np.arange(per_draw)).reshape(-1)
+        epochs, place = np.divmod(place, item.num_units)
+        unit = np.empty_like(place)
+        for epoch in np.unique(epochs).tolist():
+            within = epochs == epoch
+            key = permutation_key(self._seed, item.name, epoch)
+            unit[within] = permute(place[within], item.num_units, key)
+        return unit.reshape(-1, per_draw)
+
+    def _loss_of(self, name: str, ordinal: np.ndarray) -> np.ndarray:
+        item = self._named[name]
+        units = self._units(item, ordinal)
+        return item.loss_tokens(units.reshape(-1)).reshape(units.shape).sum(axis=1)

@@ -31,6 +31,7 @@ class TokenFile:
         lengths: [num_sequences], int32, tokens per sequence.
         pointers: [num_sequences], int64, byte offset of each sequence in `.bin`.
         document_bounds: [num_documents + 1], int64, first sequence of each document.
+        learnt: [num_tokens], uint8, 1 where the token is learnt as a label; None when all are.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -51,6 +52,7 @@ class TokenFile:
         content = _map_bytes(Path(f"{prefix}.bin"))
         self._check_content(content.size, dtype.itemsize)
         self.tokens = content.view(dtype)
+        self.learnt = _map_mask(Path(f"{prefix}.mask"), self.tokens.size)
 
     @property
     def num_tokens(self) -> int:
@@ -119,13 +121,16 @@ class TokenFile:
         return manifest
 
     def verify(self) -> Manifest:
-        """Compare both files with the checksums of the manifest.
+        """Compare the files with the checksums of the manifest.
 
         Raises:
             DataError: no manifest, or a file that differs from it.
         """
         manifest = self.manifest()
-        for suffix, expected in (("bin", manifest.bin_sha256), ("idx", manifest.idx_sha256)):
+        checksums = {"bin": manifest.bin_sha256, "idx": manifest.idx_sha256}
+        if manifest.mask_sha256 is not None:
+            checksums["mask"] = manifest.mask_sha256
+        for suffix, expected in checksums.items():
             found = file_sha256(f"{self.prefix}.{suffix}")
             if found != expected:
                 raise DataError(
@@ -197,6 +202,18 @@ def _map_bytes(path: Path) -> np.ndarray:
             f"{path} cannot be read ({error.strerror}); the prefix of a source is its path "
             "without .bin"
         ) from None
+
+
+def _map_mask(path: Path, num_tokens: int) -> np.ndarray | None:
+    if not path.exists():
+        return None
+    mask = _map_bytes(path)
+    if mask.size != num_tokens:
+        raise DataError(
+            f"{path} masks {mask.size} tokens, the .bin beside it holds {num_tokens}; tokenize "
+            "again"
+        )
+    return mask
 
 
 def _read_header(index: np.ndarray, path: str) -> tuple[np.dtype, int, int]:

@@ -6,16 +6,26 @@ manifest always stands for a complete pair.
 
 import hashlib
 import os
+import secrets
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 import numpy as np
 
-from phi4.data.manifest import Manifest, encode_manifest, file_sha256, manifest_path
+from phi4.data.manifest import (
+    Manifest,
+    encode_manifest,
+    file_sha256,
+    length_histogram,
+    manifest_path,
+)
 from phi4.data.token_file import TokenFile, check_ids, index_bytes
 from phi4.data.tokenizer import TokenizerFacts
+
+_BLOCK_BYTES = 1 << 20
 
 
 class TokenFileWriter:
@@ -24,16 +34,26 @@ class TokenFileWriter:
     Files that stand under the prefix are replaced when the context ends without an exception.
     """
 
-    def __init__(self, prefix: str | Path, tokenizer: TokenizerFacts) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        tokenizer: TokenizerFacts,
+        *,
+        num_rejected: int = 0,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        """Name the pair and what its manifest says beside the counts."""
         self.prefix = str(prefix)
         self.manifest: Manifest | None = None
         self._tokenizer = tokenizer
+        self._notes = {"num_rejected": num_rejected, "shuffle_seed": shuffle_seed}
         self._lengths = array("i")
-        self._digest = hashlib.sha256()
+        self._num_tokens = 0
 
     def __enter__(self) -> Self:
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._content = open(_temporary(f"{self.prefix}.bin"), "wb", buffering=1 << 20)
+        self._content = _HashedFile(f"{self.prefix}.bin")
+        self._mask: _HashedFile | None = None
         return self
 
     @property
@@ -41,12 +61,35 @@ class TokenFileWriter:
         """Documents added so far."""
         return len(self._lengths)
 
-    def add(self, document: np.ndarray) -> None:
-        """Append one document, [n] token ids with the end-of-document token included."""
-        content = np.ascontiguousarray(document, dtype="<i4").data
-        self._content.write(content)
-        self._digest.update(content)
-        self._lengths.append(len(document))
+    def add(self, document: np.ndarray, learnt: np.ndarray | None = None) -> None:
+        """Append one document.
+
+        Args:
+            document: [n] token ids, the end-of-document token included.
+            learnt: [n], 1 where the token is learnt as a label; None learns all.
+        """
+        self.add_many(document, [len(document)], learnt)
+
+    def add_many(
+        self, tokens: np.ndarray, lengths: Sequence[int], learnt: np.ndarray | None = None
+    ) -> None:
+        """Append documents that stand one after another.
+
+        Args:
+            tokens: [n] ids.
+            lengths: tokens of each document, sum n.
+            learnt: as in `add`.
+        """
+        self._content.write(np.ascontiguousarray(tokens, dtype="<i4").data)
+        if learnt is not None and self._mask is None:
+            self._mask = _HashedFile(f"{self.prefix}.mask")
+            for begin in range(0, self._num_tokens, _BLOCK_BYTES):
+                self._mask.write(b"\1" * min(_BLOCK_BYTES, self._num_tokens - begin))
+        if self._mask is not None:
+            mask = np.ones(len(tokens), dtype=np.uint8) if learnt is None else learnt
+            self._mask.write(np.ascontiguousarray(mask, dtype=np.uint8).data)
+        self._lengths.extend(lengths)
+        self._num_tokens += len(tokens)
 
     def __exit__(
         self,
@@ -57,8 +100,8 @@ class TokenFileWriter:
         if kind is None:
             self._finish()
             return
-        self._content.close()
-        os.unlink(self._content.name)
+        for file in filter(None, (self._content, self._mask)):
+            file.discard()
 
     def _finish(self) -> None:
         lengths = np.array(self._lengths, dtype=np.int32)
@@ -67,16 +110,45 @@ class TokenFileWriter:
             tokenizer_fingerprint=self._tokenizer.fingerprint,
             vocab_size=self._tokenizer.vocab_size,
             num_documents=lengths.size,
-            num_tokens=int(lengths.sum(dtype=np.int64)),
-            bin_sha256=self._digest.hexdigest(),
+            num_tokens=self._num_tokens,
+            bin_sha256=self._content.finish(),
             idx_sha256=hashlib.sha256(index).hexdigest(),
+            mask_sha256=self._mask.finish() if self._mask else None,
+            length_histogram=length_histogram(lengths),
+            **self._notes,
         )
-        _sync_and_close(self._content)
         # Without its old manifest a half-replaced pair cannot pass for a complete one.
         manifest_path(self.prefix).unlink(missing_ok=True)
-        os.replace(self._content.name, f"{self.prefix}.bin")
+        Path(f"{self.prefix}.mask").unlink(missing_ok=True)
+        for file in filter(None, (self._content, self._mask)):
+            file.publish()
         write_atomically(f"{self.prefix}.idx", index)
         write_atomically(manifest_path(self.prefix), encode_manifest(self.manifest))
+
+
+class _HashedFile:
+    """A file under a temporary name, and the sha256 of what was written."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._stream = open(_temporary(path), "wb", buffering=_BLOCK_BYTES)  # noqa: SIM115
+        self._digest = hashlib.sha256()
+
+    def write(self, content: bytes | memoryview) -> None:
+        self._stream.write(content)
+        self._digest.update(content)
+
+    def finish(self) -> str:
+        """The checksum, once the content is on the disk."""
+        _sync_and_close(self._stream)
+        return self._digest.hexdigest()
+
+    def publish(self) -> None:
+        os.replace(self._stream.name, self._path)
+
+    def discard(self) -> None:
+        self._stream.close()
+        os.unlink(self._stream.name)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -107,13 +179,16 @@ def adopt(prefix: str | Path, tokenizer: TokenizerFacts) -> Manifest:
         num_tokens=pair.num_tokens,
         bin_sha256=file_sha256(f"{prefix}.bin"),
         idx_sha256=file_sha256(f"{prefix}.idx"),
+        mask_sha256=None if pair.learnt is None else file_sha256(f"{prefix}.mask"),
+        length_histogram=length_histogram(pair.document_lengths()),
     )
     write_atomically(manifest_path(prefix), encode_manifest(manifest))
     return manifest
 
 
 def _temporary(path: str | Path) -> str:
-    return f"{path}.partial-{os.getpid()}"
+    # Processes of several machines may write one name; their ids may be equal.
+    return f"{path}.partial-{secrets.token_hex(6)}"
 
 
 def _sync_and_close(stream: IO[bytes]) -> None:

@@ -5,64 +5,145 @@ the last label of one and the first input of the other. So every token but a sha
 label exactly once, whatever the sequence length of the run.
 """
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass
 
 import numpy as np
 
-from phi4.data.token_file import TokenFile
+from phi4.data.sources import Shard
+from phi4.data.token_file import TokenFile, check_ids
+from phi4.data.tokenizer import TokenizerFacts
 from phi4.errors import DataError
 
 
-class Source:
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a batch is built from; [n, S] each. Sources fill slices of it."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    """bool, whether the label is learnt."""
+    starts: np.ndarray
+    """bool, where a piece begins that has nothing to do with what stands before it."""
+
+    @staticmethod
+    def padded(num_rows: int, num_tokens: int, pad_id: int) -> "Rows":
+        """Rows of padding that weigh nothing."""
+        shape = (num_rows, num_tokens)
+        tokens, labels = (np.full(shape, pad_id, dtype=np.int64) for _ in range(2))
+        return Rows(tokens, labels, np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool))
+
+    def cut(self, row: int, begin: int, num_tokens: int) -> "Rows":
+        """A view of part of one row, [num_tokens] each."""
+        place = (row, slice(begin, begin + num_tokens))
+        columns = (self.tokens, self.labels, self.weights, self.starts)
+        return Rows(*(column[place] for column in columns))
+
+
+class ShardPool:
+    """Open shards, the least recently used ones closed beyond a limit."""
+
+    def __init__(self, max_open: int) -> None:
+        self._max_open = max_open
+        self._opened: dict[str, TokenFile] = {}
+
+    def open(self, shard: Shard) -> TokenFile:
+        """The pair behind a shard.
+
+        Raises:
+            DataError: it is missing, damaged, or not what the source manifest counted.
+        """
+        pair = self._opened.pop(shard.prefix, None)
+        if pair is None:
+            pair = TokenFile(shard.prefix)
+            if pair.num_tokens != shard.num_tokens:
+                raise DataError(
+                    f"{shard.prefix}.bin holds {pair.num_tokens} tokens, its manifest said "
+                    f"{shard.num_tokens}; tokenize again or run `phi4 data adopt`"
+                )
+            if len(self._opened) >= self._max_open:
+                del self._opened[next(iter(self._opened))]
+        self._opened[shard.prefix] = pair
+        return pair
+
+
+class UnitSource:
     """An ordered list of shards under one name, addressed by unit.
 
     Attributes:
         name: as in the recipe.
-        unit_tokens: labels per unit.
+        row_tokens: labels per unit.
         num_units: units of all shards; the last one of a shard may be partial.
+        whole_rows: False, a row may join several units.
     """
 
-    def __init__(self, name: str, shards: Sequence[TokenFile], unit_tokens: int) -> None:
-        """Cut the shards.
+    whole_rows = False
+
+    def __init__(
+        self,
+        name: str,
+        shards: tuple[Shard, ...],
+        pool: ShardPool,
+        tokenizer: TokenizerFacts,
+        unit_tokens: int,
+    ) -> None:
+        """Cut the shards, by their sizes alone.
 
         Raises:
             DataError: the shards hold no label.
         """
         self.name = name
-        self.unit_tokens = unit_tokens
-        self._shards = list(shards)
-        counts = [-(-max(0, shard.num_tokens - 1) // unit_tokens) for shard in self._shards]
-        self._starts = [0, *accumulate(counts)]
-        self.num_units = self._starts[-1]
+        self.row_tokens = unit_tokens
+        self._shards = shards
+        self._pool = pool
+        self._tokenizer = tokenizer
+        labels = np.array([max(0, shard.num_tokens - 1) for shard in shards], dtype=np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(-(-labels // unit_tokens))])
+        self.num_units = int(self._starts[-1])
         if not self.num_units:
             raise DataError(
                 f"source {name!r} holds no two tokens in a row, so there is nothing to learn; "
                 "give it text or take it out of the recipe"
             )
 
-    def read(self, unit: int, out: np.ndarray) -> int:
-        """Copy the tokens of one unit.
+    def fill(self, unit: int, rows: Rows) -> None:
+        """Copy one unit into [unit_tokens] slices; padding beyond a partial unit stays.
 
-        Args:
-            unit: in [0, num_units).
-            out: [unit_tokens + 1], filled from the front.
+        The label after an end-of-document token weighs 0, like those that the file masks.
 
-        Returns:
-            Tokens copied; fewer than unit_tokens + 1 for the last unit of a shard.
+        Raises:
+            DataError: an id is outside the vocabulary (names source, document, offset).
         """
-        shard, position = self._place(unit)
-        tokens = shard.tokens[position : position + self.unit_tokens + 1]
-        out[: tokens.size] = tokens
-        return tokens.size
+        pair, begin = self._place(unit)
+        window = pair.tokens[begin : begin + self.row_tokens + 1]
+        check_ids(window, self._tokenizer.vocab_size, lambda place: self.locate(unit, place))
+        filled = window.size - 1
+        rows.tokens[: filled + 1] = window[: self.row_tokens]
+        rows.labels[:filled] = window[1:]
+        np.not_equal(window[:-1], self._tokenizer.eod_id, out=rows.weights[:filled])
+        if pair.learnt is not None:
+            rows.weights[:filled] &= pair.learnt[begin + 1 : begin + 1 + filled].astype(bool)
+        rows.starts[0] = True
+
+    def loss_tokens(self, units: np.ndarray) -> np.ndarray:
+        """Labels of weight 1 in each unit, [n] int64, at least 1."""
+        return np.array([self._loss_tokens(unit) for unit in units.tolist()], dtype=np.int64)
 
     def locate(self, unit: int, offset: int) -> str:
         """Source, file, document and offset behind a token of a unit, in words."""
-        shard, position = self._place(unit)
-        document, inside = shard.locate(position + offset)
-        return f"source {self.name!r}, {shard.prefix}.bin, document {document}, offset {inside}"
+        pair, begin = self._place(unit)
+        document, inside = pair.locate(begin + offset)
+        return f"source {self.name!r}, {pair.prefix}.bin, document {document}, offset {inside}"
+
+    def _loss_tokens(self, unit: int) -> int:
+        pair, begin = self._place(unit)
+        window = pair.tokens[begin : begin + self.row_tokens + 1]
+        learnt = window[:-1] != self._tokenizer.eod_id
+        if pair.learnt is not None:
+            learnt &= pair.learnt[begin + 1 : begin + window.size].astype(bool)
+        return max(1, int(np.count_nonzero(learnt)))
 
     def _place(self, unit: int) -> tuple[TokenFile, int]:
-        shard = bisect_right(self._starts, unit) - 1
-        return self._shards[shard], (unit - self._starts[shard]) * self.unit_tokens
+        shard = int(np.searchsorted(self._starts, unit, side="right")) - 1
+        pair = self._pool.open(self._shards[shard])
+        return pair, (unit - int(self._starts[shard])) * self.row_tokens

@@ -114,6 +114,20 @@ BROKEN = {
         ['data.sources=[{name="a", path="x", weight=0.0}]'],
         "data.sources: all weights are 0",
     ),
+    "fractions sum to 1": (
+        ['data.sources=[{name="a", path="x", weight=0.5}, {name="b", path="y", weight=0.4}]'],
+        "data.sources: weights below 1 are fractions, and they sum to 0.9",
+    ),
+    "streams take documents of any length": (
+        ['data.sources=[{name="a", path="x", min_tokens=9}]'],
+        "source 'a' bounds its documents by min_tokens or max_tokens, which a stream cannot",
+    ),
+    "document bounds leave documents": (
+        [
+            'data.held_out=[{name="a", path="x", kind="windows", min_tokens=9, max_tokens=8}]',
+        ],
+        "source 'a': min_tokens=9 exceeds max_tokens=8",
+    ),
 }
 
 WORLD = {

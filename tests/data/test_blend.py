@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi4.data.blend import integer_shares, quota_order
+from phi4.data.blend import draw_order, drawn_after, integer_shares, loss_order, quota_order
 
 PHI4_BLEND = (0.15, 0.15, 0.4, 0.2, 0.1)
 shares_strategy = st.one_of(
@@ -69,3 +69,45 @@ def test_shares_are_the_decimals_of_the_recipe() -> None:
 @given(num_units=st.integers(0, 200))
 def test_a_source_of_weight_zero_is_never_drawn(num_units: int) -> None:
     assert not np.any(quota_order((1, 0, 3), (0, 0, 0), num_units) == 1)
+
+
+@given(shares=shares_strategy, start=st.integers(0, 500), length=st.integers(0, 300))
+def test_looked_up_order_is_the_drawn_one(shares: list[int], start: int, length: int) -> None:
+    whole = quota_order(shares, [0] * len(shares), start + length)
+    counts = np.bincount(whole[:start], minlength=len(shares)).tolist()
+    assert np.array_equal(draw_order(shares, counts, length), whole[start:])
+    ends = np.bincount(whole, minlength=len(shares)).tolist()
+    assert drawn_after(shares, counts, length) == ends
+
+
+def test_a_run_of_10t_tokens_is_skipped_by_arithmetic() -> None:
+    shares = integer_shares(PHI4_BLEND)
+    assert drawn_after(shares, [0] * 5, 20 * 10**9 + 20) == [(10**9 + 1) * s for s in shares]
+
+
+loss_strategy = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(1, 50), st.integers(0, 2**32)), min_size=1, max_size=6
+)
+
+
+@given(sources=loss_strategy, cut=st.integers(0, 200))
+def test_loss_tokens_stay_within_one_largest_sample_at_every_prefix(
+    sources: list[tuple[int, int, int]], cut: int
+) -> None:
+    shares = [share for share, _, _ in sources]
+    samples = [np.random.default_rng(seed).integers(1, top + 1, 2048) for _, top, seed in sources]
+    source, loss = loss_order(shares, [0] * len(shares), 300, lambda s, n: samples[s][:n])
+    served = np.cumsum((source[:, None] == np.arange(len(shares))) * loss[:, None], axis=0)
+    asked = served.sum(axis=1)[:, None] * (np.array(shares) / sum(shares))
+    assert np.abs(served - asked).max() <= loss.max() + 1e-6
+    for index, numbers in enumerate(samples):
+        taken = loss[source == index]
+        assert np.array_equal(taken, numbers[: taken.size])
+    used = np.bincount(source[:cut], minlength=len(shares))
+    rest = loss_order(
+        shares,
+        served[cut - 1].tolist() if cut else [0] * len(shares),
+        300 - cut,
+        lambda s, n: samples[s][used[s] : used[s] + n],
+    )
+    assert np.array_equal(rest[0], source[cut:]) and np.array_equal(rest[1], loss[cut:])

@@ -5,22 +5,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4.data.ledger import Ledger
+from phi4.data.ledger import BlendEntry, Ledger, SourceCount
 from phi4.errors import DataError
 
 SIZES = {"code": 7, "prose": 5, "web": 11}
 
 
 def ledger(weights: dict[str, float], state: dict | None = None, **changes) -> Ledger:
-    sizes = {name: SIZES[name] for name in weights}
+    sizes = {name: SourceCount(SIZES[name]) for name in weights}
     run = {"seed": 1, "unit_tokens": 4, **changes}
-    return Ledger(sizes, weights, state=state, **run)
+    return Ledger(sizes, BlendEntry(weights=weights, drawn={}), state=state, **run)
 
 
 def drawn(book: Ledger, num_units: int) -> list[tuple[str, int]]:
-    source, ordinal = book.draw(num_units)
-    book.count(source)
-    return [(book.names[s], o) for s, o in zip(source.tolist(), ordinal.tolist(), strict=True)]
+    draws = book.draw(num_units)
+    book.count(draws)
+    pairs = zip(draws.source.tolist(), draws.ordinal.tolist(), strict=True)
+    return [(book.names[source], ordinal) for source, ordinal in pairs]
 
 
 @given(
@@ -66,7 +67,9 @@ def test_resumed_ledger_goes_on_and_records_no_change() -> None:
 
 def test_drawing_twice_without_counting_gives_the_same() -> None:
     book = ledger({"code": 1.0, "web": 2.0})
-    assert np.array_equal(book.draw(9), book.draw(9))
+    one, other = book.draw(9), book.draw(9)
+    assert np.array_equal(one.source, other.source)
+    assert np.array_equal(one.ordinal, other.ordinal)
 
 
 def test_state_is_not_shared_with_the_ledger_that_gave_it() -> None:
@@ -122,7 +125,8 @@ def test_another_stream_is_refused(changes: dict[str, int], message: str) -> Non
 def test_source_of_another_size_is_refused() -> None:
     state = ledger({"code": 1.0}).state()
     with pytest.raises(DataError, match="'code' has 8 units, the checkpoint counted 7"):
-        Ledger({"code": 8}, {"code": 1.0}, seed=1, unit_tokens=4, state=state)
+        blend = BlendEntry(weights={"code": 1.0}, drawn={})
+        Ledger({"code": SourceCount(8)}, blend, seed=1, unit_tokens=4, state=state)
 
 
 @pytest.mark.parametrize("state", [{}, {"seed": "x"}, {"sources": object()}])

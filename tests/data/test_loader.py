@@ -11,9 +11,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from phi4.config import DataConfig, SourceConfig
 from phi4.data import Batch, HeldOut, Loader, TokenizerFacts
+from phi4.data.sources import read_source
 from phi4.data.token_file import TokenFile
 from phi4.data.token_writer import TokenFileWriter, adopt
-from phi4.data.units import Source
+from phi4.data.units import Rows, ShardPool, UnitSource
 from phi4.errors import DataError, LayoutError
 
 EOD, PAD = 0, 1
@@ -158,18 +159,19 @@ def test_order_of_sources_in_the_recipe_means_nothing(two_sources, facts: Tokeni
     assert np.array_equal(rows(one, "tokens"), rows(other, "tokens"))
 
 
-def test_shards_are_cut_each_on_its_own(write_source) -> None:
-    shards = [TokenFile(write_source(f"s{i}", [9], 10 + 100 * i)) for i in range(2)]
-    source = Source("s", shards, 4)
-    out = np.full((source.num_units, 5), -1)
-    filled = [source.read(unit, out[unit]) for unit in range(source.num_units)]
-    assert out.tolist() == [
-        [10, 11, 12, 13, 14],
-        [14, 15, 16, 17, EOD],
-        [110, 111, 112, 113, 114],
-        [114, 115, 116, 117, EOD],
-    ]
-    assert filled == [5, 5, 5, 5]
+def test_shards_are_cut_each_on_its_own(write_source, facts: TokenizerFacts) -> None:
+    path = write_source("s0", [9], 10)
+    write_source("s1", [9], 110)
+    shards = read_source(path[:-1] + "*", facts).shards
+    source = UnitSource("s", shards, ShardPool(1), facts, 4)
+    rows_ = Rows.padded(source.num_units, 4, PAD)
+    for unit in range(source.num_units):
+        source.fill(unit, rows_.cut(unit, 0, 4))
+    assert rows_.tokens.tolist() == [[t, t + 1, t + 2, t + 3] for t in (10, 14, 110, 114)]
+    last = [[t + 1, t + 2, t + 3, t + 4] for t in (10, 110)]
+    final = [[t + 1, t + 2, t + 3, EOD] for t in (14, 114)]
+    assert rows_.labels.tolist() == [last[0], final[0], last[1], final[1]]
+    assert rows_.weights.all()
     assert source.locate(3, 2).endswith("s1.bin, document 0, offset 6")
 
 
@@ -268,7 +270,8 @@ def test_source_hashes_are_those_of_the_manifests(two_sources, facts: TokenizerF
     assert set(before) == {"a", "b"} and before["a"] != before["b"]
     manifest = Path(f"{two_sources['a'][0]}.manifest.json")
     manifest.write_bytes(manifest.read_bytes() + b"\n")
-    assert loader.source_hashes()["a"] != before["a"]
+    after = Loader(data_config(two_sources), facts, 7).source_hashes()
+    assert after["a"] != before["a"] and after["b"] == before["b"]
 
 
 def test_held_out_batches_repeat_and_do_not_depend_on_the_layout(

@@ -1,0 +1,160 @@
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from phi4.config import DataConfig, SourceConfig
+from phi4.data import Batch, Loader, TokenizerFacts
+from phi4.data.token_file import TokenFile
+from phi4.data.token_writer import TokenFileWriter
+from phi4.errors import DataError
+
+EOD, PAD = 0, 1
+fixture_is_only_a_writer = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40
+)
+
+
+def windows(path: str, row_tokens: int, unit: int | None = None, **source) -> DataConfig:
+    config = SourceConfig(name="long", path=path, kind="windows", **source)
+    return DataConfig(sequence_length=row_tokens, unit_tokens=unit or row_tokens, sources=(config,))
+
+
+def epoch(loader: Loader) -> Batch:
+    num_rows = loader.state()["sources"]["long"]["num_units"]
+    (batch,) = loader.next_step(
+        global_batch_size=num_rows, micro_batch_size=num_rows, dp_rank=0, dp_size=1
+    )
+    return batch
+
+
+@fixture_is_only_a_writer
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12).filter(lambda x: max(x) > 1),
+    row_tokens=st.integers(4, 16),
+)
+def test_an_epoch_serves_every_label_of_every_document_once(
+    write_source, facts: TokenizerFacts, lengths: list[int], row_tokens: int
+) -> None:
+    path = write_source("s", lengths)
+    batch = epoch(Loader(windows(path, row_tokens), facts, 5))
+    pair = TokenFile(path)
+    documents = [pair.document(i).tolist() for i in range(pair.num_documents)]
+    expected = Counter(p for d in documents for p in pairwise(d))
+    learnt = batch.loss_mask.astype(bool)
+    served = zip(batch.tokens[learnt].tolist(), batch.labels[learnt].tolist(), strict=True)
+    assert Counter(served) == expected
+    assert (batch.tokens[~learnt] == PAD).all() and EOD not in batch.tokens
+
+
+def test_pieces_of_a_row_are_documents_of_their_own(write_source, facts: TokenizerFacts) -> None:
+    path = write_source("s", [7, 5], first_id=10)
+    batch = epoch(Loader(windows(path, 12), facts, 5))
+    assert batch.tokens.tolist() == [[10, 11, 12, 13, 14, 15, 17, 18, 19, 20, PAD, PAD]]
+    assert batch.labels.tolist() == [[11, 12, 13, 14, 15, EOD, 18, 19, 20, EOD, PAD, PAD]]
+    assert batch.cu_seqlens.tolist() == [0, 6, 10, 12]
+    assert batch.positions.tolist() == [[*range(6), *range(4), 0, 1]]
+
+
+def test_documents_outside_the_bounds_are_left_out(write_source, facts: TokenizerFacts) -> None:
+    path = write_source("s", [3, 9, 6, 20], first_id=10)
+    batch = epoch(Loader(windows(path, 8, min_tokens=6, max_tokens=9), facts, 5))
+    assert set(batch.tokens.reshape(-1).tolist()) == {PAD, *range(13, 21), *range(22, 27)}
+    with pytest.raises(DataError, match=r"'long': no document .* has 21 to any number of tokens"):
+        Loader(windows(path, 8, min_tokens=21), facts, 5)
+
+
+def test_masked_tokens_are_read_and_not_learnt(tmp_path: Path, facts: TokenizerFacts) -> None:
+    with TokenFileWriter(tmp_path / "s", facts) as writer:
+        writer.add(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1]))
+        writer.add(np.array([9, 10, 11]), np.array([0, 1, 0]))
+    path = str(tmp_path / "s")
+    for unit in (6, 2):
+        batch = epoch(Loader(windows(path, 6, unit), facts, 5))
+        assert batch.tokens.tolist() == [[5, 6, 7, 9, 10, PAD]]
+        assert batch.loss_mask.tolist() == [[0, 1, 1, 1, 0, 0]]
+    config = DataConfig(
+        sequence_length=6, unit_tokens=6, sources=(SourceConfig(name="long", path=path),)
+    )
+    plain = epoch(Loader(config, facts, 5))
+    assert plain.labels.tolist() == [[6, 7, 8, 9, 10, 11]]
+    assert plain.loss_mask.tolist() == [[0, 1, 1, 0, 1, 0]]
+
+
+def test_mask_of_another_length_is_refused(tmp_path: Path, facts: TokenizerFacts) -> None:
+    with TokenFileWriter(tmp_path / "s", facts) as writer:
+        writer.add(np.array([5, 6]), np.array([0, 1]))
+    (tmp_path / "s.mask").write_bytes(b"\1")
+    with pytest.raises(DataError, match=r"s\.mask masks 1 tokens, .* holds 2"):
+        TokenFile(tmp_path / "s")
+
+
+def test_table_of_rows_is_kept_and_read_back(write_source, facts: TokenizerFacts) -> None:
+    path = write_source("s", [9, 14, 3, 30], first_id=10)
+    first = epoch(Loader(windows(path, 8), facts, 5))
+    (kept,) = Path(path).parent.glob("*.windows.npy")
+    written = kept.stat().st_mtime_ns
+    second = epoch(Loader(windows(path, 8), facts, 5))
+    assert np.array_equal(first.tokens, second.tokens)
+    assert kept.stat().st_mtime_ns == written
+    write_source("s", [9, 14, 3, 31], first_id=10)
+    assert 61 + 3 in epoch(Loader(windows(path, 8), facts, 5)).tokens
+
+
+def test_long_rows_blend_with_recall_of_the_pretraining_stream(
+    write_source, facts: TokenizerFacts
+) -> None:
+    """4 units a row: 30% long windows, 70% recall that goes on where pretraining stopped."""
+    web = SourceConfig(name="web", path=write_source("web", [4001], first_id=10))
+    recall = DataConfig(sequence_length=4, unit_tokens=4, sources=(web,))
+    pretraining = Loader(recall, facts, 5)
+    size = {"micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
+    before = pretraining.next_step(global_batch_size=200, **size)
+    path = write_source("long", [33, 17, 40, 16], first_id=1_000_000)
+    mixed = DataConfig(
+        sequence_length=16,
+        unit_tokens=4,
+        sources=(
+            web.model_copy(update={"weight": 0.7}),
+            SourceConfig(name="long", path=path, kind="windows", weight=0.3),
+        ),
+    )
+    loader = Loader(mixed, facts, 5, pretraining.state())
+    after = loader.next_step(global_batch_size=100, **size)
+    is_long = np.array([batch.tokens.max() >= 1_000_000 for batch in after])
+    drawn = np.cumsum(is_long)
+    assert np.abs(drawn - 0.3 * np.arange(1, 101)).max() < 1
+    rest = pretraining.next_step(global_batch_size=280, **size)
+    recalled = np.concatenate(
+        [b.tokens.reshape(-1) for b, long in zip(after, is_long, strict=True) if not long]
+    )
+    assert np.array_equal(recalled, np.concatenate([b.tokens.reshape(-1) for b in rest]))
+    assert len(before) == 200
+
+
+def test_blend_by_loss_tokens_stays_within_two_samples(
+    write_source, tmp_path: Path, facts: TokenizerFacts
+) -> None:
+    rng = np.random.default_rng(3)
+    with TokenFileWriter(tmp_path / "chat", facts) as writer:
+        for _ in range(80):
+            length = int(rng.integers(3, 30))
+            ids = np.full(length, 1_000_000)
+            writer.add(ids, rng.integers(0, 2, length))
+    sources = (
+        SourceConfig(name="chat", path=f"{tmp_path}/chat", kind="windows", weight=0.25),
+        SourceConfig(name="web", path=write_source("web", [5] * 300), weight=0.75),
+    )
+    config = DataConfig(sequence_length=32, unit_tokens=8, sources=sources, weigh_by="loss_tokens")
+    loader = Loader(config, facts, 5)
+    (batch,) = loader.next_step(global_batch_size=120, micro_batch_size=120, dp_rank=0, dp_size=1)
+    loss = batch.loss_mask.sum(axis=1)
+    chat = np.where(batch.tokens.max(axis=1) >= 1_000_000, loss, 0)
+    error = np.cumsum(chat) - 0.25 * np.cumsum(loss)
+    assert np.abs(error).max() < 2 * loss.max()
+    counted = {name: s["loss_tokens"] for name, s in loader.state()["sources"].items()}
+    assert counted == {"chat": chat.sum(), "web": (loss - chat).sum()}
