@@ -7,6 +7,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from phi4.cli import data_ledger
 from phi4.config import TokenizerConfig
 from phi4.data.demo import build_demo
 from phi4.data.documents import read_documents, write_documents
@@ -16,6 +17,8 @@ from phi4.data.token_writer import adopt as adopt_pair
 from phi4.data.tokenizer import Tokenizer, load_tokenizer
 
 app = typer.Typer(help="Token files: build, inspect, check.", no_args_is_help=True)
+app.command()(data_ledger.ledger)
+app.command()(data_ledger.why)
 
 Prefix = Annotated[str, typer.Argument(help="Path of a .bin/.idx pair without the suffix.")]
 Ranks = Annotated[

@@ -104,7 +104,7 @@ class DataConfig(Section):
     """Attention and positions restart at each document."""
     sources: Sources = _key("schedule", ())
     weigh_by: Literal["units", "loss_tokens"] = _key("schedule", "units")
-    """What the weights are fractions of. loss_tokens suits sources that differ in padding or mask."""
+    """What the weights count. loss_tokens suits sources that differ in padding or mask."""
     held_out: Sources = _key("free", ())
     """Never trained on; the evaluation hook measures their loss."""
     max_open_shards: Positive = _key("free", 1024)

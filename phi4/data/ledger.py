@@ -205,9 +205,8 @@ class Ledger:
         if blends and not blends[-1].same_as(blend) and drawn.items() >= blends[-1].drawn.items():
             blends.pop()  # nothing was drawn under it
         if not blends or not blends[-1].same_as(blend):
-            loss = {name: count.loss_tokens for name, count in sources.items()}
-            by_loss = blend.weigh_by == "loss_tokens"
-            begun = msgspec.structs.replace(blend, drawn=drawn, loss_tokens=loss if by_loss else {})
+            loss = {n: count.loss_tokens for n, count in sources.items() if count.loss_tokens}
+            begun = msgspec.structs.replace(blend, drawn=drawn, loss_tokens=loss)
             blends.append(begun)
 
 

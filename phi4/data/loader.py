@@ -11,7 +11,7 @@ import numpy as np
 
 from phi4.config import DataConfig
 from phi4.data.batch import Batch, build_batch
-from phi4.data.ledger import BlendEntry
+from phi4.data.ledger import BlendEntry, Draws
 from phi4.data.sources import SourceManifest, read_source
 from phi4.data.stream import Source, Stream
 from phi4.data.tokenizer import TokenizerFacts
@@ -98,6 +98,25 @@ class Loader:
     def source_hashes(self) -> dict[str, str]:
         """sha256 of what each source holds, by source name."""
         return {name: manifest.content_hash for name, manifest in self._manifests.items()}
+
+    def row(self, index: int) -> Batch:
+        """Row `index` of the stream from here, [1, S]; the ledger stays where it is."""
+        draws = self._row_draws(index)
+        return self._batch(draws.source, draws.ordinal)
+
+    def describe_row(self, index: int) -> list[str]:
+        """Where the pieces of that row come from, a line each."""
+        draws = self._row_draws(index)
+        return [
+            line
+            for source, ordinal in zip(draws.source.tolist(), draws.ordinal.tolist(), strict=True)
+            for line in self.stream.describe(source, ordinal)
+        ]
+
+    def _row_draws(self, index: int) -> Draws:
+        row_draws = self._data.sequence_length // self.stream.draw_tokens
+        draws = self.stream.peek((index + 1) * row_draws)
+        return Draws(draws.source[-row_draws:], draws.ordinal[-row_draws:], None)
 
     def _batch(self, source: np.ndarray, ordinal: np.ndarray) -> Batch:
         shape = (-1, self._data.sequence_length)

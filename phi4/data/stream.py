@@ -89,6 +89,10 @@ class Stream:
         """The ledger as plain JSON."""
         return self._ledger.state()
 
+    def peek(self, num_draws: int) -> Draws:
+        """The next draws, not counted."""
+        return self._ledger.draw(num_draws)
+
     def skip(self, num_draws: int) -> None:
         """Go on as if draws had been served."""
         self._ledger.skip(num_draws)
@@ -110,11 +114,25 @@ class Stream:
                 item.fill(int(units[draw, part]), rows.cut(chosen[draw], begin, item.row_tokens))
         return rows
 
-    def origins(self, source: int, ordinal: int) -> list[tuple[Source, int, int]]:
-        """Source, unit and epoch of each unit of one draw."""
+    def describe(self, source: int, ordinal: int) -> list[str]:
+        """Where each document of one draw begins, in words."""
         item = self._sources[source]
         units = self._units(item, np.array([ordinal]))[0].tolist()
-        return [(item, u, (ordinal + i) // item.num_units) for i, u in enumerate(units)]
+        return [
+            f"epoch {(ordinal + i) // item.num_units + 1}, unit {unit}, token {begin}: "
+            f"{item.locate(unit, begin)}"
+            for i, unit in enumerate(units)
+            for begin in self._begins(item, unit)
+        ]
+
+    def _begins(self, item: Source, unit: int) -> list[int]:
+        """Where documents begin in a unit, padding left out."""
+        rows = Rows.padded(1, item.row_tokens, self._tokenizer.pad_id)
+        cut = rows.cut(0, 0, item.row_tokens)
+        item.fill(unit, cut)
+        begins = cut.starts.copy()
+        begins[1:] |= cut.tokens[:-1] == self._tokenizer.eod_id
+        return [b for b in np.flatnonzero(begins).tolist() if cut.weights[b:].any()]
 
     def _units(self, item: Source, ordinal: np.ndarray) -> np.ndarray:
         """Units behind the draws of one source, [n, units per draw] int64."""

@@ -1,0 +1,223 @@
+import re
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from phi4.cli.data import app
+from phi4.config import Recipe, dump_toml, parse_recipe
+from phi4.data import Batch, Loader, load_tokenizer
+from phi4.data.bpe import train_bpe
+from phi4.data.ledger import BlendEntry, Ledger, SourceCount, parse_state
+from phi4.data.replay import rewind
+from phi4.data.token_file import TokenFile
+from phi4.data.token_writer import TokenFileWriter
+from phi4.data.tokenizer import rank_file_bytes
+from phi4.errors import CheckpointError, ConfigError, DataError
+from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState, with_changes
+
+SIZES = {"a": SourceCount(7), "b": SourceCount(9, whole_rows=True), "c": SourceCount(50)}
+WEIGHTS = st.dictionaries(st.sampled_from(sorted(SIZES)), st.sampled_from([0.2, 1.0]), min_size=1)
+RUN = {"seed": 1, "unit_tokens": 4}
+
+
+def loss_of(name: str, ordinals: np.ndarray) -> np.ndarray:
+    return (ordinals * 7919 + len(name)) % 13 + 1
+
+
+def book(weights: dict[str, float], by: str, state: dict | None) -> Ledger:
+    sources = {name: SIZES[name] for name in weights}
+    draw_units = 4 if "b" in weights else 1
+    blend = BlendEntry(weights=weights, drawn={}, draw_units=draw_units, weigh_by=by)
+    return Ledger(sources, blend, state=state, loss_of=loss_of, **RUN)
+
+
+@given(
+    blends=st.lists(
+        st.tuples(WEIGHTS, st.sampled_from(["units", "loss_tokens"]), st.integers(0, 9)),
+        min_size=1,
+        max_size=4,
+    ),
+    back=st.integers(0, 40),
+    help_at_hand=st.booleans(),
+)
+def test_every_place_comes_back_from_the_last_ledger(
+    blends: list, back: int, help_at_hand: bool
+) -> None:
+    state, places = None, []
+    for weights, by, length in blends:
+        ledger = book(weights, by, state)
+        for _ in range(length):
+            # 4 units a step, so that the blends' steps are of one size.
+            draws = ledger.draw(4 // ledger.draw_units)
+            places.append((weights, by, ledger.state(), draws))
+            ledger.count(draws)
+        state = ledger.state()
+    if back >= len(places):
+        return
+    weights, by, at, draws = places[-1 - back]
+    earlier = [parse_state(place[2]) for place in places[:-1:3] if help_at_hand]
+    start, between = rewind(parse_state(state), 4 * (back + 1), earlier)
+    ledger = book(weights, by, msgspec.to_builtins(start))
+    ledger.skip(between)
+    assert (
+        ledger.state()["sources"].items()
+        >= {name: count for name, count in at["sources"].items() if count["drawn"]}.items()
+    )
+    again = ledger.draw(draws.source.size)
+    assert np.array_equal(again.source, draws.source)
+    assert np.array_equal(again.ordinal, draws.ordinal)
+
+
+def test_a_stream_shorter_than_asked_is_refused() -> None:
+    ledger = book({"a": 1.0}, "units", None)
+    ledger.count(ledger.draw(5))
+    with pytest.raises(DataError, match="counts fewer units than the run's steps took"):
+        rewind(parse_state(ledger.state()), 6)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks") / "bpe.tiktoken"
+    path.write_bytes(rank_file_bytes(train_bpe(["the cat sat on the mat\n"] * 3, 360)))
+    return path
+
+
+class FakeRun:
+    """A run without a model: the loader, the state and the checkpoints of one."""
+
+    def __init__(self, directory: Path, ranks: Path) -> None:
+        self.directory, self.ranks = directory, ranks
+        self.state, self.recipe = RunState(), Recipe()
+        self.served: list[list[Batch]] = []
+
+    def source(self, name: str, text: str, weight: float) -> dict:
+        prefix = self.directory / name
+        tokenizer = load_tokenizer(self._recipe({}).tokenizer)
+        with TokenFileWriter(prefix, tokenizer.facts) as writer:
+            for number in range(20):
+                ids = [*tokenizer.encode(f"{text} {number} " * (number + 2)), tokenizer.eod_id]
+                writer.add(np.array(ids))
+        return {"name": name, "path": str(prefix), "weight": weight}
+
+    def train(self, steps: int, *, save: bool = True, **tables: dict) -> None:
+        recipe = self._recipe(tables)
+        if self.state.step:
+            self.state = with_changes(self.state, self.recipe, recipe, allow=True)
+        self.recipe = recipe
+        tokenizer = load_tokenizer(recipe.tokenizer)
+        loader = Loader(recipe.data, tokenizer.facts, recipe.run.seed, self.state.data)
+        size = recipe.batch.global_batch_size
+        for _ in range(steps):
+            batches = loader.next_step(
+                global_batch_size=size, micro_batch_size=1, dp_rank=0, dp_size=1
+            )
+            self.served.append(batches)
+        step = self.state.step + steps
+        self.state = RunState(step=step, data=loader.state(), history=self.state.history)
+        if save:
+            self._save()
+
+    def _save(self) -> None:
+        root = self.directory / "run" / "checkpoints"
+        path = root / f"step_{self.state.step:07}"
+        path.mkdir(parents=True)
+        (path / RECIPE_FILE).write_text(dump_toml(self.recipe))
+        (path / STATE_FILE).write_text(self.state.to_json())
+        (root / "latest").write_text(f"{path.name}\n")
+
+    def _recipe(self, tables: dict) -> Recipe:
+        tree = {"tokenizer": {"kind": "bpe", "path": str(self.ranks)}, **tables}
+        return parse_recipe(tree)
+
+
+def phi4_data(*arguments: object) -> str:
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def run(tmp_path: Path, ranks: Path) -> FakeRun:
+    """A blend change, a longer row, a larger batch and a retired source."""
+    run = FakeRun(tmp_path, ranks)
+    cat, mat = run.source("cats", "the cat", 0.3), run.source("mats", "a mat", 0.7)
+    short = {"sequence_length": 8, "unit_tokens": 8}
+    run.train(3, data=short | {"sources": [cat, mat]}, batch={"global_batch_size": 4})
+    turned = [cat | {"weight": 0.7}, mat | {"weight": 0.3}]
+    run.train(2, save=False, data=short | {"sources": turned}, batch={"global_batch_size": 6})
+    long = {"sequence_length": 16, "unit_tokens": 8}
+    hats = run.source("hats", "his hat", 0.6)
+    sources = [mat | {"weight": 0.4}, hats]
+    run.train(2, data=long | {"sources": sources}, batch={"global_batch_size": 5})
+    return run
+
+
+def test_why_names_what_each_step_was_fed(run: FakeRun) -> None:
+    tokenizer = load_tokenizer(run.recipe.tokenizer)
+    for step, batches in enumerate(run.served, start=1):
+        for sample, batch in enumerate(batches):
+            printed = phi4_data(
+                "why", run.directory / "run", "--step", step, "--sample", sample, "--show"
+            )
+            origins, text = printed.split("---\n")
+            assert text == tokenizer.decode(batch.tokens[0]) + "\n"
+            # At least the unit that each 8 tokens of the row begin with.
+            assert origins.count("source '") >= batch.tokens.size // 8
+
+
+def test_why_locates_the_token_in_the_file(run: FakeRun) -> None:
+    printed = phi4_data("why", run.directory / "run", "--step", 1, "--sample", 2)
+    for line in printed.splitlines():
+        found = re.search(r"token (\d+): .*, (\S+)\.bin, document (\d+), offset (\d+)", line)
+        begin, prefix, document, offset = found.groups()
+        token = TokenFile(prefix).document(int(document))[int(offset)]
+        assert token == run.served[0][2].tokens[0, int(begin)]
+
+
+def test_ledger_shows_asked_drawn_and_epochs(run: FakeRun) -> None:
+    printed = phi4_data("ledger", run.directory / "run")
+    assert re.search(r"blend 1: 12 units drawn, weighed by units", printed)
+    assert re.search(r"blend 3: 20 units drawn", printed)
+    assert re.search(r"hats +60\.0000% +60\.0000% +12", printed)
+    total = run.state.data["sources"]["mats"]
+    epochs = total["drawn"] / total["num_units"]
+    assert re.search(rf"mats +{total['drawn']} +{total['num_units']} +{epochs:.3f}", printed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--step", 8, "--sample", 0), "step 8 asked; the run's newest checkpoint is of step 7"),
+        (("--step", 7, "--sample", 5), "sample 5 asked; step 7 had 5, from 0"),
+    ],
+)
+def test_what_the_run_never_served_is_refused(run: FakeRun, arguments, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        phi4_data("why", run.directory / "run", *arguments)
+
+
+def test_a_directory_without_checkpoints_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        phi4_data("ledger", tmp_path)
+
+
+def test_a_step_of_a_10t_run_is_found_in_less_than_a_second() -> None:
+    """From the last ledger alone, 400,000 steps of 5,760 units back."""
+    weights = {"web": 0.15, "rewrites": 0.15, "synthetic": 0.4, "code": 0.2, "acquired": 0.1}
+    sources = {name: SourceCount(10**9) for name in weights}
+    ledger = Ledger(sources, BlendEntry(weights=weights, drawn={}), **RUN)
+    ledger.skip(415_378 * 5760)
+    begun = time.perf_counter()
+    start, between = rewind(parse_state(ledger.state()), 400_000 * 5760)
+    replayed = Ledger(sources, BlendEntry(weights=weights, drawn={}), state=None, **RUN)
+    replayed.skip(between)
+    assert time.perf_counter() - begun < 1
+    assert sum(count.drawn for count in start.sources.values()) == 0
+    assert between == 15_378 * 5760
+    assert replayed.draw(20).source.size == 20
