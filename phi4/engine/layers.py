@@ -6,6 +6,7 @@ and pipeline splitting stay megatron's.
 
 import torch
 import torch.nn.functional as F
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -40,7 +41,12 @@ class SwiGLU(MLP):
 
     def __init__(self, config) -> None:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        super().__init__(config, linears, ffn_hidden_size=config.ffn_hidden_size)
+        super().__init__(
+            config,
+            linears,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=get_tensor_model_parallel_group(),
+        )
 
     def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
         """[S, B, hidden] to the same shape, and no bias.

@@ -13,12 +13,10 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from phi4.config import ParallelConfig, Recipe
-from phi4.engine.layout import Layout, destroy_layout
+from phi4.engine.layout import Layout, create_layout, destroy_layout
 from phi4.engine.model import Phi4Model, build_chunks, seed_random_states, transformer_config
 from phi4.engine.patches import Patches
 
@@ -87,31 +85,11 @@ def paper_rank(
     )
     try:
         with Patches(kind):
-            yield _layout(parallel)
+            # Groups over gloo would wait for the other ranks.
+            yield create_layout(parallel, gloo=False)
     finally:
         destroy_layout()
         dist.destroy_process_group()
-
-
-def _layout(parallel: ParallelConfig) -> Layout:
-    # As create_layout, but gloo's groups would wait for the other ranks.
-    virtual = parallel.virtual_pipeline
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        context_parallel_size=parallel.context,
-        create_gloo_process_groups=False,
-    )
-    return Layout(
-        parallel=parallel,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        cp_rank=parallel_state.get_context_parallel_rank(),
-        dp_rank=0,
-        dp_size=1,
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
-    )
 
 
 def _shape_of(recipe: Recipe, rank: int) -> RankShape:

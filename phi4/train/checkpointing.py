@@ -8,6 +8,7 @@ import msgspec
 from phi4.config import Recipe, dump_toml, recipe_from_toml
 from phi4.engine.checkpoint import (
     complete_checkpoints,
+    host_memory_bytes,
     latest_checkpoint,
     load_checkpoint,
     optimizer_format,
@@ -52,6 +53,7 @@ class Checkpointer(Hook):
         self._engine = engine
         self._source_hashes = source_hashes
         self._gather_bytes = predicted_gather_bytes(engine, ranks_per_host)
+        self._memory_bytes = host_memory_bytes(engine)
         self._say = say
 
     def act(self, progress: Progress) -> None:
@@ -63,6 +65,7 @@ class Checkpointer(Hook):
         form, reason = optimizer_format(
             config,
             self._gather_bytes,
+            self._memory_bytes,
             reshardable_due=resharding > 0 and progress.step % resharding == 0,
         )
         path = save_checkpoint(

@@ -193,7 +193,7 @@ def test_manifest_of_another_version_is_refused(saved: Path) -> None:
 )
 def test_optimizer_format_follows_the_memory(asked, gather_bytes, due, form) -> None:
     config = CheckpointConfig(optimizer_format=asked)
-    assert optimizer_format(config, gather_bytes, reshardable_due=due)[0] == form
+    assert optimizer_format(config, gather_bytes, 10**12, reshardable_due=due)[0] == form
 
 
 def test_place_without_checkpoint_says_what_to_give(tmp_path: Path) -> None:

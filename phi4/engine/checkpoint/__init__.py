@@ -10,6 +10,7 @@ from phi4.engine.checkpoint.directory import (
 )
 from phi4.engine.checkpoint.manifest import Manifest
 from phi4.engine.checkpoint.state import (
+    host_memory_bytes,
     load_checkpoint,
     optimizer_format,
     predicted_gather_bytes,
@@ -23,6 +24,7 @@ __all__ = [
     "checkpoint_name",
     "complete_checkpoints",
     "find_checkpoint",
+    "host_memory_bytes",
     "latest_checkpoint",
     "load_checkpoint",
     "optimizer_format",

@@ -38,22 +38,50 @@ GATHER_BYTES_PER_PARAMETER = 12
 
 
 def predicted_gather_bytes(engine: Engine, ranks_per_host: int) -> int:
-    """Host memory that a `full` save takes on one machine."""
+    """Host memory that a `full` save takes on the machine that needs most, the same on every rank.
+
+    Collectives: one all-reduce of a number over all ranks.
+    """
     if not engine.recipe.parallel.distributed_optimizer:
         return 0
     parameters = sum(p.numel() for chunk in engine.bare_chunks for p in chunk.parameters())
-    return GATHER_BYTES_PER_PARAMETER * parameters * ranks_per_host
+    needed = torch.tensor(
+        GATHER_BYTES_PER_PARAMETER * parameters * ranks_per_host, device=engine.platform.device
+    )
+    dist.all_reduce(needed, op=dist.ReduceOp.MAX)
+    return int(needed)
+
+
+def host_memory_bytes(engine: Engine) -> int:
+    """Memory of the smallest machine of the run.
+
+    Collectives: one all-reduce of a number over all ranks.
+    """
+    found = torch.tensor(psutil.virtual_memory().total, device=engine.platform.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found)
 
 
 def optimizer_format(
-    config: CheckpointConfig, gather_bytes: int, *, reshardable_due: bool = False
+    config: CheckpointConfig,
+    gather_bytes: int,
+    memory_bytes: int,
+    *,
+    reshardable_due: bool = False,
 ) -> tuple[OptimizerFormat, str]:
-    """The format of the next save, and why."""
+    """The format of the next save, and why.
+
+    Args:
+        config: asks for one, or for auto.
+        gather_bytes: from `predicted_gather_bytes`.
+        memory_bytes: from `host_memory_bytes`; both agreed, so that all ranks choose alike.
+        reshardable_due: take full this time even if it does not fit the share.
+    """
     if config.optimizer_format != "auto":
         return config.optimizer_format, f"checkpoint.optimizer_format={config.optimizer_format}"
     if gather_bytes == 0:
         return "full", "nothing is gathered without the distributed optimizer"
-    room = config.host_memory_share * psutil.virtual_memory().total
+    room = config.host_memory_share * memory_bytes
     sizes = f"gathers {gather_bytes / 2**30:.1f} GiB per host, {room / 2**30:.1f} GiB allowed"
     if gather_bytes <= room:
         return "full", sizes
