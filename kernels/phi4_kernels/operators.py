@@ -26,7 +26,12 @@ def register(op: str, step: str, schema: str, fake: Callable[..., Any]) -> Any:
 
     def launch(*args: Any) -> Any:
         *inputs, implementation = args
-        return getattr(registry.implementation(op, implementation), step)(*inputs)
+        run, device = getattr(registry.implementation(op, implementation), step), inputs[0].device
+        if device.type == "cpu" or device.index == torch.cuda.current_device():
+            return run(*inputs)
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device(device):
+            return run(*inputs)
 
     torch.library.define(f"phi4::{name}", signature)
     torch.library.impl(f"phi4::{name}", ("cpu", "cuda"))(launch)

@@ -35,8 +35,9 @@ class Case:
     """Inputs and incoming gradients have gaps between their rows."""
 
     def generator(self) -> torch.Generator:
-        """A generator whose seed is the case's name: the same numbers on every machine."""
-        return torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        """A generator on the default device, seeded by the case's name: runs draw alike."""
+        device = torch.get_default_device()
+        return torch.Generator(device).manual_seed(zlib.crc32(self.name.encode()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ class Entry:
     """Per timed pass: `forward`, and `backward` where there is one."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     differentiable: bool = True
+    timed: Callable[..., Any] | None = None
+    """What the benchmark's forward calls instead, where `function` does more than the op."""
 
 
 @cache

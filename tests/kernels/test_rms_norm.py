@@ -6,7 +6,7 @@ import torch.distributed as dist
 from phi4_kernels.rms_norm import add_rms_norm, rms_norm
 from phi4_kernels.swiglu import swiglu, swiglu_linear
 
-from tests.support.ranks import run_ranks
+from tests.support.ranks import gloo_group, run_ranks
 
 ROWS, HIDDEN = 6, 32
 
@@ -18,11 +18,12 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def split_rows_gradient(rank: int, world_size: int) -> None:
-    dist.init_process_group("gloo")
     x, dy, weight = inputs()
     halves = [slice(part * ROWS // world_size, (part + 1) * ROWS // world_size) for part in (0, 1)]
+    mine = halves[rank]
     weight.requires_grad_()
-    rms_norm(x[halves[rank]], weight, 1e-5, grad_group=dist.group.WORLD).backward(dy[halves[rank]])
+    with gloo_group(rank, world_size):
+        rms_norm(x[mine], weight, 1e-5, grad_group=dist.group.WORLD).backward(dy[mine])
     partial = []
     for half in halves:
         wide = weight.detach().float().requires_grad_()

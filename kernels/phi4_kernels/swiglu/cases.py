@@ -98,11 +98,12 @@ def _cost(passes: dict[str, tuple[int, int, int]]) -> Any:
 
 _ROWWISE, _BOTH = _fp8(False), _fp8(True)
 _FP8_PROOF = tuple(case for case in _PROOF if case.name != "w17920")
-_COMMON = {"op": "swiglu", "shipped_cases": _SHIPPED, "bench_cases": _BENCH}
+_COMMON = {"op": "swiglu", "shipped_cases": _SHIPPED}
 
 ENTRIES = (
     Entry(
         name="swiglu",
+        bench_cases=_BENCH,
         proof_cases=_PROOF,
         function=op.swiglu,
         reference=reference.swiglu,
@@ -112,6 +113,7 @@ ENTRIES = (
     ),
     Entry(
         name="swiglu_backward",
+        bench_cases=_BENCH[-1:],
         proof_cases=_PROOF,
         function=_backward,
         reference=reference.swiglu_backward,
@@ -133,6 +135,7 @@ ENTRIES = (
     ),
     Entry(
         name="swiglu_fp8",
+        bench_cases=_BENCH[-1:],
         proof_cases=_FP8_PROOF,
         function=_ROWWISE[0],
         reference=_ROWWISE[1],
@@ -143,6 +146,7 @@ ENTRIES = (
     ),
     Entry(
         name="swiglu_fp8_columnwise",
+        bench_cases=_BENCH[-1:],
         proof_cases=_FP8_PROOF,
         function=_BOTH[0],
         reference=_BOTH[1],

@@ -31,7 +31,7 @@ def rows(
     Args:
         shape: at least one dimension.
         dtype: what the numbers are rounded to.
-        generator: on the CPU, so that every device draws the same.
+        generator: on the default device.
         low, high: bounds of the scales.
         strided: leave a gap after each row.
     """

@@ -30,7 +30,8 @@ def converted(inputs: Inputs, convert: Callable[[Tensor], Tensor]) -> Inputs:
     )
 
 
-def _double(tensor: Tensor) -> Tensor:
+def doubled(tensor: Tensor) -> Tensor:
+    """The tensor in fp64 where it holds floats."""
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
@@ -126,7 +127,7 @@ def check(
     eager = evaluate(entry.reference, inputs, gradients)
     truth = evaluate(
         entry.reference,
-        converted(inputs, _double),
+        converted(inputs, doubled),
         None if gradients is None else tuple(gradient.double() for gradient in gradients),
     )
     ours, again = run(entry, case, dtype, implementation, device)

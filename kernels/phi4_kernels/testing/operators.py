@@ -1,5 +1,6 @@
 """Finds the registered operators that an entry runs, and puts each through torch's opcheck."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check(entry: Entry, case: Case, dtype: torch.dtype) -> list[str]:
+def check(entry: Entry, case: Case, dtype: torch.dtype, device: str = "cpu") -> list[str]:
     """Check schema, fake tensors and tracing of all operators that the entry's case runs.
 
     Returns:
@@ -34,9 +35,9 @@ def check(entry: Entry, case: Case, dtype: torch.dtype) -> list[str]:
     """
     inputs = entry.make(case, dtype)
     gradients = numerics.incoming(entry, case, inputs)
-    function = lambda **arguments: entry.function(**arguments, implementation="triton")  # noqa: E731
+    function = partial(entry.function, implementation="triton")
     with _Recorder() as recorder:
-        numerics.evaluate(function, inputs, gradients)
+        numerics.evaluate(function, inputs, gradients, partial(numerics.copied, device=device))
     for operator, arguments in recorder.calls.values():
         torch.library.opcheck(operator, arguments)
     return list(recorder.calls)

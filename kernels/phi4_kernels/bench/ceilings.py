@@ -1,0 +1,36 @@
+"""What this device can do: copy rate and matrix rate, measured in the run that they judge."""
+
+from dataclasses import dataclass
+
+import torch
+
+from phi4_kernels.bench.timing import sample_seconds
+
+_COPY_BYTES = 2**31
+_MATMUL = 8192
+_SAMPLES = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Rates that no kernel of this run is expected to exceed."""
+
+    bytes_per_second: float
+    """Device-to-device copy, bytes read plus bytes written."""
+    flops_per_second: float
+    """Dense bf16 matrix product on random data (zeros run faster)."""
+
+
+NOMINAL = Ceilings(4.3e12, 790e12)
+"""An H200 as measured elsewhere: for floors on a machine without a GPU."""
+
+
+def measure() -> Ceilings:
+    """Measure both on the current CUDA device."""
+    source = torch.randint(256, (_COPY_BYTES,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    a, b = (torch.randn(_MATMUL, _MATMUL, device="cuda").bfloat16() for _ in range(2))
+    copy = sample_seconds({"copy": lambda: target.copy_(source)}, _SAMPLES)["copy"]
+    matmul = sample_seconds({"matmul": lambda: a @ b}, _SAMPLES)["matmul"]
+    median = _SAMPLES // 2
+    return Ceilings(2 * _COPY_BYTES / sorted(copy)[median], 2 * _MATMUL**3 / sorted(matmul)[median])

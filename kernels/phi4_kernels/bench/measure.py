@@ -1,0 +1,231 @@
+"""Measures one pass of one case for all its providers, and makes the rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.bench import providers, timing
+from phi4_kernels.bench.ceilings import Ceilings
+from phi4_kernels.errors import GateError, KernelError
+from phi4_kernels.registry import Case, Cost, Entry, Inputs
+from phi4_kernels.testing import error_rule, numerics, rows
+
+NUM_SAMPLES = 50
+_POSSIBLE = 1.12
+"""Datasheet bandwidth over measured copy rate, on H100 and H200 alike: faster is a mistake."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One provider's function, and whether its results meet the error rule."""
+
+    name: str
+    run: Callable[..., Any]
+    is_right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One thing to time."""
+
+    entry: Entry
+    case: Case
+    dtype: torch.dtype
+    mode: str
+    cost: Cost
+
+
+def variants(entry: Entry, ours: str, against: list[str]) -> tuple[list[Variant], list[str]]:
+    """Ours and the providers that are here, and why the others are not."""
+    own = partial(entry.timed or entry.function, implementation=ours)
+    found, absent = [Variant(ours, own, True)], []
+    for name in against:
+        try:
+            run = providers.function(name, entry)
+            found.append(Variant(name, run, _is_right(entry, run)))
+        except Exception as error:  # a foreign package may fail in any way; ours goes on
+            absent.append(f"{name}: {error}")
+    return found, absent
+
+
+def _is_right(entry: Entry, run: Callable[..., Any]) -> bool:
+    """Forward of the first proof case, by the error rule."""
+    case = entry.proof_cases[0]
+    inputs = _moved(entry.make(case, torch.bfloat16))
+    truth = numerics.evaluate(entry.reference, numerics.converted(inputs, numerics.doubled), None)
+    eager = numerics.evaluate(entry.reference, inputs, None)
+    ours = numerics.evaluate(run, inputs, None)
+    try:
+        for name, exact in truth.items():
+            error_rule.check(name, ours[name], eager[name], exact)
+    except GateError:
+        return False
+    return True
+
+
+def _moved(inputs: Inputs) -> Inputs:
+    return numerics.converted(inputs, partial(numerics.copied, device="cuda"))
+
+
+def _drawn(task: Pass) -> Inputs:
+    """Inputs drawn on the GPU: billions of numbers take the CPU minutes."""
+    with torch.device("cuda"):
+        return _moved(task.entry.make(task.case, task.dtype))
+
+
+def _prepared(
+    task: Pass, run: Callable[..., Any], sets: list[Inputs], stream: torch.cuda.Stream
+) -> list[Callable[[], Any]]:
+    """One call per input set: forward without autograd, or backward of a graph already built."""
+    if task.mode == "forward":
+        return [partial(_forward, run, inputs) for inputs in sets]
+    with torch.cuda.stream(stream):
+        return [_backward(run, inputs) for inputs in sets]
+
+
+def _forward(run: Callable[..., Any], inputs: Inputs) -> Any:
+    with torch.no_grad():
+        return run(**inputs.tensors, **inputs.constants)
+
+
+def _backward(run: Callable[..., Any], inputs: Inputs) -> Callable[[], Any]:
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
+    # The op may overwrite an activation but not a leaf; * 1 is outside what is timed.
+    activations = {name: leaf * 1 for name, leaf in leaves.items()}
+    outputs = numerics.outputs_of(run(**activations, **inputs.constants))
+    gradients = [torch.randn_like(output) for output in outputs]
+    wanted = list(activations.values())
+    return partial(
+        torch.autograd.grad, outputs, wanted, gradients, retain_graph=True, allow_unused=True
+    )
+
+
+def _memory(task: Pass, run: Callable[..., Any], inputs: Inputs) -> dict[str, int]:
+    """Peak bytes over the inputs, and bytes that autograd keeps besides them."""
+    given = {tensor.data_ptr() for tensor in inputs.tensors.values()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    leaves = {
+        name: t.clone().requires_grad_(task.entry.differentiable)
+        for name, t in inputs.tensors.items()
+    }
+    activations = {name: leaf * 1 for name, leaf in leaves.items()}
+    given |= {t.untyped_storage().data_ptr() for t in (*leaves.values(), *activations.values())}
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = run(**activations, **inputs.constants)
+    peak = torch.cuda.max_memory_allocated() - before
+    del outputs
+    return {"peak_bytes": peak, "saved_bytes": sum(saved.values())}
+
+
+def measure(task: Pass, found: list[Variant], ceilings: Ceilings) -> list[dict[str, Any]]:
+    """Time all variants of a pass, interleaved.
+
+    Raises:
+        GateError: a time is under the floor, so the measurement is wrong.
+    """
+    floor = task.cost.floor_seconds(ceilings.bytes_per_second, ceilings.flops_per_second)
+    num_sets = timing.num_input_sets(task.cost.bytes)
+    sets = [_drawn(task) for _ in range(num_sets)]
+    stream, replays, calls = torch.cuda.Stream(), {}, {}
+    count = num_sets * timing.repeats(floor, num_sets)
+    for variant in found:
+        try:
+            calls[variant.name] = _prepared(task, variant.run, sets, stream)
+            for call in calls[variant.name]:
+                call()
+            torch.cuda.synchronize()
+            replays[variant.name] = timing.captured(
+                calls[variant.name] * (count // num_sets), stream
+            )
+        except Exception as error:  # a foreign provider may refuse a graph; ours must not
+            if variant is found[0]:
+                raise
+            print(f"  {variant.name}: not timed, {type(error).__name__}: {error}")
+    times = timing.sample_seconds(replays, NUM_SAMPLES)
+    return [
+        _row(task, variant, [t / count for t in times[variant.name]], floor, ceilings)
+        | _memory(task, variant.run, sets[0])
+        | {
+            "host_us": round(timing.host_seconds(calls[variant.name][0]) * 1e6, 2),
+            "input_sets": num_sets,
+        }
+        for variant in found
+        if variant.name in times
+    ]
+
+
+def _row(
+    task: Pass, variant: Variant, seconds: list[float], floor: float, ceilings: Ceilings
+) -> dict[str, Any]:
+    median = timing.percentile(seconds, 50)
+    if floor > _POSSIBLE * median:
+        raise GateError(
+            f"{task.entry.name} {task.mode} by {variant.name} took {median * 1e6:.1f} us; expected "
+            f"at least {floor / _POSSIBLE * 1e6:.1f} us; the timing or the byte formula is wrong"
+        )
+    return {
+        "op": task.entry.name,
+        "mode": task.mode,
+        "case": task.case.name,
+        "dtype": str(task.dtype).removeprefix("torch."),
+        "provider": variant.name,
+        "meets_error_rule": variant.is_right,
+        **{f"p{q}_us": round(timing.percentile(seconds, q) * 1e6, 3) for q in (20, 50, 80)},
+        "floor_us": round(floor * 1e6, 3),
+        "percent_of_floor": round(100 * floor / median, 1),
+        "bytes": task.cost.bytes,
+        "flops": task.cost.flops,
+        "formula": task.cost.formula,
+        "copy_bytes_per_second": round(ceilings.bytes_per_second),
+        "matmul_flops_per_second": round(ceilings.flops_per_second),
+        "num_samples": len(seconds),
+        **rows.machine(),
+    }
+
+
+def best_of_torch(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Make `torch` the faster of eager and compile; both keep a row, `compile` under its name."""
+    plain = {row["provider"]: row for row in measured if row["provider"] in ("torch", "compile")}
+    if not plain:
+        return measured
+    fastest = min(plain.values(), key=lambda row: row["p50_us"])
+    way = "eager" if fastest["provider"] == "torch" else "compile"
+    others = [row for row in measured if row["provider"] not in plain]
+    slower = [row | {"provider": _WAYS[name]} for name, row in plain.items() if row is not fastest]
+    return [*others, fastest | {"provider": "torch", "way": way}, *slower]
+
+
+_WAYS = {"torch": "torch-eager", "compile": "torch-compile"}
+
+
+def passes(entry: Entry, dtype: torch.dtype) -> list[Pass]:
+    """All passes of an entry's bench cases."""
+    return [
+        Pass(entry, case, dtype, mode, cost)
+        for case in entry.bench_cases
+        for mode, cost in entry.cost(case, dtype).items()
+    ]
+
+
+def require_green(entry: Entry, implementation: str) -> None:
+    """Raise GateError unless every numeric check of the entry is green on this GPU."""
+    from phi4_kernels.testing import gates
+
+    for check in gates.names(entry):
+        try:
+            gates.check_numbers(*check, implementation, "cuda")
+        except KernelError as error:
+            raise GateError(f"{'/'.join(check)} is red, so nothing is timed: {error}") from error

@@ -1,0 +1,15 @@
+"""The definition of an op through torch.compile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from phi4_kernels.registry import Entry, entries
+
+
+def _compiled(entry: Entry) -> Callable[..., Any]:
+    return torch.compile(entry.reference, fullgraph=True, dynamic=False)
+
+
+FUNCTIONS = dict.fromkeys(entries(), _compiled)

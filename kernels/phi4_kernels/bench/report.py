@@ -1,0 +1,118 @@
+"""BENCHMARKS.md and the roofline picture, from the committed rows and nothing else."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi4_kernels import registry
+from phi4_kernels.bench import ceilings, measure
+
+ROOT = registry.ROOT.parent.parent
+ROWS = ROOT / "benchmarks" / "kernels.jsonl"
+PAGE = ROOT / "BENCHMARKS.md"
+PICTURE = ROOT / "benchmarks" / "roofline.png"
+
+_HEAD = """# Benchmarks of the kernels
+
+Generated from `benchmarks/kernels.jsonl` by `make bench ARGS=--report`; do not edit.
+
+Every row is a median over interleaved CUDA-graph replays with inputs rotated past L2. The floor is
+the least bytes of the pass over the copy rate that the same run measured; a kernel at 100% moves
+each byte once, as fast as a copy does. No row is written while the op's numeric checks are red.
+"""
+_NONE = """
+## Measured
+
+No row yet: these kernels have been proven under the interpreter and compiled for sm_90, and have
+not been timed on a GPU. `make gpu` on a machine with one writes the rows.
+"""
+
+
+def load() -> list[dict[str, Any]]:
+    """All committed rows, oldest first."""
+    if not ROWS.exists():
+        return []
+    return [json.loads(line) for line in ROWS.read_text().splitlines() if line]
+
+
+def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest row of each device, op, mode, case, dtype and provider."""
+    keys = ("device", "op", "mode", "case", "dtype", "provider")
+    return list({tuple(row[key] for key in keys): row for row in rows}.values())
+
+
+def table(head: list[str], lines: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    body = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in body) + "\n"
+
+
+def floors(op: str | None = None) -> str:
+    """The analytic floors of all bench cases in bf16."""
+    rates = ceilings.NOMINAL
+    lines = [
+        [
+            task.entry.name,
+            task.mode,
+            task.case.name,
+            task.cost.formula,
+            f"{task.cost.bytes / 1e6:.1f}",
+            f"{1e6 * task.cost.floor_seconds(rates.bytes_per_second, rates.flops_per_second):.1f}",
+        ]
+        for entry in registry.entries().values()
+        if op in (None, entry.op)
+        for task in measure.passes(entry, torch.bfloat16)
+    ]
+    return table(["op", "pass", "case", "least bytes", "MB", "floor, us"], lines)
+
+
+def _measured(rows: list[dict[str, Any]]) -> str:
+    parts = []
+    for device in sorted({row["device"] for row in rows}):
+        mine = [row for row in rows if row["device"] == device]
+        lines = [
+            [
+                *(row[key] for key in ("op", "mode", "case", "dtype")),
+                row["provider"] + ("" if row["meets_error_rule"] else " (fails the error rule)"),
+                f"{row['p50_us']:.1f} ({row['p20_us']:.1f} to {row['p80_us']:.1f})",
+                f"{row['percent_of_floor']:.0f}%",
+                f"{row['host_us']:.0f}",
+                f"{row['saved_bytes'] / 1e6:.0f}",
+                row["commit"],
+            ]
+            for row in sorted(mine, key=lambda r: (r["op"], r["mode"], r["case"], r["p50_us"]))
+        ]
+        head = ["op", "pass", "case", "dtype", "provider", "p50 (p20 to p80), us"]
+        head += ["of floor", "host, us", "saved, MB", "commit"]
+        last = mine[-1]
+        parts.append(
+            f"\n## {device}\n\nCopy {last['copy_bytes_per_second'] / 1e12:.2f} TB/s, bf16 matmul "
+            f"{last['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s, driver {last['driver']}, torch "
+            f"{last['torch']}, triton {last['triton']}.\n\n{table(head, lines)}"
+        )
+    return "".join(parts) + "\n![roofline](benchmarks/roofline.png)\n"
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """BENCHMARKS.md."""
+    rates = ceilings.NOMINAL
+    about = (
+        f"\n## Floors\n\nArithmetic, not measurements: bf16, one H200 taken to copy at "
+        f"{rates.bytes_per_second / 1e12:.1f} TB/s.\n\n"
+    )
+    return _HEAD + (_measured(latest(rows)) if rows else _NONE) + about + floors()
+
+
+def write() -> list[Path]:
+    """Write the page, and the picture where there are rows."""
+    rows = load()
+    PAGE.write_text(page(rows))
+    if not rows:
+        return [PAGE]
+    from phi4_kernels.bench.providers import pictures
+
+    pictures.roofline(latest(rows), PICTURE)
+    return [PAGE, PICTURE]

@@ -1,0 +1,76 @@
+"""Times kernels on a GPU: CUDA graphs over rotated inputs, variants interleaved launch by launch.
+
+A graph replays all input sets back to back, so the host's gaps are outside the number and no set
+is still in L2 when its turn comes again. Variants alternate, so drifting clocks hit all alike.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_L2_TURNOVER = 3
+_MIN_REPLAY_SECONDS = 1e-3
+_WARMUP = 3
+_HOST_CALLS = 30
+
+
+def num_input_sets(bytes_per_set: int) -> int:
+    """Input sets that together are several times the L2 cache."""
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, -(-_L2_TURNOVER * l2_bytes // max(bytes_per_set, 1)))
+
+
+def sample_seconds(
+    variants: dict[str, Callable[[], Any]], num_samples: int
+) -> dict[str, list[float]]:
+    """Event-timed seconds of each call, the variants taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for run in variants.values():
+        for _ in range(_WARMUP):
+            run()
+    torch.cuda.synchronize()
+    for sample in range(num_samples):
+        shift = sample % len(names)
+        for name in names[shift:] + names[:shift]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            variants[name]()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) / 1e3)
+    return times
+
+
+def captured(calls: list[Callable[[], Any]], stream: torch.cuda.Stream) -> Callable[[], Any]:
+    """A graph that makes all calls in order."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def repeats(floor_seconds: float, num_calls: int) -> int:
+    """How often a graph makes its calls, so that a replay outlasts the clock's grain."""
+    return max(1, int(_MIN_REPLAY_SECONDS / max(floor_seconds * num_calls, 1e-9)))
+
+
+def host_seconds(call: Callable[[], Any]) -> float:
+    """Median time that a call keeps the host, launches not awaited."""
+    times = []
+    torch.cuda.synchronize()
+    for _ in range(_HOST_CALLS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return sorted(times)[_HOST_CALLS // 2]
+
+
+def percentile(times: list[float], percent: int) -> float:
+    """The smallest sample that `percent` percent of the samples do not exceed."""
+    ordered = sorted(times)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
