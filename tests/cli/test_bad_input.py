@@ -1,64 +1,14 @@
 """Wrong input to `phi4 train`: one clear line, exit code 2, nothing written over."""
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from phi4.cli import main
-from phi4.config import TokenizerConfig, dump_toml
-from phi4.data.bpe import train_bpe
-from phi4.data.token_writer import TokenFileWriter
-from phi4.data.tokenizer import TokenizerFacts, load_tokenizer, rank_file_bytes
-from tests.support.engines import tiny_recipe
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a recipe, its data, and a run of two steps with two checkpoints."""
-    root = tmp_path_factory.mktemp("run")
-    ranks = root / "bpe.tiktoken"
-    ranks.write_bytes(rank_file_bytes(train_bpe([__doc__ * 9], 360)))
-    tokenizer = TokenizerConfig(kind="bpe", path=str(ranks))
-    _write_tokens(root / "tokens", load_tokenizer(tokenizer).facts)
-    recipe = tiny_recipe(
-        "run.dir=run",
-        "run.steps=2",
-        "checkpoint.every=1",
-        "tokenizer.kind=bpe",
-        "tokenizer.path=bpe.tiktoken",
-        "model.vocab_size=360",
-        "model.num_layers=2",
-        "data.sources=[{name='a', path='tokens'}]",
-    )
-    (root / "recipe.toml").write_text(dump_toml(recipe))
-    result = _train(root)
-    assert result.returncode == 0, result.stderr
-    return root
-
-
-@pytest.fixture
-def copy(run: Path, tmp_path: Path) -> Path:
-    """The run, to be damaged."""
-    target = tmp_path / "copy"
-    shutil.copytree(run, target)
-    return target
-
-
-def _write_tokens(prefix: Path, facts: TokenizerFacts, first_id: int = 1) -> None:
-    random = np.random.default_rng(0)
-    with TokenFileWriter(prefix, facts) as writer:
-        for _ in range(40):
-            body = random.integers(first_id, first_id + 200, 60)
-            writer.add(np.append(body, facts.eod_id).astype(np.int32))
-
-
-def _train(root: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "phi4", "train", "recipe.toml", *arguments]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+from phi4.config import TokenizerConfig
+from phi4.data.tokenizer import load_tokenizer
+from tests.support.runs import train
 
 
 def _files(root: Path) -> dict[str, bytes]:
@@ -68,7 +18,7 @@ def _files(root: Path) -> dict[str, bytes]:
 def _refused(copy: Path, *arguments: str) -> str:
     """The one line of a refusal that left every file as it was."""
     before = _files(copy)
-    result = _train(copy, *arguments)
+    result = train(copy, *arguments)
     assert result.returncode == 2, result.stderr + result.stdout
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, result.stderr
@@ -134,7 +84,7 @@ def test_token_beyond_the_vocabulary_is_named(copy: Path) -> None:
     ids = np.fromfile(path, dtype=np.int32)
     ids[:] = facts.vocab_size + 7
     ids.tofile(path)
-    result = _train(copy, "run.dir=new")
+    result = train(copy, "run.dir=new")
     assert result.returncode == 2
     assert str(facts.vocab_size + 7) in result.stderr and "document" in result.stderr
 
@@ -157,7 +107,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(damage: str, copy: Path
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 1
         victim.write_bytes(content)
-    result = _train(copy)
+    result = train(copy)
     assert result.returncode == 0, result.stderr
     assert f"cannot resume from {victim.parent.relative_to(copy)}" in result.stdout
     assert "resumed from" in result.stdout and "(step 1)" in result.stdout

@@ -1,0 +1,105 @@
+"""A rank that dies, a signal, another launcher: real processes of `phi4 train`."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.runs import command, train
+
+LONG = ("run.steps=5000", "parallel.pipeline=2", "run.dir=long", "checkpoint.every=0")
+
+
+@contextmanager
+def _training(root: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:
+    """A run of two ranks that has done its first steps, and its ranks."""
+    out = (root / "out").open("w")
+    launcher = subprocess.Popen(command(*LONG), cwd=root, stdout=out, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 90
+        while not re.search(r"step \d+/", (root / "out").read_text()):
+            assert time.monotonic() < deadline and launcher.poll() is None
+            time.sleep(0.1)
+        children = psutil.Process(launcher.pid).children(recursive=True)
+        yield launcher, [p for p in children if "RANK" in p.environ()]
+    finally:
+        launcher.kill()
+        launcher.wait()
+        out.close()
+
+
+def _ends(launcher: subprocess.Popen, ranks: list[psutil.Process]) -> tuple[int, str]:
+    started = time.monotonic()
+    _, errors = launcher.communicate(timeout=30)
+    assert time.monotonic() - started < 10
+    assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return launcher.returncode, errors.decode()
+
+
+@pytest.mark.slow
+def test_killed_rank_ends_the_run_and_is_named(copy: Path) -> None:
+    with _training(copy) as (launcher, ranks):
+        victim = next(p for p in ranks if p.environ()["RANK"] == "1")
+        victim.kill()
+        code, errors = _ends(launcher, ranks)
+    assert code == 128 + signal.SIGKILL
+    assert errors.strip().splitlines()[-1].startswith("rank 1 of 2 was killed by signal 9")
+
+
+@pytest.mark.slow
+def test_interrupt_ends_the_run_and_the_record_stays_readable(copy: Path) -> None:
+    from phi4.track import read_metrics
+
+    with _training(copy) as (launcher, ranks):
+        launcher.send_signal(signal.SIGINT)
+        code, errors = _ends(launcher, ranks)
+    assert code == 130 and "interrupted" in errors
+    assert read_metrics(copy / "long/metrics.jsonl")[0]["step"] == 1
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_same_command(copy: Path) -> None:
+    torchrun = Path(sys.executable).with_name("torchrun")
+    arguments = command("run.dir=torchrun", "parallel.tensor=2")[1:]
+    result = subprocess.run(
+        [torchrun, "--standalone", "--nproc-per-node=2", *arguments],
+        cwd=copy,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stdout and "layout: tensor 2" in result.stdout
+
+
+@pytest.mark.slow
+def test_torchrun_with_the_wrong_number_is_refused(copy: Path) -> None:
+    torchrun = Path(sys.executable).with_name("torchrun")
+    result = subprocess.run(
+        [torchrun, "--standalone", "--nproc-per-node=2", *command("run.dir=x")[1:]],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "2 processes were started" in result.stderr
+
+
+def test_finished_run_has_nothing_to_do(copy: Path) -> None:
+    before = (copy / "run/metrics.jsonl").read_bytes()
+    result = train(copy)
+    assert result.returncode == 0, result.stderr
+    assert "(step 2)" in result.stdout
+    assert (copy / "run/metrics.jsonl").read_bytes() == before
