@@ -63,7 +63,7 @@ def open_checkpoint(recipe: Recipe, checkpoint: Path, platform: Platform) -> Eng
 
     Collectives: those of building the engine, of `verify_checkpoint` and of `load_checkpoint`.
     """
-    engine = Engine(recipe, platform, trains=False)
+    engine = Engine(recipe, platform, trains=False, draws_weights=False)
     manifest = verify_checkpoint(engine, checkpoint)
     load_checkpoint(engine, checkpoint, manifest, optimizer=False)
     return engine
@@ -132,7 +132,7 @@ def import_hf(
     check(recipe, platform.world_size)
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise CheckpointError(f"{root} exists and is not empty; name a new directory")
-    engine = Engine(recipe, platform, trains=False)
+    engine = Engine(recipe, platform, trains=False, draws_weights=False)
     engine.load_whole_parameters(dict(stream()))
     files = {RECIPE_FILE: dump_toml(recipe), STATE_FILE: RunState().to_json()}
     checkpoint = save_checkpoint(engine, root, 0, form="none", keep=1, files=files, data={})

@@ -4,6 +4,7 @@ Entering megatron-core always happens inside `Patches`; nothing outside this cla
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -22,7 +23,7 @@ from phi4.engine.model import (
 from phi4.engine.objective import Objective
 from phi4.engine.optimizer import build_optimizer, wrap_data_parallel
 from phi4.engine.patches import Patches
-from phi4.engine.placement import HostBatch, MicroBatch, place
+from phi4.engine.placement import HostBatch, MicroBatches, place
 from phi4.engine.platform import Platform
 from phi4.engine.precision import torch_dtype
 from phi4.engine.spec import choose
@@ -36,6 +37,7 @@ class Engine:
         recipe: checked against the rules and the world size.
         platform: where this process runs.
         trains: False builds no gradient buffers and no optimizer.
+        draws_weights: False leaves the weights to a checkpoint that is loaded next.
         patches: for tests; the platform's own by default.
 
     Collectives: creation of the process groups, one all-gather of optimizer group names.
@@ -47,6 +49,7 @@ class Engine:
         platform: Platform,
         *,
         trains: bool = True,
+        draws_weights: bool = True,
         patches: Patches | None = None,
     ) -> None:
         self.recipe = recipe
@@ -58,7 +61,8 @@ class Engine:
             seed_random_states(recipe.run.seed)
             self.config = transformer_config(recipe, frees_stage_outputs=platform.kind == "cuda")
             self.bare_chunks = build_chunks(recipe, self.layout, self.config)
-            initialise(self.bare_chunks, recipe.model, recipe.run.seed, self.layout)
+            if draws_weights:
+                initialise(self.bare_chunks, recipe.model, recipe.run.seed, self.layout)
             self.chunks: list[torch.nn.Module] = list(self.bare_chunks)
             self.optimizer = None
             if trains:
@@ -103,13 +107,17 @@ class Engine:
             local = steps.logits(self.chunks, self.place(batches), self.layout)
             return [self._whole_logits(piece) for piece in local]
 
-    def place(self, batches: Sequence[HostBatch]) -> list[MicroBatch]:
-        """Host batches as this rank's slices on its device."""
-        dtype = torch_dtype(self.recipe.precision)
-        return [
-            place(batch, self.layout, self.recipe.model, dtype, self.platform.device)
-            for batch in batches
-        ]
+    def place(self, batches: Sequence[HostBatch]) -> MicroBatches:
+        """Host batches as this rank's slices on its device, each when its turn comes."""
+        recipe = self.recipe
+        place_one = partial(
+            place,
+            layout=self.layout,
+            model=recipe.model,
+            dtype=torch_dtype(recipe.precision),
+            device=self.platform.device,
+        )
+        return MicroBatches(batches, place_one)
 
     def whole_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(global name, whole tensor) of this pipeline stage, the same on every tensor rank.

@@ -5,6 +5,7 @@ rows flattened in row order, every row start a boundary. megatron's own `thd` fo
 its RoPE and context split assume that documents divide by the context size.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +69,31 @@ class MicroBatch:
     labels_BS: torch.Tensor
     loss_mask_BS: torch.Tensor
     documents: Documents
+
+
+class MicroBatches:
+    """The micro-batches of a step, placed on the device one by one.
+
+    A step's RoPE tables would fill gigabytes if they lived together. Every model chunk walks
+    through the batches for itself.
+    """
+
+    def __init__(
+        self, batches: Sequence[HostBatch], place_one: Callable[[HostBatch], MicroBatch]
+    ) -> None:
+        self._batches = batches
+        self._place_one = place_one
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return map(self._place_one, self._batches)
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """(rows of a micro-batch, tokens of a whole row)."""
+        return self._batches[0].tokens.shape
 
 
 def place(

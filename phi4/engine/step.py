@@ -19,7 +19,7 @@ from phi4.engine.layout import Layout
 from phi4.engine.objective import Loss, Objective, make_segment_sum
 from phi4.engine.optimizer import set_learning_rate
 from phi4.engine.patches import without_rewriting
-from phi4.engine.placement import MicroBatch
+from phi4.engine.placement import MicroBatch, MicroBatches
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Totals:
 def train_step(
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    batches: Sequence[MicroBatch],
+    batches: MicroBatches,
     objective: Objective,
     layout: Layout,
     *,
@@ -88,7 +88,7 @@ def train_step(
     Collectives: those of the schedule, the gradient reduction over data and context ranks, the norm
     over model ranks, one all-reduce of the totals over all ranks.
     """
-    totals = Totals(objective.metric_names, batches[0].tokens_BS.device)
+    totals = Totals(objective.metric_names, _device(chunks))
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -101,7 +101,7 @@ def train_step(
 @torch.no_grad()
 def evaluate(
     chunks: list[torch.nn.Module],
-    batches: Sequence[MicroBatch],
+    batches: MicroBatches,
     objective: Objective,
     layout: Layout,
 ) -> StepResult:
@@ -109,14 +109,14 @@ def evaluate(
 
     Collectives: those of the forward schedule, one all-reduce of the totals over all ranks.
     """
-    totals = Totals(objective.metric_names, batches[0].tokens_BS.device)
+    totals = Totals(objective.metric_names, _device(chunks))
     run_schedule(chunks, batches, layout, _loss_function(objective, totals, layout), None)
     return _result(totals.reduce(layout), 0.0, False)
 
 
 @torch.no_grad()
 def logits(
-    chunks: list[torch.nn.Module], batches: Sequence[MicroBatch], layout: Layout
+    chunks: list[torch.nn.Module], batches: MicroBatches, layout: Layout
 ) -> list[torch.Tensor]:
     """Logits [B, S, V / tp] of each micro-batch on the last stage; elsewhere an empty list.
 
@@ -128,7 +128,7 @@ def logits(
 
 def run_schedule(
     chunks: list[torch.nn.Module],
-    batches: Sequence[MicroBatch],
+    batches: MicroBatches,
     layout: Layout,
     loss_of: Callable[[torch.Tensor, MicroBatch], Loss] | None,
     totals: Totals | None,
@@ -162,7 +162,7 @@ def run_schedule(
     def finalize(model, num_tokens, **options) -> None:
         finalize_model_grads(model, totals.sums[1].clone(), **options)
 
-    rows, length = batches[0].tokens_BS.shape
+    rows, length = batches.row_shape
     get_model_config(chunks[0]).finalize_model_grads_func = finalize if totals else None
     iterators = [iter(batches) for _ in chunks]
     return get_forward_backward_func()(
@@ -170,11 +170,15 @@ def run_schedule(
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
-        seq_length=length * layout.cp_size,
+        seq_length=length,
         micro_batch_size=rows,
         forward_only=totals is None,
         collect_non_loss_data=loss_of is None,
     )
+
+
+def _device(chunks: Sequence[torch.nn.Module]) -> torch.device:
+    return next(chunks[0].parameters()).device
 
 
 def _loss_function(

@@ -42,7 +42,7 @@ class StageMemory:
     working: int
     """Lives beside the kept bytes while one layer or the loss head runs; a bound."""
     batch: int
-    """Every micro-batch of a step is placed on the device before the first pass."""
+    """Tokens and RoPE tables of the micro-batches in flight and of the one being placed."""
     allowance: int
 
     @property
@@ -180,7 +180,7 @@ def _stage(recipe: Recipe, tensor_ranks: Sequence[RankShape]) -> StageMemory:
         activations=activations,
         loss_head=loss_head,
         working=working,
-        batch=num_microbatches * kept.batch_bytes,
+        batch=(sum(in_flight) + 1) * kept.batch_bytes,
         allowance=_allowance(recipe, activations + loss_head + working),
     )
 

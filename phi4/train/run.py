@@ -10,13 +10,18 @@ from pathlib import Path
 from phi4.config import Recipe, dump_toml
 from phi4.data.loader import Loader
 from phi4.data.tokenizer import TokenizerFacts, load_tokenizer
-from phi4.engine.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
+from phi4.engine.checkpoint import (
+    find_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    verify_checkpoint,
+)
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
 from phi4.errors import CheckpointError, TokenizerError
 from phi4.track import Trackers, open_trackers, recipe_params
-from phi4.train.checkpointing import Checkpointer, read_recipe, resume
+from phi4.train.checkpointing import Checkpointer, checkpoints_of, read_recipe, resume
 from phi4.train.evaluation import HeldOutLoss
 from phi4.train.hooks import Hook, Meter
 from phi4.train.loop import train
@@ -56,7 +61,8 @@ def run_training(
     tokenizer = check_tokenizer(recipe)
     # Opened once before anything is built: a missing or foreign source is an error at once.
     Loader(recipe.data, tokenizer, recipe.run.seed)
-    engine = Engine(recipe, platform)
+    starts_anew = latest_checkpoint(checkpoints_of(recipe)) is None and not recipe.run.init_from
+    engine = Engine(recipe, platform, draws_weights=starts_anew)
     for line in (
         platform.describe(),
         engine.layout.describe(),
