@@ -1,5 +1,6 @@
 """`phi4 data`: token files in, out and looked at."""
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +11,13 @@ import typer
 from phi4.cli import data_ledger
 from phi4.config import TokenizerConfig
 from phi4.data.demo import build_demo
-from phi4.data.documents import read_documents, write_documents
 from phi4.data.manifest import manifest_path, read_manifest
 from phi4.data.token_file import TokenFile
+from phi4.data.token_merge import merge_runs
 from phi4.data.token_writer import adopt as adopt_pair
+from phi4.data.tokenize import Progress, make_plan, tokenize_parts
 from phi4.data.tokenizer import Tokenizer, load_tokenizer
+from phi4.errors import ConfigError
 
 app = typer.Typer(help="Token files: build, inspect, check.", no_args_is_help=True)
 app.command()(data_ledger.ledger)
@@ -47,18 +50,53 @@ def demo(
 @app.command()
 def tokenize(
     inputs: Annotated[
-        list[Path], typer.Argument(help="jsonl files with `text`, text files, source trees.")
+        list[Path],
+        typer.Argument(help="jsonl (.gz, .zst), parquet, text files, directories of them."),
     ],
     out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
     ranks: Ranks = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    text_field: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    seed: Annotated[int, typer.Option(help="Of the shuffle of the documents.")] = 0,
+    keep_order: Annotated[bool, typer.Option(help="Keep the order of the inputs.")] = False,
+    max_rejected: Annotated[int, typer.Option(min=0, help="Bad rows that stop the job.")] = 1000,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="I/N, from 0: do this job's part only; `phi4 data merge` ends it."),
+    ] = None,
 ) -> None:
-    """Tokenize documents into a Megatron .bin/.idx pair with a manifest."""
+    """Tokenize documents into a Megatron .bin/.idx pair with a manifest; resumes where it ended.
+
+    Rows hold `text`, or a conversation under `messages` or `prompt` and `completion`. Bad rows go
+    to PREFIX.rejected.jsonl.
+    """
+    config = _tokenizer_config(ranks)
+    facts = load_tokenizer(config).facts
+    order = None if keep_order else seed
+    plan = make_plan(inputs, facts, text_field=text_field, seed=order)
+    tokenize_parts(
+        plan,
+        out,
+        config,
+        workers=workers,
+        shard=_shard(shard),
+        max_rejected=max_rejected,
+        follow=_show_progress,
+    )
+    if shard is None:
+        merge(out)
+    else:
+        typer.echo(f"shard {shard} done; when all are, run `phi4 data merge {out}`")
+
+
+@app.command()
+def merge(prefix: Prefix) -> None:
+    """Merge what all shards of `phi4 data tokenize --shard` wrote into one pair."""
     start = time.monotonic()
-    manifest = write_documents(read_documents(inputs), _tokenizer(ranks), out)
-    seconds = time.monotonic() - start
+    manifest = merge_runs(prefix)
     typer.echo(
-        f"{out}: {manifest.num_documents} documents, {manifest.num_tokens} tokens, "
-        f"{seconds:.1f} s, {manifest.num_tokens / seconds:,.0f} tokens/s"
+        f"{prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens, "
+        f"{manifest.num_rejected} rows rejected, merged in {time.monotonic() - start:.1f} s"
     )
 
 
@@ -104,5 +142,26 @@ def adopt(prefix: Prefix, ranks: Ranks = None) -> None:
 
 
 def _tokenizer(ranks: str | None) -> Tokenizer:
-    kind = "phi4" if ranks is None else "bpe"
-    return load_tokenizer(TokenizerConfig(kind=kind, path=ranks))
+    return load_tokenizer(_tokenizer_config(ranks))
+
+
+def _tokenizer_config(ranks: str | None) -> TokenizerConfig:
+    return TokenizerConfig(kind="phi4" if ranks is None else "bpe", path=ranks)
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 1
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ConfigError(f"--shard {text}; expected I/N with I from 0 to N - 1, for example 0/8")
+    return int(index), int(count)
+
+
+def _show_progress(progress: Progress) -> None:
+    line = (
+        f"{progress.done_bytes / max(1, progress.total_bytes):6.1%}  "
+        f"{progress.num_tokens:,} tokens, {progress.num_tokens / progress.seconds:,.0f} tokens/s, "
+        f"{progress.remaining_seconds:.0f} s left"
+    )
+    typer.echo(line, err=True)

@@ -8,9 +8,8 @@ import numpy as np
 from phi4.config import TokenizerConfig
 from phi4.data.bpe import train_bpe
 from phi4.data.corpora import standard_library_corpus
-from phi4.data.documents import write_documents
 from phi4.data.token_file import TokenFile
-from phi4.data.token_writer import write_atomically
+from phi4.data.token_writer import write_atomically, write_documents
 from phi4.data.tokenizer import load_tokenizer, rank_file_bytes
 
 TRAINING_SOURCES = ("code", "prose")

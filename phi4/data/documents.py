@@ -1,15 +1,26 @@
-"""Documents in, token files out: jsonl, text files and source trees, read in a fixed order."""
+"""Inputs as documents: jsonl (plain, .gz, .zst), parquet, text files and source trees.
 
-import json
+Inputs are cut into parts that any process can read alone, the same parts for any number of
+processes. A row that cannot be used is a value with a reason, never an exception and never a skip.
+"""
+
+import gzip
+import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
+import msgspec
 
-from phi4.data.manifest import Manifest
-from phi4.data.token_writer import TokenFileWriter
-from phi4.data.tokenizer import Tokenizer
-from phi4.errors import DataError
+from phi4.data.chat import Conversation, read_conversation
+from phi4.errors import DataError, PlatformError
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 TREE_SUFFIXES = frozenset(
     {".md", ".rst", ".tex", ".txt"}
@@ -18,73 +29,244 @@ TREE_SUFFIXES = frozenset(
 )
 """Files that count as text when a directory is given; a file named itself always does."""
 
+MAX_ROW_BYTES = 32 << 20
+"""A longer row is no document: it is a file that lost its line breaks."""
 
-def read_documents(inputs: Iterable[str | Path]) -> Iterator[str]:
-    """Texts of all inputs, in their order; trees in sorted path order. Blank texts are left out.
+BLANK = "no text"
+PART_BYTES = 32 << 20
+
+_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_CHAT_COLUMNS = ("messages", "prompt", "completion")
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What one task reads.
+
+    Attributes:
+        paths: one file of rows, or whole text files.
+        begin, end: bytes of plain jsonl whose lines begin there, row groups of parquet.
+        num_bytes: of the files, for progress.
+    """
+
+    paths: tuple[str, ...]
+    begin: int
+    end: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A document, or the reason why there is none.
+
+    Attributes:
+        path: the input.
+        number: line or row from 1, counted from the begin of the part; 0 for a whole file.
+        content: text or conversation, None for a bad row.
+        reason: why it is bad.
+    """
+
+    path: str
+    number: int
+    content: str | Conversation | None
+    reason: str = ""
+
+
+def list_parts(inputs: Iterable[str | Path], part_bytes: int = PART_BYTES) -> list[Part]:
+    """Cut inputs into parts, in their order; directories in sorted path order.
+
+    Raises:
+        DataError: an input is missing, or parquet metadata is damaged.
+    """
+    parts: list[Part] = []
+    texts: list[tuple[str, int]] = []
+
+    def flush() -> None:
+        if texts:
+            paths, sizes = zip(*texts, strict=True)
+            parts.append(Part(paths, 0, 0, sum(sizes)))
+            texts.clear()
+
+    for path in _files(inputs):
+        size = _size(path)
+        if _is_rows(path):
+            flush()
+            parts.extend(_row_parts(path, size, part_bytes))
+            continue
+        texts.append((str(path), size))
+        if sum(size for _, size in texts) >= part_bytes:
+            flush()
+    flush()
+    return parts
+
+
+def read_rows(part: Part, text_field: str = "text") -> Iterator[Row]:
+    """All rows of a part in order.
 
     Args:
-        inputs: `.jsonl` files with a `text` field, other files as one document each, directories.
+        part: from `list_parts`.
+        text_field: column that holds the text; rows without it may hold a conversation under the
+            names `messages`, or `prompt` and `completion`.
 
     Raises:
-        DataError: an input is missing, not UTF-8, or a line is not a JSON object with a `text`.
+        DataError: a file cannot be read or decompressed.
     """
+    for path in part.paths:
+        try:
+            if path.endswith(".parquet"):
+                yield from _parquet_rows(path, part, text_field)
+            elif _is_rows(Path(path)):
+                yield from _line_rows(path, part, text_field)
+            else:
+                yield _whole_file(path)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise DataError(f"{path} cannot be read ({reason}); check the file") from None
+
+
+def _files(inputs: Iterable[str | Path]) -> Iterator[Path]:
     for item in map(Path, inputs):
-        if item.is_dir():
-            paths = sorted(path for path in item.rglob("*") if path.suffix in TREE_SUFFIXES)
-            texts = (_read_text(path) for path in paths if path.is_file())
-        elif item.suffix == ".jsonl":
-            texts = _read_jsonl(item)
-        else:
-            texts = iter([_read_text(item)])
-        yield from (text for text in texts if text.strip())
+        if not item.is_dir():
+            yield item
+            continue
+        found = (p for p in item.rglob("*") if p.suffix in TREE_SUFFIXES or _is_rows(p))
+        yield from sorted(path for path in found if path.is_file())
 
 
-def write_documents(texts: Iterable[str], tokenizer: Tokenizer, prefix: str | Path) -> Manifest:
-    """Tokenize texts into `PREFIX.bin/.idx`, each closed by the end-of-document token.
-
-    Raises:
-        DataError: there is no text; no file is left then.
-    """
-    with TokenFileWriter(prefix, tokenizer.facts) as writer:
-        for text in texts:
-            ids = tokenizer.encode(text)
-            ids.append(tokenizer.eod_id)
-            writer.add(np.array(ids, dtype=np.int32))
-        if not writer.num_documents:
-            raise DataError(
-                f"nothing to write to {prefix}: the inputs hold no text; directories are searched "
-                "for source and text files"
-            )
-    return writer.manifest
+def _is_rows(path: Path) -> bool:
+    return path.name.endswith((*_LINES, ".parquet"))
 
 
-def _read_text(path: Path) -> str:
+def _size(path: Path) -> int:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.stat().st_size
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from None
+
+
+def _row_parts(path: Path, size: int, part_bytes: int) -> Iterator[Part]:
+    name, count = str(path), max(1, -(-size // part_bytes))
+    if name.endswith(".parquet"):
+        groups = _parquet(name).num_row_groups
+        count = max(1, min(count, groups))
+        cuts = [groups * i // count for i in range(count + 1)]
+    elif name.endswith(".jsonl"):
+        cuts = [size * i // count for i in range(count + 1)]
+    else:
+        count, cuts = 1, [0, 0]
+    for begin, end in pairwise(cuts):
+        yield Part((name,), begin, end, size // count)
+
+
+def _whole_file(path: str) -> Row:
+    content = Path(path).read_bytes()
+    if len(content) > MAX_ROW_BYTES:
+        return Row(path, 0, None, f"{len(content)} bytes; at most {MAX_ROW_BYTES} are read")
+    try:
+        return _text_row(path, 0, content.decode())
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 (byte {error.start}); convert it or leave it out"
-        ) from None
+        return Row(path, 0, None, f"invalid UTF-8 at byte {error.start}")
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _line_rows(path: str, part: Part, text_field: str) -> Iterator[Row]:
+    with _opened(path) as stream:
+        if part.begin:
+            # The line that begins before this part belongs to the one before.
+            stream.seek(part.begin - 1)
+            _skip_line(stream)
+        number = 0
+        while not part.end or stream.tell() < part.end:
+            line = stream.readline(MAX_ROW_BYTES + 1)
+            if not line:
+                return
+            number += 1
+            if len(line) > MAX_ROW_BYTES:
+                num_bytes = len(line) + (0 if line.endswith(b"\n") else _skip_line(stream))
+                reason = f"{num_bytes} bytes; at most {MAX_ROW_BYTES} are read"
+                yield Row(path, number, None, reason)
+            else:
+                yield _json_row(path, number, line, text_field)
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    num_bytes = 0
+    while piece := stream.readline(1 << 20):
+        num_bytes += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return num_bytes
+
+
+def _json_row(path: str, number: int, line: bytes, text_field: str) -> Row:
+    if not line.strip():
+        return Row(path, number, None, BLANK)
     try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from None
-    with stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, TypeError, KeyError):
-                text = None
-            if not isinstance(text, str):
-                raise DataError(
-                    f'{path}, line {number}: expected a JSON object with a "text" string; mend '
-                    "or remove the line"
-                )
-            yield text
+        row = msgspec.json.decode(line)
+    except UnicodeDecodeError as error:
+        return Row(path, number, None, f"invalid UTF-8 at byte {error.start}")
+    except (msgspec.DecodeError, RecursionError) as error:
+        return Row(path, number, None, f"invalid JSON: {error}")
+    if not isinstance(row, dict):
+        return Row(path, number, None, f"expected a JSON object, got {type(row).__name__}")
+    return _column_row(path, number, row, text_field)
+
+
+def _column_row(path: str, number: int, row: dict, text_field: str) -> Row:
+    text = row.get(text_field)
+    if isinstance(text, str):
+        return _text_row(path, number, text)
+    if text_field not in row and any(name in row for name in _CHAT_COLUMNS):
+        try:
+            return Row(path, number, read_conversation(row))
+        except DataError as error:
+            return Row(path, number, None, str(error))
+    found = "nothing" if text_field not in row else type(text).__name__
+    return Row(path, number, None, f"expected a string under {text_field!r}, got {found}")
+
+
+def _text_row(path: str, number: int, text: str) -> Row:
+    if not text.strip():
+        return Row(path, number, None, BLANK)
+    if "\0" in text:
+        return Row(path, number, None, f"NUL at character {text.index(chr(0))}")
+    return Row(path, number, text)
+
+
+def _parquet_rows(path: str, part: Part, text_field: str) -> Iterator[Row]:
+    file = _parquet(path)
+    present = set(file.schema_arrow.names)
+    columns = [name for name in (text_field, *_CHAT_COLUMNS) if name in present]
+    groups = list(range(part.begin, part.end))
+    number = 0
+    for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
+        for row in batch.to_pylist():
+            number += 1
+            yield _column_row(path, number, row, text_field)
+
+
+def _parquet(path: str) -> "ParquetFile":
+    _arrow(path)
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are of these two kinds
+        raise DataError(f"{path} is not a parquet file ({error}); check the file") from None
+
+
+def _opened(path: str) -> BinaryIO:
+    if path.endswith(".gz"):
+        return gzip.open(path)
+    if path.endswith(".zst"):
+        # Unlike the common binding, arrow's stream does not take a truncated file for a short one.
+        return BufferedReader(_arrow(path).input_stream(path, compression="zstd"))
+    return open(path, "rb")
+
+
+def _arrow(path: str) -> ModuleType:
+    try:
+        import pyarrow
+    except ImportError:
+        raise PlatformError(
+            f"{path} needs pyarrow to be read; install it with `pip install phi4[data]`"
+        ) from None
+    return pyarrow

@@ -49,12 +49,12 @@ def _network(x: np.ndarray, height: np.uint64, width: np.uint64, key: np.ndarray
     """One pass of the network over the grid of height x width numbers: a bijection of the grid."""
     row, column = np.divmod(x, width)
     for round_key in key.reshape(-1, 2):
-        row = (row + _mix(column ^ round_key[0]) % height) % height
-        column = (column + _mix(row ^ round_key[1]) % width) % width
+        row = (row + mix(column ^ round_key[0]) % height) % height
+        column = (column + mix(row ^ round_key[1]) % width) % width
     return row * width + column
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """splitmix64's finalizer: every input bit reaches every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

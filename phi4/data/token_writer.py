@@ -8,7 +8,7 @@ import hashlib
 import os
 import secrets
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -23,7 +23,7 @@ from phi4.data.manifest import (
     manifest_path,
 )
 from phi4.data.token_file import TokenFile, check_ids, index_bytes
-from phi4.data.tokenizer import TokenizerFacts
+from phi4.data.tokenizer import Tokenizer, TokenizerFacts
 
 _BLOCK_BYTES = 1 << 20
 
@@ -149,6 +149,14 @@ class _HashedFile:
     def discard(self) -> None:
         self._stream.close()
         os.unlink(self._stream.name)
+
+
+def write_documents(texts: Iterable[str], tokenizer: Tokenizer, prefix: str | Path) -> Manifest:
+    """Tokenize a few texts into `PREFIX.bin/.idx`, each closed by the end-of-document token."""
+    with TokenFileWriter(prefix, tokenizer.facts) as writer:
+        for text in texts:
+            writer.add(np.append(tokenizer.encode_array(text), tokenizer.eod_id))
+    return writer.manifest
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

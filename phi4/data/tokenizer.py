@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 from tiktoken_ext import openai_public
 
@@ -92,6 +93,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text; a special token's name in it is encoded as plain text."""
         return self._encoding.encode_ordinary(text)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """As `encode`, [n] uint32, without a list in between."""
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD.

@@ -1,69 +1,163 @@
+import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from phi4.data import Tokenizer
-from phi4.data.bpe import train_bpe
-from phi4.data.documents import read_documents, write_documents
-from phi4.data.token_file import TokenFile
+from phi4.data import documents
+from phi4.data.chat import Conversation
+from phi4.data.documents import BLANK, list_parts, read_rows
 from phi4.errors import DataError
 
+ROWS = [{"text": "one"}, {"text": " \n"}, {"text": "zwei ü"}, {"text": "three\nlines\n"}]
+fixture_is_only_a_directory = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
+)
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(train_bpe(["the cat sat on the mat\n"] * 3, 360))
+
+def rows(inputs: list[Path], **cut: int) -> list:
+    return [row for part in list_parts(inputs, **cut) for row in read_rows(part)]
 
 
-def jsonl(path: Path, *lines: object) -> Path:
-    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    return path
+def texts(inputs: list[Path], **cut: int) -> list[str]:
+    return [row.content for row in rows(inputs, **cut) if row.content is not None]
+
+
+def jsonl(lines: list[dict]) -> bytes:
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def zstd(content: bytes) -> bytes:
+    return pa.compress(content, codec="zstd", asbytes=True)
 
 
 def test_inputs_are_read_in_order(tmp_path: Path) -> None:
-    rows = jsonl(tmp_path / "b.jsonl", {"text": "one"}, {"text": " \n"}, {"text": "zwei ü"})
+    (tmp_path / "b.jsonl").write_bytes(jsonl(ROWS))
     (tmp_path / "a.txt").write_text("whole\nfile")
     tree = tmp_path / "tree"
     (tree / "sub").mkdir(parents=True)
-    for name, text in {"z.py": "z = 1", "sub/a.c": "int a;", "empty.py": "", "x.png": "no"}.items():
+    for name, text in {"z.py": "z = 1", "sub/a.c": "int a;", "x.png": "no"}.items():
         (tree / name).write_text(text)
-    found = list(read_documents([rows, tmp_path / "a.txt", tree]))
-    assert found == ["one", "zwei ü", "whole\nfile", "int a;", "z = 1"]
+    (tree / "rows.jsonl").write_bytes(jsonl([{"text": "row"}]))
+    found = texts([tmp_path / "b.jsonl", tmp_path / "a.txt", tree])
+    expected = ["one", "zwei ü", "three\nlines\n", "whole\nfile", "row", "int a;", "z = 1"]
+    assert found == expected
 
 
-def test_documents_are_written_with_their_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    texts = ["the cat <|endoftext|>", "sat"]
-    manifest = write_documents(texts, tokenizer, tmp_path / "p")
-    pair = TokenFile(tmp_path / "p")
-    assert manifest == pair.require_tokenizer(tokenizer.facts)
-    documents = [pair.document(i).tolist() for i in range(2)]
-    assert documents == [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts]
-    assert sum(document.count(tokenizer.eod_id) for document in documents) == 2
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_every_form_gives_the_same_rows(tmp_path: Path, form: str) -> None:
+    path, content = tmp_path / f"rows.{form}", jsonl(ROWS)
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
+    else:
+        pack = {"jsonl.gz": gzip.compress, "jsonl.zst": zstd}.get(form, bytes)
+        path.write_bytes(pack(content))
+    found = rows([path])
+    assert [row.content for row in found] == ["one", None, "zwei ü", "three\nlines\n"]
+    assert [row.number for row in found] == [1, 2, 3, 4]
+    assert found[1].reason == BLANK
 
 
-def test_nothing_to_write_leaves_no_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match="the inputs hold no text"):
-        write_documents([], tokenizer, tmp_path / "out" / "p")
-    assert not list((tmp_path / "out").iterdir())
+def test_parquet_is_cut_at_row_groups(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([{"text": f"row {i}", "other": i} for i in range(10)])
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=3)
+    parts = list_parts([tmp_path / "x.parquet"], 1)
+    assert [(part.begin, part.end) for part in parts] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert texts([tmp_path / "x.parquet"], part_bytes=1) == [f"row {i}" for i in range(10)]
 
 
-@pytest.mark.parametrize(
-    "line", ['{"text": 3}', '{"body": "x"}', '["text"]', '"text"', "{", b'{"text": "\xff"}']
+@fixture_is_only_a_directory
+@given(
+    lines=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=12),
+    part_bytes=st.integers(1, 200),
+    ends_with_break=st.booleans(),
 )
-def test_bad_row_is_named(tmp_path: Path, line: str | bytes) -> None:
+def test_every_line_is_in_one_part(
+    tmp_path: Path, lines: list[str], part_bytes: int, ends_with_break: bool
+) -> None:
+    path = tmp_path / "x.jsonl"
+    content = "\n".join(json.dumps({"text": f"t{line}"}) for line in lines).replace("\\u0000", "")
+    path.write_text(content + "\n" * ends_with_break)
+    expected = [f"t{line}".replace("\0", "") for line in lines]
+    assert texts([path], part_bytes=part_bytes) == expected
+
+
+BAD = {
+    b'{"text": 3}': "expected a string under 'text', got int",
+    b'{"body": "x"}': "expected a string under 'text', got nothing",
+    b'["text"]': "expected a JSON object, got list",
+    b"{": "invalid JSON: Input data was truncated",
+    b'{"text": "\xff"}': "invalid UTF-8 at byte ",
+    b'{"text": "\\ud800"}': "invalid JSON",
+    b'{"text": "a\\u0000"}': "NUL at character 1",
+    b'{"messages": []}': "chat column messages is []",
+    b'{"messages": [{"role": "tool", "content": "x"}]}': "role 'tool'",
+    b"  ": BLANK,
+    b'{"text": "\\n "}': BLANK,
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_row_is_a_reason(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "fine"}\n' + (line if isinstance(line, bytes) else line.encode()))
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: expected"):
-        list(read_documents([path]))
+    path.write_bytes(b'{"text": "fine"}\n' + line + b'\n{"text": "too"}\n')
+    good, bad, last = rows([path])
+    assert (good.content, bad.content, last.content) == ("fine", None, "too")
+    assert bad.number == 2 and BAD[line] in bad.reason and "\n" not in bad.reason
 
 
-@pytest.mark.parametrize("name", ["none.txt", "none.jsonl"])
+def test_endless_line_is_a_reason_and_is_never_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MAX_ROW_BYTES", 1000)
+    path = tmp_path / "x.jsonl"
+    endless = b'{"text": "' + b"a" * 5000 + b'"}'
+    path.write_bytes(b"\n".join([jsonl([{"text": "fine"}])[:-1], endless, b'{"text": "too"}']))
+    for part_bytes in (10_000, 700):
+        found = rows([path], part_bytes=part_bytes)
+        assert [row.content for row in found] == ["fine", None, "too"]
+        assert found[1].reason == "5013 bytes; at most 1000 are read"
+    (tmp_path / "x.txt").write_bytes(endless)
+    assert "5012 bytes" in rows([tmp_path / "x.txt"])[0].reason
+
+
+def test_text_file_that_is_not_utf8_is_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"abc\xff")
+    (row,) = rows([tmp_path])
+    assert row.reason == "invalid UTF-8 at byte 3" and row.path.endswith("x.txt")
+
+
+def test_conversations_are_read_under_their_columns(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    path.write_bytes(jsonl([{"messages": turns}, {"prompt": "p", "completion": "c"}]))
+    found = texts([path])
+    assert all(isinstance(content, Conversation) for content in found)
+    assert [message.content for message in found[1].messages] == ["p", "c"]
+
+
+@pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "none.parquet"])
 def test_missing_input(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=f"{name} cannot be read"):
-        list(read_documents([tmp_path / name]))
+        list_parts([tmp_path / name])
 
 
-def test_text_that_is_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_bytes(b"abc\xff")
-    with pytest.raises(DataError, match=r"x\.txt is not UTF-8 \(byte 3\)"):
-        list(read_documents([tmp_path]))
+@pytest.mark.parametrize("form", ["jsonl.gz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_damaged_file_is_one_clear_line(tmp_path: Path, form: str, damage: str) -> None:
+    path = tmp_path / f"x.{form}"
+    many = [{"text": f"row {i} " + "x" * i} for i in range(2000)]
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(many), path)
+    else:
+        pack = gzip.compress if form == "jsonl.gz" else zstd
+        path.write_bytes(pack(jsonl(many)))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"not it" * 100)
+    with pytest.raises(DataError, match=rf"x\.{form} (cannot be read|is not a parquet)") as caught:
+        rows([path])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,134 @@
+"""The merge of tokenized runs into one `.bin/.idx` pair, in key order and bounded memory.
+
+Runs are sorted, so the documents of a range of keys are one slice of each run: the merge walks the
+ranges, reads a slice of every run, and sorts what it has read.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from phi4.data.manifest import Manifest
+from phi4.data.token_writer import TokenFileWriter
+from phi4.data.tokenize import (
+    KEY_TYPE,
+    NOT_LEARNT,
+    RUN_TOKENS,
+    PartReport,
+    Plan,
+    discard,
+    read_report,
+    run_path,
+    work_directory,
+    write_rejections,
+)
+from phi4.errors import DataError
+
+_SAMPLES_PER_RUN = 64
+
+
+def merge_runs(prefix: str | Path, range_tokens: int = RUN_TOKENS) -> Manifest:
+    """Merge the runs under `PREFIX.work` into `PREFIX.bin/.idx` and remove them.
+
+    Args:
+        prefix: of the pair.
+        range_tokens: tokens that are sorted at a time, about.
+
+    Raises:
+        DataError: nothing was begun here, a part is not finished, or there is no document.
+    """
+    work = work_directory(prefix)
+    plan, reports = _finished(work)
+    rejected = write_rejections(f"{prefix}.rejected.jsonl", plan, reports)
+    if not any(report.num_documents for report in reports.values()):
+        discard(prefix)
+        raise DataError(
+            f"nothing to write to {prefix}: the inputs hold no text; directories are searched for "
+            "source, text and row files"
+        )
+    runs = [
+        _Run.open(work, part, run)
+        for part, report in sorted(reports.items())
+        for run in range(report.num_runs)
+    ]
+    masked = any(report.masked for report in reports.values())
+    notes = {"num_rejected": rejected, "shuffle_seed": plan.seed}
+    with TokenFileWriter(prefix, plan.tokenizer, **notes) as writer:
+        for tokens, lengths in _sorted_ranges(runs, range_tokens):
+            learnt = (tokens & NOT_LEARNT) == 0 if masked else None
+            writer.add_many(tokens & (NOT_LEARNT - 1) if masked else tokens, lengths, learnt)
+    discard(prefix)
+    return writer.manifest
+
+
+@dataclass(eq=False)
+class _Run:
+    """A sorted run and how far it is read."""
+
+    keys: np.ndarray
+    lengths: np.ndarray
+    tokens: np.ndarray
+    document: int = 0
+    token: int = 0
+
+    @staticmethod
+    def open(work: Path, part: int, run: int) -> "_Run":
+        table = np.memmap(run_path(work, part, run, "keys"), dtype=KEY_TYPE, mode="r")
+        tokens = np.memmap(run_path(work, part, run, "tokens"), dtype="<i4", mode="r")
+        return _Run(table["key"], table["length"], tokens.view(np.ndarray))
+
+    def take(self, end: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Keys, lengths and tokens of the documents below a key; all that are left for None."""
+        last = self.keys.size
+        if end is not None:
+            last = int(np.searchsorted(self.keys, np.uint64(end)))
+        taken = slice(self.document, last)
+        lengths = np.asarray(self.lengths[taken])
+        begin, self.token = self.token, self.token + int(lengths.sum(dtype=np.int64))
+        self.document = last
+        return np.asarray(self.keys[taken]), lengths, self.tokens[begin : self.token]
+
+
+def _sorted_ranges(runs: list[_Run], range_tokens: int) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Tokens and lengths of the documents in key order, range by range."""
+    for end in [*_boundaries(runs, range_tokens), None]:
+        taken = [run.take(end) for run in runs]
+        keys, lengths, tokens = (np.concatenate(column) for column in zip(*taken, strict=True))
+        if not keys.size:
+            continue
+        ends = np.cumsum(lengths, dtype=np.int64)
+        begins = ends - lengths
+        order = np.argsort(keys, kind="stable")
+        places = zip(begins[order].tolist(), ends[order].tolist(), strict=True)
+        yield np.concatenate([tokens[a:b] for a, b in places]), lengths[order].tolist()
+
+
+def _boundaries(runs: list[_Run], range_tokens: int) -> list[int]:
+    """Keys that cut the documents into ranges of about as many tokens each."""
+    num_ranges = -(-sum(run.tokens.size for run in runs) // range_tokens)
+    places = [np.linspace(0, run.keys.size - 1, _SAMPLES_PER_RUN).astype(int) for run in runs]
+    samples = [np.asarray(run.keys[place]) for run, place in zip(runs, places, strict=True)]
+    weights = np.repeat([run.tokens.size for run in runs], _SAMPLES_PER_RUN)
+    keys = np.concatenate(samples)
+    order = np.argsort(keys, kind="stable")
+    filled = np.cumsum(weights[order])
+    targets = filled[-1] * np.arange(1, num_ranges) / num_ranges
+    return keys[order][np.searchsorted(filled, targets)].tolist()
+
+
+def _finished(work: Path) -> tuple[Plan, dict[int, PartReport]]:
+    try:
+        plan = msgspec.json.decode((work / "plan.json").read_bytes(), type=Plan)
+    except FileNotFoundError:
+        raise DataError(f"{work} does not exist; begin with `phi4 data tokenize`") from None
+    reports = {index: read_report(work, index) for index in range(len(plan.parts))}
+    missing = [index for index, report in reports.items() if report is None]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(plan.parts)} parts in {work} are not tokenized, the first is "
+            f"part {missing[0]}; run the missing shards again"
+        )
+    return plan, reports

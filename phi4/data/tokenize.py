@@ -1,0 +1,323 @@
+"""Tokenization as an external merge sort that any number of machines can share.
+
+Inputs are cut into parts; a part becomes runs, its documents sorted by a key that the seed and the
+document's place define. Parts are the unit of resume and of work: who read one leaves no trace. The
+merge in key order is the shuffle, and its bytes depend on inputs, tokenizer and seed alone.
+"""
+
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from phi4.config import TokenizerConfig
+from phi4.data.chat import encode_chat
+from phi4.data.documents import BLANK, Part, Row, list_parts, read_rows
+from phi4.data.permutation import mix, permutation_key
+from phi4.data.token_writer import write_atomically
+from phi4.data.tokenizer import Tokenizer, TokenizerFacts, load_tokenizer
+from phi4.errors import DataError
+
+NOT_LEARNT = 1 << 30
+"""Bit of a run's ids that masks the token out of the loss; no vocabulary reaches it."""
+RUN_TOKENS = 1 << 24
+KEY_TYPE = np.dtype([("key", "<u8"), ("length", "<i4")])
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tokenization does; kept as plan.json beside its runs."""
+
+    format_version: int = 1
+    parts: tuple[Part, ...]
+    input_stats: tuple[tuple[str, int, int], ...]
+    """Path, bytes and time of change of every input."""
+    tokenizer: TokenizerFacts
+    text_field: str
+    seed: int | None
+
+
+class Rejection(msgspec.Struct, frozen=True):
+    """A row that became no document."""
+
+    input: str
+    line: int
+    reason: str
+
+
+class PartReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished part."""
+
+    num_runs: int
+    num_rows: int
+    num_documents: int
+    num_tokens: int
+    masked: bool
+    rejected: tuple[Rejection, ...]
+
+    @property
+    def num_rejected(self) -> int:
+        """Bad rows; blank ones are no fault."""
+        return sum(row.reason != BLANK for row in self.rejected)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a tokenization stands."""
+
+    done_bytes: int
+    total_bytes: int
+    new_bytes: int
+    """Read since this process began."""
+    num_tokens: int
+    seconds: float
+
+    @property
+    def remaining_seconds(self) -> float:
+        """At the pace so far."""
+        return self.seconds * (self.total_bytes - self.done_bytes) / max(1, self.new_bytes)
+
+
+def work_directory(prefix: str | Path) -> Path:
+    """Where the runs of `PREFIX.bin` lie until they are merged."""
+    return Path(f"{prefix}.work")
+
+
+def make_plan(
+    inputs: Sequence[str | Path],
+    tokenizer: TokenizerFacts,
+    *,
+    text_field: str = "text",
+    seed: int | None = 0,
+    **cut: int,
+) -> Plan:
+    """Plan a tokenization.
+
+    Args:
+        inputs: files and directories.
+        tokenizer: that encodes them.
+        text_field: column that holds the text.
+        seed: of the shuffle; None keeps the order of the inputs.
+        cut: `part_bytes` of `list_parts`.
+
+    Raises:
+        DataError: an input is missing.
+    """
+    parts = tuple(list_parts(inputs, **cut))
+    paths = sorted({path for part in parts for path in part.paths})
+    stats = [(path, os.stat(path)) for path in paths]
+    return Plan(
+        parts=parts,
+        input_stats=tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats),
+        tokenizer=tokenizer,
+        text_field=text_field,
+        seed=seed,
+    )
+
+
+def tokenize_parts(
+    plan: Plan,
+    prefix: str | Path,
+    tokenizer: TokenizerConfig,
+    *,
+    workers: int,
+    shard: tuple[int, int] = (0, 1),
+    max_rejected: int,
+    follow: Callable[[Progress], None],
+) -> None:
+    """Write the runs of one shard's parts, those that are missing.
+
+    Args:
+        plan: what to do; a plan that was begun under this prefix must be the same.
+        prefix: of the pair to be written.
+        tokenizer: that of the plan.
+        workers: processes.
+        shard: (index, count): of `count` jobs, this one takes every `count`-th part.
+        max_rejected: bad rows of this shard after which it stops.
+        follow: told after every part.
+
+    Raises:
+        DataError: another plan was begun here, too many rows are bad, a file is damaged, or a
+            worker died.
+    """
+    work = work_directory(prefix)
+    _begin(plan, work)
+    mine = range(shard[0], len(plan.parts), shard[1])
+    sizes = {index: plan.parts[index].num_bytes for index in mine}
+    reports = {index: r for index in mine if (r := read_report(work, index)) is not None}
+    started, resumed = time.monotonic(), sum(sizes[index] for index in reports)
+    todo = [index for index in mine if index not in reports]
+
+    def check() -> None:
+        rejected = sum(report.num_rejected for report in reports.values())
+        if rejected > max_rejected:
+            write_rejections(f"{prefix}.rejected.jsonl", plan, reports)
+            raise DataError(
+                f"{rejected} rows are bad, at most {max_rejected} are allowed; see "
+                f"{prefix}.rejected.jsonl, then mend the inputs or raise --max-rejected"
+            )
+
+    check()
+    for index, report in _run(plan, work, tokenizer, todo, workers):
+        reports[index] = report
+        check()
+        done = sum(sizes[index] for index in reports)
+        tokens = sum(report.num_tokens for index, report in reports.items() if index in todo)
+        seconds = time.monotonic() - started
+        follow(Progress(done, sum(sizes.values()), done - resumed, tokens, seconds))
+
+
+def read_report(work: Path, index: int) -> PartReport | None:
+    """The report of a part, None while it is not finished."""
+    try:
+        return msgspec.json.decode(_report_path(work, index).read_bytes(), type=PartReport)
+    except FileNotFoundError:
+        return None
+
+
+def write_rejections(path: str, plan: Plan, reports: dict[int, PartReport]) -> int:
+    """Write all rejections, lines counted from the begin of their file; returns how many.
+
+    No file is left where there are none.
+    """
+    lines, before, last = [], 0, ""
+    for index in sorted(reports):
+        first = plan.parts[index].paths[0]
+        before, last = (before if first == last else 0), first
+        for row in reports[index].rejected:
+            line = row.line + before if row.line else 0
+            lines.append(msgspec.json.encode(Rejection(row.input, line, row.reason)) + b"\n")
+        before += reports[index].num_rows
+    if lines:
+        write_atomically(path, b"".join(lines))
+    else:
+        Path(path).unlink(missing_ok=True)
+    return len(lines)
+
+
+def run_path(work: Path, part: int, run: int, suffix: str) -> Path:
+    """A file of one run: `tokens`, int32, or `keys`, KEY_TYPE."""
+    return work / f"{part:06}-{run:04}.{suffix}"
+
+
+def discard(prefix: str | Path) -> None:
+    """Remove the work directory."""
+    shutil.rmtree(work_directory(prefix))
+
+
+def _begin(plan: Plan, work: Path) -> None:
+    path, content = work / "plan.json", msgspec.json.encode(plan)
+    if path.exists() and path.read_bytes() != content:
+        raise DataError(
+            f"{work} was begun with other inputs, tokenizer or options; go on with those, or "
+            "remove it to start anew"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def _run(
+    plan: Plan, work: Path, tokenizer: TokenizerConfig, todo: Sequence[int], workers: int
+) -> Iterator[tuple[int, PartReport]]:
+    if workers == 1 or len(todo) < 2:
+        for index in todo:
+            yield index, _tokenize_part(plan.parts[index], plan, work, tokenizer, index)
+        return
+    # A forked process would inherit the threads' locks of this one.
+    context = multiprocessing.get_context("spawn")
+    small = msgspec.structs.replace(plan, parts=(), input_stats=())
+    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
+        futures = {
+            pool.submit(_tokenize_part, plan.parts[index], small, work, tokenizer, index): index
+            for index in todo
+        }
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenExecutor:
+            raise DataError(
+                f"a tokenizing process was killed, probably for memory; run again with fewer "
+                f"--workers: what is done in {work} is kept"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _tokenize_part(
+    part: Part, plan: Plan, work: Path, config: TokenizerConfig, index: int
+) -> PartReport:
+    tokenizer = _loaded(config)
+    ids: list[np.ndarray] = []
+    rejected: list[Rejection] = []
+    runs = rows = documents = tokens = buffered = 0
+    masked = False
+    for row in read_rows(part, plan.text_field):
+        rows += 1
+        if row.content is None:
+            rejected.append(Rejection(row.path, row.number, row.reason))
+            continue
+        ids.append(_encoded(row, tokenizer))
+        masked = masked or not isinstance(row.content, str)
+        buffered += ids[-1].size
+        if buffered >= RUN_TOKENS:
+            _write_run(work, index, runs, ids, _keys(plan.seed, index, documents, len(ids)))
+            runs, documents, tokens = runs + 1, documents + len(ids), tokens + buffered
+            ids, buffered = [], 0
+    if ids:
+        _write_run(work, index, runs, ids, _keys(plan.seed, index, documents, len(ids)))
+        runs, documents, tokens = runs + 1, documents + len(ids), tokens + buffered
+    report = PartReport(
+        num_runs=runs,
+        num_rows=rows,
+        num_documents=documents,
+        num_tokens=tokens,
+        masked=masked,
+        rejected=tuple(rejected),
+    )
+    write_atomically(_report_path(work, index), msgspec.json.encode(report))
+    return report
+
+
+@lru_cache(maxsize=1)
+def _loaded(config: TokenizerConfig) -> Tokenizer:
+    return load_tokenizer(config)
+
+
+def _encoded(row: Row, tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of a document and its end, with NOT_LEARNT set where a conversation masks them."""
+    if isinstance(row.content, str):
+        return np.append(tokenizer.encode_array(row.content), np.uint32(tokenizer.eod_id))
+    chat = encode_chat(row.content, tokenizer)
+    ids = np.array([*chat.ids, tokenizer.eod_id], dtype=np.uint32)
+    ids[~np.array([*chat.learnt, False])] |= np.uint32(NOT_LEARNT)
+    return ids
+
+
+def _keys(seed: int | None, part: int, first: int, count: int) -> np.ndarray:
+    """Sort keys of the documents `first` to `first + count` of a part, [count] uint64."""
+    ordinal = np.arange(first, first + count, dtype=np.uint64)
+    if seed is None:
+        return ordinal + np.uint64(part << 40)
+    key = permutation_key("documents", seed)
+    return mix(ordinal ^ mix(np.full(count, part, dtype=np.uint64) ^ key[0]) ^ key[1])
+
+
+def _write_run(work: Path, part: int, run: int, ids: list[np.ndarray], keys: np.ndarray) -> None:
+    order = np.argsort(keys, kind="stable")
+    table = np.empty(keys.size, dtype=KEY_TYPE)
+    table["key"] = keys[order]
+    table["length"] = [ids[place].size for place in order]
+    joined = np.concatenate([ids[place] for place in order]).astype("<i4")
+    write_atomically(run_path(work, part, run, "tokens"), joined.data)
+    write_atomically(run_path(work, part, run, "keys"), table.tobytes())
+
+
+def _report_path(work: Path, index: int) -> Path:
+    return work / f"{index:06}.json"

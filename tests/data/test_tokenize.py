@@ -1,0 +1,282 @@
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from phi4.config import DataConfig, SourceConfig, TokenizerConfig
+from phi4.data import Loader, Tokenizer, load_tokenizer, tokenize
+from phi4.data.bpe import train_bpe
+from phi4.data.manifest import Manifest
+from phi4.data.token_file import TokenFile
+from phi4.data.token_merge import merge_runs
+from phi4.data.token_writer import write_documents
+from phi4.data.tokenize import Progress, make_plan, tokenize_parts, work_directory
+from phi4.data.tokenizer import rank_file_bytes
+from phi4.errors import DataError
+
+TEXTS = [f"the cat {i} sat on the mat " * (i % 7 + 1) for i in range(60)]
+SUFFIXES = ("bin", "idx", "manifest.json")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TokenizerConfig:
+    path = tmp_path_factory.mktemp("ranks") / "bpe.tiktoken"
+    path.write_bytes(rank_file_bytes(train_bpe(["the cat sat on the mat\n"] * 3, 360)))
+    return TokenizerConfig(kind="bpe", path=str(path))
+
+
+@pytest.fixture
+def tokenizer(config: TokenizerConfig) -> Tokenizer:
+    return load_tokenizer(config)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def run(
+    config: TokenizerConfig,
+    inputs: Iterable[Path],
+    prefix: Path,
+    *,
+    shards: tuple[tuple[int, int], ...] = ((0, 1),),
+    workers: int = 1,
+    seed: int | None = 5,
+    max_rejected: int = 0,
+    range_tokens: int = 1 << 20,
+    part_bytes: int = 500,
+) -> Manifest:
+    facts = load_tokenizer(config).facts
+    for shard in shards:
+        plan = make_plan(list(inputs), facts, seed=seed, part_bytes=part_bytes)
+        tokenize_parts(
+            plan,
+            prefix,
+            config,
+            workers=workers,
+            shard=shard,
+            max_rejected=max_rejected,
+            follow=lambda progress: None,
+        )
+    return merge_runs(prefix, range_tokens)
+
+
+def documents(prefix: Path, tokenizer: Tokenizer) -> list[str]:
+    pair = TokenFile(prefix)
+    ids = [pair.document(i).tolist() for i in range(pair.num_documents)]
+    assert all(document[-1] == tokenizer.eod_id for document in ids)
+    return [tokenizer.decode(document[:-1]) for document in ids]
+
+
+def content(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}.{suffix}").read_bytes() for suffix in SUFFIXES]
+
+
+def test_every_document_once_shuffled_under_the_seed(
+    config: TokenizerConfig, tokenizer: Tokenizer, rows: Path, tmp_path: Path
+) -> None:
+    manifest = run(config, [rows], tmp_path / "p")
+    found = documents(tmp_path / "p", tokenizer)
+    assert sorted(found) == sorted(TEXTS) and found != TEXTS
+    assert manifest == TokenFile(tmp_path / "p").verify()
+    assert manifest.num_documents == 60 == sum(manifest.length_histogram)
+    other = run(config, [rows], tmp_path / "q", seed=6)
+    assert other.bin_sha256 != manifest.bin_sha256 and other.num_tokens == manifest.num_tokens
+    run(config, [rows], tmp_path / "r", seed=None)
+    assert documents(tmp_path / "r", tokenizer) == TEXTS
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_shuffle_moves_documents_over_the_whole_file(
+    config: TokenizerConfig, tokenizer: Tokenizer, rows: Path, tmp_path: Path
+) -> None:
+    run(config, [rows], tmp_path / "p")
+    places = [TEXTS.index(text) for text in documents(tmp_path / "p", tokenizer)]
+    # A uniform order moves a document by a third of the file on average.
+    moved = np.abs(np.array(places) - np.arange(60)).mean()
+    assert 14 < moved < 26
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": 2},
+        {"shards": ((2, 3), (0, 3), (1, 3))},
+        {"range_tokens": 50},
+        {"range_tokens": 1},
+    ],
+)
+def test_bytes_do_not_depend_on_who_did_the_work(
+    config: TokenizerConfig, rows: Path, tmp_path: Path, options: dict
+) -> None:
+    run(config, [rows], tmp_path / "one")
+    run(config, [rows], tmp_path / "other", **options)
+    assert content(tmp_path / "one") == content(tmp_path / "other")
+
+
+def test_bytes_do_not_depend_on_the_length_of_runs(
+    config: TokenizerConfig, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config, [rows], tmp_path / "one")
+    monkeypatch.setattr(tokenize, "RUN_TOKENS", 40)
+    run(config, [rows], tmp_path / "other")
+    assert content(tmp_path / "one") == content(tmp_path / "other")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8)
+@given(kills=st.lists(st.integers(0, 12), min_size=1, max_size=3))
+def test_killed_job_goes_on_without_loss_or_repeat(
+    config: TokenizerConfig, rows: Path, tmp_path_factory, kills: list[int]
+) -> None:
+    """Killed while writing: at any file of any part."""
+    directory = tmp_path_factory.mktemp("kill")
+    run(config, [rows], directory / "one", part_bytes=2000)
+    original = tokenize.write_atomically
+    for kill in kills:
+        written = []
+
+        def killed(path: Path, content: bytes, written=written, kill=kill) -> None:
+            written.append(path)
+            if len(written) > kill:
+                raise KeyboardInterrupt
+            original(path, content)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(tokenize, "write_atomically", killed)
+            run(config, [rows], directory / "other", part_bytes=2000)
+            raise KeyboardInterrupt  # it had less left to write
+    run(config, [rows], directory / "other", part_bytes=2000)
+    assert content(directory / "one") == content(directory / "other")
+
+
+def test_finished_parts_are_not_read_again(
+    config: TokenizerConfig, rows: Path, tmp_path: Path
+) -> None:
+    seen: list[Progress] = []
+    plan = make_plan([rows], load_tokenizer(config).facts, part_bytes=500)
+    options = {"workers": 1, "max_rejected": 0, "follow": seen.append}
+    tokenize_parts(plan, tmp_path / "p", config, shard=(1, 2), **options)
+    first = len(seen)
+    tokenize_parts(plan, tmp_path / "p", config, **options)
+    assert 0 < first < len(seen) == len(plan.parts)
+    assert seen[-1].done_bytes == seen[-1].total_bytes and seen[-1].remaining_seconds == 0
+    assert seen[-1].new_bytes < seen[-1].total_bytes
+
+
+def test_bad_rows_are_listed_with_their_line_in_the_file(
+    config: TokenizerConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": text}).encode() for text in TEXTS]
+    lines[7], lines[50], lines[51] = b'{"text": "\xff"}', b"", b"{"
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    manifest = run(config, [path, tmp_path / "bad.txt"], tmp_path / "p", max_rejected=3)
+    rejected = Path(f"{tmp_path}/p.rejected.jsonl").read_text().splitlines()
+    found = [(Path(r["input"]).name, r["line"]) for r in map(json.loads, rejected)]
+    assert found == [("rows.jsonl", 8), ("rows.jsonl", 51), ("rows.jsonl", 52), ("bad.txt", 0)]
+    assert manifest.num_rejected == 4 and manifest.num_documents == 57
+    kept = [text for i, text in enumerate(TEXTS) if i not in (7, 50, 51)]
+    assert Counter(documents(tmp_path / "p", tokenizer)) == Counter(kept)
+
+
+def test_too_many_bad_rows_stop_the_job_and_are_shown(
+    config: TokenizerConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n' + "{\n" * 3 + "\n" * 5)
+    with pytest.raises(
+        DataError, match=r"3 rows are bad, at most 2 are allowed; see .*p\.rejected"
+    ):
+        run(config, [path], tmp_path / "p", max_rejected=2)
+    assert len(Path(f"{tmp_path}/p.rejected.jsonl").read_text().splitlines()) == 8
+    with pytest.raises(DataError, match="3 rows are bad"):
+        run(config, [path], tmp_path / "p", max_rejected=2)
+    assert run(config, [path], tmp_path / "p", max_rejected=3).num_documents == 1
+
+
+def test_list_of_bad_rows_goes_when_none_is_left(
+    config: TokenizerConfig, rows: Path, tmp_path: Path
+) -> None:
+    stale = tmp_path / "p.rejected.jsonl"
+    stale.write_text("{}\n")
+    run(config, [rows], tmp_path / "p")
+    assert not stale.exists()
+
+
+def test_conversations_become_records_with_a_loss_mask(
+    config: TokenizerConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"text": "the mat"}))
+    manifest = run(config, [path], tmp_path / "p", seed=None)
+    pair = TokenFile(tmp_path / "p")
+    assert manifest == pair.verify() and manifest.mask_sha256
+    chat, text = (pair.document(i) for i in range(2))
+    learnt = pair.learnt[: chat.size].astype(bool)
+    assert tokenizer.decode(chat[learnt]) == "sat<|im_end|>"
+    assert chat[-1] == tokenizer.eod_id and chat.max() < tokenizer.vocab_size
+    assert pair.learnt[chat.size :].all() and tokenizer.decode(text[:-1]) == "the mat"
+    source = SourceConfig(name="chat", path=f"{tmp_path}/p", kind="windows")
+    data = DataConfig(sequence_length=64, unit_tokens=64, sources=(source,))
+    (batch,) = Loader(data, tokenizer.facts, 1).next_step(
+        global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1
+    )
+    served = batch.labels[batch.loss_mask > 0].tolist()
+    assert sorted(served) == sorted([*chat[learnt].tolist(), *text[1:].tolist()])
+    # Without masked records the pair has no mask.
+    run(config, [self_text(tmp_path)], tmp_path / "p")
+    assert not Path(f"{tmp_path}/p.mask").exists()
+
+
+def self_text(tmp_path: Path) -> Path:
+    (tmp_path / "x.txt").write_text("the cat")
+    return tmp_path / "x.txt"
+
+
+def test_another_plan_under_the_same_prefix_is_refused(
+    config: TokenizerConfig, rows: Path, tmp_path: Path
+) -> None:
+    options = {"workers": 1, "max_rejected": 0, "follow": lambda progress: None}
+    facts = load_tokenizer(config).facts
+    plan = make_plan([rows], facts, part_bytes=500)
+    tokenize_parts(plan, tmp_path / "p", config, shard=(0, 2), **options)
+    with pytest.raises(DataError, match=r"part 1; run the missing shards again"):
+        merge_runs(tmp_path / "p")
+    other = make_plan([rows], facts, seed=9, part_bytes=500)
+    with pytest.raises(DataError, match="was begun with other inputs, tokenizer or options"):
+        tokenize_parts(other, tmp_path / "p", config, **options)
+    rows.write_text(rows.read_text() + "\n")
+    with pytest.raises(DataError, match="was begun with other inputs"):
+        tokenize_parts(make_plan([rows], facts, part_bytes=500), tmp_path / "p", config, **options)
+
+
+def test_merge_without_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="begin with `phi4 data tokenize`"):
+        merge_runs(tmp_path / "p")
+
+
+def test_nothing_to_write_leaves_no_file(config: TokenizerConfig, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(DataError, match="the inputs hold no text"):
+        run(config, [tmp_path / "in"], tmp_path / "out" / "p")
+    assert not list((tmp_path / "out").iterdir())
+    assert not work_directory(tmp_path / "out" / "p").exists()
+
+
+def test_written_texts_are_closed_documents(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = ["the cat <|endoftext|>", "sat"]
+    manifest = write_documents(texts, tokenizer, tmp_path / "p")
+    assert manifest == TokenFile(tmp_path / "p").require_tokenizer(tokenizer.facts)
+    assert documents(tmp_path / "p", tokenizer) == texts
+    pair = TokenFile(tmp_path / "p")
+    assert np.count_nonzero(pair.tokens == tokenizer.eod_id) == 2
