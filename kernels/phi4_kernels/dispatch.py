@@ -116,8 +116,12 @@ def _named_reason(op: str, name: str, device: torch.device) -> str:
     return "named; interpreted on the CPU"
 
 
+@torch.compiler.assume_constant_result
 def resolve(op: str, requested: str, device: torch.device) -> str:
-    """Name of the implementation that runs this call; counts it for `count_calls`."""
+    """Name of the implementation that runs this call; counts it for `count_calls`.
+
+    torch.compile calls it while it traces and keeps the answer, so compiled calls are not counted.
+    """
     choice = choose(op, requested, device)
     if (calls := _calls.get()) is not None:
         calls[op, choice.implementation] += 1

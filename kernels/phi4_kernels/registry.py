@@ -125,8 +125,9 @@ def folder(op: str) -> Path:
 @cache
 def source_digest(op: str, name: str) -> str:
     """Hash of the files that decide what an implementation computes: a row proves these alone."""
-    files = [folder(op) / "op.py", folder(op) / "reference.py", folder(op) / f"{name}_impl.py"]
+    others = {f"{other}_impl.py" for other in implementations(op)} - {f"{name}_impl.py"}
+    files = [path for path in sorted(folder(op).glob("*.py")) if path.name not in others]
     digest = hashlib.sha256()
-    for path in (*files, ROOT / "launch.py"):
+    for path in (*files, ROOT / "launch.py", ROOT / "operators.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,5 +1,7 @@
 """Checks that run inside the interpreting process; see the tests that call them."""
 
+from collections.abc import Callable
+
 import torch
 from phi4_kernels import dispatch
 from phi4_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_fp8
@@ -94,6 +96,28 @@ def rows_far_apart_are_addressed_in_64_bits() -> None:
     expected = rope_qkv(near, layout, *tables, **named)
     for got, wanted in zip(rope_qkv(view, layout, *tables, **named), expected, strict=True):
         assert _same(got, wanted)
+
+
+def one_graph_holds_all_ops(implementation: str) -> None:
+    """torch.compile traces through the public functions without a break, with equal bits."""
+    layout, tables = QKVLayout(2, 2, 16), rope_tables(4, 16, 1e4)
+    named = {"implementation": implementation}
+
+    def block(x: torch.Tensor, weight: torch.Tensor, project: torch.Tensor) -> torch.Tensor:
+        y, total = add_rms_norm(x, x.sin(), weight, 1e-5, **named)
+        q, k, v = rope_qkv(y @ project, layout, *tables, **named)
+        return swiglu(total, **named).sum() + (q.sum(2) * k * v).sum()
+
+    def gradients(run: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((4, 32), (32,), (32, layout.width))
+        leaves = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+        loss = run(*leaves)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    whole = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for first, second in zip(gradients(block), gradients(whole), strict=True):
+        torch.testing.assert_close(first, second)
 
 
 def calls_are_counted() -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,19 @@ def test_the_committed_rows_are_readable() -> None:
     path = registry.ROOT / "correctness.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
         assert {"op", "implementation", "capability", "source", "green"} <= json.loads(line).keys()
+
+
+def test_a_changed_source_has_another_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "rope"
+    shutil.copytree(registry.folder("rope"), copy)
+    monkeypatch.setattr(registry, "folder", lambda op: copy)
+    digest = registry.source_digest.__wrapped__
+    before = digest("rope", "triton"), digest("rope", "torch")
+    with (copy / "triton_impl.py").open("a") as file:
+        file.write("# edited")
+    assert digest("rope", "triton") != before[0] and digest("rope", "torch") == before[1]
+    with (copy / "layout.py").open("a") as file:
+        file.write("# edited")
+    assert digest("rope", "torch") != before[1]

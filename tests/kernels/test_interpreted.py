@@ -59,3 +59,8 @@ def test_reasons_name_the_interpreter(interpreted: InterpretedProcess) -> None:
         "torch": "named",
         "triton": "named; interpreted on the CPU",
     }
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_one_graph_holds_all_ops(interpreted: InterpretedProcess, implementation: str) -> None:
+    interpreted.call(f"{CHECKS}:one_graph_holds_all_ops", implementation=implementation)

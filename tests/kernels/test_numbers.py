@@ -1,5 +1,7 @@
 """Gate 1: numerics of every op, case and dtype under the interpreter, by the error rule."""
 
+from collections.abc import Iterator
+
 import pytest
 from phi4_kernels import registry
 from phi4_kernels.errors import GateError
@@ -82,10 +84,10 @@ MISTAKES = {
         "w640",
         "bf16",
     ),
-    "transposed by the wrong stride": (
+    "two rows of the transpose swapped": (
         "swiglu",
         "cols.to(tl.int64) * num_rows + rows",
-        "cols.to(tl.int64) * ROWS + rows",
+        "cols.to(tl.int64) * num_rows + (rows ^ 1)",
         "swiglu_fp8_columnwise",
         "w640",
         "bf16",
@@ -133,17 +135,29 @@ MISTAKES = {
 }
 
 
+@pytest.fixture(scope="module")
+def planting() -> Iterator[InterpretedProcess]:
+    """A process of its own: a planted mistake may write where it should not."""
+    process = InterpretedProcess()
+    yield process
+    process.close()
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_planted_mistake_turns_the_gate_red(
-    interpreted: InterpretedProcess, mistake: str
-) -> None:
+def test_a_planted_mistake_turns_the_gate_red(planting: InterpretedProcess, mistake: str) -> None:
     op, old, new, entry, case, dtype = MISTAKES[mistake]
     with pytest.raises(GateError, match="GateError"):
-        interpreted.call(GATE, plant=(op, old, new), entry=entry, case=case, dtype=dtype)
+        planting.call(GATE, plant=(op, old, new), entry=entry, case=case, dtype=dtype)
 
 
-def test_a_racing_kernel_turns_the_program_orders_red(interpreted: InterpretedProcess) -> None:
-    # All programs share one row of the weight gradient: the last to run wins.
-    plant = ("rms_norm", "program.to(tl.int64) * WIDTH", "0 * program.to(tl.int64)")
-    with pytest.raises(GateError, match="GateError"):
-        interpreted.call(GATE, plant=plant, entry="rms_norm", case="w640", dtype="fp32")
+def test_a_sum_by_atomics_turns_the_program_orders_red(planting: InterpretedProcess) -> None:
+    cols = "block * BLOCK + tl.arange(0, BLOCK)"
+    plant = (
+        "rms_norm",
+        "_store(share_ptr, b_dweight[block], block, WIDTH, BLOCK)",
+        f"tl.atomic_add(dweight_ptr + {cols}, b_dweight[block], mask={cols} < WIDTH)",
+        "shares = torch.empty((programs, width)",
+        "shares = torch.zeros((1, width)",
+    )
+    with pytest.raises(GateError, match="d_weight: two runs differ"):
+        planting.call(GATE, plant=plant, entry="rms_norm", case="fp32-weight", dtype="fp32")

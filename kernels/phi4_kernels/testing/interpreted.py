@@ -5,6 +5,7 @@ in one process. The process runs functions by name, `module:function` with JSON 
 what they raised.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -29,20 +30,23 @@ class InterpretedProcess:
             env=environment,
         )
 
-    def call(self, function: str, *, plant: tuple[str, str, str] | None = None, **args: Any) -> Any:
+    def call(self, function: str, *, plant: tuple[str, ...] | None = None, **args: Any) -> Any:
         """Run `module:function(**args)` there.
 
         Args:
             function: what to run; its result must be JSON.
-            plant: (op, old, new), a mistake to run it under; see testing.plant.
+            plant: (op, old, new, ...), a mistake to run it under; see testing.plant.
             args: JSON values.
 
         Raises:
             GateError: the function raised, or the process died.
         """
-        self._child.stdin.write(json.dumps([function, plant, args]) + "\n")
-        self._child.stdin.flush()
-        answer = self._child.stdout.readline()
+        try:
+            self._child.stdin.write(json.dumps([function, plant, args]) + "\n")
+            self._child.stdin.flush()
+            answer = self._child.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
         if not answer:
             raise GateError(
                 f"the interpreting process died (exit {self._child.wait()}) in {function} {args}; "
@@ -55,7 +59,8 @@ class InterpretedProcess:
 
     def close(self) -> None:
         """End the process."""
-        self._child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.close()
         self._child.stdout.close()
         self._child.wait()
 

@@ -12,14 +12,16 @@ from phi4_kernels import registry
 
 
 @contextmanager
-def planted(op: str, old: str, new: str) -> Iterator[None]:
-    """Run `op`'s Triton implementation with every `old` in its source replaced by `new`."""
+def planted(op: str, *texts: str) -> Iterator[None]:
+    """Run `op`'s Triton implementation with texts replaced: old, new, old, new, ..."""
     source = (registry.folder(op) / "triton_impl.py").read_text()
-    if old not in source:
-        raise ValueError(f"{op}/triton_impl.py has no {old!r} to replace")
+    for old, new in zip(texts[::2], texts[1::2], strict=True):
+        if old not in source:
+            raise ValueError(f"{op}/triton_impl.py has no {old!r} to replace")
+        source = source.replace(old, new)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"planted_{op}.py"
-        file.write_text(source.replace(old, new))
+        file.write_text(source)
         spec = importlib.util.spec_from_file_location(file.stem, file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
