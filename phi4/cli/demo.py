@@ -23,6 +23,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory of everything the demo makes.")] = Path(
         "runs/demo"
     ),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Append the result as a row to this file.")
+    ] = None,
 ) -> None:
     """Train a small Phi-4 on this machine: corpus, TP2 x PP2, resume elsewhere, text, parity."""
     started = time.monotonic()
@@ -62,7 +65,13 @@ def demo(
         *("verify", "parity", RECIPE, "--steps", 3, "--layouts", "tp2+sp,pp2,tp2xcp2+sp"),
     )
     picture = _draw(run)
-    _conclude(data, run, picture, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    gain = _conclude(data, run, picture, seconds)
+    if json_file:
+        from phi4.track import append_row
+
+        steps = {"steps": ALL_STEPS, "held_out_nats_below_unigram": round(gain, 3)}
+        append_row(json_file, {"benchmark": "demo", "seconds": round(seconds), **steps})
 
 
 def _phi4(why: str, *words: object) -> None:
@@ -96,7 +105,7 @@ def _draw(run: Path) -> Path:
     return draw_losses(run / "metrics.jsonl", run / "loss.png")
 
 
-def _conclude(data: Path, run: Path, picture: Path, seconds: float) -> None:
+def _conclude(data: Path, run: Path, picture: Path, seconds: float) -> float:
     from phi4.track import read_metrics
 
     unigram = json.loads((data / "corpus.json").read_text())["unigram_entropy_nats"]
@@ -119,3 +128,4 @@ def _conclude(data: Path, run: Path, picture: Path, seconds: float) -> None:
             f"the demo's held-out loss is only {gain:.3f} nats below the unigram entropy, expected "
             f"at least {NATS_BELOW_UNIGRAM}; something is wrong with this installation"
         )
+    return gain

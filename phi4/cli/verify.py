@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,10 +14,15 @@ from phi4.config import Recipe, check, dump_toml, load_recipe
 from phi4.errors import ConfigError
 from phi4.launch import WorkerEnvironment, on_ranks
 
+if TYPE_CHECKING:
+    from phi4.verify.layouts import Case
+    from phi4.verify.parity import Comparison
+
 app = typer.Typer(help="Proofs to run on this machine.", no_args_is_help=True)
 
 DEFAULT_RECIPE = Path("examples/recipes/tiny_pretrain.toml")
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
+Results = list[tuple["Case", "Comparison"]]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value.")]
 
 
@@ -27,10 +32,14 @@ def parity(
     overrides: Overrides = None,
     layouts: Annotated[str, typer.Option(help="Comma-separated names; empty means all.")] = "",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Append the result as a row to this file.")
+    ] = None,
     work_dir: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """One process against every layout: losses, norms, parameters. Exit 1 past tolerance."""
     from phi4.verify.layouts import LAYOUTS, cases, reference_case
+    from phi4.verify.parity import compare
 
     recipe = load_recipe(recipe_path, overrides or [])
     names = tuple(name for name in layouts.split(",") if name) or tuple(LAYOUTS)
@@ -57,11 +66,31 @@ def parity(
     )
     if code or not started_here:
         raise typer.Exit(code)
-    raise typer.Exit(_report_parity(reference, possible, impossible, work_dir))
+    results = [(case, compare(case, reference, work_dir)) for case in possible]
+    _print_parity(results, impossible)
+    if json_file:
+        _write_parity(results, steps, json_file)
+    raise typer.Exit(0 if all(result.passed for _, result in results) else 1)
 
 
-def _report_parity(reference, possible, impossible, work_dir: Path) -> int:
-    from phi4.verify.parity import LOSS_TOLERANCE, PARAMETER_TOLERANCE, compare
+def _write_parity(results: Results, steps: int, json_file: Path) -> None:
+    from phi4.track import append_row
+
+    worst = max((result for _, result in results), key=lambda result: result.parameter_error)
+    row = {
+        "benchmark": "parity",
+        "steps": steps,
+        "layouts": [case.name for case, _ in results],
+        "passed": all(result.passed for _, result in results),
+        "worst_loss_error": max(result.loss_error for _, result in results),
+        "worst_parameter_error": worst.parameter_error,
+        "worst_parameter": f"{worst.name}: {worst.worst_parameter}",
+    }
+    append_row(json_file, row)
+
+
+def _print_parity(results: Results, impossible: dict[str, str]) -> None:
+    from phi4.verify.parity import LOSS_TOLERANCE, PARAMETER_TOLERANCE
 
     table = Table(
         title=f"parity with one process (loss <= {LOSS_TOLERANCE:g}, parameters <= "
@@ -69,7 +98,6 @@ def _report_parity(reference, possible, impossible, work_dir: Path) -> int:
     )
     for column in ("layout", "processes", "loss", "gradient norm", "parameters", "worst", ""):
         table.add_column(column)
-    results = [(case, compare(case, reference, work_dir)) for case in possible]
     for case, result in results:
         table.add_row(
             case.name,
@@ -84,7 +112,6 @@ def _report_parity(reference, possible, impossible, work_dir: Path) -> int:
     console.print(table)
     for name, rule in impossible.items():
         console.print(f"{name}: not possible for this recipe: {rule}")
-    return 0 if all(result.passed for _, result in results) else 1
 
 
 @app.command()

@@ -5,6 +5,7 @@ from phi4.track.console import ConsoleTracker
 from phi4.track.jsonl import MetricsFile, read_metrics
 from phi4.track.mlflow import MlflowTracker
 from phi4.track.plot import draw_losses
+from phi4.track.provenance import append_row, provenance
 from phi4.track.record import Status, Tracker, Trackers
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "Status",
     "Tracker",
     "Trackers",
+    "append_row",
     "draw_losses",
     "open_trackers",
+    "provenance",
     "read_metrics",
     "recipe_params",
 ]
