@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Kernels on a machine with one GPU and no network: tests marked gpu, correctness rows, benches,
-# BENCHMARKS.md. Leaves rows to commit. Fits in 9 minutes. PYTHON names the interpreter; it needs
-# torch >= 2.11, triton >= 3.6, numpy, pytest and hypothesis.
+# On a machine with one GPU and no network: the engine against the CPU, the kernel tests marked gpu,
+# correctness rows, benches, BENCHMARKS.md. Leaves rows to commit. Fits in 10 minutes. PYTHON names
+# the interpreter; it needs torch >= 2.11, triton >= 3.6, numpy, pytest and hypothesis. What the
+# engine needs besides (tools/gpu_wheels.sh collects it) is taken from the directory WHEELS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -20,6 +21,13 @@ print(f"{name}, capability {capability}, torch {torch.__version__}, triton {trit
 PY
 
 status=0
+if [ -n "${WHEELS:-}" ]; then
+    packages=$(mktemp -d)
+    trap 'rm -rf "$packages"' EXIT
+    "$python" -m pip install -q --no-index --no-deps --target "$packages" "$WHEELS"/*.whl
+    PYTHONPATH+=":$packages"
+fi
+timeout 90 "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.json || status=$?
 # --noconftest: the other rooms' test plugins need packages that this machine may lack.
 timeout 200 "$python" -m pytest tests/kernels/test_gpu.py -m gpu -q --noconftest \
     -p no:cacheprovider --durations=5 || status=$?

@@ -1,0 +1,90 @@
+"""Fill README's table of measured facts from the newest committed rows under benchmarks/.
+
+`make measured` writes it; a test compares. A fact without a row is left out, not filled in by hand.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+BEGIN = "<!-- measured: begin (generated from benchmarks/ by `make measured`) -->"
+END = "<!-- measured: end -->"
+
+Row = dict[str, Any]
+
+
+def _demo(row: Row) -> tuple[str, str]:
+    result = (
+        f"{row['seconds']} s for {row['steps']} steps, a resumption in another layout, text and "
+        f"parity; held-out loss {row['held_out_nats_below_unigram']} nats below the unigram entropy"
+    )
+    return "`make demo` after installation", result
+
+
+def _parity(row: Row) -> tuple[str, str]:
+    result = (
+        f"{len(row['layouts'])} layouts, {row['steps']} steps in fp32: loss within "
+        f"{row['worst_loss_error']:.0e} of the loss, the worst tensor within "
+        f"{row['worst_parameter_error']:.0e}"
+    )
+    return "parity with one process (`phi4 verify parity`)", result
+
+
+def _step_time(row: Row) -> tuple[str, str]:
+    low, high = row["ratio_95"]
+    result = (
+        f"{row['ratio']:.2f} x a plain transformers loop ({low:.2f} to {high:.2f}, "
+        f"{row['pairs']} interleaved pairs)"
+    )
+    return "step time, one process, one thread (`tools/step_time.py`)", result
+
+
+FACTS: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], tuple[str, str]]], ...] = (
+    ("demo.jsonl", lambda row: True, _demo),
+    ("parity.jsonl", lambda row: row["passed"], _parity),
+    (
+        "step_time.jsonl",
+        lambda row: row["documents_per_row"] == 1 and row["num_key_value_heads"] == 2,
+        _step_time,
+    ),
+)
+
+
+def table(directory: Path) -> str:
+    """The table of all facts that have a row, as Markdown."""
+    lines = ["| what | result | commit |", "|---|---|---|"]
+    for name, counts, describe in FACTS:
+        path = directory / name
+        rows = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        )
+        rows = [row for row in rows if counts(row)]
+        if rows:
+            what, result = describe(rows[-1])
+            lines.append(f"| {what} | {result} | {rows[-1]['commit']} |")
+    return "\n".join(lines)
+
+
+def with_table(readme: str, directory: Path) -> str:
+    """README's text with the table in its block.
+
+    Raises:
+        ValueError: the block's marks are missing.
+    """
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no block from {BEGIN} to {END}")
+    return f"{head}{begin}\n{table(directory)}\n{end}{tail}"
+
+
+def main() -> None:
+    """Write README."""
+    README.write_text(with_table(README.read_text(), ROOT / "benchmarks"))
+
+
+if __name__ == "__main__":
+    main()
