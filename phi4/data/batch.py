@@ -58,7 +58,8 @@ def build_batch(
             begins |= starts.reshape(-1)
     begins[::row_tokens] = True
     bounds = np.append(np.flatnonzero(begins), num_tokens)
-    positions = np.arange(num_tokens) - np.repeat(bounds[:-1], np.diff(bounds))
+    positions = np.arange(num_tokens)
+    positions -= np.repeat(bounds[:-1], np.diff(bounds))
     return Batch(
         tokens=tokens,
         labels=np.ascontiguousarray(labels, dtype=np.int64),

@@ -103,7 +103,7 @@ class Stream:
         Raises:
             DataError: an id is outside the vocabulary.
         """
-        rows = Rows.padded(source.size, self.draw_tokens, self._tokenizer.pad_id)
+        rows = Rows.empty(source.size, self.draw_tokens)
         for index, item in enumerate(self._sources):
             chosen = np.flatnonzero(source == index)
             units = self._units(item, ordinal[chosen])
@@ -127,7 +127,7 @@ class Stream:
 
     def _begins(self, item: Source, unit: int) -> list[int]:
         """Where documents begin in a unit, padding left out."""
-        rows = Rows.padded(1, item.row_tokens, self._tokenizer.pad_id)
+        rows = Rows.empty(1, item.row_tokens)
         cut = rows.cut(0, 0, item.row_tokens)
         item.fill(unit, cut)
         begins = cut.starts.copy()

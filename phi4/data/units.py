@@ -27,11 +27,16 @@ class Rows:
     """bool, where a piece begins that has nothing to do with what stands before it."""
 
     @staticmethod
-    def padded(num_rows: int, num_tokens: int, pad_id: int) -> "Rows":
-        """Rows of padding that weigh nothing."""
+    def empty(num_rows: int, num_tokens: int) -> "Rows":
+        """Rows whose content is still undefined; nothing starts in them."""
         shape = (num_rows, num_tokens)
-        tokens, labels = (np.full(shape, pad_id, dtype=np.int64) for _ in range(2))
-        return Rows(tokens, labels, np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool))
+        tokens, labels = (np.empty(shape, dtype=np.int64) for _ in range(2))
+        return Rows(tokens, labels, np.empty(shape, dtype=bool), np.zeros(shape, dtype=bool))
+
+    def pad(self, begin: int, pad_id: int) -> None:
+        """Make the rest of a cut padding that weighs nothing."""
+        self.tokens[begin:] = self.labels[begin:] = pad_id
+        self.weights[begin:] = False
 
     def cut(self, row: int, begin: int, num_tokens: int) -> "Rows":
         """A view of part of one row, [num_tokens] each."""
@@ -107,7 +112,7 @@ class UnitSource:
             )
 
     def fill(self, unit: int, rows: Rows) -> None:
-        """Copy one unit into [unit_tokens] slices; padding beyond a partial unit stays.
+        """Copy one unit into [unit_tokens] slices; beyond a partial unit stands padding.
 
         The label after an end-of-document token weighs 0, like those that the file masks.
 
@@ -118,6 +123,8 @@ class UnitSource:
         window = pair.tokens[begin : begin + self.row_tokens + 1]
         check_ids(window, self._tokenizer.vocab_size, lambda place: self.locate(unit, place))
         filled = window.size - 1
+        if filled < self.row_tokens:
+            rows.pad(filled, self._tokenizer.pad_id)
         rows.tokens[: filled + 1] = window[: self.row_tokens]
         rows.labels[:filled] = window[1:]
         np.not_equal(window[:-1], self._tokenizer.eod_id, out=rows.weights[:filled])

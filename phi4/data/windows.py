@@ -78,7 +78,7 @@ class WindowSource:
         self._pieces = table[split[2] :].reshape(num_pieces, 3)
 
     def fill(self, unit: int, rows: Rows) -> None:
-        """Copy one row into [row_tokens] slices; what is left over stays padding.
+        """Copy one row into [row_tokens] slices; what is left over is padding.
 
         Raises:
             DataError: an id is outside the vocabulary (names source, document, offset).
@@ -95,6 +95,7 @@ class WindowSource:
             place += num_labels
         if place < self.row_tokens:
             rows.starts[place] = True
+            rows.pad(place, self._tokenizer.pad_id)
 
     def loss_tokens(self, units: np.ndarray) -> np.ndarray:
         """Labels of weight 1 in each row, [n] int64, at least 1."""

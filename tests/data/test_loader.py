@@ -164,7 +164,7 @@ def test_shards_are_cut_each_on_its_own(write_source, facts: TokenizerFacts) -> 
     write_source("s1", [9], 110)
     shards = read_source(path[:-1] + "*", facts).shards
     source = UnitSource("s", shards, ShardPool(1), facts, 4)
-    rows_ = Rows.padded(source.num_units, 4, PAD)
+    rows_ = Rows.empty(source.num_units, 4)
     for unit in range(source.num_units):
         source.fill(unit, rows_.cut(unit, 0, 4))
     assert rows_.tokens.tolist() == [[t, t + 1, t + 2, t + 3] for t in (10, 14, 110, 114)]
