@@ -1,9 +1,9 @@
 """Throughput of `phi4 data tokenize` beside bare tiktoken and megatron-core's builder.
 
 All three take the same documents on the same cores. Bare tiktoken gets them in memory and writes
-All three take the same documents on the same cores. Bare tiktoken gets them in memory and writes
-nothing; the other two go from a jsonl file to a .bin/.idx pair. Rounds are interleaved, so that what
+nothing; the other two go from a jsonl file to a .bin/.idx pair. Rounds are interleaved, so what
 else runs on the machine meets all sides alike.
+
     python tools/tokenize_speed.py --rounds 5 --json benchmarks/data_tokenize.jsonl
 """
 
