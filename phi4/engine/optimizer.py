@@ -15,7 +15,10 @@ from phi4.engine.precision import torch_dtype
 def wrap_data_parallel(
     chunks: list[Phi4Model], config: TransformerConfig, recipe: Recipe, layout: Layout
 ) -> list[DistributedDataParallel]:
-    """Gradient buffers in fp32 and their reduction over data and context ranks."""
+    """Gradient buffers in fp32 and their reduction over data and context ranks.
+
+    With overlap_grad_reduce the schedule is told to reduce after the last micro-batch only.
+    """
     parallel = recipe.parallel
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -23,12 +26,29 @@ def wrap_data_parallel(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(
             config, ddp, chunk, disable_bucketing=index > 0, pg_collection=layout.groups
         )
         for index, chunk in enumerate(chunks)
     ]
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
+
+
+def gather_parameters(wrapped: list[torch.nn.Module]) -> None:
+    """Wait until every rank has all updated parameters.
+
+    With overlap_param_gather they are gathered while the next forward pass runs; whoever reads them
+    before that calls this.
+
+    Collectives: all-gather of the parameters over data and context ranks where it is outstanding.
+    """
+    for chunk in wrapped:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def build_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:

@@ -18,7 +18,7 @@ from phi4.engine.checkpoint import (
     verify_checkpoint,
 )
 from phi4.engine.engine import Engine
-from phi4.errors import CheckpointError
+from phi4.errors import CheckpointError, DataError
 from phi4.train.hooks import Hook, Progress
 from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState, with_changes
 
@@ -103,13 +103,21 @@ def read_state(checkpoint: Path) -> RunState:
         raise CheckpointError(f"{checkpoint / STATE_FILE} is damaged: {error}") from None
 
 
-def resume(recipe: Recipe, engine: Engine, *, allow_change: bool, say: Say) -> RunState:
+def resume(
+    recipe: Recipe,
+    engine: Engine,
+    source_hashes: Mapping[str, str],
+    *,
+    allow_change: bool,
+    say: Say,
+) -> RunState:
     """Fill the engine from the newest checkpoint of the run that holds; else leave it as it is.
 
     A damaged checkpoint is named and the one before it taken.
 
     Raises:
         ConfigError: the recipe does not continue the run.
+        DataError: a source of the run has other content than it had.
         CheckpointError: there are checkpoints and none can be used.
 
     Collectives: those of `load_checkpoint`.
@@ -130,6 +138,7 @@ def resume(recipe: Recipe, engine: Engine, *, allow_change: bool, say: Say) -> R
             continue
         written = read_recipe(checkpoint)
         state = with_changes(read_state(checkpoint), written, recipe, allow=allow_change)
+        _check_sources(manifest.data, source_hashes, checkpoint)
         load_checkpoint(engine, checkpoint, manifest)
         say(f"resumed from {checkpoint} (step {state.step})")
         return state
@@ -137,3 +146,12 @@ def resume(recipe: Recipe, engine: Engine, *, allow_change: bool, say: Say) -> R
         f"no checkpoint under {root} can be used: {'; '.join(problems)}; use another run.dir to "
         "start anew"
     )
+
+
+def _check_sources(saved: Mapping[str, str], found: Mapping[str, str], checkpoint: Path) -> None:
+    changed = [name for name in saved if name in found and saved[name] != found[name]]
+    if changed:
+        raise DataError(
+            f"data source {', '.join(changed)} is not what {checkpoint} was trained on (its "
+            "manifest has another hash); restore the files, or name the new ones otherwise"
+        )

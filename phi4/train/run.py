@@ -60,7 +60,7 @@ def run_training(
     say = print_line if platform.is_writer else _silent
     tokenizer = check_tokenizer(recipe)
     # Opened once before anything is built: a missing or foreign source is an error at once.
-    Loader(recipe.data, tokenizer, recipe.run.seed)
+    source_hashes = Loader(recipe.data, tokenizer, recipe.run.seed).source_hashes()
     starts_anew = latest_checkpoint(checkpoints_of(recipe)) is None and not recipe.run.init_from
     engine = Engine(recipe, platform, draws_weights=starts_anew)
     for line in (
@@ -69,14 +69,14 @@ def run_training(
         *(choice.describe() for choice in engine.choices),
     ):
         say(line)
-    state = resume(recipe, engine, allow_change=allow_change, say=say)
+    state = resume(recipe, engine, source_hashes, allow_change=allow_change, say=say)
     if state.step == 0 and recipe.run.init_from:
         initialise_from(engine, Path(recipe.run.init_from), say)
     loader = Loader(recipe.data, tokenizer, recipe.run.seed, state.data)
     own_hooks = [
         Meter(),
         HeldOutLoss(recipe, engine, objective, tokenizer),
-        Checkpointer(recipe, engine, loader.source_hashes(), ranks_per_host, say),
+        Checkpointer(recipe, engine, source_hashes, ranks_per_host, say),
     ]
     with _followed(recipe, platform, state.step, say) as trackers:
         state = train(

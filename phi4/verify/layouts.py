@@ -39,6 +39,12 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "cp2": (_CP2,),
     "dp2": (_DP2,),
     "dp2-distributed": (_DP2, _DISTRIBUTED),
+    "dp2-overlapped": (
+        _DP2,
+        _DISTRIBUTED,
+        "parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true",
+    ),
     "tp2xpp2+sp": (_TP2, _PP2, _SP),
     "tp2xcp2+sp": (_TP2, _CP2, _SP),
     "dp2xtp2": (_DP2, _TP2),

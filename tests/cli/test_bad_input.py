@@ -68,6 +68,13 @@ def test_truncated_tokens_are_refused(copy: Path) -> None:
     assert "tokens.bin" in _refused(copy, "run.steps=4", "--change")
 
 
+def test_data_that_changed_under_its_name_is_refused(copy: Path) -> None:
+    path = copy / "tokens.manifest.json"
+    path.write_text(path.read_text() + " ")
+    line = _refused(copy, "run.steps=4", "--change")
+    assert "DataError" in line and "data source a" in line
+
+
 def test_tokenizer_with_another_hash_is_refused(copy: Path) -> None:
     line = _refused(copy, f"tokenizer.sha256={'0' * 64}")
     assert "TokenizerError" in line and "0" * 64 in line

@@ -30,6 +30,7 @@ from phi4.engine.checkpoint.manifest import (
     verify_files,
 )
 from phi4.engine.engine import Engine
+from phi4.engine.optimizer import gather_parameters
 from phi4.errors import CheckpointError, LayoutError
 
 OptimizerFormat = Literal["full", "dp", "none"]
@@ -119,6 +120,7 @@ def save_checkpoint(
         directory.begin()
     dist.barrier()
     with engine.patches:
+        gather_parameters(engine.chunks)
         dist_checkpointing.save(
             _sharded_state(engine, form, loading=False),
             str(directory.partial),
