@@ -12,10 +12,10 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ def write_sparse(prefix: str, lengths: np.ndarray) -> None:
 
 
 def write_blend(root: Path) -> None:
-    """5 sources x 800 shards of 2.5B tokens; .idx only where the first batch of `case` reads."""
+    """5 sources x 800 shards of 2.5B tokens, one real .idx under the name of each."""
     for name in BLEND:
         (root / name).mkdir(parents=True, exist_ok=True)
         for shard in range(NUM_SHARDS):
@@ -58,16 +58,13 @@ def write_blend(root: Path) -> None:
             Path(f"{prefix}.bin").touch()
             os.truncate(f"{prefix}.bin", 4 * SHARD_TOKENS)
             _write_manifest(prefix, SHARD_TOKENS // MEAN_TOKENS, SHARD_TOKENS)
-    lengths = write_lengths(SHARD_TOKENS // MEAN_TOKENS, seed=1)
-    lengths[-1] = 1
-    surplus = int(lengths.sum(dtype=np.int64)) + 999 - SHARD_TOKENS
-    trimmed = np.flatnonzero(np.cumsum(lengths - 1, dtype=np.int64) >= max(0, surplus))[0]
-    lengths[:trimmed] = 1
+    lengths = write_lengths(SHARD_TOKENS // MEAN_TOKENS, seed=1).astype(np.float64)
+    lengths = np.maximum(1, lengths * (SHARD_TOKENS / lengths.sum()) - 1).astype(np.int32)
     lengths[-1] += SHARD_TOKENS - int(lengths.sum(dtype=np.int64))
     index = index_bytes(lengths)
     first = Path(f"{root}/any.idx")
     first.write_bytes(index)
-    # One real index under all names: every shard may be read, each name is opened on its own.
+    # Any shard may be read, and each name is opened on its own.
     for name in BLEND:
         for shard in range(NUM_SHARDS):
             link = Path(f"{root}/{name}/{shard:04}.idx")
@@ -147,10 +144,10 @@ def megatron_builder(prefix: str, cache: Path) -> None:
         create_attention_mask=False,
     )
     sizes = [20_000_000_000 // 4096 - 1, 0, 0]
-    begun = time.perf_counter(), _peak_mb()
+    meter = Meter()
     built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
     assert built[0][0]["tokens"].shape == (4096,)
-    _tell(begun, cache_mb=sum(f.stat().st_size for f in cache.rglob("*") if f.is_file()) / 1e6)
+    meter.tell(cache_mb=sum(f.stat().st_size for f in cache.rglob("*") if f.is_file()) / 1e6)
 
 
 def _config(sources: dict[str, tuple[str, float]]) -> DataConfig:
@@ -158,32 +155,40 @@ def _config(sources: dict[str, tuple[str, float]]) -> DataConfig:
     return DataConfig(sources=blend)
 
 
-def _peak_mb() -> float:
-    # ru_maxrss would count the parent's memory too.
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+class Meter:
+    """Seconds and peak resident memory from here on."""
 
+    def __init__(self) -> None:
+        # 5 makes the present size the peak; the kernel's own count would hold that of the imports.
+        Path("/proc/self/clear_refs").write_text("5")
+        self._resident_mb = self._status("VmRSS")
+        self._begun = time.perf_counter()
 
-def _tell(begun: tuple[float, float], **more: float) -> None:
-    seconds, resident = time.perf_counter() - begun[0], _peak_mb() - begun[1]
-    print(json.dumps({"seconds": seconds, "resident_mb": resident, **more}))
+    def tell(self, **more: float) -> None:
+        """Print the numbers as JSON."""
+        seconds = time.perf_counter() - self._begun
+        resident = self._status("VmHWM") - self._resident_mb
+        print(json.dumps({"seconds": seconds, "resident_mb": resident, **more}))
+
+    @staticmethod
+    def _status(key: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
 
 def _case(root: Path, name: str) -> None:
     """Run one case in this process and print its numbers."""
-    single: Callable[[int], dict] = lambda n: {"s": (f"{root}/documents/{n}m", 1.0)}  # noqa: E731
     if name == "throughput":
         print(json.dumps(throughput(root / "dense")))
     elif name.startswith("megatron"):
         megatron_builder(f"{root}/documents/20m", root / "cache")
     else:
-        begun = time.perf_counter(), _peak_mb()
+        meter = Meter()
         if name.startswith("blend"):
             first_batch({n: (f"{root}/blend/{n}/*", w) for n, w in BLEND.items()})
         else:
-            first_batch(single(int(name.partition("-")[2])))
-        _tell(begun)
+            first_batch({"s": (f"{root}/documents/{name.partition('-')[2]}m", 1.0)})
+        meter.tell()
 
 
 CASES = {
@@ -192,7 +197,7 @@ CASES = {
     "documents-2": "one source of 2M documents",
     "documents-20": "one source of 20M documents (20B tokens)",
     "documents-40": "one source of 40M documents",
-    "megatron": "megatron-core's builder, one source of 20M documents (20B tokens), no cache yet",
+    "megatron": "megatron-core's builder, the same 20M documents, no cache yet",
     "throughput": "loader of one process, 256M tokens in page cache",
 }
 
@@ -219,10 +224,11 @@ def main() -> None:
         (root / "done").touch()
     for name, words in CASES.items():
         results = []
-        for _ in range(1 if name == "megatron" else options.repeats):
+        for _ in range(options.repeats):
             if name == "blend-first":
                 for kept in (root / "blend").glob("*/*.source.json"):
                     kept.unlink()
+            shutil.rmtree(root / "cache", ignore_errors=True)
             command = [sys.executable, __file__, "--dir", str(root), "--case", name]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             results.append(json.loads(output.splitlines()[-1]))
