@@ -1,0 +1,115 @@
+"""`phi4 data decontaminate`, `deduplicate` and `filter`: screens of rows before they are tokens."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi4.data.decontaminate import (
+    NORMALISATIONS,
+    Detector,
+    Thresholds,
+    decontaminate,
+    learn_allowed,
+    read_benchmarks,
+)
+from phi4.data.decontaminate.items import self_test_text
+from phi4.data.decontaminate.rule import DEFAULT_THRESHOLDS
+from phi4.data.decontaminate.run import Tally
+from phi4.data.decontaminate.self_test import report, self_test
+from phi4.data.quality.rows import parse, read_lines, text_of
+from phi4.data.quality.screen import Screened
+from phi4.errors import DataError
+
+Inputs = Annotated[list[Path] | None, typer.Argument(help="Rows, .jsonl or .jsonl.gz.")]
+Out = Annotated[Path | None, typer.Option(help="Directory for rows, quarantine and report.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `phi4 data`."""
+    app.command("decontaminate")(decontaminate_command)
+
+
+def decontaminate_command(
+    inputs: Inputs = None,
+    benchmark: Annotated[list[Path] | None, typer.Option(help="Items, jsonl; repeatable.")] = None,
+    out: Out = None,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(help="Rows known to hold no benchmark; 13-grams common there are allowed."),
+    ] = None,
+    allow_from: Annotated[
+        int, typer.Option(min=1, help="Reference rows that make a 13-gram common.")
+    ] = 2,
+    normalisation: Annotated[str, typer.Option(help=" or ".join(NORMALISATIONS))] = "robust",
+    info: Annotated[float | None, typer.Option(help="7-gram share of a partial match.")] = None,
+    contaminated: Annotated[float | None, typer.Option(help="... of a contaminated row.")] = None,
+    workers: Workers = 1,
+    self_test: Annotated[
+        bool,
+        typer.Option(
+            help="Plant items into clean text and show what is found. INPUTS: clean text."
+        ),
+    ] = False,
+) -> None:
+    """Keep benchmark items out: the report's 13-gram and 7-gram rule, or a test of it."""
+    thresholds = _thresholds(normalisation, info, contaminated)
+    items = read_benchmarks(benchmark or [])
+    if self_test:
+        clean = [text_of(parse(line)) for line in read_lines(inputs or [])]
+        _run_self_test(clean, items, normalisation, thresholds)
+        return
+    if not inputs or not items or out is None:
+        raise DataError(
+            "decontaminate needs rows, --benchmark FILE and --out DIRECTORY; or --self-test alone"
+        )
+    start = time.monotonic()
+    detector = Detector(items, normalisation, thresholds)
+    if reference:
+        learn_allowed(detector, reference, allow_from, workers)
+    screened, tally = decontaminate(inputs, detector, out, num_workers=workers)
+    typer.echo(_benchmark_table(tally))
+    if reference:
+        typer.echo(f"{len(detector.allowed())} 13-grams of the benchmarks are on the allow-list")
+    typer.echo(f"{tally.num_partial} partial matches, kept")
+    _echo_screened(screened, out, start)
+
+
+def _thresholds(
+    normalisation: str, info: float | None, contaminated: float | None
+) -> Thresholds | None:
+    default = DEFAULT_THRESHOLDS.get(normalisation)
+    if default is None or (info is None and contaminated is None):
+        return None
+    contaminated = default.contaminated if contaminated is None else contaminated
+    return Thresholds(min(default.info, contaminated) if info is None else info, contaminated)
+
+
+def _run_self_test(
+    clean: list[str], items: list, normalisation: str, thresholds: Thresholds | None
+) -> None:
+    text = self_test_text(clean, items)
+    names = sorted(NORMALISATIONS, key=lambda name: name != normalisation)
+    results = [
+        self_test(text, name, thresholds if name == normalisation else None) for name in names
+    ]
+    typer.echo(report(results))
+
+
+def _benchmark_table(tally: Tally) -> str:
+    lines = [
+        f"{'benchmark':24} {'items':>8} {'too short':>9} {'found':>8} {'rows 13-gram':>12} "
+        f"{'rows 7-gram':>11} {'partial':>8}"
+    ]
+    lines += [
+        f"{name:24} {count.num_items:>8} {count.num_too_short:>9} {len(count.items_found):>8} "
+        f"{count.rows_13gram:>12} {count.rows_7gram:>11} {count.rows_partial:>8}"
+        for name, count in tally.benchmarks.items()
+    ]
+    return "\n".join(lines)
+
+
+def _echo_screened(screened: Screened, out: Path, start: float) -> None:
+    typer.echo(f"{screened.summary()}; {out}, {time.monotonic() - start:.1f} s")
