@@ -21,7 +21,7 @@ from phi4.engine.model import (
     unshard,
 )
 from phi4.engine.objective import Objective
-from phi4.engine.optimizer import build_optimizer, wrap_data_parallel
+from phi4.engine.optimizer import build_optimizer, gather_parameters, wrap_data_parallel
 from phi4.engine.patches import Patches
 from phi4.engine.placement import HostBatch, MicroBatches, place
 from phi4.engine.platform import Platform
@@ -124,6 +124,8 @@ class Engine:
 
         Collectives: one all-gather over tp per split tensor.
         """
+        with self.patches:
+            gather_parameters(self.chunks)
         for name, parameter in global_parameters(self.bare_chunks):
             yield name, unshard(parameter.detach(), parameter, self.layout)
 
