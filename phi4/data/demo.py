@@ -7,12 +7,12 @@ import numpy as np
 
 from phi4.config import TokenizerConfig
 from phi4.data.bpe import train_bpe
-from phi4.data.corpora import standard_library_corpus
+from phi4.data.corpora import PHI4_SHARES, phi4_corpus
 from phi4.data.token_file import TokenFile
 from phi4.data.token_writer import write_atomically, write_documents
 from phi4.data.tokenizer import load_tokenizer, rank_file_bytes
 
-TRAINING_SOURCES = ("code", "prose")
+TRAINING_SOURCES = tuple(PHI4_SHARES)
 
 
 class SourceReport(msgspec.Struct, frozen=True):
@@ -29,17 +29,17 @@ class CorpusReport(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_fingerprint: str
     sources: dict[str, SourceReport]
     unigram_entropy_nats: float
-    """Loss of the best model that ignores context, on the training tokens."""
+    """Loss of the best model that ignores context, on the training tokens of the blend."""
 
 
 def build_demo(out: str | Path, vocab_size: int = 2048) -> CorpusReport:
-    """Write bpe.tiktoken, the four token files and corpus.json into a directory.
+    """Write bpe.tiktoken, the token files of every source and corpus.json into a directory.
 
     Raises:
         DataError: this Python lacks its standard library's sources, or vocab_size does not fit.
     """
     out = Path(out)
-    corpus = standard_library_corpus()
+    corpus = phi4_corpus()
     training = (text for name in TRAINING_SOURCES for text in corpus[name])
     ranks = train_bpe(training, vocab_size)
     out.mkdir(parents=True, exist_ok=True)
@@ -54,15 +54,24 @@ def build_demo(out: str | Path, vocab_size: int = 2048) -> CorpusReport:
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer.fingerprint,
         sources=sources,
-        unigram_entropy_nats=unigram_entropy([out / name for name in TRAINING_SOURCES]),
+        unigram_entropy_nats=unigram_entropy(
+            {out / name: share for name, share in PHI4_SHARES.items()}
+        ),
     )
     content = msgspec.json.format(msgspec.json.encode(report), indent=2)
     write_atomically(out / "corpus.json", content + b"\n")
     return report
 
 
-def unigram_entropy(prefixes: list[Path]) -> float:
-    """Entropy of the token frequencies over some token files, in nats."""
-    counts = np.bincount(np.concatenate([TokenFile(prefix).tokens for prefix in prefixes]))
-    frequency = counts[counts > 0] / counts.sum()
+def unigram_entropy(weights: dict[Path, float]) -> float:
+    """Entropy of the token frequencies of a blend of token files, in nats.
+
+    Args:
+        weights: prefix to its fraction of the blend, sum 1.
+    """
+    counts = {prefix: np.bincount(TokenFile(prefix).tokens) for prefix in weights}
+    frequency = np.zeros(max(count.size for count in counts.values()))
+    for prefix, weight in weights.items():
+        frequency[: counts[prefix].size] += weight * counts[prefix] / counts[prefix].sum()
+    frequency = frequency[frequency > 0]
     return float(-(frequency * np.log(frequency)).sum())

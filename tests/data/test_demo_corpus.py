@@ -1,3 +1,4 @@
+import ast
 import hashlib
 import json
 import math
@@ -10,13 +11,20 @@ import pytest
 from typer.testing import CliRunner
 
 from phi4.cli.data import app
-from phi4.config import DataConfig, SourceConfig, TokenizerConfig
+from phi4.config import DataConfig, SourceConfig, TokenizerConfig, load_recipe
 from phi4.data import HeldOut, Loader, load_tokenizer
-from phi4.data.corpora import docstrings, standard_library_corpus
+from phi4.data.corpora import (
+    PHI4_SHARES,
+    docstrings,
+    exercises,
+    phi4_corpus,
+    standard_library_corpus,
+)
 from phi4.data.token_file import TokenFile
 from phi4.errors import DataError
 
-FILES = ("code", "prose", "code_held_out", "prose_held_out")
+SOURCES = ("synthetic", "code", "web", "acquired")
+FILES = (*SOURCES, *(f"{name}_held_out" for name in SOURCES))
 
 
 def phi4_data(*arguments: object) -> str:
@@ -33,39 +41,53 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def corpus() -> dict[str, list[str]]:
-    return standard_library_corpus(max_code_bytes=3_000_000)
+    return phi4_corpus(max_code_bytes=3_000_000)
 
 
-def test_demo_writes_four_sources_that_the_loader_serves(demo: tuple[Path, str]) -> None:
+def test_demo_writes_the_sources_of_the_report_and_the_loader_blends_them(
+    demo: tuple[Path, str],
+) -> None:
     out, _ = demo
     tokenizer = load_tokenizer(TokenizerConfig(kind="bpe", path=str(out / "bpe.tiktoken")))
     assert tokenizer.vocab_size == 1024
     config = DataConfig(
         sequence_length=256,
         unit_tokens=256,
-        sources=tuple(SourceConfig(name=name, path=str(out / name)) for name in FILES[:2]),
-        held_out=tuple(SourceConfig(name=name, path=str(out / name)) for name in FILES[2:]),
+        sources=tuple(
+            SourceConfig(name=name, path=str(out / name), weight=weight)
+            for name, weight in PHI4_SHARES.items()
+        ),
+        held_out=tuple(SourceConfig(name=name, path=str(out / name)) for name in FILES[4:]),
     )
-    layout = {"global_batch_size": 4, "micro_batch_size": 4, "dp_rank": 0, "dp_size": 1}
-    (batch,) = Loader(config, tokenizer.facts, 1).next_step(**layout)
+    layout = {"global_batch_size": 50, "micro_batch_size": 50, "dp_rank": 0, "dp_size": 1}
+    loader = Loader(config, tokenizer.facts, 1)
+    (batch,) = loader.next_step(**layout)
     assert len(tokenizer.decode(batch.tokens[0])) > 256
+    drawn = {name: count["drawn"] for name, count in loader.state()["sources"].items()}
+    assert drawn == {"synthetic": 20, "code": 10, "web": 15, "acquired": 5}
     ((batch,),) = HeldOut(config, tokenizer.facts, 1).batches(1, **layout)
     assert batch.tokens.max() < 1024
+
+
+def test_tiny_recipe_blends_what_the_demo_writes() -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "examples" / "recipes" / "tiny_pretrain.toml")
+    assert {s.name: s.weight for s in recipe.data.sources} == PHI4_SHARES
+    assert [Path(s.path).name for s in recipe.data.sources] == list(SOURCES)
+    assert [Path(s.path).name for s in recipe.data.held_out] == list(FILES[4:])
 
 
 def test_demo_reports_sizes_and_entropy(demo: tuple[Path, str]) -> None:
     out, printed = demo
     report = json.loads((out / "corpus.json").read_bytes())
-    counts: Counter[int] = Counter()
+    frequency: Counter[int] = Counter()
     for name in FILES:
         pair = TokenFile(out / name)
         sizes = {"num_documents": pair.num_documents, "num_tokens": pair.num_tokens}
         assert report["sources"][name] == sizes
         assert f"{pair.num_tokens} tokens" in printed
-        if name in FILES[:2]:
-            counts.update(pair.tokens.tolist())
-    total = counts.total()
-    entropy = -sum(n / total * math.log(n / total) for n in counts.values())
+        for token, count in Counter(pair.tokens.tolist()).items():
+            frequency[token] += PHI4_SHARES.get(name, 0) * count / pair.num_tokens
+    entropy = -sum(p * math.log(p) for p in frequency.values() if p)
     assert report["unigram_entropy_nats"] == pytest.approx(entropy, rel=1e-9)
     assert f"{entropy:.4f} nats" in printed
 
@@ -74,15 +96,47 @@ def test_no_text_is_on_both_sides(corpus: dict[str, list[str]]) -> None:
     texts = [text for name in FILES for text in corpus[name]]
     assert len(set(texts)) == len(texts)
     assert all(len(corpus[name]) >= 3 for name in FILES)
-    held_out = len(corpus["prose_held_out"])
-    assert 0.02 < held_out / (held_out + len(corpus["prose"])) < 0.09
+    for name, most in zip(SOURCES, (0.09, 0.09, 0.09, 0.2), strict=True):
+        held_out = len(corpus[f"{name}_held_out"])
+        assert 0.01 < held_out / (held_out + len(corpus[name])) < most
 
 
-def test_docstrings_stay_on_the_side_of_their_module(corpus: dict[str, list[str]]) -> None:
-    for code, prose in (FILES[:2], FILES[2:]):
-        described = list(filter(None, map(docstrings, corpus[code])))
+def test_all_that_is_made_of_a_module_stays_on_its_side(corpus: dict[str, list[str]]) -> None:
+    for side in ("", "_held_out"):
+        described = list(filter(None, map(docstrings, corpus["code" + side])))
         assert described
-        assert set(described) <= set(corpus[prose])
+        assert set(described) <= set(corpus["web" + side])
+        answers = [text.partition("Answer:\n\n")[2] for text in corpus["synthetic" + side]]
+        code = " ".join("".join(corpus["code" + side]).split())
+        assert all(" ".join(answer.split("\n")[0].split()) in code for answer in answers)
+
+
+def test_exercises_are_functions_without_their_description() -> None:
+    source = '''class A:
+    def f(self, x):
+        """Does f.
+
+        Twice."""
+        y = x  # kept
+        return y
+
+    def undocumented(self): return 1
+    def empty(self):
+        """Only this."""
+'''
+    (exercise,) = exercises(ast.parse(source), source)
+    assert exercise == (
+        "Write the function `f`.\n\nDoes f.\n\nTwice.\n\nAnswer:\n\n"
+        "def f(self, x):\n    y = x  # kept\n    return y\n"
+    )
+
+
+def test_prose_is_web_and_acquired(corpus: dict[str, list[str]]) -> None:
+    plain = standard_library_corpus(max_code_bytes=3_000_000)
+    assert set(plain) == {"code", "prose", "code_held_out", "prose_held_out"}
+    for side in ("", "_held_out"):
+        assert plain["code" + side] == corpus["code" + side]
+        assert set(plain["prose" + side]) == {*corpus["web" + side], *corpus["acquired" + side]}
 
 
 def test_docstrings_carry_the_names_they_describe() -> None:
@@ -105,7 +159,7 @@ def test_code_is_bounded(corpus: dict[str, list[str]]) -> None:
 
 def test_corpus_is_the_same_in_another_process(corpus: dict[str, list[str]]) -> None:
     program = (
-        "import hashlib, json; from phi4.data.corpora import standard_library_corpus as build;"
+        "import hashlib, json; from phi4.data.corpora import phi4_corpus as build;"
         "text = json.dumps(build(max_code_bytes=3_000_000));"
         "print(hashlib.sha256(text.encode()).hexdigest())"
     )
