@@ -121,6 +121,11 @@ def inspect(
         typer.echo(f"no manifest; `phi4 data adopt {prefix}` writes one")
     else:
         manifest = pair.manifest()
+        for exponent, count in enumerate(manifest.length_histogram):
+            if count:
+                typer.echo(f"{2**exponent:>9,} to {2 ** (exponent + 1) - 1:>9,} tokens: {count:,}")
+        if pair.learnt is not None:
+            typer.echo(f"{np.count_nonzero(pair.learnt) / pair.num_tokens:.1%} of them are learnt")
         typer.echo(f"tokenizer {manifest.tokenizer_fingerprint}, {manifest.vocab_size} ids")
     tokenizer = _tokenizer(ranks) if samples else None
     for index in range(min(samples, pair.num_documents)):

@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from phi4.config import Recipe, parse_recipe, recipe_from_toml
-from phi4.data.ledger import LedgerState, parse_state
+from phi4.data.ledger import BlendEntry, LedgerState, parse_state
 from phi4.data.loader import Loader
 from phi4.data.replay import rewind
 from phi4.data.tokenizer import load_tokenizer
@@ -25,11 +25,9 @@ def ledger(run: Run) -> None:
     """Fraction asked and drawn of every source, blend by blend, and epochs."""
     _, state = _checkpoints(run)[-1]
     book = parse_state(state.data)
-    ends = [blend.drawn for blend in book.blends[1:]]
-    ends.append({name: count.drawn for name, count in book.sources.items()})
-    for number, (blend, end) in enumerate(zip(book.blends, ends, strict=True), start=1):
-        drawn = {name: end.get(name, 0) - blend.drawn.get(name, 0) for name in blend.weights}
-        _print_blend(book, number, drawn)
+    ends = [*book.blends[1:], _as_blend(book)]
+    for number, (begin, end) in enumerate(zip(book.blends, ends, strict=True), start=1):
+        _print_blend(book, number, begin, end)
     typer.echo(f"\nstep {state.step}\n{'source':20} {'units drawn':>14} {'of':>14} {'epochs':>8}")
     for name, count in sorted(book.sources.items()):
         epochs = count.drawn / count.num_units
@@ -107,15 +105,26 @@ def _checkpoints(run: Path) -> list[tuple[Recipe, RunState]]:
     return found
 
 
-def _print_blend(book: LedgerState, number: int, drawn: dict[str, int]) -> None:
-    blend = book.blends[number - 1]
-    sizes = {
-        name: count * (blend.draw_units if book.sources[name].whole_rows else 1)
-        for name, count in drawn.items()
-    }
-    total, weights = sum(sizes.values()), sum(blend.weights.values())
-    typer.echo(f"blend {number}: {total:,} units drawn, weighed by {blend.weigh_by}")
-    typer.echo(f"{'source':20} {'asked':>9} {'drawn':>9} {'units':>14}")
-    for name, weight in sorted(blend.weights.items()):
+def _as_blend(book: LedgerState) -> BlendEntry:
+    """The counts of now, as if another blend began."""
+    drawn = {name: count.drawn for name, count in book.sources.items()}
+    loss = {name: count.loss_tokens for name, count in book.sources.items()}
+    return BlendEntry(weights={}, drawn=drawn, loss_tokens=loss)
+
+
+def _print_blend(book: LedgerState, number: int, begin: BlendEntry, end: BlendEntry) -> None:
+    if begin.weigh_by == "units":
+        sizes = {
+            name: (end.drawn.get(name, 0) - begin.drawn.get(name, 0))
+            * (begin.draw_units if book.sources[name].whole_rows else 1)
+            for name in begin.weights
+        }
+    else:
+        before, after = begin.loss_tokens, end.loss_tokens
+        sizes = {name: after.get(name, 0) - before.get(name, 0) for name in begin.weights}
+    what = begin.weigh_by.replace("_", " ")
+    total, weights = sum(sizes.values()), sum(begin.weights.values())
+    typer.echo(f"blend {number}: {total:,} {what} drawn\n{'source':20} {'asked':>9} {'drawn':>9}")
+    for name, weight in sorted(begin.weights.items()):
         share = sizes[name] / total if total else 0.0
-        typer.echo(f"{name:20} {weight / weights:>9.4%} {share:>9.4%} {sizes[name]:>14,}")
+        typer.echo(f"{name:20} {weight / weights:>9.4%} {share:>9.4%} {sizes[name]:>16,} {what}")

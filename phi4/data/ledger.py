@@ -158,11 +158,20 @@ class Ledger:
         if self._state.blends[-1].weigh_by == "loss_tokens":
             self.count(self.draw(num_draws))
             return
+        for name, drawn in self.drawn_after(num_draws).items():
+            self._state.sources[name].drawn = drawn
+
+    def drawn_after(self, num_draws: int) -> dict[str, int] | None:
+        """Units of each source once draws are made; None for blends weighed by loss tokens."""
+        if self._state.blends[-1].weigh_by == "loss_tokens":
+            return None
         since = self._draws_since()
         after = drawn_after(self._shares, since, num_draws)
-        for name, old, new in zip(self.names, since, after, strict=True):
-            count = self._state.sources[name]
-            count.drawn += (new - old) * per_draw(count, self.draw_units)
+        counts = [self._state.sources[name] for name in self.names]
+        return {
+            name: count.drawn + (new - old) * per_draw(count, self.draw_units)
+            for name, count, old, new in zip(self.names, counts, since, after, strict=True)
+        }
 
     def state(self) -> dict[str, Any]:
         """Plain JSON."""

@@ -91,6 +91,15 @@ class Loader:
         starts = range(0, source.size, size)
         return [self._batch(source[i : i + size], ordinal[i : i + size]) for i in starts]
 
+    def require_epochs(self, num_rows: int) -> None:
+        """Refuse now what `next_step` would refuse after some of the rows that are still to come.
+
+        Raises:
+            DataError: a source would be read more often than its `max_epochs`.
+        """
+        row_draws = self._data.sequence_length // self.stream.draw_tokens
+        self.stream.require_epochs(num_rows * row_draws, self._max_epochs)
+
     def state(self) -> dict[str, Any]:
         """The ledger between two steps, plain JSON."""
         return self.stream.state()

@@ -72,22 +72,25 @@ class Stream:
         """
         draws = self._ledger.draw(num_draws)
         for index, source in enumerate(self._sources):
-            allowed = max_epochs.get(source.name, 0)
-            if not allowed:
-                continue
-            last = draws.ordinal[draws.source == index].max(initial=-1)
-            if last >= allowed * source.num_units:
-                raise DataError(
-                    f"source {source.name!r} would begin epoch "
-                    f"{int(last) // source.num_units + 1}, max_epochs={allowed:g} of its "
-                    f"{source.num_units} units; lower its weight, raise max_epochs or end the run"
-                )
+            if max_epochs.get(source.name, 0):
+                last = int(draws.ordinal[draws.source == index].max(initial=-1))
+                _check_epochs(source, last, max_epochs[source.name])
         self._ledger.count(draws)
         return draws
 
     def state(self) -> dict[str, Any]:
         """The ledger as plain JSON."""
         return self._ledger.state()
+
+    def require_epochs(self, num_draws: int, max_epochs: Mapping[str, float]) -> None:
+        """Refuse draws to come that would read a source more often than allowed.
+
+        Blends weighed by loss tokens cannot tell before they draw; `next_draws` refuses then.
+        """
+        drawn = self._ledger.drawn_after(num_draws)
+        for source in self._sources:
+            if drawn is not None and max_epochs.get(source.name, 0):
+                _check_epochs(source, drawn[source.name] - 1, max_epochs[source.name])
 
     def peek(self, num_draws: int) -> Draws:
         """The next draws, not counted."""
@@ -150,3 +153,12 @@ class Stream:
         item = self._named[name]
         units = self._units(item, ordinal)
         return item.loss_tokens(units.reshape(-1)).reshape(units.shape).sum(axis=1)
+
+
+def _check_epochs(source: Source, last_ordinal: int, allowed: float) -> None:
+    if last_ordinal >= allowed * source.num_units:
+        raise DataError(
+            f"source {source.name!r} would be read {(last_ordinal + 1) / source.num_units:.2f} "
+            f"times, its max_epochs is {allowed:g}; lower its weight, raise max_epochs or end the "
+            "run before"
+        )

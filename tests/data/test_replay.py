@@ -182,9 +182,9 @@ def test_why_locates_the_token_in_the_file(run: FakeRun) -> None:
 
 def test_ledger_shows_asked_drawn_and_epochs(run: FakeRun) -> None:
     printed = phi4_data("ledger", run.directory / "run")
-    assert re.search(r"blend 1: 12 units drawn, weighed by units", printed)
+    assert re.search(r"blend 1: 12 units drawn", printed)
     assert re.search(r"blend 3: 20 units drawn", printed)
-    assert re.search(r"hats +60\.0000% +60\.0000% +12", printed)
+    assert re.search(r"hats +60\.0000% +60\.0000% +12 units", printed)
     total = run.state.data["sources"]["mats"]
     epochs = total["drawn"] / total["num_units"]
     assert re.search(rf"mats +{total['drawn']} +{total['num_units']} +{epochs:.3f}", printed)

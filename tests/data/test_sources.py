@@ -146,8 +146,11 @@ def test_more_epochs_than_allowed_are_refused_before_the_ledger_moves(
     config = DataConfig(sequence_length=4, unit_tokens=4, sources=(source,))
     loader = Loader(config, facts, 7)
     size = {"micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
+    loader.require_epochs(15)
+    with pytest.raises(DataError, match=r"'s' would be read 1\.60 times, its max_epochs is 1\.5"):
+        loader.require_epochs(16)
     loader.next_step(global_batch_size=15, **size)
     before = loader.state()
-    with pytest.raises(DataError, match=r"'s' would begin epoch 2, max_epochs=1.5 of its 10 units"):
+    with pytest.raises(DataError, match=r"'s' would be read 1\.60 times, its max_epochs is 1\.5"):
         loader.next_step(global_batch_size=1, **size)
     assert loader.state() == before
