@@ -25,9 +25,10 @@ LOSS_TOLERANCE = 5e-7
 PARAMETER_TOLERANCE = 1e-5
 """Relative L2 error of a tensor."""
 LEARNING_RATE = 1e-3
-"""Of every step, whatever the recipe says. Adam's first updates divide a gradient by its own size,
-so where one is nearly zero its rounding moves a weight by a share of the rate; parity is about
-layouts, and a rate that suits the recipe's width would measure that amplification instead."""
+"""Reached after WARMUP_STEPS, whatever the recipe says. Adam's first updates divide a gradient by
+its own size, so where one is nearly zero its rounding moves a weight by a share of the rate; parity
+is about layouts, and a rate that suits the recipe's width would measure that amplification."""
+WARMUP_STEPS = 10
 _EOD_ID = 0
 
 
@@ -161,7 +162,8 @@ def micro_batches(recipe: Recipe, step: int, dp_rank: int, dp_size: int) -> list
 
 def _step(engine: Engine, recipe: Recipe, objective: Objective, step: int) -> tuple[float, float]:
     batches = micro_batches(recipe, step, engine.layout.dp_rank, engine.layout.dp_size)
-    result = engine.train_step(batches, objective, learning_rate=LEARNING_RATE)
+    rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
+    result = engine.train_step(batches, objective, learning_rate=rate)
     return result.loss, result.grad_norm
 
 
