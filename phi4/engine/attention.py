@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
+from phi4_kernels.rope import QKVLayout, rope_qkv
 
 from phi4.engine.layout import context_chunks
 from phi4.engine.placement import Documents, Segment
@@ -23,6 +24,9 @@ class Phi4SelfAttention(SelfAttention):
     neighbours, so one rotation serves both and nothing is copied to split them first.
     """
 
+    implementation = "torch"
+    """Of RoPE; the spec's to set."""
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -36,11 +40,7 @@ class Phi4SelfAttention(SelfAttention):
         Collectives: as the two parallel linears (gather in, reduce out over tp) and CoreAttention.
         """
         qkv, _ = self.linear_qkv(hidden_states)
-        num_groups = self.num_query_groups_per_partition
-        qkv_SBKGD = qkv.view(*qkv.shape[:2], num_groups, -1, self.hidden_size_per_attention_head)
-        q_SBND, k_SBKD, v_SBKD = rotate_and_split(
-            qkv_SBKGD, packed_seq_params.cos_SBD, packed_seq_params.sin_SBD
-        )
+        q_SBND, k_SBKD, v_SBKD = self._rotate_and_split(qkv, packed_seq_params)
         attend = (
             self._checkpointed_attention_forward
             if self.checkpoint_core_attention and self.training
@@ -56,6 +56,30 @@ class Phi4SelfAttention(SelfAttention):
         )
         output, _ = self.linear_proj(context)
         return output, None
+
+    def _rotate_and_split(
+        self, qkv: torch.Tensor, documents: Documents
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [S, B, N, D], k and v [S, B, K, D]; a kernel overwrites qkv [S, B, K * (G + 2) * D].
+
+        Nothing else reads qkv: the linear saves its input, and recompute makes qkv anew.
+        """
+        num_groups = self.num_query_groups_per_partition
+        head_dim = self.hidden_size_per_attention_head
+        if self.implementation == "torch":
+            qkv_SBKGD = qkv.view(*qkv.shape[:2], num_groups, -1, head_dim)
+            return rotate_and_split(qkv_SBKGD, documents.cos_SBD, documents.sin_SBD)
+        num_heads = self.num_attention_heads_per_partition
+        q_TKGD, k_TKD, v_TKD = rope_qkv(
+            qkv.flatten(0, 1),
+            QKVLayout(num_groups, num_heads // num_groups, head_dim),
+            documents.angles.cos_PD2,
+            documents.angles.sin_PD2,
+            position_ids=documents.positions_T,
+            implementation=self.implementation,
+        )
+        rows = qkv.shape[:2]
+        return tuple(x.unflatten(0, rows) for x in (q_TKGD.flatten(1, 2), k_TKD, v_TKD))
 
 
 def rotate_and_split(

@@ -23,10 +23,10 @@ from phi4.engine.model import (
 from phi4.engine.objective import Objective
 from phi4.engine.optimizer import build_optimizer, gather_parameters, wrap_data_parallel
 from phi4.engine.patches import Patches
-from phi4.engine.placement import HostBatch, MicroBatches, place
+from phi4.engine.placement import Angles, HostBatch, MicroBatches, place
 from phi4.engine.platform import Platform
 from phi4.engine.precision import torch_dtype
-from phi4.engine.spec import choose
+from phi4.engine.spec import choose, implementation_of
 from phi4.engine.step import StepResult
 
 
@@ -55,14 +55,15 @@ class Engine:
         self.recipe = recipe
         self.platform = platform
         self.patches = patches or Patches(platform.kind)
-        self.choices = choose(recipe.kernels)
+        self.choices = choose(recipe.kernels, platform.device)
         with self.patches:
             self.layout: Layout = create_layout(recipe.parallel)
             seed_random_states(recipe.run.seed)
             self.config = transformer_config(recipe, frees_stage_outputs=platform.kind == "cuda")
-            self.bare_chunks = build_chunks(recipe, self.layout, self.config)
+            self.bare_chunks = build_chunks(recipe, self.layout, self.config, self.choices)
             if draws_weights:
                 initialise(self.bare_chunks, recipe.model, recipe.run.seed, self.layout)
+            self.angles = self._angles()
             self.chunks: list[torch.nn.Module] = list(self.bare_chunks)
             self.optimizer = None
             if trains:
@@ -116,6 +117,7 @@ class Engine:
             model=recipe.model,
             dtype=torch_dtype(recipe.precision),
             device=self.platform.device,
+            angles=self.angles,
         )
         return MicroBatches(batches, place_one)
 
@@ -142,6 +144,16 @@ class Engine:
         """Forget megatron-core's process groups."""
         with self.patches:
             destroy_layout()
+
+    def _angles(self) -> Angles | None:
+        """Of every position that a row may have, where RoPE looks them up."""
+        if implementation_of("rope", self.choices) == "torch":
+            return None
+        recipe, multiple = self.recipe, self.layout.sequence_multiple
+        longest = max(recipe.data.sequence_length, recipe.model.max_position_embeddings)
+        # Generation pads its rows to what the layout needs.
+        num_positions = -(-longest // multiple) * multiple
+        return Angles.up_to(num_positions, recipe.model, self.platform.device)
 
     def _set_training(self, training: bool) -> None:
         for chunk in self.chunks:

@@ -1,15 +1,17 @@
 """The transformer layer: megatron-core's, with our norm and SwiGLU and no dropout or bias paths.
 
 Subclasses of megatron-core's own modules, so parallel linears, sharding of checkpoints, recompute
-and pipeline splitting stay megatron's.
+and pipeline splitting stay megatron's. `implementation` of a module is the spec's to set.
 """
 
 import torch
-import torch.nn.functional as F
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from phi4_kernels.rms_norm import add_rms_norm, rms_norm
+from phi4_kernels.swiglu import swiglu, swiglu_linear
 
 
 class RMSNorm(torch.nn.Module):
@@ -17,6 +19,8 @@ class RMSNorm(torch.nn.Module):
 
     Signature of megatron-core's norm hook. Source: Zhang and Sennrich 2019, equation 4.
     """
+
+    implementation = "torch"
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -30,20 +34,31 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to the same shape and dtype; statistics in fp32."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, implementation=self.implementation)
+
+    def of_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of x + residual, x + residual), all of one shape [..., hidden]."""
+        if self.implementation == "torch":
+            total = x + residual
+            return self(total), total
+        return add_rms_norm(x, residual, self.weight, self.eps, implementation=self.implementation)
 
 
 class SwiGLU(MLP):
     """megatron-core's MLP with the product silu(gate) * up.
 
+    A kernel's product belongs to the linear that reads it, so that neither is kept for backward.
     Source: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
     """
 
+    implementation = "torch"
+
     def __init__(self, config) -> None:
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        fused = ModuleSpec(SwiGLULinear, params={"implementation": self.implementation})
+        linear_fc2 = RowParallelLinear if self.implementation == "torch" else fused
         super().__init__(
             config,
-            linears,
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=linear_fc2),
             ffn_hidden_size=config.ffn_hidden_size,
             tp_group=get_tensor_model_parallel_group(),
         )
@@ -54,9 +69,26 @@ class SwiGLU(MLP):
         Collectives: as the two parallel linears (gather in, reduce out over tp).
         """
         gate_up, _ = self.linear_fc1(hidden_states)
-        gate, up = gate_up.chunk(2, dim=-1)
-        output, _ = self.linear_fc2(F.silu(gate) * up)
+        if self.implementation == "torch":
+            output, _ = self.linear_fc2(swiglu(gate_up, implementation="torch"))
+        else:
+            output, _ = self.linear_fc2(gate_up)
         return output, None
+
+
+class SwiGLULinear(RowParallelLinear):
+    """megatron-core's linear behind SwiGLU, given [gate | up] instead of their product."""
+
+    def __init__(self, *args, implementation: str, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.implementation = implementation
+
+    def _forward_impl(
+        self, input: torch.Tensor, weight: torch.Tensor, *_: object, **__: object
+    ) -> torch.Tensor:
+        """megatron-core's hook for the local product: [S, B, 2F / tp] to [S, B, hidden]."""
+        rows = swiglu_linear(input.flatten(0, 1), weight, implementation=self.implementation)
+        return rows.unflatten(0, input.shape[:2])
 
 
 class Phi4Layer(TransformerLayer):
@@ -77,6 +109,6 @@ class Phi4Layer(TransformerLayer):
             attention_mask,
             packed_seq_params=packed_seq_params,
         )
-        hidden_states = hidden_states + attended
-        transformed, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        normed, hidden_states = self.pre_mlp_layernorm.of_sum(attended, hidden_states)
+        transformed, _ = self.mlp(normed)
         return hidden_states + transformed, context

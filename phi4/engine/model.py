@@ -6,7 +6,7 @@ then sliced, on the CPU: the same seed gives the same model on every platform an
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from phi4.engine.layout import Layout
 from phi4.engine.loss_head import vocab_parallel_log_probs
 from phi4.engine.placement import MicroBatch
 from phi4.engine.precision import torch_dtype
-from phi4.engine.spec import block_spec
+from phi4.engine.spec import Choice, block_spec
 
 
 class Phi4Model(GPTModel):
@@ -96,8 +96,10 @@ def transformer_config(recipe: Recipe, *, frees_stage_outputs: bool) -> Transfor
     )
 
 
-def build_chunks(recipe: Recipe, layout: Layout, config: TransformerConfig) -> list[Phi4Model]:
-    """This pipeline rank's model chunks, allocated and not yet initialised."""
+def build_chunks(
+    recipe: Recipe, layout: Layout, config: TransformerConfig, choices: Sequence[Choice] = ()
+) -> list[Phi4Model]:
+    """This pipeline rank's model chunks, allocated and not yet initialised; see `block_spec`."""
     chunks = []
     for index in range(layout.vpp_size):
         vp_stage = index if layout.vpp_size > 1 else None
@@ -107,7 +109,7 @@ def build_chunks(recipe: Recipe, layout: Layout, config: TransformerConfig) -> l
         chunks.append(
             Phi4Model(
                 config,
-                block_spec(num_layers),
+                block_spec(num_layers, choices),
                 vocab_size=recipe.model.vocab_size,
                 max_sequence_length=recipe.data.sequence_length,
                 pre_process=first,

@@ -16,7 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from phi4.config import ModelConfig
 from phi4.engine.layout import Layout
 
-# Shape legend: B rows, S local columns (a context slice), D head dim.
+# Shape legend: B rows, S local columns (a context slice), T = S * B tokens, D head dim, D2 half of
+# it, P positions.
 
 
 class HostBatch(Protocol):
@@ -47,15 +48,34 @@ class Segment:
         return self.q_end - self.q_start == self.k_end - self.k_start
 
 
+@dataclass(frozen=True)
+class Angles:
+    """cos and sin of every position, fp32, for RoPE that looks them up."""
+
+    cos_PD2: torch.Tensor
+    sin_PD2: torch.Tensor
+
+    @classmethod
+    def up_to(cls, num_positions: int, model: ModelConfig, device: torch.device) -> "Angles":
+        """Of the positions [0, num_positions): the same angles as `rope_tables`, so that the choice
+        of an implementation does not change the model."""
+        angles_PD2 = _angles(torch.arange(num_positions, device=device).float(), model)
+        return cls(angles_PD2.cos(), angles_PD2.sin())
+
+
 @dataclass
 class Documents(PackedSeqParams):
     """PackedSeqParams with this rank's RoPE tables and attention segments.
 
-    A dataclass of megatron-core's own kind, since it travels through its layers.
+    A dataclass of megatron-core's own kind, since it travels through its layers. RoPE has either
+    tables per token, or angles to look up and positions.
     """
 
-    cos_SBD: torch.Tensor = None
-    sin_SBD: torch.Tensor = None
+    cos_SBD: torch.Tensor | None = None
+    sin_SBD: torch.Tensor | None = None
+    angles: Angles | None = None
+    positions_T: torch.Tensor | None = None
+    """int32, in the order of the flattened [S, B]."""
     segments: tuple[Segment, ...] = ()
     one_per_row: bool = False
     """Every row is one document held whole by this rank."""
@@ -97,22 +117,44 @@ class MicroBatches:
 
 
 def place(
-    batch: HostBatch, layout: Layout, model: ModelConfig, dtype: torch.dtype, device: torch.device
+    batch: HostBatch,
+    layout: Layout,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    angles: Angles | None = None,
 ) -> MicroBatch:
     """Move this rank's slice of a host batch to the device.
 
+    Args:
+        batch: whole rows.
+        layout: says which slice is this rank's.
+        model: RoPE's base and width.
+        dtype: of the RoPE tables per token.
+        device: where to.
+        angles: look RoPE up in these; without them it gets tables per token.
+
     Raises:
-        ValueError: the rows do not split over the context ranks, or the labels' shape differs.
+        ValueError: the rows do not split over the context ranks, the labels' shape differs, or the
+            rows are longer than the angles reach.
     """
     num_rows, length = batch.tokens.shape
     if length % layout.sequence_multiple:
         raise ValueError(f"rows of {length} tokens; need a multiple of {layout.sequence_multiple}")
+    if angles is not None and length > angles.cos_PD2.shape[0]:
+        raise ValueError(f"rows of {length} tokens; RoPE has {angles.cos_PD2.shape[0]} positions")
 
     def slice_of(array: np.ndarray, to: torch.dtype) -> torch.Tensor:
         local = layout.context_slice(torch.from_numpy(np.ascontiguousarray(array)))
         return local.to(device=device, dtype=to, non_blocking=True)
 
-    cos, sin = rope_tables(slice_of(batch.positions, torch.float32), model, dtype)
+    if angles is None:
+        cos, sin = rope_tables(slice_of(batch.positions, torch.float32), model, dtype)
+        rotary = {"cos_SBD": cos, "sin_SBD": sin}
+    else:
+        positions_T = slice_of(batch.positions, torch.int32).t().flatten()
+        rotary = {"angles": angles, "positions_T": positions_T}
     cu_seqlens = torch.from_numpy(np.asarray(batch.cu_seqlens, dtype=np.int32)).to(device)
     segments = attention_segments(batch.cu_seqlens, num_rows, length, layout.context_chunks(length))
     documents = Documents(
@@ -121,10 +163,9 @@ def place(
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=int(np.diff(batch.cu_seqlens).max()),
         max_seqlen_kv=int(np.diff(batch.cu_seqlens).max()),
-        cos_SBD=cos,
-        sin_SBD=sin,
         segments=segments,
         one_per_row=len(batch.cu_seqlens) == num_rows + 1 and layout.cp_size == 1,
+        **rotary,
     )
     return MicroBatch(
         tokens_BS=slice_of(batch.tokens, torch.int64),
@@ -141,11 +182,16 @@ def rope_tables(
 
     Angles in fp32, cast last. Source: RoFormer, section 3.2.2; halves as in GPT-NeoX.
     """
-    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=positions_BS.device)
-    frequencies_D2 = 1.0 / (model.rope_theta ** (exponents / model.head_dim))
-    angles_SBD2 = positions_BS.t().unsqueeze(-1) * frequencies_D2
+    angles_SBD2 = _angles(positions_BS.t(), model)
     angles_SBD = torch.cat((angles_SBD2, angles_SBD2), dim=-1)
     return angles_SBD.cos().to(dtype), angles_SBD.sin().to(dtype)
+
+
+def _angles(positions: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    """Rotary angles of fp32 positions, one more dimension of D / 2."""
+    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequencies_D2 = 1.0 / (model.rope_theta ** (exponents / model.head_dim))
+    return positions.unsqueeze(-1) * frequencies_D2
 
 
 def attention_segments(

@@ -3,19 +3,26 @@
 A choice is made at start, with its reason, and said aloud; nothing falls back silently later.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from phi4_kernels import dispatch
+from phi4_kernels.errors import KernelError
 
 from phi4.config import KernelsConfig
 from phi4.engine.attention import CoreAttention, Phi4SelfAttention
 from phi4.engine.layers import Phi4Layer, RMSNorm, SwiGLU
 from phi4.errors import ConfigError
+
+_SERVED = ("rope", "rms_norm", "swiglu")
+"""Ops whose modules take any implementation that phi4_kernels has."""
 
 
 @dataclass(frozen=True)
@@ -31,31 +38,49 @@ class Choice:
         return f"{self.op}: {self.implementation} ({self.reason})"
 
 
-def choose(kernels: KernelsConfig) -> tuple[Choice, ...]:
-    """The implementation of every op.
+def choose(kernels: KernelsConfig, device: torch.device) -> tuple[Choice, ...]:
+    """The implementation of every op on a device.
 
     Raises:
-        ConfigError: an implementation was named that this version does not have.
+        ConfigError: an implementation was named that does not exist or cannot run here.
     """
-    choices = []
-    for op, asked in kernels.model_dump().items():
-        if asked not in ("auto", "torch"):
-            raise ConfigError(
-                f"kernels.{op}={asked} is not available in the engine yet; use auto or torch"
-            )
-        reason = "the only implementation in the engine" if asked == "auto" else "asked for"
-        choices.append(Choice(op, "torch", reason))
-    return tuple(choices)
+    return tuple(_choose(op, asked, device) for op, asked in kernels.model_dump().items())
 
 
-def block_spec(num_layers: int) -> TransformerBlockSubmodules:
-    """The layers of one model chunk and the final norm."""
+def _choose(op: str, asked: str, device: torch.device) -> Choice:
+    if op in _SERVED:
+        try:
+            choice = dispatch.choose(op, asked, device)
+        except KernelError as error:
+            raise ConfigError(f"kernels.{op}={asked}: {error}") from error
+        return Choice(op, choice.implementation, choice.reason)
+    if asked not in ("auto", "torch"):
+        raise ConfigError(
+            f"kernels.{op}={asked} is not available in the engine yet; use auto or torch"
+        )
+    reason = "the only implementation in the engine" if asked == "auto" else "asked for"
+    return Choice(op, "torch", reason)
+
+
+def implementation_of(op: str, choices: Sequence[Choice]) -> str:
+    """The chosen implementation of an op; torch where nothing was chosen."""
+    return next((choice.implementation for choice in choices if choice.op == op), "torch")
+
+
+def block_spec(num_layers: int, choices: Sequence[Choice] = ()) -> TransformerBlockSubmodules:
+    """The layers of one model chunk and the final norm.
+
+    Args:
+        num_layers: of this chunk.
+        choices: of `choose`; ops without one are torch's.
+    """
+    norm = _on(RMSNorm, implementation_of("rms_norm", choices))
     layer = ModuleSpec(
         module=Phi4Layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=Phi4SelfAttention,
+                module=_on(Phi4SelfAttention, implementation_of("rope", choices)),
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
@@ -63,8 +88,16 @@ def block_spec(num_layers: int) -> TransformerBlockSubmodules:
                     linear_proj=RowParallelLinear,
                 ),
             ),
-            pre_mlp_layernorm=RMSNorm,
-            mlp=SwiGLU,
+            pre_mlp_layernorm=norm,
+            mlp=_on(SwiGLU, implementation_of("swiglu", choices)),
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def _on(module: type[torch.nn.Module], implementation: str) -> type[torch.nn.Module]:
+    """The module with its op's implementation.
+
+    A class, because megatron-core warns of every ModuleSpec whose MLP is not one of its own.
+    """
+    return type(module.__name__, (module,), {"implementation": implementation})

@@ -1,0 +1,184 @@
+"""The engine on Triton's kernels, interpreted on the CPU, equals the engine on torch.
+
+The same weights and batches on both: several documents per row, random loss masks. What differs is
+the order of fp32 sums and the kernels' exponentials, as between layouts, so layout parity's bounds
+hold here too. A wrong seam between engine and kernels (the order of the tokens' positions, the
+residual stream) exceeds them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cache
+from unittest import mock
+
+import pytest
+import torch
+from phi4_kernels import dispatch
+from phi4_kernels.testing.interpreted import InterpretedProcess
+
+from phi4.config import KernelsConfig
+from phi4.engine import attention, layers
+from phi4.engine.placement import Angles, rope_tables
+from phi4.engine.spec import choose
+from phi4.errors import ConfigError
+from phi4.stages.pretrain import NextToken
+from phi4.verify.parity import LEARNING_RATE, LOSS_TOLERANCE, PARAMETER_TOLERANCE
+from tests.support.engines import batches_of, engine_on, tiny_recipe
+from tests.support.ranks import run_ranks
+
+OPS = ("rope", "rms_norm", "swiglu")
+STEPS, NUM_LAYERS = 2, 2
+RECIPE = (
+    f"model.num_layers={NUM_LAYERS}",
+    "data.sequence_length=16",
+    "data.unit_tokens=16",
+    "batch.global_batch_size=4",
+)
+LAYOUTS = {
+    "one process": (),
+    "one process, full recompute": ("recompute.granularity=full",),
+    "tp2+sp": ("parallel.tensor=2", "parallel.sequence=true"),
+    "cp2, selective recompute": ("parallel.context=2", "recompute.granularity=selective"),
+    "pp2": ("parallel.pipeline=2",),
+}
+
+
+@pytest.fixture(scope="module")
+def compared() -> Iterator[Callable[..., list[dict]]]:
+    """(layout, fault) -> what each rank found."""
+    # Triton decides when it is imported whether it interprets, so this process cannot.
+    process = InterpretedProcess()
+
+    @cache
+    def measure(layout: str, fault: str = "") -> list[dict]:
+        return process.call(f"{__name__}:compare", overrides=LAYOUTS[layout], fault=fault)
+
+    yield measure
+    process.close()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_equals_torch(compared, layout):
+    for rank in compared(layout):
+        assert rank["loss_error"] <= LOSS_TOLERANCE
+        assert rank["parameter_error"] <= PARAMETER_TOLERANCE
+        lines = [f"{op}: triton (named; interpreted on the CPU)" for op in OPS]
+        assert [line for line in rank["log"] if line.split(":")[0] in OPS] == lines
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_call_of_the_ops_is_the_kernel(compared, layout):
+    for rank, found in enumerate(compared(layout)):
+        layers_run = STEPS * (NUM_LAYERS // 2 if layout == "pp2" else NUM_LAYERS)
+        layers_run *= 2 if "full" in layout else 1
+        has_final_norm = layout != "pp2" or rank == 1
+        assert found["calls"] == {
+            "rope triton": layers_run,
+            "rms_norm triton": 2 * layers_run + STEPS * has_final_norm,
+            "swiglu triton": layers_run,
+        }
+
+
+@pytest.mark.parametrize("fault", ["positions in the order of rows", "residual without attention"])
+def test_a_wrong_seam_is_found(compared, fault):
+    (rank,) = compared("one process", fault)
+    assert rank["loss_error"] > LOSS_TOLERANCE
+    assert rank["parameter_error"] > PARAMETER_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("asked", "parts"),
+    [
+        ({"rope": "triton"}, ("kernels.rope=triton", "expected cuda", "TRITON_INTERPRET=1")),
+        ({"swiglu": "te"}, ("kernels.swiglu=te", "no implementation 'te'", "there are")),
+        ({"attention": "triton"}, ("kernels.attention=triton", "use auto or torch")),
+        ({"cross_entropy": "triton"}, ("kernels.cross_entropy=triton", "use auto or torch")),
+        ({"adamw": "triton"}, ("kernels.adamw=triton", "use auto or torch")),
+    ],
+)
+def test_a_choice_that_cannot_run_is_one_clear_error(monkeypatch, asked, parts):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError) as raised:
+        choose(KernelsConfig(**asked), torch.device("cpu"))
+    text = str(raised.value)
+    assert all(part in text for part in parts), text
+    assert "\n" not in text
+
+
+def test_auto_takes_torch_on_a_cpu_and_says_why():
+    choices = choose(KernelsConfig(), torch.device("cpu"))
+    assert {choice.op for choice in choices} == set(KernelsConfig.model_fields)
+    assert {choice.implementation for choice in choices} == {"torch"}
+    said = [choice.describe() for choice in choices]
+    assert "rope: torch (auto: tensors are on cpu)" in said
+    assert "adamw: torch (the only implementation in the engine)" in said
+
+
+def test_angles_by_position_are_the_angles_of_the_tables_per_token():
+    model, cpu = tiny_recipe().model, torch.device("cpu")
+    positions_BS = torch.randint(0, 16_384, (3, 50))
+    angles = Angles.up_to(16_384, model, cpu)
+    cos_SBD, sin_SBD = rope_tables(positions_BS.float(), model, torch.float32)
+    for per_token, by_position in ((cos_SBD, angles.cos_PD2), (sin_SBD, angles.sin_PD2)):
+        assert torch.equal(per_token.transpose(0, 1), by_position[positions_BS].repeat(1, 1, 2))
+
+
+# What follows runs in the interpreting process and its ranks.
+
+
+def compare(overrides: list[str], fault: str) -> list[dict]:
+    """What each rank found."""
+    parallel = tiny_recipe(*RECIPE, *overrides).parallel
+    return run_ranks(parallel.model_parallel_size, run_both, overrides, fault)
+
+
+def run_both(rank: int, world_size: int, overrides: list[str], fault: str) -> dict:
+    """Train on torch, then on Triton; errors of losses and of this stage's tensors."""
+    expected, truth, _, _ = train(rank, overrides, "torch")
+    with faulty(fault):
+        losses, tensors, calls, log = train(rank, overrides, "triton")
+    errors = [(tensors[name] - tensor).norm() / tensor.norm() for name, tensor in truth.items()]
+    return {
+        "loss_error": max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True)),
+        "parameter_error": float(max(errors)),
+        "calls": {" ".join(key): count for key, count in calls.items()},
+        "log": log,
+    }
+
+
+def train(
+    rank: int, overrides: list[str], implementation: str
+) -> tuple[list[float], dict[str, torch.Tensor], Counter, list[str]]:
+    """Losses, parameters after the last step, calls of the ops, and the engine's choices."""
+    asked = [f"kernels.{op}={implementation}" for op in OPS]
+    with engine_on(rank, tiny_recipe(*RECIPE, *overrides, *asked)) as engine:
+        with dispatch.count_calls() as calls:
+            losses = [
+                # The first micro-batch of a step of the parity data has no label that counts.
+                engine.train_step(
+                    batches_of(engine, step)[1:], NextToken(), learning_rate=LEARNING_RATE
+                ).loss
+                for step in range(STEPS)
+            ]
+        log = [choice.describe() for choice in engine.choices]
+        tensors = {name: tensor.clone() for name, tensor in engine.whole_parameters()}
+        return losses, tensors, calls, log
+
+
+def faulty(name: str):
+    """A context with the fault of that name."""
+
+    def in_rows(qkv, *args, position_ids, **options):
+        rows = position_ids.view(-1, 2).t().flatten()
+        return kept_rope(qkv, *args, position_ids=rows, **options)
+
+    def without_attention(x, residual, *args, **options):
+        return kept_norm(x, residual, *args, **options)[0], residual
+
+    kept_rope, kept_norm = attention.rope_qkv, layers.add_rms_norm
+    faults = {
+        "positions in the order of rows": (attention, "rope_qkv", in_rows),
+        "residual without attention": (layers, "add_rms_norm", without_attention),
+    }
+    return mock.patch.object(*faults[name]) if name else nullcontext()
