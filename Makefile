@@ -37,14 +37,14 @@ lint: setup  ## ruff, and clang-format where it is installed
 		clang-format --dry-run -Werror $$sources; \
 	fi
 
-gpu:  ## on a machine with one GPU: train, compare with CPU, leave a results file
+gpu:  ## on a machine with one GPU: the engine against the CPU, the kernels proven and timed
 	@bash tools/gpu_check.sh
 
 bench: setup  ## kernel benches against their floors: make bench ARGS="--op rms_norm"
 	@.venv/bin/python -m phi4_kernels.bench $(ARGS)
 
 budgets: setup  ## write the register and shared-memory budgets of the kernels
-	@.venv/bin/python tools/kernel_budgets.py
+	@.venv/bin/python -m phi4_kernels.testing budgets
 
 golden: setup  ## write the golden losses of the recipes
 	@.venv/bin/python tools/golden_losses.py

@@ -20,6 +20,7 @@ GROUPS = {
     "convert": "Hugging Face checkpoints in and out.",
     "verify": "Proofs to run on this machine: parity, resume.",
     "bench": "Measure.",
+    "kernels": "Implementations of the ops and what is proven of them.",
 }
 
 
