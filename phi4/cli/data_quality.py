@@ -17,12 +17,15 @@ from phi4.data.decontaminate import (
 from phi4.data.decontaminate.items import self_test_text
 from phi4.data.decontaminate.rule import DEFAULT_THRESHOLDS
 from phi4.data.decontaminate.run import Tally
-from phi4.data.decontaminate.self_test import report, self_test
+from phi4.data.decontaminate.self_test import report, run_self_test
+from phi4.data.quality.filter import Filter, learn_from_rows, load_identify
 from phi4.data.quality.rows import parse, read_lines, text_of
-from phi4.data.quality.screen import Screened
+from phi4.data.quality.screen import Screened, screen
 from phi4.errors import DataError
 
 Inputs = Annotated[list[Path] | None, typer.Argument(help="Rows, .jsonl or .jsonl.gz.")]
+RequiredInputs = Annotated[list[Path], typer.Argument(help="Rows, .jsonl or .jsonl.gz.")]
+RequiredOut = Annotated[Path, typer.Option("--out", help="Directory for rows and quarantine.")]
 Out = Annotated[Path | None, typer.Option(help="Directory for rows, quarantine and report.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 
@@ -30,6 +33,8 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 def register(app: typer.Typer) -> None:
     """Add the commands to `phi4 data`."""
     app.command("decontaminate")(decontaminate_command)
+    app.command("deduplicate")(deduplicate_command)
+    app.command("filter")(filter_command)
 
 
 def decontaminate_command(
@@ -59,7 +64,7 @@ def decontaminate_command(
     items = read_benchmarks(benchmark or [])
     if self_test:
         clean = [text_of(parse(line)) for line in read_lines(inputs or [])]
-        _run_self_test(clean, items, normalisation, thresholds)
+        _echo_self_test(clean, items, normalisation, thresholds)
         return
     if not inputs or not items or out is None:
         raise DataError(
@@ -77,6 +82,53 @@ def decontaminate_command(
     _echo_screened(screened, out, start)
 
 
+def deduplicate_command(
+    inputs: RequiredInputs,
+    out: RequiredOut,
+    similarity: Annotated[
+        float, typer.Option(help="Share of common 5-word shingles of a near duplicate.")
+    ] = 0.8,
+    exact: Annotated[bool, typer.Option(help="Find equal texts only.")] = False,
+    workers: Workers = 1,
+) -> None:
+    """Keep the first of equal and of nearly equal rows."""
+    # The libraries belong to an extra; the other commands work without them.
+    from phi4.data.quality.duplicates import Duplicates
+
+    start = time.monotonic()
+    duplicates = Duplicates(None if exact else similarity)
+    screened = screen(inputs, out, duplicates.sketcher(), duplicates.decide, num_workers=workers)
+    _echo_screened(screened, out, start)
+
+
+def filter_command(
+    inputs: RequiredInputs,
+    out: RequiredOut,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(help="Normal text to learn from; the inputs themselves when left out."),
+    ] = None,
+    max_deviations: Annotated[
+        float, typer.Option(help="Deviations from the median at which text is corrupted.")
+    ] = 8.0,
+    identify: Annotated[
+        str | None, typer.Option(help="module:function from a text to its language code.")
+    ] = None,
+    languages: Annotated[str, typer.Option(help="Codes to keep, separated by commas.")] = "",
+    workers: Workers = 1,
+) -> None:
+    """Take out corrupted text, by n-gram statistics and compression, and foreign languages."""
+    start = time.monotonic()
+    keep = Filter(
+        learn_from_rows(reference or inputs),
+        max_deviations,
+        load_identify(identify) if identify else None,
+        frozenset(code.strip() for code in languages.split(",") if code.strip()),
+    )
+    screened = screen(inputs, out, keep.analyse, keep.decide, num_workers=workers)
+    _echo_screened(screened, out, start)
+
+
 def _thresholds(
     normalisation: str, info: float | None, contaminated: float | None
 ) -> Thresholds | None:
@@ -87,13 +139,13 @@ def _thresholds(
     return Thresholds(min(default.info, contaminated) if info is None else info, contaminated)
 
 
-def _run_self_test(
+def _echo_self_test(
     clean: list[str], items: list, normalisation: str, thresholds: Thresholds | None
 ) -> None:
     text = self_test_text(clean, items)
     names = sorted(NORMALISATIONS, key=lambda name: name != normalisation)
     results = [
-        self_test(text, name, thresholds if name == normalisation else None) for name in names
+        run_self_test(text, name, thresholds if name == normalisation else None) for name in names
     ]
     typer.echo(report(results))
 

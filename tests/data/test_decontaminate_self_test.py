@@ -14,7 +14,7 @@ from phi4.data.decontaminate.self_test import (
     choose_thresholds,
     measure,
     report,
-    self_test,
+    run_self_test,
 )
 
 FLOORS = {
@@ -69,7 +69,7 @@ def test_paper_loses_what_is_re_wrapped_and_the_report_shows_it(text: SelfTestTe
         Material(text.measuring.questions[::30], text.measuring.clean[::4]),
         text.reference,
     )
-    results = [self_test(few, name) for name in ("robust", "paper")]
+    results = [run_self_test(few, name) for name in ("robust", "paper")]
     paper = results[1].measuring
     assert paper.recall("verbatim") >= 0.99
     assert paper.recall("re-wrapped") < 0.5

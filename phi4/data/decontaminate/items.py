@@ -16,6 +16,7 @@ from itertools import pairwise
 from phi4.data.corpora import standard_library_corpus
 from phi4.data.decontaminate.benchmark import Item
 from phi4.data.decontaminate.leaks import CleanText
+from phi4.errors import DataError
 
 _PASSAGE_WORDS = 60
 _NUM_PROBLEMS = 60
@@ -118,7 +119,7 @@ def self_test_text(
         seed: of the choice of options, gaps and halves.
 
     Raises:
-        DataError: this Python comes without its documentation.
+        DataError: this Python comes without its documentation, or one side has no text left.
     """
     sides = _sides()
     if clean:
@@ -143,12 +144,15 @@ def self_test_text(
         for half in (0, 1)
     ]
     choosing = CleanText(question.text for question in halves[0])
+    halves[1] = [question for question in halves[1] if not choosing.holds(question.text)]
+    if not (all(halves) and cut["measure"]):
+        raise DataError(
+            f"{len(halves[0])} and {len(halves[1])} items and {len(cut['measure'])} clean passages "
+            "are left once short items and what stands on both sides are out; give more of them"
+        )
     return SelfTestText(
         choosing=Material(tuple(halves[0]), cut["choose"]),
-        measuring=Material(
-            tuple(question for question in halves[1] if not choosing.holds(question.text)),
-            cut["measure"],
-        ),
+        measuring=Material(tuple(halves[1]), cut["measure"]),
         reference=cut["common"],
     )
 

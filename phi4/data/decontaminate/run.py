@@ -7,7 +7,7 @@ from pathlib import Path
 
 from phi4.data.decontaminate.benchmark import Item
 from phi4.data.decontaminate.rule import Detector, Finding, Match, Verdict
-from phi4.data.quality.rows import MAX_ROW_BYTES, RowError
+from phi4.data.quality.rows import MAX_ROW_BYTES, Line, RowError
 from phi4.data.quality.screen import Rejection, Screened, analyse_rows, screen
 from phi4.errors import DataError
 
@@ -42,7 +42,7 @@ class Tally:
             count.num_too_short += too_short
         self.num_partial = 0
 
-    def decide(self, verdict: Verdict) -> Rejection | None:
+    def decide(self, verdict: Verdict, _: Line) -> Rejection | None:
         """A rejection for a contaminated text; partial matches are counted and kept."""
         best: dict[str, Match] = {}
         for match in verdict.matches:

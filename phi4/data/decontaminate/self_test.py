@@ -67,7 +67,7 @@ class SelfTest:
     """Both at the thresholds that the command uses."""
 
 
-def self_test(
+def run_self_test(
     text: SelfTestText, normalisation: str, thresholds: Thresholds | None = None, seed: int = 0
 ) -> SelfTest:
     """Choose thresholds on one half, measure on both at those in use.
@@ -130,6 +130,7 @@ def choose_thresholds(
         for plant in map(PLANTS.get, _PROMISED)
     ]
     quiet = [step for step in _STEPS if np.mean(clean >= step) <= MAX_FALSE_ALARMS / 2] or [1.0]
+    planted = [scores for scores in planted if len(scores)]
     best = [np.mean(scores >= quiet[0]) for scores in planted]
     contaminated = max(
         step

@@ -60,7 +60,7 @@ def screen(
     inputs: Sequence[Path],
     directory: Path,
     analyse: Callable[[str], Analysis],
-    decide: Callable[[Analysis], Rejection | None],
+    decide: Callable[[Analysis, Line], Rejection | None],
     *,
     num_workers: int = 1,
     max_row_bytes: int = MAX_ROW_BYTES,
@@ -74,7 +74,7 @@ def screen(
         inputs: .jsonl or .jsonl.gz files.
         directory: made when missing; must hold no output of these names.
         analyse: picklable when num_workers > 1.
-        decide: called once per readable row, in input order.
+        decide: called once per readable row, in input order, with the line it comes from.
         num_workers: processes that analyse; 1 analyses in this one.
         max_row_bytes: longer lines are quarantined without being read into memory.
 
@@ -89,7 +89,7 @@ def screen(
             if isinstance(result, RowError):
                 rejection, reason = Rejection(str(result)), "bad row"
             else:
-                rejection = decide(result)
+                rejection = decide(result, line)
                 reason = rejection.reason if rejection else ""
             if rejection is None:
                 outcome.num_kept += 1
