@@ -1,0 +1,65 @@
+"""Sum of squares of many gradients, and the clip factor that follows from it.
+
+The sum is left squared and in fp64, because ranks add theirs before the root is taken. Two passes
+in an order that the sizes alone decide: no atomics, the same bits in every run, and neither a
+square above fp32's range nor one below it is lost.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from phi4_kernels import native
+from phi4_kernels.checks import expect_dtype, expect_same_device
+from phi4_kernels.errors import ShapeError
+from phi4_kernels.grad_norm import reference
+
+
+def square_sum(tensors: Sequence[Tensor], *, implementation: str = "auto") -> Tensor:
+    """Sum of the squares of all elements.
+
+    Args:
+        tensors: one or more, of one dtype (fp32 or bf16), contiguous; some may be empty.
+        implementation: see native.choose.
+
+    Returns:
+        [], fp64. NaN and infinities stay visible in it.
+
+    Raises:
+        DtypeError, ShapeError, DeviceError, ImplementationError: see errors.
+    """
+    if not tensors:
+        raise ShapeError("square_sum: got no tensors; expected at least one; skip the call")
+    expect_dtype("square_sum", "tensor 0", tensors[0], (torch.float32, torch.bfloat16))
+    for index, tensor in enumerate(tensors):
+        expect_dtype("square_sum", f"tensor {index}", tensor, (tensors[0].dtype,))
+        if not tensor.is_contiguous():
+            raise ShapeError(
+                f"square_sum: tensor {index} has stride {tensor.stride()}; expected a contiguous "
+                "one; pass the flat gradient buffer"
+            )
+    expect_same_device("square_sum", **{f"tensor {i}": t for i, t in enumerate(tensors)})
+    choice = native.choose("grad_norm", implementation, tensors[0].device)
+    if choice.implementation == "torch":
+        return reference.square_sum(tensors)
+    with native.on_device(tensors[0].device) as stream:
+        return torch.ops.phi4.square_sum(list(tensors), stream)
+
+
+def clip_factor(total: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / norm), on the device: the `grad_scale` of adamw.
+
+    Args:
+        total: [], fp64: the sum of squares, added over ranks.
+        max_norm: above 0.
+
+    Returns:
+        [], fp32. NaN for a norm that is not a number, 0 for an infinite one.
+
+    Raises:
+        ShapeError: max_norm is not above 0.
+    """
+    if not max_norm > 0:
+        raise ShapeError(f"clip_factor: max_norm is {max_norm}; expected above 0; skip the call")
+    return (max_norm / total.sqrt()).clamp(max=1.0).float()

@@ -1,0 +1,164 @@
+"""The built library: what ptxas says of its kernels, and what torch sees of its ops on a CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from phi4_kernels import native
+from phi4_kernels.errors import ImplementationError
+from torch import Tensor
+from torch.library import opcheck
+
+from tools import build_csrc
+
+CPU = torch.device("cpu")
+
+
+def test_kernels_do_not_spill_and_keep_their_budget(built: Path) -> None:
+    found = build_csrc.resources((built / build_csrc.REPORT).read_text())
+    if not build_csrc.budget_path().exists():
+        pytest.fail(f"no {build_csrc.budget_path()}; run tools/build_csrc.py --budgets, review it")
+    budgets = json.loads(build_csrc.budget_path().read_text())
+    assert set(found) == set(budgets)
+    for kernel, numbers in found.items():
+        assert numbers["stack_bytes"] == numbers["spill_stores"] == numbers["spill_loads"] == 0
+        worse = [name for name, value in numbers.items() if value > budgets[kernel][name]]
+        assert not worse, f"{kernel}: {worse} over {build_csrc.budget_path().name}"
+
+
+def test_a_spill_is_read_from_the_report() -> None:
+    report = (
+        "ptxas info    : Compiling entry function '_Z1kPf' for 'sm_90a'\n"
+        "ptxas info    : Function properties for _Z1kPf\n"
+        "    24 bytes stack frame, 20 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers, 2048 bytes smem\n"
+    )
+    assert build_csrc.resources(report) == {
+        "k": {
+            "stack_bytes": 24,
+            "spill_stores": 20,
+            "spill_loads": 16,
+            "registers": 255,
+            "shared_bytes": 2048,
+        }
+    }
+
+
+def test_sums_use_no_floating_point_atomics(built: Path) -> None:
+    compiled = pytest.importorskip("phi4_kernels.testing.compiled")
+    sass = compiled._tool("cuobjdump", "--dump-sass", str(built / native.LIBRARY))
+    counts = compiled.count_instructions(sass)
+    assert sass.count("Function :") == len(build_csrc.resources((built / "ptxas.txt").read_text()))
+    assert counts["float_atomics"] == 0 and counts["local_accesses"] == 0
+    assert counts["wide_loads"] > 0 and counts["wide_stores"] > 0
+
+
+def _arguments(size: int = 8) -> list[object]:
+    state = [torch.ones(size), torch.zeros(size), torch.zeros(size)]
+    weight = torch.zeros(size, dtype=torch.bfloat16)
+    return [*state, torch.ones(size), weight, None, None, None, 0.1, 0.9, 0.95, 1e-8, 0.1, 1, 0]
+
+
+def test_schemas_and_fake_tensors(loaded: Path) -> None:
+    ops = torch.ops.phi4
+    checks = ("test_schema", "test_faketensor")
+    opcheck(ops.adamw_.default, tuple(_arguments()), test_utils=checks)
+    opcheck(ops.square_sum.default, ([torch.ones(5), torch.ones(3)], 0), test_utils=checks)
+    for scaling in range(3):
+        scale = torch.ones(()) if scaling == 0 else None
+        opcheck(
+            ops.fp8_cast.default,
+            (torch.randn(130, 7), scale, scaling, False, True, 0),
+            test_utils=checks,
+        )
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, torch.ones(8, dtype=torch.float64), "param has dtype Double; expected Float"),
+        (1, torch.ones(7), "exp_avg has 7 elements; expected 8"),
+        (2, torch.ones(16)[::2], "exp_avg_sq is not contiguous"),
+        (3, torch.ones(8, dtype=torch.float16), "grad has dtype Half; expected Float or BFloat16"),
+        (4, torch.ones(8), "weight has dtype Float; expected BFloat16"),
+        (5, torch.ones(2), "grad_scale has 2 elements; expected 1"),
+        (7, torch.ones((), dtype=torch.int32), "step has dtype Int; expected Long"),
+        (13, 0, "step is 0; expected at least 1"),
+    ],
+)
+def test_the_binding_refuses(loaded: Path, index: int, value: object, message: str) -> None:
+    arguments = _arguments()
+    arguments[index] = value
+    before = arguments[0].clone()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.phi4.adamw_(*arguments)
+    assert torch.equal(arguments[0], before)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda op: op.square_sum([], 0), "no tensor arguments"),
+        (lambda op: op.square_sum([torch.ones(2), torch.ones(2).bfloat16()], 0), "expected Float"),
+        (lambda op: op.fp8_cast(torch.ones(2), None, 1, False, False, 0), "x has 1 dimensions"),
+        (lambda op: op.fp8_cast(torch.ones(2, 2), None, 0, False, False, 0), "tensor-wise"),
+        (lambda op: op.fp8_cast(torch.ones(2, 2), None, 3, False, False, 0), "scaling is 3"),
+        (lambda op: op.fp8_cast(torch.ones(2, 4).t(), None, 1, False, False, 0), "contiguous"),
+    ],
+)
+def test_the_other_bindings_refuse(loaded: Path, call: object, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.ops.phi4)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No build and no remembered choice."""
+    monkeypatch.setattr(native, "BUILDS", tmp_path)
+    for cached in (native.load, native.choose):
+        cached.cache_clear()
+    yield tmp_path
+    for cached in (native.load, native.choose):
+        cached.cache_clear()
+
+
+def test_a_missing_library_says_why(fresh: Path) -> None:
+    with pytest.raises(ImplementationError, match="csrc is not built; run `make csrc`"):
+        native.choose("adamw", "cuda", CPU)
+    assert all("not built" in row["state"] for row in native.status())
+    assert native.choose("adamw", "auto", CPU).implementation == "torch"
+
+
+def test_a_library_of_other_sources_is_not_loaded(fresh: Path) -> None:
+    (fresh / "0123").mkdir()
+    (fresh / "0123" / native.LIBRARY).touch()
+    with pytest.raises(ImplementationError, match="csrc is built from other sources"):
+        native.choose("adamw", "cuda", CPU)
+
+
+def test_a_broken_library_says_so(fresh: Path) -> None:
+    native.folder().mkdir()
+    (native.folder() / native.LIBRARY).write_text("not a library")
+    with pytest.raises(ImplementationError, match="cannot be loaded beside torch"):
+        native.choose("adamw", "cuda", CPU)
+
+
+def test_without_nvcc_the_build_says_so(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.argv", ["build_csrc.py"])
+    build_csrc.main()
+    assert "csrc is not built: nvcc is not on PATH" in capsys.readouterr().out
+
+
+def test_unknown_implementations_are_refused() -> None:
+    with pytest.raises(ImplementationError, match="no implementation 'triton'"):
+        native.choose("adamw", "triton", CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_on_the_meta_device_has_its_shape(loaded: Path, dtype: torch.dtype) -> None:
+    total: Tensor = torch.ops.phi4.square_sum([torch.empty(3, dtype=dtype, device="meta")], 0)
+    assert total.shape == () and total.dtype == torch.float64
