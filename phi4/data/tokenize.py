@@ -152,11 +152,12 @@ def tokenize_parts(
     mine = range(shard[0], len(plan.parts), shard[1])
     sizes = {index: plan.parts[index].num_bytes for index in mine}
     reports = {index: r for index in mine if (r := read_report(work, index)) is not None}
-    started, resumed = time.monotonic(), sum(sizes[index] for index in reports)
     todo = [index for index in mine if index not in reports]
+    started, total = time.monotonic(), sum(sizes.values())
+    resumed = done = sum(sizes[index] for index in reports)
+    rejected, tokens = sum(report.num_rejected for report in reports.values()), 0
 
     def check() -> None:
-        rejected = sum(report.num_rejected for report in reports.values())
         if rejected > max_rejected:
             write_rejections(f"{prefix}.rejected.jsonl", plan, reports)
             raise DataError(
@@ -167,11 +168,10 @@ def tokenize_parts(
     check()
     for index, report in _run(plan, work, tokenizer, todo, workers):
         reports[index] = report
+        rejected, tokens = rejected + report.num_rejected, tokens + report.num_tokens
+        done += sizes[index]
         check()
-        done = sum(sizes[index] for index in reports)
-        tokens = sum(report.num_tokens for index, report in reports.items() if index in todo)
-        seconds = time.monotonic() - started
-        follow(Progress(done, sum(sizes.values()), done - resumed, tokens, seconds))
+        follow(Progress(done, total, done - resumed, tokens, time.monotonic() - started))
 
 
 def read_report(work: Path, index: int) -> PartReport | None:
@@ -254,35 +254,61 @@ def _tokenize_part(
     part: Part, plan: Plan, work: Path, config: TokenizerConfig, index: int
 ) -> PartReport:
     tokenizer = _loaded(config)
-    ids: list[np.ndarray] = []
+    runs = _Runs(work, index, plan.seed)
     rejected: list[Rejection] = []
-    runs = rows = documents = tokens = buffered = 0
-    masked = False
+    rows, masked = 0, False
     for row in read_rows(part, plan.text_field):
         rows += 1
-        if row.content is None:
-            rejected.append(Rejection(row.path, row.number, row.reason))
-            continue
-        ids.append(_encoded(row, tokenizer))
-        masked = masked or not isinstance(row.content, str)
-        buffered += ids[-1].size
-        if buffered >= RUN_TOKENS:
-            _write_run(work, index, runs, ids, _keys(plan.seed, index, documents, len(ids)))
-            runs, documents, tokens = runs + 1, documents + len(ids), tokens + buffered
-            ids, buffered = [], 0
-    if ids:
-        _write_run(work, index, runs, ids, _keys(plan.seed, index, documents, len(ids)))
-        runs, documents, tokens = runs + 1, documents + len(ids), tokens + buffered
+        try:
+            runs.add(_encoded(row, tokenizer))
+        except DataError as error:
+            rejected.append(Rejection(row.path, row.number, str(error)))
+        else:
+            masked = masked or not isinstance(row.content, str)
+    runs.flush()
     report = PartReport(
-        num_runs=runs,
+        num_runs=runs.num_runs,
         num_rows=rows,
-        num_documents=documents,
-        num_tokens=tokens,
+        num_documents=runs.num_documents,
+        num_tokens=runs.num_tokens,
         masked=masked,
         rejected=tuple(rejected),
     )
     write_atomically(_report_path(work, index), msgspec.json.encode(report))
     return report
+
+
+class _Runs:
+    """Collects the documents of a part and writes them in sorted runs of bounded size."""
+
+    def __init__(self, work: Path, part: int, seed: int | None) -> None:
+        self._work, self._part, self._seed = work, part, seed
+        self._ids: list[np.ndarray] = []
+        self._buffered = 0
+        self.num_runs = self.num_documents = self.num_tokens = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        self._ids.append(ids)
+        self._buffered += ids.size
+        if self._buffered >= RUN_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._ids:
+            return
+        keys = _keys(self._seed, self._part, self.num_documents, len(self._ids))
+        order = np.argsort(keys, kind="stable")
+        table = np.empty(keys.size, dtype=KEY_TYPE)
+        table["key"] = keys[order]
+        table["length"] = [self._ids[place].size for place in order]
+        joined = np.concatenate([self._ids[place] for place in order]).astype("<i4")
+        path = run_path(self._work, self._part, self.num_runs, "tokens")
+        write_atomically(path, joined.data)
+        write_atomically(path.with_suffix(".keys"), table.tobytes())
+        self.num_runs += 1
+        self.num_documents += len(self._ids)
+        self.num_tokens += self._buffered
+        self._ids, self._buffered = [], 0
 
 
 @lru_cache(maxsize=1)
@@ -292,6 +318,8 @@ def _loaded(config: TokenizerConfig) -> Tokenizer:
 
 def _encoded(row: Row, tokenizer: Tokenizer) -> np.ndarray:
     """Ids of a document and its end, with NOT_LEARNT set where a conversation masks them."""
+    if row.content is None:
+        raise DataError(row.reason)
     if isinstance(row.content, str):
         return np.append(tokenizer.encode_array(row.content), np.uint32(tokenizer.eod_id))
     chat = encode_chat(row.content, tokenizer)
@@ -307,16 +335,6 @@ def _keys(seed: int | None, part: int, first: int, count: int) -> np.ndarray:
         return ordinal + np.uint64(part << 40)
     key = permutation_key("documents", seed)
     return mix(ordinal ^ mix(np.full(count, part, dtype=np.uint64) ^ key[0]) ^ key[1])
-
-
-def _write_run(work: Path, part: int, run: int, ids: list[np.ndarray], keys: np.ndarray) -> None:
-    order = np.argsort(keys, kind="stable")
-    table = np.empty(keys.size, dtype=KEY_TYPE)
-    table["key"] = keys[order]
-    table["length"] = [ids[place].size for place in order]
-    joined = np.concatenate([ids[place] for place in order]).astype("<i4")
-    write_atomically(run_path(work, part, run, "tokens"), joined.data)
-    write_atomically(run_path(work, part, run, "keys"), table.tobytes())
 
 
 def _report_path(work: Path, index: int) -> Path:

@@ -91,12 +91,22 @@ class Tokenizer:
         return TokenizerFacts(self.vocab_size, self.eod_id, self.pad_id, self.fingerprint)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; a special token's name in it is encoded as plain text."""
-        return self._encoding.encode_ordinary(text)
+        """Ids of a text; a special token's name in it is encoded as plain text.
+
+        Raises:
+            TokenizerError: the text cannot be split, as with millions of spaces in a row.
+        """
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
         """As `encode`, [n] uint32, without a list in between."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            # tiktoken's list form ends the process where this one raises.
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError as error:
+            raise TokenizerError(
+                f"the text cannot be split into tokens ({error}); leave it out"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD.

@@ -188,6 +188,21 @@ def test_bad_rows_are_listed_with_their_line_in_the_file(
     assert Counter(documents(tmp_path / "p", tokenizer)) == Counter(kept)
 
 
+def test_text_that_the_tokenizer_cannot_split_is_a_bad_row(
+    config: TokenizerConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    endless = {"text": " " * 2_000_000 + "z"}
+    turns = [{"role": "assistant", "content": endless["text"]}]
+    lines = [{"text": "the cat"}, endless, {"messages": turns}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = run(config, [path], tmp_path / "p", max_rejected=2, part_bytes=10**8)
+    assert manifest.num_rejected == 2
+    assert documents(tmp_path / "p", tokenizer) == ["the cat"]
+    rejected = Path(f"{tmp_path}/p.rejected.jsonl").read_text()
+    assert rejected.count("the text cannot be split into tokens") == 2
+
+
 def test_too_many_bad_rows_stop_the_job_and_are_shown(
     config: TokenizerConfig, tmp_path: Path
 ) -> None:
