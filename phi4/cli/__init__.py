@@ -39,7 +39,12 @@ def _app(arguments: Sequence[str]) -> typer.Typer:
 
     Loading every command would import torch for `phi4 --help`.
     """
-    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="The training system for Phi-4. Wrong input is one line and exit code 2.",
+    )
     asked = next((word for word in arguments if not word.startswith("-")), None)
     for name, text in (COMMANDS | GROUPS).items():
         if name != asked:
