@@ -92,6 +92,8 @@ def test_status_lists_every_implementation() -> None:
     write_row(op="rope", source="0" * 16)
     states = {(row["op"], row["implementation"]): row["state"] for row in dispatch.status()}
     assert states == {
+        ("cross_entropy", "torch"): "always available",
+        ("cross_entropy", "triton"): "experimental: never executed on a GPU",
         ("rms_norm", "torch"): "always available",
         ("rms_norm", "triton"): "experimental: never executed on a GPU",
         ("rope", "torch"): "always available",

@@ -4,7 +4,14 @@ import pytest
 from phi4_kernels import registry
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
+CROSS_ENTROPY = {
+    "phi4::cross_entropy_statistics",
+    "phi4::cross_entropy_combine",
+    "phi4::cross_entropy_backward",
+}
 OPERATORS = {
+    "cross_entropy": CROSS_ENTROPY,
+    "cross_entropy_sharded": CROSS_ENTROPY,
     "rms_norm": {"phi4::rms_norm_forward", "phi4::rms_norm_backward"},
     "add_rms_norm": {"phi4::add_rms_norm_forward", "phi4::rms_norm_backward"},
     "rms_norm_fp8": {"phi4::rms_norm_fp8"},

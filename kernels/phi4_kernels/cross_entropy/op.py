@@ -1,0 +1,283 @@
+"""Cross-entropy of logits whose vocabulary is split across tensor ranks: 6 bytes per bf16 logit.
+
+The loss reads the logits once; the gradient takes their place. Between the two, ranks exchange
+three fp32 numbers per token (maximum, sum of exponentials, target logit; a fourth with label
+smoothing) in one all-gather and combine them in rank order, so every rank holds the same bits.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phi4_kernels import dispatch
+from phi4_kernels.checks import FLOAT_DTYPES, expect_dtype, expect_same_device, expect_shape
+from phi4_kernels.cross_entropy import torch_impl
+from phi4_kernels.cross_entropy.options import PLAIN, LossOptions
+from phi4_kernels.errors import KernelError, ShapeError
+from phi4_kernels.operators import register
+
+
+class CrossEntropy(NamedTuple):
+    """Per-token results, fp32, in the shape of the targets; both are differentiable."""
+
+    losses: Tensor
+    """With label smoothing, z-loss and weights; 0 where the target is ignored."""
+    log_probs: Tensor
+    """Log-probability of the target, without any of them; 0 where the target is ignored."""
+
+
+class Shard(NamedTuple):
+    """Which part of the vocabulary this rank holds."""
+
+    group: dist.ProcessGroup | None
+    size: int
+    first: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None, width: int) -> "Shard":
+        """The shard of `width` columns on this rank of `group`; the whole without a group."""
+        rank, size = (0, 1) if group is None else (group.rank(), group.size())
+        return cls(group, size, rank * width, size * width)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    options: LossOptions = PLAIN,
+    *,
+    weights: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    implementation: str = "auto",
+) -> CrossEntropy:
+    """Loss and log-probability of every token.
+
+    Args:
+        logits: [..., V / P], this rank's columns, bf16, fp16 or fp32, contiguous within a token.
+            Backward overwrites them with their gradient: nothing else may need them then.
+        targets: [...], int32 or int64, ids in [0, V) or options.ignore_index. Any other id gives
+            NaN, and under PHI4_KERNELS_DEBUG=1 an error.
+        options: ignored id, label smoothing, z-loss.
+        weights: [...], fp32, multiply the losses; they get no gradient.
+        group: the P tensor ranks, each with V / P columns in rank order; None for P = 1.
+        implementation: see dispatch.choose.
+
+    Returns:
+        losses and log_probs, the same bits on every rank. Without autograd logits stay as they are.
+
+    Raises:
+        DtypeError, ShapeError, DeviceError, ImplementationError: see errors.
+        KernelError: logits are a leaf that requires grad, or weights require grad; under
+            PHI4_KERNELS_DEBUG=1 a target is out of range, or ranks differ in columns; in backward,
+            when the gradient has taken the logits' place before.
+
+    Collectives: forward one all-gather over group, 12 bytes per token and rank (16 with label
+        smoothing); backward none.
+    Source: Megatron-LM (Shoeybi et al. 2019), section 3; online softmax (Milakov and Gimelshein
+        2018); z-loss (PaLM, Chowdhery et al. 2022, section 5).
+    """
+    _check(logits, targets, weights)
+    shard = Shard.of(group, logits.shape[-1])
+    if dispatch.debug():
+        _check_values(targets, options, shard)
+    name = dispatch.resolve("cross_entropy", implementation, logits.device)
+    return CrossEntropy(*_CrossEntropy.apply(logits, targets, weights, options, shard, name))
+
+
+def _check(logits: Tensor, targets: Tensor, weights: Tensor | None) -> None:
+    op = "cross_entropy"
+    expect_dtype(op, "logits", logits, FLOAT_DTYPES)
+    if logits.dim() < 2 or logits.shape[-1] == 0:
+        raise ShapeError(
+            f"{op}: logits have shape {tuple(logits.shape)}; expected [..., V / P] with a column "
+            "or more; pass one row per token"
+        )
+    if logits.numel() and not _is_rows(logits):
+        raise ShapeError(
+            f"{op}: logits have shape {tuple(logits.shape)} and strides {logits.stride()}; "
+            "expected contiguous rows at one distance, because the gradient takes their place; "
+            "call .contiguous() before"
+        )
+    if logits.is_leaf and logits.requires_grad:
+        raise KernelError(
+            f"{op}: logits are a leaf that requires grad; expected an activation, because the "
+            "gradient takes its place; pass a projection's output, or a clone"
+        )
+    check_tokens(op, logits, tuple(logits.shape[:-1]), targets, weights)
+
+
+def check_tokens(
+    op: str, like: Tensor, shape: tuple[int, ...], targets: Tensor, weights: Tensor | None
+) -> None:
+    """Check targets and weights of `shape`, on the device of `like`."""
+    expect_dtype(op, "targets", targets, (torch.int64, torch.int32))
+    expect_shape(op, "targets", targets, shape, "one id per token")
+    if weights is not None:
+        expect_dtype(op, "weights", weights, (torch.float32,))
+        expect_shape(op, "weights", weights, shape, "one weight per token")
+        if weights.requires_grad:
+            raise KernelError(
+                f"{op}: weights require grad; expected constants; detach them, or weigh the "
+                "losses outside"
+            )
+    expect_same_device(op, logits=like, targets=targets, weights=weights)
+
+
+def _is_rows(logits: Tensor) -> bool:
+    """Whether [..., V] is [T, V] with one stride, without a copy."""
+    *lead, last = zip(logits.shape, logits.stride(), strict=True)
+    sizes = [pair for pair in lead if pair[0] != 1]
+    return (last[1] == 1 or last[0] == 1) and all(
+        outer[1] == inner[0] * inner[1] for outer, inner in pairwise(sizes)
+    )
+
+
+def _check_values(targets: Tensor, options: LossOptions, shard: Shard) -> None:
+    counted = targets[targets != options.ignore_index]
+    low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
+    if low < 0 or high >= shard.vocabulary:
+        raise KernelError(
+            f"cross_entropy: targets span {low} to {high}; expected 0 to {shard.vocabulary - 1} "
+            f"or {options.ignore_index}; fix the ids, or set ignore_index"
+        )
+    if shard.group is not None:
+        mine = torch.tensor([shard.vocabulary], device=targets.device)
+        all_ranks = mine.new_empty(shard.size)
+        dist.all_gather_into_tensor(all_ranks, mine, group=shard.group)
+        widths = [total // shard.size for total in all_ranks.tolist()]
+        if len(set(widths)) > 1:
+            raise KernelError(
+                f"cross_entropy: ranks hold {widths} columns; expected equal shards; pad the "
+                f"vocabulary to a multiple of {shard.size}"
+            )
+
+
+def run_statistics(
+    logits: Tensor, targets: Tensor, options: LossOptions, shard: Shard, name: str
+) -> Tensor:
+    """The all-gathered statistics of [T, V / P] logits: [P, T, 3 or 4], fp32.
+
+    Collectives: one all-gather over shard.group; none for no tokens, which all ranks have alike.
+    """
+    run = torch_impl.statistics if name == "torch" else _named(_statistics, name)
+    local = run(logits, targets, shard.first, options.ignore_index, options.label_smoothing > 0)
+    if shard.group is None or not local.numel():
+        return local.unsqueeze(0)
+    gathered = local.new_empty((shard.size * local.shape[0], local.shape[1]))
+    dist.all_gather_into_tensor(gathered, local, group=shard.group)
+    return gathered.view(shard.size, *local.shape)
+
+
+def run_combine(
+    statistics: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    options: LossOptions,
+    shard: Shard,
+    name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [T], log-probabilities [T] and what backward needs [T, 3], all fp32."""
+    run = torch_impl.combine if name == "torch" else _named(_combine, name)
+    constants = (options.ignore_index, options.label_smoothing, options.z_loss)
+    return run(statistics, targets, weights, shard.vocabulary, *constants)
+
+
+def run_backward(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    normalizer: Tensor,
+    gradients: tuple[Tensor | None, Tensor | None],
+    options: LossOptions,
+    shard: Shard,
+    name: str,
+) -> None:
+    """Overwrite logits [T, V / P] with their gradient, given those of losses and log_probs."""
+    run = torch_impl.backward if name == "torch" else _named(_backward, name)
+    vocabulary = (shard.first, shard.vocabulary)
+    constants = (options.ignore_index, options.label_smoothing)
+    run(logits, targets, weights, normalizer, *gradients, *vocabulary, *constants)
+
+
+def _named(operator: Callable[..., Any], name: str) -> Callable[..., Any]:
+    return lambda *args: operator(*args, name)
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1).contiguous()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        options: LossOptions,
+        shard: Shard,
+        name: str,
+    ) -> tuple[Tensor, Tensor]:
+        rows = logits.detach().flatten(0, -2)
+        ids, scales = _flat(targets), _flat(weights)
+        statistics = run_statistics(rows, ids, options, shard, name)
+        losses, log_probs, normalizer = run_combine(statistics, ids, scales, options, shard, name)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, ids, scales, normalizer)
+        ctx.options, ctx.shard, ctx.name, ctx.overwritten = options, shard, name, False
+        return losses.view(targets.shape), log_probs.view(targets.shape)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dlosses: Tensor | None, dlog_probs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if ctx.overwritten:
+            raise KernelError(
+                "cross_entropy: backward ran before; expected once, because the gradient took the "
+                "logits' place; sum the losses before one backward, or run forward again"
+            )
+        if dlosses is None and dlog_probs is None:
+            return None, None, None, None, None, None
+        logits, ids, scales, normalizer = ctx.saved_tensors
+        gradient = logits.detach()
+        rows, gradients = gradient.flatten(0, -2), (_flat(dlosses), _flat(dlog_probs))
+        run_backward(rows, ids, scales, normalizer, gradients, ctx.options, ctx.shard, ctx.name)
+        # Whoever else saved the logits for its own backward is told.
+        torch.autograd.graph.increment_version(logits)
+        ctx.overwritten = True
+        return gradient, None, None, None, None, None
+
+
+_statistics = register(
+    "cross_entropy",
+    "statistics",
+    "cross_entropy_statistics(Tensor logits, Tensor targets, int first, int ignore_index, "
+    "bool with_sum) -> Tensor",
+    lambda logits, targets, first, ignore_index, with_sum: logits.new_empty(
+        (logits.shape[0], 3 + with_sum), dtype=torch.float32
+    ),
+)
+_combine = register(
+    "cross_entropy",
+    "combine",
+    "cross_entropy_combine(Tensor statistics, Tensor targets, Tensor? weights, int vocabulary, "
+    "int ignore_index, float label_smoothing, float z_loss) "
+    "-> (Tensor losses, Tensor log_probs, Tensor normalizer)",
+    lambda statistics, *others: (
+        statistics.new_empty(statistics.shape[1]),
+        statistics.new_empty(statistics.shape[1]),
+        statistics.new_empty((statistics.shape[1], 3)),
+    ),
+)
+_backward = register(
+    "cross_entropy",
+    "backward",
+    "cross_entropy_backward(Tensor(a!) logits, Tensor targets, Tensor? weights, "
+    "Tensor normalizer, Tensor? dlosses, Tensor? dlog_probs, int first, int vocabulary, "
+    "int ignore_index, float label_smoothing) -> ()",
+    lambda *args: None,
+)

@@ -1,0 +1,37 @@
+"""The definition of cross-entropy over a whole vocabulary, with its regularisers.
+
+Log-probabilities and losses are computed in fp32 for half precision and stay in fp32; only the
+gradient is rounded to the dtype of the logits, once.
+"""
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.cross_entropy.options import PLAIN, LossOptions
+from phi4_kernels.numerics import widened
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    options: LossOptions = PLAIN,
+    *,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[T, V], [T] -> per-token losses [T] (weighted) and log-probabilities of the targets [T]."""
+    counted = targets != options.ignore_index
+    columns = torch.where(counted, targets, 0).long().unsqueeze(-1)
+    x = widened(logits)
+    largest = x.detach().amax(-1)
+    shifted = x - largest.unsqueeze(-1)
+    log_sum = shifted.exp().sum(-1).log()
+    log_probs = shifted.gather(-1, columns).squeeze(-1) - log_sum
+    losses = -log_probs
+    if options.label_smoothing:
+        even = log_sum - shifted.mean(-1)
+        losses = (1 - options.label_smoothing) * losses + options.label_smoothing * even
+    if options.z_loss:
+        losses = losses + options.z_loss * (largest + log_sum).square()
+    if weights is not None:
+        losses = losses * widened(weights)
+    return torch.where(counted, losses, 0.0), torch.where(counted, log_probs, 0.0)

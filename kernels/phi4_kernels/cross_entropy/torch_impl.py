@@ -1,0 +1,103 @@
+"""Cross-entropy on PyTorch's own kernels, a few rows at a time: no fp32 copy of all logits."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_WIDENED_ELEMENTS = 1 << 24
+
+
+def _slices(logits: Tensor) -> Iterator[slice]:
+    """Groups of rows of at most _WIDENED_ELEMENTS elements, or one row."""
+    rows = max(1, _WIDENED_ELEMENTS // logits.shape[1])
+    return (slice(start, start + rows) for start in range(0, logits.shape[0], rows))
+
+
+def _columns(targets: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """[T, 1] columns of this shard, clamped into it, and whether the shard owns them."""
+    columns = (targets.long() - first).unsqueeze(-1)
+    return columns.clamp(0, width - 1), (columns >= 0) & (columns < width)
+
+
+def statistics(
+    logits: Tensor, targets: Tensor, first: int, ignore_index: int, with_sum: bool
+) -> Tensor:
+    """See op._statistics."""
+    out = logits.new_empty((logits.shape[0], 3 + with_sum), dtype=torch.float32)
+    for part in _slices(logits):
+        x = logits[part].float()
+        columns, owned = _columns(targets[part], first, x.shape[1])
+        largest = x.amax(-1, keepdim=True)
+        # A shard of -inf alone must count as nothing, not as NaN.
+        largest.clamp_(min=torch.finfo(torch.float32).min)
+        out[part, 2:3] = torch.where(owned, x.gather(-1, columns), 0.0)
+        if with_sum:
+            out[part, 3] = x.sum(-1)
+        out[part, :1] = largest
+        out[part, 1] = x.sub(largest).exp_().sum(-1)
+    return out.masked_fill_((targets == ignore_index).unsqueeze(-1), 0.0)
+
+
+def combine(
+    statistics: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    vocabulary: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See op._combine."""
+    counted = targets != ignore_index
+    parts = statistics.double()
+    largest = parts[..., 0].amax(0)
+    total = (parts[..., 1] * (parts[..., 0] - largest).exp()).sum(0)
+    total = torch.where((targets >= 0) & (targets < vocabulary), total, torch.nan)
+    log_sum = total.log()
+    log_probs = parts[..., 2].sum(0) - largest - log_sum
+    losses, log_normalizer = -log_probs, largest + log_sum
+    if label_smoothing:
+        even = log_normalizer - parts[..., 3].sum(0) / vocabulary
+        losses = (1 - label_smoothing) * losses + label_smoothing * even
+    losses = losses + z_loss * log_normalizer.square()
+    if weights is not None:
+        losses = losses * weights
+    slope = 1 + 2 * z_loss * log_normalizer
+    normalizer = torch.stack((largest, total.reciprocal(), slope), dim=-1)
+    return (
+        torch.where(counted, losses, 0.0).float(),
+        torch.where(counted, log_probs, 0.0).float(),
+        normalizer.masked_fill_(~counted.unsqueeze(-1), 0.0).float(),
+    )
+
+
+def backward(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    normalizer: Tensor,
+    dlosses: Tensor | None,
+    dlog_probs: Tensor | None,
+    first: int,
+    vocabulary: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
+    """See op._backward; overwrites logits [T, V / P]."""
+    largest, inverse, slope = normalizer.split(1, dim=-1)
+    zeros = torch.zeros_like(largest)
+    dloss = zeros if dlosses is None else dlosses.unsqueeze(-1)
+    if weights is not None:
+        dloss = dloss * weights.unsqueeze(-1)
+    dlog_prob = zeros if dlog_probs is None else dlog_probs.unsqueeze(-1)
+    ignored = (targets == ignore_index).unsqueeze(-1)
+    for part in _slices(logits):
+        columns, owned = _columns(targets[part], first, logits.shape[1])
+        gradient = logits[part].float().sub_(largest[part]).exp_().mul_(inverse[part])
+        gradient.mul_(dloss[part] * slope[part] - dlog_prob[part])
+        if label_smoothing:
+            gradient.sub_(dloss[part] * (label_smoothing / vocabulary))
+        at_target = dlog_prob[part] - dloss[part] * (1 - label_smoothing)
+        gradient.scatter_add_(-1, columns, at_target * owned)
+        logits[part] = gradient.masked_fill_(ignored[part], 0.0)
