@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from phi4.cli import data_ledger
+from phi4.cli import data_ledger, data_quality
 from phi4.config import TokenizerConfig
 from phi4.data.demo import build_demo
 from phi4.data.manifest import manifest_path, read_manifest
@@ -20,8 +20,8 @@ from phi4.data.tokenizer import Tokenizer, load_tokenizer
 from phi4.errors import ConfigError
 
 app = typer.Typer(help="Token files: build, inspect, check.", no_args_is_help=True)
-app.command()(data_ledger.ledger)
-app.command()(data_ledger.why)
+data_ledger.register(app)
+data_quality.register(app)
 
 Prefix = Annotated[str, typer.Argument(help="Path of a .bin/.idx pair without the suffix.")]
 Ranks = Annotated[

@@ -21,6 +21,12 @@ Sample = Annotated[int, typer.Option(min=0, help="Row of the global batch; the f
 Show = Annotated[bool, typer.Option(help="Also print the text of the sample.")]
 
 
+def register(app: typer.Typer) -> None:
+    """Add the commands to `phi4 data`."""
+    app.command("ledger")(ledger)
+    app.command("why")(why)
+
+
 def ledger(run: Run) -> None:
     """Fraction asked and drawn of every source, blend by blend, and epochs."""
     _, state = _checkpoints(run)[-1]

@@ -72,8 +72,9 @@ class Stream:
         """
         draws = self._ledger.draw(num_draws)
         for index, source in enumerate(self._sources):
-            if max_epochs.get(source.name, 0):
-                last = int(draws.ordinal[draws.source == index].max(initial=-1))
+            chosen = draws.ordinal[draws.source == index]
+            if chosen.size and max_epochs.get(source.name, 0):
+                last = int(chosen[-1]) + self.draw_tokens // source.row_tokens - 1
                 _check_epochs(source, last, max_epochs[source.name])
         self._ledger.count(draws)
         return draws
