@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint gpu bench budgets golden clean
+.PHONY: help setup demo test test-all lint gpu bench csrc budgets golden measured clean
 
 export PYTHON ?= python3
 export PIP_ARGS ?=
@@ -43,8 +43,15 @@ gpu:  ## on a machine with one GPU: the engine against the CPU, the kernels prov
 bench: setup  ## kernel benches against their floors: make bench ARGS="--op rms_norm"
 	@.venv/bin/python -m phi4_kernels.bench $(ARGS)
 
+csrc: setup  ## build the CUDA ops for sm_90a where nvcc is installed
+	@.venv/bin/python tools/build_csrc.py
+
 budgets: setup  ## write the register and shared-memory budgets of the kernels
 	@.venv/bin/python -m phi4_kernels.testing budgets
+	@.venv/bin/python tools/build_csrc.py --budgets
+
+measured: setup  ## fill README's table from the rows under benchmarks/
+	@.venv/bin/python -m tools.measured_table
 
 golden: setup  ## write the golden losses of the recipes
 	@.venv/bin/python tools/golden_losses.py

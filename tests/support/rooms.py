@@ -11,6 +11,7 @@ BUDGET_SECONDS = {
     "architecture": 80,
     "cli": 150,
     "config": 40,
+    "csrc": 200,
     "convert": 120,
     "data": 300,
     "engine": 500,
