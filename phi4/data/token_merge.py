@@ -76,9 +76,15 @@ class _Run:
 
     @staticmethod
     def open(work: Path, part: int, run: int) -> "_Run":
-        table = np.memmap(run_path(work, part, run, "keys"), dtype=KEY_TYPE, mode="r")
-        tokens = np.memmap(run_path(work, part, run, "tokens"), dtype="<i4", mode="r")
-        return _Run(table["key"], table["length"], tokens.view(np.ndarray))
+        path = run_path(work, part, run, "tokens")
+        table = np.memmap(path.with_suffix(".keys"), dtype=KEY_TYPE, mode="r")
+        tokens = np.memmap(path, dtype="<i4", mode="r").view(np.ndarray)
+        if table["length"].sum(dtype=np.int64) != tokens.size:
+            raise DataError(
+                f"{path} holds {tokens.size} tokens, its keys describe "
+                f"{table['length'].sum(dtype=np.int64)}; remove {work} and tokenize again"
+            )
+        return _Run(table["key"], table["length"], tokens)
 
     def take(self, end: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Keys, lengths and tokens of the documents below a key; all that are left for None."""

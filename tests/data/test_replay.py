@@ -180,6 +180,24 @@ def test_why_locates_the_token_in_the_file(run: FakeRun) -> None:
         assert token == run.served[0][2].tokens[0, int(begin)]
 
 
+def test_steps_of_a_blend_by_loss_tokens_are_found_again(tmp_path: Path, ranks: Path) -> None:
+    run = FakeRun(tmp_path, ranks)
+    cat, mat = run.source("cats", "the cat", 0.25), run.source("mats", "a mat", 0.75)
+    data = {"sequence_length": 16, "unit_tokens": 8, "weigh_by": "loss_tokens"}
+    sources = [cat | {"kind": "windows"}, mat]
+    for _ in range(3):
+        run.train(2, data=data | {"sources": sources}, batch={"global_batch_size": 4})
+    tokenizer = load_tokenizer(run.recipe.tokenizer)
+    for step, batches in enumerate(run.served, start=1):
+        printed = phi4_data("why", run.directory / "run", "--step", step, "--sample", 3, "--show")
+        assert printed.split("---\n")[1] == tokenizer.decode(batches[3].tokens[0]) + "\n"
+    loss = sum(int(batch.loss_mask.sum()) for batches in run.served for batch in batches)
+    shown = phi4_data("ledger", run.directory / "run")
+    assert f"blend 1: {loss:,} loss tokens drawn" in shown
+    cats = run.state.data["sources"]["cats"]["loss_tokens"]
+    assert re.search(rf"cats +25\.0000% +{100 * cats / loss:.4f}% +{cats} loss tokens", shown)
+
+
 def test_ledger_shows_asked_drawn_and_epochs(run: FakeRun) -> None:
     printed = phi4_data("ledger", run.directory / "run")
     assert re.search(r"blend 1: 12 units drawn", printed)

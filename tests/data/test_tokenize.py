@@ -280,6 +280,17 @@ def test_merge_without_runs_is_refused(tmp_path: Path) -> None:
         merge_runs(tmp_path / "p")
 
 
+def test_truncated_run_is_refused(config: TokenizerConfig, rows: Path, tmp_path: Path) -> None:
+    plan = make_plan([rows], load_tokenizer(config).facts)
+    options = {"workers": 1, "max_rejected": 0, "follow": lambda progress: None}
+    tokenize_parts(plan, tmp_path / "p", config, **options)
+    (run_file,) = work_directory(tmp_path / "p").glob("*.tokens")
+    run_file.write_bytes(run_file.read_bytes()[:400])
+    with pytest.raises(DataError, match=r"\.tokens holds 100 tokens, its keys describe"):
+        merge_runs(tmp_path / "p")
+    assert not Path(f"{tmp_path}/p.bin").exists()
+
+
 def test_nothing_to_write_leaves_no_file(config: TokenizerConfig, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with pytest.raises(DataError, match="the inputs hold no text"):
