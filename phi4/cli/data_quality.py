@@ -9,13 +9,14 @@ import typer
 from phi4.data.decontaminate import (
     NORMALISATIONS,
     Detector,
+    Item,
     Thresholds,
     decontaminate,
     learn_allowed,
     read_benchmarks,
 )
 from phi4.data.decontaminate.items import self_test_text
-from phi4.data.decontaminate.rule import DEFAULT_THRESHOLDS
+from phi4.data.decontaminate.rule import default_thresholds
 from phi4.data.decontaminate.run import Tally
 from phi4.data.decontaminate.self_test import report, run_self_test
 from phi4.data.quality.filter import Filter, learn_from_rows, load_identify
@@ -129,18 +130,14 @@ def filter_command(
     _echo_screened(screened, out, start)
 
 
-def _thresholds(
-    normalisation: str, info: float | None, contaminated: float | None
-) -> Thresholds | None:
-    default = DEFAULT_THRESHOLDS.get(normalisation)
-    if default is None or (info is None and contaminated is None):
-        return None
+def _thresholds(normalisation: str, info: float | None, contaminated: float | None) -> Thresholds:
+    default = default_thresholds(normalisation)
     contaminated = default.contaminated if contaminated is None else contaminated
     return Thresholds(min(default.info, contaminated) if info is None else info, contaminated)
 
 
 def _echo_self_test(
-    clean: list[str], items: list, normalisation: str, thresholds: Thresholds | None
+    clean: list[str], items: list[Item], normalisation: str, thresholds: Thresholds
 ) -> None:
     text = self_test_text(clean, items)
     names = sorted(NORMALISATIONS, key=lambda name: name != normalisation)

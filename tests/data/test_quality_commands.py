@@ -73,6 +73,12 @@ def test_decontaminate_says_what_it_needs(app: typer.Typer, arguments) -> None:
         run(app, "decontaminate", *arguments)
 
 
+@pytest.mark.parametrize("option", [("--self-test",), ("rows.jsonl", "--out", "x")])
+def test_unknown_normalisation(app: typer.Typer, option) -> None:
+    with pytest.raises(DataError, match="'fuzzy'; expected one of robust, paper"):
+        run(app, "decontaminate", *option, "--normalisation", "fuzzy")
+
+
 def test_deduplicate(app: typer.Typer, tmp_path: Path) -> None:
     source = rows(tmp_path / "rows.jsonl", SENTENCE, SENTENCE, SENTENCE.upper())
     out = ("--out", tmp_path / "out")
@@ -90,5 +96,5 @@ def test_filter(app: typer.Typer, tmp_path: Path) -> None:
     printed = run(app, *common, "--out", tmp_path / "out")
     assert "3 rows, 2 kept; quarantined: 1 " in printed
     language = ("--identify", "phi4.data.decontaminate.normalise:paper", "--languages", "en")
-    with pytest.raises(TypeError):  # a list of words is no language code
+    with pytest.raises(DataError, match=r"paper gave \[.* expected a language code"):
         run(app, *common, "--out", tmp_path / "wrong", *language)

@@ -1,5 +1,7 @@
 import json
 import random
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from phi4.data.quality.duplicates import Duplicates, sketch
 from phi4.data.quality.screen import screen
-from phi4.errors import DataError
+from phi4.errors import DataError, PlatformError
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
 
@@ -88,3 +90,11 @@ def test_unrelated_texts_all_stay(tmp_path: Path) -> None:
 def test_bad_similarity(similarity: float) -> None:
     with pytest.raises(DataError, match="more than 0 and at most 1"):
         Duplicates(similarity)
+
+
+@pytest.mark.parametrize("library", ["xxhash", "datasketch"])
+def test_missing_library_is_named(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, "phi4.data.quality.duplicates")
+    with pytest.raises(PlatformError, match=rf"^{library} finds .* phi4\[data\]"):
+        import_module("phi4.data.quality.duplicates")

@@ -65,6 +65,9 @@ _NUMBER = re.compile(
 
 
 def _unified_number(match: re.Match[str]) -> str:
+    found = match[0]
+    if found.isascii() and found.isdigit():
+        return found.lstrip("0") or "0"
     digits = "".join(mark for mark in match["whole"] if mark.isdigit())
     whole = _ascii(digits).lstrip("0") or "0"
     fraction = _ascii(match["fraction"] or "").rstrip("0")

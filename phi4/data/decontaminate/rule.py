@@ -60,6 +60,19 @@ DEFAULT_THRESHOLDS = {
 """What the self-test's choosing half asks for."""
 
 
+def default_thresholds(normalisation: str) -> Thresholds:
+    """The thresholds of a normalisation.
+
+    Raises:
+        DataError: it is unknown.
+    """
+    if normalisation not in DEFAULT_THRESHOLDS:
+        raise DataError(
+            f"normalisation {normalisation!r}; expected one of {', '.join(DEFAULT_THRESHOLDS)}"
+        )
+    return DEFAULT_THRESHOLDS[normalisation]
+
+
 @dataclass(frozen=True)
 class Match:
     """What a text shares with one item.
@@ -110,13 +123,9 @@ class Detector:
         Raises:
             DataError: the normalisation is unknown.
         """
-        if normalisation not in NORMALISATIONS:
-            raise DataError(
-                f"normalisation {normalisation!r}; expected one of {', '.join(NORMALISATIONS)}"
-            )
         self.items = tuple(items)
         self.normalisation = normalisation
-        self.thresholds = thresholds or DEFAULT_THRESHOLDS[normalisation]
+        self.thresholds = thresholds or default_thresholds(normalisation)
         self._normalise = NORMALISATIONS[normalisation]
         self._index = NgramIndex([self._normalise(item.text) for item in items], (LONG, SHORT))
         self._allowed = np.zeros(self._index.num_distinct(LONG), bool)

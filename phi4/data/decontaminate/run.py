@@ -1,9 +1,11 @@
 """Decontamination of jsonl files: the rule over a stream of rows, with a count per benchmark."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from phi4.data.decontaminate.benchmark import Item
 from phi4.data.decontaminate.rule import Detector, Finding, Match, Verdict
@@ -80,7 +82,7 @@ def learn_allowed(
         DataError: a file or a row of the reference cannot be read.
     """
 
-    def grams():
+    def grams() -> Iterator[np.ndarray]:
         for line, result in analyse_rows(reference, detector.long_grams, num_workers=num_workers):
             if isinstance(result, RowError):
                 raise DataError(f"{line.path}, line {line.number}: {result}; mend the reference")

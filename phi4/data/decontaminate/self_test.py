@@ -13,7 +13,7 @@ import numpy as np
 
 from phi4.data.decontaminate.items import Material, SelfTestText
 from phi4.data.decontaminate.plants import PLANTS
-from phi4.data.decontaminate.rule import DEFAULT_THRESHOLDS, Detector, Thresholds, Verdict
+from phi4.data.decontaminate.rule import Detector, Thresholds, Verdict, default_thresholds
 
 MAX_FALSE_ALARMS = 0.005
 _TOLERATED_LOSS = 0.02
@@ -78,7 +78,7 @@ def run_self_test(
         thresholds: those in use; the defaults of the normalisation when left out.
         seed: of the planting.
     """
-    thresholds = thresholds or DEFAULT_THRESHOLDS[normalisation]
+    thresholds = thresholds or default_thresholds(normalisation)
     chosen = choose_thresholds(text.choosing, text.reference, normalisation)
     halves = [
         measure(half, text.reference, normalisation, thresholds, seed)

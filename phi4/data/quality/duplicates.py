@@ -15,14 +15,14 @@ import numpy as np
 
 from phi4.data.quality.rows import Line
 from phi4.data.quality.screen import Rejection
-from phi4.errors import DataError
+from phi4.errors import DataError, PlatformError
 
 try:
     import xxhash
     from datasketch import MinHash, MinHashLSH
 except ImportError as error:
-    raise DataError(
-        f"{error.name} is missing, which finds duplicates; install phi4 with the extra `data`"
+    raise PlatformError(
+        f"{error.name} finds duplicates and is missing; install it with `pip install phi4[data]`"
     ) from None
 
 _SHINGLE_WORDS = 5

@@ -3,7 +3,7 @@
 Which language a text has is asked of a callable from outside; no model comes with this package.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -52,8 +52,16 @@ class Filter:
             raise DataError("languages and a function that identifies them go together; give both")
 
     def analyse(self, text: str) -> Findings:
-        """Measure a text; depends on no other."""
+        """Measure a text; depends on no other.
+
+        Raises:
+            DataError: the callable gave no language code.
+        """
         language = self.identify(text) if self.identify else None
+        if self.identify and not isinstance(language, str):
+            raise DataError(
+                f"{self.identify.__name__} gave {language!r:.60}; expected a language code as text"
+            )
         return Findings(self.profile.oddity(text), language)
 
     def decide(self, found: Findings, _: Line) -> Rejection | None:
@@ -81,7 +89,7 @@ def learn_from_rows(
         DataError: a file cannot be read, or the rows are too few.
     """
 
-    def texts():
+    def texts() -> Iterator[str]:
         for path in paths:
             for line in islice(read_lines([path], max_row_bytes), rows_per_file):
                 try:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from phi4.data.documents import MAX_ROW_BYTES
 from phi4.errors import DataError
 
-MAX_ROW_BYTES = 32 << 20
-"""A longer line is no document: it is a file that lost its line breaks."""
 _SHOWN_BYTES = 1000
 _TEXT_COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected")
 
