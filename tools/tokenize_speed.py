@@ -27,7 +27,8 @@ import tiktoken
 
 from phi4.config import TokenizerConfig
 from phi4.data.token_merge import merge_runs
-from phi4.data.tokenize import make_plan, tokenize_parts
+from phi4.data.token_plan import make_plan
+from phi4.data.tokenize import tokenize_parts
 from phi4.data.tokenizer import SPLIT_PATTERN, load_tokenizer
 
 CONFIG = TokenizerConfig()

@@ -14,8 +14,9 @@ from phi4.data.demo import build_demo
 from phi4.data.manifest import manifest_path, read_manifest
 from phi4.data.token_file import TokenFile
 from phi4.data.token_merge import merge_runs
+from phi4.data.token_plan import make_plan
 from phi4.data.token_writer import adopt as adopt_pair
-from phi4.data.tokenize import Progress, make_plan, tokenize_parts
+from phi4.data.tokenize import Progress, tokenize_parts
 from phi4.data.tokenizer import Tokenizer, load_tokenizer
 from phi4.errors import ConfigError
 

@@ -12,8 +12,7 @@ import msgspec
 import numpy as np
 
 from phi4.data.manifest import Manifest
-from phi4.data.token_writer import TokenFileWriter
-from phi4.data.tokenize import (
+from phi4.data.token_plan import (
     KEY_TYPE,
     NOT_LEARNT,
     RUN_TOKENS,
@@ -25,6 +24,7 @@ from phi4.data.tokenize import (
     work_directory,
     write_rejections,
 )
+from phi4.data.token_writer import TokenFileWriter
 from phi4.errors import DataError
 
 _SAMPLES_PER_RUN = 64

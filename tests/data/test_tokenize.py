@@ -14,8 +14,9 @@ from phi4.data.bpe import train_bpe
 from phi4.data.manifest import Manifest
 from phi4.data.token_file import TokenFile
 from phi4.data.token_merge import merge_runs
+from phi4.data.token_plan import make_plan, work_directory
 from phi4.data.token_writer import write_documents
-from phi4.data.tokenize import Progress, make_plan, tokenize_parts, work_directory
+from phi4.data.tokenize import Progress, tokenize_parts
 from phi4.data.tokenizer import rank_file_bytes
 from phi4.errors import DataError
 
