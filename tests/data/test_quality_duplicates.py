@@ -98,3 +98,12 @@ def test_missing_library_is_named(library: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delitem(sys.modules, "phi4.data.quality.duplicates")
     with pytest.raises(PlatformError, match=rf"^{library} finds .* phi4\[data\]"):
         import_module("phi4.data.quality.duplicates")
+
+
+def test_candidates_below_the_similarity_stay(tmp_path: Path) -> None:
+    pairs = [(text(seed), changed(text(seed), 32)) for seed in range(100, 140)]
+    assert all(0.65 < jaccard(*pair) < 0.75 for pair in pairs)
+    kept, held = deduplicate(tmp_path, [one for pair in pairs for one in pair])
+    # Locality-sensitive hashing proposes a fair part of such pairs.
+    assert all(row["similarity"] >= 0.8 for row in held)
+    assert len(kept) >= 2 * len(pairs) - 5
