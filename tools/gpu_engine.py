@@ -22,6 +22,10 @@ FP32_TOLERANCE = 2e-5
 BF16_TOLERANCE = 2e-2
 
 
+KERNELS = "+kernels"
+"""Suffix of a dtype: with the Triton forms of RoPE, RMSNorm and SwiGLU."""
+
+
 def run_case(kind: str, dtype: str, first: int, last: int, root: Path) -> list[float]:
     """Losses of steps first..last in this process; loads when first > 0, saves at last."""
     from phi4.config import load_recipe, with_overrides
@@ -32,7 +36,10 @@ def run_case(kind: str, dtype: str, first: int, last: int, root: Path) -> list[f
     from phi4.verify.layouts import reference_case
     from phi4.verify.parity import LEARNING_RATE, micro_batches
 
-    overrides = [f"precision.dtype={dtype}", "parallel.distributed_optimizer=true"]
+    number, named, _ = dtype.partition(KERNELS)
+    overrides = [f"precision.dtype={number}", "parallel.distributed_optimizer=true"]
+    if named:
+        overrides += [f"kernels.{op}=triton" for op in ("rope", "rms_norm", "swiglu")]
     recipe = with_overrides(reference_case(load_recipe(RECIPE)).recipe, overrides)
     engine = Engine(recipe, connect(kind))
     if first:
@@ -69,12 +76,21 @@ def compare(gpu: str) -> list[dict]:
         resumed = in_process("cpu", "fp32", half, STEPS, root / "gpu")
         continued = in_process(gpu, "fp32", half, STEPS, root / "gpu")
         bf16 = in_process(gpu, "bf16", 0, STEPS, root / "bf16")
+        named = {
+            dtype: in_process(gpu, dtype + KERNELS, 0, STEPS, root / f"{dtype}_kernels")
+            for dtype in (("fp32", "bf16") if gpu == "cuda" else ())
+        }
+    tolerances = {"fp32": FP32_TOLERANCE, "bf16": BF16_TOLERANCE}
     return [
         _row(
             "fp32 on the GPU, saved and resumed there", fp32 + continued, expected, FP32_TOLERANCE
         ),
         _row("saved on the GPU, resumed on the CPU", resumed, expected[half:], FP32_TOLERANCE),
         _row("bf16 on the GPU", bf16, expected, BF16_TOLERANCE),
+        *(
+            _row(f"{dtype} with the Triton kernels", losses, expected, tolerances[dtype])
+            for dtype, losses in named.items()
+        ),
     ]
 
 
