@@ -21,7 +21,7 @@ from phi4.data.corpora import (
     standard_library_corpus,
 )
 from phi4.data.token_file import TokenFile
-from phi4.errors import DataError
+from phi4.errors import ConfigError, DataError
 
 SOURCES = ("synthetic", "code", "web", "acquired")
 FILES = (*SOURCES, *(f"{name}_held_out" for name in SOURCES))
@@ -185,6 +185,36 @@ def test_command_line_round_trip(demo: tuple[Path, str], tmp_path: Path) -> None
     assert "no manifest" in phi4_data("inspect", prefix)
     phi4_data("adopt", prefix, "--ranks", ranks)
     assert "checksums match" in phi4_data("verify", prefix)
+
+
+def test_shards_of_two_jobs_merge_into_the_bytes_of_one(
+    demo: tuple[Path, str], tmp_path: Path
+) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "def {name}(): pass"}}\n' * 5)
+    inputs = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    options = ("--ranks", demo[0] / "bpe.tiktoken", "--seed", 3)
+    phi4_data("tokenize", *inputs, "--out", tmp_path / "one", *options, "--workers", 1)
+    for shard in ("1/2", "0/2"):
+        printed = phi4_data(
+            "tokenize", *inputs, "--out", tmp_path / "two", *options, "--shard", shard
+        )
+        assert f"run `phi4 data merge {tmp_path}/two`" in printed
+    assert "15 documents" in phi4_data("merge", tmp_path / "two")
+    for suffix in ("bin", "idx", "manifest.json"):
+        one, two = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("one", "two"))
+        assert one == two
+    assert "tokens: 15" in phi4_data("inspect", tmp_path / "two")
+
+
+@pytest.mark.parametrize("shard", ["2/2", "1", "a/2", "-1/2"])
+def test_a_shard_that_is_none_is_refused(
+    demo: tuple[Path, str], tmp_path: Path, shard: str
+) -> None:
+    (tmp_path / "x.txt").write_text("x")
+    options = ("--ranks", demo[0] / "bpe.tiktoken", f"--shard={shard}")
+    with pytest.raises(ConfigError, match=f"--shard {shard}; expected I/N"):
+        phi4_data("tokenize", tmp_path / "x.txt", "--out", tmp_path / "p", *options)
 
 
 def test_inspecting_a_damaged_pair_is_a_data_error(tmp_path: Path) -> None:
