@@ -12,17 +12,19 @@ from typing import Annotated
 
 import typer
 
+from phi4.config import SourceConfig, load_recipe
 from phi4.errors import Phi4Error
 
 RECIPE = "examples/recipes/tiny_pretrain.toml"
+DEFAULT_OUT = Path("runs/demo")
 FIRST_STEPS, ALL_STEPS = 100, 140
 NATS_BELOW_UNIGRAM = 0.5
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory of everything the demo makes.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Directory of everything the demo makes.")
+    ] = DEFAULT_OUT,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Append the result as a row to this file.")
     ] = None,
@@ -33,7 +35,7 @@ def demo(
     if run.exists():
         typer.echo(f"removing the run of an earlier demo in {run}")
         shutil.rmtree(run)
-    files = _recipe_overrides(data, run)
+    files = _recipe_overrides(out)
     train = ["train", RECIPE, *files]
     _phi4("The corpus: sources and documentation of this Python.", "data", "demo", "--out", data)
     _phi4(
@@ -82,21 +84,29 @@ def _phi4(why: str, *words: object) -> None:
         raise typer.Exit(code)
 
 
-def _recipe_overrides(data: Path, run: Path) -> Sequence[str]:
+def _recipe_overrides(out: Path) -> Sequence[str]:
     """Overrides only where the demo does not run in its usual place."""
-    if data == Path("runs/demo/data"):
+    if out == DEFAULT_OUT:
         return []
 
-    def sources(suffix: str) -> str:
-        entries = (f'{{name="{n}", path="{data / n}{suffix}"}}' for n in ("code", "prose"))
+    def moved(sources: Sequence[SourceConfig]) -> str:
+        entries = (
+            f'{{name="{source.name}", path="{_moved(source.path, out)}", weight={source.weight}}}'
+            for source in sources
+        )
         return f"[{', '.join(entries)}]"
 
+    recipe = load_recipe(RECIPE)
     return [
-        f"run.dir={run}",
-        f"tokenizer.path={data / 'bpe.tiktoken'}",
-        f"data.sources={sources('')}",
-        f"data.held_out={sources('_held_out')}",
+        f"run.dir={_moved(recipe.run.dir, out)}",
+        f"tokenizer.path={_moved(recipe.tokenizer.path, out)}",
+        f"data.sources={moved(recipe.data.sources)}",
+        f"data.held_out={moved(recipe.data.held_out)}",
     ]
+
+
+def _moved(path: str, out: Path) -> Path:
+    return out / Path(path).relative_to(DEFAULT_OUT)
 
 
 def _draw(run: Path) -> Path:

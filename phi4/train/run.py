@@ -73,6 +73,7 @@ def run_training(
     if state.step == 0 and recipe.run.init_from:
         initialise_from(engine, Path(recipe.run.init_from), say)
     loader = Loader(recipe.data, tokenizer, recipe.run.seed, state.data)
+    loader.require_epochs((recipe.run.steps - state.step) * recipe.batch.global_batch_size)
     own_hooks = [
         Meter(),
         HeldOutLoss(recipe, engine, objective, tokenizer),
