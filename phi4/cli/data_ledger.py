@@ -10,7 +10,7 @@ import typer
 from phi4.config import Recipe, parse_recipe, recipe_from_toml
 from phi4.data.ledger import BlendEntry, LedgerState, parse_state
 from phi4.data.loader import Loader
-from phi4.data.replay import rewind
+from phi4.data.replay import rewind, units_by_blend
 from phi4.data.tokenizer import load_tokenizer
 from phi4.errors import CheckpointError, ConfigError
 from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState
@@ -28,12 +28,22 @@ def register(app: typer.Typer) -> None:
 
 
 def ledger(run: Run) -> None:
-    """Fraction asked and drawn of every source, blend by blend, and epochs."""
-    _, state = _checkpoints(run)[-1]
+    """Fraction asked and drawn of every source, blend by blend, and epochs.
+
+    A run with `data.continue_from` goes on with the ledger of another one: what was drawn before it
+    is shown as such, and epochs count from the beginning of the ledger.
+    """
+    recipe, state = _checkpoints(run)[-1]
     book = parse_state(state.data)
     ends = [*book.blends[1:], _as_blend(book)]
+    units = units_by_blend(book)
+    before = sum(units) - _units_since(recipe, state, 1)
     for number, (begin, end) in enumerate(zip(book.blends, ends, strict=True), start=1):
         _print_blend(book, number, begin, end)
+        if before > 0:
+            drawn = min(before, units[number - 1])
+            typer.echo(f"{drawn:,} units of it before this run, by {state.ledger_from}")
+        before -= units[number - 1]
     typer.echo(f"\nstep {state.step}\n{'source':20} {'units drawn':>14} {'of':>14} {'epochs':>8}")
     for name, count in sorted(book.sources.items()):
         epochs = count.drawn / count.num_units

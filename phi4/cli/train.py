@@ -21,7 +21,11 @@ def train(
         bool, typer.Option("--change", help="Let schedule keys differ from the run's.")
     ] = False,
 ) -> None:
-    """Train a recipe on this machine's processes, or as one rank of torchrun or srun."""
+    """Train a recipe on this machine's processes, or as one rank of torchrun or srun.
+
+    A run goes on from its own newest checkpoint. One without takes weights from run.init_from and
+    the data ledger from data.continue_from, where the recipe names them.
+    """
     overrides = overrides or []
     recipe = load_recipe(recipe_path, overrides)
     check(recipe)

@@ -105,6 +105,10 @@ class DataConfig(Section):
     sources: Sources = _key("schedule", ())
     weigh_by: Literal["units", "loss_tokens"] = _key("schedule", "units")
     """What the weights count. loss_tokens suits sources that differ in padding or mask."""
+    continue_from: str | None = _key("identity", None)
+    """Checkpoint or run directory whose ledger the run begins with, as midtraining does with
+    pretraining's: sources of the same name go on where they stood, others begin. Needs the same
+    run.seed and unit_tokens. Once the run has a checkpoint of its own, that one counts."""
     held_out: Sources = _key("free", ())
     """Never trained on; the evaluation hook measures their loss."""
     max_open_shards: Positive = _key("free", 1024)
@@ -205,7 +209,8 @@ class RunConfig(Section):
     """The run is finished after this optimizer step."""
     seed: int = _key("identity", 1234, ge=0)
     init_from: str | None = _key("identity", None)
-    """Checkpoint whose weights the run starts from; None draws them from the seed."""
+    """Checkpoint whose weights the run starts from; None draws them from the seed. The data of that
+    run is left alone: see data.continue_from."""
     platform: Literal["auto", "cpu", "cuda"] = _key("free", "auto")
     threads: Positive = _key("free", 1)
     """CPU threads of each process."""

@@ -28,6 +28,13 @@ class SourceCount(msgspec.Struct, forbid_unknown_fields=True):
     """One of its units is a row, whatever the draws of the blend take from other sources."""
     loss_tokens: int = 0
     """Counted under blends that are weighed by them."""
+    content: str = ""
+    """sha256 that says what it holds and how that is cut."""
+
+    def described(self) -> str:
+        """What must stay as it is."""
+        rows = " whole rows" if self.whole_rows else ""
+        return f"{self.num_units} units{rows} of {self.content[:12]}"
 
 
 class BlendEntry(msgspec.Struct, forbid_unknown_fields=True):
@@ -121,12 +128,14 @@ class Ledger:
             self._state = parse_state(state)
             self._check_run(seed, unit_tokens)
         for name, size in sources.items():
-            fresh = SourceCount(num_units=size.num_units, whole_rows=size.whole_rows)
+            fresh = msgspec.structs.replace(size, drawn=0, loss_tokens=0)
             count = self._state.sources.setdefault(name, fresh)
-            if (count.num_units, count.whole_rows) != (size.num_units, size.whole_rows):
+            same = msgspec.structs.replace(size, drawn=count.drawn, loss_tokens=count.loss_tokens)
+            if count != same:
                 raise DataError(
-                    f"source {name!r} has {size.num_units} units, the checkpoint counted "
-                    f"{count.num_units}; give a source with other content another name"
+                    f"source {name!r} is {size.described()}, the checkpoint counted "
+                    f"{count.described()}; restore its files, or give a source with other content "
+                    "another name"
                 )
         self._begin_blend(blend)
 

@@ -202,7 +202,7 @@ def _cut(
     for config in data.sources:
         manifest = manifests[config.name]
         if config.kind == "stream":
-            source = UnitSource(config.name, manifest.shards, pool, tokenizer, data.unit_tokens)
+            source = UnitSource(config.name, manifest, pool, tokenizer, data.unit_tokens)
         else:
             bounds = (config.min_tokens, config.max_tokens)
             row_tokens = data.sequence_length

@@ -41,6 +41,15 @@ def rewind(
     return start, wanted - start.draws()
 
 
+def units_by_blend(latest: LedgerState) -> list[int]:
+    """Units of the stream that were drawn under each blend, in their order."""
+    units, state = [], latest
+    for number in reversed(range(len(latest.blends))):
+        units.append(state.draws() * state.blends[-1].draw_units)
+        state = _without_last_blend(state) if number else state
+    return units[::-1]
+
+
 def _at_last_blend(state: LedgerState) -> LedgerState:
     """The same stream at the moment its last blend began."""
     blend = state.blends[-1]

@@ -56,7 +56,10 @@ class Stream:
         self._seed = seed
         self.draw_tokens = unit_tokens * blend.draw_units
         self._ledger = Ledger(
-            {s.name: SourceCount(s.num_units, whole_rows=s.whole_rows) for s in sources},
+            {
+                s.name: SourceCount(s.num_units, whole_rows=s.whole_rows, content=s.content)
+                for s in sources
+            },
             blend,
             seed=seed,
             unit_tokens=unit_tokens,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phi4.data.sources import Shard
+from phi4.data.sources import Shard, SourceManifest
 from phi4.data.token_file import TokenFile, check_ids
 from phi4.data.tokenizer import TokenizerFacts
 from phi4.errors import DataError
@@ -77,6 +77,7 @@ class UnitSource:
 
     Attributes:
         name: as in the recipe.
+        content: sha256 that says what it holds.
         row_tokens: labels per unit.
         num_units: units of all shards; the last one of a shard may be partial.
         whole_rows: False, a row may join several units.
@@ -87,7 +88,7 @@ class UnitSource:
     def __init__(
         self,
         name: str,
-        shards: tuple[Shard, ...],
+        manifest: SourceManifest,
         pool: ShardPool,
         tokenizer: TokenizerFacts,
         unit_tokens: int,
@@ -98,8 +99,9 @@ class UnitSource:
             DataError: the shards hold no label.
         """
         self.name = name
+        self.content = manifest.content_hash
         self.row_tokens = unit_tokens
-        self._shards = shards
+        self._shards = shards = manifest.shards
         self._pool = pool
         self._tokenizer = tokenizer
         labels = np.array([max(0, shard.num_tokens - 1) for shard in shards], dtype=np.int64)

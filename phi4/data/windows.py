@@ -28,6 +28,7 @@ class WindowSource:
 
     Attributes:
         name: as in the recipe.
+        content: sha256 that says what it holds and how that is packed.
         row_tokens: tokens in a row.
         num_units: rows.
         whole_rows: True, a unit is a whole row.
@@ -63,8 +64,9 @@ class WindowSource:
         self._pool = pool
         self._tokenizer = tokenizer
         key = f"1 {manifest.content_hash} {row_tokens} {bounds[0]} {bounds[1]}"
-        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-        table = self._table(Path(self._shards[0].prefix).parent / f"{digest}.windows.npy", bounds)
+        self.content = hashlib.sha256(key.encode()).hexdigest()
+        kept = Path(self._shards[0].prefix).parent / f"{self.content[:16]}.windows.npy"
+        table = self._table(kept, bounds)
         self.num_units, num_pieces = table[:2].tolist()
         if not self.num_units:
             raise DataError(

@@ -8,6 +8,7 @@ import msgspec
 from phi4.config import Recipe, dump_toml, recipe_from_toml
 from phi4.engine.checkpoint import (
     complete_checkpoints,
+    find_checkpoint,
     host_memory_bytes,
     latest_checkpoint,
     load_checkpoint,
@@ -18,7 +19,7 @@ from phi4.engine.checkpoint import (
     verify_checkpoint,
 )
 from phi4.engine.engine import Engine
-from phi4.errors import CheckpointError, DataError
+from phi4.errors import CheckpointError
 from phi4.train.hooks import Hook, Progress
 from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState, with_changes
 
@@ -103,29 +104,37 @@ def read_state(checkpoint: Path) -> RunState:
         raise CheckpointError(f"{checkpoint / STATE_FILE} is damaged: {error}") from None
 
 
-def resume(
-    recipe: Recipe,
-    engine: Engine,
-    source_hashes: Mapping[str, str],
-    *,
-    allow_change: bool,
-    say: Say,
-) -> RunState:
-    """Fill the engine from the newest checkpoint of the run that holds; else leave it as it is.
+def first_state(recipe: Recipe) -> RunState:
+    """Where a run without a checkpoint begins: with the ledger of `data.continue_from`, if any.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it holds no ledger.
+    """
+    if recipe.data.continue_from is None:
+        return RunState()
+    checkpoint = find_checkpoint(Path(recipe.data.continue_from))
+    ledger = read_state(checkpoint).data
+    if ledger is None:
+        raise CheckpointError(
+            f"{checkpoint} has drawn no data, so data.continue_from has no ledger to go on with; "
+            "leave the key out"
+        )
+    return RunState(data=ledger, ledger_from=str(checkpoint))
+
+
+def resume(recipe: Recipe, engine: Engine, *, allow_change: bool, say: Say) -> RunState:
+    """Fill the engine from the newest checkpoint of the run that holds.
 
     A damaged checkpoint is named and the one before it taken.
 
     Raises:
         ConfigError: the recipe does not continue the run.
-        DataError: a source of the run has other content than it had.
-        CheckpointError: there are checkpoints and none can be used.
+        CheckpointError: no checkpoint of the run can be used.
 
     Collectives: those of `load_checkpoint`.
     """
     root = checkpoints_of(recipe)
     newest = latest_checkpoint(root)
-    if newest is None:
-        return RunState()
     # Every rank reads the same directory, so every rank takes the same path through this loop.
     candidates = [newest, *(p for p in reversed(complete_checkpoints(root)) if p != newest)]
     problems = []
@@ -138,7 +147,6 @@ def resume(
             continue
         written = read_recipe(checkpoint)
         state = with_changes(read_state(checkpoint), written, recipe, allow=allow_change)
-        _check_sources(manifest.data, source_hashes, checkpoint)
         load_checkpoint(engine, checkpoint, manifest)
         say(f"resumed from {checkpoint} (step {state.step})")
         return state
@@ -146,12 +154,3 @@ def resume(
         f"no checkpoint under {root} can be used: {'; '.join(problems)}; use another run.dir to "
         "start anew"
     )
-
-
-def _check_sources(saved: Mapping[str, str], found: Mapping[str, str], checkpoint: Path) -> None:
-    changed = [name for name in saved if name in found and saved[name] != found[name]]
-    if changed:
-        raise DataError(
-            f"data source {', '.join(changed)} is not what {checkpoint} was trained on (its "
-            "manifest has another hash); restore the files, or name the new ones otherwise"
-        )

@@ -21,7 +21,13 @@ from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
 from phi4.errors import CheckpointError, TokenizerError
 from phi4.track import Trackers, open_trackers, recipe_params
-from phi4.train.checkpointing import Checkpointer, checkpoints_of, read_recipe, resume
+from phi4.train.checkpointing import (
+    Checkpointer,
+    checkpoints_of,
+    first_state,
+    read_recipe,
+    resume,
+)
 from phi4.train.evaluation import HeldOutLoss
 from phi4.train.hooks import Hook, Meter
 from phi4.train.loop import train
@@ -59,19 +65,24 @@ def run_training(
     """
     say = print_line if platform.is_writer else _silent
     tokenizer = check_tokenizer(recipe)
+    resumes = latest_checkpoint(checkpoints_of(recipe)) is not None
+    state = RunState() if resumes else first_state(recipe)
     # Opened once before anything is built: a missing or foreign source is an error at once.
-    source_hashes = Loader(recipe.data, tokenizer, recipe.run.seed).source_hashes()
-    starts_anew = latest_checkpoint(checkpoints_of(recipe)) is None and not recipe.run.init_from
-    engine = Engine(recipe, platform, draws_weights=starts_anew)
+    source_hashes = Loader(recipe.data, tokenizer, recipe.run.seed, state.data).source_hashes()
+    draws_weights = not resumes and recipe.run.init_from is None
+    engine = Engine(recipe, platform, draws_weights=draws_weights)
     for line in (
         platform.describe(),
         engine.layout.describe(),
         *(choice.describe() for choice in engine.choices),
     ):
         say(line)
-    state = resume(recipe, engine, source_hashes, allow_change=allow_change, say=say)
-    if state.step == 0 and recipe.run.init_from:
+    if resumes:
+        state = resume(recipe, engine, allow_change=allow_change, say=say)
+    elif recipe.run.init_from is not None:
         initialise_from(engine, Path(recipe.run.init_from), say)
+    if state.step == 0 and state.ledger_from:
+        say(f"data: the ledger of {state.ledger_from} goes on")
     loader = Loader(recipe.data, tokenizer, recipe.run.seed, state.data)
     loader.require_epochs((recipe.run.steps - state.step) * recipe.batch.global_batch_size)
     own_hooks = [

@@ -28,7 +28,9 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     consumed_tokens: int = 0
     data: dict | None = None
-    """Ledger of the loader; None before the first step."""
+    """Ledger of the loader; None before the first step of a run that begins one."""
+    ledger_from: str = ""
+    """Checkpoint whose ledger the run began with; empty for a run that began one."""
     history: tuple[Change, ...] = ()
 
     def to_json(self) -> str:

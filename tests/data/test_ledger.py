@@ -122,11 +122,20 @@ def test_another_stream_is_refused(changes: dict[str, int], message: str) -> Non
         ledger({"code": 1.0}, state, **changes)
 
 
-def test_source_of_another_size_is_refused() -> None:
-    state = ledger({"code": 1.0}).state()
-    with pytest.raises(DataError, match="'code' has 8 units, the checkpoint counted 7"):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (SourceCount(8), r"'code' is 8 units of , the checkpoint counted 7 units of ;"),
+        (SourceCount(7, content="ab"), "'code' is 7 units of ab, the checkpoint counted 7 units"),
+    ],
+)
+def test_source_of_other_content_is_refused_also_after_it_was_retired(
+    other: SourceCount, message: str
+) -> None:
+    state = ledger({"web": 1.0}, ledger({"code": 1.0}).state()).state()
+    with pytest.raises(DataError, match=message):
         blend = BlendEntry(weights={"code": 1.0}, drawn={})
-        Ledger({"code": SourceCount(8)}, blend, seed=1, unit_tokens=4, state=state)
+        Ledger({"code": other}, blend, seed=1, unit_tokens=4, state=state)
 
 
 @pytest.mark.parametrize("state", [{}, {"seed": "x"}, {"sources": object()}])

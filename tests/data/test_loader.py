@@ -164,8 +164,8 @@ def test_order_of_sources_in_the_recipe_means_nothing(two_sources, facts: Tokeni
 def test_shards_are_cut_each_on_its_own(write_source, facts: TokenizerFacts) -> None:
     path = write_source("s0", [9], 10)
     write_source("s1", [9], 110)
-    shards = read_source(path[:-1] + "*", facts).shards
-    source = UnitSource("s", shards, ShardPool(1), facts, 4)
+    manifest = read_source(path[:-1] + "*", facts)
+    source = UnitSource("s", manifest, ShardPool(1), facts, 4)
     rows_ = Rows.empty(source.num_units, 4)
     for unit in range(source.num_units):
         source.fill(unit, rows_.cut(unit, 0, 4))
