@@ -21,7 +21,7 @@ from torch import Tensor
 
 from phi4_kernels.errors import ImplementationError
 
-OPS = ("cross_entropy", "rms_norm", "rope", "swiglu")
+OPS = ("attention", "cross_entropy", "rms_norm", "rope", "swiglu")
 ROOT = Path(__file__).parent
 
 

@@ -1,0 +1,11 @@
+"""Attention over ranges of queries and keys."""
+
+from phi4_kernels.attention.op import (
+    Attention,
+    Ranges,
+    attention,
+    attention_backward,
+    attention_forward,
+)
+
+__all__ = ["Attention", "Ranges", "attention", "attention_backward", "attention_forward"]

@@ -1,0 +1,108 @@
+"""Which keys each query may see: ranges of queries, each with its range of keys.
+
+One description serves packed documents (queries and keys are the same tokens), the pieces of a
+context-parallel rank (fewer queries than keys) and decoding with a cache. It holds tensors on the
+device of the data; the two maxima are host integers, so that nothing waits for the device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.checks import expect_dtype, expect_same_device, expect_shape
+from phi4_kernels.errors import PositionError, ShapeError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranges:
+    """Range i: queries [q_offsets[i], q_offsets[i + 1]) see keys of [k_starts[i], k_ends[i]).
+
+    Query ranges follow each other without gaps. Key ranges are in order and disjoint, and may
+    leave gaps and be empty. Tokens outside of all ranges are allowed: such a query sees nothing.
+    """
+
+    q_offsets: Tensor
+    """[n + 1], int32, ascending."""
+    k_starts: Tensor
+    """[n], int32."""
+    k_ends: Tensor
+    """[n], int32."""
+    max_queries: int
+    """At least the queries of the longest range; more costs nothing but a wrong launch row."""
+    max_keys: int
+    """At least the keys of the longest range."""
+
+    def __post_init__(self) -> None:
+        for name in ("q_offsets", "k_starts", "k_ends"):
+            expect_dtype("Ranges", name, getattr(self, name), (torch.int32,))
+        if self.q_offsets.dim() != 1 or not self.q_offsets.numel():
+            raise ShapeError(
+                f"Ranges: q_offsets has shape {tuple(self.q_offsets.shape)}; expected "
+                "[ranges + 1]; for one range pass [0, num_queries]"
+            )
+        shape = (self.q_offsets.numel() - 1,)
+        expect_shape("Ranges", "k_starts", self.k_starts, shape, "one start per range")
+        expect_shape("Ranges", "k_ends", self.k_ends, shape, "one end per range")
+        expect_same_device(
+            "Ranges", q_offsets=self.q_offsets, k_starts=self.k_starts, k_ends=self.k_ends
+        )
+
+    @classmethod
+    def packed(cls, cu_seqlens: Tensor, max_length: int) -> "Ranges":
+        """Self attention over packed documents.
+
+        Args:
+            cu_seqlens: [documents + 1], int32, from 0, ascending.
+            max_length: at least the tokens of the longest document.
+        """
+        return cls(cu_seqlens, cu_seqlens[:-1], cu_seqlens[1:], max_length, max_length)
+
+    @classmethod
+    def of(
+        cls,
+        q_offsets: Sequence[int],
+        k_starts: Sequence[int],
+        k_ends: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> "Ranges":
+        """Ranges of host values.
+
+        Raises:
+            ShapeError: the lists do not belong together.
+            PositionError: they are not in order, or key ranges overlap.
+        """
+        parts = [
+            torch.tensor(list(part), dtype=torch.int32) for part in (q_offsets, k_starts, k_ends)
+        ]
+        ranges = cls(*parts, 0, 0)
+        ranges.validate()
+        queries, keys = parts[0].diff(), parts[2] - parts[1]
+        longest = (int(part.max()) if part.numel() else 0 for part in (queries, keys))
+        return cls(*(part.to(device) for part in parts), *longest)
+
+    def validate(self, num_queries: int | None = None, num_keys: int | None = None) -> None:
+        """Raise PositionError unless all is in order and within the given sizes; synchronises."""
+        offsets = self.q_offsets.tolist()
+        keys = list(zip(self.k_starts.tolist(), self.k_ends.tolist(), strict=True))
+        edges = [edge for pair in keys for edge in pair]
+        for name, values, limit in (
+            ("q_offsets", offsets, num_queries),
+            ("key ranges", edges, num_keys),
+        ):
+            if values != sorted(values):
+                raise PositionError(
+                    f"Ranges: {name} run {_first_descent(values)}; expected ascending, without "
+                    "overlap; sort the documents"
+                )
+            if values and (values[0] < 0 or (limit is not None and values[-1] > limit)):
+                raise PositionError(
+                    f"Ranges: {name} span {values[0]} to {values[-1]}; expected within 0 to "
+                    f"{'...' if limit is None else limit}; fix the boundaries or pass all tokens"
+                )
+
+
+def _first_descent(values: list[int]) -> str:
+    at = next(i for i in range(1, len(values)) if values[i] < values[i - 1])
+    return f"{values[at - 1]}, {values[at]} at index {at}"
