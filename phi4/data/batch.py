@@ -58,8 +58,11 @@ def build_batch(
             begins |= starts.reshape(-1)
     begins[::row_tokens] = True
     bounds = np.append(np.flatnonzero(begins), num_tokens)
-    positions = np.arange(num_tokens)
-    positions -= np.repeat(bounds[:-1], np.diff(bounds))
+    # Steps whose running sum counts up and falls back to 0 where a document begins.
+    positions = np.ones(num_tokens, dtype=np.int64)
+    positions[0] = 0
+    positions[bounds[1:-1]] -= np.diff(bounds[:-1])
+    np.cumsum(positions, out=positions)
     return Batch(
         tokens=tokens,
         labels=np.ascontiguousarray(labels, dtype=np.int64),

@@ -25,6 +25,7 @@ class Loader:
 
     Attributes:
         stream: where the batches are cut from.
+        notes: what was packed into rows and what was left out, a line per source of windows.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Loader:
             draw_units=data.sequence_length // data.unit_tokens if whole_rows else 1,
             weigh_by=data.weigh_by,
         )
+        self.notes = [source.describe() for source in sources if source.whole_rows]
         self.stream = Stream(
             sources, blend, tokenizer, seed=seed, unit_tokens=data.unit_tokens, state=state
         )
@@ -87,9 +89,7 @@ class Loader:
         num_draws = draws.source.size
         own = slice(dp_rank * num_draws // dp_size, (dp_rank + 1) * num_draws // dp_size)
         source, ordinal = draws.source[own], draws.ordinal[own]
-        size = micro_batch_size * row_draws
-        starts = range(0, source.size, size)
-        return [self._batch(source[i : i + size], ordinal[i : i + size]) for i in starts]
+        return self._batches(source, ordinal, micro_batch_size)
 
     def require_epochs(self, num_rows: int) -> None:
         """Refuse now what `next_step` would refuse after some of the rows that are still to come.
@@ -111,7 +111,7 @@ class Loader:
     def row(self, index: int) -> Batch:
         """Row `index` of the stream from here, [1, S]; the ledger stays where it is."""
         draws = self._row_draws(index)
-        return self._batch(draws.source, draws.ordinal)
+        return self._batches(draws.source, draws.ordinal, 1)[0]
 
     def describe_row(self, index: int) -> list[str]:
         """Where the pieces of that row come from, a line each."""
@@ -127,17 +127,21 @@ class Loader:
         draws = self.stream.peek((index + 1) * row_draws)
         return Draws(draws.source[-row_draws:], draws.ordinal[-row_draws:], None)
 
-    def _batch(self, source: np.ndarray, ordinal: np.ndarray) -> Batch:
-        shape = (-1, self._data.sequence_length)
-        rows = self.stream.read(source, ordinal)
-        return build_batch(
-            rows.tokens.reshape(shape),
-            rows.labels.reshape(shape),
-            rows.weights.reshape(shape),
-            eod_id=self._tokenizer.eod_id,
-            document_mask=self._data.document_mask,
-            starts=rows.starts.reshape(shape),
-        )
+    def _batches(self, source: np.ndarray, ordinal: np.ndarray, num_rows: int) -> list[Batch]:
+        """Draws as batches of so many rows; all are read at once, in the order of the files."""
+        rows = self.stream.read(source, ordinal).as_rows(self._data.sequence_length)
+        places = [slice(i, i + num_rows) for i in range(0, len(rows.tokens), num_rows)]
+        return [
+            build_batch(
+                rows.tokens[place],
+                rows.labels[place],
+                rows.weights[place],
+                eod_id=self._tokenizer.eod_id,
+                document_mask=self._data.document_mask,
+                starts=rows.starts[place],
+            )
+            for place in places
+        ]
 
 
 class HeldOut:
@@ -204,8 +208,6 @@ def _cut(
         if config.kind == "stream":
             source = UnitSource(config.name, manifest, pool, tokenizer, data.unit_tokens)
         else:
-            bounds = (config.min_tokens, config.max_tokens)
-            row_tokens = data.sequence_length
-            source = WindowSource(config.name, manifest, pool, tokenizer, row_tokens, bounds)
+            source = WindowSource(config, manifest, pool, tokenizer, data.sequence_length)
         sources.append(source)
     return sources

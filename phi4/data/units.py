@@ -22,7 +22,7 @@ class Rows:
     tokens: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
-    """bool, whether the label is learnt."""
+    """float32, 1 where the label is learnt, else 0."""
     starts: np.ndarray
     """bool, where a piece begins that has nothing to do with what stands before it."""
 
@@ -30,19 +30,24 @@ class Rows:
     def empty(num_rows: int, num_tokens: int) -> "Rows":
         """Rows whose content is still undefined; nothing starts in them."""
         shape = (num_rows, num_tokens)
-        tokens, labels = (np.empty(shape, dtype=np.int64) for _ in range(2))
-        return Rows(tokens, labels, np.empty(shape, dtype=bool), np.zeros(shape, dtype=bool))
+        # One block: an allocator that got it back once keeps its pages for the next one.
+        tokens, labels = np.empty((2, *shape), dtype=np.int64)
+        return Rows(tokens, labels, np.empty(shape, np.float32), np.zeros(shape, dtype=bool))
 
     def pad(self, begin: int, pad_id: int) -> None:
         """Make the rest of a cut padding that weighs nothing."""
         self.tokens[begin:] = self.labels[begin:] = pad_id
-        self.weights[begin:] = False
+        self.weights[begin:] = 0
+
+    def as_rows(self, num_tokens: int) -> "Rows":
+        """The same tokens in rows of another length, a view."""
+        columns = (self.tokens, self.labels, self.weights, self.starts)
+        return Rows(*(column.reshape(-1, num_tokens) for column in columns))
 
     def cut(self, row: int, begin: int, num_tokens: int) -> "Rows":
         """A view of part of one row, [num_tokens] each."""
         place = (row, slice(begin, begin + num_tokens))
-        columns = (self.tokens, self.labels, self.weights, self.starts)
-        return Rows(*(column[place] for column in columns))
+        return Rows(self.tokens[place], self.labels[place], self.weights[place], self.starts[place])
 
 
 class ShardPool:
@@ -131,7 +136,7 @@ class UnitSource:
         rows.labels[:filled] = window[1:]
         np.not_equal(window[:-1], self._tokenizer.eod_id, out=rows.weights[:filled])
         if pair.learnt is not None:
-            rows.weights[:filled] &= pair.learnt[begin + 1 : begin + 1 + filled].astype(bool)
+            rows.weights[:filled] *= pair.learnt[begin + 1 : begin + 1 + filled] != 0
         rows.starts[0] = True
 
     def loss_tokens(self, units: np.ndarray) -> np.ndarray:
@@ -153,6 +158,6 @@ class UnitSource:
         return max(1, int(np.count_nonzero(learnt)))
 
     def _place(self, unit: int) -> tuple[TokenFile, int]:
-        shard = int(np.searchsorted(self._starts, unit, side="right")) - 1
+        shard = int(self._starts.searchsorted(unit, side="right")) - 1
         pair = self._pool.open(self._shards[shard])
         return pair, (unit - int(self._starts[shard])) * self.row_tokens
