@@ -1,7 +1,7 @@
 // The ops as torch sees them, on torch's stable ABI: one build serves every torch from 2.11 on.
 // CUDA tensors go to the launchers, CPU tensors to the host forms of the same arithmetic. The
 // stream is an argument because reading the current one is not part of the ABI on a machine without
-// CUDA.
+// CUDA; the public operators of namespace phi4, defined in Python, read it and call these.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -59,48 +59,78 @@ const T* scalar(const char* op, const char* name, const std::optional<Tensor>& t
     return static_cast<const T*>(tensor->data_ptr());
 }
 
-void adamw(Tensor param, Tensor exp_avg, Tensor exp_avg_sq, const Tensor& grad,
-           std::optional<Tensor> weight, std::optional<Tensor> grad_scale,
+using Tensors = std::vector<Tensor>;
+
+// One tensor per parameter, contiguous, of its size, and of `type` unless that is null.
+void check_shards(const char* op, const char* name, const Tensors& tensors, const Tensors& params,
+                  const ScalarType* type) {
+    STD_TORCH_CHECK(tensors.size() == params.size(), op, ": got ", tensors.size(), " of ", name,
+                    "; expected ", params.size(), ", one per param");
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        check_tensor(op, name, tensors[i], params.front());
+        STD_TORCH_CHECK(tensors[i].numel() == params[i].numel(), op, ": ", name, " ", i, " has ",
+                        tensors[i].numel(), " elements; expected ", params[i].numel(),
+                        ", as many as its param");
+        if (type != nullptr) check_type(op, name, tensors[i], *type);
+    }
+}
+
+void adamw(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads, Tensors weights,
+           Tensors fp8_weights, Tensors fp8_scales, Tensors fp8_amaxes,
+           std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
            std::optional<Tensor> device_lr, std::optional<Tensor> device_step, double lr,
            double beta1, double beta2, double eps, double weight_decay, int64_t step,
            int64_t stream) {
     const char* op = "adamw";
-    const auto state = [&](const char* name, const Tensor& tensor) {
-        check_tensor(op, name, tensor, param);
-        STD_TORCH_CHECK(tensor.numel() == param.numel(), op, ": ", name, " has ", tensor.numel(),
-                        " elements; expected ", param.numel(), ", as many as param");
-    };
-    for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"param", param},
-                                       {"exp_avg", exp_avg},
-                                       {"exp_avg_sq", exp_avg_sq}}) {
-        state(name, tensor);
-        check_type(op, name, tensor, ScalarType::Float);
-    }
-    state("grad", grad);
-    if (weight) {
-        state("weight", *weight);
-        check_type(op, "weight", *weight, ScalarType::BFloat16);
-    }
+    STD_TORCH_CHECK(!params.empty(), op, ": got no params; expected at least one; skip the call");
+    const ScalarType single = ScalarType::Float, half = ScalarType::BFloat16,
+                     fp8 = ScalarType::Float8_e4m3fn;
+    check_shards(op, "param", params, params, &single);
+    check_shards(op, "exp_avg", exp_avgs, params, &single);
+    check_shards(op, "exp_avg_sq", exp_avg_sqs, params, &single);
+    const int grad_type = float_type(op, "grad", grads.empty() ? params.front() : grads.front());
+    check_shards(op, "grad", grads, params, grad_type == PHI4_BFLOAT16 ? &half : &single);
+    if (!weights.empty()) check_shards(op, "weight", weights, params, &half);
+    if (!fp8_weights.empty()) check_shards(op, "fp8 weight", fp8_weights, params, &fp8);
+    STD_TORCH_CHECK(
+        fp8_scales.size() == fp8_weights.size() && fp8_amaxes.size() == fp8_weights.size(), op,
+        ": got ", fp8_scales.size(), " fp8 scales and ", fp8_amaxes.size(),
+        " fp8 amaxes; expected ", fp8_weights.size(), ", one per fp8 weight");
     STD_TORCH_CHECK(device_step || step >= 1, op, ": step is ", step,
                     "; expected at least 1, the step that this update is");
-    const Phi4AdamW call = {static_cast<float*>(param.data_ptr()),
-                            static_cast<float*>(exp_avg.data_ptr()),
-                            static_cast<float*>(exp_avg_sq.data_ptr()),
-                            grad.data_ptr(),
-                            weight ? weight->data_ptr() : nullptr,
-                            param.numel(),
-                            float_type(op, "grad", grad),
-                            scalar<float>(op, "grad_scale", grad_scale, param, ScalarType::Float),
-                            scalar<double>(op, "lr", device_lr, param, ScalarType::Double),
-                            scalar<int64_t>(op, "step", device_step, param, ScalarType::Long),
-                            lr,
-                            beta1,
-                            beta2,
-                            eps,
-                            weight_decay,
-                            step};
-    check_launch(op,
-                 param.is_cpu() ? phi4_adamw_host(&call) : phi4_adamw(&call, on_stream(stream)));
+    const Tensor& first = params.front();
+    std::vector<Phi4AdamWShard> shards;
+    for (size_t i = 0; i < params.size(); ++i) {
+        const bool has_fp8 = !fp8_weights.empty();
+        float* amax = nullptr;
+        const float* scale = nullptr;
+        if (has_fp8) {
+            scale = scalar<float>(op, "fp8 scale", fp8_scales[i], first, ScalarType::Float);
+            amax = const_cast<float*>(
+                scalar<float>(op, "fp8 amax", fp8_amaxes[i], first, ScalarType::Float));
+        }
+        shards.push_back({static_cast<float*>(params[i].data_ptr()),
+                          static_cast<float*>(exp_avgs[i].data_ptr()),
+                          static_cast<float*>(exp_avg_sqs[i].data_ptr()), grads[i].data_ptr(),
+                          weights.empty() ? nullptr : weights[i].data_ptr(),
+                          has_fp8 ? static_cast<uint8_t*>(fp8_weights[i].data_ptr()) : nullptr,
+                          scale, amax, params[i].numel()});
+    }
+    const Phi4AdamWStep call = {
+        grad_type,
+        scalar<float>(op, "grad_scale", grad_scale, first, ScalarType::Float),
+        scalar<float>(op, "found_inf", found_inf, first, ScalarType::Float),
+        scalar<double>(op, "lr", device_lr, first, ScalarType::Double),
+        scalar<int64_t>(op, "step", device_step, first, ScalarType::Long),
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step};
+    const int64_t n = shards.size();
+    check_launch(op, first.is_cpu() ? phi4_adamw_host(shards.data(), n, &call)
+                                    : phi4_adamw(shards.data(), n, &call, on_stream(stream)));
 }
 
 Tensor square_sum(std::vector<Tensor> tensors, int64_t stream) {
@@ -171,12 +201,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fp8_cast(const Tensor& x,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(phi4, m) {
+STABLE_TORCH_LIBRARY(phi4_native, m) {
     m.def(
-        "adamw_(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor grad, "
-        "Tensor(d!)? weight, Tensor? grad_scale, Tensor? device_lr, Tensor? device_step, "
-        "float lr, float beta1, float beta2, float eps, float weight_decay, int step, "
-        "int stream) -> ()");
+        "adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+        "Tensor[] grads, Tensor(d!)[] weights, Tensor(e!)[] fp8_weights, Tensor[] fp8_scales, "
+        "Tensor(f!)[] fp8_amaxes, Tensor? grad_scale, Tensor? found_inf, Tensor? device_lr, "
+        "Tensor? device_step, float lr, float beta1, float beta2, float eps, float weight_decay, "
+        "int step, int stream) -> ()");
     m.def("square_sum(Tensor[] tensors, int stream) -> Tensor");
     m.def(
         "fp8_cast(Tensor x, Tensor? scale, int scaling, bool e5m2, bool columnwise, int stream) "
@@ -184,13 +215,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(phi4, m) {
         "Tensor amax)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(phi4, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(phi4_native, CUDA, m) {
     m.impl("adamw_", TORCH_BOX(&adamw));
     m.impl("square_sum", TORCH_BOX(&square_sum));
     m.impl("fp8_cast", TORCH_BOX(&fp8_cast));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(phi4, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(phi4_native, CPU, m) {
     m.impl("adamw_", TORCH_BOX(&adamw));
     m.impl("square_sum", TORCH_BOX(&square_sum));
     m.impl("fp8_cast", TORCH_BOX(&fp8_cast));

@@ -13,22 +13,30 @@ enum Phi4Float { PHI4_FLOAT32 = 0, PHI4_BFLOAT16 = 1 };
 enum Phi4Scaling { PHI4_PER_TENSOR = 0, PHI4_PER_LINE = 1, PHI4_PER_TILE = 2 };
 
 typedef struct {
-    float* param;       // [n] master weights
-    float* exp_avg;     // [n]
-    float* exp_avg_sq;  // [n]
-    const void* grad;   // [n] of grad_type
-    void* weight;       // [n] bf16, written with the new parameters; may be null
+    float* param;            // [n] master weights
+    float* exp_avg;          // [n]
+    float* exp_avg_sq;       // [n]
+    const void* grad;        // [n] of grad_type
+    void* weight;            // [n] bf16, written with the new parameters; may be null
+    uint8_t* fp8;            // [n] e4m3, written with the new parameters; may be null
+    const float* fp8_scale;  // [] multiplies the parameters, with fp8
+    float* fp8_amax;         // [] raised to max |param|, with fp8; never lowered
     int64_t n;
+} Phi4AdamWShard;
+
+typedef struct {
     int grad_type;
     const float* grad_scale;  // [] multiplies the gradient; null means 1
+    const float* found_inf;   // [] not 0: nothing is written; may be null
     const double* device_lr;  // [] read when the kernel runs, in place of lr; may be null
     const int64_t* device_step;
     double lr, beta1, beta2, eps, weight_decay;
     int64_t step;  // of this update; the first is 1
-} Phi4AdamW;
+} Phi4AdamWStep;
 
-int phi4_adamw(const Phi4AdamW* call, void* stream);
-int phi4_adamw_host(const Phi4AdamW* call);
+int phi4_adamw(const Phi4AdamWShard* shards, int64_t num_shards, const Phi4AdamWStep* step,
+               void* stream);
+int phi4_adamw_host(const Phi4AdamWShard* shards, int64_t num_shards, const Phi4AdamWStep* step);
 
 // Sum of squares over num_tensors tensors of one type, in two passes whose order depends on the
 // sizes alone. partials: phi4_square_sum_partials() doubles of scratch. total: one double.

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "../fp8_cast/fp8_cast.h"
 #include "../numerics.h"
 #include "../phi4_csrc.h"
 
@@ -26,7 +27,7 @@ PHI4_HD double power(double base, int64_t exponent) {
     return result;
 }
 
-PHI4_HD AdamWFactors adamw_factors(const Phi4AdamW& call, double lr, int64_t step) {
+PHI4_HD AdamWFactors adamw_factors(const Phi4AdamWStep& call, double lr, int64_t step) {
     const double correction1 = 1.0 - power(call.beta1, step);
     const double correction2 = 1.0 - power(call.beta2, step);
     AdamWFactors f;
@@ -49,16 +50,19 @@ PHI4_HD AdamWElement adamw_update(const AdamWFactors& f, AdamWElement old, float
     return now;
 }
 
-// One pack of elements at `offset`: what a thread does, and what the host loops over.
-template <typename Grad>
-PHI4_HD void adamw_pack(const Phi4AdamW& call, const AdamWFactors& f, float grad_scale,
-                        int64_t offset, bool wide) {
-    const int64_t count = call.n - offset;
-    Pack<float> p = load_pack(call.param + offset, count, wide);
-    Pack<float> m = load_pack(call.exp_avg + offset, count, wide);
-    Pack<float> v = load_pack(call.exp_avg_sq + offset, count, wide);
-    const Pack<Grad> g = load_pack(static_cast<const Grad*>(call.grad) + offset, count, wide);
+// One pack of elements at `offset`: what a thread does, and what the host loops over. Returns the
+// largest magnitude of the new parameters, for kFp8.
+template <typename Grad, bool kFp8>
+PHI4_HD uint32_t adamw_pack(const Phi4AdamWShard& shard, const AdamWFactors& f, float grad_scale,
+                            int64_t offset, bool wide) {
+    const int64_t count = shard.n - offset;
+    Pack<float> p = load_pack(shard.param + offset, count, wide);
+    Pack<float> m = load_pack(shard.exp_avg + offset, count, wide);
+    Pack<float> v = load_pack(shard.exp_avg_sq + offset, count, wide);
+    const Pack<Grad> g = load_pack(static_cast<const Grad*>(shard.grad) + offset, count, wide);
     Pack<__nv_bfloat16> w;
+    Pack<uint8_t> bytes;
+    uint32_t amax = 0;
     for (int i = 0; i < kPack; ++i) {
         const AdamWElement now =
             adamw_update(f, {p.lane[i], m.lane[i], v.lane[i]}, widened(g.lane[i]) * grad_scale);
@@ -66,19 +70,26 @@ PHI4_HD void adamw_pack(const Phi4AdamW& call, const AdamWFactors& f, float grad
         m.lane[i] = now.exp_avg;
         v.lane[i] = now.exp_avg_sq;
         w.lane[i] = to_bfloat16(now.param);
+        if (kFp8) {
+            bytes.lane[i] = quantized<false>(now.param, *shard.fp8_scale);
+            const uint32_t magnitude = i < count ? magnitude_bits(now.param) : 0;
+            amax = magnitude > amax ? magnitude : amax;
+        }
     }
-    store_pack(call.param + offset, p, count, wide);
-    store_pack(call.exp_avg + offset, m, count, wide);
-    store_pack(call.exp_avg_sq + offset, v, count, wide);
-    if (call.weight != nullptr)
-        store_pack(static_cast<__nv_bfloat16*>(call.weight) + offset, w, count, wide);
+    store_pack(shard.param + offset, p, count, wide);
+    store_pack(shard.exp_avg + offset, m, count, wide);
+    store_pack(shard.exp_avg_sq + offset, v, count, wide);
+    if (shard.weight != nullptr)
+        store_pack(static_cast<__nv_bfloat16*>(shard.weight) + offset, w, count, wide);
+    if (kFp8) store_pack(shard.fp8 + offset, bytes, count, wide);
+    return amax;
 }
 
 template <typename Grad>
-PHI4_HD bool adamw_wide(const Phi4AdamW& call) {
-    return pack_aligned(call.param) && pack_aligned(call.exp_avg) &&
-           pack_aligned(call.exp_avg_sq) && pack_aligned(static_cast<const Grad*>(call.grad)) &&
-           pack_aligned(static_cast<const __nv_bfloat16*>(call.weight));
+PHI4_HD bool adamw_wide(const Phi4AdamWShard& shard) {
+    return pack_aligned(shard.param) && pack_aligned(shard.exp_avg) &&
+           pack_aligned(shard.exp_avg_sq) && pack_aligned(static_cast<const Grad*>(shard.grad)) &&
+           pack_aligned(static_cast<const __nv_bfloat16*>(shard.weight)) && pack_aligned(shard.fp8);
 }
 
 }  // namespace phi4

@@ -94,8 +94,7 @@ __global__ void __launch_bounds__(kThreads)
         Pack<T> block[kPack];
 #pragma unroll
         for (int i = 0; i < kPack; ++i) {
-            block[i] = *reinterpret_cast<const Pack<T>*>(
-                tile + tile_slot(lane * kPack + i, group * kPack));
+            block[i] = load_whole(tile + tile_slot(lane * kPack + i, group * kPack));
         }
 #pragma unroll
         for (int i = 0; i < kPack; ++i) {

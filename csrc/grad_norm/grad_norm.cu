@@ -30,18 +30,10 @@ template <typename T>
 __global__ void __launch_bounds__(kLanes)
     square_sum_kernel(const __grid_constant__ Table table, double* partials) {
     const int64_t chunk = blockIdx.x;
-    int low = 0, high = table.num_tensors - 1;
-    while (low < high) {  // the last tensor that starts at or before this chunk
-        const int middle = (low + high + 1) / 2;
-        if (table.first_chunk[middle] <= chunk) {
-            low = middle;
-        } else {
-            high = middle - 1;
-        }
-    }
-    const int64_t offset = (chunk - table.first_chunk[low]) * kChunk;
-    const int64_t count = min(kChunk, table.sizes[low] - offset);
-    const T* from = static_cast<const T*>(table.tensors[low]) + offset;
+    const int index = owner_of(table.first_chunk, table.num_tensors, chunk);
+    const int64_t offset = (chunk - table.first_chunk[index]) * kChunk;
+    const int64_t count = min(kChunk, table.sizes[index] - offset);
+    const T* from = static_cast<const T*>(table.tensors[index]) + offset;
     const double sum = block_sum(lane_sum(from, count, threadIdx.x));
     if (threadIdx.x == 0) partials[chunk] = sum;
 }

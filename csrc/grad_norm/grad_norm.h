@@ -33,7 +33,7 @@ PHI4_HD double whole_lane_sum(const T* chunk, int lane) {
 #endif
     for (int i = 0; i < kPacksPerLane; ++i) {
         const int64_t offset = (int64_t{i} * kLanes + lane) * kPack;
-        sum = square_sum(*reinterpret_cast<const Pack<T>*>(chunk + offset), sum);
+        sum = square_sum(load_whole(chunk + offset), sum);
     }
     return sum;
 }

@@ -4,15 +4,20 @@ The CUDA ops stand in a table of their own and not in the registry, whose gates 
 compile Triton. A build is filed under the hash of the sources and flags it came from, so a library
 of other sources is never loaded. Loading needs no GPU: the ops then also take CPU tensors, by the
 host form of the same arithmetic.
+
+The library's operators, `phi4_native::`, take a stream, which its ABI cannot read on a machine
+without CUDA. The public ones, `phi4::`, take none: they hand over what is current when they run, so
+that they can be captured, compiled and called on any device.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +69,7 @@ def missing() -> str | None:
 
 @cache
 def load() -> None:
-    """Load the library once, which defines its `torch.ops.phi4` operators.
+    """Load the library once, which defines its `torch.ops.phi4_native` operators.
 
     Raises:
         ImplementationError: it is not built, or this torch cannot load it.
@@ -78,9 +83,31 @@ def load() -> None:
             f"implementation 'cuda' cannot be loaded beside torch {torch.__version__} ({error}); "
             "expected torch 2.11 or newer; rebuild with `make csrc`, or use 'torch'"
         ) from error
-    from phi4_kernels import native_fakes
 
-    native_fakes.register()
+
+def register(schema: str, fake: Callable[..., Any]) -> Any:
+    """Define `phi4::<schema>` over the library's operator of that name and a last `int stream`.
+
+    Args:
+        schema: name, arguments and results in torch's schema language; the first argument is a
+            tensor or a list of them, whose device is used.
+        fake: makes outputs of the right shape, dtype and device without computing them.
+
+    Returns:
+        The operator's default overload. A call loads the library.
+    """
+    name = schema.partition("(")[0]
+
+    def launch(*args: Any) -> Any:
+        load()
+        first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+        with on_device(first.device) as stream:
+            return getattr(torch.ops.phi4_native, name).default(*args, stream)
+
+    torch.library.define(f"phi4::{name}", schema.removeprefix(name))
+    torch.library.impl(f"phi4::{name}", ("cpu", "cuda"))(launch)
+    torch.library.register_fake(f"phi4::{name}")(fake)
+    return getattr(torch.ops.phi4, name).default
 
 
 @contextmanager
@@ -118,6 +145,12 @@ def choose(op: str, requested: str, device: torch.device) -> Choice:
     return choice
 
 
+@torch.compiler.assume_constant_result
+def resolve(op: str, requested: str, device: torch.device) -> str:
+    """Name of the implementation that runs a call; torch.compile keeps the answer it got."""
+    return choose(op, requested, device).implementation
+
+
 def _decide(op: str, requested: str, device: torch.device) -> Choice:
     if requested == "torch":
         return Choice(op, "torch", "named")
@@ -127,28 +160,42 @@ def _decide(op: str, requested: str, device: torch.device) -> Choice:
         named = Choice(op, "cuda", "named; host form of the kernel's arithmetic")
         return named if requested == "cuda" else Choice(op, "torch", "auto: tensors are on cpu")
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    proven = _proven(op, capability)
+    row = _last_row(op, capability)
+    proven = row is not None and row["source"] == digest() and row["green"]
     if requested == "cuda":
         return Choice(op, "cuda", "named" if proven else f"named; experimental on {capability}")
     if not proven:
         return Choice(op, "torch", f"auto: no kernel of this source is proven on {capability}")
     if reason := missing():
         return Choice(op, "torch", f"auto: {reason}")
-    return Choice(op, "cuda", f"auto: proven on {capability}")
+    return Choice(op, "cuda", f"auto: proven on {capability}, commit {row['commit']}")
 
 
-def _proven(op: str, capability: str) -> bool:
+def _last_row(op: str, capability: str | None = None) -> dict[str, Any] | None:
     if not dispatch.CORRECTNESS_ROWS.exists():
-        return False
+        return None
     rows = [json.loads(line) for line in dispatch.CORRECTNESS_ROWS.read_text().splitlines() if line]
-    wanted = (op, "cuda", capability, digest())
-    keys = ("op", "implementation", "capability", "source")
-    matching = [row for row in rows if tuple(row[key] for key in keys) == wanted]
-    return bool(matching) and matching[-1]["green"]
+    mine = [row for row in rows if (row["op"], row["implementation"]) == (op, "cuda")]
+    if capability is not None:
+        mine = [row for row in mine if row["capability"] == capability]
+    return mine[-1] if mine else None
 
 
 def status() -> list[dict[str, str]]:
     """One row per CUDA op, as dispatch.status gives them."""
-    state = missing() or "experimental: never executed on a GPU"
-    row = {"implementation": "cuda", "device": "", "commit": "", "date": "", "state": state}
-    return [{"op": op} | row for op in OPS]
+    return [_status_of(op) for op in OPS]
+
+
+def _status_of(op: str) -> dict[str, str]:
+    row = {"op": op, "implementation": "cuda", "device": "", "commit": "", "date": ""}
+    last = _last_row(op)
+    if last is None:
+        state = "experimental: never executed on a GPU"
+    elif last["source"] != digest():
+        state = "experimental: changed since its last row"
+    else:
+        state = "proven" if last["green"] else "experimental: last row is red"
+    if last is not None:
+        row |= {key: last[key] for key in ("device", "commit", "date")}
+    reason = missing()
+    return row | {"state": f"{state}; {reason}" if reason else state}

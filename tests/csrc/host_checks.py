@@ -20,22 +20,27 @@ ROWS, WIDTH = 17, 121
 
 
 def thousand_steps(forms: HostForms, grad_dtype: torch.dtype, num_steps: int = 1000) -> None:
-    """State after many steps by the error rule, and the bf16 weight in every bit."""
+    """State after many steps by the error rule; bf16 and FP8 weights and amax in every bit."""
     draw = torch.Generator().manual_seed(5)
     scales = torch.logspace(-3, 3, ROWS).repeat_interleave(WIDTH)
     param = torch.randn(ROWS * WIDTH, generator=draw) * scales
     ours = tuple(t.clone() for t in (param, torch.zeros_like(param), torch.zeros_like(param)))
     eager, truth = ours, tuple(t.double() for t in ours)
     weight = torch.empty(param.numel(), dtype=torch.bfloat16)
+    fp8 = torch.empty(param.numel(), dtype=FP8[0]), torch.tensor(3e-2), torch.zeros(())
     ours = tuple(t.clone() for t in ours)
     for step in range(1, num_steps + 1):
         hyper = HYPER | {"lr": HYPER["lr"] * (1 + math.cos(step / 300)) / 2}
         grad = (torch.randn(param.numel(), generator=draw) * scales).to(grad_dtype)
         scale = torch.rand((), generator=draw)
-        forms.adamw(ours, grad, step, hyper, scale, weight)
+        fp8[2].zero_()
+        forms.adamw(ours, grad, step, hyper, scale, weight, fp8)
         eager = adamw_reference.adamw(*eager, grad, step, **hyper, grad_scale=scale)
         truth = adamw_reference.adamw(*truth, grad, step, **hyper, grad_scale=scale)
         assert torch.equal(weight, ours[0].bfloat16())
+    expected, amax = cast_reference.cast_tensor(ours[0][None], fp8[1], FP8[0])
+    same_bytes(fp8[0], expected[0])
+    assert torch.equal(fp8[2], amax)
     for name, *values in zip(("param", "exp_avg", "exp_avg_sq"), ours, eager, truth, strict=True):
         error_rule.check(name, *(value.view(ROWS, WIDTH) for value in values))
 

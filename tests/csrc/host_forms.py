@@ -10,12 +10,18 @@ from torch import Tensor
 TENSOR, LINE, TILE = range(3)
 
 
-class _AdamW(c.Structure):
+class _Shard(c.Structure):
     _fields_ = (
         *((name, c.c_void_p) for name in ("param", "exp_avg", "exp_avg_sq", "grad", "weight")),
+        *((name, c.c_void_p) for name in ("fp8", "fp8_scale", "fp8_amax")),
         ("n", c.c_int64),
+    )
+
+
+class _Step(c.Structure):
+    _fields_ = (
         ("grad_type", c.c_int),
-        *((name, c.c_void_p) for name in ("grad_scale", "device_lr", "device_step")),
+        *((name, c.c_void_p) for name in ("grad_scale", "found_inf", "device_lr", "device_step")),
         *((name, c.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
         ("step", c.c_int64),
     )
@@ -54,14 +60,17 @@ class HostForms:
         hyper: dict[str, float],
         grad_scale: Tensor | None = None,
         weight: Tensor | None = None,
+        fp8: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
-        """Update `state` in place."""
-        call = _AdamW(*map(_pointer, (*state, grad, weight)), grad.numel())
-        call.grad_type = grad.dtype == torch.bfloat16
-        call.grad_scale, call.step = _pointer(grad_scale), step
+        """Update `state` in place; fp8 is (bytes, scale, amax)."""
+        tensors = (*state, grad, weight, *(fp8 or (None, None, None)))
+        shard = _Shard(*map(_pointer, tensors), grad.numel())
+        call = _Step(grad.dtype == torch.bfloat16, _pointer(grad_scale))
+        call.step = step
         for name, value in hyper.items():
             setattr(call, name, value)
-        assert self._library.phi4_adamw_host(c.byref(call)) == 0
+        function = self._library.phi4_adamw_host
+        assert function(c.byref(shard), c.c_int64(1), c.byref(call)) == 0
 
     def square_sum(self, tensors: list[Tensor]) -> Tensor:
         """[], fp64."""

@@ -33,6 +33,9 @@ MUTANTS = {
         "epsilon under the root": ("fmaf(sqrtf(now.exp_avg_sq), f.root_correction, f.eps)",
                                    "sqrtf(now.exp_avg_sq + f.eps) * f.root_correction"),
         "weights truncated": ("__float2bfloat16_rn", "__float2bfloat16_rz"),
+        "FP8 from the rounded weight": ("(now.param, *shard.fp8_scale)",
+                                        "(widened(w.lane[i]), *shard.fp8_scale)"),
+        "amax of the gradient": ("magnitude_bits(now.param)", "magnitude_bits(g.lane[i])"),
         "gradient scale forgotten": ("widened(g.lane[i]) * grad_scale", "widened(g.lane[i])"),
     },
     "grad_norm": {

@@ -1,5 +1,6 @@
-"""AdamW over a flat shard: gradient scale, update and bf16 weight write in one pass."""
+"""AdamW over flat shards: gradient scale, update and weight write in one pass."""
 
-from phi4_kernels.adamw.op import Hyper, Shard, adamw
+from phi4_kernels.adamw.op import FP8Weight, Hyper, Shard, adamw
+from phi4_kernels.adamw.optimizer import FusedAdam
 
-__all__ = ["Hyper", "Shard", "adamw"]
+__all__ = ["FP8Weight", "FusedAdam", "Hyper", "Shard", "adamw"]

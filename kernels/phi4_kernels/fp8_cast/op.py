@@ -11,8 +11,9 @@ from torch import Tensor
 
 from phi4_kernels import native
 from phi4_kernels.checks import expect_dtype, expect_same_device, expect_shape
-from phi4_kernels.errors import ShapeError
+from phi4_kernels.errors import DtypeError, ShapeError
 from phi4_kernels.fp8_cast import reference
+from phi4_kernels.launch import ceil_div
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _TENSOR, _LINE, _TILE = range(3)
@@ -66,7 +67,7 @@ def cast_tensor(
     expect_shape("cast_tensor", "scale", scale, (), "pass one scale for the tensor")
     expect_dtype("cast_tensor", "scale", scale, (torch.float32,))
     expect_same_device("cast_tensor", x=x, scale=scale)
-    if native.choose("fp8_cast", implementation, x.device).implementation == "torch":
+    if native.resolve("fp8_cast", implementation, x.device) == "torch":
         rowwise, amax = reference.cast_tensor(x, scale, dtype)
         return FP8Tensor(rowwise, rowwise.t().contiguous() if columnwise else None, amax)
     rowwise, transposed, _, _, amax = _launch(x, scale, _TENSOR, dtype, columnwise)
@@ -96,7 +97,7 @@ def cast_blocks(
         raise ShapeError(
             f"cast_blocks: block_rows is {block_rows}; expected 1 (activations) or 128 (weights)"
         )
-    if native.choose("fp8_cast", implementation, x.device).implementation == "torch":
+    if native.resolve("fp8_cast", implementation, x.device) == "torch":
         rowwise, inverse = reference.cast_blocks(x, block_rows, dtype)
         if not columnwise:
             return FP8Blocks(rowwise, inverse, None, None)
@@ -114,7 +115,10 @@ def cast_blocks(
 
 def _check(op: str, x: Tensor, dtype: torch.dtype) -> None:
     expect_dtype(op, "x", x, (torch.float32, torch.bfloat16))
-    expect_dtype(op, "the result", torch.empty(0, dtype=dtype), FP8_DTYPES)
+    if dtype not in FP8_DTYPES:
+        raise DtypeError(
+            f"{op}: dtype is {dtype}; expected one of {FP8_DTYPES}; ask for one of them"
+        )
     if x.dim() != 2 or not x.is_contiguous():
         raise ShapeError(
             f"{op}: x has shape {tuple(x.shape)} and stride {x.stride()}; expected [R, C], "
@@ -125,6 +129,28 @@ def _check(op: str, x: Tensor, dtype: torch.dtype) -> None:
 def _launch(
     x: Tensor, scale: Tensor | None, scaling: int, dtype: torch.dtype, columnwise: bool
 ) -> tuple[Tensor, ...]:
-    e5m2 = dtype == torch.float8_e5m2
-    with native.on_device(x.device) as stream:
-        return torch.ops.phi4.fp8_cast(x, scale, scaling, e5m2, columnwise, stream)
+    return _fp8_cast(x, scale, scaling, dtype == torch.float8_e5m2, columnwise)
+
+
+def _fake_cast(
+    x: Tensor, scale: Tensor | None, scaling: int, e5m2: bool, columnwise: bool
+) -> tuple[Tensor, ...]:
+    rows, columns = x.shape
+    fp8 = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
+    down, across = ceil_div(rows, reference.BLOCK), ceil_div(columns, reference.BLOCK)
+    inverse = ((0, 0), (rows, across), (down, across))[scaling]
+    by_line = scaling == _LINE and columnwise
+    return (
+        x.new_empty((rows, columns), dtype=fp8),
+        x.new_empty((columns, rows) if columnwise else (0, 0), dtype=fp8),
+        x.new_empty(inverse, dtype=torch.float32),
+        x.new_empty((columns, down) if by_line else (0, 0), dtype=torch.float32),
+        x.new_empty((), dtype=torch.float32),
+    )
+
+
+_fp8_cast = native.register(
+    "fp8_cast(Tensor x, Tensor? scale, int scaling, bool e5m2, bool columnwise) -> "
+    "(Tensor rowwise, Tensor columnwise, Tensor inverse, Tensor inverse_columns, Tensor amax)",
+    _fake_cast,
+)

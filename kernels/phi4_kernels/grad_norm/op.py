@@ -13,7 +13,6 @@ from torch import Tensor
 from phi4_kernels import native
 from phi4_kernels.checks import expect_dtype, expect_same_device
 from phi4_kernels.errors import ShapeError
-from phi4_kernels.grad_norm import reference
 
 
 def square_sum(tensors: Sequence[Tensor], *, implementation: str = "auto") -> Tensor:
@@ -40,19 +39,32 @@ def square_sum(tensors: Sequence[Tensor], *, implementation: str = "auto") -> Te
                 "one; pass the flat gradient buffer"
             )
     expect_same_device("square_sum", **{f"tensor {i}": t for i, t in enumerate(tensors)})
-    choice = native.choose("grad_norm", implementation, tensors[0].device)
-    if choice.implementation == "torch":
-        return reference.square_sum(tensors)
-    with native.on_device(tensors[0].device) as stream:
-        return torch.ops.phi4.square_sum(list(tensors), stream)
+    if native.resolve("grad_norm", implementation, tensors[0].device) == "torch":
+        return _torch_square_sum(tensors)
+    return _square_sum(list(tensors))
 
 
-def clip_factor(total: Tensor, max_norm: float) -> Tensor:
-    """min(1, max_norm / norm), on the device: the `grad_scale` of adamw.
+def _torch_square_sum(tensors: Sequence[Tensor]) -> Tensor:
+    """Accumulates in fp64 without copies in fp64 on a CUDA device."""
+    filled = [tensor.detach() for tensor in tensors if tensor.numel()]
+    if not filled:
+        return tensors[0].new_zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(filled, 2, torch.float64)).square().sum()
+
+
+_square_sum = native.register(
+    "square_sum(Tensor[] tensors) -> Tensor",
+    lambda tensors: tensors[0].new_empty((), dtype=torch.float64),
+)
+
+
+def clip_factor(total: Tensor, max_norm: float, eps: float = 0.0) -> Tensor:
+    """min(1, max_norm / (norm + eps)), on the device: the `grad_scale` of adamw.
 
     Args:
         total: [], fp64: the sum of squares, added over ranks.
         max_norm: above 0.
+        eps: 1e-6 in torch.nn.utils.clip_grad_norm_ and megatron-core.
 
     Returns:
         [], fp32. NaN for a norm that is not a number, 0 for an infinite one.
@@ -62,4 +74,4 @@ def clip_factor(total: Tensor, max_norm: float) -> Tensor:
     """
     if not max_norm > 0:
         raise ShapeError(f"clip_factor: max_norm is {max_norm}; expected above 0; skip the call")
-    return (max_norm / total.sqrt()).clamp(max=1.0).float()
+    return (max_norm / (total.sqrt() + eps)).clamp(max=1.0).float()

@@ -102,7 +102,8 @@ def count_instructions(sass: str) -> dict[str, int]:
     return {name: len(re.findall(pattern, sass)) for name, pattern in _PATTERNS.items()}
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
+    """Output of one of the binary tools that Triton carries: cuobjdump, nvdisasm."""
     command = [str(_TOOLS / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -112,8 +113,8 @@ def read_resources(kernel: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = _tool("nvdisasm", "-c", cubin.name)
+        usage = tool("cuobjdump", "--dump-resource-usage", cubin.name)
+        sass = tool("nvdisasm", "-c", cubin.name)
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return Resources(
         registers=numbers["REG"],

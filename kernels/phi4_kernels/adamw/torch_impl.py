@@ -1,0 +1,53 @@
+"""AdamW by torch's own fused update: what runs where the CUDA op does not.
+
+It too reads each gradient once, but where the gradient is scaled it writes it back, scaled.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.fp8_cast import reference as fp8_reference
+
+if TYPE_CHECKING:
+    from phi4_kernels.adamw.op import Hyper, Shard
+
+
+def adamw(
+    shards: "Sequence[Shard]",
+    step: int | Tensor,
+    hyper: "Hyper",
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """See op.adamw, whose checks have passed."""
+    device = shards[0].param.device
+    at = torch.as_tensor(step, dtype=torch.float32, device=device)
+    torch._fused_adamw_(
+        [shard.param for shard in shards],
+        [shard.grad.float() for shard in shards],
+        [shard.exp_avg for shard in shards],
+        [shard.exp_avg_sq for shard in shards],
+        [],
+        [at] * len(shards),
+        lr=hyper.lr.float() if isinstance(hyper.lr, Tensor) else hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        amsgrad=False,
+        maximize=False,
+        # Torch divides by its scale, and takes 1 for an overflow.
+        grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
+        found_inf=None if found_inf is None else (found_inf != 0).float(),
+    )
+    for shard in shards:
+        if shard.weight is not None:
+            shard.weight.copy_(shard.param)
+        if shard.fp8 is not None:
+            matrix = shard.param.unsqueeze(0)
+            data, amax = fp8_reference.cast_tensor(matrix, shard.fp8.scale, shard.fp8.data.dtype)
+            shard.fp8.data.copy_(data[0])
+            shard.fp8.amax.copy_(torch.maximum(shard.fp8.amax, amax))
