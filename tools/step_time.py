@@ -10,14 +10,10 @@ order, so what else runs on the machine meets both sides alike.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +31,7 @@ from phi4.engine.engine import Engine
 from phi4.engine.platform import connect, disconnect
 from phi4.model.names import to_hf
 from phi4.stages.pretrain import NextToken
+from phi4.track.provenance import append_row, provenance
 
 ATTENTION_BACKENDS = ("sdpa", "eager")
 LOSS_TOLERANCE = 1e-6
@@ -225,7 +222,6 @@ def compare(pairs: int, documents_per_row: int = 1, num_key_value_heads: int = 2
         "documents_per_row": documents_per_row,
         "num_key_value_heads": num_key_value_heads,
         "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1),
     }
 
 
@@ -267,17 +263,6 @@ def print_profile(documents_per_row: int, num_key_value_heads: int) -> None:
         print(f"{name:26}{ms:10.2f}{other:14.2f}{ms - other:+12.2f}")
 
 
-def provenance() -> dict[str, Any]:
-    """Commit and versions."""
-    git = ["git", "-C", str(Path(__file__).parents[1])]
-    commit = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
-    measured = ["phi4/engine", "phi4/stages", "tools/step_time.py"]
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *measured]).returncode
-    versions = {name: version(name) for name in ("torch", "transformers", "megatron-core")}
-    versions["python"] = platform.python_version()
-    return {"commit": commit + ("-dirty" if changed else ""), "versions": versions}
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -289,11 +274,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.profile:
         return print_profile(args.documents, args.kv_heads)
-    row = json.dumps(compare(args.pairs, args.documents, args.kv_heads) | provenance())
-    print(row)
+    row = compare(args.pairs, args.documents, args.kv_heads)
+    print(json.dumps(row | provenance()))
     if args.json:
-        with args.json.open("a") as file:
-            file.write(row + "\n")
+        append_row(args.json, row)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    Phi3Config,
     Phi3ForCausalLM,
 )
 from transformers.utils import logging
@@ -23,6 +22,7 @@ from phi4.convert import read_hf, write_hf
 from phi4.convert.hf_tokenizer import PROBE
 from phi4.errors import CheckpointError, ConfigError
 from phi4.model.names import megatron_shapes, to_hf
+from tests.support.hugging_face import phi3_config
 
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 
@@ -122,19 +122,7 @@ def test_read_gives_back_what_was_written_bitwise(
 
 @pytest.mark.parametrize("max_shard_size", ["20KB", "1GB"])
 def test_read_of_a_directory_that_transformers_saved(tmp_path, weights, model, max_shard_size):
-    config = Phi3Config(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        max_position_embeddings=64,
-        original_max_position_embeddings=64,
-        rope_theta=250_000.0,
-        pad_token_id=0,
-    )
-    reference = Phi3ForCausalLM(config)
+    reference = Phi3ForCausalLM(phi3_config(model))
     reference.load_state_dict(dict(to_hf(n, t, model) for n, t in weights.items()))
     reference.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     read_model, stream = read_hf(tmp_path)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import Phi3ForCausalLM
 
 from phi4.config import ModelConfig
 from phi4.errors import CheckpointError
 from phi4.model import names
 from phi4.model.shape import num_parameters
+from tests.support.hugging_face import phi3_config
 
 
 @st.composite
@@ -75,17 +76,8 @@ def test_hf_shapes_equal_transformers_state_dict():
         intermediate_size=20,
         vocab_size=32,
     )
-    config = Phi3Config(
-        num_hidden_layers=11,
-        hidden_size=24,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        intermediate_size=20,
-        vocab_size=32,
-        pad_token_id=0,
-    )
     with torch.device("meta"):
-        reference = Phi3ForCausalLM(config).state_dict()
+        reference = Phi3ForCausalLM(phi3_config(model)).state_dict()
 
     assert names.hf_shapes(model) == {name: tuple(t.shape) for name, t in reference.items()}
 
