@@ -103,8 +103,7 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
-    tree = recipe.model_dump(mode="json")
-    return {s: {k: v for k, v in t.items() if v is not None} for s, t in tree.items()}
+    return recipe.model_dump(mode="json", exclude_none=True)
 
 
 def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -187,10 +187,10 @@ def _sources(recipe: Recipe) -> Iterator[str]:
             "make them sum to 1, or give ratios from 1 up"
         )
     for source in (*recipe.data.sources, *recipe.data.held_out):
-        if source.kind == "stream" and (source.min_tokens or source.max_tokens):
+        if source.kind == "stream" and (source.min_tokens or source.max_tokens or source.overlong):
             yield (
-                f"source {source.name!r} bounds its documents by min_tokens or max_tokens, which "
-                'a stream cannot; set kind="windows"'
+                f"source {source.name!r} sets min_tokens, max_tokens or overlong, which a stream, "
+                'blind to documents, cannot heed; set kind="windows"'
             )
         if 0 < source.max_tokens < source.min_tokens:
             yield (

@@ -88,6 +88,11 @@ class SourceConfig(Section):
     """Shorter documents are left out; windows only."""
     max_tokens: NonNegative = _key("schedule", 0)
     """Longer documents are left out; 0 sets no limit; windows only."""
+    overlong: Literal["cut", "truncate", "drop"] | None = _key("schedule", None)
+    """What becomes of documents longer than sequence_length; windows only. cut: they go on in other
+    rows. truncate: the beginning is kept. drop: they are left out. None cuts text and refuses
+    conversations (documents with a loss mask): an answer without its question teaches the wrong
+    thing. The counts are shown at the start of a run."""
 
 
 Sources = Annotated[tuple[SourceConfig, ...], Strict(False)]
@@ -153,6 +158,9 @@ class ParallelConfig(Section):
     virtual_pipeline: Positive = _key("free", 1)
     """Model chunks per pipeline rank (interleaved 1F1B when above 1)."""
     context: Positive = _key("free", 1)
+    context_attention: Literal["all_gather", "ring"] = _key("free", "all_gather")
+    """How keys and values reach the other context ranks. all_gather: all at once, the least
+    latency. ring: one rank's after the other while the last ones are attended, the least memory."""
     data: NonNegative = _key("free", 1)
     """Data-parallel replicas; 0 means whatever the started processes leave."""
     sequence: bool = _key("free", False)
@@ -197,6 +205,7 @@ class KernelsConfig(Section):
     attention: Implementation = _key("free", "auto")
     cross_entropy: Implementation = _key("free", "auto")
     adamw: Implementation = _key("free", "auto")
+    grad_norm: Implementation = _key("free", "auto")
 
 
 class RunConfig(Section):

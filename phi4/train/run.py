@@ -31,6 +31,7 @@ from phi4.train.checkpointing import (
 from phi4.train.evaluation import HeldOutLoss
 from phi4.train.hooks import Hook, Meter
 from phi4.train.loop import train
+from phi4.train.sources import open_sources
 from phi4.train.state import RunState
 
 Say = Callable[[str], None]
@@ -68,13 +69,14 @@ def run_training(
     resumes = latest_checkpoint(checkpoints_of(recipe)) is not None
     state = RunState() if resumes else first_state(recipe)
     # Opened once before anything is built: a missing or foreign source is an error at once.
-    source_hashes = Loader(recipe.data, tokenizer, recipe.run.seed, state.data).source_hashes()
+    opened = open_sources(recipe, tokenizer, state, platform)
     draws_weights = not resumes and recipe.run.init_from is None
     engine = Engine(recipe, platform, draws_weights=draws_weights)
     for line in (
         platform.describe(),
         engine.layout.describe(),
         *(choice.describe() for choice in engine.choices),
+        *opened.notes,
     ):
         say(line)
     if resumes:
@@ -88,7 +90,7 @@ def run_training(
     own_hooks = [
         Meter(),
         HeldOutLoss(recipe, engine, objective, tokenizer),
-        Checkpointer(recipe, engine, source_hashes, ranks_per_host, say),
+        Checkpointer(recipe, engine, loader.source_hashes(), ranks_per_host, say),
     ]
     with _followed(recipe, platform, state.step, say) as trackers:
         state = train(

@@ -120,7 +120,7 @@ BROKEN = {
     ),
     "streams take documents of any length": (
         ['data.sources=[{name="a", path="x", min_tokens=9}]'],
-        "source 'a' bounds its documents by min_tokens or max_tokens, which a stream cannot",
+        "source 'a' sets min_tokens, max_tokens or overlong, which a stream, blind to documents",
     ),
     "document bounds leave documents": (
         [

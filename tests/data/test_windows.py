@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -158,3 +159,46 @@ def test_blend_by_loss_tokens_stays_within_two_samples(
     assert np.abs(error).max() < 2 * loss.max()
     counted = {name: s["loss_tokens"] for name, s in loader.state()["sources"].items()}
     assert counted == {"chat": chat.sum(), "web": (loss - chat).sum()}
+
+
+@pytest.fixture
+def chats(tmp_path: Path, facts: TokenizerFacts) -> str:
+    """Conversations of 5, 13 and 14 tokens, of which the last 2, 3 and 12 are learnt."""
+    with TokenFileWriter(tmp_path / "chats", facts) as writer:
+        for first_id, length, learnt in ((10, 5, 2), (20, 13, 3), (40, 14, 12)):
+            mask = np.zeros(length)
+            mask[-learnt:] = 1
+            writer.add(np.arange(first_id, first_id + length), mask)
+    return str(tmp_path / "chats")
+
+
+def test_conversations_that_do_not_fit_are_refused_until_the_recipe_decides(
+    chats: str, write_source, facts: TokenizerFacts
+) -> None:
+    message = r"'long': 2 of 3 conversations in .*chats do not fit into data\.sequence_length=8; .*"
+    for _ in range(2):  # The table is computed, then read.
+        with pytest.raises(DataError, match=message + r'overlong="truncate"'):
+            Loader(windows(chats, 8), facts, 5)
+        Loader(windows(chats, 8, overlong="cut"), facts, 5)
+    Loader(windows(chats, 13), facts, 5)
+    Loader(windows(write_source("text", [30]), 8), facts, 5)
+
+
+@pytest.mark.parametrize(
+    ("overlong", "learnt", "note"),
+    [
+        # The second conversation's first 8 labels hold no answer.
+        ("truncate", {13, 14, *range(42, 49)}, "2 longer than a row .*, 17 of their tokens left"),
+        ("drop", {13, 14}, "2 longer than a row .*, 25 of their tokens left out"),
+        ("cut", {13, 14, *range(30, 33), *range(42, 54)}, "2 longer than a row .*, 8 of their tok"),
+    ],
+)
+def test_what_becomes_of_long_conversations_is_chosen_and_counted(
+    chats: str, facts: TokenizerFacts, overlong: str, learnt: set[int], note: str
+) -> None:
+    loader = Loader(windows(chats, 8, overlong=overlong), facts, 5)
+    batch = epoch(loader)
+    assert set(batch.labels[batch.loss_mask > 0].tolist()) == learnt
+    assert re.search(rf"'long': 3 documents in \d rows of 8 tokens.*{note}", loader.notes[0])
+    # A part without an answer is not even read.
+    assert 20 not in batch.tokens and (28 in batch.tokens) == (overlong == "cut")

@@ -16,14 +16,16 @@ from typer.testing import CliRunner
 
 from phi4.cli.data import app
 from phi4.config import TokenizerConfig
-from phi4.data import Batch, Loader
+from phi4.data import Batch, Loader, window_table
 from phi4.data.token_file import TokenFile
 from phi4.data.token_writer import TokenFileWriter
 from phi4.data.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.engine.platform import Platform, connect, disconnect
 from phi4.errors import Phi4Error
 from phi4.stages.pretrain import NextToken
-from phi4.train.run import run_training
+from phi4.train.run import check_tokenizer, run_training
+from phi4.train.sources import open_sources
+from phi4.train.state import RunState
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, rendezvous
 
@@ -58,26 +60,28 @@ class Recorded(Loader):
         return batches
 
 
-def _train(rank: int, world_size: int, root: Path, overrides: tuple[str, ...]) -> list:
-    """Data rank and rows, [n, S], of each step."""
+def _train(rank: int, world_size: int, root: Path, overrides: tuple[str, ...]) -> tuple[list, int]:
+    """Data rank and rows, [n, S], of each step; tables of rows that this rank computed."""
     recipe = tiny_recipe(*MODEL, *overrides)
     size = recipe.parallel.model_parallel_size * recipe.parallel.data
     meeting = rendezvous()
     if rank >= size:
-        return []
+        return [], 0
     platform = connect("cpu", rank=rank, world_size=size, rendezvous=meeting)
     Recorded.served = []
-    with chdir(root), patch("phi4.train.run.Loader", Recorded):
+    computing = patch("phi4.data.window_table._computed", wraps=window_table._computed)
+    with chdir(root), patch("phi4.train.run.Loader", Recorded), computing as computed:
         run_training(recipe, platform, NextToken(), allow_change=True, ranks_per_host=size)
     disconnect()
-    return [(dp, np.concatenate([b.tokens for b in batches])) for dp, batches in Recorded.served]
+    served = [(dp, np.concatenate([b.tokens for b in batches])) for dp, batches in Recorded.served]
+    return served, computed.call_count
 
 
-def _rows(ranks: list[list], num_steps: int) -> list[np.ndarray]:
+def _rows(ranks: list[tuple[list, int]], num_steps: int) -> list[np.ndarray]:
     """The global batch of each step, [rows, S], from what every rank was served."""
     steps = []
     for index in range(num_steps):
-        slices = dict(served[index] for served in ranks if served)
+        slices = dict(served[index] for served, _ in ranks if served)
         steps.append(np.concatenate([slices[dp] for dp in sorted(slices)]))
     return steps
 
@@ -115,6 +119,7 @@ def served(pool: RankPool, root: Path) -> tuple[list[np.ndarray], list[np.ndarra
     """
     before = pool.run(_train, root, (*PRETRAIN, "run.steps=3"))
     first = pool.run(_train, root, (*MIDTRAIN, "run.steps=2", "parallel.data=2"))
+    assert [tables for _, tables in first] == [1, 0]
     pool.run(_train, root, (*PRETRAIN, "run.steps=4"))
     then = pool.run(_train, root, (*MIDTRAIN, "run.steps=6", "parallel.tensor=2"))
     return _rows(before, 3), _rows(first, 2) + _rows(then, 4)
@@ -218,3 +223,18 @@ def test_ledger_of_another_stream_is_refused_before_the_run_exists(
     with chdir(root), pytest.raises(Phi4Error, match=message) as caught:
         run_training(recipe, alone, NextToken(), allow_change=True, ranks_per_host=1)
     assert "\n" not in str(caught.value) and not (root / "refused").exists()
+
+
+def _open_what_is_missing(rank: int, world_size: int, root: Path) -> str:
+    recipe = tiny_recipe(*MODEL, "data.sources=[{name='web', path='nowhere'}]")
+    platform = connect("cpu", rank=rank, world_size=world_size, rendezvous=rendezvous())
+    with chdir(root), patch("phi4.train.sources.Loader", wraps=Loader) as opened:
+        with pytest.raises(Phi4Error) as caught:
+            open_sources(recipe, check_tokenizer(recipe), RunState(), platform)
+        return f"{opened.call_count} {caught.value}"
+
+
+def test_what_the_writer_finds_wrong_every_rank_raises(pool: RankPool, root: Path) -> None:
+    writer, other = pool.run(_open_what_is_missing, root)
+    assert "nowhere.idx cannot be read" in writer
+    assert (writer[0], other[0]) == ("1", "0") and writer[1:] == other[1:]
