@@ -101,7 +101,7 @@ class UnitSource:
         """Cut the shards, by their sizes alone.
 
         Raises:
-            DataError: the shards hold no label.
+            DataError: no shard fills a unit.
         """
         self.name = name
         self.content = manifest.content_hash
@@ -112,10 +112,11 @@ class UnitSource:
         labels = np.array([max(0, shard.num_tokens - 1) for shard in shards], dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(-(-labels // unit_tokens))])
         self.num_units = int(self._starts[-1])
-        if not self.num_units:
+        if labels.max() < unit_tokens:
             raise DataError(
-                f"source {name!r} holds no two tokens in a row, so there is nothing to learn; "
-                "give it text or take it out of the recipe"
+                f"source {name!r}: the longest shard of {manifest.path} has {labels.max()} labels, "
+                f"a unit has {unit_tokens} (data.unit_tokens), so every row would be padded; give "
+                'it more text, set kind="windows", or leave it out'
             )
 
     def fill(self, unit: int, rows: Rows) -> None:

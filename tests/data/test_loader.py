@@ -48,7 +48,7 @@ def two_sources(write_source) -> dict[str, tuple[str, float]]:
 
 @fixture_is_only_a_writer
 @given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8).filter(lambda x: sum(x) > 1),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8).filter(lambda x: sum(x) > 9),
     unit=st.integers(1, 9),
     row_units=st.integers(1, 3),
     epochs=st.integers(1, 3),
@@ -196,10 +196,11 @@ def test_partial_unit_of_an_unfinished_document_is_padded(
     tmp_path: Path, facts: TokenizerFacts
 ) -> None:
     with TokenFileWriter(tmp_path / "s", facts) as writer:
-        writer.add(np.array([5, 6, 7]))
-    (batch,) = step(Loader(data_config({"s": (f"{tmp_path}/s", 1.0)}, row_units=1), facts, 1), 1)
-    assert batch.tokens.tolist() == [[5, 6, 7, PAD]]
-    assert batch.labels.tolist() == [[6, 7, PAD, PAD]]
+        writer.add(np.arange(5, 12))
+    batches = step(Loader(data_config({"s": (f"{tmp_path}/s", 1.0)}, row_units=1), facts, 1), 2)
+    (batch,) = [batch for batch in batches if 9 in batch.tokens[:, 0]]
+    assert batch.tokens.tolist() == [[9, 10, 11, PAD]]
+    assert batch.labels.tolist() == [[10, 11, PAD, PAD]]
     assert batch.loss_mask.tolist() == [[1, 1, 0, 0]]
 
 
@@ -246,7 +247,10 @@ def test_unusable_source_is_one_clear_line(
     elif other == "missing":
         path, message = str(tmp_path / "none"), r"none\.idx cannot be read"
     elif other == "tiny":
-        path, message = write_source("s", [1]), "holds no two tokens"
+        path, message = (
+            write_source("s", [4]),
+            "'s': the longest shard .* has 3 labels, a unit has 4",
+        )
     else:
         weight, message = 0.0, "no data source with a weight above 0"
     with pytest.raises(DataError, match=message) as caught:
