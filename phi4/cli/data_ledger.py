@@ -89,6 +89,10 @@ def recipe_at(recipe: Recipe, state: RunState, step: int) -> Recipe:
             tree[section] |= {key: old}
             if old is None:
                 del tree[section][key]
+    # The files lie where they lie now, wherever they lay then.
+    places = {source.name: source.path for source in recipe.data.sources}
+    for source in tree["data"]["sources"]:
+        source["path"] = places.get(source["name"], source["path"])
     return parse_recipe(tree, where=f"the recipe of step {step}")
 
 

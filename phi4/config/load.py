@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from phi4.config.schema import Kind, Recipe, SourceConfig, key_kinds
+from phi4.config.schema import Kind, Recipe, key_kinds, source_key_kinds
 from phi4.errors import ConfigError
 
 
@@ -88,13 +88,19 @@ def changed_keys(old: Recipe, new: Recipe) -> dict[Kind, dict[str, tuple[Any, An
     changes: dict[Kind, dict[str, tuple[Any, Any]]] = {"identity": {}, "schedule": {}, "free": {}}
     for key, value in after.items():
         if before[key] != value:
-            changes[_KINDS[key]][key] = (before[key], value)
+            moved = key == "data.sources" and _bound(before[key]) == _bound(value)
+            changes["free" if moved else _KINDS[key]][key] = (before[key], value)
     return changes
 
 
 _KINDS = key_kinds()
-_SOURCE_KEYS = tuple(SourceConfig.model_fields)
+_SOURCE_KINDS = source_key_kinds()
 _SHAPES = {"model_type": "a table", "tuple_type": "an array"}
+
+
+def _bound(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sources without their free keys."""
+    return [{k: v for k, v in source.items() if _SOURCE_KINDS[k] != "free"} for source in sources]
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def _explain(item: dict[str, Any]) -> str:
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         if len(location) > 2:
-            known = [".".join([*location[:-1], name]) for name in _SOURCE_KEYS]
+            known = [".".join([*location[:-1], name]) for name in _SOURCE_KINDS]
         else:
             known = [*_KINDS, *Recipe.model_fields]
         return f"unknown key {key}{nearest(key, known)}"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict
 from pydantic.fields import FieldInfo
 
 Kind = Literal["identity", "schedule", "free"]
-Implementation = Literal["auto", "torch", "triton", "cuda", "te"]
+Implementation = Literal["auto", "torch", "triton", "gluon", "cuda", "te"]
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -75,8 +75,9 @@ class SourceConfig(Section):
     """One named source of the blend."""
 
     name: str = _key("schedule", min_length=1)
-    path: str = _key("schedule", min_length=1)
-    """Prefix of a .bin/.idx pair, a glob of prefixes, or a .list file with a prefix per line."""
+    path: str = _key("free", min_length=1)
+    """Prefix of a .bin/.idx pair, a glob of prefixes, or a .list file with a prefix per line. Files
+    may move: what they must hold under this name is in the ledger, by their manifests' hash."""
     weight: float = _key("schedule", 1.0, ge=0)
     """Share of the blend drawn from this source: fractions that sum to 1, or ratios from 1 up."""
     max_epochs: float = _key("schedule", 0.0, ge=0)
@@ -284,6 +285,12 @@ def key_kinds() -> dict[str, Kind]:
         for name, info in field.annotation.model_fields.items():
             kinds[f"{section}.{name}"] = _kind_of(info, f"{section}.{name}")
     return kinds
+
+
+def source_key_kinds() -> dict[str, Kind]:
+    """Kind of every key of a source; where only free ones change, so do the sources."""
+    fields = SourceConfig.model_fields
+    return {name: _kind_of(info, f"source.{name}") for name, info in fields.items()}
 
 
 def _kind_of(info: FieldInfo, key: str) -> Kind:

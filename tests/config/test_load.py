@@ -204,6 +204,18 @@ def test_change_is_listed_by_kind_and_the_hash_covers_identity_only(
     assert (identity_hash(new) != identity_hash(old)) == (kind == "identity")
 
 
+def test_sources_may_move_and_nothing_else_of_them_goes_unnoticed() -> None:
+    def sources(**changes: object) -> Recipe:
+        source = {"name": "web", "path": "here/web", "weight": 1.0, **changes}
+        return parse_recipe({"data": {"sources": [source]}})
+
+    moved = changed_keys(sources(), sources(path="there/web"))
+    assert list(moved["free"]) == ["data.sources"] and not moved["schedule"]
+    for change in ({"weight": 2.0}, {"name": "w"}, {"kind": "windows"}, {"max_epochs": 3.0}):
+        changes = changed_keys(sources(), sources(path="there/web", **change))
+        assert list(changes["schedule"]) == ["data.sources"] and not changes["free"]
+
+
 def test_recipe_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Recipe().run.steps = 3

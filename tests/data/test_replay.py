@@ -180,6 +180,29 @@ def test_why_locates_the_token_in_the_file(run: FakeRun) -> None:
         assert token == run.served[0][2].tokens[0, int(begin)]
 
 
+def test_files_may_move_and_the_stream_goes_on(run: FakeRun, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    sources = [source.model_dump(exclude_none=True) for source in run.recipe.data.sources]
+    for source in sources:
+        for file in tmp_path.glob(f"{source['name']}.*"):
+            file.rename(elsewhere / file.name)
+        source["path"] = str(elsewhere / source["name"])
+    data = run.recipe.data.model_dump(exclude_none=True) | {"sources": sources}
+    recipe = run._recipe({"data": data, "batch": {"global_batch_size": 5}})
+    assert with_changes(run.state, run.recipe, recipe, allow=False) == run.state
+    blends = len(run.state.data["blends"])
+    run.train(1, data=data, batch={"global_batch_size": 5})
+    assert len(run.state.data["blends"]) == blends
+    tokenizer = load_tokenizer(run.recipe.tokenizer)
+    for step, sample in ((8, 2), (6, 0)):
+        printed = phi4_data("why", run.directory / "run", "--step", step, "--sample", sample)
+        assert "elsewhere" in printed
+    # A step of an earlier blend, before the files moved.
+    shown = phi4_data("why", run.directory / "run", "--step", 4, "--sample", 0, "--show")
+    assert shown.endswith(tokenizer.decode(run.served[3][0].tokens[0]) + "\n")
+
+
 def test_steps_of_a_blend_by_loss_tokens_are_found_again(tmp_path: Path, ranks: Path) -> None:
     run = FakeRun(tmp_path, ranks)
     cat, mat = run.source("cats", "the cat", 0.25), run.source("mats", "a mat", 0.75)
