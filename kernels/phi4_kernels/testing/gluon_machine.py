@@ -1,0 +1,274 @@
+"""A Hopper multiprocessor as far as a protocol can see it: who may touch which buffer when.
+
+Partitions run as threads of which one holds the baton, so a schedule repeats. Copies and warpgroup
+products are asynchronous: a copy lands when the schedule says, a product is done when it is waited
+for. What orders two accesses is kept in vector clocks, carried from arrivals to waits by barriers:
+a race is found because nothing orders it, whether or not this schedule made it happen.
+"""
+
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from phi4_kernels.errors import GateError
+from phi4_kernels.testing.gluon_state import Barrier, Copy, Partition, Product, Region, merge
+
+_NEVER = 1 << 60
+ORDERS = ("forward", "reversed", "shuffled")
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which of several possible steps comes next, and the order of programs."""
+
+    order: str = "forward"
+    """`forward` runs a partition until it waits, and lands copies when all wait; `reversed` takes
+    the last partition and the newest copy first; `shuffled` draws every step."""
+    seed: int = 0
+
+
+class _StoppedError(BaseException):
+    """Ends the threads of a failed machine."""
+
+
+class Machine:
+    """One program on one multiprocessor."""
+
+    def __init__(self, schedule: Schedule, program: int, grid: int) -> None:
+        self.program, self.grid = program, grid
+        self.schedule, self._random = schedule, random.Random(schedule.seed * 7919 + program)
+        self.partitions = [Partition(0, "kernel", {0: 1})]
+        self.regions: list[Region] = []
+        self._copies: list[Copy] = []
+        self._agents = 1
+        self._error: BaseException | None = None
+        self._current = self.partitions[0]
+        self._scheduler = threading.Semaphore(0)
+
+    @property
+    def current(self) -> Partition:
+        """The partition that holds the baton."""
+        return self._current
+
+    def read(self, region: Region, where: str, product: Product | None = None) -> None:
+        """An ordinary read, or one by a product that is being issued."""
+        me = self._current
+        self._expect_written_before(region, f"{where} reads")
+        if product is not None:
+            self._expect_fenced(region, where)
+            product.regions.append(region)
+        region.reads[me.index] = (_NEVER if product else me.now, f"{me.name} at {where}")
+
+    def write(self, region: Region, where: str) -> None:
+        """An ordinary store."""
+        me = self._current
+        self._expect_free(region, where)
+        region.written, region.writer = (me.index, me.now), f"{me.name} at {where}"
+        region.reads = {}
+        region.unfenced.add(me.index)
+
+    def fence(self) -> None:
+        """Show this partition's ordinary stores to the copy engine and the tensor cores."""
+        for region in self.regions:
+            region.unfenced.discard(self._current.index)
+
+    def copy(
+        self,
+        region: Region,
+        barrier: Barrier,
+        num_bytes: int,
+        land: Callable[[], None],
+        where: str,
+    ) -> None:
+        """Issue a copy into a region."""
+        me = self._current
+        self._expect_free(region, where)
+        self._expect_fenced(region, where)
+        agent, self._agents = self._agents + 1000, self._agents + 1
+        region.written, region.writer = (agent, 1), f"the copy that {me.name} issued at {where}"
+        region.reads = {}
+        clock = dict(me.clock) | {agent: 1}
+        self._copies.append(Copy(region, barrier, num_bytes, land, clock))
+        self.step()
+
+    def issue(self, product: Product) -> None:
+        """Put a product in flight."""
+        self._current.products.append(product)
+        self.step()
+
+    def wait_products(self, outstanding: int) -> None:
+        """Finish all products of this partition but the newest `outstanding`."""
+        me = self._current
+        finished = me.products[: len(me.products) - outstanding]
+        me.products = me.products[len(finished) :]
+        still = {id(region) for product in me.products for region in product.regions}
+        for product in finished:
+            product.done = True
+            for region in product.regions:
+                if me.index in region.reads and id(region) not in still:
+                    region.reads[me.index] = (me.now, region.reads[me.index][1])
+        self.step()
+
+    def arrive(self, barrier: Barrier, count: int, where: str, num_bytes: int = 0) -> None:
+        """Arrive, after adding to the bytes that the phase expects."""
+        me = self._current
+        if me.index in barrier.arrived or barrier.pending < count:
+            before = barrier.arrived.get(me.index, "others")
+            raise GateError(
+                f"{barrier.name}: {me.name} arrives at {where}, but phase {barrier.phases} already "
+                f"has its arrival ({before}); expected {barrier.count} arrivals, one of each "
+                "partition; remove one or correct mbarrier.init"
+            )
+        barrier.arrived[me.index] = where
+        barrier.bytes += num_bytes
+        barrier.pending -= count
+        merge(barrier.gathered, me.clock)
+        me.clock[me.index] += 1
+        barrier.settle()
+        self.step()
+
+    def wait(self, barrier: Barrier, parity: int, where: str) -> None:
+        """Wait for the phase of that parity."""
+        me = self._current
+        me.waits = (barrier, parity, where)
+        if self.schedule.order == "shuffled" or not barrier.passes(parity):
+            self._yield(me)
+        me.waits = None
+        merge(me.clock, barrier.released)
+
+    def step(self) -> None:
+        """A point at which another partition may go on."""
+        if self.schedule.order == "shuffled":
+            self._yield(self._current)
+
+    def specialize(self, functions: list[tuple[str, Callable[[], None]]]) -> None:
+        """Run partitions side by side until all have finished."""
+        parent = self._current
+        self.partitions = [
+            Partition(i, name, dict(parent.clock) | {i: 1}) for i, (name, _) in enumerate(functions)
+        ]
+        threads = [
+            threading.Thread(target=self._run, args=(partition, function), daemon=True)
+            for partition, (_, function) in zip(self.partitions, functions, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        while self._error is None and not all(p.finished for p in self.partitions):
+            self._next()
+        for partition in self.partitions:
+            partition.baton.release()
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+        self._current = parent
+
+    def finish(self) -> None:
+        """Nothing may be in flight when the program ends."""
+        left = [f"the copy into {copy.region.name}" for copy in self._copies]
+        left += [f"the product at {p.where}" for who in self.partitions for p in who.products]
+        if left:
+            raise GateError(
+                f"the program ends with {left[0]} in flight; expected all awaited; wait for it"
+            )
+
+    def _run(self, partition: Partition, function: Callable[[], None]) -> None:
+        partition.baton.acquire()
+        try:
+            if self._error is None:
+                function()
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            self._error = self._error or error
+        partition.finished = True
+        self._scheduler.release()
+
+    def _yield(self, me: Partition) -> None:
+        if len(self.partitions) == 1:
+            if me.waits is not None and not me.waits[0].passes(me.waits[1]):
+                raise self._deadlock()
+            return
+        self._scheduler.release()
+        me.baton.acquire()
+        if self._error is not None:
+            raise _StoppedError
+        self._current = me
+
+    def _next(self) -> None:
+        """One step of the schedule: let a partition run on, or land a copy."""
+        ready = [p for p in self.partitions if p.ready]
+        choices: list[Any] = [*ready, *self._copies]
+        if not choices:
+            self._error = self._deadlock()
+            return
+        if self.schedule.order == "shuffled":
+            chosen = self._random.choice(choices)
+        elif self.schedule.order == "reversed":
+            chosen = ready[-1] if ready else self._copies[-1]
+        else:
+            chosen = choices[0]
+        try:
+            if isinstance(chosen, Copy):
+                self._land(chosen)
+                return
+        except GateError as error:
+            self._error = error
+            return
+        self._current = chosen
+        chosen.baton.release()
+        self._scheduler.acquire()
+
+    def _land(self, copy: Copy) -> None:
+        self._copies.remove(copy)
+        copy.land()
+        copy.barrier.bytes -= copy.num_bytes
+        merge(copy.barrier.gathered, copy.clock)
+        copy.barrier.settle()
+
+    def _deadlock(self) -> GateError:
+        waits = [
+            f"{p.name} at {p.waits[2]} for parity {p.waits[1]} of {p.waits[0].name} "
+            f"({p.waits[0].state()})"
+            for p in self.partitions
+            if p.waits is not None and not p.finished
+        ]
+        return GateError(
+            f"deadlock: {'; '.join(waits)}; expected someone to go on; look for a missing arrival, "
+            "a wrong parity or a wrong number of bytes"
+        )
+
+    def _expect_written_before(self, region: Region, what: str) -> None:
+        if region.written is None:
+            raise GateError(
+                f"{what} {region.name}, which nothing has written; expected a copy or a store"
+            )
+        if not self._current.knows(*region.written):
+            raise GateError(
+                f"race: {self._current.name} at {what} {region.name} unordered with "
+                f"{region.writer}; expected a wait between them; check the barrier and its parity"
+            )
+
+    def _expect_free(self, region: Region, where: str) -> None:
+        if region.written is not None:
+            self._expect_written_before(region, f"{where} overwrites")
+        for agent, (time, reader) in region.reads.items():
+            if agent != self._current.index and not self._current.knows(agent, time):
+                raise self._overwritten(region, where, reader)
+            if time == _NEVER:
+                raise self._overwritten(region, where, reader)
+
+    def _overwritten(self, region: Region, where: str, reader: str) -> GateError:
+        return GateError(
+            f"race: {self._current.name} at {where} overwrites {region.name}, which {reader} may "
+            "still read; expected its release before; arrive after the read and wait for it"
+        )
+
+    def _expect_fenced(self, region: Region, where: str) -> None:
+        if region.unfenced:
+            raise GateError(
+                f"{where} uses {region.name} asynchronously after ordinary stores; expected "
+                "fence_async_shared between them; add it after the stores"
+            )

@@ -1,0 +1,114 @@
+"""What the emulated multiprocessor keeps: slots of shared memory, barriers, work in flight."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from phi4_kernels.errors import GateError
+
+Clock = dict[int, int]
+"""Per agent (a partition or a copy), up to which of its times all is known to have happened."""
+
+
+def merge(into: Clock, other: Clock) -> None:
+    """Make `into` know all that `other` knows."""
+    for agent, time in other.items():
+        into[agent] = max(into.get(agent, 0), time)
+
+
+@dataclass(slots=True)
+class Region:
+    """A slot of shared memory: its last writer and the readers since then."""
+
+    name: str
+    written: tuple[int, int] | None = None
+    writer: str = ""
+    reads: dict[int, tuple[int, str]] = field(default_factory=dict)
+    unfenced: set[int] = field(default_factory=set)
+    """Partitions whose ordinary stores the copy engine and the tensor cores may not see yet."""
+
+
+@dataclass(slots=True)
+class Barrier:
+    """An mbarrier; see the PTX manual, section mbarrier."""
+
+    name: str
+    count: int
+    pending: int
+    bytes: int = 0
+    """Expected and not yet landed."""
+    phases: int = 0
+    """Completed."""
+    arrived: dict[int, str] = field(default_factory=dict)
+    gathered: Clock = field(default_factory=dict)
+    released: Clock = field(default_factory=dict)
+
+    def passes(self, parity: int) -> bool:
+        """Whether a wait for `parity` returns."""
+        return self.phases % 2 != parity
+
+    def settle(self) -> None:
+        """Complete the phase if nothing is missing."""
+        if self.pending:
+            return
+        if self.bytes < 0:
+            raise GateError(
+                f"{self.name}: {-self.bytes} bytes landed that were not expected in phase "
+                f"{self.phases}; expected the bytes of its copies; correct mbarrier.expect"
+            )
+        if self.bytes == 0:
+            merge(self.released, self.gathered)
+            self.gathered, self.arrived = {}, {}
+            self.phases, self.pending = self.phases + 1, self.count
+
+    def state(self) -> str:
+        """What the current phase lacks."""
+        return f"phase {self.phases} lacks {self.pending} arrivals and {self.bytes} bytes"
+
+
+@dataclass(slots=True)
+class Copy:
+    """A copy in flight."""
+
+    region: Region
+    barrier: Barrier
+    num_bytes: int
+    land: Callable[[], None]
+    clock: Clock
+
+
+@dataclass(slots=True)
+class Product:
+    """A warpgroup product in flight, and the regions it reads."""
+
+    regions: list[Region]
+    where: str
+    done: bool = False
+
+
+@dataclass(slots=True)
+class Partition:
+    """A group of warps."""
+
+    index: int
+    name: str
+    clock: Clock
+    products: list[Product] = field(default_factory=list)
+    waits: tuple[Barrier, int, str] | None = None
+    finished: bool = False
+    baton: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    @property
+    def now(self) -> int:
+        return self.clock[self.index]
+
+    def knows(self, agent: int, time: int) -> bool:
+        """Whether that access happened before whatever this partition does next."""
+        return self.clock.get(agent, 0) >= time
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can go on."""
+        if self.finished:
+            return False
+        return self.waits is None or self.waits[0].passes(self.waits[1])
