@@ -20,11 +20,14 @@ from phi4.engine.layout import Layout
 from phi4.engine.loss_head import vocab_parallel_log_probs
 from phi4.engine.placement import MicroBatch
 from phi4.engine.precision import torch_dtype
-from phi4.engine.spec import Choice, block_spec
+from phi4.engine.spec import Choice, block_spec, implementation_of
 
 
 class Phi4Model(GPTModel):
     """One model chunk; the last one gives log-probabilities of the labels instead of a loss."""
+
+    cross_entropy = "torch"
+    """Implementation of the loss head; see `choose`."""
 
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
@@ -35,10 +38,8 @@ class Phi4Model(GPTModel):
 
         Collectives: one all-gather over tp (see `vocab_parallel_log_probs`).
         """
-        log_probs_SB = vocab_parallel_log_probs(
-            logits, labels.t().contiguous(), self.pg_collection.tp
-        )
-        return log_probs_SB.t()
+        tensor_ranks = self.pg_collection.tp
+        return vocab_parallel_log_probs(logits, labels, tensor_ranks, self.cross_entropy)
 
     def run(self, batch: MicroBatch, labels: torch.Tensor | None) -> torch.Tensor:
         """Forward pass of this chunk.
@@ -106,20 +107,20 @@ def build_chunks(
         num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
         first = layout.pp_rank == 0 and index == 0
         last = layout.is_last_stage and index == layout.vpp_size - 1
-        chunks.append(
-            Phi4Model(
-                config,
-                block_spec(num_layers, choices),
-                vocab_size=recipe.model.vocab_size,
-                max_sequence_length=recipe.data.sequence_length,
-                pre_process=first,
-                post_process=last,
-                share_embeddings_and_output_weights=False,
-                position_embedding_type="none",
-                pg_collection=layout.groups,
-                vp_stage=vp_stage,
-            )
+        chunk = Phi4Model(
+            config,
+            block_spec(num_layers, choices),
+            vocab_size=recipe.model.vocab_size,
+            max_sequence_length=recipe.data.sequence_length,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="none",
+            pg_collection=layout.groups,
+            vp_stage=vp_stage,
         )
+        chunk.cross_entropy = implementation_of("cross_entropy", choices)
+        chunks.append(chunk)
     return chunks
 
 

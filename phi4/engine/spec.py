@@ -21,7 +21,7 @@ from phi4.engine.attention import CoreAttention, Phi4SelfAttention
 from phi4.engine.layers import Phi4Layer, RMSNorm, SwiGLU
 from phi4.errors import ConfigError
 
-_SERVED = ("rope", "rms_norm", "swiglu")
+_SERVED = ("rope", "rms_norm", "swiglu", "cross_entropy")
 """Ops whose modules take any implementation that phi4_kernels has."""
 
 

@@ -27,6 +27,8 @@ from phi4.config import Recipe
 from phi4.model.shape import DTYPE_BYTES
 
 _FP32 = 4
+_WIDENED_LOGITS = 1 << 24
+"""Logits that torch's form of the loss holds in fp32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,12 @@ class Activations:
 
     @property
     def head_bytes(self) -> int:
-        """Kept by final norm, output layer and loss head: the fp32 softmax is nearly all of it."""
+        """Kept by final norm, output layer and loss head: the logits are nearly all of it."""
         norm = 2 * self.residual_bytes + _FP32 * self.residual_tokens
-        target_column_and_owned = 9 * self.tokens
-        return norm + _FP32 * self.num_logits + target_column_and_owned
+        # Several rows are copied into the order of the logits.
+        labels = 8 * self.tokens if self.recipe.batch.micro_batch_size > 1 else 0
+        normalizer = 3 * _FP32 * self.tokens
+        return norm + self.element_bytes * self.num_logits + labels + normalizer
 
     @property
     def num_logits(self) -> int:
@@ -120,12 +124,12 @@ class Activations:
 
     @property
     def _head_working_bytes(self) -> int:
-        # Forward: logits and their fp32 copy beside the softmax; backward: their gradients.
-        copies = _FP32 + (self.element_bytes if self.element_bytes < _FP32 else 0)
+        # The gradient of the logits takes their place, so that only the linear's are left. torch's
+        # form of the loss widens a slice of the logits, twice, where a kernel needs nothing.
         hidden = self.recipe.model.hidden_size
         matrix = hidden * self.recipe.model.vocab_size // self.recipe.parallel.tensor
-        linear = self.element_bytes * (self.num_logits + matrix + self.tokens * hidden)
-        return max(copies * self.num_logits, linear)
+        linear = self.element_bytes * (matrix + self.tokens * hidden)
+        return max(2 * _FP32 * min(self.num_logits, _WIDENED_LOGITS), linear)
 
     @property
     def _recomputed_bytes(self) -> int:

@@ -9,10 +9,10 @@ from tests.support.ranks import RankPool, gloo_group
 
 def _split(rank: int, world_size: int, logits, labels, upstream):
     with gloo_group(rank, world_size):
-        local = logits.chunk(world_size, dim=-1)[rank].clone().requires_grad_()
-        log_probs = vocab_parallel_log_probs(local, labels, torch.distributed.group.WORLD)
+        leaf = logits.chunk(world_size, dim=-1)[rank].clone().requires_grad_()
+        log_probs = vocab_parallel_log_probs(leaf * 1, labels, torch.distributed.group.WORLD)
         log_probs.backward(upstream)
-        return log_probs.detach(), local.grad
+        return log_probs.detach(), leaf.grad
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -23,10 +23,10 @@ def test_split_log_probs_equal_log_softmax(
 ) -> None:
     random = torch.Generator().manual_seed(7)
     logits = (torch.randn(5, 3, 64, generator=random) * scale).to(dtype)
-    labels = torch.randint(0, 64, (5, 3), generator=random)
-    upstream = torch.randn(5, 3, generator=random)
+    labels = torch.randint(0, 64, (3, 5), generator=random)
+    upstream = torch.randn(3, 5, generator=random)
     truth = logits.double().requires_grad_()
-    expected = truth.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    expected = truth.log_softmax(-1).gather(-1, labels.t().unsqueeze(-1)).squeeze(-1).t()
     expected.backward(upstream.double())
     results = pools[world_size].run(_split, logits, labels, upstream)
     gradient = torch.cat([grad for _, grad in results], dim=-1)
@@ -41,11 +41,10 @@ def test_split_log_probs_equal_log_softmax(
 
 
 def test_empty_micro_batch_has_no_log_probs(pools: dict[int, RankPool]) -> None:
-    shape = (0, 3)
     results = pools[2].run(
-        _split, torch.zeros(*shape, 8), torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+        _split, torch.zeros(0, 3, 8), torch.zeros((3, 0), dtype=torch.long), torch.zeros(3, 0)
     )
-    assert all(log_probs.shape == shape for log_probs, _ in results)
+    assert all(log_probs.shape == (3, 0) for log_probs, _ in results)
 
 
 @pytest.fixture(scope="module")
