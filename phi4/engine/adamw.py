@@ -1,71 +1,145 @@
-"""AdamW with the contract of apex's FusedAdam, which megatron-core's optimizers are written for.
+"""megatron-core's optimizers with our AdamW: after the norm, one pass over the gradient.
 
-The step count lives in the parameter group and the moments are named `exp_avg` and `exp_avg_sq`;
-that is what the distributed optimizer saves, reshards and loads.
+Stock, a step reads the gradients for their norm, reads and writes them to clip, reads them to
+update, and then reads the masters to write the bf16 weights. Here the clip factor stays on the
+device and the update takes it, with masters, moments and bf16 weights written from registers: the
+gradient is read twice, once for the norm, and never written. Preparing needs no change: gradient
+buffers are fp32, so megatron-core's `main_param.grad = main_grad.float()` is a view.
+
+A gradient norm that is not finite changes nothing: no parameter, no moment, no step count.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import math
+from functools import cached_property
 
 import torch
-from torch.optim.adamw import adamw
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+)
+from phi4_kernels.grad_norm import clip_factor, square_sum
+from torch import Tensor
+
+CLIP_EPS = 1e-6
+"""Added to the norm where it divides, as in torch.nn.utils.clip_grad_norm_ and megatron-core."""
 
 
-class AdamW(torch.optim.Optimizer):
-    """Decoupled weight decay Adam.
+class OnePass:
+    """What takes the place of clipping, step and copies in each of megatron-core's optimizers."""
 
-    Args:
-        params: parameters or groups; fp32 (the master weights).
-        lr: learning rate.
-        betas: decay of the first and second moment.
-        eps: added to the root of the second moment after bias correction.
-        weight_decay: decoupled.
-        adam_w_mode: must be True; L2 regularisation is not offered.
+    @cached_property
+    def weights(self) -> dict[Tensor, Tensor]:
+        """By fp32 master: the bf16 weight, or this rank's part of it, that follows it."""
+        return {}
 
-    Source: Loshchilov and Hutter 2019, algorithm 2; apex.optimizers.FusedAdam for the contract.
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor) -> None:
+        """Enqueue the update with prepared gradients; see FusedAdam.update."""
+        if not self.is_stub_optimizer:
+            self.optimizer.update(grad_scale=grad_scale, found_inf=found_inf, weights=self.weights)
+
+
+class OnePassFP32(OnePass, FP32Optimizer):
+    """fp32 weights, whole on every data rank: they are their own masters."""
+
+
+class OnePassFloat16(OnePass, Float16OptimizerWithFloat16Params):
+    """bf16 weights with fp32 masters, whole on every data rank."""
+
+    @cached_property
+    def weights(self) -> dict[Tensor, Tensor]:
+        """See OnePass."""
+        return {
+            main: model.data
+            for models, mains in zip(
+                self.float16_groups, self.fp32_from_float16_groups, strict=True
+            )
+            for model, main in zip(models, mains, strict=True)
+        }
+
+
+class OnePassDistributed(OnePass, DistributedOptimizer):
+    """ZeRO-1: this data rank's parts of the buckets, in fp32 or bf16 with fp32 masters.
+
+    fp32 masters are views of the parameter buffer, which the update writes in place.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-    ) -> None:
-        if not adam_w_mode:
-            raise ValueError("adam_w_mode=False asked for; only decoupled weight decay is offered")
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+    @cached_property
+    def weights(self) -> dict[Tensor, Tensor]:
+        """See OnePass; parts of the parameter buffer that the next all-gather sends."""
+        return {
+            main: self._part_of_buffer(model)
+            for models, mains in zip(
+                self.model_float16_groups, self.shard_fp32_from_float16_groups, strict=True
+            )
+            for model, main in zip(models, mains, strict=True)
+        }
+
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor) -> None:
+        """See OnePass.
+
+        Collectives: all-gather of the parameters over data and context ranks, unless it overlaps
+        the next forward pass.
+        """
+        super().update(grad_scale, found_inf)
+        if not self.ddp_config.overlap_param_gather:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync()
+
+    def _part_of_buffer(self, model: Tensor) -> Tensor:
+        buffer_index, _, bucket_index = self.model_param_gbuf_map[model]
+        part = self._get_model_param_range_map(model)["gbuf_world_in_bucket"]
+        bucket = self.buffers[buffer_index].buckets[bucket_index]
+        return bucket.param_data.view(-1)[part.start : part.end]
+
+
+class OnePassChain(ChainedOptimizer):
+    """The optimizer of a rank: norm, clip factor and update, in that order."""
+
+    def serve_by(self, *, adamw: str, grad_norm: str) -> None:
+        """Name the implementations of the two ops."""
+        self._grad_norm = grad_norm
+        for optimizer in self.chained_optimizers:
+            if not optimizer.is_stub_optimizer:
+                optimizer.optimizer.implementation = adamw
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            group["step"] = group.get("step", 0) + 1
-            for param in params:
-                if not self.state[param]:
-                    self.state[param]["exp_avg"] = torch.zeros_like(param)
-                    self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
-            before = torch.tensor(float(group["step"] - 1), device=params[0].device)
-            adamw(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                [before.clone() for _ in params],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+    def step(self) -> tuple[bool, float, None]:
+        """(whether parameters changed, gradient norm before clipping, None).
+
+        Collectives: all-reduce of one number over the ranks that hold other gradients; those of
+        the optimizers' `update`.
+        """
+        self.prepare_grads()
+        total = self._square_sum()
+        max_norm = self.config.clip_grad
+        grad_scale = clip_factor(total, max_norm, CLIP_EPS) if max_norm > 0 else None
+        found_inf = (~total.isfinite()).float()
+        for optimizer in self.chained_optimizers:
+            optimizer.update(grad_scale, found_inf)
+        # Read only now: everything above is enqueued.
+        norm = math.sqrt(float(total))
+        if not math.isfinite(norm):
+            self._retract()
+        return math.isfinite(norm), norm, None
+
+    def _square_sum(self) -> Tensor:
+        gradients = [
+            gradient
+            for optimizer in self.chained_optimizers
+            for gradient in optimizer.get_main_grads_for_grad_norm()
+        ]
+        if gradients:
+            total = square_sum(gradients, implementation=self._grad_norm)
+        else:
+            device = torch.cuda.current_device()
+            total = torch.zeros((), dtype=torch.float64, device=device)
+        dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
+        return total
+
+    def _retract(self) -> None:
+        for optimizer in self.chained_optimizers:
+            if not optimizer.is_stub_optimizer:
+                optimizer.optimizer.retract()

@@ -68,7 +68,7 @@ class Engine:
             self.optimizer = None
             if trains:
                 self.chunks = wrap_data_parallel(self.bare_chunks, self.config, recipe, self.layout)
-                self.optimizer = build_optimizer(self.chunks, recipe)
+                self.optimizer = build_optimizer(self.chunks, recipe, self.choices)
 
     def train_step(
         self,

@@ -1,4 +1,6 @@
-"""The optimizer: megatron-core's (master weights, clipping, ZeRO-1) around our AdamW."""
+"""The optimizer: megatron-core's (master weights, ZeRO-1) around our AdamW; see adamw."""
+
+from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -10,6 +12,7 @@ from phi4.config import Recipe
 from phi4.engine.layout import Layout
 from phi4.engine.model import Phi4Model
 from phi4.engine.precision import torch_dtype
+from phi4.engine.spec import Choice, implementation_of
 
 
 def wrap_data_parallel(
@@ -51,14 +54,21 @@ def gather_parameters(wrapped: list[torch.nn.Module]) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def build_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
+def build_optimizer(
+    wrapped: list[DistributedDataParallel], recipe: Recipe, choices: Sequence[Choice] = ()
+) -> MegatronOptimizer:
     """AdamW over this rank's parameters; weight decay on matrices only.
+
+    Args:
+        wrapped: this rank's model chunks with their gradient buffers.
+        recipe: the run's.
+        choices: of `spec.choose`: what serves `adamw` and `grad_norm`.
 
     Collectives: one all-gather of group names over all ranks.
     """
     optim = recipe.optim
     dtype = torch_dtype(recipe.precision)
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=optim.learning_rate,
@@ -75,6 +85,11 @@ def build_optimizer(wrapped: list[DistributedDataParallel], recipe: Recipe) -> M
         ),
         wrapped,
     )
+    optimizer.serve_by(
+        adamw=implementation_of("adamw", choices),
+        grad_norm=implementation_of("grad_norm", choices),
+    )
+    return optimizer
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:

@@ -1,10 +1,10 @@
 """Every change we make to megatron-core's behaviour, and nothing else.
 
-megatron-core names CUDA devices literally and falls back to an Adam that cannot resume. The changes
-are a context that engine calls enter (`Patches`), not state of the process: outside of it torch and
-megatron-core are stock. Each change is a row of `PATCHES` with its upstream place and reason;
-`tests/engine/test_patches.py` shows that each row's absence fails. Written against megatron-core
-0.16.1 and refuses any other version.
+megatron-core names CUDA devices literally, falls back to an Adam that cannot resume, and takes four
+passes over the gradient for a step. The changes are a context that engine calls enter (`Patches`),
+not state of the process: outside of it torch and megatron-core are stock. Each change is a row of
+`PATCHES` with its upstream place and reason; `tests/engine/test_patches.py` shows that each row's
+absence fails. Written against megatron-core 0.16.1 and refuses any other version.
 """
 
 import contextlib
@@ -20,9 +20,10 @@ from megatron.core import optimizer as megatron_optimizer
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel import random as megatron_random
+from phi4_kernels.adamw import FusedAdam
 from torch.overrides import TorchFunctionMode
 
-from phi4.engine.adamw import AdamW
+from phi4.engine.adamw import OnePassChain, OnePassDistributed, OnePassFloat16, OnePassFP32
 from phi4.errors import PlatformError
 
 MEGATRON_VERSION = "0.16.1"
@@ -163,11 +164,25 @@ PATCHES = (
         "counts per parameter and cannot resume under the distributed optimizer",
         ("cpu", "cuda"),
         lambda patches: [
-            (megatron_optimizer, "Adam", AdamW),
+            (megatron_optimizer, "Adam", FusedAdam),
             (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
-            (distrib_optimizer, "Adam", AdamW),
+            (distrib_optimizer, "Adam", FusedAdam),
             (distrib_optimizer, "HAVE_APEX_OR_TE", True),
             (distrib_optimizer, "USING_APEX_OPTIMIZER", True),
+        ],
+    ),
+    Patch(
+        "one_pass",
+        "optimizer/__init__.py:447,461,465,689, optimizer/optimizer.py:1308 and 560, "
+        "optimizer/distrib_optimizer.py:2429",
+        "clipping rewrites the gradient, and the copy to the weights reads the masters again; both "
+        "run outside of Adam.step",
+        ("cpu", "cuda"),
+        lambda patches: [
+            (megatron_optimizer, "ChainedOptimizer", OnePassChain),
+            (megatron_optimizer, "DistributedOptimizer", OnePassDistributed),
+            (megatron_optimizer, "Float16OptimizerWithFloat16Params", OnePassFloat16),
+            (megatron_optimizer, "FP32Optimizer", OnePassFP32),
         ],
     ),
     Patch(

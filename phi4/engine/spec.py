@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-from phi4_kernels import dispatch
+from phi4_kernels import dispatch, native
 from phi4_kernels.errors import KernelError
 
 from phi4.config import KernelsConfig
@@ -23,6 +23,8 @@ from phi4.errors import ConfigError
 
 _SERVED = ("rope", "rms_norm", "swiglu", "cross_entropy")
 """Ops whose modules take any implementation that phi4_kernels has."""
+_NATIVE = ("adamw", "grad_norm")
+"""Ops of the optimizer, whose kernels are csrc's."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ def choose(kernels: KernelsConfig, device: torch.device) -> tuple[Choice, ...]:
 
 
 def _choose(op: str, asked: str, device: torch.device) -> Choice:
-    if op in _SERVED:
+    if op in _SERVED + _NATIVE:
+        registered = native if op in _NATIVE else dispatch
         try:
-            choice = dispatch.choose(op, asked, device)
+            choice = registered.choose(op, asked, device)
         except KernelError as error:
             raise ConfigError(f"kernels.{op}={asked}: {error}") from error
         return Choice(op, choice.implementation, choice.reason)

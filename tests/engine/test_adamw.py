@@ -1,35 +1,199 @@
-"""Our AdamW is torch's, with the step in the group."""
+"""One pass over the gradient after the norm, with the stock step's results and checkpoints."""
+
+import hashlib
+import shutil
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from phi4_kernels import native
 
-from phi4.engine.adamw import AdamW
+from phi4.engine.adamw import OnePassChain
+from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from phi4.engine.engine import Engine
+from phi4.engine.objective import Loss
+from phi4.stages.pretrain import NextToken
+from tests.support.engines import batches_of, engine_on, tiny_recipe
+from tests.support.gradient_passes import Passes
+from tests.support.ranks import RankPool
+from tools import build_csrc
 
-
-def test_updates_equal_torch_over_many_steps() -> None:
-    random = torch.Generator().manual_seed(3)
-    start = [torch.randn(7, 5, generator=random), torch.randn(11, generator=random)]
-    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    mine = AdamW(ours, **settings)
-    reference = torch.optim.AdamW(theirs, fused=True, **settings)
-    for _ in range(50):
-        for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn(a.shape, generator=random)
-            b.grad = a.grad.clone()
-        mine.step()
-        reference.step()
-    assert mine.param_groups[0]["step"] == 50
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_group_without_gradients_keeps_its_step() -> None:
-    optimizer = AdamW([torch.nn.Parameter(torch.ones(2))])
-    optimizer.step()
-    assert "step" not in optimizer.param_groups[0]
+BF16 = "precision.dtype='bf16'"
+DISTRIBUTED = ("parallel.data=2", "parallel.distributed_optimizer=true")
+KINDS = {
+    "fp32": (),
+    "bf16": (BF16,),
+    "fp32 distributed": DISTRIBUTED,
+    "bf16 distributed": (BF16, *DISTRIBUTED),
+}
+SMALL = ("model.num_layers=2", "optim.clip_grad=0.5")
 
 
-def test_l2_regularisation_is_refused() -> None:
-    with pytest.raises(ValueError, match="adam_w_mode=False"):
-        AdamW([torch.nn.Parameter(torch.ones(2))], adam_w_mode=False)
+@pytest.fixture(scope="module")
+def pool():
+    """Two ranks."""
+    with RankPool(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def library() -> None:
+    """The CUDA ops, whose host form runs here."""
+    if shutil.which("nvcc") is None and native.missing():
+        pytest.skip("nvcc is not on PATH, and csrc is not built")
+    build_csrc.build()
+
+
+class Spoiled(NextToken):
+    """A loss that is not a number."""
+
+    def __call__(self, *args) -> Loss:
+        loss = super().__call__(*args)
+        return Loss(loss.loss_sum * torch.nan, loss.weight_sum)
+
+
+def state_of(engine: Engine) -> list[torch.Tensor]:
+    """Parameters, masters and moments of this rank."""
+    tensors = [p.detach() for chunk in engine.bare_chunks for p in chunk.parameters()]
+    for optimizer in engine.optimizer.chained_optimizers:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                moments = optimizer.optimizer.state[param]
+                tensors += [param.detach(), moments["exp_avg"], moments["exp_avg_sq"]]
+    return tensors
+
+
+def steps_of(engine: Engine) -> set[int]:
+    return {group["step"] for group in engine.optimizer.param_groups if group["params"]}
+
+
+def train(engine: Engine, step: int, objective: NextToken | None = None):
+    batches = batches_of(engine, step)
+    return engine.train_step(batches, objective or NextToken(), learning_rate=1e-2)
+
+
+def _passes(rank, world_size, overrides, stock):
+    """(reads, writes) by operator in passes over this rank's gradients, for the second step."""
+    with engine_on(rank, tiny_recipe(*SMALL, *overrides)) as engine:
+        if engine is None:
+            return None
+        train(engine, 0)
+        buffers = [buffer.grad_data for chunk in engine.chunks for buffer in chunk.buffers]
+        passes = Passes(buffers)
+        owned = sum(p.numel() for g in engine.optimizer.param_groups for p in g["params"]) * 4
+        step = ChainedOptimizer.step if stock else OnePassChain.step
+
+        def counted(self):
+            with passes:
+                return step(self)
+
+        with mock.patch.object(OnePassChain, "step", counted):
+            train(engine, 1)
+        assert owned > 0
+        return tuple(
+            {name: round(touched / owned, 6) for name, touched in found.items()}
+            for found in (passes.reads, passes.writes)
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_reads_the_gradient_twice_and_never_writes_it(
+    kind: str, pool: RankPool, library: None
+) -> None:
+    asked = ("kernels.adamw='cuda'", "kernels.grad_norm='cuda'")
+    for found in pool.run(_passes, (*KINDS[kind], *asked), False):
+        if found is not None:
+            assert found == ({"phi4::square_sum": 1.0, "phi4::adamw_": 1.0}, {})
+
+
+def test_the_torch_form_reads_it_twice(pool: RankPool) -> None:
+    reads, writes = pool.run(_passes, KINDS["bf16"], False)[0]
+    assert reads == {"aten::_foreach_norm.Scalar": 1.0, "aten::_fused_adamw_": 1.0}
+    assert set(writes) == {"aten::_fused_adamw_"}
+
+
+def test_the_stock_step_takes_more_passes(pool: RankPool) -> None:
+    reads, writes = pool.run(_passes, KINDS["bf16 distributed"], True)[0]
+    assert sum(reads.values()) >= 3 and sum(writes.values()) >= 1
+
+
+def _trained(rank, world_size, overrides, stock=False):
+    """Losses and norms of some steps; whether bf16 weights are the rounded masters."""
+    with engine_on(rank, tiny_recipe(*SMALL, *overrides)) as engine:
+        if engine is None:
+            return None
+        step = ChainedOptimizer.step if stock else OnePassChain.step
+        with mock.patch.object(OnePassChain, "step", step):
+            results = [train(engine, index) for index in range(4)]
+        for optimizer in engine.optimizer.chained_optimizers:
+            for master, weight in optimizer.weights.items():
+                assert torch.equal(weight.flatten(), master.flatten().bfloat16())
+        return [(result.loss, result.grad_norm) for result in results]
+
+
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [
+        ("fp32", "torch"),
+        ("bf16", "cuda"),
+        ("fp32 distributed", "cuda"),
+        ("bf16 distributed", "torch"),
+    ],
+)
+def test_losses_are_those_of_the_stock_step(
+    kind: str, implementation: str, pool: RankPool, library: None
+) -> None:
+    asked = [f"kernels.{op}='{implementation}'" for op in ("adamw", "grad_norm")]
+    stock = pool.run(_trained, KINDS[kind], True)[0]
+    ours = pool.run(_trained, (*KINDS[kind], *asked))[0]
+    # A bf16 weight near the middle of two numbers may fall to either side.
+    tolerance = 2e-6 if kind.startswith("fp32") else 2**-9
+    for found, expected in zip(ours, stock, strict=True):
+        assert found == pytest.approx(expected, rel=tolerance)
+
+
+def _resumed(rank, world_size, overrides, root, form):
+    """Hashes of this rank's state after four steps, straight and with a save in the middle."""
+    hashes = []
+    for splits in ((4,), (2, 4)):
+        first = 0
+        for last in splits:
+            with engine_on(rank, tiny_recipe(*SMALL, *overrides)) as engine:
+                if first:
+                    checkpoint = root / f"step_{first:07d}"
+                    load_checkpoint(engine, checkpoint, verify_checkpoint(engine, checkpoint))
+                for step in range(first, last):
+                    train(engine, step)
+                assert steps_of(engine) == {last}
+                if last == 2:
+                    save_checkpoint(engine, root, last, form=form, keep=1, files={}, data={})
+                parts = [t.flatten().view(torch.uint8).numpy() for t in state_of(engine)]
+                first, found = last, [hashlib.sha256(part).hexdigest() for part in parts]
+        hashes.append(found)
+    return hashes
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [("fp32 distributed", "dp"), ("bf16 distributed", "full")]
+)
+def test_resumption_is_exact(kind: str, form: str, pool: RankPool, tmp_path: Path) -> None:
+    for straight, resumed in pool.run(_resumed, KINDS[kind], tmp_path, form):
+        assert straight == resumed and len(straight) > 10
+
+
+def _spoiled(rank, world_size, overrides):
+    with engine_on(rank, tiny_recipe(*SMALL, *overrides)) as engine:
+        train(engine, 0)
+        before = [tensor.clone() for tensor in state_of(engine)]
+        result = train(engine, 1, Spoiled())
+        assert not result.updated and result.grad_norm != result.grad_norm
+        assert steps_of(engine) == {1}
+        assert all(torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True))
+        assert train(engine, 2).updated and steps_of(engine) == {2}
+        assert not torch.equal(before[0], state_of(engine)[0])
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(pool: RankPool) -> None:
+    pool.run(_spoiled, KINDS["bf16 distributed"])
