@@ -124,9 +124,12 @@ def folder(op: str) -> Path:
 
 @cache
 def source_digest(op: str, name: str) -> str:
-    """Hash of the files that decide what an implementation computes: a row proves these alone."""
-    others = {f"{other}_impl.py" for other in implementations(op)} - {f"{name}_impl.py"}
-    files = [path for path in sorted(folder(op).glob("*.py")) if path.name not in others]
+    """Hash of the files that decide what an implementation computes: a row proves these alone.
+
+    A file `<name>_*.py` belongs to the implementation of that name, the others to all of them.
+    """
+    others = tuple(f"{other}_" for other in implementations(op) if other != name)
+    files = [path for path in sorted(folder(op).glob("*.py")) if not path.name.startswith(others)]
     digest = hashlib.sha256()
     for path in (*files, ROOT / "launch.py", ROOT / "operators.py"):
         digest.update(path.read_bytes())
