@@ -21,14 +21,17 @@ from phi4.data.decontaminate.run import Tally
 from phi4.data.decontaminate.self_test import report, run_self_test
 from phi4.data.quality.filter import Filter, learn_from_rows, load_identify
 from phi4.data.quality.rows import parse, read_lines, text_of
-from phi4.data.quality.screen import Screened, screen
+from phi4.data.quality.screen import MAX_BAD_ROWS, Screened, screen
 from phi4.errors import DataError
 
-Inputs = Annotated[list[Path] | None, typer.Argument(help="Rows, .jsonl or .jsonl.gz.")]
-RequiredInputs = Annotated[list[Path], typer.Argument(help="Rows, .jsonl or .jsonl.gz.")]
+Inputs = Annotated[list[Path] | None, typer.Argument(help="Rows, .jsonl, .jsonl.gz or .jsonl.zst.")]
+RequiredInputs = Annotated[
+    list[Path], typer.Argument(help="Rows, .jsonl, .jsonl.gz or .jsonl.zst.")
+]
 RequiredOut = Annotated[Path, typer.Option("--out", help="Directory for rows and quarantine.")]
 Out = Annotated[Path | None, typer.Option(help="Directory for rows, quarantine and report.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+MaxBadRows = Annotated[int, typer.Option(min=0, help="Unreadable rows that stop the job.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -53,6 +56,7 @@ def decontaminate_command(
     info: Annotated[float | None, typer.Option(help="7-gram share of a partial match.")] = None,
     contaminated: Annotated[float | None, typer.Option(help="... of a contaminated row.")] = None,
     workers: Workers = 1,
+    max_bad_rows: MaxBadRows = MAX_BAD_ROWS,
     self_test: Annotated[
         bool,
         typer.Option(
@@ -75,7 +79,9 @@ def decontaminate_command(
     detector = Detector(items, normalisation, thresholds)
     if reference:
         learn_allowed(detector, reference, allow_from, workers)
-    screened, tally = decontaminate(inputs, detector, out, num_workers=workers)
+    screened, tally = decontaminate(
+        inputs, detector, out, num_workers=workers, max_bad_rows=max_bad_rows
+    )
     typer.echo(_benchmark_table(tally))
     if reference:
         typer.echo(f"{len(detector.allowed())} 13-grams of the benchmarks are on the allow-list")
@@ -91,6 +97,7 @@ def deduplicate_command(
     ] = 0.8,
     exact: Annotated[bool, typer.Option(help="Find equal texts only.")] = False,
     workers: Workers = 1,
+    max_bad_rows: MaxBadRows = MAX_BAD_ROWS,
 ) -> None:
     """Keep the first of equal and of nearly equal rows."""
     # The libraries belong to an extra; the other commands work without them.
@@ -98,7 +105,14 @@ def deduplicate_command(
 
     start = time.monotonic()
     duplicates = Duplicates(None if exact else similarity)
-    screened = screen(inputs, out, duplicates.sketcher(), duplicates.decide, num_workers=workers)
+    screened = screen(
+        inputs,
+        out,
+        duplicates.sketcher(),
+        duplicates.decide,
+        num_workers=workers,
+        max_bad_rows=max_bad_rows,
+    )
     _echo_screened(screened, out, start)
 
 
@@ -117,6 +131,7 @@ def filter_command(
     ] = None,
     languages: Annotated[str, typer.Option(help="Codes to keep, separated by commas.")] = "",
     workers: Workers = 1,
+    max_bad_rows: MaxBadRows = MAX_BAD_ROWS,
 ) -> None:
     """Take out corrupted text, by n-gram statistics and compression, and foreign languages."""
     start = time.monotonic()
@@ -126,7 +141,9 @@ def filter_command(
         load_identify(identify) if identify else None,
         frozenset(code.strip() for code in languages.split(",") if code.strip()),
     )
-    screened = screen(inputs, out, keep.analyse, keep.decide, num_workers=workers)
+    screened = screen(
+        inputs, out, keep.analyse, keep.decide, num_workers=workers, max_bad_rows=max_bad_rows
+    )
     _echo_screened(screened, out, start)
 
 

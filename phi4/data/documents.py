@@ -4,20 +4,27 @@ Inputs are cut into parts that any process can read alone, the same parts for an
 processes. A row that cannot be used is a value with a reason, never an exception and never a skip.
 """
 
-import gzip
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BufferedReader
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from phi4.data.chat import Conversation, read_conversation
-from phi4.errors import DataError, PlatformError
+from phi4.data.lines import (
+    LINE_SUFFIXES,
+    MAX_ROW_BYTES,
+    RowError,
+    arrow,
+    open_lines,
+    parse_row,
+    read_lines,
+    reading,
+    skip_line,
+)
+from phi4.errors import DataError
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -29,13 +36,9 @@ TREE_SUFFIXES = frozenset(
 )
 """Files that count as text when a directory is given; a file named itself always does."""
 
-MAX_ROW_BYTES = 32 << 20
-"""A longer row is no document: it is a file that lost its line breaks."""
-
 BLANK = "no text"
 PART_BYTES = 32 << 20
 
-_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CHAT_COLUMNS = ("messages", "prompt", "completion")
 
 
@@ -111,16 +114,13 @@ def read_rows(part: Part, text_field: str = "text") -> Iterator[Row]:
         DataError: a file cannot be read or decompressed.
     """
     for path in part.paths:
-        try:
+        with reading(path):
             if path.endswith(".parquet"):
                 yield from _parquet_rows(path, part, text_field)
             elif _is_rows(Path(path)):
                 yield from _line_rows(path, part, text_field)
             else:
                 yield _whole_file(path)
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise DataError(f"{path} cannot be read ({reason}); check the file") from None
 
 
 def _files(inputs: Iterable[str | Path]) -> Iterator[Path]:
@@ -133,7 +133,7 @@ def _files(inputs: Iterable[str | Path]) -> Iterator[Path]:
 
 
 def _is_rows(path: Path) -> bool:
-    return path.name.endswith((*_LINES, ".parquet"))
+    return path.name.endswith((*LINE_SUFFIXES, ".parquet"))
 
 
 def _size(path: Path) -> int:
@@ -168,46 +168,22 @@ def _whole_file(path: str) -> Row:
 
 
 def _line_rows(path: str, part: Part, text_field: str) -> Iterator[Row]:
-    with _opened(path) as stream:
+    with open_lines(path) as stream:
         if part.begin:
             # The line that begins before this part belongs to the one before.
             stream.seek(part.begin - 1)
-            _skip_line(stream)
-        number = 0
-        while not part.end or stream.tell() < part.end:
-            line = stream.readline(MAX_ROW_BYTES + 1)
-            if not line:
-                return
-            number += 1
-            if len(line) > MAX_ROW_BYTES:
-                num_bytes = len(line) + (0 if line.endswith(b"\n") else _skip_line(stream))
-                reason = f"{num_bytes} bytes; at most {MAX_ROW_BYTES} are read"
-                yield Row(path, number, None, reason)
+            skip_line(stream)
+        lines = read_lines(stream, MAX_ROW_BYTES, part.end)
+        for number, (line, num_bytes) in enumerate(lines, start=1):
+            if not line.strip():
+                yield Row(path, number, None, BLANK)
+                continue
+            try:
+                row = parse_row(line, num_bytes, MAX_ROW_BYTES)
+            except RowError as error:
+                yield Row(path, number, None, str(error))
             else:
-                yield _json_row(path, number, line, text_field)
-
-
-def _skip_line(stream: BinaryIO) -> int:
-    num_bytes = 0
-    while piece := stream.readline(1 << 20):
-        num_bytes += len(piece)
-        if piece.endswith(b"\n"):
-            break
-    return num_bytes
-
-
-def _json_row(path: str, number: int, line: bytes, text_field: str) -> Row:
-    if not line.strip():
-        return Row(path, number, None, BLANK)
-    try:
-        row = msgspec.json.decode(line)
-    except UnicodeDecodeError as error:
-        return Row(path, number, None, f"invalid UTF-8 at byte {error.start}")
-    except (msgspec.DecodeError, RecursionError) as error:
-        return Row(path, number, None, f"invalid JSON: {error}")
-    if not isinstance(row, dict):
-        return Row(path, number, None, f"expected a JSON object, got {type(row).__name__}")
-    return _column_row(path, number, row, text_field)
+                yield _column_row(path, number, row, text_field)
 
 
 def _column_row(path: str, number: int, row: dict, text_field: str) -> Row:
@@ -244,29 +220,10 @@ def _parquet_rows(path: str, part: Part, text_field: str) -> Iterator[Row]:
 
 
 def _parquet(path: str) -> "ParquetFile":
-    _arrow(path)
+    arrow(path)
     from pyarrow.parquet import ParquetFile
 
     try:
         return ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are of these two kinds
         raise DataError(f"{path} is not a parquet file ({error}); check the file") from None
-
-
-def _opened(path: str) -> BinaryIO:
-    if path.endswith(".gz"):
-        return gzip.open(path)
-    if path.endswith(".zst"):
-        # Unlike the common binding, arrow's stream does not take a truncated file for a short one.
-        return BufferedReader(_arrow(path).input_stream(path, compression="zstd"))
-    return open(path, "rb")
-
-
-def _arrow(path: str) -> ModuleType:
-    try:
-        import pyarrow
-    except ImportError:
-        raise PlatformError(
-            f"{path} needs pyarrow to be read; install it with `pip install phi4[data]`"
-        ) from None
-    return pyarrow

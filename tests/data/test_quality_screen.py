@@ -2,8 +2,10 @@ import gzip
 import json
 import resource
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,12 +36,12 @@ def quarantined(directory: Path) -> list[dict]:
     ("row", "reason"),
     [
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"),
-        (b'{"text": "a\x00b"}', "invalid JSON: Invalid control character"),
+        (b'{"text": "a\x00b"}', "invalid JSON: JSON is malformed: invalid character"),
         (b'{"text": "a\\u0000b"}', "NUL at character 1"),
-        (b'{"text": "\\udc80"}', "lone surrogate at character 0"),
+        (b'{"text": "\\udc80"}', "invalid JSON: JSON is malformed: invalid utf-16 surrogate"),
         (b'{"text": "x"', "invalid JSON"),
         (b"[" * 100_000, "invalid JSON"),
-        (b"7", "expected a JSON object, found int"),
+        (b"7", "expected a JSON object, got int"),
         (b'{"text": 7}', "text is int, not text"),
         (b'{"body": "x"}', "none of text, messages"),
         (b'{"messages": [{"role": "user"}]}', "messages has a message without a content string"),
@@ -69,7 +71,7 @@ def test_line_of_100_mb_is_quarantined_and_never_held(tmp_path: Path) -> None:
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert outcome.num_kept == 2 and outcome.rejected == {"bad row": 1}
     (held,) = quarantined(tmp_path / "out")
-    assert held["reason"] == "line of 104857612 bytes; at most 1048576 are read"
+    assert held["reason"] == "104857612 bytes; at most 1048576 are read"
     assert held["row"] == '{"text": "' + "x" * 990
     assert grown < 30 << 20
 
@@ -121,6 +123,28 @@ def test_outcome_does_not_depend_on_workers(tmp_path: Path, num_workers: int) ->
     ]
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_packed_inputs_are_read_alike(tmp_path: Path, suffix: str) -> None:
+    content = b'{"text": "b"}\n{"text": "aaa"}\nno row\n'
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": partial(pa.compress, codec="zstd")}[suffix]
+    source = write(tmp_path / f"rows.jsonl{suffix}", bytes(pack(content)))
+    outcome = screen([source], tmp_path / "out", vowels, no_more_than_two)
+    assert outcome.rejected == {"vowels": 1, "bad row": 1}
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == b'{"text": "b"}\n'
+
+
+def test_too_many_bad_rows_stop_the_job_and_are_kept_to_look_at(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", *[b'{"text": "b"}', b"no row"] * 3)
+    with pytest.raises(DataError, match=r"2 rows are bad, at most 1 .*quarantine\.jsonl\.part"):
+        screen([source], tmp_path / "out", vowels, no_more_than_two, max_bad_rows=1)
+    held = (tmp_path / "out" / "quarantine.jsonl.part").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in held] == [2, 4]
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+    assert (
+        screen([source], tmp_path / "out", vowels, no_more_than_two, max_bad_rows=3).num_kept == 3
+    )
+
+
 def test_job_that_fails_leaves_no_finished_output(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", b'{"text": "b"}')
     with pytest.raises(ZeroDivisionError):
@@ -138,8 +162,9 @@ def test_wrong_inputs_and_outputs_are_one_clear_line(tmp_path: Path) -> None:
         ([source, namesake], "two outputs would be called rows.jsonl"),
         ([write(tmp_path / "quarantine.jsonl", b"")], "two outputs would be called quarantine"),
         ([tmp_path / "none.jsonl"], "none.jsonl cannot be read"),
-        ([write(tmp_path / "rows.csv", b"x")], "neither .jsonl nor .jsonl.gz"),
+        ([write(tmp_path / "rows.csv", b"x")], "none of .jsonl, .jsonl.gz, .jsonl.zst"),
         ([broken], "broken.jsonl.gz cannot be read"),
+        ([write(tmp_path / "foreign.jsonl.zst", b"x" * 99)], "foreign.jsonl.zst cannot be read"),
     ]
     for number, (inputs, message) in enumerate(cases):
         with pytest.raises(DataError, match=message):

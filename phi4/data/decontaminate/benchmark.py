@@ -39,7 +39,7 @@ def read_benchmarks(paths: Iterable[Path]) -> list[Item]:
     items: list[Item] = []
     names: set[str] = set()
     for path in map(Path, paths):
-        name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        name = path.name.partition(".jsonl")[0]
         if name in names:
             raise DataError(f"two benchmark files are called {name}; rename one")
         names.add(name)

@@ -9,8 +9,8 @@ import numpy as np
 
 from phi4.data.decontaminate.benchmark import Item
 from phi4.data.decontaminate.rule import Detector, Finding, Match, Verdict
-from phi4.data.quality.rows import MAX_ROW_BYTES, Line, RowError
-from phi4.data.quality.screen import Rejection, Screened, analyse_rows, screen
+from phi4.data.quality.rows import Line, RowError
+from phi4.data.quality.screen import MAX_BAD_ROWS, Rejection, Screened, analyse_rows, screen
 from phi4.errors import DataError
 
 REPORT = "report.json"
@@ -97,7 +97,7 @@ def decontaminate(
     directory: Path,
     *,
     num_workers: int = 1,
-    max_row_bytes: int = MAX_ROW_BYTES,
+    max_bad_rows: int = MAX_BAD_ROWS,
 ) -> tuple[Screened, Tally]:
     """Write clean rows, quarantined rows and report.json to a directory.
 
@@ -105,7 +105,7 @@ def decontaminate(
     index of the benchmarks, once per process, and a few batches of rows.
 
     Raises:
-        DataError: an input cannot be read, an output exists, or a worker died.
+        DataError: see `screen`.
     """
     tally = Tally(detector)
     screened = screen(
@@ -114,7 +114,7 @@ def decontaminate(
         detector.check,
         tally.decide,
         num_workers=num_workers,
-        max_row_bytes=max_row_bytes,
+        max_bad_rows=max_bad_rows,
     )
     (directory / REPORT).write_text(_report(detector, screened, tally), encoding="utf-8")
     return screened, tally

@@ -20,6 +20,8 @@ from phi4.data.quality.rows import MAX_ROW_BYTES, Line, RowError, parse, read_li
 from phi4.errors import DataError
 
 QUARANTINE = "quarantine.jsonl"
+BAD_ROW = "bad row"
+MAX_BAD_ROWS = 1000
 
 Analysis = TypeVar("Analysis")
 
@@ -64,6 +66,7 @@ def screen(
     *,
     num_workers: int = 1,
     max_row_bytes: int = MAX_ROW_BYTES,
+    max_bad_rows: int = MAX_BAD_ROWS,
 ) -> Screened:
     """Write each input's accepted rows to `directory/NAME.jsonl`, the others to quarantine.jsonl.
 
@@ -71,15 +74,17 @@ def screen(
     dies leaves none that looks complete.
 
     Args:
-        inputs: .jsonl or .jsonl.gz files.
+        inputs: .jsonl files, plain, .gz or .zst.
         directory: made when missing; must hold no output of these names.
         analyse: picklable when num_workers > 1.
         decide: called once per readable row, in input order, with the line it comes from.
         num_workers: processes that analyse; 1 analyses in this one.
         max_row_bytes: longer lines are quarantined without being read into memory.
+        max_bad_rows: rows that cannot be read, beyond which the job stops.
 
     Raises:
-        DataError: an input cannot be read, two have one name, an output exists, or a worker died.
+        DataError: an input cannot be read, too many rows are bad, two inputs have one name, an
+            output exists, or a worker died.
     """
     outcome = Screened()
     with _outputs(inputs, directory) as (doors, quarantine):
@@ -87,7 +92,7 @@ def screen(
             inputs, analyse, num_workers=num_workers, max_row_bytes=max_row_bytes
         ):
             if isinstance(result, RowError):
-                rejection, reason = Rejection(str(result)), "bad row"
+                rejection, reason = Rejection(str(result)), BAD_ROW
             else:
                 rejection = decide(result, line)
                 reason = rejection.reason if rejection else ""
@@ -97,6 +102,12 @@ def screen(
             else:
                 outcome.rejected[reason] += 1
                 quarantine.write(_quarantined(line, rejection))
+                if outcome.rejected[BAD_ROW] > max_bad_rows:
+                    raise DataError(
+                        f"{outcome.rejected[BAD_ROW]} rows are bad, at most {max_bad_rows} are "
+                        f"allowed; see {directory / QUARANTINE}.part, then mend the inputs or "
+                        "raise --max-bad-rows"
+                    )
     return outcome
 
 
@@ -133,7 +144,7 @@ def analyse_rows(
 def _outputs(
     inputs: Sequence[Path], directory: Path
 ) -> Iterator[tuple[dict[Path, BinaryIO], BinaryIO]]:
-    names = {path: path.name.removesuffix(".gz") for path in map(Path, inputs)}
+    names = {path: path.name.partition(".jsonl")[0] + ".jsonl" for path in map(Path, inputs)}
     taken = Counter([*names.values(), QUARANTINE])
     twice = next((name for name, count in taken.items() if count > 1), None)
     if twice is not None:
