@@ -42,10 +42,10 @@ class FusedAdam(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True
     """Tells torch.amp.GradScaler to set `grad_scale` and `found_inf` in place of unscaling."""
-    grad_scale: Tensor | None = None
-    """Gradients are divided by it."""
-    found_inf: Tensor | None = None
-    """The step changes nothing where it is not 0."""
+    grad_scale: Tensor
+    """Set around a step: gradients are divided by it."""
+    found_inf: Tensor
+    """Set around a step: where it is not 0 nothing changes."""
 
     def __init__(
         self,
@@ -98,12 +98,12 @@ class FusedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = self.grad_scale
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self.update(
             grad_scale=None if scale is None else _scalar(scale.float().reciprocal()),
-            found_inf=None if self.found_inf is None else _scalar(self.found_inf.float()),
+            found_inf=None if found is None else _scalar(found.float()),
         )
-        if self.found_inf is not None and not self.capturable and bool(self.found_inf):
+        if found is not None and not self.capturable and bool(found):
             self.retract()
         return loss
 
