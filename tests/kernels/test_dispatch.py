@@ -92,7 +92,9 @@ def test_status_lists_every_implementation() -> None:
     write_row(op="rope", source="0" * 16)
     states = {(row["op"], row["implementation"]): row["state"] for row in dispatch.status()}
     assert states == {
+        ("attention", "gluon"): "experimental: never executed on a GPU",
         ("attention", "torch"): "always available",
+        ("attention", "triton"): "experimental: never executed on a GPU",
         ("cross_entropy", "torch"): "always available",
         ("cross_entropy", "triton"): "experimental: never executed on a GPU",
         ("rms_norm", "torch"): "always available",
