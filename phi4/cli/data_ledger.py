@@ -13,6 +13,7 @@ from phi4.data.loader import Loader
 from phi4.data.replay import rewind, units_by_blend
 from phi4.data.tokenizer import load_tokenizer
 from phi4.errors import CheckpointError, ConfigError
+from phi4.train.ledger_record import recorded_counts
 from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState
 
 Run = Annotated[Path, typer.Argument(help="Directory of a run.")]
@@ -63,7 +64,9 @@ def why(run: Run, step: Step, sample: Sample, show: Show = False) -> None:
         )
     tokenizer = load_tokenizer(then.tokenizer)
     earlier = [parse_state(other.data) for _, other in checkpoints[:-1] if other.step < step]
-    start, between = rewind(parse_state(state.data), _units_since(recipe, state, step), earlier)
+    units = _units_since(recipe, state, step)
+    recorded = recorded_counts(run, step - 1)
+    start, between = rewind(parse_state(state.data), units, earlier, recorded)
     loader = Loader(then.data, tokenizer.facts, then.run.seed, msgspec.to_builtins(start))
     loader.stream.skip(between)
     for line in loader.describe_row(sample):

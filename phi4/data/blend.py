@@ -16,11 +16,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 
 _LONGEST_PERIOD = 1 << 17
 """Blends whose weights have up to five decimals are below it; others are drawn one by one."""
+
+_BLOCK_DRAWS = 128
+"""Loss tokens of so many draws are looked up at once."""
 
 
 def integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
@@ -97,7 +101,7 @@ def loss_order(
     shares: Sequence[int],
     served: Sequence[int],
     num_draws: int,
-    loss_of: Callable[[int, int], np.ndarray],
+    loss_of: Callable[[int, int, int], np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sources of the next draws when the blend is measured in loss tokens.
 
@@ -108,7 +112,7 @@ def loss_order(
         shares: as in `quota_order`.
         served: loss tokens from each source since this blend began.
         num_draws: how many to compute.
-        loss_of: (source, n) to the loss tokens of at least its next n draws, all above 0.
+        loss_of: (source, begin, end) to the loss tokens of those of its next draws, all above 0.
 
     Returns:
         source: [num_draws], int64.
@@ -119,7 +123,7 @@ def loss_order(
     pace = {source: common // shares[source] for source in drawable}
     served, total = list(served), sum(served)
     whole = sum(shares)
-    ahead = {source: _growing(loss_of, source) for source in drawable}
+    ahead = {source: _one_by_one(loss_of, source) for source in drawable}
     upcoming = {source: next(ahead[source]) for source in drawable}
     order, loss = np.empty((2, num_draws), dtype=np.int64)
     for step in range(num_draws):
@@ -132,13 +136,10 @@ def loss_order(
     return order, loss
 
 
-def _growing(loss_of: Callable[[int, int], np.ndarray], source: int) -> Iterator[int]:
-    """The loss tokens of a source's draws one by one, asked for in doubling blocks."""
-    seen, block = 0, 64
-    while True:
-        block *= 2
-        yield from loss_of(source, block)[seen:block].tolist()
-        seen = block
+def _one_by_one(loss_of: Callable[[int, int, int], np.ndarray], source: int) -> Iterator[int]:
+    """The loss tokens of a source's draws, asked for in blocks."""
+    for begin in count(0, _BLOCK_DRAWS):
+        yield from loss_of(source, begin, begin + _BLOCK_DRAWS).tolist()
 
 
 @lru_cache(maxsize=4)

@@ -17,6 +17,8 @@ from phi4.data.blend import draw_order, drawn_after, integer_shares, loss_order
 from phi4.errors import DataError
 
 LossOf = Callable[[str, np.ndarray], np.ndarray]
+Counts = dict[str, tuple[int, int]]
+"""Units drawn and loss tokens, by source."""
 
 
 class SourceCount(msgspec.Struct, forbid_unknown_fields=True):
@@ -200,8 +202,8 @@ class Ledger:
             for name, count in zip(self.names, counts, strict=True)
         ]
 
-        def loss_of(source: int, ahead: int) -> np.ndarray:
-            ordinals = counts[source].drawn + steps[source] * np.arange(ahead)
+        def loss_of(source: int, begin: int, end: int) -> np.ndarray:
+            ordinals = counts[source].drawn + steps[source] * np.arange(begin, end)
             return self._loss_of(self.names[source], ordinals)
 
         return loss_order(self._shares, served, num_draws, loss_of)

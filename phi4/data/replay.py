@@ -2,19 +2,23 @@
 
 The ledger keeps where every blend began, and a blend's draws are a function of their number, so the
 last ledger of a run answers for all of its steps. Under blends weighed by loss tokens the draws are
-made again one by one, from the nearest ledger that is at hand.
+made again one by one, from the counts that were recorded of the place, else from the nearest ledger
+that is at hand.
 """
 
 from collections.abc import Sequence
 
 import msgspec
 
-from phi4.data.ledger import LedgerState, SourceCount
+from phi4.data.ledger import Counts, LedgerState, SourceCount
 from phi4.errors import DataError
 
 
 def rewind(
-    latest: LedgerState, units_back: int, at_hand: Sequence[LedgerState] = ()
+    latest: LedgerState,
+    units_back: int,
+    at_hand: Sequence[LedgerState] = (),
+    recorded: Counts | None = None,
 ) -> tuple[LedgerState, int]:
     """A ledger at or before a place, under the blend of that place, and the draws between.
 
@@ -22,6 +26,7 @@ def rewind(
         latest: where the stream ended.
         units_back: units of the stream between the place and its end.
         at_hand: earlier ledgers of the same stream.
+        recorded: what was counted at the place, where that is known.
 
     Raises:
         DataError: the stream is shorter than that.
@@ -37,6 +42,9 @@ def rewind(
         state = _without_last_blend(state)
     wanted = state.draws() - units_back // state.blends[-1].draw_units
     near = [s for s in at_hand if s.blends == state.blends and s.draws() <= wanted]
+    if recorded is not None:
+        place = _counting(state, recorded)
+        near += [place] if place.draws() == wanted else []
     start = max([_at_last_blend(state), *near], key=LedgerState.draws)
     return start, wanted - start.draws()
 
@@ -53,12 +61,16 @@ def units_by_blend(latest: LedgerState) -> list[int]:
 def _at_last_blend(state: LedgerState) -> LedgerState:
     """The same stream at the moment its last blend began."""
     blend = state.blends[-1]
+    loss = blend.loss_tokens
+    return _counting(state, {name: (n, loss.get(name, 0)) for name, n in blend.drawn.items()})
+
+
+def _counting(state: LedgerState, counts: Counts) -> LedgerState:
+    """The state at another place, without the sources that had not come by then."""
     sources = {
-        name: msgspec.structs.replace(
-            count, drawn=blend.drawn[name], loss_tokens=blend.loss_tokens.get(name, 0)
-        )
+        name: msgspec.structs.replace(count, drawn=counts[name][0], loss_tokens=counts[name][1])
         for name, count in state.sources.items()
-        if name in blend.drawn
+        if name in counts
     }
     return msgspec.structs.replace(state, sources=sources)
 

@@ -30,6 +30,7 @@ from phi4.train.checkpointing import (
 )
 from phi4.train.evaluation import HeldOutLoss
 from phi4.train.hooks import Hook, Meter
+from phi4.train.ledger_record import LedgerRecord
 from phi4.train.loop import train
 from phi4.train.sources import open_sources
 from phi4.train.state import RunState
@@ -90,6 +91,7 @@ def run_training(
     own_hooks = [
         Meter(),
         HeldOutLoss(recipe, engine, objective, tokenizer),
+        *_ledger_record(recipe, platform, state),
         Checkpointer(recipe, engine, loader.source_hashes(), ranks_per_host, say),
     ]
     with _followed(recipe, platform, state.step, say) as trackers:
@@ -98,6 +100,12 @@ def run_training(
         )
     engine.close()
     return state
+
+
+def _ledger_record(recipe: Recipe, platform: Platform, state: RunState) -> list[Hook]:
+    if recipe.data.weigh_by == "units" or not platform.is_writer:
+        return []
+    return [LedgerRecord(recipe, state.step)]
 
 
 def initialise_from(engine: Engine, place: Path, say: Say) -> None:

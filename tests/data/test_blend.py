@@ -96,7 +96,7 @@ def test_loss_tokens_stay_within_one_largest_sample_at_every_prefix(
 ) -> None:
     shares = [share for share, _, _ in sources]
     samples = [np.random.default_rng(seed).integers(1, top + 1, 2048) for _, top, seed in sources]
-    source, loss = loss_order(shares, [0] * len(shares), 300, lambda s, n: samples[s][:n])
+    source, loss = loss_order(shares, [0] * len(shares), 300, lambda s, a, b: samples[s][a:b])
     served = np.cumsum((source[:, None] == np.arange(len(shares))) * loss[:, None], axis=0)
     asked = served.sum(axis=1)[:, None] * (np.array(shares) / sum(shares))
     assert np.abs(served - asked).max() <= loss.max() + 1e-6
@@ -108,6 +108,6 @@ def test_loss_tokens_stay_within_one_largest_sample_at_every_prefix(
         shares,
         served[cut - 1].tolist() if cut else [0] * len(shares),
         300 - cut,
-        lambda s, n: samples[s][used[s] : used[s] + n],
+        lambda s, a, b: samples[s][used[s] + a : used[s] + b],
     )
     assert np.array_equal(rest[0], source[cut:]) and np.array_equal(rest[1], loss[cut:])

@@ -1,6 +1,8 @@
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import numpy as np
@@ -18,7 +20,10 @@ from phi4.data.replay import rewind
 from phi4.data.token_file import TokenFile
 from phi4.data.token_writer import TokenFileWriter
 from phi4.data.tokenizer import rank_file_bytes
+from phi4.engine.step import StepResult
 from phi4.errors import CheckpointError, ConfigError, DataError
+from phi4.train.hooks import Progress
+from phi4.train.ledger_record import LedgerRecord
 from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState, with_changes
 
 SIZES = {"a": SourceCount(7), "b": SourceCount(9, whole_rows=True), "c": SourceCount(50)}
@@ -45,9 +50,10 @@ def book(weights: dict[str, float], by: str, state: dict | None) -> Ledger:
     ),
     back=st.integers(0, 40),
     help_at_hand=st.booleans(),
+    is_recorded=st.booleans(),
 )
 def test_every_place_comes_back_from_the_last_ledger(
-    blends: list, back: int, help_at_hand: bool
+    blends: list, back: int, help_at_hand: bool, is_recorded: bool
 ) -> None:
     state, places = None, []
     for weights, by, length in blends:
@@ -62,7 +68,10 @@ def test_every_place_comes_back_from_the_last_ledger(
         return
     weights, by, at, draws = places[-1 - back]
     earlier = [parse_state(place[2]) for place in places[:-1:3] if help_at_hand]
-    start, between = rewind(parse_state(state), 4 * (back + 1), earlier)
+    counts = {name: (c["drawn"], c["loss_tokens"]) for name, c in at["sources"].items()}
+    recorded = counts if is_recorded else None
+    start, between = rewind(parse_state(state), 4 * (back + 1), earlier, recorded)
+    assert not is_recorded or between == 0
     ledger = book(weights, by, msgspec.to_builtins(start))
     ledger.skip(between)
     assert (
@@ -113,12 +122,13 @@ class FakeRun:
         tokenizer = load_tokenizer(recipe.tokenizer)
         loader = Loader(recipe.data, tokenizer.facts, recipe.run.seed, self.state.data)
         size = recipe.batch.global_batch_size
-        for _ in range(steps):
+        record = LedgerRecord(recipe, self.state.step)
+        for step in range(self.state.step + 1, self.state.step + steps + 1):
             batches = loader.next_step(
                 global_batch_size=size, micro_batch_size=1, dp_rank=0, dp_size=1
             )
             self.served.append(batches)
-        step = self.state.step + steps
+            record.act(_progress(RunState(step=step, data=loader.state())))
         self.state = RunState(step=step, data=loader.state(), history=self.state.history)
         if save:
             self._save()
@@ -132,8 +142,21 @@ class FakeRun:
         (root / "latest").write_text(f"{path.name}\n")
 
     def _recipe(self, tables: dict) -> Recipe:
-        tree = {"tokenizer": {"kind": "bpe", "path": str(self.ranks)}, **tables}
-        return parse_recipe(tree)
+        run = {"dir": str(self.directory / "run")}
+        return parse_recipe(
+            {"tokenizer": {"kind": "bpe", "path": str(self.ranks)}, "run": run, **tables}
+        )
+
+
+def _progress(state: RunState) -> Progress:
+    result = Mock(spec=StepResult)
+    return Progress(state, 10**6, 1, 1.0, 1.0, result)
+
+
+def skipping(record: list[int]) -> Callable[[Ledger, int], None]:
+    """`Ledger.skip`, which notes how far."""
+    skip = Ledger.skip
+    return lambda ledger, num_draws: record.append(num_draws) or skip(ledger, num_draws)
 
 
 def phi4_data(*arguments: object) -> str:
@@ -203,7 +226,10 @@ def test_files_may_move_and_the_stream_goes_on(run: FakeRun, tmp_path: Path) -> 
     assert shown.endswith(tokenizer.decode(run.served[3][0].tokens[0]) + "\n")
 
 
-def test_steps_of_a_blend_by_loss_tokens_are_found_again(tmp_path: Path, ranks: Path) -> None:
+@pytest.mark.parametrize("record", ["whole", "cut off", "lost"])
+def test_steps_of_a_blend_by_loss_tokens_are_found_again(
+    tmp_path: Path, ranks: Path, record: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = FakeRun(tmp_path, ranks)
     cat, mat = run.source("cats", "the cat", 0.25), run.source("mats", "a mat", 0.75)
     data = {"sequence_length": 16, "unit_tokens": 8, "weigh_by": "loss_tokens"}
@@ -211,9 +237,16 @@ def test_steps_of_a_blend_by_loss_tokens_are_found_again(tmp_path: Path, ranks: 
     for _ in range(3):
         run.train(2, data=data | {"sources": sources}, batch={"global_batch_size": 4})
     tokenizer = load_tokenizer(run.recipe.tokenizer)
+    kept = tmp_path / "run" / "ledger.jsonl"
+    if record != "whole":
+        kept.write_bytes(kept.read_bytes()[:-9] if record == "cut off" else b"")
+    skipped: list[int] = []
+    monkeypatch.setattr(Ledger, "skip", skipping(skipped))
     for step, batches in enumerate(run.served, start=1):
         printed = phi4_data("why", run.directory / "run", "--step", step, "--sample", 3, "--show")
         assert printed.split("---\n")[1] == tokenizer.decode(batches[3].tokens[0]) + "\n"
+    # With the record no draw is made twice; without it those since the checkpoint before are.
+    assert skipped == ([0, 4, 0, 4, 0, 4] if record == "lost" else [0] * 6)
     loss = sum(int(batch.loss_mask.sum()) for batches in run.served for batch in batches)
     shown = phi4_data("ledger", run.directory / "run")
     assert f"blend 1: {loss:,} loss tokens drawn" in shown
