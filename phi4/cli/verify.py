@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Annotated
@@ -10,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from phi4.cli import verify_leak
 from phi4.config import Recipe, check, dump_toml, load_recipe
-from phi4.errors import ConfigError
 from phi4.launch import WorkerEnvironment, on_ranks
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from phi4.verify.parity import Comparison
 
 app = typer.Typer(help="Proofs to run on this machine.", no_args_is_help=True)
+verify_leak.register(app)
 
 DEFAULT_RECIPE = Path("examples/recipes/tiny_pretrain.toml")
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
@@ -38,25 +40,23 @@ def parity(
     work_dir: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """One process against every layout: losses, norms, parameters. Exit 1 past tolerance."""
-    from phi4.verify.layouts import LAYOUTS, cases, reference_case
+    from phi4.verify.layouts import LAYOUTS, cases, names_of, reference_case
     from phi4.verify.parity import compare
 
     recipe = load_recipe(recipe_path, overrides or [])
-    names = tuple(name for name in layouts.split(",") if name) or tuple(LAYOUTS)
-    for name in names:
-        if name not in LAYOUTS:
-            raise ConfigError(f"unknown layout {name}; known are {', '.join(LAYOUTS)}")
     reference = reference_case(recipe)
     check(reference.recipe)
-    possible, impossible = cases(recipe, names)
+    possible, impossible = cases(recipe, names_of(layouts, tuple(LAYOUTS)))
     started_here = work_dir is None
     work_dir = work_dir or Path(mkdtemp(prefix="phi4-parity-"))
 
     def body(worker: WorkerEnvironment) -> None:
         from phi4.stages.pretrain import NextToken
-        from phi4.verify.parity import run_cases
+        from phi4.verify.parity import run_case
+        from phi4.verify.ranks import run_in_turn
 
-        run_cases([reference, *possible], worker.rank, NextToken(), steps=steps, work_dir=work_dir)
+        run = partial(run_case, objective=NextToken(), steps=steps, work_dir=work_dir)
+        run_in_turn([reference, *possible], worker.rank, run, kind="cpu", work_dir=work_dir)
 
     code = on_ranks(
         [*sys.argv[1:], "--work-dir", str(work_dir)],

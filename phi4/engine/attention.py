@@ -1,17 +1,17 @@
 """Self attention: fused QKV, RoPE per document, core attention that stays within documents.
 
-`CoreAttention` is the torch implementation of the op: exact under TP, SP and CP, cost in the sum of
-squared document lengths. Context parallelism gathers K and V over its ranks and leaves Q in place.
+`CoreAttention` hands the op one range per document, so the cost is in the sum of squared document
+lengths; rows that context ranks share go through `context_attention`.
 """
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
+from phi4_kernels.attention import attention
 from phi4_kernels.rope import QKVLayout, rope_qkv
 
-from phi4.engine.layout import context_chunks
-from phi4.engine.placement import Documents, Segment
+from phi4.engine.context_attention import AllGatherAttention, RingAttention
+from phi4.engine.placement import Documents
 
 # Shape legend: S local sequence, B rows, T = B * S tokens, N query heads and K key-value heads per
 # tensor rank, G = N / K, D head dim.
@@ -98,10 +98,13 @@ def rotate_and_split(
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal softmax attention that never crosses a document, in plain torch.
+    """Causal softmax attention that never crosses a document.
 
     Signature of megatron-core's core_attention hook.
     """
+
+    implementation = "torch"
+    """The spec's to set."""
 
     def __init__(
         self,
@@ -130,58 +133,25 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Attend within documents; [S, B, N * D].
 
-        Collectives: all-gather of K and V over the context group forward, reduce-scatter of their
-        gradients backward; 2 * S * B * K * D elements each way per rank.
+        Collectives: none without context parallelism, else those of `AllGatherAttention` or
+        `RingAttention`.
         """
-        num_rows = q_SBND.shape[1]
-        if packed_seq_params.one_per_row:
+        documents, options = packed_seq_params, {"scale": self.scale}
+        if documents.one_per_row and self.implementation == "torch":
+            # Rows as a batch need no copy into one sequence.
             q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBKD, v_SBKD))
             out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
+                q, k, v, is_causal=True, enable_gqa=True, **options
             )
             return out.permute(2, 0, 1, 3).flatten(2, 3)
-        k_SBKD, v_SBKD = self._whole_rows(k_SBKD), self._whole_rows(v_SBKD)
-        # [S, B, heads, D] to [heads, B * S, D]
-        q, k, v = (t.permute(2, 1, 0, 3).flatten(1, 2) for t in (q_SBND, k_SBKD, v_SBKD))
-        pieces = [self._attend(q, k, v, segment) for segment in packed_seq_params.segments]
-        out_NTD = torch.cat(pieces, dim=1)
-        return out_NTD.unflatten(1, (num_rows, -1)).permute(2, 1, 0, 3).flatten(2, 3)
-
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: Segment
-    ) -> torch.Tensor:
-        queries = q[None, :, segment.q_start : segment.q_end]
-        keys = k[None, :, segment.k_start : segment.k_end]
-        values = v[None, :, segment.k_start : segment.k_end]
-        mask = None if segment.is_aligned else _lower_right(queries.shape[2], keys)
-        out = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=segment.is_aligned,
-            scale=self.scale,
-            enable_gqa=True,
-        )
-        return out[0]
-
-    def _whole_rows(self, x_SBKD: torch.Tensor) -> torch.Tensor:
-        """All context ranks' columns in the order of the row, [S_row, B, K, D]."""
-        size = self.context_group.size()
-        if size == 1:
-            return x_SBKD
-        gathered = gather_from_sequence_parallel_region(
-            x_SBKD, tensor_parallel_output_grad=True, group=self.context_group
-        )
-        pieces: list[tuple[int, torch.Tensor]] = []
-        for rank, piece in enumerate(gathered.chunk(size)):
-            chunks = context_chunks(gathered.shape[0], rank, size)
-            pieces += zip((start for start, _ in chunks), piece.chunk(2), strict=True)
-        return torch.cat([piece for _, piece in sorted(pieces, key=lambda item: item[0])])
-
-
-def _lower_right(num_queries: int, keys: torch.Tensor) -> torch.Tensor:
-    """Causal mask [queries, keys] whose last query sees every key."""
-    num_keys = keys.shape[2]
-    q = torch.arange(num_keys - num_queries, num_keys, device=keys.device)
-    return q[:, None] >= torch.arange(num_keys, device=keys.device)[None, :]
+        options["implementation"] = self.implementation
+        if self.context_group.size() > 1:
+            route = RingAttention if len(documents.visible) > 1 else AllGatherAttention
+            out_SBND = route.apply(
+                q_SBND, k_SBKD, v_SBKD, documents.visible, self.context_group, options
+            )
+            return out_SBND.flatten(2, 3)
+        q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q_SBND, k_SBKD, v_SBKD))
+        ((ranges,),) = documents.visible
+        out_TND = attention(q, k, v, ranges, **options).out
+        return out_TND.unflatten(0, (q_SBND.shape[1], -1)).transpose(0, 1).flatten(2, 3)

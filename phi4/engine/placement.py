@@ -14,6 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from phi4.config import ModelConfig
+from phi4.engine.document_ranges import Visible, visible_keys
 from phi4.engine.layout import Layout
 
 # Shape legend: B rows, S local columns (a context slice), T = S * B tokens, D head dim, D2 half of
@@ -28,24 +29,6 @@ class HostBatch(Protocol):
     loss_mask: np.ndarray  # [B, S_row] float32
     cu_seqlens: np.ndarray  # [documents + 1] int32, rows flattened
     positions: np.ndarray  # [B, S_row] int64, restart at each document
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Queries of one document piece on this rank, and the keys they see.
-
-    Rows of q are local to this rank's flattened [B * S]; keys are global in [B * S_row].
-    """
-
-    q_start: int
-    q_end: int
-    k_start: int
-    k_end: int
-
-    @property
-    def is_aligned(self) -> bool:
-        """Queries and keys are the same tokens, so a plain causal mask holds."""
-        return self.q_end - self.q_start == self.k_end - self.k_start
 
 
 @dataclass(frozen=True)
@@ -65,7 +48,7 @@ class Angles:
 
 @dataclass
 class Documents(PackedSeqParams):
-    """PackedSeqParams with this rank's RoPE tables and attention segments.
+    """PackedSeqParams with this rank's RoPE tables and attention ranges.
 
     A dataclass of megatron-core's own kind, since it travels through its layers. RoPE has either
     tables per token, or angles to look up and positions.
@@ -76,7 +59,7 @@ class Documents(PackedSeqParams):
     angles: Angles | None = None
     positions_T: torch.Tensor | None = None
     """int32, in the order of the flattened [S, B]."""
-    segments: tuple[Segment, ...] = ()
+    visible: Visible = ()
     one_per_row: bool = False
     """Every row is one document held whole by this rank."""
 
@@ -156,14 +139,13 @@ def place(
         positions_T = slice_of(batch.positions, torch.int32).t().flatten()
         rotary = {"angles": angles, "positions_T": positions_T}
     cu_seqlens = torch.from_numpy(np.asarray(batch.cu_seqlens, dtype=np.int32)).to(device)
-    segments = attention_segments(batch.cu_seqlens, num_rows, length, layout.context_chunks(length))
     documents = Documents(
         qkv_format="sbhd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=int(np.diff(batch.cu_seqlens).max()),
         max_seqlen_kv=int(np.diff(batch.cu_seqlens).max()),
-        segments=segments,
+        visible=visible_keys(batch.cu_seqlens, num_rows, length, layout, device),
         one_per_row=len(batch.cu_seqlens) == num_rows + 1 and layout.cp_size == 1,
         **rotary,
     )
@@ -192,25 +174,3 @@ def _angles(positions: torch.Tensor, model: ModelConfig) -> torch.Tensor:
     exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies_D2 = 1.0 / (model.rope_theta ** (exponents / model.head_dim))
     return positions.unsqueeze(-1) * frequencies_D2
-
-
-def attention_segments(
-    cu_seqlens: np.ndarray, num_rows: int, length: int, chunks: list[tuple[int, int]]
-) -> tuple[Segment, ...]:
-    """Every (document, local chunk) overlap, in the order of this rank's flattened rows."""
-    segments = []
-    local_length = sum(end - start for start, end in chunks)
-    for row in range(num_rows):
-        base, local = row * length, row * local_length
-        first = int(np.searchsorted(cu_seqlens, base, side="right")) - 1
-        for chunk_start, chunk_end in chunks:
-            start, end = base + chunk_start, base + chunk_end
-            document = first + int(np.searchsorted(cu_seqlens[first:], start, side="right")) - 1
-            while start < end:
-                stop = min(end, int(cu_seqlens[document + 1]))
-                segments.append(
-                    Segment(local, local + stop - start, int(cu_seqlens[document]), stop)
-                )
-                local += stop - start
-                start, document = stop, document + 1
-    return tuple(segments)

@@ -21,7 +21,7 @@ from phi4.engine.attention import CoreAttention, Phi4SelfAttention
 from phi4.engine.layers import Phi4Layer, RMSNorm, SwiGLU
 from phi4.errors import ConfigError
 
-_SERVED = ("rope", "rms_norm", "swiglu", "cross_entropy")
+_SERVED = ("attention", "rope", "rms_norm", "swiglu", "cross_entropy")
 """Ops whose modules take any implementation that phi4_kernels has."""
 _NATIVE = ("adamw", "grad_norm")
 """Ops of the optimizer, whose kernels are csrc's."""
@@ -87,7 +87,7 @@ def block_spec(num_layers: int, choices: Sequence[Choice] = ()) -> TransformerBl
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=CoreAttention,
+                    core_attention=_on(CoreAttention, implementation_of("attention", choices)),
                     linear_proj=RowParallelLinear,
                 ),
             ),

@@ -14,11 +14,11 @@ without recompute keeps
     t q e     input of the output projection
     4 t f e   gate and up, silu(gate), their product
 
-and what core attention itself saves: with flash attention its output (unless that is the
-projection's input) and 4 bytes per token and head. Where a mask is needed (context parallelism) or
-the dtype is fp32, torch may take its unfused attention; that bound is used: fp32 probabilities and
-copies of queries, keys and values instead of the packed ones. Selective recompute keeps the layer
-without what core attention saves, full recompute keeps r h e.
+and the log-sum-exp of core attention, 4 bytes per token and head; its output is the projection's
+input. Context parallelism keeps no more: what other ranks hold is fetched again. Without it, rows
+of one document in fp32 may go to torch's unfused attention; that bound is used: fp32 probabilities
+and copies of queries, keys and values instead of the packed ones. Selective recompute keeps the
+layer without what core attention saves, full recompute keeps r h e.
 """
 
 from dataclasses import dataclass
@@ -94,7 +94,10 @@ class Activations:
 
     @property
     def batch_bytes(self) -> int:
-        """A micro-batch placed on the device: ids, labels, mask, cosines and sines."""
+        """A micro-batch placed on the device: ids, labels, mask, cosines and sines.
+
+        Documents add 12 bytes each, which are not counted.
+        """
         tables = 2 * self.recipe.model.head_dim * self.element_bytes
         return self.tokens * (8 + 8 + 4 + tables)
 
@@ -102,7 +105,8 @@ class Activations:
         """Bound of what lives beside the kept bytes while one layer or the loss head runs.
 
         Gradients of one layer's activations and of its largest matrix, what recompute brings back,
-        the gathered input under sequence parallelism, the buffers of pipeline sends.
+        the gathered input under sequence parallelism, keys on their way between context ranks, the
+        buffers of pipeline sends.
         """
         parallel = self.recipe.parallel
         gathered = self.tokens * self.recipe.model.hidden_size * self.element_bytes
@@ -116,11 +120,21 @@ class Activations:
         width = self._ffn
         matrix = 2 * width * self.recipe.model.hidden_size
         swiglu_and_hidden = self.tokens * (5 * width + 2 * self.recipe.model.hidden_size)
-        scores = 0
-        if not self._is_fused:
-            # The gradients of the probabilities and of the scores.
-            scores = 2 * _FP32 * self._heads * sum(q * k for q, k in self._attention_pieces)
-        return self.element_bytes * (matrix + swiglu_and_hidden) + scores
+        # The gradients of the probabilities and of the scores.
+        scores = 0 if self._is_fused else 2 * _FP32 * self._scores
+        travelling = self._travelling_bytes if self.recipe.parallel.context > 1 else 0
+        return self.element_bytes * (matrix + swiglu_and_hidden) + scores + travelling
+
+    @property
+    def _travelling_bytes(self) -> int:
+        """Keys, values and their gradients between context ranks, while attention goes backward."""
+        both, element = 2 * self._keys * self.tokens, self.element_bytes
+        if self.recipe.parallel.context_attention == "all_gather":
+            # In the order of ranks and of rows; the gradient of each chunk, their sum and its copy.
+            return self.recipe.parallel.context * both * (3 * element + 2 * _FP32)
+        # The present block and the next, gradients of the present one, those that come and go, and
+        # the sum of the queries' gradients.
+        return both * (3 * element + 3 * _FP32) + _FP32 * self._queries * self.tokens
 
     @property
     def _head_working_bytes(self) -> int:
@@ -136,8 +150,11 @@ class Activations:
         granularity = self.recipe.recompute.granularity
         if granularity == "full":
             return self._whole_layer_bytes - self.residual_bytes
+        if granularity == "none":
+            return 0
         # Several rows are first copied into one sequence; that copy is no larger than the inputs.
-        return self._core_bytes + self._core_inputs_bytes if granularity == "selective" else 0
+        outputs = self.tokens * self._queries * self.element_bytes
+        return self._core_bytes + self._core_inputs_bytes + outputs
 
     @property
     def _whole_layer_bytes(self) -> int:
@@ -163,29 +180,18 @@ class Activations:
     def _core_bytes(self) -> int:
         """What core attention saves beside its inputs."""
         if self._is_fused:
-            lse = _FP32 * self.tokens * self._heads
-            # Documents are attended one by one and put together again; a whole row is not.
-            outputs = self.tokens * self._queries * self.element_bytes
-            return lse + (outputs if self.recipe.data.document_mask else 0)
-        dim = self.recipe.model.head_dim
-        elements = sum(q * k + q * dim + 2 * k * dim for q, k in self._attention_pieces)
-        return _FP32 * self._heads * elements
+            return _FP32 * self.tokens * self._heads
+        copies = 3 * self._queries * self.tokens
+        return _FP32 * (self._scores + copies)
 
     @property
     def _is_fused(self) -> bool:
-        return self.recipe.precision.dtype == "bf16" and self.recipe.parallel.context == 1
+        return self.recipe.precision.dtype == "bf16" or self.recipe.parallel.context > 1
 
     @property
-    def _attention_pieces(self) -> list[tuple[int, int]]:
-        """(queries, keys) of each unfused call when every row is one document."""
-        context, length = self.recipe.parallel.context, self.recipe.data.sequence_length
-        rows = self.recipe.batch.micro_batch_size
-        if context == 1:
-            return [(length, length)] * rows
-        # Rank r's chunks r and 2 cp - 1 - r see r + 1 and 2 cp - r chunks: the same sum on every
-        # rank. Here rank 0's, whose first chunk is square and in truth needs no mask.
-        chunk = length // (2 * context)
-        return [(chunk, chunk), (chunk, 2 * context * chunk)] * rows
+    def _scores(self) -> int:
+        """Scores of rows that are one document each."""
+        return self._heads * self.tokens * self.row_tokens
 
     @property
     def _heads(self) -> int:

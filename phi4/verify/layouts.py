@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from phi4.config import Recipe, violations, with_overrides
+from phi4.errors import ConfigError
 
 _SINGLE = (
     "parallel.tensor=1",
@@ -11,6 +12,7 @@ _SINGLE = (
     "parallel.context=1",
     "parallel.data=1",
     "parallel.sequence=false",
+    "parallel.context_attention='all_gather'",
     "parallel.overlap_p2p=false",
     "parallel.distributed_optimizer=false",
     "parallel.overlap_grad_reduce=false",
@@ -23,6 +25,7 @@ _TP2, _PP2, _CP2, _DP2 = (
     f"parallel.{axis}=2" for axis in ("tensor", "pipeline", "context", "data")
 )
 _SP = "parallel.sequence=true"
+_RING = "parallel.context_attention='ring'"
 _VPP2 = "parallel.virtual_pipeline=2"
 _DISTRIBUTED = "parallel.distributed_optimizer=true"
 
@@ -37,6 +40,9 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "pp2-vpp2": (_PP2, _VPP2, "parallel.overlap_p2p=true"),
     "pp4-vpp2": ("parallel.pipeline=4", _VPP2),
     "cp2": (_CP2,),
+    "cp2-ring": (_CP2, _RING),
+    "cp4": ("parallel.context=4",),
+    "cp4-ring": ("parallel.context=4", _RING),
     "dp2": (_DP2,),
     "dp2-distributed": (_DP2, _DISTRIBUTED),
     "dp2-overlapped": (
@@ -47,9 +53,27 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     ),
     "tp2xpp2+sp": (_TP2, _PP2, _SP),
     "tp2xcp2+sp": (_TP2, _CP2, _SP),
+    "tp2xcp2+sp-ring": (_TP2, _CP2, _SP, _RING),
+    "pp2xcp2-ring+recompute": (_PP2, _CP2, _RING, "recompute.granularity='selective'"),
     "dp2xtp2": (_DP2, _TP2),
 }
 """Name -> overrides on top of one process."""
+
+LEAK_LAYOUTS = (
+    "recompute-selective",
+    "recompute-full",
+    "tp2",
+    "tp2+sp",
+    "pp2",
+    "cp2",
+    "cp2-ring",
+    "cp4",
+    "cp4-ring",
+    "tp2xcp2+sp",
+    "tp2xcp2+sp-ring",
+    "pp2xcp2-ring+recompute",
+)
+"""Layouts in which documents meet borders of ranks; what data ranks share, they add up."""
 
 BITWISE = frozenset({"recompute-selective", "recompute-full"})
 """Layouts that only compute again what was computed before."""
@@ -74,6 +98,19 @@ def reference_case(recipe: Recipe) -> Case:
         update={"parallel": recipe.parallel.model_copy(update={"layers_per_stage": None})}
     )
     return Case("one process", with_overrides(single, _SINGLE))
+
+
+def names_of(text: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    """Layout names of a comma-separated list; the default when it is empty.
+
+    Raises:
+        ConfigError: no layout has that name.
+    """
+    names = tuple(name for name in text.split(",") if name) or default
+    for name in names:
+        if name not in LAYOUTS:
+            raise ConfigError(f"unknown layout {name}; known are {', '.join(LAYOUTS)}")
+    return names
 
 
 def cases(recipe: Recipe, names: tuple[str, ...]) -> tuple[list[Case], dict[str, str]]:

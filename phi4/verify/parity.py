@@ -17,7 +17,7 @@ from phi4.data.batch import Batch, build_batch
 from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
-from phi4.engine.platform import Platform, connect, disconnect
+from phi4.engine.platform import Platform
 from phi4.verify.layouts import BITWISE, Case
 
 LOSS_TOLERANCE = 5e-7
@@ -50,28 +50,6 @@ class Comparison:
         if self.name in BITWISE:
             return self.loss_error == 0 and self.parameter_error == 0
         return self.loss_error <= LOSS_TOLERANCE and self.parameter_error <= PARAMETER_TOLERANCE
-
-
-def run_cases(
-    cases: list[Case], rank: int, objective: Objective, *, steps: int, work_dir: Path
-) -> None:
-    """Run the cases one after the other as this rank; ranks beyond a case's size sit it out.
-
-    Collectives: those of `run_case`, in a process group of each case's own.
-    """
-    for index, case in enumerate(cases):
-        if rank >= case.world_size:
-            continue
-        meeting = work_dir / f"meeting_{index}"
-        meeting.mkdir(parents=True, exist_ok=True)
-        platform = connect(
-            "cpu",
-            rank=rank,
-            world_size=case.world_size,
-            rendezvous=str(meeting),
-        )
-        run_case(case, platform, objective, steps=steps, work_dir=work_dir)
-        disconnect()
 
 
 def run_case(

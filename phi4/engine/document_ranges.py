@@ -1,0 +1,110 @@
+"""Which keys the queries of this rank see, made once per micro-batch for all layers.
+
+A rank's queries are one chunk of columns, or two under context parallelism; a call of the attention
+op takes one chunk of every row, rows in order, so that its key ranges are in order and disjoint.
+Keys come in blocks: all columns of the rows at once, or those of one context rank after the other.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from phi4_kernels.attention import Ranges
+
+from phi4.engine.layout import Layout, context_chunks
+
+Visible = tuple[tuple[Ranges | None, ...], ...]
+"""[blocks of keys][chunks of queries]; None where no query of the chunk sees a key of the block.
+
+The first block holds the queries' own keys: there a document's last query sees its last key, the
+one before it one less (causal). In the others every query of a range sees all of its keys.
+"""
+
+
+class HostRanges(NamedTuple):
+    """`Ranges` before they move to the device; int32 arrays."""
+
+    q_offsets: np.ndarray
+    k_starts: np.ndarray
+    k_ends: np.ndarray
+
+
+def visible_keys(
+    cu_seqlens: np.ndarray, num_rows: int, length: int, layout: Layout, device: torch.device
+) -> Visible:
+    """The ranges of this rank.
+
+    Args:
+        cu_seqlens: [documents + 1], over the flattened rows; every row start is a boundary.
+        num_rows: of the micro-batch.
+        length: of a whole row.
+        layout: says which columns are this rank's, and how keys of the others come.
+        device: of the attention.
+    """
+    chunks = layout.context_chunks(length)
+    if layout.cp_size == 1 or layout.parallel.context_attention == "all_gather":
+        blocks = [[(0, length)]]
+    else:
+        sources = [(layout.cp_rank - step) % layout.cp_size for step in range(layout.cp_size)]
+        blocks = [context_chunks(length, source, layout.cp_size) for source in sources]
+    plan = [
+        [chunk_ranges(cu_seqlens, num_rows, length, chunk, block) for chunk in chunks]
+        for block in blocks
+    ]
+    return _on_device(plan, device)
+
+
+def chunk_ranges(
+    cu_seqlens: np.ndarray,
+    num_rows: int,
+    length: int,
+    chunk: tuple[int, int],
+    block: Sequence[tuple[int, int]],
+) -> HostRanges:
+    """What one chunk of queries sees in one block of keys.
+
+    Args:
+        cu_seqlens, num_rows, length: as for `visible_keys`.
+        chunk: columns [start, end) of the queries.
+        block: columns of the keys as they lie in memory, ascending. Columns behind a query are left
+            out by document pieces ending where the chunk does; the block's columns are all before
+            the chunk, all behind it, or those that queries attend causally.
+
+    Returns:
+        Queries counted in [rows * chunk], keys in [rows * columns of the block].
+    """
+    starts, size = np.arange(num_rows) * length + chunk[0], chunk[1] - chunk[0]
+    columns = cu_seqlens[:-1] % length
+    inner = cu_seqlens[:-1][(columns > chunk[0]) & (columns < chunk[1])]
+    begins = np.sort(np.concatenate((starts, inner)))
+    rows = begins // length
+    documents = np.searchsorted(cu_seqlens, begins, side="right")
+    ends = np.minimum(cu_seqlens[documents], rows * length + chunk[1])
+
+    def position(tokens: np.ndarray) -> np.ndarray:
+        """Keys of the block before these tokens of the rows."""
+        column = tokens - rows * length
+        before = sum(np.clip(column - start, 0, end - start) for start, end in block)
+        return rows * sum(end - start for start, end in block) + before
+
+    k_starts, k_ends = position(cu_seqlens[documents - 1]), position(ends)
+    # Documents side by side that see nothing are one range.
+    sees = k_ends > k_starts
+    kept = sees | np.append(True, sees[:-1])
+    q_offsets = np.append((rows * size + begins - rows * length - chunk[0])[kept], num_rows * size)
+    return HostRanges(*(x.astype(np.int32) for x in (q_offsets, k_starts[kept], k_ends[kept])))
+
+
+def _on_device(plan: Sequence[Sequence[HostRanges]], device: torch.device) -> Visible:
+    """The ranges as tensors, moved in one copy."""
+    arrays = [array for block in plan for ranges in block for array in ranges]
+    packed = torch.from_numpy(np.concatenate(arrays)).to(device, non_blocking=True)
+    tensors = iter(packed.split([len(array) for array in arrays]))
+
+    def moved(host: HostRanges) -> Ranges | None:
+        parts = [next(tensors) for _ in host]
+        longest = [int(x.max()) for x in (np.diff(host.q_offsets), host.k_ends - host.k_starts)]
+        return Ranges(*parts, *longest) if longest[1] else None
+
+    return tuple(tuple(moved(host) for host in block) for block in plan)
