@@ -6,7 +6,7 @@ processes. A row that cannot be used is a value with a reason, never an exceptio
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,6 @@ TREE_SUFFIXES = frozenset(
 """Files that count as text when a directory is given; a file named itself always does."""
 
 BLANK = "no text"
-PART_BYTES = 32 << 20
 
 _CHAT_COLUMNS = ("messages", "prompt", "completion")
 
@@ -74,31 +73,26 @@ class Row:
     reason: str = ""
 
 
-def list_parts(inputs: Iterable[str | Path], part_bytes: int = PART_BYTES) -> list[Part]:
+def list_parts(inputs: Iterable[str | Path], part_bytes: int | None = None) -> list[Part]:
     """Cut inputs into parts, in their order; directories in sorted path order.
+
+    Args:
+        inputs: files and directories.
+        part_bytes: size of a part, about; None takes a 256th of the inputs, 4 to 32 MB, so that
+            few inputs still make parts for many processes.
 
     Raises:
         DataError: an input is missing, or parquet metadata is damaged.
     """
+    files = [(path, _size(path)) for path in _files(inputs)]
+    if part_bytes is None:
+        part_bytes = min(max(sum(size for _, size in files) // 256, 4 << 20), 32 << 20)
     parts: list[Part] = []
-    texts: list[tuple[str, int]] = []
-
-    def flush() -> None:
-        if texts:
-            paths, sizes = zip(*texts, strict=True)
-            parts.append(Part(paths, 0, 0, sum(sizes)))
-            texts.clear()
-
-    for path in _files(inputs):
-        size = _size(path)
-        if _is_rows(path):
-            flush()
-            parts.extend(_row_parts(path, size, part_bytes))
-            continue
-        texts.append((str(path), size))
-        if sum(size for _, size in texts) >= part_bytes:
-            flush()
-    flush()
+    for is_rows, group in groupby(files, key=lambda file: _is_rows(file[0])):
+        if is_rows:
+            parts.extend(part for file in group for part in _row_parts(*file, part_bytes))
+        else:
+            parts.extend(_text_parts(group, part_bytes))
     return parts
 
 
@@ -141,6 +135,19 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from None
+
+
+def _text_parts(files: Iterable[tuple[Path, int]], part_bytes: int) -> Iterator[Part]:
+    paths: list[str] = []
+    num_bytes = 0
+    for path, size in files:
+        paths.append(str(path))
+        num_bytes += size
+        if num_bytes >= part_bytes:
+            yield Part(tuple(paths), 0, 0, num_bytes)
+            paths, num_bytes = [], 0
+    if paths:
+        yield Part(tuple(paths), 0, 0, num_bytes)
 
 
 def _row_parts(path: Path, size: int, part_bytes: int) -> Iterator[Part]:
@@ -200,7 +207,7 @@ def _column_row(path: str, number: int, row: dict, text_field: str) -> Row:
 
 
 def _text_row(path: str, number: int, text: str) -> Row:
-    if not text.strip():
+    if not text or text.isspace():
         return Row(path, number, None, BLANK)
     if "\0" in text:
         return Row(path, number, None, f"NUL at character {text.index(chr(0))}")

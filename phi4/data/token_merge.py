@@ -1,7 +1,8 @@
 """The merge of tokenized runs into one `.bin/.idx` pair, in key order and bounded memory.
 
 Runs are sorted, so the documents of a range of keys are one slice of each run: the merge walks the
-ranges, reads a slice of every run, and sorts what it has read.
+ranges, reads a slice of every run, and sorts what it has read. Beside a range it holds the key and
+the length of every document; no run stays open, so there may be more runs than a process may open.
 """
 
 from collections.abc import Iterator
@@ -12,10 +13,10 @@ import msgspec
 import numpy as np
 
 from phi4.data.manifest import Manifest
+from phi4.data.sort_buffer import SortBuffer
 from phi4.data.token_plan import (
     KEY_TYPE,
     NOT_LEARNT,
-    RUN_TOKENS,
     PartReport,
     Plan,
     discard,
@@ -30,7 +31,7 @@ from phi4.errors import DataError
 _SAMPLES_PER_RUN = 64
 
 
-def merge_runs(prefix: str | Path, range_tokens: int = RUN_TOKENS) -> Manifest:
+def merge_runs(prefix: str | Path, range_tokens: int = 1 << 22) -> Manifest:
     """Merge the runs under `PREFIX.work` into `PREFIX.bin/.idx` and remove them.
 
     Args:
@@ -68,56 +69,64 @@ def merge_runs(prefix: str | Path, range_tokens: int = RUN_TOKENS) -> Manifest:
 class _Run:
     """A sorted run and how far it is read."""
 
+    path: Path
     keys: np.ndarray
     lengths: np.ndarray
-    tokens: np.ndarray
+    num_tokens: int
     document: int = 0
     token: int = 0
 
     @staticmethod
     def open(work: Path, part: int, run: int) -> "_Run":
         path = run_path(work, part, run, "tokens")
-        table = np.memmap(path.with_suffix(".keys"), dtype=KEY_TYPE, mode="r")
-        tokens = np.memmap(path, dtype="<i4", mode="r").view(np.ndarray)
-        if table["length"].sum(dtype=np.int64) != tokens.size:
+        table = np.fromfile(path.with_suffix(".keys"), dtype=KEY_TYPE)
+        found, expected = path.stat().st_size // 4, int(table["length"].sum(dtype=np.int64))
+        if found != expected:
             raise DataError(
-                f"{path} holds {tokens.size} tokens, its keys describe "
-                f"{table['length'].sum(dtype=np.int64)}; remove {work} and tokenize again"
+                f"{path} holds {found} tokens, its keys describe {expected}; remove {work} and "
+                "tokenize again"
             )
-        return _Run(table["key"], table["length"], tokens)
+        return _Run(path, table["key"], table["length"], expected)
 
-    def take(self, end: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keys, lengths and tokens of the documents below a key; all that are left for None."""
-        last = self.keys.size
+    def take(self, end: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and lengths of the documents below a key; of all that are left for None."""
+        first, self.document = self.document, self.keys.size
         if end is not None:
-            last = int(np.searchsorted(self.keys, np.uint64(end)))
-        taken = slice(self.document, last)
-        lengths = np.asarray(self.lengths[taken])
-        begin, self.token = self.token, self.token + int(lengths.sum(dtype=np.int64))
-        self.document = last
-        return np.asarray(self.keys[taken]), lengths, self.tokens[begin : self.token]
+            self.document = int(self.keys.searchsorted(np.uint64(end)))
+        taken = slice(first, self.document)
+        return self.keys[taken], self.lengths[taken]
+
+    def read(self, room: np.ndarray) -> None:
+        """The tokens that come next."""
+        with open(self.path, "rb") as stream:
+            stream.seek(4 * self.token)
+            stream.readinto(room)
+        self.token += room.size
 
 
 def _sorted_ranges(runs: list[_Run], range_tokens: int) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Tokens and lengths of the documents in key order, range by range."""
+    """Tokens and lengths of the documents in key order, range by range; tokens are overwritten."""
+    buffer = SortBuffer()
     for end in [*_boundaries(runs, range_tokens), None]:
         taken = [run.take(end) for run in runs]
-        keys, lengths, tokens = (np.concatenate(column) for column in zip(*taken, strict=True))
-        if not keys.size:
-            continue
-        ends = np.cumsum(lengths, dtype=np.int64)
-        begins = ends - lengths
-        order = np.argsort(keys, kind="stable")
-        places = zip(begins[order].tolist(), ends[order].tolist(), strict=True)
-        yield np.concatenate([tokens[a:b] for a, b in places]), lengths[order].tolist()
+        used = 0
+        for run, (_, lengths) in zip(runs, taken, strict=True):
+            num_tokens = int(lengths.sum(dtype=np.int64))
+            if num_tokens:
+                run.read(buffer.room(used, num_tokens))
+                used += num_tokens
+        keys, lengths = (np.concatenate(column) for column in zip(*taken, strict=True))
+        if keys.size:
+            order = np.argsort(keys, kind="stable")
+            yield buffer.sorted(lengths, order), lengths[order].tolist()
 
 
 def _boundaries(runs: list[_Run], range_tokens: int) -> list[int]:
     """Keys that cut the documents into ranges of about as many tokens each."""
-    num_ranges = -(-sum(run.tokens.size for run in runs) // range_tokens)
+    num_ranges = -(-sum(run.num_tokens for run in runs) // range_tokens)
     places = [np.linspace(0, run.keys.size - 1, _SAMPLES_PER_RUN).astype(int) for run in runs]
-    samples = [np.asarray(run.keys[place]) for run, place in zip(runs, places, strict=True)]
-    weights = np.repeat([run.tokens.size for run in runs], _SAMPLES_PER_RUN)
+    samples = [run.keys[place] for run, place in zip(runs, places, strict=True)]
+    weights = np.repeat([run.num_tokens for run in runs], _SAMPLES_PER_RUN)
     keys = np.concatenate(samples)
     order = np.argsort(keys, kind="stable")
     filled = np.cumsum(weights[order])

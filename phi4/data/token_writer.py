@@ -159,12 +159,23 @@ def write_documents(texts: Iterable[str], tokenizer: Tokenizer, prefix: str | Pa
     return writer.manifest
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file so that its name only ever stands for the whole of it."""
+def write_atomically(
+    path: str | Path, content: bytes | memoryview, *, sync_name: bool = True
+) -> None:
+    """Write a file so that its name only ever stands for the whole of it.
+
+    Args:
+        path: replaced if it exists.
+        content: of the file, on the disk when this returns.
+        sync_name: whether its name is, too; the next file in the directory whose name is synced
+            brings it along.
+    """
     with open(_temporary(path), "wb") as stream:
         stream.write(content)
         _sync_and_close(stream)
     os.replace(stream.name, path)
+    if not sync_name:
+        return
     directory = os.open(Path(path).parent, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -8,7 +8,7 @@ merge in key order is the shuffle, and its bytes depend on inputs, tokenizer and
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from phi4.config import TokenizerConfig
 from phi4.data.chat import encode_chat
 from phi4.data.documents import Part, Row, read_rows
 from phi4.data.permutation import mix, permutation_key
+from phi4.data.sort_buffer import SortBuffer
 from phi4.data.token_plan import (
     KEY_TYPE,
     NOT_LEARNT,
@@ -71,7 +72,7 @@ def tokenize_parts(
         plan: what to do; a plan that was begun under this prefix must be the same.
         prefix: of the pair to be written.
         tokenizer: that of the plan.
-        workers: processes.
+        workers: processes, this one included.
         shard: (index, count): of `count` jobs, this one takes every `count`-th part.
         max_rejected: bad rows of this shard after which it stops.
         follow: told after every part.
@@ -121,21 +122,19 @@ def _begin(plan: Plan, work: Path) -> None:
 def _run(
     plan: Plan, work: Path, tokenizer: TokenizerConfig, todo: Sequence[int], workers: int
 ) -> Iterator[tuple[int, PartReport]]:
-    if workers == 1 or len(todo) < 2:
-        for index in todo:
-            yield index, _tokenize_part(plan.parts[index], plan, work, tokenizer, index)
+    job = _Job(work, plan.text_field, plan.seed, tokenizer)
+    helpers = min(workers, len(todo)) - 1
+    if helpers < 1:
+        yield from ((index, _tokenize_part(plan.parts[index], index, job)) for index in todo)
         return
     # A forked process would inherit the threads' locks of this one.
     context = multiprocessing.get_context("spawn")
-    small = msgspec.structs.replace(plan, parts=(), input_stats=())
-    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
+    with ProcessPoolExecutor(helpers, mp_context=context) as pool:
         futures = {
-            pool.submit(_tokenize_part, plan.parts[index], small, work, tokenizer, index): index
-            for index in todo
+            index: pool.submit(_tokenize_part, plan.parts[index], index, job) for index in todo
         }
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            yield from _shared(plan, job, futures)
         except BrokenExecutor:
             raise DataError(
                 f"a tokenizing process was killed, probably for memory; run again with fewer "
@@ -145,17 +144,40 @@ def _run(
             pool.shutdown(cancel_futures=True)
 
 
-def _tokenize_part(
-    part: Part, plan: Plan, work: Path, config: TokenizerConfig, index: int
-) -> PartReport:
-    tokenizer = _loaded(config)
-    runs = _Runs(work, index, plan.seed)
+def _shared(
+    plan: Plan, job: "_Job", futures: dict[int, Future[PartReport]]
+) -> Iterator[tuple[int, PartReport]]:
+    """This process takes parts from the end, so it works while the others still start."""
+    for index in reversed(list(futures)):
+        if not futures[index].cancel():
+            break
+        del futures[index]
+        yield index, _tokenize_part(plan.parts[index], index, job)
+    index_of = {future: index for index, future in futures.items()}
+    for future in as_completed(index_of):
+        yield index_of[future], future.result()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all parts have in common."""
+
+    work: Path
+    text_field: str
+    seed: int | None
+    tokenizer: TokenizerConfig
+
+
+def _tokenize_part(part: Part, index: int, job: _Job) -> PartReport:
+    tokenizer, buffer = _tools(job.tokenizer)
+    runs = _Runs(job.work, index, job.seed, buffer)
     rejected: list[Rejection] = []
     rows, masked = 0, False
-    for row in read_rows(part, plan.text_field):
+    for row in read_rows(part, job.text_field):
         rows += 1
         try:
-            runs.add(_encoded(row, tokenizer))
+            ids, end = _encoded(row, tokenizer)
+            runs.add(ids, end)
         except DataError as error:
             rejected.append(Rejection(row.path, row.number, str(error)))
         else:
@@ -169,58 +191,63 @@ def _tokenize_part(
         masked=masked,
         rejected=tuple(rejected),
     )
-    write_atomically(report_path(work, index), msgspec.json.encode(report))
+    write_atomically(report_path(job.work, index), msgspec.json.encode(report))
     return report
 
 
 class _Runs:
     """Collects the documents of a part and writes them in sorted runs of bounded size."""
 
-    def __init__(self, work: Path, part: int, seed: int | None) -> None:
-        self._work, self._part, self._seed = work, part, seed
-        self._ids: list[np.ndarray] = []
-        self._buffered = 0
+    def __init__(self, work: Path, part: int, seed: int | None, buffer: SortBuffer) -> None:
+        self._work, self._part, self._seed, self._buffer = work, part, seed, buffer
+        self._lengths: list[int] = []
+        self._used = 0
         self.num_runs = self.num_documents = self.num_tokens = 0
 
-    def add(self, ids: np.ndarray) -> None:
-        self._ids.append(ids)
-        self._buffered += ids.size
-        if self._buffered >= RUN_TOKENS:
+    def add(self, ids: np.ndarray, end: int) -> None:
+        """A document and the token that closes it."""
+        length = ids.size + 1
+        room = self._buffer.room(self._used, length)
+        room[:-1], room[-1] = ids, end
+        self._lengths.append(length)
+        self._used += length
+        if self._used >= RUN_TOKENS:
             self.flush()
 
     def flush(self) -> None:
-        if not self._ids:
+        if not self._lengths:
             return
-        keys = _keys(self._seed, self._part, self.num_documents, len(self._ids))
+        lengths = np.array(self._lengths)
+        keys = _keys(self._seed, self._part, self.num_documents, lengths.size)
         order = np.argsort(keys, kind="stable")
         table = np.empty(keys.size, dtype=KEY_TYPE)
-        table["key"] = keys[order]
-        table["length"] = [self._ids[place].size for place in order]
-        joined = np.concatenate([self._ids[place] for place in order]).astype("<i4")
+        table["key"], table["length"] = keys[order], lengths[order]
         path = run_path(self._work, self._part, self.num_runs, "tokens")
-        write_atomically(path, joined.data)
-        write_atomically(path.with_suffix(".keys"), table.tobytes())
+        # The report's name is synced after them.
+        tokens = self._buffer.sorted(lengths, order)
+        write_atomically(path, tokens.data, sync_name=False)
+        write_atomically(path.with_suffix(".keys"), table.data, sync_name=False)
         self.num_runs += 1
-        self.num_documents += len(self._ids)
-        self.num_tokens += self._buffered
-        self._ids, self._buffered = [], 0
+        self.num_documents += lengths.size
+        self.num_tokens += self._used
+        self._lengths, self._used = [], 0
 
 
 @lru_cache(maxsize=1)
-def _loaded(config: TokenizerConfig) -> Tokenizer:
-    return load_tokenizer(config)
+def _tools(config: TokenizerConfig) -> tuple[Tokenizer, SortBuffer]:
+    return load_tokenizer(config), SortBuffer()
 
 
-def _encoded(row: Row, tokenizer: Tokenizer) -> np.ndarray:
+def _encoded(row: Row, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
     """Ids of a document and its end, with NOT_LEARNT set where a conversation masks them."""
     if row.content is None:
         raise DataError(row.reason)
     if isinstance(row.content, str):
-        return np.append(tokenizer.encode_array(row.content), np.uint32(tokenizer.eod_id))
+        return tokenizer.encode_array(row.content), tokenizer.eod_id
     chat = encode_chat(row.content, tokenizer)
-    ids = np.array([*chat.ids, tokenizer.eod_id], dtype=np.uint32)
-    ids[~np.array([*chat.learnt, False])] |= np.uint32(NOT_LEARNT)
-    return ids
+    ids = np.array(chat.ids, dtype=np.uint32)
+    ids[~np.array(chat.learnt, dtype=bool)] |= np.uint32(NOT_LEARNT)
+    return ids, tokenizer.eod_id | NOT_LEARNT
 
 
 def _keys(seed: int | None, part: int, first: int, count: int) -> np.ndarray:

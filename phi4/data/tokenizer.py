@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -134,12 +135,12 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
         TokenizerError: ranks are missing, damaged, or not the expected ones.
     """
     if config.kind == "phi4":
-        return Tokenizer(_cl100k_ranks(config.path))
+        return _phi4_tokenizer(config.path)
     if config.path is None:
         raise TokenizerError(
             "tokenizer.kind=bpe needs tokenizer.path; `phi4 data demo` trains one and writes it"
         )
-    return Tokenizer(_parse_ranks(_read_ranks(Path(config.path), config.sha256), config.path))
+    return _parsed(_read_ranks(Path(config.path), config.sha256), config.path)
 
 
 def added_tokens(first_id: int) -> dict[str, int]:
@@ -163,10 +164,16 @@ def rank_file_bytes(ranks: dict[bytes, int]) -> bytes:
     )
 
 
-def _cl100k_ranks(path: str | None) -> dict[bytes, int]:
+@lru_cache(maxsize=1)
+def _parsed(content: bytes, origin: str) -> Tokenizer:
+    """The last one is kept: several steps of a command ask for it, and it takes 0.2 s to build."""
+    return Tokenizer(_parse_ranks(content, origin))
+
+
+def _phi4_tokenizer(path: str | None) -> Tokenizer:
     cached = _cached_cl100k() if path is None else Path(path)
     if cached is not None:
-        return _parse_ranks(_read_ranks(cached, CL100K_SHA256), str(cached))
+        return _parsed(_read_ranks(cached, CL100K_SHA256), str(cached))
     try:
         ranks = openai_public.cl100k_base()["mergeable_ranks"]
     except (OSError, ValueError) as error:
@@ -176,7 +183,7 @@ def _cl100k_ranks(path: str | None) -> dict[bytes, int]:
             "and set TIKTOKEN_CACHE_DIR to it"
         ) from None
     _check_hash(rank_file_bytes(ranks), CL100K_SHA256, "tiktoken's download of cl100k_base")
-    return ranks
+    return Tokenizer(ranks)
 
 
 def _cached_cl100k() -> Path | None:

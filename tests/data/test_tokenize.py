@@ -1,4 +1,5 @@
 import json
+import resource
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phi4.config import DataConfig, SourceConfig, TokenizerConfig
-from phi4.data import Loader, Tokenizer, load_tokenizer, tokenize
+from phi4.data import Loader, Tokenizer, TokenizerFacts, load_tokenizer, tokenize
 from phi4.data.bpe import train_bpe
 from phi4.data.manifest import Manifest
 from phi4.data.token_file import TokenFile
@@ -144,11 +145,11 @@ def test_killed_job_goes_on_without_loss_or_repeat(
     for kill in kills:
         written = []
 
-        def killed(path: Path, content: bytes, written=written, kill=kill) -> None:
+        def killed(path: Path, content: bytes, written=written, kill=kill, **options) -> None:
             written.append(path)
             if len(written) > kill:
                 raise KeyboardInterrupt
-            original(path, content)
+            original(path, content, **options)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(tokenize, "write_atomically", killed)
@@ -279,6 +280,30 @@ def test_another_plan_under_the_same_prefix_is_refused(
 def test_merge_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="begin with `phi4 data tokenize`"):
         merge_runs(tmp_path / "p")
+
+
+def test_merge_holds_no_run_open(config: TokenizerConfig, rows: Path, tmp_path: Path) -> None:
+    plan = make_plan([rows], load_tokenizer(config).facts, part_bytes=50)
+    options = {"workers": 1, "max_rejected": 0, "follow": lambda progress: None}
+    tokenize_parts(plan, tmp_path / "p", config, **options)
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 8, limits[1]))
+    try:
+        manifest = merge_runs(tmp_path / "p")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(plan.parts) > 50 and manifest.num_documents == len(TEXTS)
+
+
+def test_many_small_files_fill_parts_and_few_inputs_make_many(tmp_path: Path) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text("x" * 40)
+    (tmp_path / "5.jsonl").write_bytes(b"\n" * (9 << 20))
+    facts = TokenizerFacts(vocab_size=1, eod_id=0, pad_id=0, fingerprint="")
+    small = make_plan([tmp_path], facts, part_bytes=100).parts
+    assert [len(part.paths) for part in small[:2]] == [3, 2]
+    assert [part.num_bytes for part in make_plan([tmp_path], facts).parts] == [200] + [3 << 20] * 3
 
 
 def test_truncated_run_is_refused(config: TokenizerConfig, rows: Path, tmp_path: Path) -> None:
