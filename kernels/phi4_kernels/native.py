@@ -11,6 +11,7 @@ that they can be captured, compiled and called on any device.
 """
 
 import hashlib
+import importlib
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -34,6 +35,13 @@ TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 """The library runs with torch 2.11 and newer."""
 _SUFFIXES = (".cpp", ".cu", ".cuh", ".h")
 _log = logging.getLogger("phi4_kernels")
+
+
+@cache
+def entries() -> dict[str, registry.Entry]:
+    """What gates and benchmark run of the CUDA ops, by name; see registry.entries."""
+    modules = [importlib.import_module(f"phi4_kernels.{op}.cases") for op in OPS]
+    return {entry.name: entry for module in modules for entry in module.ENTRIES}
 
 
 def sources() -> list[Path]:

@@ -121,8 +121,8 @@ def test_unknown_providers_are_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert command.main(["--against", "torch,apex"]) == 2
-    assert "apex: not known" in capsys.readouterr().err
+    assert command.main(["--against", "torch,rival"]) == 2
+    assert "rival: not known" in capsys.readouterr().err
 
 
 def test_an_absent_provider_says_why() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from phi4_kernels import registry
+from phi4_kernels import native, registry
 from phi4_kernels.bench import ceilings, measure, report
 from phi4_kernels.bench.providers import PROVIDERS
 from phi4_kernels.errors import KernelError
-from phi4_kernels.testing import rows
+from phi4_kernels.testing import gates, rows
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -19,13 +19,14 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(prog="phi4 bench kernels", description=__doc__)
-    options.add_argument("--op", choices=registry.OPS, help="one op; all without it")
+    ops = (*registry.OPS, *native.OPS)
+    options.add_argument("--op", choices=ops, help="one op; all without it")
     options.add_argument(
         "--against",
         default="torch,compile",
         help=f"comma-separated: {', '.join(PROVIDERS)}; torch means the best of eager and compile",
     )
-    options.add_argument("--implementation", default="triton", help="which of ours")
+    options.add_argument("--implementation", help="of ours; triton, cuda for csrc's ops without it")
     options.add_argument("--dtype", choices=_DTYPES, default="bf16")
     options.add_argument("--json", type=Path, help="append the rows to this file")
     options.add_argument("--report", action="store_true", help="only rewrite BENCHMARKS.md")
@@ -48,6 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _untimed(options: argparse.Namespace) -> int:
     print("No GPU on this machine: nothing was timed.\n\nAnalytic floors, bf16, H200:\n")
     print(report.floors(options.op))
+    built = native.missing() or "csrc is built; `python tools/build_csrc.py` names its registers"
+    print(f"CUDA ops: {built}")
+    if options.op in native.OPS:
+        return 0
     print("Compiled for sm_90:\n", flush=True)
     command = [sys.executable, "-m", "phi4_kernels.testing", "compile"]
     return subprocess.run(command + (["--op", options.op] if options.op else [])).returncode
@@ -63,15 +68,15 @@ def _timed(options: argparse.Namespace) -> int:
             f"--against {','.join(unknown)}: not known; expected some of {', '.join(PROVIDERS)}; "
             "fix the list"
         )
-    chosen = [entry for entry in registry.entries().values() if options.op in (None, entry.op)]
+    chosen = [entry for entry in gates.entries().values() if options.op in (None, entry.op)]
     for entry in chosen:
-        measure.require_green(entry, options.implementation)
+        measure.require_green(entry, _ours(entry, options))
     print(f"{len(chosen)} entries green; measuring ceilings")
     rates = ceilings.measure()
     print(f"copy {rates.bytes_per_second / 1e12:.2f} TB/s", end=", ")
     print(f"matmul {rates.flops_per_second / 1e12:.0f} TFLOP/s")
     for entry in chosen:
-        found, absent = measure.variants(entry, options.implementation, against)
+        found, absent = measure.variants(entry, _ours(entry, options), against)
         print(*(f"  {text}" for text in absent), sep="\n")
         for task in measure.passes(entry, _DTYPES[options.dtype]):
             for row in measure.best_of_torch(measure.measure(task, found, rates)):
@@ -79,6 +84,10 @@ def _timed(options: argparse.Namespace) -> int:
                 if options.json:
                     rows.append(options.json, row)
     return 0
+
+
+def _ours(entry: registry.Entry, options: argparse.Namespace) -> str:
+    return options.implementation or ("cuda" if entry.op in native.OPS else "triton")
 
 
 def _line(row: dict) -> str:

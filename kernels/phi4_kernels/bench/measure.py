@@ -212,7 +212,8 @@ _WAYS = {"torch": "torch-eager", "compile": "torch-compile"}
 
 
 def passes(entry: Entry, dtype: torch.dtype) -> list[Pass]:
-    """All passes of an entry's bench cases."""
+    """All passes of an entry's bench cases, in its first dtype where it does not take this one."""
+    dtype = dtype if dtype in entry.dtypes else entry.dtypes[0]
     return [
         Pass(entry, case, dtype, mode, cost)
         for case in entry.bench_cases

@@ -9,6 +9,7 @@ import torch
 
 from phi4_kernels import registry
 from phi4_kernels.bench import ceilings, measure
+from phi4_kernels.testing import gates
 
 ROOT = registry.ROOT.parent.parent
 ROWS = ROOT / "benchmarks" / "kernels.jsonl"
@@ -62,7 +63,7 @@ def floors(op: str | None = None) -> str:
             f"{task.cost.bytes / 1e6:.1f}",
             f"{1e6 * task.cost.floor_seconds(rates.bytes_per_second, rates.flops_per_second):.1f}",
         ]
-        for entry in registry.entries().values()
+        for entry in gates.entries().values()
         if op in (None, entry.op)
         for task in measure.passes(entry, torch.bfloat16)
     ]

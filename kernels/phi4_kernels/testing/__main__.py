@@ -4,8 +4,9 @@
     python -m phi4_kernels.testing compile [--op OP] [--json]
     python -m phi4_kernels.testing budgets
 
-`numbers` interprets on a machine without a GPU. `compile` holds resources against the budgets,
-`budgets` writes them. `--record` appends the rows that let `auto` choose a kernel.
+`numbers` interprets Triton on a machine without a GPU, and runs the host form of csrc's ops.
+`compile` holds Triton's resources against the budgets, `budgets` writes them. `--record` appends
+the rows that let `auto` choose a kernel.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from phi4_kernels import dispatch, registry
+from phi4_kernels import dispatch, native, registry
 from phi4_kernels.testing import rows
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
@@ -26,26 +27,29 @@ def _numbers(options: argparse.Namespace) -> int:
         print("--record needs a GPU: a row says what ran on it; nothing was recorded")
         return 2
     failures = 0
-    for op in [options.op] if options.op else registry.OPS:
-        result = _run_numbers(op, options.implementation, on_gpu)
+    for op in [options.op] if options.op else (*registry.OPS, *native.OPS):
+        implementation = options.implementation or ("cuda" if op in native.OPS else "triton")
+        if implementation == "cuda" and (reason := native.missing()):
+            print(f"{op} cuda: not run: {reason}")
+            failures += options.record
+            continue
+        result = _run_numbers(op, implementation, on_gpu)
         failures += len(result["red"])
         state = "red" if result["red"] else "green"
         print(
-            f"{op} {options.implementation}: {state}, {result['num_checks']} checks, "
+            f"{op} {implementation}: {state}, {result['num_checks']} checks, "
             f"worst margin {result['worst_margin']:.2f} of the error rule"
         )
         for name, message in result["red"].items():
             print(f"  {name}: {message}")
         if options.record:
-            rows.append(
-                dispatch.CORRECTNESS_ROWS, rows.correctness(op, options.implementation, result)
-            )
+            rows.append(dispatch.CORRECTNESS_ROWS, rows.correctness(op, implementation, result))
     return int(failures > 0)
 
 
 def _run_numbers(op: str, implementation: str, on_gpu: bool) -> dict[str, Any]:
     arguments = {"op": op, "implementation": implementation, "device": "cuda" if on_gpu else "cpu"}
-    if on_gpu:
+    if on_gpu or op in native.OPS:
         from phi4_kernels.testing import gates
 
         return gates.red_cases(**arguments)
@@ -82,14 +86,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m phi4_kernels.testing")
     commands = parser.add_subparsers(dest="command", required=True)
     numbers = commands.add_parser("numbers", help="the error rule on every case")
-    numbers.add_argument("--implementation", default="triton")
+    numbers.add_argument("--implementation", help="triton, or cuda for csrc's ops, without it")
     numbers.add_argument("--record", action="store_true", help="append correctness rows")
     compiling = commands.add_parser("compile", help="resources against the budgets")
     compiling.add_argument("--json", action="store_true", help="print resources, judge nothing")
     writing = commands.add_parser("budgets", help="write the budgets")
     writing.set_defaults(json=False, op=None)
-    for command in (numbers, compiling):
-        command.add_argument("--op", choices=registry.OPS)
+    numbers.add_argument("--op", choices=(*registry.OPS, *native.OPS))
+    compiling.add_argument("--op", choices=registry.OPS)
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Transformer Engine's modules."""
+"""Transformer Engine's modules, optimizer and quantizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phi4_kernels.adamw.cases import with_fused_adam
 from phi4_kernels.registry import Entry
 
 
@@ -25,4 +26,30 @@ def _swiglu(entry: Entry) -> Callable[..., Any]:
     return lambda gate_up: SwiGLU()(gate_up)
 
 
-FUNCTIONS = {"rms_norm": _rms_norm, "swiglu": _swiglu}
+def _optimizer_step(entry: Entry) -> Callable[..., Any]:
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    return with_fused_adam(FusedAdam)
+
+
+def _fp8_cast_transpose(entry: Entry) -> Callable[..., Any]:
+    import transformer_engine_torch as tex
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+
+    def run(x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        quantizer = Float8Quantizer(
+            scale.reshape(1), x.new_zeros(1, dtype=torch.float32), tex.DType.kFloat8E4M3
+        )
+        found = quantizer.quantize(x)
+        data, transposed = (t.view(torch.float8_e4m3fn) for t in (found._data, found._transpose))
+        return data, transposed.t()
+
+    return run
+
+
+FUNCTIONS = {
+    "rms_norm": _rms_norm,
+    "swiglu": _swiglu,
+    "optimizer_step": _optimizer_step,
+    "fp8_cast_transpose": _fp8_cast_transpose,
+}
