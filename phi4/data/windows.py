@@ -67,10 +67,9 @@ class WindowSource:
             f"of {self.row_tokens:,} tokens, {filled:.1%} filled"
         )
         if table.num_overlong:
-            words += (
-                f'; {table.num_overlong:,} longer than a row (overlong="{self._overlong}"), '
-                f"{table.num_left_out:,} of their tokens left out"
-            )
+            words += f'; {table.num_overlong:,} longer than a row (overlong="{self._overlong}")'
+        if table.num_left_out:
+            words += f", {table.num_left_out:,} tokens left out"
         if table.num_outside:
             words += f"; {table.num_outside:,} outside min_tokens and max_tokens"
         return words

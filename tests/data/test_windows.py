@@ -188,9 +188,13 @@ def test_conversations_that_do_not_fit_are_refused_until_the_recipe_decides(
     ("overlong", "learnt", "note"),
     [
         # The second conversation's first 8 labels hold no answer.
-        ("truncate", {13, 14, *range(42, 49)}, "2 longer than a row .*, 17 of their tokens left"),
-        ("drop", {13, 14}, "2 longer than a row .*, 25 of their tokens left out"),
-        ("cut", {13, 14, *range(30, 33), *range(42, 54)}, "2 longer than a row .*, 8 of their tok"),
+        ("truncate", {13, 14, *range(42, 49)}, "2 longer than a row .*, 17 tokens left out"),
+        ("drop", {13, 14}, "2 longer than a row .*, 25 tokens left out"),
+        (
+            "cut",
+            {13, 14, *range(30, 33), *range(42, 54)},
+            "2 longer than a row .*, 8 tokens left out",
+        ),
     ],
 )
 def test_what_becomes_of_long_conversations_is_chosen_and_counted(
