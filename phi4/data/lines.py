@@ -97,10 +97,8 @@ def parse_row(line: bytes, num_bytes: int, max_bytes: int = MAX_ROW_BYTES) -> di
         raise RowError(f"{num_bytes} bytes; at most {max_bytes} are read")
     try:
         row = msgspec.json.decode(line)
-    except UnicodeDecodeError:
-        raise RowError(f"invalid UTF-8 at byte {_first_foreign(line)}") from None
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise RowError(f"invalid JSON: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RowError(_foreign_bytes(line) or f"invalid JSON: {error}") from None
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object, got {type(row).__name__}")
     return row
@@ -121,9 +119,9 @@ def arrow(path: str) -> ModuleType:
     return pyarrow
 
 
-def _first_foreign(line: bytes) -> int:
+def _foreign_bytes(line: bytes) -> str:
     try:
         line.decode()
     except UnicodeDecodeError as error:
-        return error.start
-    raise AssertionError("a line that decodes is UTF-8")
+        return f"invalid UTF-8 at byte {error.start}"
+    return ""
