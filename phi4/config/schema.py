@@ -81,7 +81,8 @@ class SourceConfig(Section):
     weight: float = _key("schedule", 1.0, ge=0)
     """Share of the blend drawn from this source: fractions that sum to 1, or ratios from 1 up."""
     max_epochs: float = _key("schedule", 0.0, ge=0)
-    """The source may be read so many times; 0 sets no limit."""
+    """The source may be read so many times, counted from the beginning of the ledger; 0 sets no
+    limit."""
     kind: Literal["stream", "windows"] = _key("schedule", "stream")
     """stream: cut into units wherever documents end. windows: documents are kept whole up to
     sequence_length and packed best-fit into rows, for long documents and for chat records."""
