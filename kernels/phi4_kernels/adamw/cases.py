@@ -91,7 +91,7 @@ def _adamw_fp8(implementation: str, **arguments: Any) -> tuple[Tensor, ...]:
     names = ("param", "exp_avg", "exp_avg_sq", "grad", "weight")
     data = torch.empty(param.shape, dtype=torch.float8_e4m3fn, device=param.device)
     shards = [
-        shard._replace(fp8=op.FP8Weight(part, param.new_tensor(_FP8_SCALE), param.new_zeros(())))
+        shard._replace(fp8=op.FP8Weight(part, param.new_full((), _FP8_SCALE), param.new_zeros(())))
         for shard, part in zip(
             _shards(cuts, *(arguments[name] for name in names)),
             torch.tensor_split(data.view(-1), list(cuts)),
@@ -131,6 +131,8 @@ def with_fused_adam(fused_adam: Any) -> Any:
         fused_adam: its class.
     """
 
+    built: dict[int, tuple[Any, list[Tensor]]] = {}
+
     def run(
         param: Tensor,
         exp_avg: Tensor,
@@ -139,22 +141,29 @@ def with_fused_adam(fused_adam: Any) -> Any:
         weight: Tensor,
         cuts: Sequence[int],
     ) -> tuple[Tensor, ...]:
-        shards = _shards(cuts, param, exp_avg, exp_avg_sq, grad)
-        parameters = [torch.nn.Parameter(shard.param) for shard in shards]
-        hyper = {"lr": _HYPER["lr"], "betas": (_HYPER["beta1"], _HYPER["beta2"])}
-        hyper |= {"eps": _HYPER["eps"], "weight_decay": _HYPER["weight_decay"]}
-        optimizer = fused_adam(parameters, adam_w_mode=True, **hyper)
-        optimizer.param_groups[0]["step"] = _STEP - 1
-        for parameter, shard in zip(parameters, shards, strict=True):
-            parameter.grad = shard.grad
-            state = {"exp_avg": shard.exp_avg, "exp_avg_sq": shard.exp_avg_sq}
-            optimizer.state[parameter] = state
+        # Built once, outside of a capture; its state keeps the memory of its key from being reused.
+        if param.data_ptr() not in built:
+            shards = _shards(cuts, param, exp_avg, exp_avg_sq, grad)
+            built[param.data_ptr()] = _optimizer_of(fused_adam, shards)
+        optimizer, parameters = built[param.data_ptr()]
         torch.nn.utils.clip_grad_norm_(parameters, _MAX_NORM, foreach=True)
         optimizer.step()
         weight.copy_(param)
         return param, exp_avg, exp_avg_sq, weight
 
     return run
+
+
+def _optimizer_of(fused_adam: Any, shards: list[op.Shard]) -> tuple[Any, list[Tensor]]:
+    parameters = [torch.nn.Parameter(shard.param) for shard in shards]
+    hyper = {"lr": _HYPER["lr"], "betas": (_HYPER["beta1"], _HYPER["beta2"])}
+    hyper |= {"eps": _HYPER["eps"], "weight_decay": _HYPER["weight_decay"]}
+    optimizer = fused_adam(parameters, adam_w_mode=True, **hyper)
+    optimizer.param_groups[0]["step"] = _STEP - 1
+    for parameter, shard in zip(parameters, shards, strict=True):
+        parameter.grad = shard.grad
+        optimizer.state[parameter] = {"exp_avg": shard.exp_avg, "exp_avg_sq": shard.exp_avg_sq}
+    return optimizer, parameters
 
 
 def _cost(other_bytes: int, num_reads: int) -> Any:

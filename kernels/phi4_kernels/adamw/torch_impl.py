@@ -23,8 +23,10 @@ def adamw(
     found_inf: Tensor | None,
 ) -> None:
     """See op.adamw, whose checks have passed."""
-    device = shards[0].param.device
-    at = torch.as_tensor(step, dtype=torch.float32, device=device)
+    if not isinstance(step, Tensor):
+        # Filled on the device: a copy from the host could not be captured.
+        step = torch.full((), float(step), device=shards[0].param.device)
+    at = step.float()
     torch._fused_adamw_(
         [shard.param for shard in shards],
         [shard.grad.float() for shard in shards],
