@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# On a machine with one GPU and no network: the engine against the CPU, the kernel tests marked gpu,
-# correctness rows, benches, BENCHMARKS.md. Leaves rows to commit. Fits in 10 minutes. PYTHON names
-# the interpreter; it needs torch >= 2.11, triton >= 3.6, numpy, pytest and hypothesis. What the
-# engine needs besides (tools/gpu_wheels.sh collects it) is taken from the directory WHEELS.
+# On a machine with one GPU and no network: the engine against the CPU, the tests marked gpu,
+# correctness rows, benches, BENCHMARKS.md. Leaves rows to commit. PYTHON names the interpreter; it
+# needs torch >= 2.11, triton >= 3.6, numpy, pytest and hypothesis. What the engine needs besides
+# (tools/gpu_wheels.sh collects it) is taken from the directory WHEELS. csrc is built here where
+# nvcc is, and taken from build/csrc/ where it was built elsewhere.
+#
+#   tools/gpu_check.sh                  # everything, in this order
+#   tools/gpu_check.sh csrc bench       # some parts; each fits in 10 minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -27,15 +31,32 @@ if [ -n "${WHEELS:-}" ]; then
     "$python" -m pip install -q --no-index --no-deps --target "$packages" "$WHEELS"/*.whl
     PYTHONPATH+=":$packages"
 fi
-timeout 90 "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.json || status=$?
-# --noconftest: the other rooms' test plugins need packages that this machine may lack.
-timeout 170 "$python" -m pytest tests/kernels/test_gpu.py -m gpu -q --noconftest \
-    -p no:cacheprovider --durations=5 || status=$?
-timeout 80 "$python" -m phi4_kernels.testing numbers --record || status=$?
-# The bench checks each op again before it times it, so a red op costs its numbers alone.
-for op in rms_norm swiglu rope cross_entropy; do
-    timeout 55 "$python" -m phi4_kernels.bench --op "$op" --json benchmarks/kernels.jsonl || status=$?
+gpu_tests() {  # --noconftest: the other rooms' test plugins need packages that are not here
+    timeout "$1" "$python" -m pytest "$2" -m gpu -q --noconftest -p no:cacheprovider --durations=5
+}
+timed() {  # the bench checks each op again before it times it: a red op costs its numbers alone
+    for op in "$@"; do
+        timeout 70 "$python" -m phi4_kernels.bench --op "$op" --json benchmarks/kernels.jsonl ||
+            status=$?
+    done
+}
+engine() { timeout 90 "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.json || status=$?; }
+triton() { gpu_tests 170 tests/kernels/test_gpu.py || status=$?; }
+csrc() { gpu_tests 240 tests/csrc/test_gpu_ops.py || status=$?; }
+numbers() { timeout 150 "$python" -m phi4_kernels.testing numbers --record || status=$?; }
+bench() {
+    timed rms_norm swiglu rope cross_entropy
+    timed adamw grad_norm fp8_cast
+    "$python" -m phi4_kernels.bench --report || status=$?
+}
+
+timeout 120 "$python" tools/build_csrc.py || status=$?
+if [ "$#" -eq 0 ]; then set -- engine triton csrc numbers bench; fi
+for part in "$@"; do
+    case "$part" in
+        engine | triton | csrc | numbers | bench) "$part" ;;
+        *) echo "make gpu: no part $part; expected engine, triton, csrc, numbers, bench" && exit 2 ;;
+    esac
 done
-"$python" -m phi4_kernels.bench --report || status=$?
 echo "to commit: kernels/phi4_kernels/correctness.jsonl benchmarks/ BENCHMARKS.md"
 exit "$status"
