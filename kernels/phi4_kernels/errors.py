@@ -24,6 +24,10 @@ class PositionError(KernelError):
     """A position or a document boundary is out of range."""
 
 
+class TargetError(KernelError):
+    """A target id is outside the vocabulary."""
+
+
 class ImplementationError(KernelError):
     """An implementation does not exist, cannot be imported or was never shipped for this size."""
 

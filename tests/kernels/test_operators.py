@@ -9,9 +9,13 @@ CROSS_ENTROPY = {
     "phi4::cross_entropy_combine",
     "phi4::cross_entropy_backward",
 }
+PRODUCTS = {"phi4::add_wide_product"}
+"""Of one rank in bf16: its gradient of hidden needs no sum over ranks in fp32."""
 OPERATORS = {
     "cross_entropy": CROSS_ENTROPY,
     "cross_entropy_sharded": CROSS_ENTROPY,
+    "linear_cross_entropy": CROSS_ENTROPY | PRODUCTS,
+    "summed_linear_cross_entropy": CROSS_ENTROPY | PRODUCTS,
     "rms_norm": {"phi4::rms_norm_forward", "phi4::rms_norm_backward"},
     "add_rms_norm": {"phi4::add_rms_norm_forward", "phi4::rms_norm_backward"},
     "rms_norm_fp8": {"phi4::rms_norm_fp8"},

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi4_kernels.cross_entropy import op, reference
+from phi4_kernels.cross_entropy import linear_cases, op, reference
 from phi4_kernels.cross_entropy.op import Shard
 from phi4_kernels.cross_entropy.options import LossOptions
 from phi4_kernels.registry import Case, Cost, Entry, Inputs
@@ -179,4 +179,5 @@ ENTRIES = (
         cost=lambda case, dtype: _cost(case, dtype, passes=3),
         differentiable=False,
     ),
+    *linear_cases.ENTRIES,
 )

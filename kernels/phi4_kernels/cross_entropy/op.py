@@ -17,7 +17,7 @@ from phi4_kernels import dispatch
 from phi4_kernels.checks import FLOAT_DTYPES, expect_dtype, expect_same_device, expect_shape
 from phi4_kernels.cross_entropy import torch_impl
 from phi4_kernels.cross_entropy.options import PLAIN, LossOptions
-from phi4_kernels.errors import KernelError, ShapeError
+from phi4_kernels.errors import KernelError, ShapeError, TargetError
 from phi4_kernels.operators import register
 
 
@@ -71,9 +71,10 @@ def cross_entropy(
 
     Raises:
         DtypeError, ShapeError, DeviceError, ImplementationError: see errors.
-        KernelError: logits are a leaf that requires grad, or weights require grad; under
-            PHI4_KERNELS_DEBUG=1 a target is out of range, or ranks differ in columns; in backward,
+        KernelError: logits are a leaf that requires grad, or weights require grad; in backward,
             when the gradient has taken the logits' place before.
+        TargetError: under PHI4_KERNELS_DEBUG=1, a target is out of range; ranks that differ in
+            columns are a ShapeError then.
 
     Collectives: forward one all-gather over group, 12 bytes per token and rank (16 with label
         smoothing); backward none.
@@ -83,7 +84,7 @@ def cross_entropy(
     _check(logits, targets, weights)
     shard = Shard.of(group, logits.shape[-1])
     if dispatch.debug():
-        _check_values(targets, options, shard)
+        check_values(targets, options, shard)
     name = dispatch.resolve("cross_entropy", implementation, logits.device)
     return CrossEntropy(*_CrossEntropy.apply(logits, targets, weights, options, shard, name))
 
@@ -136,24 +137,28 @@ def _is_rows(logits: Tensor) -> bool:
     )
 
 
-def _check_values(targets: Tensor, options: LossOptions, shard: Shard) -> None:
-    counted = targets[targets != options.ignore_index]
-    low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
-    if low < 0 or high >= shard.vocabulary:
-        raise KernelError(
-            f"cross_entropy: targets span {low} to {high}; expected 0 to {shard.vocabulary - 1} "
-            f"or {options.ignore_index}; fix the ids, or set ignore_index"
-        )
+def check_values(targets: Tensor, options: LossOptions, shard: Shard) -> None:
+    """Check ids, and that ranks hold equal shards; reads device memory.
+
+    Collectives: one all-gather over shard.group of 8 bytes per rank.
+    """
     if shard.group is not None:
         mine = torch.tensor([shard.vocabulary], device=targets.device)
         all_ranks = mine.new_empty(shard.size)
         dist.all_gather_into_tensor(all_ranks, mine, group=shard.group)
         widths = [total // shard.size for total in all_ranks.tolist()]
         if len(set(widths)) > 1:
-            raise KernelError(
+            raise ShapeError(
                 f"cross_entropy: ranks hold {widths} columns; expected equal shards; pad the "
                 f"vocabulary to a multiple of {shard.size}"
             )
+    counted = targets[targets != options.ignore_index]
+    low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
+    if low < 0 or high >= shard.vocabulary:
+        raise TargetError(
+            f"cross_entropy: targets span {low} to {high}; expected 0 to {shard.vocabulary - 1} "
+            f"or {options.ignore_index}; fix the ids, or set ignore_index"
+        )
 
 
 def run_statistics(
@@ -207,7 +212,8 @@ def _named(operator: Callable[..., Any], name: str) -> Callable[..., Any]:
     return lambda *args: operator(*args, name)
 
 
-def _flat(tensor: Tensor | None) -> Tensor | None:
+def flat(tensor: Tensor | None) -> Tensor | None:
+    """[...] as contiguous [T]; None stays None."""
     return None if tensor is None else tensor.reshape(-1).contiguous()
 
 
@@ -223,7 +229,7 @@ class _CrossEntropy(torch.autograd.Function):
         name: str,
     ) -> tuple[Tensor, Tensor]:
         rows = logits.detach().flatten(0, -2)
-        ids, scales = _flat(targets), _flat(weights)
+        ids, scales = flat(targets), flat(weights)
         statistics = run_statistics(rows, ids, options, shard, name)
         losses, log_probs, normalizer = run_combine(statistics, ids, scales, options, shard, name)
         ctx.set_materialize_grads(False)
@@ -244,7 +250,7 @@ class _CrossEntropy(torch.autograd.Function):
             return None, None, None, None, None, None
         logits, ids, scales, normalizer = ctx.saved_tensors
         gradient = logits.detach()
-        rows, gradients = gradient.flatten(0, -2), (_flat(dlosses), _flat(dlog_probs))
+        rows, gradients = gradient.flatten(0, -2), (flat(dlosses), flat(dlog_probs))
         run_backward(rows, ids, scales, normalizer, gradients, ctx.options, ctx.shard, ctx.name)
         # Whoever else saved the logits for its own backward is told.
         torch.autograd.graph.increment_version(logits)

@@ -35,3 +35,15 @@ def cross_entropy(
     if weights is not None:
         losses = losses * widened(weights)
     return torch.where(counted, losses, 0.0), torch.where(counted, log_probs, 0.0)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: LossOptions = PLAIN,
+    *,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[T, H], [V, H], [T] -> as cross_entropy of the logits hidden @ weight.T."""
+    return cross_entropy(hidden @ weight.t(), targets, options, weights=weights)

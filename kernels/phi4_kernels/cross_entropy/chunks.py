@@ -1,0 +1,184 @@
+"""What happens to one chunk of tokens: product, loss, gradients, and what ranks exchange for it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phi4_kernels.cross_entropy.op import Shard, run_backward, run_combine, run_statistics
+from phi4_kernels.cross_entropy.options import LossOptions
+from phi4_kernels.cross_entropy.products import add_wide_product, wide_product
+from phi4_kernels.errors import KernelError
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayout:
+    """How the product is cut over ranks and over time.
+
+    Raises:
+        KernelError: chunk_tokens is not positive, or sequence_parallel is set without a group.
+    """
+
+    group: dist.ProcessGroup | None = None
+    """The P tensor ranks, each with V / P rows of the weight in rank order; None for P = 1."""
+    sequence_parallel: bool = False
+    """Each rank holds T / P tokens of the hidden states, in rank order, instead of all T."""
+    chunk_tokens: int = 1024
+    """Tokens whose logits exist at a time. Results are bitwise equal only for equal chunks."""
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        if self.chunk_tokens < 1:
+            raise KernelError(
+                f"LinearLayout: chunk_tokens is {self.chunk_tokens}; expected 1 or more; pass the "
+                "number of tokens whose logits fit"
+            )
+        if self.sequence_parallel and self.group is None:
+            raise KernelError(
+                "LinearLayout: sequence_parallel without a group; expected the ranks that share "
+                "the tokens; pass group"
+            )
+
+
+class Head(NamedTuple):
+    """What all chunks of a call share."""
+
+    weight: Tensor
+    options: LossOptions
+    shard: Shard
+    layout: LinearLayout
+    name: str
+
+    @property
+    def num_parts(self) -> int:
+        """Ranks that the tokens of hidden are split over."""
+        return self.shard.size if self.layout.sequence_parallel else 1
+
+    def spans(self, num_rows: int) -> Iterator[slice]:
+        """Rows of this rank's hidden states, chunk by chunk."""
+        step = max(1, self.layout.chunk_tokens // self.num_parts)
+        return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """A chunk's hidden states: this rank's rows, or those of all ranks one after the other."""
+        if self.num_parts == 1:
+            return rows
+        whole = rows.new_empty((self.num_parts * rows.shape[0], rows.shape[1]))
+        dist.all_gather_into_tensor(whole, rows.contiguous(), group=self.shard.group)
+        return whole
+
+    def of_chunk(self, per_token: Tensor | None, span: slice) -> Tensor | None:
+        """The chunk's part of a flat per-token tensor, in the order of `gathered`."""
+        if per_token is None:
+            return None
+        return per_token.unflatten(0, (self.num_parts, -1))[:, span].flatten(0, 1)
+
+    def hidden_gradient(self, dlogits: Tensor) -> Tensor:
+        """[rows, H] for this rank's rows, summed over the ranks in fp32."""
+        is_alone = self.shard.group is None or self.shard.size == 1
+        if is_alone and dlogits.dtype != torch.float32:
+            return dlogits @ self.weight
+        partial = wide_product(dlogits, self.weight)
+        if is_alone:
+            return partial
+        if self.num_parts == 1:
+            dist.all_reduce(partial, group=self.shard.group)
+            return partial
+        mine = partial.new_empty((partial.shape[0] // self.num_parts, partial.shape[1]))
+        dist.reduce_scatter_tensor(mine, partial, group=self.shard.group)
+        return mine
+
+
+class Tokens(NamedTuple):
+    """Flat per-token tensors of a call: targets, weights."""
+
+    ids: Tensor
+    scales: Tensor | None
+
+
+class Gradients:
+    """Gradients of hidden states and weight while the chunks add to them; None if not wanted."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, wanted: tuple[bool, bool], main_grad: Tensor | None
+    ) -> None:
+        self.hidden = hidden.new_empty(hidden.shape) if wanted[0] else None
+        self.weight = main_grad if wanted[1] else None
+        if wanted[1] and main_grad is None:
+            self.weight = weight.new_zeros(weight.shape, dtype=torch.float32)
+
+    def add(self, head: Head, span: slice, rows: Tensor, dlogits: Tensor) -> None:
+        """Add a chunk."""
+        if self.hidden is not None:
+            self.hidden[span] = head.hidden_gradient(dlogits)
+        if self.weight is not None:
+            add_wide_product(self.weight, dlogits, rows)
+
+
+def _forward_chunk(
+    head: Head, rows: Tensor, tokens: Tokens, span: slice, gradients: Gradients | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, log-probabilities and normalizer of a chunk; a function, so that its logits go."""
+    whole = head.gathered(rows[span])
+    logits = whole @ head.weight.t()
+    ids, scales = head.of_chunk(tokens.ids, span), head.of_chunk(tokens.scales, span)
+    common = (head.options, head.shard, head.name)
+    statistics = run_statistics(logits, ids, *common)
+    results = run_combine(statistics, ids, scales, *common)
+    if gradients is not None:
+        incoming = (torch.ones_like(results[0]), None)
+        run_backward(logits, ids, scales, results[2], incoming, *common)
+        gradients.add(head, span, whole, logits)
+    return results
+
+
+def forward(
+    head: Head, rows: Tensor, tokens: Tokens, gradients: Gradients | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [T], log-probabilities [T] and normalizer [T, 3] of all tokens."""
+    fp32 = {"dtype": torch.float32, "device": rows.device}
+    num_tokens = tokens.ids.shape[0]
+    outputs = (
+        torch.empty(num_tokens, **fp32),
+        torch.empty(num_tokens, **fp32),
+        torch.empty((num_tokens, 3), **fp32),
+    )
+    split = (head.num_parts, -1)
+    for span in head.spans(rows.shape[0]):
+        parts = _forward_chunk(head, rows, tokens, span, gradients)
+        for output, part in zip(outputs, parts, strict=True):
+            output.unflatten(0, split)[:, span] = part.unflatten(0, split)
+    return outputs
+
+
+def backward(
+    head: Head,
+    rows: Tensor,
+    tokens: Tokens,
+    saved: tuple[Tensor | None, ...],
+    gradients: Gradients,
+) -> None:
+    """Add the gradients of all tokens; `saved` holds normalizer, dlosses, dlog_probs."""
+    for span in head.spans(rows.shape[0]):
+        _backward_chunk(head, rows, tokens, span, saved, gradients)
+
+
+def _backward_chunk(
+    head: Head,
+    rows: Tensor,
+    tokens: Tokens,
+    span: slice,
+    saved: tuple[Tensor | None, ...],
+    gradients: Gradients,
+) -> None:
+    """Add a chunk's gradients; `saved` holds normalizer, dlosses, dlog_probs of all tokens."""
+    whole = head.gathered(rows[span])
+    logits = whole @ head.weight.t()
+    ids, scales = head.of_chunk(tokens.ids, span), head.of_chunk(tokens.scales, span)
+    normalizer, *incoming = (head.of_chunk(tensor, span) for tensor in saved)
+    common = (head.options, head.shard, head.name)
+    run_backward(logits, ids, scales, normalizer, tuple(incoming), *common)
+    gradients.add(head, span, whole, logits)

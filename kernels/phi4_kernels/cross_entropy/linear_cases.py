@@ -1,0 +1,157 @@
+"""What tests and benchmarks run of the projection with its cross-entropy; see cases."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.cross_entropy import linear, reference
+from phi4_kernels.cross_entropy.chunks import LinearLayout
+from phi4_kernels.cross_entropy.options import LossOptions
+from phi4_kernels.registry import Case, Cost, Entry, Inputs
+from phi4_kernels.testing import draw
+
+_ALL_TERMS = {"label_smoothing": 0.1, "z_loss": 1e-4, "weighted": True}
+
+
+def _case(
+    name: str, tokens: int, hidden: int, vocabulary: int, *, strided: bool = False, **more: Any
+) -> Case:
+    sizes = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary}
+    return Case(name, sizes | more, strided)
+
+
+# One chunk, several, a short last one, one token each; odd widths, phi-4's vocabulary; peaked
+# rows; gaps between rows; all ignored; none.
+_PROOF = (
+    _case("h24-v1003-strided", 9, 24, 1003, strided=True, chunk=4),
+    _case("h7-v64-peaked-one-by-one", 6, 7, 64, peaked=True, chunk=1),
+    _case("h32-v520-all-terms", 10, 32, 520, chunk=3, **_ALL_TERMS),
+    _case("h8-v100352", 5, 8, 100352),
+    _case("all-ignored", 4, 16, 64, chunk=2, ignored=1.0),
+    _case("empty", 0, 16, 64),
+)
+_BENCH = tuple(
+    _case(f"t16384-h5120-v100352-c{chunk}", 16384, 5120, 100352, chunk=chunk)
+    for chunk in (1024, 2048, 4096)
+)
+
+
+def _make(case: Case, dtype: torch.dtype) -> Inputs:
+    """Hidden states at scales from 1e-3 to 10, so that some rows are peaked and none overflows."""
+    generator, sizes = case.generator(), case.sizes
+    tokens, width, vocabulary = sizes["tokens"], sizes["hidden"], sizes["vocabulary"]
+    hidden = draw.rows((tokens, width), dtype, generator, high=10.0, strided=case.strided)
+    weight = torch.randn((vocabulary, width), generator=generator) / math.sqrt(width)
+    weight = weight.to(dtype)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    if sizes.get("peaked"):
+        targets[: tokens - 1] = (hidden.float() @ weight.float().t()).argmax(-1)[: tokens - 1]
+    options = {key: sizes[key] for key in ("label_smoothing", "z_loss") if key in sizes}
+    targets[tokens - round(sizes.get("ignored", 0.2) * tokens) :] = LossOptions().ignore_index
+    constants: dict[str, Any] = {"targets": targets, "options": LossOptions(**options)}
+    if sizes.get("weighted"):
+        constants["weights"] = 2 * torch.rand(tokens, generator=generator)
+    constants["chunk"] = sizes.get("chunk", 1024)
+    return Inputs({"hidden": hidden, "weight": weight}, constants)
+
+
+def _per_token(
+    hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, chunk: int, **others: Any
+) -> tuple[Tensor, Tensor]:
+    layout = LinearLayout(chunk_tokens=chunk)
+    return linear.linear_cross_entropy(hidden, weight, targets, options, layout=layout, **others)
+
+
+def _defined(
+    hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, chunk: int, **others: Any
+) -> tuple[Tensor, Tensor]:
+    return reference.linear_cross_entropy(hidden, weight, targets, options, **others)
+
+
+def _summed(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: LossOptions,
+    chunk: int,
+    weights: Tensor | None = None,
+    implementation: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Losses, log-probabilities and the gradients of their sum, the weight's in fp32."""
+    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    main_grad = weight.new_zeros(weight.shape, dtype=torch.float32)
+    with torch.enable_grad():
+        out = linear.summed_linear_cross_entropy(
+            *leaves,
+            targets,
+            options,
+            weights=weights,
+            layout=LinearLayout(chunk_tokens=chunk),
+            main_grad=main_grad,
+            implementation=implementation,
+        )
+        out.total.backward()
+    return out.losses, out.log_probs, leaves[0].grad, main_grad
+
+
+def _summed_defined(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: LossOptions,
+    chunk: int,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    with torch.enable_grad():
+        outputs = reference.linear_cross_entropy(*leaves, targets, options, weights=weights)
+        outputs[0].sum().backward()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (*(output.detach() for output in outputs), leaves[0].grad, leaves[1].grad.to(wide))
+
+
+def _cost(case: Case, dtype: torch.dtype, *, products: dict[str, int]) -> dict[str, Cost]:
+    """Each product is 2 T H V operations; backward reads and writes what forward reads, and the
+    weight's gradient in fp32 besides."""
+    tokens, width = case.sizes["tokens"], case.sizes["hidden"]
+    vocabulary, size = case.sizes["vocabulary"], dtype.itemsize
+    costs = {}
+    for mode, count in products.items():
+        passes = 1 if count == 1 else 2
+        num_bytes = (passes * tokens + vocabulary) * width * size
+        formula = f"({passes} * T + {vocabulary}) * H * {size} B"
+        if count > 1:
+            num_bytes += vocabulary * width * 8
+            formula += f" + {vocabulary} * H * 8 B"
+        costs[mode] = Cost(num_bytes, count * 2 * tokens * width * vocabulary, formula)
+    return costs
+
+
+ENTRIES = (
+    Entry(
+        op="cross_entropy",
+        name="linear_cross_entropy",
+        function=_per_token,
+        reference=_defined,
+        make=_make,
+        proof_cases=_PROOF,
+        shipped_cases=(),
+        bench_cases=_BENCH[:1],
+        # What the logits once computed would allow; computing them again shows as distance.
+        cost=lambda case, dtype: _cost(case, dtype, products={"forward": 1, "backward": 2}),
+    ),
+    Entry(
+        op="cross_entropy",
+        name="summed_linear_cross_entropy",
+        function=_summed,
+        reference=_summed_defined,
+        make=_make,
+        proof_cases=_PROOF,
+        shipped_cases=(),
+        bench_cases=_BENCH,
+        cost=lambda case, dtype: _cost(case, dtype, products={"forward": 3}),
+        differentiable=False,
+    ),
+)

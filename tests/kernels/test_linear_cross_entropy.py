@@ -1,0 +1,339 @@
+"""The projection with its cross-entropy beyond the gates: ranks, memory, contracts, mistakes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from phi4_kernels.cross_entropy import (
+    LinearLayout,
+    LossOptions,
+    chunks,
+    linear_cross_entropy,
+    products,
+    reference,
+    summed_linear_cross_entropy,
+)
+from phi4_kernels.errors import (
+    DeviceError,
+    DtypeError,
+    GateError,
+    KernelError,
+    ShapeError,
+    TargetError,
+)
+from phi4_kernels.testing.interpreted import InterpretedProcess
+
+from tests.kernels import linear_cross_entropy_checks as checks
+from tests.support.ranks import run_ranks
+
+CHECKS = "tests.kernels.linear_cross_entropy_checks"
+FUNCTIONS = (linear_cross_entropy, summed_linear_cross_entropy)
+X, W, Y = torch.randn(3, 4), torch.randn(8, 4), torch.tensor([0, 7, 3])
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[InterpretedProcess]:
+    """Where Triton interprets; also a fresh process to measure."""
+    process = InterpretedProcess()
+    yield process
+    process.close()
+
+
+def leaves() -> tuple[torch.Tensor, torch.Tensor]:
+    return X.clone().requires_grad_(), W.clone().requires_grad_()
+
+
+def test_the_definition_is_pytorchs() -> None:
+    hidden, weight = torch.randn(9, 6).double(), torch.randn(33, 6).double()
+    targets = torch.randint(33, (9,))
+    losses, log_probs = reference.linear_cross_entropy(hidden, weight, targets, LossOptions(5, 0.2))
+    options = {"ignore_index": 5, "reduction": "none"}
+    plain = F.cross_entropy(F.linear(hidden, weight), targets, **options)
+    torch.testing.assert_close(-log_probs, plain)
+    smoothed = F.cross_entropy(F.linear(hidden, weight), targets, label_smoothing=0.2, **options)
+    torch.testing.assert_close(losses, smoothed)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_give_the_results_of_one_and_repeat(size: int) -> None:
+    *by_case, again = zip(*run_ranks(size, checks.on_gloo_rank), strict=True)
+    for ranks, (kind, form, sequence) in zip(by_case, checks.RANK_CASES, strict=True):
+        checks.expect_right(list(ranks), kind, form, sequence=sequence)
+    for first, second in zip(by_case[-1], again, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in checks.NAMES)
+
+
+def test_a_gradient_that_is_not_summed_over_ranks_is_found() -> None:
+    (ranks,) = zip(*run_ranks(2, checks.alone), strict=True)
+    with pytest.raises((GateError, AssertionError)):
+        checks.expect_right(list(ranks), checks.KINDS[1], "summed")
+
+
+@pytest.mark.parametrize("form", checks.FORMS)
+@pytest.mark.parametrize("kind", checks.KINDS)
+def test_chunks_of_any_size_obey_the_error_rule_and_repeat(kind: checks.Kind, form: str) -> None:
+    for chunk in (1, 7, 20, 1024):
+        first, second = (checks.on_rank(0, 1, kind, form, chunk=chunk) for _ in range(2))
+        checks.expect_right([first], kind, form)
+        assert all(torch.equal(first[name], second[name]) for name in checks.NAMES)
+
+
+def test_collectives_are_what_the_docstring_says() -> None:
+    for calls in run_ranks(2, checks.count_collectives):
+        # 20 tokens of width 24 in two chunks of 10; fp32 logits, four statistics with smoothing.
+        statistics = ("all_gather_into_tensor", 10 * 16)
+        reduced = ("all_reduce", 10 * 24 * 4)
+        assert calls["summed"] == [statistics, reduced] * 2
+        assert calls["per token"] == [statistics] * 2 + [reduced] * 2
+        gathered = ("all_gather_into_tensor", 5 * 24 * 4)
+        scattered = ("reduce_scatter_tensor", 10 * 24 * 4)
+        assert calls["summed, sequence"] == [gathered, statistics, scattered] * 2
+        assert (
+            calls["per token, sequence"] == [gathered, statistics] * 2 + [gathered, scattered] * 2
+        )
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("form", checks.FORMS)
+def test_memory_at_16384_tokens_is_one_chunk_and_the_gradients(
+    form: str, implementation: str
+) -> None:
+    assert 0.9 < checks.fake_peak(form, implementation) <= 1.2
+
+
+@pytest.mark.parametrize("form", ["summed"])
+def test_resident_memory_is_no_more(form: str) -> None:
+    # Of its own: a process's peak never falls again.
+    fresh = InterpretedProcess()
+    assert 0.9 < fresh.call(f"{CHECKS}:resident_peak", form=form) <= 1.2
+    fresh.close()
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_one_graph(process: InterpretedProcess, implementation: str) -> None:
+    process.call(f"{CHECKS}:one_graph", implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (64, 5), (5, 64), (0, 4)])
+def test_narrowing_in_place_is_rounding(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 16)
+    total = torch.randn(shape)
+    expected, pointer = total.to(dtype), total.data_ptr()
+    narrow = products.narrowed_in_place(total, dtype)
+    assert torch.equal(narrow, expected)
+    assert narrow.data_ptr() == pointer and narrow.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_wide_products_pass_opcheck_and_equal_fp64(dtype: torch.dtype) -> None:
+    left, right = torch.randn(3, 1100).to(dtype), torch.randn(1100, 5).to(dtype)
+    exact = left.double() @ right.double()
+    torch.testing.assert_close(
+        products.wide_product(left, right).double(), exact, rtol=0, atol=1e-4
+    )
+    total = torch.ones(3, 5)
+    products.add_wide_product(total, left.t().contiguous(), right)
+    torch.testing.assert_close(total.double(), 1 + exact, rtol=0, atol=1e-4)
+    torch.library.opcheck(torch.ops.phi4.wide_product.default, (left, right))
+    added = (total, left.t().contiguous(), right)
+    torch.library.opcheck(torch.ops.phi4.add_wide_product.default, added)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_main_grad_grows_by_the_gradient_and_autograd_gets_none(function: Callable) -> None:
+    plain, buffered = leaves(), leaves()
+    function(*plain, Y)[0].sum().backward()
+    main_grad = torch.ones(8, 4)
+    for _ in range(2):
+        function(*buffered, Y, main_grad=main_grad)[0].sum().backward()
+    assert buffered[1].grad is None
+    torch.testing.assert_close(main_grad, 1 + 2 * plain[1].grad)
+    torch.testing.assert_close(buffered[0].grad, 2 * plain[0].grad)
+
+
+def test_a_factor_on_the_total_scales_both_gradients() -> None:
+    plain, scaled = leaves(), leaves()
+    summed_linear_cross_entropy(*plain, Y).total.backward()
+    (summed_linear_cross_entropy(*scaled, Y).total / 3).backward()
+    for whole, third in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(third.grad, whole.grad / 3)
+
+
+def test_a_factor_in_half_precision_is_not_rounded_first() -> None:
+    hidden, weight = (leaf.detach().bfloat16().requires_grad_() for leaf in leaves())
+    summed_linear_cross_entropy(hidden, weight, Y).total.backward()
+    other = hidden.detach().clone().requires_grad_()
+    (summed_linear_cross_entropy(other, weight, Y).total * 1.0117).backward()
+    assert torch.equal(other.grad, (hidden.grad.float() * 1.0117).bfloat16())
+
+
+def test_a_factor_that_main_grad_does_not_have_gives_nan(monkeypatch: Any) -> None:
+    hidden, weight = leaves()
+    total = summed_linear_cross_entropy(hidden, weight, Y, main_grad=torch.zeros(8, 4)).total
+    (total * 2).backward()
+    assert hidden.grad.isnan().all()
+    monkeypatch.setenv("PHI4_KERNELS_DEBUG", "1")
+    total = summed_linear_cross_entropy(hidden, weight, Y, main_grad=torch.zeros(8, 4)).total
+    with pytest.raises(KernelError, match=r"gradient is 2\.0; expected 1"):
+        (total * 2).backward()
+
+
+def test_a_second_backward_raises_or_is_right() -> None:
+    once, twice = leaves(), leaves()
+    losses = linear_cross_entropy(*once, Y).losses.sum()
+    losses.backward(retain_graph=True)
+    kept = once[1].grad.clone()
+    losses.backward()
+    torch.testing.assert_close(once[1].grad, 2 * kept)
+    total = summed_linear_cross_entropy(*twice, Y).total
+    total.backward(retain_graph=True)
+    with pytest.raises(KernelError, match="backward ran before"):
+        total.backward()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_without_autograd_nothing_is_kept_or_added(function: Callable) -> None:
+    saved, main_grad = [], torch.zeros(8, 4)
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor)
+    with torch.no_grad(), hooks:
+        out = function(*leaves(), Y, main_grad=main_grad)
+    assert not saved and not main_grad.any() and not out[0].requires_grad
+    assert torch.equal(out.log_probs, function(*leaves(), Y).log_probs)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_is_frozen_gets_no_gradient(function: Callable, frozen: int) -> None:
+    both, one = leaves(), leaves()
+    one[frozen].requires_grad_(False)
+    for pair in (both, one):
+        function(*pair, Y)[0].sum().backward()
+    assert one[frozen].grad is None
+    assert torch.equal(one[1 - frozen].grad, both[1 - frozen].grad)
+
+
+def test_only_the_total_is_differentiable() -> None:
+    out = summed_linear_cross_entropy(*leaves(), Y)
+    assert out.total.requires_grad
+    assert not out.losses.requires_grad and not out.log_probs.requires_grad
+    torch.testing.assert_close(out.total, out.losses.sum())
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_any_strides_of_hidden_give_the_same(function: Callable) -> None:
+    wide = torch.randn(2, 3, 8)
+    views = wide[..., ::2], wide[..., :4].transpose(0, 1), torch.randn(1, 4).expand(2, 3, 4)
+    for view in views:
+        targets = torch.randint(8, view.shape[:2])
+        strided, dense = view.detach().requires_grad_(), view.contiguous().detach()
+        dense.requires_grad_()
+        for hidden in (strided, dense):
+            out = function(hidden, W, targets, layout=LinearLayout(chunk_tokens=4))
+            assert out.losses.shape == targets.shape
+            out[0].sum().backward()
+        assert torch.equal(strided.grad, dense.grad)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_no_tokens_and_all_ignored_have_gradients_of_zero(function: Callable) -> None:
+    for hidden, targets in ((X[:0], Y[:0]), (X, torch.full((3,), -100))):
+        leaf, weight = hidden.clone().requires_grad_(), W.clone().requires_grad_()
+        out = function(leaf, weight, targets)
+        out[0].sum().backward()
+        assert not out.losses.any() and not leaf.grad.any() and not weight.grad.any()
+
+
+BAD = {
+    "hidden in fp64": (lambda f: f(X.double(), W, Y), DtypeError, "float64"),
+    "weight of another dtype": (lambda f: f(X, W.half(), Y), DtypeError, "float16"),
+    "one row": (lambda f: f(X[0], W, Y[0]), ShapeError, r"\(4,\)"),
+    "no ids": (lambda f: f(X, W[:0], Y), ShapeError, r"\(0, 4\)"),
+    "weight of another width": (lambda f: f(X, W[:, :3], Y), ShapeError, r"\(8, 3\)"),
+    "a target too few": (lambda f: f(X, W, Y[:2]), ShapeError, r"\(2,\)"),
+    "targets as floats": (lambda f: f(X, W, Y.float()), DtypeError, "float32"),
+    "weights that learn": (
+        lambda f: f(X, W, Y, weights=torch.ones(3, requires_grad=True)),
+        KernelError,
+        "detach",
+    ),
+    "weight elsewhere": (lambda f: f(X, W.to("meta"), Y), DeviceError, "meta"),
+    "main_grad in bf16": (
+        lambda f: f(X, W, Y, main_grad=torch.zeros(8, 4).bfloat16()),
+        DtypeError,
+        "main_grad is torch.bfloat16",
+    ),
+    "main_grad of another shape": (
+        lambda f: f(X, W, Y, main_grad=torch.zeros(4, 8)),
+        ShapeError,
+        r"main_grad has shape \(4, 8\)",
+    ),
+    "empty chunks": (lambda f: LinearLayout(chunk_tokens=0), KernelError, "chunk_tokens is 0"),
+    "parts without ranks": (
+        lambda f: LinearLayout(sequence_parallel=True),
+        KernelError,
+        "without a group",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_typed_error(case: str, function: Callable) -> None:
+    call, error, text = BAD[case]
+    with pytest.raises(error, match=text) as raised:
+        call(function)
+    assert "\n" not in str(raised.value) and str(raised.value).count(";") >= 1
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_ids_are_checked_under_the_debug_switch(function: Callable, monkeypatch: Any) -> None:
+    foreign = torch.tensor([0, 8, -1])
+    assert function(X, W, foreign).losses.isnan().tolist() == [False, True, True]
+    monkeypatch.setenv("PHI4_KERNELS_DEBUG", "1")
+    with pytest.raises(TargetError, match="span -1 to 8; expected 0 to 7 or -100"):
+        function(X, W, foreign)
+
+
+def _last_chunk_lost(self: chunks.Head, num_rows: int) -> Iterator[slice]:
+    step = self.layout.chunk_tokens
+    return (slice(start, start + step) for start in range(0, num_rows - step, step))
+
+
+MISTAKES = {
+    "the last chunk is lost": (chunks.Head, "spans", _last_chunk_lost, "summed"),
+    "the last chunk's weight gradient alone": (
+        chunks,
+        "add_wide_product",
+        lambda total, left, right: total.copy_(products.wide_product(left.t(), right)),
+        "per token",
+    ),
+    "the first chunk's targets for all": (
+        chunks.Head,
+        "of_chunk",
+        lambda self, tensor, span: None if tensor is None else tensor[: span.stop - span.start],
+        "per token",
+    ),
+    "weight gradient summed in bf16": (
+        chunks,
+        "add_wide_product",
+        lambda total, left, right: total.copy_((total + left.t() @ right).bfloat16()),
+        "into main_grad",
+    ),
+    "unweighted": (chunks, "run_combine", None, "summed"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, wrong, form = MISTAKES[mistake]
+    genuine = chunks.run_combine
+    kind = checks.KINDS[1]
+    checks.expect_right([checks.on_rank(0, 1, kind, form, chunk=3)], kind, form)
+    monkeypatch.setattr(owner, name, wrong or (lambda *args: genuine(*args[:2], None, *args[3:])))
+    with pytest.raises(GateError):
+        checks.expect_right([checks.on_rank(0, 1, kind, form, chunk=3)], kind, form)
