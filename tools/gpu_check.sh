@@ -40,7 +40,7 @@ timed() {  # the bench checks each op again before it times it: a red op costs i
             status=$?
     done
 }
-engine() { timeout 90 "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.json || status=$?; }
+engine() { timeout 150 "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.json || status=$?; }
 triton() { gpu_tests 170 tests/kernels/test_gpu.py || status=$?; }
 csrc() { gpu_tests 240 tests/csrc/test_gpu_ops.py || status=$?; }
 numbers() { timeout 150 "$python" -m phi4_kernels.testing numbers --record || status=$?; }

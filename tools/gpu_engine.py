@@ -24,6 +24,8 @@ BF16_TOLERANCE = 2e-2
 
 KERNELS = "+kernels"
 """Suffix of a dtype: with the Triton forms of RoPE, RMSNorm and SwiGLU."""
+OPTIMIZER = "+optimizer"
+"""Suffix of a dtype: with csrc's gradient norm and AdamW."""
 
 
 def run_case(kind: str, dtype: str, first: int, last: int, root: Path) -> list[float]:
@@ -36,9 +38,11 @@ def run_case(kind: str, dtype: str, first: int, last: int, root: Path) -> list[f
     from phi4.verify.layouts import reference_case
     from phi4.verify.parity import LEARNING_RATE, micro_batches
 
-    number, named, _ = dtype.partition(KERNELS)
+    number, suffix, _ = dtype.partition("+")
     overrides = [f"precision.dtype={number}", "parallel.distributed_optimizer=true"]
-    if named:
+    if suffix and dtype.endswith(OPTIMIZER):
+        overrides += [f"kernels.{op}=cuda" for op in ("adamw", "grad_norm")]
+    elif suffix:
         overrides += [f"kernels.{op}=triton" for op in ("rope", "rms_norm", "swiglu")]
     recipe = with_overrides(reference_case(load_recipe(RECIPE)).recipe, overrides)
     engine = Engine(recipe, connect(kind))
@@ -68,7 +72,9 @@ def in_process(kind: str, dtype: str, first: int, last: int, root: Path) -> list
 
 def compare(gpu: str) -> list[dict]:
     """One row per comparison; `gpu` is cuda, or cpu to try the script without a GPU."""
-    half = STEPS // 2
+    from phi4_kernels import native
+
+    half, built = STEPS // 2, native.missing() is None
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         expected = in_process("cpu", "fp32", 0, STEPS, root / "cpu")
@@ -80,6 +86,10 @@ def compare(gpu: str) -> list[dict]:
             dtype: in_process(gpu, dtype + KERNELS, 0, STEPS, root / f"{dtype}_kernels")
             for dtype in (("fp32", "bf16") if gpu == "cuda" else ())
         }
+        stepped = {
+            dtype: in_process(gpu, dtype + OPTIMIZER, 0, STEPS, root / f"{dtype}_optimizer")
+            for dtype in (("fp32", "bf16") if built else ())
+        }
     tolerances = {"fp32": FP32_TOLERANCE, "bf16": BF16_TOLERANCE}
     return [
         _row(
@@ -90,6 +100,10 @@ def compare(gpu: str) -> list[dict]:
         *(
             _row(f"{dtype} with the Triton kernels", losses, expected, tolerances[dtype])
             for dtype, losses in named.items()
+        ),
+        *(
+            _row(f"{dtype} with the CUDA optimizer", losses, expected, tolerances[dtype])
+            for dtype, losses in stepped.items()
         ),
     ]
 
