@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from phi4.config import Recipe, dump_toml
-from phi4.data.loader import Loader
 from phi4.data.tokenizer import TokenizerFacts, load_tokenizer
 from phi4.engine.checkpoint import (
     find_checkpoint,
@@ -32,7 +31,7 @@ from phi4.train.evaluation import HeldOutLoss
 from phi4.train.hooks import Hook, Meter
 from phi4.train.ledger_record import LedgerRecord
 from phi4.train.loop import train
-from phi4.train.sources import open_sources
+from phi4.train.sources import open_loader, open_sources
 from phi4.train.state import RunState
 
 Say = Callable[[str], None]
@@ -68,26 +67,23 @@ def run_training(
     say = print_line if platform.is_writer else _silent
     tokenizer = check_tokenizer(recipe)
     resumes = latest_checkpoint(checkpoints_of(recipe)) is not None
-    state = RunState() if resumes else first_state(recipe)
-    # Opened once before anything is built: a missing or foreign source is an error at once.
-    opened = open_sources(recipe, tokenizer, state, platform)
+    state = None if resumes else first_state(recipe)
+    # Before anything is built: a missing or foreign source is an error at once.
+    loader = open_sources(recipe, tokenizer, state, platform)
     draws_weights = not resumes and recipe.run.init_from is None
     engine = Engine(recipe, platform, draws_weights=draws_weights)
     for line in (
         platform.describe(),
         engine.layout.describe(),
         *(choice.describe() for choice in engine.choices),
-        *opened.notes,
+        *loader.notes,
     ):
         say(line)
-    if resumes:
+    if state is None:
         state = resume(recipe, engine, allow_change=allow_change, say=say)
-    elif recipe.run.init_from is not None:
-        initialise_from(engine, Path(recipe.run.init_from), say)
-    if state.step == 0 and state.ledger_from:
-        say(f"data: the ledger of {state.ledger_from} goes on")
-    loader = Loader(recipe.data, tokenizer, recipe.run.seed, state.data)
-    loader.require_epochs((recipe.run.steps - state.step) * recipe.batch.global_batch_size)
+        loader = open_loader(recipe, tokenizer, state)
+    else:
+        _begin(recipe, engine, state, say)
     own_hooks = [
         Meter(),
         HeldOutLoss(recipe, engine, objective, tokenizer),
@@ -100,6 +96,13 @@ def run_training(
         )
     engine.close()
     return state
+
+
+def _begin(recipe: Recipe, engine: Engine, state: RunState, say: Say) -> None:
+    if recipe.run.init_from is not None:
+        initialise_from(engine, Path(recipe.run.init_from), say)
+    if state.ledger_from:
+        say(f"data: the ledger of {state.ledger_from} goes on")
 
 
 def _ledger_record(recipe: Recipe, platform: Platform, state: RunState) -> list[Hook]:

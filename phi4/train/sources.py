@@ -14,19 +14,32 @@ from phi4.errors import Phi4Error
 from phi4.train.state import RunState
 
 
+def open_loader(recipe: Recipe, tokenizer: TokenizerFacts, state: RunState) -> Loader:
+    """A loader that goes on from a state to the run's last step.
+
+    Raises:
+        DataError: a source is missing, damaged, not what the state's ledger counted, or would be
+            read more often than its `max_epochs`.
+    """
+    loader = Loader(recipe.data, tokenizer, recipe.run.seed, state.data)
+    loader.require_epochs((recipe.run.steps - state.step) * recipe.batch.global_batch_size)
+    return loader
+
+
 def open_sources(
-    recipe: Recipe, tokenizer: TokenizerFacts, state: RunState, platform: Platform
+    recipe: Recipe, tokenizer: TokenizerFacts, state: RunState | None, platform: Platform
 ) -> Loader:
-    """A loader of the run's sources, once the held-out ones were found as well.
+    """The run's loader, once the held-out sources were found as well.
 
     Args:
         recipe: the run.
         tokenizer: whose ids the sources hold.
-        state: where the run begins.
+        state: where the run begins; None where a checkpoint will tell, which leaves its ledger to
+            `open_loader`.
         platform: this process.
 
     Raises:
-        DataError: a source is missing, damaged, or not what the state's ledger counted.
+        DataError: see `open_loader`.
 
     Collectives: a broadcast of the writer's error, if any, over all ranks.
     """
@@ -45,7 +58,9 @@ def open_sources(
     return opened or _open(recipe, tokenizer, state)
 
 
-def _open(recipe: Recipe, tokenizer: TokenizerFacts, state: RunState) -> Loader:
+def _open(recipe: Recipe, tokenizer: TokenizerFacts, state: RunState | None) -> Loader:
     if recipe.data.held_out:
         HeldOut(recipe.data, tokenizer, recipe.run.seed)
-    return Loader(recipe.data, tokenizer, recipe.run.seed, state.data)
+    if state is None:
+        return Loader(recipe.data, tokenizer, recipe.run.seed)
+    return open_loader(recipe, tokenizer, state)

@@ -70,7 +70,7 @@ def _train(rank: int, world_size: int, root: Path, overrides: tuple[str, ...]) -
     platform = connect("cpu", rank=rank, world_size=size, rendezvous=meeting)
     Recorded.served = []
     computing = patch("phi4.data.window_table._computed", wraps=window_table._computed)
-    with chdir(root), patch("phi4.train.run.Loader", Recorded), computing as computed:
+    with chdir(root), patch("phi4.train.sources.Loader", Recorded), computing as computed:
         run_training(recipe, platform, NextToken(), allow_change=True, ranks_per_host=size)
     disconnect()
     served = [(dp, np.concatenate([b.tokens for b in batches])) for dp, batches in Recorded.served]
