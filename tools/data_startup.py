@@ -1,11 +1,12 @@
 """Start-up of the data stream at 10T tokens and at many documents, and the loader's throughput.
 
 Every case runs in a process of its own and counts from after its imports: seconds to the first
-batch, peak resident memory above them. Token files are sparse where their content is not read, so
-10T tokens need no disk; the .idx of what is read holds real length draws. megatron-core's builder
-runs on the same machine at 20B tokens.
+batch, CPU seconds beside them, peak resident memory above them. Token files are sparse where their
+content is not read, so 10T tokens need no disk; the .idx of what is read holds real length draws.
+megatron-core's builder runs on the same machine at 20B tokens.
 
-    python tools/data_startup.py --dir runs/data_startup --json benchmarks/data_startup.jsonl
+    python tools/data_startup.py --json benchmarks/data_startup.jsonl
+    python tools/data_startup.py --case throughput
 """
 
 import argparse
@@ -101,7 +102,7 @@ def first_batch(sources: dict[str, tuple[str, float]]) -> None:
     Loader(_config(sources), FACTS, seed=1).next_step(**ROWS)
 
 
-def throughput(root: Path, seconds: float = 10.0) -> dict[str, float]:
+def throughput(root: Path, seconds: float = 5.0) -> dict[str, float]:
     """Tokens per second of one process, batches built, from page cache."""
     loader = Loader(_config({"s": (f"{root}/*", 1.0)}), FACTS, seed=1)
     size = {"global_batch_size": 64, "micro_batch_size": 4, "dp_rank": 0, "dp_size": 1}
@@ -156,19 +157,22 @@ def _config(sources: dict[str, tuple[str, float]]) -> DataConfig:
 
 
 class Meter:
-    """Seconds and peak resident memory from here on."""
+    """Seconds, CPU seconds and peak resident memory from here on."""
 
     def __init__(self) -> None:
         # 5 makes the present size the peak; the kernel's own count would hold that of the imports.
         Path("/proc/self/clear_refs").write_text("5")
         self._resident_mb = self._status("VmRSS")
-        self._begun = time.perf_counter()
+        self._begun, self._used = time.perf_counter(), time.process_time()
 
     def tell(self, **more: float) -> None:
         """Print the numbers as JSON."""
-        seconds = time.perf_counter() - self._begun
-        resident = self._status("VmHWM") - self._resident_mb
-        print(json.dumps({"seconds": seconds, "resident_mb": resident, **more}))
+        found = {
+            "seconds": time.perf_counter() - self._begun,
+            "cpu_seconds": time.process_time() - self._used,
+            "resident_mb": self._status("VmHWM") - self._resident_mb,
+        }
+        print(json.dumps({**found, **more}))
 
     @staticmethod
     def _status(key: str) -> float:
@@ -176,7 +180,7 @@ class Meter:
         return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
 
-def _case(root: Path, name: str) -> None:
+def _run_here(root: Path, name: str) -> None:
     """Run one case in this process and print its numbers."""
     if name == "throughput":
         print(json.dumps(throughput(root / "dense")))
@@ -203,41 +207,57 @@ CASES = {
 
 
 def main() -> None:
-    """Write the files, run every case, append the rows."""
+    """Write the files that are missing, run the cases, append their rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, default=Path("runs/data_startup"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--case")
+    parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--here", choices=CASES, help="one case, in this process")
     options = parser.parse_args()
-    root = options.dir
-    if options.case:
-        _case(root, options.case)
+    if options.here:
+        _run_here(options.dir, options.here)
         return
-    if not (root / "done").exists():
-        (root / "documents").mkdir(parents=True, exist_ok=True)
-        for millions in (2, 20, 40):
-            lengths = write_lengths(millions * 10**6, seed=millions)
-            write_sparse(f"{root}/documents/{millions}m", lengths)
-        write_blend(root / "blend")
-        write_dense(root / "dense")
-        (root / "done").touch()
-    for name, words in CASES.items():
-        results = []
-        for _ in range(options.repeats):
-            if name == "blend-first":
-                for kept in (root / "blend").glob("*/*.source.json"):
-                    kept.unlink()
-            shutil.rmtree(root / "cache", ignore_errors=True)
-            command = [sys.executable, __file__, "--dir", str(root), "--case", name]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            results.append(json.loads(output.splitlines()[-1]))
-        row = {key: sorted(r[key] for r in results)[len(results) // 2] for key in results[0]}
-        row = {"case": name, "what": words, **row, "repeats": len(results), **_context()}
-        print(json.dumps(row))
+    for name in options.case:
+        _prepare(options.dir, name)
+        row = {"case": name, "what": CASES[name], **_medians(options.dir, name, options.repeats)}
+        row |= _context()
+        print(json.dumps(row), flush=True)
         if options.json:
             with options.json.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
+
+
+def _prepare(root: Path, name: str) -> None:
+    """The files of a case, unless they were written before."""
+    kind = {"throughput": "dense"}.get(name, "blend" if "blend" in name else "documents")
+    if (root / kind / "done").exists():
+        return
+    (root / kind).mkdir(parents=True, exist_ok=True)
+    if kind == "dense":
+        write_dense(root / kind)
+    elif kind == "blend":
+        write_blend(root / kind)
+    else:
+        for millions in (2, 20, 40):
+            lengths = write_lengths(millions * 10**6, seed=millions)
+            write_sparse(f"{root}/{kind}/{millions}m", lengths)
+    (root / kind / "done").touch()
+
+
+def _medians(root: Path, name: str, repeats: int) -> dict[str, float]:
+    """The case in processes of its own; the median of every number."""
+    results = []
+    for _ in range(repeats):
+        if name == "blend-first":
+            for kept in (root / "blend").glob("*/*.source.json"):
+                kept.unlink()
+        shutil.rmtree(root / "cache", ignore_errors=True)
+        command = [sys.executable, __file__, "--dir", str(root), "--here", name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        results.append(json.loads(output.splitlines()[-1]))
+    medians = {key: sorted(r[key] for r in results)[repeats // 2] for key in results[0]}
+    return {**medians, "repeats": repeats}
 
 
 def _context() -> dict[str, object]:
