@@ -12,6 +12,9 @@ from phi4_kernels.bench import measure, report
 from phi4_kernels.errors import ImplementationError
 from phi4_kernels.testing import __main__ as command
 from phi4_kernels.testing import error_rule, gates, numerics, rows
+from typer.testing import CliRunner
+
+from phi4.cli.kernels import app
 
 CHECKS = [check for entry in native.entries().values() for check in gates.names(entry)]
 MACHINE = {"device": "H200", "capability": "9.0", "commit": "abc", "date": "2026-01-01"}
@@ -107,6 +110,14 @@ def test_a_later_row_withdraws_the_proof(
     rows.append(dispatch.CORRECTNESS_ROWS, row | change)
     assert native.choose("adamw", "auto", on_h200).implementation == "torch"
     assert next(row for row in native.status() if row["op"] == "adamw")["state"] == state
+
+
+def test_phi4_kernels_status_lists_them(on_h200: torch.device) -> None:
+    _record()
+    shown = CliRunner().invoke(app, ["status"]).output
+    (line,) = (line for line in shown.splitlines() if "adamw" in line)
+    assert all(part in line for part in ("cuda", "H200", "abc", "2026-01-01"))
+    assert all(op in shown for op in native.OPS)
 
 
 def test_a_red_check_is_a_red_row(loaded: Path, on_h200: torch.device) -> None:

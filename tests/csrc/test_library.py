@@ -2,7 +2,9 @@
 
 import importlib
 import json
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +192,30 @@ def test_without_nvcc_the_build_says_so(
     monkeypatch.setattr("sys.argv", ["build_csrc.py"])
     build_csrc.main()
     assert "csrc is not built: nvcc is not on PATH" in capsys.readouterr().out
+
+
+def test_an_op_runs_on_the_device_and_stream_that_are_current(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current, seen = [0], []
+
+    @contextmanager
+    def device(index: torch.device):
+        before, current[0] = current[0], index.index
+        yield
+        current[0] = before
+
+    def stream(index: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=70 + index.index)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    for index in (0, 1):
+        with native.on_device(torch.device("cuda", index)) as found:
+            seen.append((current[0], found))
+    with native.on_device(CPU) as found:
+        assert found == 0
+    assert seen == [(0, 70), (1, 71)] and current == [0]
 
 
 def test_unknown_implementations_are_refused() -> None:

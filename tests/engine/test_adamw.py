@@ -10,10 +10,13 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from phi4_kernels import native
 
+from phi4.config import KernelsConfig
 from phi4.engine.adamw import OnePassChain
 from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Loss
+from phi4.engine.spec import choose
+from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.gradient_passes import Passes
@@ -181,6 +184,15 @@ def _resumed(rank, world_size, overrides, root, form):
 def test_resumption_is_exact(kind: str, form: str, pool: RankPool, tmp_path: Path) -> None:
     for straight, resumed in pool.run(_resumed, KINDS[kind], tmp_path, form):
         assert straight == resumed and len(straight) > 10
+
+
+def test_the_recipe_chooses_the_ops_and_the_choice_is_said(library: None) -> None:
+    cpu = torch.device("cpu")
+    said = [c.describe() for c in choose(KernelsConfig(adamw="cuda", grad_norm="torch"), cpu)]
+    assert "adamw: cuda (named; host form of the kernel's arithmetic)" in said
+    assert "grad_norm: torch (named)" in said
+    with pytest.raises(ConfigError, match=r"kernels\.grad_norm=te: .*expected auto, torch or cuda"):
+        choose(KernelsConfig(grad_norm="te"), cpu)
 
 
 def _spoiled(rank, world_size, overrides):

@@ -136,8 +136,10 @@ def _check_shard(shard: Shard, first: Shard) -> None:
     if shard.fp8 is not None:
         _check_fp8(shard)
         tensors["fp8"] = shard.fp8.data
+    flat = torch.Size((shard.param.numel(),))
     for name, tensor in tensors.items():
-        expect_shape("adamw", name, tensor, (shard.param.numel(),), "pass a flat shard of one size")
+        if tensor.shape != flat:
+            expect_shape("adamw", name, tensor, tuple(flat), "pass a flat shard of one size")
         if not tensor.is_contiguous():
             raise ShapeError(
                 f"adamw: {name} has stride {tensor.stride()}; expected a contiguous shard; "

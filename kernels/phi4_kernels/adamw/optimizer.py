@@ -218,7 +218,8 @@ def _flat(name: str, tensor: Tensor) -> Tensor:
             f"FusedAdam: {name} has stride {tensor.stride()}; expected a contiguous tensor; an "
             "update in place needs the buffer itself, not a copy"
         )
-    return tensor.detach().view(-1)
+    flat = tensor.detach()
+    return flat if flat.dim() == 1 else flat.view(-1)
 
 
 def _alike(shards: list[Shard]) -> list[list[Shard]]:
