@@ -187,10 +187,11 @@ def _sources(recipe: Recipe) -> Iterator[str]:
             "make them sum to 1, or give ratios from 1 up"
         )
     for source in (*recipe.data.sources, *recipe.data.held_out):
-        if source.kind == "stream" and (source.min_tokens or source.max_tokens or source.overlong):
+        selects = source.min_tokens or source.max_tokens or source.overlong in ("truncate", "drop")
+        if source.kind == "stream" and selects:
             yield (
-                f"source {source.name!r} sets min_tokens, max_tokens or overlong, which a stream, "
-                'blind to documents, cannot heed; set kind="windows"'
+                f"source {source.name!r} selects documents by min_tokens, max_tokens or overlong, "
+                'and a stream is cut wherever they end; set kind="windows"'
             )
         if 0 < source.max_tokens < source.min_tokens:
             yield (

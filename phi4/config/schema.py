@@ -91,10 +91,10 @@ class SourceConfig(Section):
     max_tokens: NonNegative = _key("schedule", 0)
     """Longer documents are left out; 0 sets no limit; windows only."""
     overlong: Literal["cut", "truncate", "drop"] | None = _key("schedule", None)
-    """What becomes of documents longer than sequence_length; windows only. cut: they go on in other
-    rows. truncate: the beginning is kept. drop: they are left out. None cuts text and refuses
+    """What becomes of documents longer than sequence_length. cut: they go on in other rows.
+    truncate: the beginning is kept. drop: they are left out. None cuts text and refuses to cut
     conversations (documents with a loss mask): an answer without its question teaches the wrong
-    thing. The counts are shown at the start of a run."""
+    thing. Streams only cut. The counts are shown at the start of a run."""
 
 
 Sources = Annotated[tuple[SourceConfig, ...], Strict(False)]

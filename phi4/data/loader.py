@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from phi4.config import DataConfig
+from phi4.config import DataConfig, SourceConfig
 from phi4.data.batch import Batch, build_batch
 from phi4.data.ledger import BlendEntry, Draws
 from phi4.data.sources import SourceManifest, read_source
@@ -206,8 +206,17 @@ def _cut(
     for config in data.sources:
         manifest = manifests[config.name]
         if config.kind == "stream":
+            _check_conversations(config, manifest)
             source = UnitSource(config.name, manifest, pool, tokenizer, data.unit_tokens)
         else:
             source = WindowSource(config, manifest, pool, tokenizer, data.sequence_length)
         sources.append(source)
     return sources
+
+
+def _check_conversations(source: SourceConfig, manifest: SourceManifest) -> None:
+    if source.overlong is None and any(shard.has_mask for shard in manifest.shards):
+        raise DataError(
+            f"source {source.name!r}: {manifest.path} holds conversations, which a stream cuts "
+            'anywhere; set kind="windows" to keep them whole, or overlong="cut" if that is meant'
+        )

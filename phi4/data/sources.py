@@ -26,6 +26,8 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     prefix: str
     num_documents: int
     num_tokens: int
+    has_mask: bool
+    """Some of its tokens are not learnt: it holds conversations."""
     manifest_sha256: str
     manifest_mtime_ns: int
 
@@ -138,6 +140,7 @@ def _read_shards(path: str, prefixes: list[str]) -> SourceManifest:
                 prefix=prefix,
                 num_documents=manifest.num_documents,
                 num_tokens=manifest.num_tokens,
+                has_mask=manifest.mask_sha256 is not None,
                 manifest_sha256=hashlib.sha256(manifest_path(prefix).read_bytes()).hexdigest(),
                 manifest_mtime_ns=written,
             )

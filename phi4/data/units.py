@@ -71,6 +71,11 @@ class ShardPool:
                     f"{shard.prefix}.bin holds {pair.num_tokens} tokens, its manifest said "
                     f"{shard.num_tokens}; tokenize again or run `phi4 data adopt`"
                 )
+            if (pair.learnt is not None) != shard.has_mask:
+                raise DataError(
+                    f"{shard.prefix}.mask {'is missing' if shard.has_mask else 'is not its own'}, "
+                    "says its manifest; copy all files of the pair again or run `phi4 data adopt`"
+                )
             if len(self._opened) >= self._max_open:
                 del self._opened[next(iter(self._opened))]
         self._opened[shard.prefix] = pair

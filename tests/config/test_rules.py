@@ -120,7 +120,7 @@ BROKEN = {
     ),
     "streams take documents of any length": (
         ['data.sources=[{name="a", path="x", min_tokens=9}]'],
-        "source 'a' sets min_tokens, max_tokens or overlong, which a stream, blind to documents",
+        "source 'a' selects documents by min_tokens, max_tokens or overlong, and a stream is cut",
     ),
     "document bounds leave documents": (
         [

@@ -78,12 +78,26 @@ def test_masked_tokens_are_read_and_not_learnt(tmp_path: Path, facts: TokenizerF
         batch = epoch(Loader(windows(path, 6, unit), facts, 5))
         assert batch.tokens.tolist() == [[5, 6, 7, 9, 10, PAD]]
         assert batch.loss_mask.tolist() == [[0, 1, 1, 1, 0, 0]]
-    config = DataConfig(
-        sequence_length=6, unit_tokens=6, sources=(SourceConfig(name="long", path=path),)
-    )
-    plain = epoch(Loader(config, facts, 5))
+
+    def stream(**source: str) -> Loader:
+        sources = (SourceConfig(name="long", path=path, **source),)
+        return Loader(DataConfig(sequence_length=6, unit_tokens=6, sources=sources), facts, 5)
+
+    plain = epoch(stream(overlong="cut"))
     assert plain.labels.tolist() == [[6, 7, 8, 9, 10, 11]]
     assert plain.loss_mask.tolist() == [[0, 1, 1, 0, 1, 0]]
+    with pytest.raises(DataError, match=r"'long': .* holds conversations, which a stream cuts"):
+        stream()
+
+
+def test_pair_without_the_mask_of_its_manifest_is_refused(
+    chats: str, write_source, facts: TokenizerFacts
+) -> None:
+    text = write_source("text", [14, 18])
+    Path(f"{chats}.mask").rename(f"{text}.mask")
+    for path, message in ((chats, "chats.mask is missing"), (text, "text.mask is not its own")):
+        with pytest.raises(DataError, match=message):
+            Loader(windows(path, 20), facts, 5)
 
 
 def test_mask_of_another_length_is_refused(tmp_path: Path, facts: TokenizerFacts) -> None:
