@@ -18,7 +18,7 @@ GROUPS = {
     "data": "Token files: build, inspect, check.",
     "model": "Phi-4's shape in numbers.",
     "convert": "Hugging Face checkpoints in and out.",
-    "verify": "Proofs to run on this machine: parity, resume.",
+    "verify": "Proofs to run on this machine: parity, resume, leak.",
     "bench": "Measure.",
     "kernels": "Implementations of the ops and what is proven of them.",
 }
