@@ -35,8 +35,7 @@ class SourceCount(msgspec.Struct, forbid_unknown_fields=True):
 
     def described(self) -> str:
         """What must stay as it is."""
-        rows = " whole rows" if self.whole_rows else ""
-        return f"{self.num_units} units{rows} of {self.content[:12]}"
+        return f"{self.num_units} {'rows' if self.whole_rows else 'units'} of {self.content[:12]}"
 
 
 class BlendEntry(msgspec.Struct, forbid_unknown_fields=True):
@@ -136,8 +135,8 @@ class Ledger:
             if count != same:
                 raise DataError(
                     f"source {name!r} is {size.described()}, the checkpoint counted "
-                    f"{count.described()}; restore its files, or give a source with other content "
-                    "another name"
+                    f"{count.described()}; restore its files (of windows also sequence_length and "
+                    "the bounds), or give a source with other content another name"
                 )
         self._begin_blend(blend)
 

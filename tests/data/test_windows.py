@@ -220,3 +220,13 @@ def test_what_becomes_of_long_conversations_is_chosen_and_counted(
     assert re.search(rf"'long': 3 documents in \d rows of 8 tokens.*{note}", loader.notes[0])
     # A part without an answer is not even read.
     assert 20 not in batch.tokens and (28 in batch.tokens) == (overlong == "cut")
+
+
+def test_rows_of_another_length_or_bounds_are_another_source(
+    write_source, facts: TokenizerFacts
+) -> None:
+    path = write_source("s", [9, 14, 3, 30])
+    state = Loader(windows(path, 8), facts, 5).state()
+    for other in (windows(path, 16, 8), windows(path, 8, min_tokens=9)):
+        with pytest.raises(DataError, match=r"'long' is \d rows of .*also sequence_length and the"):
+            Loader(other, facts, 5, state)
