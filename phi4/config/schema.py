@@ -198,6 +198,17 @@ class RecomputeConfig(Section):
     """selective: core attention. full: whole layers."""
 
 
+class LossHeadConfig(Section):
+    """What exists of a micro-batch's logits at a time."""
+
+    form: Literal["logits", "recompute", "one_pass"] = _key("free", "logits")
+    """logits: all of them, kept for backward. recompute: chunk_tokens' at a time, computed again in
+    backward (a third more work of the head). one_pass: chunk_tokens' at a time, no work twice; for
+    losses that are minus the masked log-probabilities, as in pretraining."""
+    chunk_tokens: Positive = _key("free", 1024)
+    """More tokens are faster on a GPU, and take 2 * vocab_size / tensor bytes each in bf16."""
+
+
 class KernelsConfig(Section):
     """Implementation of each op; `auto` says aloud what it chose and why."""
 
@@ -272,6 +283,7 @@ class Recipe(Section):
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     recompute: RecomputeConfig = RecomputeConfig()
+    loss_head: LossHeadConfig = LossHeadConfig()
     kernels: KernelsConfig = KernelsConfig()
     run: RunConfig = RunConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

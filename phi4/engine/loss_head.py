@@ -1,36 +1,151 @@
-"""The loss head: per-token log-probabilities over a vocabulary that tensor ranks share.
+"""The loss head: the output projection, and the log-probabilities of the labels under it.
 
-A thin seam to phi4_kernels, whose gradient takes the place of the logits; objectives never see
-logits.
+Objectives see log-probabilities per token, never logits. How much of the logits exists at a time is
+the recipe's choice (`loss_head.form`), and never changes by itself:
+
+* `logits`: all of a micro-batch, kept for backward, where their gradient takes their place.
+* `recompute`: some tokens' at a time, computed again in backward.
+* `one_pass`: some tokens' at a time, and in forward their gradients too. That needs the gradient of
+  the log-probabilities before there is a loss, so it serves only objectives whose loss sum is minus
+  the masked sum of log-probabilities; another one is an error on a CPU, NaN gradients on a GPU.
+
+The last two add the weight's gradient to megatron-core's fp32 buffer themselves.
 """
 
 import torch
 import torch.distributed as dist
-from phi4_kernels.cross_entropy import cross_entropy
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from phi4_kernels.cross_entropy import (
+    LinearLayout,
+    cross_entropy,
+    linear_cross_entropy,
+    summed_linear_cross_entropy,
+)
 
-# Shape legend: S positions, B rows, V vocabulary, tp tensor ranks.
+from phi4.config import LossHeadConfig
+from phi4.errors import ConfigError
+
+# Shape legend: S positions, B rows, V vocabulary, H hidden, tp tensor ranks.
 
 
-def vocab_parallel_log_probs(
-    logits_SBV: torch.Tensor,
-    labels_BS: torch.Tensor,
-    group: dist.ProcessGroup,
-    implementation: str = "torch",
-) -> torch.Tensor:
-    """Log-probability of each label.
+class LossHead(ColumnParallelLinear):
+    """megatron-core's output layer, which turns labels into their log-probabilities."""
 
-    Args:
-        logits_SBV: [S, B, V / tp], this rank's columns; backward overwrites them.
-        labels_BS: [B, S], int64, global token ids in [0, V).
-        group: the tensor ranks.
-        implementation: of cross_entropy; see phi4_kernels.dispatch.
+    settings = LossHeadConfig()
+    implementation = "torch"
+    """Of cross_entropy; see phi4_kernels.dispatch."""
 
-    Returns:
-        [B, S], fp32, the same on every rank of the group.
+    @classmethod
+    def take_over(
+        cls, layer: ColumnParallelLinear, settings: LossHeadConfig, implementation: str
+    ) -> None:
+        """Make a plain layer, whose class GPTModel does not let a spec choose, this one."""
+        layer.__class__ = cls
+        layer.settings, layer.implementation = settings, implementation
 
-    Collectives: forward one all-gather over the group, 12 bytes per token and rank; backward none.
-    """
-    shared = group if group.size() > 1 else None
-    labels_SB = labels_BS.t().contiguous()
-    out = cross_entropy(logits_SBV, labels_SB, group=shared, implementation=implementation)
-    return out.log_probs.t()
+    def forward(
+        self,
+        input_: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        """As megatron-core's; with labels their log-probabilities instead of logits.
+
+        Args:
+            input_: [S, B, H] (S / tp under SP).
+            weight: of the embedding where it is tied to the output.
+            runtime_gather_output: see megatron-core.
+            labels: [B, S], int64, global token ids in [0, V).
+            loss_mask: [B, S], fp32; one_pass needs it where there is a gradient.
+
+        Returns:
+            [B, S], fp32, the same on every tensor rank; and no bias.
+
+        Raises:
+            ConfigError: in backward with one_pass on a CPU, when the objective is another one.
+
+        Collectives: of the parallel linear and one all-gather over tp, 12 bytes per token and rank;
+            see phi4_kernels.cross_entropy.
+        """
+        if labels is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        labels_SB = labels.t().contiguous()
+        if self.settings.form == "logits":
+            logits_SBV, _ = super().forward(input_, weight)
+            out = cross_entropy(
+                logits_SBV, labels_SB, group=self._group, implementation=self.implementation
+            )
+            return out.log_probs.t(), None
+        return self._in_chunks(input_, weight, labels_SB, loss_mask).t(), None
+
+    def _in_chunks(
+        self,
+        hidden_SBH: torch.Tensor,
+        tied_weight: torch.Tensor | None,
+        labels_SB: torch.Tensor,
+        loss_mask_BS: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Log-probabilities [S, B]."""
+        main_grad, weight = None, tied_weight
+        if weight is None:
+            # A tied weight gets another gradient, from the embedding, which autograd must add.
+            main_grad, weight = getattr(self.weight, "main_grad", None), self.weight
+        if main_grad is not None and torch.is_grad_enabled():
+            weight = _AddsItsOwnGradient.apply(weight)
+        layout = LinearLayout(self._group, self.sequence_parallel, self.settings.chunk_tokens)
+        common = {
+            "layout": layout,
+            "main_grad": main_grad,
+            "implementation": self.implementation,
+        }
+        if self.settings.form == "recompute" or not torch.is_grad_enabled():
+            return linear_cross_entropy(hidden_SBH, weight, labels_SB, **common).log_probs
+        mask_SB = loss_mask_BS.t().contiguous()
+        out = summed_linear_cross_entropy(hidden_SBH, weight, labels_SB, weights=mask_SB, **common)
+        return _MaskedSum.apply(out.total, out.log_probs, mask_SB)
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return self.tp_group if self.tp_group.size() > 1 else None
+
+
+class _AddsItsOwnGradient(torch.autograd.Function):
+    """A weight whose gradient the op has added to main_grad when megatron-core's hook runs."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, _: None) -> None:
+        weight = ctx.weight
+        # The hook asks for some gradient, of one element here, and drops it.
+        weight.grad = weight.new_empty(()).expand(weight.shape)
+        weight.grad_added_to_main_grad = True
+
+
+class _MaskedSum(torch.autograd.Function):
+    """Log-probabilities that stand for the total of masked losses in autograd's graph."""
+
+    @staticmethod
+    def forward(
+        ctx, total: torch.Tensor, log_probs_SB: torch.Tensor, mask_SB: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(mask_SB)
+        return log_probs_SB.view_as(log_probs_SB)
+
+    @staticmethod
+    def backward(ctx, grad_SB: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (mask_SB,) = ctx.saved_tensors
+        is_mask = (grad_SB == -mask_SB).all()
+        if not grad_SB.is_cuda and not is_mask:
+            raise ConfigError(
+                "loss_head.form=one_pass expects a loss sum of minus the masked log-probabilities, "
+                "the objective has another; use recompute or logits"
+            )
+        return torch.where(is_mask, 1.0, torch.nan).to(grad_SB.dtype), None, None

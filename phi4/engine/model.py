@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from phi4.config import ModelConfig, ParallelConfig, Recipe
 from phi4.engine.layout import Layout
-from phi4.engine.loss_head import vocab_parallel_log_probs
+from phi4.engine.loss_head import LossHead
 from phi4.engine.placement import MicroBatch
 from phi4.engine.precision import torch_dtype
 from phi4.engine.spec import Choice, block_spec, implementation_of
@@ -26,20 +26,22 @@ from phi4.engine.spec import Choice, block_spec, implementation_of
 class Phi4Model(GPTModel):
     """One model chunk; the last one gives log-probabilities of the labels instead of a loss."""
 
-    cross_entropy = "torch"
-    """Implementation of the loss head; see `choose`."""
-
-    def compute_language_model_loss(
-        self, labels: torch.Tensor, logits: torch.Tensor
+    def _postprocess(
+        self,
+        *,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        **others: object,
     ) -> torch.Tensor:
-        """Log-probabilities [B, S], fp32, of labels [B, S] under logits [S, B, V / tp].
-
-        megatron-core's hook for the loss head; the objective turns them into a loss.
-
-        Collectives: one all-gather over tp (see `vocab_parallel_log_probs`).
-        """
-        tensor_ranks = self.pg_collection.tp
-        return vocab_parallel_log_probs(logits, labels, tensor_ranks, self.cross_entropy)
+        """megatron-core's hook for what follows the layers; with labels, see `LossHead`."""
+        if not self.post_process or labels is None:
+            return super()._postprocess(
+                hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **others
+            )
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        return self.output_layer(hidden_states, weight, labels=labels, loss_mask=loss_mask)[0]
 
     def run(self, batch: MicroBatch, labels: torch.Tensor | None) -> torch.Tensor:
         """Forward pass of this chunk.
@@ -48,7 +50,14 @@ class Phi4Model(GPTModel):
             hidden states for the next stage; on the last chunk log-probabilities [B, S], or logits
             [B, S, V / tp] when labels is None.
         """
-        return self(batch.tokens_BS, None, None, labels=labels, packed_seq_params=batch.documents)
+        return self(
+            batch.tokens_BS,
+            None,
+            None,
+            labels=labels,
+            packed_seq_params=batch.documents,
+            loss_mask=batch.loss_mask_BS,
+        )
 
 
 def transformer_config(recipe: Recipe, *, frees_stage_outputs: bool) -> TransformerConfig:
@@ -119,7 +128,9 @@ def build_chunks(
             pg_collection=layout.groups,
             vp_stage=vp_stage,
         )
-        chunk.cross_entropy = implementation_of("cross_entropy", choices)
+        if last:
+            implementation = implementation_of("cross_entropy", choices)
+            LossHead.take_over(chunk.output_layer, recipe.loss_head, implementation)
         chunks.append(chunk)
     return chunks
 

@@ -80,12 +80,19 @@ class Activations:
 
     @property
     def head_bytes(self) -> int:
-        """Kept by final norm, output layer and loss head: the logits are nearly all of it."""
+        """Kept by final norm and loss head: its inputs or their gradient, logits where they stay.
+
+        All logits are nearly all of it; chunks of them leave a few numbers per token.
+        """
         norm = 2 * self.residual_bytes + _FP32 * self.residual_tokens
         # Several rows are copied into the order of the logits.
-        labels = 8 * self.tokens if self.recipe.batch.micro_batch_size > 1 else 0
-        normalizer = 3 * _FP32 * self.tokens
-        return norm + self.element_bytes * self.num_logits + labels + normalizer
+        is_copied = self.recipe.batch.micro_batch_size > 1
+        if self.recipe.loss_head.form == "one_pass":
+            return norm + is_copied * _FP32 * self.tokens
+        is_whole = self.recipe.loss_head.form == "logits"
+        logits = is_whole * self.element_bytes * self.num_logits
+        labels, normalizer = is_copied * 8 * self.tokens, 3 * _FP32 * self.tokens
+        return norm + logits + labels + normalizer
 
     @property
     def num_logits(self) -> int:
@@ -140,10 +147,14 @@ class Activations:
     def _head_working_bytes(self) -> int:
         # The gradient of the logits takes their place, so that only the linear's are left. torch's
         # form of the loss widens a slice of the logits, twice, where a kernel needs nothing.
-        hidden = self.recipe.model.hidden_size
-        matrix = hidden * self.recipe.model.vocab_size // self.recipe.parallel.tensor
-        linear = self.element_bytes * (matrix + self.tokens * hidden)
-        return max(2 * _FP32 * min(self.num_logits, _WIDENED_LOGITS), linear)
+        hidden = self.tokens * self.recipe.model.hidden_size * self.element_bytes
+        columns = self.recipe.model.vocab_size // self.recipe.parallel.tensor
+        if self.recipe.loss_head.form == "logits":
+            matrix = self.element_bytes * self.recipe.model.hidden_size * columns
+            return max(2 * _FP32 * min(self.num_logits, _WIDENED_LOGITS), matrix + hidden)
+        # The weight's gradient goes to megatron-core's buffer.
+        chunk = min(self.recipe.loss_head.chunk_tokens, self.tokens) * columns
+        return hidden + self.element_bytes * chunk + 2 * _FP32 * min(chunk, _WIDENED_LOGITS)
 
     @property
     def _recomputed_bytes(self) -> int:

@@ -1,54 +1,180 @@
-"""Log-probabilities over a split vocabulary equal log_softmax, gradients included."""
+"""Every form of the loss head, in every kind of layout, trains like all logits on one process."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-from phi4.engine.loss_head import vocab_parallel_log_probs
-from tests.support.ranks import RankPool, gloo_group
+from phi4.config import LossHeadConfig
+from phi4.engine.loss_head import LossHead, _AddsItsOwnGradient
+from phi4.engine.objective import Loss
+from phi4.errors import ConfigError
+from phi4.stages.pretrain import NextToken
+from phi4.verify.parity import LEARNING_RATE, LOSS_TOLERANCE, PARAMETER_TOLERANCE
+from tests.support.engines import batches_of, engine_on, tiny_recipe
+from tests.support.ranks import RankPool
+
+FORMS = ("logits", "recompute", "one_pass")
+STEPS = 2
+RECIPE = (
+    "model.num_layers=2",
+    "data.sequence_length=16",
+    "data.unit_tokens=16",
+    "batch.global_batch_size=4",
+    "loss_head.chunk_tokens=12",
+)
+OVERLAPPED = (
+    "parallel.data=2",
+    "parallel.distributed_optimizer=true",
+    "parallel.overlap_grad_reduce=true",
+    "parallel.overlap_param_gather=true",
+)
+LAYOUTS = {
+    "one process, full recompute": ("recompute.granularity=full",),
+    "tp2": ("parallel.tensor=2",),
+    "tp2+sp": ("parallel.tensor=2", "parallel.sequence=true"),
+    "cp2": ("parallel.context=2",),
+    "pp2": ("parallel.pipeline=2",),
+    "dp2, everything overlapped": OVERLAPPED,
+}
 
 
-def _split(rank: int, world_size: int, logits, labels, upstream):
-    with gloo_group(rank, world_size):
-        leaf = logits.chunk(world_size, dim=-1)[rank].clone().requires_grad_()
-        log_probs = vocab_parallel_log_probs(leaf * 1, labels, torch.distributed.group.WORLD)
-        log_probs.backward(upstream)
-        return log_probs.detach(), leaf.grad
+class Squares:
+    """Not linear in the log-probabilities, as DPO's loss is not."""
 
+    metric_names = ()
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_split_log_probs_equal_log_softmax(
-    world_size: int, scale: float, dtype: torch.dtype, pools: dict[int, RankPool]
-) -> None:
-    random = torch.Generator().manual_seed(7)
-    logits = (torch.randn(5, 3, 64, generator=random) * scale).to(dtype)
-    labels = torch.randint(0, 64, (3, 5), generator=random)
-    upstream = torch.randn(3, 5, generator=random)
-    truth = logits.double().requires_grad_()
-    expected = truth.log_softmax(-1).gather(-1, labels.t().unsqueeze(-1)).squeeze(-1).t()
-    expected.backward(upstream.double())
-    results = pools[world_size].run(_split, logits, labels, upstream)
-    gradient = torch.cat([grad for _, grad in results], dim=-1)
-    eps = torch.finfo(torch.float32).eps
-    for log_probs, _ in results:
-        assert log_probs.dtype is torch.float32
-        torch.testing.assert_close(
-            log_probs.double(), expected.detach(), rtol=8 * eps, atol=8 * eps * max(1, scale)
-        )
-    unit = torch.finfo(dtype).eps
-    assert (gradient.double() - truth.grad).abs().max() <= 2 * unit * upstream.abs().max()
-
-
-def test_empty_micro_batch_has_no_log_probs(pools: dict[int, RankPool]) -> None:
-    results = pools[2].run(
-        _split, torch.zeros(0, 3, 8), torch.zeros((3, 0), dtype=torch.long), torch.zeros(3, 0)
-    )
-    assert all(log_probs.shape == (3, 0) for log_probs, _ in results)
+    def __call__(self, log_probs_BS, loss_mask_BS, segment_sum):
+        squares = log_probs_BS.square() * loss_mask_BS
+        return Loss(squares.sum(dtype=torch.float64), loss_mask_BS.sum(dtype=torch.float64))
 
 
 @pytest.fixture(scope="module")
-def pools():
-    """Ranks by world size."""
-    with RankPool(1) as one, RankPool(2) as two, RankPool(4) as four:
-        yield {1: one, 2: two, 4: four}
+def pool() -> Iterator[RankPool]:
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def truth(pool: RankPool) -> dict:
+    """One process that keeps all logits, by objective."""
+    return {
+        objective: pool.run(train, (), "logits", objective)[0] for objective in (NextToken, Squares)
+    }
+
+
+def train(rank: int, world_size: int, layout: tuple, form: str, objective: type) -> dict | None:
+    """Losses of steps and of an evaluation, parameters after the last step."""
+    recipe = tiny_recipe(*RECIPE, *layout, f"loss_head.form={form}")
+    with engine_on(rank, recipe) as engine:
+        if engine is None:
+            return None
+        steps = [
+            engine.train_step(batches_of(engine, step), objective(), learning_rate=LEARNING_RATE)
+            for step in range(STEPS)
+        ]
+        evaluated = engine.evaluate(batches_of(engine, STEPS), NextToken())
+        tensors = {name: tensor.clone() for name, tensor in engine.whole_parameters()}
+        losses = [result.loss for result in (*steps, evaluated)]
+        return {"losses": losses, "grad_norm": steps[0].grad_norm, "tensors": tensors}
+
+
+def expect_equal(found: dict, truth: dict) -> None:
+    for ours, exact in zip(found["losses"], truth["losses"], strict=True):
+        assert abs(ours / exact - 1) <= LOSS_TOLERANCE
+    assert abs(found["grad_norm"] / truth["grad_norm"] - 1) <= LOSS_TOLERANCE
+    for name, tensor in found["tensors"].items():
+        exact = truth["tensors"][name]
+        assert (tensor - exact).norm() <= PARAMETER_TOLERANCE * exact.norm(), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_form_in_every_layout_trains_alike(
+    layout: str, form: str, pool: RankPool, truth: dict
+) -> None:
+    for found in pool.run(train, LAYOUTS[layout], form, NextToken):
+        if found is not None:
+            expect_equal(found, truth[NextToken])
+
+
+def test_another_objective_is_right_with_recompute(pool: RankPool, truth: dict) -> None:
+    for found in pool.run(train, LAYOUTS["tp2+sp"], "recompute", Squares):
+        expect_equal(found, truth[Squares])
+
+
+def refused(rank: int, world_size: int) -> str:
+    with engine_on(rank, tiny_recipe(*RECIPE, "loss_head.form=one_pass")) as engine:
+        if engine is not None:
+            try:
+                engine.train_step(batches_of(engine, 0), Squares(), learning_rate=LEARNING_RATE)
+            except ConfigError as error:
+                return str(error)
+    return ""
+
+
+def test_another_objective_is_refused_in_one_pass(pool: RankPool) -> None:
+    text = pool.run(refused)[0]
+    assert text.startswith("loss_head.form=one_pass expects") and "\n" not in text
+
+
+def added_twice(rank: int, world_size: int) -> dict | None:
+    """A head whose gradient megatron-core's hook adds again."""
+
+    def forgetful(ctx, _: None) -> None:
+        ctx.weight.grad = torch.ones_like(ctx.weight)
+
+    with mock.patch.object(_AddsItsOwnGradient, "backward", staticmethod(forgetful)):
+        return train(rank, world_size, (), "one_pass", NextToken)
+
+
+def test_a_gradient_that_is_added_twice_is_found(pool: RankPool, truth: dict) -> None:
+    with pytest.raises(AssertionError):
+        expect_equal(pool.run(added_twice)[0], truth[NextToken])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_weight_without_a_buffer_gets_its_gradient_from_autograd(form: str, tied: bool) -> None:
+    hidden, own = torch.randn(5, 2, 8).requires_grad_(), torch.nn.Parameter(torch.randn(24, 8))
+    labels, mask = torch.randint(24, (2, 5)), torch.rand(2, 5)
+    head = plain_head(own, LossHeadConfig(form=form, chunk_tokens=3))
+    if tied:
+        own.main_grad = torch.zeros(24, 8)
+    log_probs, _ = head(hidden, own if tied else None, labels=labels, loss_mask=mask)
+    (-(log_probs * mask).sum()).backward()
+    found = [hidden.grad, own.grad]
+    hidden.grad = own.grad = None
+    expected = -F.cross_entropy((hidden @ own.t()).permute(1, 2, 0), labels, reduction="none")
+    torch.testing.assert_close(log_probs, expected)
+    (-(expected * mask).sum()).backward()
+    for ours, exact in zip(found, (hidden.grad, own.grad), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+    assert not tied or not own.main_grad.any()
+
+
+def plain_head(weight: torch.nn.Parameter, settings: LossHeadConfig) -> LossHead:
+    """A head without megatron-core's process state."""
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    head = LossHead.__new__(LossHead)
+    torch.nn.Module.__init__(head)
+    head.weight, head.tp_group, head.sequence_parallel = weight, alone, False
+    head.settings = settings
+    return head
+
+
+@pytest.fixture(autouse=True)
+def plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core's layer in this process, which has no ranks, is a product."""
+    monkeypatch.setattr(
+        ColumnParallelLinear,
+        "forward",
+        lambda self, x, weight=None, _=None: (
+            x @ (self.weight if weight is None else weight).t(),
+            None,
+        ),
+    )

@@ -111,6 +111,8 @@ def kept_bytes(recipe: Recipe, rank: int = 0, documents_per_row: int = 2) -> int
 
     with rank_of(recipe, rank) as (layout, chunks):
         batch = placed(recipe, layout, documents_per_row)
+        for parameter in chunks[0].parameters():
+            parameter.main_grad = torch.zeros(parameter.shape)
         unfused = recipe.precision.dtype == "fp32"
         backend = sdpa_kernel([SDPBackend.MATH]) if unfused else nullcontext()
         (chunk,) = chunks
@@ -144,6 +146,17 @@ def test_formula_is_what_autograd_keeps(layout: str, granularity: str) -> None:
     # The last rank: foreign to every token's embedding.
     rank = recipe.parallel.model_parallel_size - 1
     assert kept_bytes(recipe, rank) == formula_bytes(recipe)
+
+
+@pytest.mark.parametrize("form", ["recompute", "one_pass"])
+@pytest.mark.parametrize("layout", ["one", "tensor and sequence"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_chunks_of_logits_keep_none(form: str, layout: str, rows: int) -> None:
+    # Without a document mask, so that several rows are no special case of attention.
+    more = [f"batch.micro_batch_size={rows}", "data.document_mask=false"]
+    head = [f"loss_head.form={form}", "loss_head.chunk_tokens=24"]
+    recipe = with_overrides(TINY, [*LAYOUTS[layout], *more, *head])
+    assert kept_bytes(recipe) == formula_bytes(recipe)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
