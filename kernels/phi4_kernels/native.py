@@ -142,9 +142,11 @@ def choose(op: str, requested: str, device: torch.device) -> Choice:
         ImplementationError: no such op or implementation, or the library is missing.
         DeviceError: the tensors are neither on the CPU nor on a CUDA device.
     """
-    if op not in OPS or requested not in ("auto", "torch", "cuda"):
+    if op not in OPS:
+        raise ImplementationError(f"no CUDA op {op!r}; there are {', '.join(OPS)}")
+    if requested not in ("auto", "torch", "cuda"):
         raise ImplementationError(
-            f"{op}: no implementation {requested!r}; expected auto, torch or cuda of {OPS}"
+            f"{op}: no implementation {requested!r}; expected auto, torch or cuda"
         )
     choice = _decide(op, requested, device)
     if choice.implementation == "cuda":

@@ -55,7 +55,7 @@ def variants(entry: Entry, ours: str, against: list[str]) -> tuple[list[Variant]
 def _is_right(entry: Entry, run: Callable[..., Any]) -> bool:
     """Forward of the first proof case, by the error rule."""
     case = entry.proof_cases[0]
-    inputs = _moved(entry.make(case, torch.bfloat16))
+    inputs = _moved(entry.make(case, _dtype_of(entry, torch.bfloat16)))
     truth = numerics.evaluate(entry.reference, numerics.converted(inputs, numerics.doubled), None)
     eager = numerics.evaluate(entry.reference, inputs, None)
     ours = numerics.evaluate(run, inputs, None)
@@ -212,13 +212,17 @@ _WAYS = {"torch": "torch-eager", "compile": "torch-compile"}
 
 
 def passes(entry: Entry, dtype: torch.dtype) -> list[Pass]:
-    """All passes of an entry's bench cases, in its first dtype where it does not take this one."""
-    dtype = dtype if dtype in entry.dtypes else entry.dtypes[0]
+    """All passes of an entry's bench cases."""
+    dtype = _dtype_of(entry, dtype)
     return [
         Pass(entry, case, dtype, mode, cost)
         for case in entry.bench_cases
         for mode, cost in entry.cost(case, dtype).items()
     ]
+
+
+def _dtype_of(entry: Entry, wanted: torch.dtype) -> torch.dtype:
+    return wanted if wanted in entry.dtypes else entry.dtypes[0]
 
 
 def require_green(entry: Entry, implementation: str) -> None:
