@@ -52,6 +52,9 @@ class HostForms:
     def __init__(self, path: Path) -> None:
         self._library = c.CDLL(str(path))
 
+    def _run(self, op: str, *arguments: object) -> None:
+        assert getattr(self._library, f"phi4_{op}_host")(*arguments) == 0
+
     def adamw(
         self,
         state: tuple[Tensor, Tensor, Tensor],
@@ -64,13 +67,24 @@ class HostForms:
     ) -> None:
         """Update `state` in place; fp8 is (bytes, scale, amax)."""
         tensors = (*state, grad, weight, *(fp8 or (None, None, None)))
-        shard = _Shard(*map(_pointer, tensors), grad.numel())
-        call = _Step(grad.dtype == torch.bfloat16, _pointer(grad_scale))
+        self.adamw_shards([tensors], step, hyper, grad_scale)
+
+    def adamw_shards(
+        self,
+        shards: list[tuple[Tensor | None, ...]],
+        step: int,
+        hyper: dict[str, float],
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """Update many shards at once, each (param, exp_avg, exp_avg_sq, grad, weight, *fp8)."""
+        table = (_Shard * len(shards))(
+            *(_Shard(*map(_pointer, tensors), tensors[0].numel()) for tensors in shards)
+        )
+        call = _Step(shards[0][3].dtype == torch.bfloat16, _pointer(grad_scale))
         call.step = step
         for name, value in hyper.items():
             setattr(call, name, value)
-        function = self._library.phi4_adamw_host
-        assert function(c.byref(shard), c.c_int64(1), c.byref(call)) == 0
+        self._run("adamw", table, c.c_int64(len(shards)), c.byref(call))
 
     def square_sum(self, tensors: list[Tensor]) -> Tensor:
         """[], fp64."""
@@ -83,8 +97,7 @@ class HostForms:
         total = torch.full((), torch.nan, dtype=torch.float64)
         outputs = (c.c_void_p(partials.data_ptr()), c.c_void_p(total.data_ptr()))
         kind = int(tensors[0].dtype == torch.bfloat16)
-        function = self._library.phi4_square_sum_host
-        assert function(pointers, sizes, c.c_int64(count), kind, *outputs) == 0
+        self._run("square_sum", pointers, sizes, c.c_int64(count), kind, *outputs)
         return total
 
     def cast(
@@ -104,9 +117,17 @@ class HostForms:
         kinds = (x.dtype == torch.bfloat16, scaling, dtype == torch.float8_e5m2)
         pointers = map(_pointer, (scale, *outputs))
         call = _Cast(x.data_ptr(), rows, columns, *kinds, *pointers)
-        assert self._library.phi4_fp8_cast_host(c.byref(call)) == 0
+        self._run("fp8_cast", c.byref(call))
         return outputs
 
     def tile_slot(self, row: int, column: int) -> int:
         """Where a tile keeps an element."""
         return self._library.phi4_fp8_tile_slot(row, column)
+
+
+class OnHost(HostForms):
+    """The kernels and launchers themselves, run by cuda_on_host.h."""
+
+    def _run(self, op: str, *arguments: object) -> None:
+        function = getattr(self._library, f"phi4_{op}")
+        assert function(*arguments, c.c_void_p(None)) == 0
