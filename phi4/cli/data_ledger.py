@@ -43,7 +43,7 @@ def ledger(run: Run) -> None:
         _print_blend(book, number, begin, end)
         if before > 0:
             drawn = min(before, units[number - 1])
-            typer.echo(f"{drawn:,} units of it before this run, by {state.ledger_from}")
+            typer.echo(f"{drawn:,} units of it before this run, counted by {state.ledger_from}")
         before -= units[number - 1]
     typer.echo(f"\nstep {state.step}\n{'source':20} {'units drawn':>14} {'of':>14} {'epochs':>8}")
     for name, count in sorted(book.sources.items()):

@@ -196,7 +196,7 @@ def test_ledger_tells_the_two_runs_apart(served, root: Path) -> None:
         printed = _phi4_data("ledger", "midtrain")
     blends, totals = printed.split("\nstep 6\n")
     assert "blend 1: 24 units drawn" in blends
-    assert "24 units of it before this run, by pretrain/checkpoints/step_0000003" in blends
+    assert "24 units of it before this run, counted by pretrain/checkpoints/step_0000003" in blends
     assert blends.count("before this run") == 1 and "blend 2: 192 units drawn" in blends
     for name, num_units in (("web", WEB_UNITS), ("code", CODE_UNITS)):
         drawn = sum(len(_units(rows, name, num_units)) for run in served for rows in run)
