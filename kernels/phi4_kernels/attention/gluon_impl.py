@@ -1,9 +1,15 @@
 """Attention for Hopper: copy engine, asynchronous warpgroup products, specialised warps.
 
-Forward only. The gradient is Triton's, whose kernels take the same out and lse; see backward.
+All kernels share one frame (gluon_rings): a loading warp fills rings of shared memory, two
+warpgroups of 64 rows each multiply out of them, and a program takes tile after tile, the longest
+first, in an order that sizes alone decide. Backward is two such kernels. dq has one of its own
+rather than sums across programs in memory: scores are computed twice, 7 products for 5, which
+bounds it by 5/7 of the matrix rate, but no program waits for another, nothing is added atomically,
+and the bits do not depend on timing.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +17,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from phi4_kernels import launch
-from phi4_kernels.attention import triton_impl
-from phi4_kernels.attention.gluon_forward import CONSUMERS, ROWS, attention_forward_kernel
+from phi4_kernels.attention.gluon_dkdv import attention_dkdv_kernel
+from phi4_kernels.attention.gluon_dq import attention_dq_kernel
+from phi4_kernels.attention.gluon_forward import attention_forward_kernel
+from phi4_kernels.attention.gluon_rings import CONSUMERS, ROWS
 from phi4_kernels.attention.gluon_tiles import tiles
 from phi4_kernels.errors import DtypeError
 
@@ -24,25 +32,39 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 @dataclass(frozen=True, slots=True)
 class HopperLaunch:
-    """One row of the ladder."""
+    """One row of a ladder."""
 
     limit: int
     """Largest head dim that this row serves."""
-    keys: int
-    """Keys of a block."""
+    block: int
+    """Tokens of a block that a ring's slot holds: keys, or queries where the tile is of keys."""
     stages: int
-    """Blocks of keys, and of values, in shared memory."""
-    consumer_registers: int = 232
-    producer_registers: int = 40
+    """Slots of each ring."""
+    consumer_registers: int = 240
+    producer_registers: int = 24
     """Per thread; 2 * consumer + producer is at most 504, with one warpgroup for each."""
     programs_per_processor: int = 1
 
 
-FORWARD = (
-    HopperLaunch(64, keys=128, stages=2),
-    HopperLaunch(128, keys=128, stages=2),
-)
-_TILE_ROWS = ROWS.value * CONSUMERS.value
+FORWARD = (HopperLaunch(64, block=128, stages=3), HopperLaunch(128, block=128, stages=2))
+DQ = (HopperLaunch(64, block=64, stages=4), HopperLaunch(128, block=64, stages=3))
+DKDV = (HopperLaunch(64, block=64, stages=3), HopperLaunch(128, block=32, stages=4))
+_ROWS = ROWS.value
+
+
+class _Work(NamedTuple):
+    """A persistent launch over tiles * heads."""
+
+    grid: tuple[int]
+    arguments: tuple[Any, ...]
+    """tiles, num_items, num_turns, num_programs, num_heads."""
+
+    @classmethod
+    def of(cls, row: HopperLaunch, table: Tensor, num_heads: int) -> "_Work":
+        num_items = table.shape[0] * num_heads
+        programs = launch.persistent_programs(row, num_items, table.device)
+        turns = launch.ceil_div(num_items, programs)
+        return cls((programs,), (table, num_items, turns, programs, num_heads))
 
 
 def forward(
@@ -64,48 +86,103 @@ def forward(
     """
     _check_dtype(q)
     num_queries, num_heads, head_dim = q.shape
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
-    if not k.shape[0]:
-        return out.zero_(), lse.fill_(-torch.inf)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_queries, num_heads), dtype=torch.float32, device=q.device)
     if not num_queries:
         return out, lse
+    if not k.shape[0]:
+        return out.zero_(), lse.fill_(-torch.inf)
     row = launch.pick(FORWARD, head_dim)
-    table = tiles(
-        q_offsets,
-        k_starts,
-        k_ends,
-        num_queries=num_queries,
-        tile_rows=_TILE_ROWS,
-        causal=causal,
-    )
-    num_items = table.shape[0] * num_heads
-    attention_forward_kernel[(launch.persistent_programs(row, num_items, q.device),)](
-        _descriptor(q, ROWS.value),
-        _descriptor(k, row.keys),
-        _descriptor(v, row.keys),
+    table = _tiles((q_offsets, k_starts, k_ends), num_queries, causal, of_keys=False)
+    work = _Work.of(row, table, num_heads)
+    attention_forward_kernel[work.grid](
+        _descriptor(q, _ROWS),
+        _descriptor(k, row.block),
+        _descriptor(v, row.block),
         out,
         lse,
-        table,
-        num_items,
-        num_heads,
+        *work.arguments,
         num_heads // k.shape[1],
         scale * _LOG2_E,
-        HEAD_DIM=head_dim,
-        CAUSAL=causal,
-        KEYS=row.keys,
-        STAGES=row.stages,
-        CONSUMER_REGISTERS=row.consumer_registers,
-        PRODUCER_REGISTERS=row.producer_registers,
-        num_warps=4,
+        KEYS=row.block,
+        **_constants(row, head_dim, causal),
     )
     return out, lse
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *others: object
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_offsets: Tensor,
+    k_starts: Tensor,
+    k_ends: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Triton's gradient: the contract between the passes is out and lse, not who made them."""
-    return triton_impl.backward(dout, q, k, v, out, lse, *others)
+    """(dq, dk, dv); see op.attention_backward.
+
+    Raises:
+        DtypeError: q is neither bf16 nor fp16.
+    """
+    _check_dtype(q)
+    num_queries, num_heads, head_dim = q.shape
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # Keys outside of all ranges have no tile.
+    dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    if not num_queries or not k.shape[0]:
+        return dq.zero_(), dk, dv
+    where, scales = (q_offsets, k_starts, k_ends), (scale, scale * _LOG2_E)
+    group = num_heads // k.shape[1]
+    # lse in powers of 2, and delta, by head; the copy engine wants rows of whole 16 bytes.
+    row_stride = -(-num_queries // 4) * 4
+    lse2, delta = (
+        torch.empty((num_heads, row_stride), dtype=torch.float32, device=q.device) for _ in range(2)
+    )
+    row = launch.pick(DQ, head_dim)
+    table = _tiles(where, num_queries, causal, of_keys=False)
+    work = _Work.of(row, table, num_heads)
+    attention_dq_kernel[work.grid](
+        _descriptor(q, _ROWS),
+        _descriptor(dout, _ROWS),
+        _descriptor(k, row.block),
+        _descriptor(v, row.block),
+        dq,
+        out.contiguous(),
+        lse,
+        lse2,
+        delta,
+        *work.arguments,
+        group,
+        row_stride,
+        *scales,
+        KEYS=row.block,
+        **_constants(row, head_dim, causal),
+    )
+    row = launch.pick(DKDV, head_dim)
+    table = _tiles(where, k.shape[0], causal, of_keys=True)
+    work = _Work.of(row, table, k.shape[1])
+    attention_dkdv_kernel[work.grid](
+        _descriptor(k, _ROWS),
+        _descriptor(v, _ROWS),
+        _descriptor(q, row.block),
+        _descriptor(dout, row.block),
+        _row_descriptor(lse2, num_queries, row.block),
+        _row_descriptor(delta, num_queries, row.block),
+        dk,
+        dv,
+        *work.arguments,
+        group,
+        *scales,
+        QUERIES=row.block,
+        **_constants(row, head_dim, causal),
+    )
+    return dq, dk, dv
 
 
 def _check_dtype(q: Tensor) -> None:
@@ -116,8 +193,23 @@ def _check_dtype(q: Tensor) -> None:
         )
 
 
-def _empty_lse(q: Tensor) -> Tensor:
-    return torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+def _tiles(
+    where: tuple[Tensor, Tensor, Tensor], num_tokens: int, causal: bool, of_keys: bool
+) -> Tensor:
+    rows = _ROWS * CONSUMERS.value
+    return tiles(*where, num_tokens=num_tokens, tile_rows=rows, causal=causal, of_keys=of_keys)
+
+
+def _constants(row: HopperLaunch, head_dim: int, causal: bool) -> dict[str, Any]:
+    """What all kernels are compiled for. The consumers are warpgroups: 4 warps each."""
+    return {
+        "HEAD_DIM": head_dim,
+        "CAUSAL": causal,
+        "STAGES": row.stages,
+        "CONSUMER_REGISTERS": row.consumer_registers,
+        "PRODUCER_REGISTERS": row.producer_registers,
+        "num_warps": 4,
+    }
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
@@ -128,9 +220,14 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """
     aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
     if not aligned or x.data_ptr() % 16:
-        x = x.contiguous() if not x.is_contiguous() else x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
     shape = [1, rows, 1 << (x.shape[2] - 1).bit_length()]
     layout = gl.NVMMASharedLayout.get_default_for(shape, _DTYPES[x.dtype])
-    return TensorDescriptor(
-        x, [x.shape[1], x.shape[0], x.shape[2]], [x.stride(1), x.stride(0), 1], shape, layout
-    )
+    sizes, strides = [x.shape[1], x.shape[0], x.shape[2]], [x.stride(1), x.stride(0), 1]
+    return TensorDescriptor(x, sizes, strides, shape, layout)
+
+
+def _row_descriptor(x: Tensor, num_queries: int, block: int) -> TensorDescriptor:
+    """[N, T] fp32, by blocks of one head."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(x, [x.shape[0], num_queries], [x.stride(0), 1], [1, block], layout)

@@ -1,17 +1,23 @@
-"""Which 128 queries a Hopper program visits next: all tiles of all ranges, the longest first.
+"""Which 128 tokens a Hopper program visits next: all tiles of all ranges, the longest first.
 
 A table in device memory, because lengths live on the device: it is made by a dozen small kernels,
-without waiting for the device, and once per set of ranges. Tokens before the first and after the
+without waiting for the device, and once per set of ranges. Queries before the first and after the
 last range are ranges without keys, so that a kernel writes every row of its output.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 TILE_COLUMNS = 8
-"""Of a tile: first query, queries, first key, keys of its range, last key that its first query sees
-under a causal mask, counted from the first; then padding to 32 bytes."""
+"""Of a tile: first token; tokens; first token of the other side's range; tokens of that range;
+offset, the tokens of the other side that are not in its own causal square, less those of its own
+side that are not, plus the tile's place in its range. Then padding to 32 bytes.
+
+Of queries the offset is the last key that the first query sees; of keys it is the first query that
+sees the first key."""
 
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -21,53 +27,75 @@ def tiles(
     k_starts: Tensor,
     k_ends: Tensor,
     *,
-    num_queries: int,
+    num_tokens: int,
     tile_rows: int,
     causal: bool,
+    of_keys: bool = False,
 ) -> Tensor:
-    """[num_queries // tile_rows + n + 2, TILE_COLUMNS], int32, by falling number of visible keys.
+    """[num_tokens // tile_rows + n + 2 or less, TILE_COLUMNS], int32, by falling number of pairs.
 
     Args:
         q_offsets, k_starts, k_ends: of n ranges, see Ranges.
-        num_queries: of the packed tensor; every one is in exactly one tile.
-        tile_rows: most queries of a tile.
+        num_tokens: of the packed queries, or keys.
+        tile_rows: most tokens of a tile.
         causal: as for attention.
+        of_keys: tiles of keys, every key of a range in exactly one; else every query in one.
 
-    Unused tiles are last, with no queries and no keys.
+    Unused tiles are last, with no tokens on either side.
     """
-    settings = (num_queries, tile_rows, causal)
+    settings = (num_tokens, tile_rows, causal, of_keys)
     state = (k_starts.data_ptr(), k_ends.data_ptr())
     state += tuple(tensor._version for tensor in (q_offsets, k_starts, k_ends))
-    made = _known.setdefault(q_offsets, {})
+    made: dict[Any, Any] = _known.setdefault(q_offsets, {})
     if made.get("state") != state:
         made.clear()
         made["state"] = state
     if settings not in made:
-        made[settings] = _tiles(q_offsets, k_starts, k_ends, *settings)
+        queries = (q_offsets[:-1], q_offsets.diff())
+        keys = (k_starts, k_ends - k_starts)
+        if of_keys:
+            made[settings] = _tiles(keys, queries, num_tokens, tile_rows, causal, True)
+        else:
+            queries = _with_outside(q_offsets, num_tokens)
+            keys = tuple(torch.nn.functional.pad(part, (1, 1)) for part in keys)
+            made[settings] = _tiles(queries, keys, num_tokens, tile_rows, causal, False)
     return made[settings]
 
 
+def _with_outside(q_offsets: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
+    """Starts and sizes of the query ranges, and of what lies before and after all of them."""
+    zero = q_offsets.new_zeros(1)
+    edges = torch.cat((zero, q_offsets, torch.full_like(zero, num_queries)))
+    return edges[:-1], edges.diff()
+
+
 def _tiles(
-    q_offsets: Tensor, k_starts: Tensor, k_ends: Tensor, num_queries: int, rows: int, causal: bool
+    own: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    num_tokens: int,
+    rows: int,
+    causal: bool,
+    of_keys: bool,
 ) -> Tensor:
-    nothing = q_offsets.new_zeros(1)
-    edges = torch.cat((nothing, q_offsets, torch.full_like(nothing, num_queries)))
-    starts = torch.cat((nothing, k_starts, nothing))
-    keys = torch.cat((nothing, k_ends - k_starts, nothing))
-    queries = edges.diff()
-    tiles_before = torch.cat((nothing, ((queries + rows - 1) // rows).cumsum(0, dtype=torch.int32)))
-    bound = num_queries // rows + queries.numel()
-    index = torch.arange(bound, dtype=torch.int32, device=edges.device)
-    owner = torch.searchsorted(tiles_before, index, right=True) - 1
-    used = owner < queries.numel()
-    owner = owner.clamp(max=queries.numel() - 1)
-    first = (index - tiles_before[owner]) * rows
-    size = torch.where(used, (queries[owner] - first).clamp(max=rows), 0)
-    num_keys = torch.where(used, keys[owner], 0)
-    diagonal = keys[owner] - queries[owner] + first
-    seen = torch.minimum(num_keys, diagonal + size) if causal else num_keys
-    table = torch.zeros(bound, TILE_COLUMNS, dtype=torch.int32, device=edges.device)
-    columns = (edges[owner] + first, size, starts[owner], num_keys, diagonal)
+    """The table, from starts and sizes of the ranges of both sides."""
+    starts, sizes = own
+    bound = num_tokens // rows + sizes.numel()
+    table = torch.zeros(bound, TILE_COLUMNS, dtype=torch.int32, device=starts.device)
+    if not sizes.numel():
+        return table
+    ends = ((sizes + rows - 1) // rows).cumsum(0, dtype=torch.int32)
+    index = torch.arange(bound, dtype=torch.int32, device=starts.device)
+    owner = torch.searchsorted(ends, index, right=True)
+    used = owner < sizes.numel()
+    owner = owner.clamp(max=sizes.numel() - 1)
+    first = (index - ends[owner]) * rows + (sizes[owner] + rows - 1) // rows * rows
+    size = torch.where(used, (sizes[owner] - first).clamp(max=rows), 0)
+    num_others = torch.where(used, other[1][owner], 0)
+    offset = other[1][owner] - sizes[owner] + first
+    seen = num_others
+    if causal:
+        seen = num_others - offset.clamp(min=0) if of_keys else torch.minimum(seen, offset + size)
+    columns = (starts[owner] + first, size, other[0][owner], num_others, offset)
     for column, values in enumerate(columns):
         table[:, column] = values
     return table[seen.argsort(descending=True, stable=True)]
