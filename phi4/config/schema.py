@@ -118,6 +118,9 @@ class DataConfig(Section):
     run.seed and unit_tokens. Once the run has a checkpoint of its own, that one counts."""
     held_out: Sources = _key("free", ())
     """Never trained on; the evaluation hook measures their loss."""
+    cache_dir: str | None = _key("free", None, min_length=1)
+    """Where the manifests of sources of many shards and the tables of window rows are kept. None
+    keeps them beside the shards; where that cannot be written, every rank makes them again."""
     max_open_shards: Positive = _key("free", 1024)
     """Shards that are mapped at once; each takes addresses, not memory."""
 

@@ -5,6 +5,7 @@ broadcast, all ranks hold the same state, and a checkpoint continues at any data
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,10 @@ class Loader:
         self._data = data
         self._tokenizer = tokenizer
         self._max_epochs = {source.name: source.max_epochs for source in data.sources}
-        self._manifests = {s.name: read_source(s.path, tokenizer) for s in data.sources}
+        _make(data.cache_dir)
+        self._manifests = {
+            s.name: read_source(s.path, tokenizer, data.cache_dir) for s in data.sources
+        }
         sources = _cut(data, self._manifests, tokenizer)
         whole_rows = any(source.whole_rows for source in sources)
         blend = BlendEntry(
@@ -198,6 +202,17 @@ def _check_names(data: DataConfig) -> None:
             raise DataError(f"two sources are named {name!r}; every source needs its own name")
 
 
+def _make(cache_dir: str | None) -> None:
+    try:
+        if cache_dir:
+            Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir={cache_dir} cannot be made ({error.strerror}); name a directory that "
+            "every rank can write to"
+        ) from None
+
+
 def _cut(
     data: DataConfig, manifests: Mapping[str, SourceManifest], tokenizer: TokenizerFacts
 ) -> list[Source]:
@@ -209,7 +224,9 @@ def _cut(
             _check_conversations(config, manifest)
             source = UnitSource(config.name, manifest, pool, tokenizer, data.unit_tokens)
         else:
-            source = WindowSource(config, manifest, pool, tokenizer, data.sequence_length)
+            source = WindowSource(
+                config, manifest, pool, tokenizer, data.sequence_length, data.cache_dir
+            )
         sources.append(source)
     return sources
 

@@ -48,21 +48,24 @@ class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return hashlib.sha256(joined.encode()).hexdigest()
 
 
-def read_source(path: str, tokenizer: TokenizerFacts) -> SourceManifest:
-    """The manifest of a source; that of several shards is kept beside them.
+def read_source(
+    path: str, tokenizer: TokenizerFacts, cache_dir: str | None = None
+) -> SourceManifest:
+    """The manifest of a source; that of several shards is kept.
 
-    Where the directory cannot be written, the shards' manifests are read at every start.
+    Where it cannot be written, the shards' manifests are read at every start.
 
     Args:
         path: a prefix; a glob of prefixes, in sorted order; or a `.list` file with a prefix per
             line, relative to the file, in its order.
         tokenizer: whose ids the shards must hold.
+        cache_dir: where it is kept; beside the shards when None.
 
     Raises:
         DataError: no shard, a shard without manifest, or ids of another tokenizer.
     """
     prefixes = _prefixes(path)
-    kept = _kept_at(path)
+    kept = _kept_at(path, cache_dir)
     manifest = _read_kept(kept, prefixes) if kept else None
     if manifest is None:
         manifest = _read_shards(path, prefixes)
@@ -99,8 +102,10 @@ def _is_glob(path: str) -> bool:
     return any(character in path for character in "*?[")
 
 
-def _kept_at(path: str) -> Path | None:
+def _kept_at(path: str, cache_dir: str | None) -> Path | None:
     """Where the source manifest lies; None for a single pair, whose own manifest is enough."""
+    if cache_dir and (path.endswith(LIST_SUFFIX) or _is_glob(path)):
+        return Path(cache_dir) / f"{_name(os.path.abspath(path))}.source.json"
     if path.endswith(LIST_SUFFIX):
         return Path(f"{path}.source.json")
     if not _is_glob(path):
@@ -109,8 +114,11 @@ def _kept_at(path: str) -> Path | None:
     parts = whole.parts
     first = next(i for i, part in enumerate(parts) if _is_glob(part))
     pattern = "/".join(parts[first:])
-    name = hashlib.sha256(pattern.encode()).hexdigest()[:12]
-    return Path(*parts[:first]) / f"{name}.source.json"
+    return Path(*parts[:first]) / f"{_name(pattern)}.source.json"
+
+
+def _name(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _read_kept(path: Path, prefixes: list[str]) -> SourceManifest | None:

@@ -1,9 +1,9 @@
 """The table behind a window source: which pieces of which documents make up each of its rows.
 
 It depends on nothing but the shards' content, the row length and the bounds, so it is computed once
-and kept beside the shards under a name that those define; where that directory cannot be written,
-every start computes it. Processes that meet a new source at once would each compute it: let one go
-first.
+and kept beside the shards, or in `data.cache_dir`, under a name that those define; where that
+directory cannot be written, every start computes it. Processes that meet a new source at once would
+each compute it: let one go first.
 """
 
 import hashlib
@@ -36,11 +36,17 @@ class WindowTable:
         num_overlong: documents within the bounds that are longer than a row.
         num_overlong_chats: those of them that have a loss mask.
         num_left_out: labels of documents within the bounds that no row holds.
+        is_kept: whether the next start finds the table.
         row_loss: [num_rows] int64, labels of weight 1 in each row.
     """
 
     def __init__(
-        self, source: SourceConfig, manifest: SourceManifest, pool: ShardPool, row_tokens: int
+        self,
+        source: SourceConfig,
+        manifest: SourceManifest,
+        pool: ShardPool,
+        row_tokens: int,
+        cache_dir: str | None = None,
     ) -> None:
         """Read the table where it is kept, else compute it and keep it.
 
@@ -49,6 +55,7 @@ class WindowTable:
             manifest: its shards.
             pool: opens them.
             row_tokens: tokens in a row.
+            cache_dir: where it is kept; beside the shards when None.
 
         Raises:
             DataError: no document is within the bounds; or conversations are longer than a row and
@@ -58,12 +65,14 @@ class WindowTable:
         bounds = f"{source.min_tokens} {source.max_tokens}"
         key = f"2 {manifest.content_hash} {row_tokens} {bounds} {overlong}"
         self.content = hashlib.sha256(key.encode()).hexdigest()
-        kept = Path(manifest.shards[0].prefix).parent / f"{self.content[:16]}.windows.npy"
+        directory = Path(cache_dir or Path(manifest.shards[0].prefix).parent)
+        kept = directory / f"{self.content[:16]}.windows.npy"
+        self.is_kept = os.access(directory, os.W_OK) or kept.exists()
         if kept.exists():
             flat = np.load(kept, mmap_mode="r").view(np.ndarray)
         else:
             flat = _computed(source, manifest, pool, row_tokens)
-            if os.access(kept.parent, os.W_OK):
+            if self.is_kept:
                 write_atomically(kept, _npy(flat))
         counts, content = flat[:_NUM_COUNTS].tolist(), flat[_NUM_COUNTS:]
         self.num_rows, num_pieces, self.num_labels, *documents = counts

@@ -37,6 +37,7 @@ class WindowSource:
         pool: ShardPool,
         tokenizer: TokenizerFacts,
         row_tokens: int,
+        cache_dir: str | None = None,
     ) -> None:
         """Find or make the table of rows.
 
@@ -46,11 +47,12 @@ class WindowSource:
             pool: opens them.
             tokenizer: whose ids they hold.
             row_tokens: tokens in a row.
+            cache_dir: where the table is kept; beside the shards when None.
 
         Raises:
             DataError: see `WindowTable`.
         """
-        self._table = WindowTable(source, manifest, pool, row_tokens)
+        self._table = WindowTable(source, manifest, pool, row_tokens, cache_dir)
         self.name, self.content = source.name, self._table.content
         self.row_tokens, self.num_units = row_tokens, self._table.num_rows
         self._overlong = source.overlong or "cut"
@@ -72,6 +74,9 @@ class WindowSource:
             words += f", {table.num_left_out:,} tokens left out"
         if table.num_outside:
             words += f"; {table.num_outside:,} outside min_tokens and max_tokens"
+        if not table.is_kept:
+            words += "; packed anew by every rank, for nothing can be written beside the shards: "
+            words += "set data.cache_dir"
         return words
 
     def fill(self, unit: int, rows: Rows) -> None:

@@ -2,6 +2,7 @@ import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -230,3 +231,28 @@ def test_rows_of_another_length_or_bounds_are_another_source(
     for other in (windows(path, 16, 8), windows(path, 8, min_tokens=9)):
         with pytest.raises(DataError, match=r"'long' is \d rows of .*also sequence_length and the"):
             Loader(other, facts, 5, state)
+
+
+def test_tables_and_manifests_are_kept_where_the_recipe_says(
+    write_source, tmp_path: Path, facts: TokenizerFacts
+) -> None:
+    for number in range(3):
+        write_source(f"s{number}", [9, 14, 3], 100 * number + 10)
+    before = set(tmp_path.iterdir())
+    cache = tmp_path / "cache" / "here"
+    data = windows(f"{tmp_path}/s*", 8).model_copy(update={"cache_dir": str(cache)})
+    first = epoch(Loader(data, facts, 5))
+    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
+    assert set(tmp_path.iterdir()) == before | {cache.parent}
+    with patch("phi4.data.window_table._computed", side_effect=AssertionError("packed again")):
+        assert np.array_equal(epoch(Loader(data, facts, 5)).tokens, first.tokens)
+    with pytest.raises(DataError, match=r"data\.cache_dir=.* cannot be made"):
+        Loader(data.model_copy(update={"cache_dir": f"{tmp_path}/s0.bin/x"}), facts, 5)
+
+
+def test_rank_that_cannot_keep_its_table_says_so(write_source, facts: TokenizerFacts) -> None:
+    path = write_source("s", [9, 14, 3])
+    with patch("phi4.data.window_table.os.access", return_value=False):
+        (note,) = Loader(windows(path, 8), facts, 5).notes
+    assert note.endswith("nothing can be written beside the shards: set data.cache_dir")
+    assert not list(Path(path).parent.glob("*.npy"))
