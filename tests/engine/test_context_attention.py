@@ -5,7 +5,7 @@ A merge without its correction and blocks in a wrong order must break it.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from unittest import mock
@@ -140,6 +140,17 @@ def test_blocks_that_no_document_shares_are_not_attended(pool):
     assert calls == [[2, 2 + 2 * rank + (3 - rank)] for rank in range(4)]
 
 
+def test_the_next_block_is_on_its_way_while_the_present_one_is_attended(pool):
+    events = pool.run(order_of_events, Rows(1, 32, 4, ()))[3]
+    present = ["start", "attend", "attend", "wait"]
+    assert events[:14] == [*present * 3, "attend", "attend"]
+    # Backward also has a gradient on its way from the second block on.
+    first = ["start", "attend back", "attend back", "start", "wait"]
+    others = ["start", "attend back", "attend back", "wait", "start", "wait"]
+    last = ["attend back", "attend back", "wait", "start", "wait"]
+    assert events[14:] == [*first, *others * 2, *last]
+
+
 @pytest.mark.parametrize("granularity", ["selective", "full"])
 @pytest.mark.parametrize("variant", ROUTES)
 def test_recompute_is_bitwise_the_same(pool, variant, granularity):
@@ -225,6 +236,26 @@ def count_calls(rank: int, world_size: int, batches: list[Rows]) -> list[int]:
             attend(rank, world_size, "ring", [batch])
         counts.append(op.call_count)
     return counts
+
+
+def order_of_events(rank: int, world_size: int, batch: Rows) -> list[str]:
+    """When transfers start and end, and when the op is called."""
+    events = []
+
+    def noted(name, function):
+        return lambda *args, **options: (events.append(name), function(*args, **options))[1]
+
+    with ExitStack() as stack:
+        for owner, attribute, name in (
+            (context_attention._Transfer, "__init__", "start"),
+            (context_attention._Transfer, "wait", "wait"),
+            (context_attention, "attention_forward", "attend"),
+            (context_attention, "attention_backward", "attend back"),
+        ):
+            wrapper = noted(name, getattr(owner, attribute))
+            stack.enter_context(mock.patch.object(owner, attribute, wrapper))
+        attend(rank, world_size, "ring", [batch])
+    return events
 
 
 def train(rank: int, world_size: int, overrides: tuple[str, ...]) -> list[tuple[float, float]]:
