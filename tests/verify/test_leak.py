@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from phi4.cli import main, verify_leak
 from phi4.config import dump_toml, with_overrides
@@ -25,6 +26,7 @@ from phi4.verify.leak import (
     read_findings,
     run_leak,
 )
+from phi4.verify.ranks import within_devices
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, rendezvous
 
@@ -151,6 +153,15 @@ def test_rows_too_short_for_borders_are_refused() -> None:
 def test_the_recipes_number_format_is_kept() -> None:
     bf16 = with_overrides(RECIPE, ["precision.dtype=bf16"])
     assert leak_case(reference_case(bf16), bf16).recipe.precision.dtype == "bf16"
+
+
+def test_layouts_that_need_more_devices_are_named(monkeypatch) -> None:
+    chosen = leak_cases((ONE, "cp2", "cp4"))
+    assert within_devices(chosen, "cpu") == (chosen, {})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    possible, missing = within_devices(chosen, "cuda")
+    assert [case.name for case in possible] == [ONE, "cp2"]
+    assert missing == {"cp4": "4 processes need as many CUDA devices, found 2"}
 
 
 def _run(
