@@ -8,13 +8,17 @@
 
 namespace phi4 {
 
-// Blocks for `items` blocks' worth of work in a grid-stride loop, at most a few waves.
-inline cudaError_t strided_grid(int64_t items, int blocks_per_sm, unsigned* blocks) {
-    int device = 0, num_sms = 0;
+// Blocks for `items` blocks' worth of work in a grid-stride loop: at most what stays resident,
+// since a second wave would be a part of one.
+template <typename Kernel>
+cudaError_t strided_grid(Kernel kernel, int threads, int64_t items, unsigned* blocks) {
+    int device = 0, num_sms = 0, per_sm = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-    *blocks = static_cast<unsigned>(std::min<int64_t>(items, int64_t{num_sms} * blocks_per_sm));
+    if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, 0);
+    *blocks = static_cast<unsigned>(std::min<int64_t>(items, int64_t{num_sms} * per_sm));
     return error;
 }
 

@@ -6,7 +6,6 @@ namespace phi4 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 8;
 constexpr int64_t kAdamWChunk = 4096;
 constexpr int kShardsPerLaunch = 40;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -55,12 +54,12 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Grad>
 cudaError_t launch_table(const ShardTable& table, const Phi4AdamWStep& call, cudaStream_t stream) {
-    unsigned blocks = 0;
-    if (const cudaError_t error = strided_grid(table.num_chunks, kBlocksPerSm, &blocks))
-        return error;
-    const AdamWFactors factors = adamw_factors(call, call.lr, call.step);
     const bool fp8 = table.shards[0].fp8 != nullptr;
     const auto kernel = fp8 ? adamw_kernel<Grad, true> : adamw_kernel<Grad, false>;
+    unsigned blocks = 0;
+    if (const cudaError_t error = strided_grid(kernel, kThreads, table.num_chunks, &blocks))
+        return error;
+    const AdamWFactors factors = adamw_factors(call, call.lr, call.step);
     kernel<<<blocks, kThreads, 0, stream>>>(table, call, factors);
     return cudaGetLastError();
 }
