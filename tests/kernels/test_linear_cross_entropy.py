@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from phi4_kernels.bench.providers import function
 from phi4_kernels.cross_entropy import (
     LinearLayout,
     LossOptions,
@@ -23,6 +24,7 @@ from phi4_kernels.errors import (
     ShapeError,
     TargetError,
 )
+from phi4_kernels.testing import gates, numerics
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
 from tests.kernels import linear_cross_entropy_checks as checks
@@ -297,6 +299,17 @@ def test_ids_are_checked_under_the_debug_switch(function: Callable, monkeypatch:
     monkeypatch.setenv("PHI4_KERNELS_DEBUG", "1")
     with pytest.raises(TargetError, match="span -1 to 8; expected 0 to 7 or -100"):
         function(X, W, foreign)
+
+
+@pytest.mark.parametrize("name", ["sharded", "summed_linear"])
+def test_what_torch_is_timed_as_is_the_same_function(name: str) -> None:
+    """A provider's gradients are checked on a GPU only when it is timed; this one's here too."""
+    entry = gates.entries()[{"sharded": "cross_entropy_sharded"}.get(name, f"{name}_cross_entropy")]
+    inputs = entry.make(entry.proof_cases[0], torch.float32)
+    found = numerics.evaluate(function("torch", entry), inputs, None)
+    expected = numerics.evaluate(entry.reference, inputs, None)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor)
 
 
 def _last_chunk_lost(self: chunks.Head, num_rows: int) -> Iterator[slice]:

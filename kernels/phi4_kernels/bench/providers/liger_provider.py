@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phi4_kernels.bench.providers import losses
 from phi4_kernels.registry import Entry
 
 
@@ -52,7 +53,29 @@ def _rope_qkv(entry: Entry) -> Callable[..., Any]:
     return run
 
 
+def _losses(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    outputs = LigerCrossEntropyFunction.apply(
+        logits, targets, None, ignored, 0.0, 0.0, "none", None, False
+    )
+    return outputs[0]
+
+
+def _total(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    outputs = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden, weight, targets, None, None, ignored, 0.0, 0.0, "sum", None, False, torch.float32
+    )
+    return outputs[0]
+
+
 FUNCTIONS = {
+    "cross_entropy": lambda entry: losses.of_logits(_losses),
+    "cross_entropy_sharded": lambda entry: losses.with_gradient(_losses),
+    "linear_cross_entropy": lambda entry: losses.of_hidden(_losses),
+    "summed_linear_cross_entropy": lambda entry: losses.with_gradients(_total),
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "swiglu": _swiglu,

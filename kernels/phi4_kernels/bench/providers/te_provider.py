@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from phi4_kernels.adamw.cases import with_fused_adam
+from phi4_kernels.bench.providers import losses
 from phi4_kernels.registry import Entry
 
 
@@ -24,6 +25,13 @@ def _swiglu(entry: Entry) -> Callable[..., Any]:
     from transformer_engine.pytorch.ops import SwiGLU
 
     return lambda gate_up: SwiGLU()(gate_up)
+
+
+def _losses(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    rows = parallel_cross_entropy(logits[None], targets[None], 0.0, False, None, ignored)
+    return rows[0]
 
 
 def _optimizer_step(entry: Entry) -> Callable[..., Any]:
@@ -48,6 +56,8 @@ def _fp8_cast_transpose(entry: Entry) -> Callable[..., Any]:
 
 
 FUNCTIONS = {
+    "cross_entropy": lambda entry: losses.of_logits(_losses),
+    "cross_entropy_sharded": lambda entry: losses.with_gradient(_losses),
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
     "optimizer_step": _optimizer_step,
