@@ -5,6 +5,8 @@ memory-mapped: opening compares sizes with the header and touches no token, in c
 memory for any number of documents.
 """
 
+import mmap
+import os
 import struct
 from collections.abc import Callable
 from itertools import accumulate
@@ -51,6 +53,8 @@ class TokenFile:
         self.document_bounds = index[split[2] : split[3]].view("<i8")
         content = _map_bytes(Path(f"{prefix}.bin"))
         self._check_content(content.size, dtype.itemsize)
+        # The checks touched a few numbers, and for each the kernel may have mapped 2 MB.
+        index.base.obj.madvise(mmap.MADV_DONTNEED)
         self.tokens = content.view(dtype)
         self.learnt = _map_mask(Path(f"{prefix}.mask"), self.tokens.size)
 
@@ -193,10 +197,11 @@ def index_bytes(lengths: np.ndarray) -> bytes:
 
 def _map_bytes(path: Path) -> np.ndarray:
     try:
-        if path.stat().st_size == 0:
-            return np.empty(0, dtype=np.uint8)
-        # A plain view: slices of the memmap subclass cost several times as much.
-        return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        with path.open("rb") as stream:
+            if not os.fstat(stream.fileno()).st_size:
+                return np.empty(0, dtype=np.uint8)
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, dtype=np.uint8)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); the prefix of a source is its path "
