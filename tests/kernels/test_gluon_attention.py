@@ -21,7 +21,7 @@ from phi4_kernels.attention import (
 )
 from phi4_kernels.attention.gluon_tiles import tiles
 from phi4_kernels.errors import DtypeError, GateError
-from phi4_kernels.testing import error_rule, numerics
+from phi4_kernels.testing import error_rule, gates, numerics
 from phi4_kernels.testing.gluon_emulator import emulating
 from phi4_kernels.testing.gluon_machine import Schedule
 from phi4_kernels.testing.poison import poisoned
@@ -376,3 +376,17 @@ def test_a_planted_mistake_is_found(tmp_path: Path, name: str) -> None:
 def test_copies_without_a_mistake_are_green(tmp_path: Path) -> None:
     with planted(tmp_path, "", "", ""):
         check(PLANTED, run(PLANTED))
+
+
+GATES = [
+    check
+    for entry in registry.entries().values()
+    if entry.op == "attention"
+    for check in gates.names(entry, "gluon")
+]
+
+
+@pytest.mark.parametrize(("entry", "case", "dtype"), GATES)
+def test_registered_cases_obey_the_error_rule(entry: str, case: str, dtype: str) -> None:
+    with emulating(Schedule("shuffled")):
+        assert gates.check_numbers(entry, case, dtype, "gluon")

@@ -23,6 +23,9 @@ LEAN = {
     "local_accesses": 0,
     "float_atomics": 0,
     "tf32": 0,
+    "bulk_loads": 0,
+    "product_waits": 0,
+    "hidden_exponentials": 0,
 }
 
 
@@ -62,6 +65,7 @@ def test_a_lost_wide_access_is_red(name: str) -> None:
         {"shared_bytes": 232_449},
         {"registers": 255, "num_warps": 16},
         {"tf32": 1},
+        {"hgmma": 8, "product_waits": 8},
     ],
 )
 def test_laws_hold_whatever_the_budget_says(broken: dict[str, int]) -> None:
@@ -85,6 +89,8 @@ def test_tf32_is_only_banned_from_fp32_kernels() -> None:
         ("RED.E.ADD.F32.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R5 ;", "float_atomics"),
         ("ATOMG.E.ADD.F16x2.RN.STRONG.GPU PT, R5, desc[UR4][R2.64], R5 ;", "float_atomics"),
         ("HGMMA.64x64x8.F32.TF32 R24, gdesc[UR4], R24 ;", "tf32"),
+        ("UTMALDG.3D [UR16], [UR26] ;", "bulk_loads"),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", "product_waits"),
     ],
 )
 def test_instructions_are_recognised(sass: str, name: str) -> None:
@@ -97,6 +103,13 @@ def test_instructions_are_recognised(sass: str, name: str) -> None:
 )
 def test_other_instructions_are_not(sass: str) -> None:
     assert not any(gate.count_instructions(sass).values())
+
+
+@pytest.mark.parametrize(("left", "hidden"), [("0x1", 2), ("0x0", 0)])
+def test_exponentials_beside_a_product_are_counted(left: str, hidden: int) -> None:
+    wait = "WARPGROUP.DEPBAR.LE gsb0, "
+    lines = ["MUFU.EX2 R1, R1 ;", wait + left, *["MUFU.EX2 R2, R2 ;"] * 2, wait + "0x0", "MUFU.EX2"]
+    assert gate.count_instructions("\n".join(lines))["hidden_exponentials"] == hidden
 
 
 # One warp for a 5120-wide backward spills; a mask that the compiler cannot see through costs the

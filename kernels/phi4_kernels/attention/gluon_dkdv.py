@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from phi4_kernels.attention.gluon_rings import (
     CONSUMERS,
     ROWS,
+    SIZES,
     block_of,
     fill,
     fill_in_part,
@@ -233,7 +234,7 @@ def _row_ring(desc, STAGES: gl.constexpr):
     return buffers, full, empty
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def attention_dkdv_kernel(
     k_desc,
     v_desc,

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from phi4_kernels.attention.gluon_rings import (
     CONSUMERS,
     ROWS,
+    SIZES,
     block_of,
     blocks_of_keys,
     fill,
@@ -271,7 +272,7 @@ def _consume(
             store_rows(out_ptr, out_MC, row, num_rows, at, num_heads, head, HEAD_DIM)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def attention_forward_kernel(
     q_desc,
     k_desc,

@@ -28,6 +28,11 @@ from phi4_kernels.errors import DtypeError
 
 _LOG2_E = 1.4426950408889634
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+DTYPES = tuple(_DTYPES)
+"""What the kernels take; the gates skip the others."""
+GATED = (("d64-up-to-4096", "d128-up-to-4096"), (torch.bfloat16,))
+"""Shipped cases and dtypes whose machine code the resource gate reads: every row of the ladders.
+Head dim 96 runs 128's code with another constant, fp16 bf16's with another element type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,10 @@ class HopperLaunch:
 
 
 FORWARD = (HopperLaunch(64, block=128, stages=3), HopperLaunch(128, block=128, stages=2))
-DQ = (HopperLaunch(64, block=64, stages=4), HopperLaunch(128, block=64, stages=3))
+DQ = (
+    HopperLaunch(64, block=64, stages=4),
+    HopperLaunch(128, block=64, stages=3, consumer_registers=232, producer_registers=40),
+)
 DKDV = (HopperLaunch(64, block=64, stages=3), HopperLaunch(128, block=32, stages=4))
 _ROWS = ROWS.value
 

@@ -14,6 +14,16 @@ from phi4_kernels.attention.gluon_tiles import TILE_COLUMNS
 ROWS = gl.constexpr(64)
 """Tokens of a consumer: the rows of one warpgroup instruction."""
 CONSUMERS = gl.constexpr(2)
+SIZES = (
+    "num_items",
+    "num_turns",
+    "num_programs",
+    "num_heads",
+    "num_key_heads",
+    "group",
+    "row_stride",
+)
+"""Kernel arguments that a batch may change: no value of theirs has machine code of its own."""
 _COLUMNS = gl.constexpr(TILE_COLUMNS)
 _ZEROED_ROWS = gl.constexpr(8)
 _ZEROED_COLS = gl.constexpr(64)

@@ -229,7 +229,7 @@ def require_green(entry: Entry, implementation: str) -> None:
     """Raise GateError unless every numeric check of the entry is green on this GPU."""
     from phi4_kernels.testing import gates
 
-    for check in gates.names(entry):
+    for check in gates.names(entry, implementation):
         try:
             gates.check_numbers(*check, implementation, "cuda")
         except KernelError as error:

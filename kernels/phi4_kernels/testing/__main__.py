@@ -53,6 +53,12 @@ def _run_numbers(op: str, implementation: str, on_gpu: bool) -> dict[str, Any]:
         from phi4_kernels.testing import gates
 
         return gates.red_cases(**arguments)
+    if implementation == "gluon":
+        from phi4_kernels.testing import gates
+        from phi4_kernels.testing.gluon_emulator import emulating
+
+        with emulating():
+            return gates.red_cases(**arguments)
     process = InterpretedProcess()
     try:
         return process.call("phi4_kernels.testing.gates:red_cases", **arguments)

@@ -17,7 +17,7 @@ MAX_SHARED_BYTES = 232_448
 """A Hopper block's opt-in limit, which Triton's compiler does not check."""
 _REGISTER_FILE = 65_536
 _AT_MOST = ("registers", "stack_bytes", "shared_bytes", "local_accesses", "hmma")
-_AT_LEAST = ("wide_loads", "wide_stores", "hgmma")
+_AT_LEAST = ("wide_loads", "wide_stores", "hgmma", "bulk_loads", "hidden_exponentials")
 
 Found = dict[str, int]
 
@@ -66,6 +66,9 @@ def laws(key: str, found: Found) -> list[str]:
         * threads
         > _REGISTER_FILE,
         f"{found['tf32']} TF32 instructions in an fp32 kernel": "/fp32/" in key and found["tf32"],
+        "a wait after every warpgroup product; ptxas has serialised them": 0
+        < found["hgmma"]
+        <= found["product_waits"],
     }
     return [f"{key}: {text}" for text, is_broken in broken.items() if is_broken]
 
@@ -73,7 +76,7 @@ def laws(key: str, found: Found) -> list[str]:
 def over_budget(key: str, found: Found, budget: Found) -> list[str]:
     """Where a kernel is worse than its budget."""
     worse = [name for name in _AT_MOST if found[name] > budget[name]]
-    worse += [name for name in _AT_LEAST if found[name] < budget[name]]
+    worse += [name for name in _AT_LEAST if found[name] < budget.get(name, 0)]
     return [
         f"{key}: {name} is {found[name]}, budget {budget[name]}; undo what cost it, or run "
         "`make budgets` and justify the change"

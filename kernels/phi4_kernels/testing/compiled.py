@@ -26,14 +26,15 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from phi4_kernels import dispatch, launch
+from phi4_kernels import dispatch, launch, registry
 from phi4_kernels.dispatch import Choice
-from phi4_kernels.registry import Entry
+from phi4_kernels.registry import Case, Entry
 from phi4_kernels.testing.numerics import outputs_of
 
 CAPABILITY = 90
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _WARP = 32
+_COMPILED = ("triton", "gluon")
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -55,6 +56,12 @@ class Resources:
     local_accesses: int
     float_atomics: int
     tf32: int
+    bulk_loads: int
+    """Loads by the copy engine."""
+    product_waits: int
+    """Waits for warpgroup instructions."""
+    hidden_exponentials: int
+    """Exponentials between the waits for two warpgroup products: one runs meanwhile."""
 
 
 _PATTERNS = {
@@ -65,6 +72,8 @@ _PATTERNS = {
     "local_accesses": r"\b(?:LDL|STL)\b",
     "float_atomics": r"\b(?:ATOM|RED)\w*\.\S*(?:F16|F32|F64|BF16)",
     "tf32": r"\bTF32\b|\.TF32",
+    "bulk_loads": r"\bUTMALDG\b",
+    "product_waits": r"\bWARPGROUP\.DEPBAR\b",
 }
 
 
@@ -99,7 +108,10 @@ class _CompileOnlyDriver(DriverBase):
 
 def count_instructions(sass: str) -> dict[str, int]:
     """Occurrences of the instructions that the gate looks at."""
-    return {name: len(re.findall(pattern, sass)) for name, pattern in _PATTERNS.items()}
+    counts = {name: len(re.findall(pattern, sass)) for name, pattern in _PATTERNS.items()}
+    waits = re.split(r"\bWARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", sass)
+    between = [text for text, left in zip(waits[2::2], waits[1::2], strict=True) if left != "0x0"]
+    return counts | {"hidden_exponentials": sum(text.count("MUFU.EX2") for text in between)}
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -126,7 +138,7 @@ def read_resources(kernel: Any) -> Resources:
 
 
 @contextmanager
-def _compiling() -> Iterator[dict[str, Any]]:
+def _compiling(implementation: str) -> Iterator[dict[str, Any]]:
     """Compile launches instead of running them; yields kernels by name as they are launched."""
     kernels: dict[str, Any] = {}
     run = JITFunction.run
@@ -136,7 +148,7 @@ def _compiling() -> Iterator[dict[str, Any]]:
         return kernels[self.__name__]
 
     driver.set_active(_CompileOnlyDriver())
-    chosen = partial(Choice, implementation="triton", reason="compile only")
+    chosen = partial(Choice, implementation=implementation, reason="compile only")
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(dispatch, "choose", lambda op, *_: chosen(op)),
@@ -144,20 +156,30 @@ def _compiling() -> Iterator[dict[str, Any]]:
         yield kernels
 
 
-def _compile_entry(entry: Entry, kernels: dict[str, Any]) -> dict[str, Any]:
+def _shipped(entry: Entry, implementation: str) -> Iterator[tuple[Case, torch.dtype]]:
+    """What to compile: all shipped cases and dtypes, or those that the implementation names."""
+    names = tuple(case.name for case in entry.shipped_cases)
+    everything = (names, entry.dtypes)
+    module = registry.implementation(entry.op, implementation)
+    gated, dtypes = getattr(module, "GATED", everything)
+    for case in entry.shipped_cases:
+        if case.name in gated:
+            yield from ((case, dtype) for dtype in dtypes)
+
+
+def _compile_entry(entry: Entry, implementation: str, kernels: dict[str, Any]) -> dict[str, Any]:
     """Every kernel of every shipped case and dtype of an entry, as `entry/case/dtype/kernel`."""
     compiled = {}
-    for case in entry.shipped_cases:
-        for dtype in entry.dtypes:
-            kernels.clear()
-            inputs = entry.make(case, dtype)
-            tensors = [t.requires_grad_(entry.differentiable) for t in inputs.tensors.values()]
-            leaves = dict(zip(inputs.tensors, tensors, strict=True))
-            outputs = outputs_of(entry.function(**leaves, **inputs.constants))
-            if entry.differentiable:
-                torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-            prefix = f"{entry.name}/{case.name}/{_DTYPE_NAMES[dtype]}"
-            compiled |= {f"{prefix}/{name}": kernel for name, kernel in kernels.items()}
+    for case, dtype in _shipped(entry, implementation):
+        kernels.clear()
+        inputs = entry.make(case, dtype)
+        tensors = [t.requires_grad_(entry.differentiable) for t in inputs.tensors.values()]
+        leaves = dict(zip(inputs.tensors, tensors, strict=True))
+        outputs = outputs_of(entry.function(**leaves, **inputs.constants))
+        if entry.differentiable:
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        prefix = f"{entry.name}/{case.name}/{_DTYPE_NAMES[dtype]}"
+        compiled |= {f"{prefix}/{name}": kernel for name, kernel in kernels.items()}
     return compiled
 
 
@@ -181,10 +203,13 @@ def compile_all(entries: Iterable[Entry]) -> tuple[dict[str, dict[str, int]], li
         reached.add((id(ladder), ladder.index(row)))
         return row
 
-    with _compiling() as kernels, mock.patch.object(launch, "pick", recorded):
-        compiled: dict[str, Any] = {}
-        for entry in entries:
-            compiled |= _compile_entry(entry, kernels)
+    compiled: dict[str, Any] = {}
+    chosen = list(entries)
+    for implementation in _COMPILED:
+        with _compiling(implementation) as kernels, mock.patch.object(launch, "pick", recorded):
+            for entry in chosen:
+                if implementation in registry.implementations(entry.op):
+                    compiled |= _compile_entry(entry, implementation, kernels)
     unreached = [
         f"{row} of {ladder}"
         for identity, ladder in ladders.items()

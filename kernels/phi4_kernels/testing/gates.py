@@ -15,13 +15,17 @@ def entries() -> dict[str, registry.Entry]:
     return registry.entries() | native.entries()
 
 
-def names(entry: registry.Entry) -> list[tuple[str, str, str]]:
-    """(entry, case, dtype) of every numeric check of an entry."""
+def names(entry: registry.Entry, implementation: str | None = None) -> list[tuple[str, str, str]]:
+    """(entry, case, dtype) of every numeric check of an entry, or of one implementation of it."""
+    taken = entry.dtypes
+    if implementation in registry.implementations(entry.op):
+        module = registry.implementation(entry.op, implementation)
+        taken = getattr(module, "DTYPES", entry.dtypes)
     return [
         (entry.name, case.name, name)
         for case in entry.proof_cases
         for name, dtype in DTYPES.items()
-        if dtype in entry.dtypes
+        if dtype in entry.dtypes and dtype in taken
     ]
 
 
@@ -58,7 +62,7 @@ def red_cases(op: str, implementation: str, device: str) -> dict[str, Any]:
     """
     red, worst, num_checks = {}, 0.0, 0
     for entry in entries().values():
-        for check in names(entry) if entry.op == op else ():
+        for check in names(entry, implementation) if entry.op == op else ():
             num_checks += 1
             try:
                 margins = check_numbers(*check, implementation, device)

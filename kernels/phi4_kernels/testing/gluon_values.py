@@ -113,7 +113,7 @@ class Pointer:
         """The first element of a tensor."""
         sizes = zip(tensor.shape, tensor.stride(), strict=True)
         span = 1 + sum((n - 1) * s for n, s in sizes) if tensor.numel() else 0
-        return cls(tensor.as_strided((span,), (1,)))
+        return cls(tensor.detach().as_strided((span,), (1,)))
 
     def __add__(self, offset: Any) -> "Pointer":
         return Pointer(self.elements, self.offset + plain(offset))
@@ -170,7 +170,7 @@ class Descriptor:
         sizes = zip(corner, host.block_shape, host.shape, strict=True)
         spans = [(max(at, 0), min(at + size, limit), at) for at, size, limit in sizes]
         if all(first < last for first, last, _ in spans):
-            source = host.base.as_strided(tuple(host.shape), tuple(host.strides))
+            source = host.base.detach().as_strided(tuple(host.shape), tuple(host.strides))
             source = source[tuple(slice(first, last) for first, last, _ in spans)]
             values[tuple(slice(first - at, last - at) for first, last, at in spans)] = source
         return values
