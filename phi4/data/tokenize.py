@@ -7,8 +7,9 @@ merge in key order is the shuffle, and its bytes depend on inputs, tokenizer and
 
 import multiprocessing
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -130,11 +131,9 @@ def _run(
     # A forked process would inherit the threads' locks of this one.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(helpers, mp_context=context) as pool:
-        futures = {
-            index: pool.submit(_tokenize_part, plan.parts[index], index, job) for index in todo
-        }
+        futures = [pool.submit(_tokenize_part, plan.parts[index], index, job) for index in todo]
         try:
-            yield from _shared(plan, job, futures)
+            yield from _shared(plan, job, deque(zip(todo, futures, strict=True)))
         except BrokenExecutor:
             raise DataError(
                 f"a tokenizing process was killed, probably for memory; run again with fewer "
@@ -145,17 +144,16 @@ def _run(
 
 
 def _shared(
-    plan: Plan, job: "_Job", futures: dict[int, Future[PartReport]]
+    plan: Plan, job: "_Job", parts: deque[tuple[int, Future[PartReport]]]
 ) -> Iterator[tuple[int, PartReport]]:
-    """This process takes parts from the end, so it works while the others still start."""
-    for index in reversed(list(futures)):
-        if not futures[index].cancel():
-            break
-        del futures[index]
-        yield index, _tokenize_part(plan.parts[index], index, job)
-    index_of = {future: index for index, future in futures.items()}
-    for future in as_completed(index_of):
-        yield index_of[future], future.result()
+    """The other processes take parts from the front, this one, before they have started, behind."""
+    while parts:
+        if not parts[0][1].done() and parts[-1][1].cancel():
+            index, _ = parts.pop()
+            yield index, _tokenize_part(plan.parts[index], index, job)
+        else:
+            index, future = parts.popleft()
+            yield index, future.result()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 import json
 import resource
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,24 @@ def test_finished_parts_are_not_read_again(
     assert 0 < first < len(seen) == len(plan.parts)
     assert seen[-1].done_bytes == seen[-1].total_bytes and seen[-1].remaining_seconds == 0
     assert seen[-1].new_bytes < seen[-1].total_bytes
+
+
+def test_every_part_is_told_once_whoever_does_it(
+    config: TokenizerConfig, rows: Path, tmp_path: Path
+) -> None:
+    """Of six parts, one is finished elsewhere, one still runs there, four wait."""
+    plan = make_plan([rows], load_tokenizer(config).facts, part_bytes=rows.stat().st_size // 6 + 1)
+    job = tokenize._Job(tmp_path, "text", 5, config)
+    futures = [Future() for _ in plan.parts]
+    futures[0].set_result("elsewhere")
+    futures[1].set_running_or_notify_cancel()
+    told = []
+    for index, report in tokenize._shared(plan, job, deque(enumerate(futures))):
+        told.append(index)
+        if len(told) == 3:
+            futures[1].set_result("elsewhere")
+        assert (report == "elsewhere") == (index < 2)
+    assert told == [0, 5, 4, 1, 3, 2]
 
 
 def test_bad_rows_are_listed_with_their_line_in_the_file(
