@@ -215,8 +215,10 @@ def test_conversations_that_do_not_fit_are_refused_until_the_recipe_decides(
 def test_what_becomes_of_long_conversations_is_chosen_and_counted(
     chats: str, facts: TokenizerFacts, overlong: str, learnt: set[int], note: str
 ) -> None:
-    loader = Loader(windows(chats, 8, overlong=overlong), facts, 5)
+    data = windows(chats, 8, overlong=overlong).model_copy(update={"weigh_by": "loss_tokens"})
+    loader = Loader(data, facts, 5)
     batch = epoch(loader)
+    assert loader.state()["sources"]["long"]["loss_tokens"] == len(learnt) == batch.loss_mask.sum()
     assert set(batch.labels[batch.loss_mask > 0].tolist()) == learnt
     assert re.search(rf"'long': 3 documents in \d rows of 8 tokens.*{note}", loader.notes[0])
     # A part without an answer is not even read.
