@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,6 +218,14 @@ def test_an_op_runs_on_the_device_and_stream_that_are_current(
     with native.on_device(CPU) as found:
         assert found == 0
     assert seen == [(0, 70), (1, 71)] and current == [0]
+
+
+def test_setup_builds_what_make_csrc_builds(built: Path) -> None:
+    root = native.SOURCES.parent
+    command = [sys.executable, str(root / "setup.py"), "-q", "build_csrc"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(built / native.LIBRARY) in done.stdout
 
 
 def test_unknown_implementations_are_refused() -> None:

@@ -45,9 +45,10 @@ def adamw(
         grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
         found_inf=None if found_inf is None else (found_inf != 0).float(),
     )
+    weighted = [shard for shard in shards if shard.weight is not None]
+    if weighted:
+        torch._foreach_copy_([s.weight for s in weighted], [s.param for s in weighted])
     for shard in shards:
-        if shard.weight is not None:
-            shard.weight.copy_(shard.param)
         if shard.fp8 is not None:
             matrix = shard.param.unsqueeze(0)
             data, amax = fp8_reference.cast_tensor(matrix, shard.fp8.scale, shard.fp8.data.dtype)
