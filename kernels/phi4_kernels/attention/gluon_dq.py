@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from phi4_kernels.attention.gluon_rings import (
     CONSUMERS,
     ROWS,
+    SIZES,
     block_of,
     blocks_of_keys,
     fill,
@@ -106,6 +107,8 @@ def _step(
     dp_ML = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s_ML = warpgroup_mma_wait(1, deps=(s_ML,))
     p_ML = gl.exp2(s_ML * scale_log2 - lse2[:, None])
+    # Ends a basic block, as in the forward kernel: the exponentials stay beside the second product.
+    wait_full(v_ring, count, STAGES)
     dp_ML = warpgroup_mma_wait(0, deps=(dp_ML,))
     release(v_ring, count, STAGES)
     ds_ML = p_ML * (dp_ML - delta[:, None])
@@ -205,7 +208,7 @@ def _consume(
             store_rows(outputs, dq_MC, row, num_rows, CONSUMER * ROWS, num_heads, head, HEAD_DIM)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def attention_dq_kernel(
     q_desc,
     dout_desc,
