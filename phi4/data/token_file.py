@@ -44,7 +44,8 @@ class TokenFile:
         """
         self.prefix = str(prefix)
         index = _map_bytes(Path(f"{prefix}.idx"))
-        dtype, num_sequences, num_bounds = _read_header(index, f"{prefix}.idx")
+        (header,) = _read_at(f"{prefix}.idx", [(0, _HEADER.size)])
+        dtype, num_sequences, num_bounds = _read_header(header, f"{prefix}.idx")
         sizes = (_HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_bounds)
         split = list(accumulate(sizes))
         _check_index_size(index.size, split[-1], num_sequences, f"{prefix}.idx")
@@ -52,9 +53,7 @@ class TokenFile:
         self.pointers = index[split[1] : split[2]].view("<i8")
         self.document_bounds = index[split[2] : split[3]].view("<i8")
         content = _map_bytes(Path(f"{prefix}.bin"))
-        self._check_content(content.size, dtype.itemsize)
-        # The checks touched a few numbers, and for each the kernel may have mapped 2 MB.
-        index.base.obj.madvise(mmap.MADV_DONTNEED)
+        self._check_content(content.size, dtype.itemsize, split)
         self.tokens = content.view(dtype)
         self.learnt = _map_mask(Path(f"{prefix}.mask"), self.tokens.size)
 
@@ -143,19 +142,20 @@ class TokenFile:
                 )
         return manifest
 
-    def _check_content(self, found_bytes: int, itemsize: int) -> None:
-        expected = 0
-        if self.lengths.size:
-            expected = int(self.pointers[-1]) + int(self.lengths[-1]) * itemsize
+    def _check_content(self, found_bytes: int, itemsize: int, split: list[int]) -> None:
+        """Compare sizes with the last sequence and document; `split` is where the columns begin."""
+        ends = [(split[1] - 4, 4), (split[2] - 8, 8), (split[2], 8), (split[3] - 8, 8)]
+        read = _read_at(f"{self.prefix}.idx", ends)
+        length, pointer, first, last = (int.from_bytes(b, "little", signed=True) for b in read)
+        expected = pointer + length * itemsize if self.lengths.size else 0
         if found_bytes != expected:
             raise DataError(
                 f"{self.prefix}.bin has {found_bytes} bytes, its .idx describes {expected}; the "
                 "pair is truncated or mixed: copy both again or tokenize again"
             )
-        bounds = self.document_bounds
-        if bounds.size and not (bounds[0] == 0 and bounds[-1] <= self.lengths.size):
+        if self.document_bounds.size and not (first == 0 and last <= self.lengths.size):
             raise DataError(
-                f"{self.prefix}.idx: documents run from sequence {bounds[0]} to {bounds[-1]} of "
+                f"{self.prefix}.idx: documents run from sequence {first} to {last} of "
                 f"{self.lengths.size}; the index is damaged: tokenize again"
             )
 
@@ -209,6 +209,12 @@ def _map_bytes(path: Path) -> np.ndarray:
         ) from None
 
 
+def _read_at(path: str, places: list[tuple[int, int]]) -> list[bytes]:
+    """Some bytes at (offset, size), read: for a touched byte of a mapping, 2 MB may be mapped."""
+    with open(path, "rb") as stream:
+        return [os.pread(stream.fileno(), size, offset) for offset, size in places]
+
+
 def _map_mask(path: Path, num_tokens: int) -> np.ndarray | None:
     if not path.exists():
         return None
@@ -221,10 +227,10 @@ def _map_mask(path: Path, num_tokens: int) -> np.ndarray | None:
     return mask
 
 
-def _read_header(index: np.ndarray, path: str) -> tuple[np.dtype, int, int]:
-    if index.size < _HEADER.size or bytes(index[: len(_MAGIC)]) != _MAGIC:
+def _read_header(header: bytes, path: str) -> tuple[np.dtype, int, int]:
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
         raise DataError(f"{path} is not a Megatron index; write one with `phi4 data tokenize`")
-    _, version, code, num_sequences, num_bounds = _HEADER.unpack(bytes(index[: _HEADER.size]))
+    _, version, code, num_sequences, num_bounds = _HEADER.unpack(header)
     if version != 1 or code not in _DTYPES:
         raise DataError(
             f"{path} has version {version} and dtype code {code}; phi4 reads version 1 with int32 "
