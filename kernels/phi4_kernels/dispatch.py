@@ -1,8 +1,9 @@
 """Which implementation runs an op: the caller's explicit choice, or `auto`, always with a reason.
 
 `auto` takes a kernel only on proof: a committed row of `correctness.jsonl` that is green on this
-compute capability for the very source that is installed. Everything else is experimental and runs
-only when named. There is no fallback: a named implementation that cannot run is an error.
+compute capability for the very source that is installed. One that challenges another must also be
+faster on this very device by a committed row of `speed.jsonl`. Everything else is experimental and
+runs only when named. There is no fallback: a named implementation that cannot run is an error.
 """
 
 import json
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,10 @@ from phi4_kernels import registry
 from phi4_kernels.errors import DeviceError, ImplementationError
 
 CORRECTNESS_ROWS = registry.ROOT / "correctness.jsonl"
-_PREFERENCE = ("cuda", "triton")
+SPEED_ROWS = registry.ROOT / "speed.jsonl"
+_PREFERENCE = ("gluon", "cuda", "triton")
+CHALLENGED = {"gluon": "triton"}
+"""Implementations that `auto` takes only where they are measured faster, and than which."""
 _calls: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("phi4_kernels_calls", default=None)
 _log = logging.getLogger("phi4_kernels")
 
@@ -49,11 +54,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _read(path: Path) -> tuple[dict[str, Any], ...]:
+    if not path.exists():
+        return ()
+    return tuple(json.loads(line) for line in path.read_text().splitlines() if line)
+
+
 @cache
 def _rows() -> tuple[dict[str, Any], ...]:
-    if not CORRECTNESS_ROWS.exists():
-        return ()
-    return tuple(json.loads(line) for line in CORRECTNESS_ROWS.read_text().splitlines() if line)
+    return _read(CORRECTNESS_ROWS)
 
 
 def proof(op: str, implementation: str, capability: str) -> dict[str, Any] | None:
@@ -65,12 +74,36 @@ def proof(op: str, implementation: str, capability: str) -> dict[str, Any] | Non
     return rows[-1] if rows and rows[-1]["green"] else None
 
 
+def is_faster(op: str, implementation: str, device_name: str) -> bool:
+    """Whether the newest speed row of these very sources on this device says so.
+
+    True for an implementation that challenges no other.
+    """
+    if implementation not in CHALLENGED:
+        return True
+    against = CHALLENGED[implementation]
+    wanted = {
+        "op": op,
+        "implementation": implementation,
+        "against": against,
+        "device": device_name,
+        "source": registry.source_digest(op, implementation),
+        "against_source": registry.source_digest(op, against),
+    }
+    rows = [row for row in _read(SPEED_ROWS) if wanted.items() <= row.items()]
+    return bool(rows) and rows[-1]["faster"]
+
+
 def _automatic(op: str, device: torch.device) -> Choice:
     if device.type != "cuda":
         return Choice(op, "torch", f"auto: tensors are on {device.type}")
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    device_name = torch.cuda.get_device_name(device)
     for name in _PREFERENCE:
-        if name in registry.implementations(op) and (row := proof(op, name, capability)):
+        if name not in registry.implementations(op):
+            continue
+        row = proof(op, name, capability)
+        if row and is_faster(op, name, device_name):
             return Choice(op, name, f"auto: proven on {capability}, commit {row['commit']}")
     return Choice(op, "torch", f"auto: no kernel of this source is proven on {capability}")
 

@@ -17,7 +17,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """No rows, nothing decided yet, and a pretended GPU of capability 9.0."""
     monkeypatch.setattr(dispatch, "CORRECTNESS_ROWS", tmp_path / "correctness.jsonl")
+    monkeypatch.setattr(dispatch, "SPEED_ROWS", tmp_path / "speed.jsonl")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H200")
     dispatch.choose.cache_clear()
     dispatch._rows.cache_clear()
     yield
@@ -54,6 +56,64 @@ def test_auto_takes_what_is_proven_here() -> None:
     choice = dispatch.choose("swiglu", "auto", GPU)
     assert choice == dispatch.Choice("swiglu", "triton", "auto: proven on 9.0, commit abc123")
     assert dispatch.choose("rope", "auto", GPU).implementation == "torch"
+
+
+def prove(op: str, name: str) -> None:
+    write_row(op=op, implementation=name, source=registry.source_digest(op, name))
+
+
+def write_speed(**changes: object) -> None:
+    row = {
+        "op": "attention",
+        "implementation": "gluon",
+        "against": "triton",
+        "device": "H200",
+        "source": registry.source_digest("attention", "gluon"),
+        "against_source": registry.source_digest("attention", "triton"),
+        "faster": True,
+    }
+    with dispatch.SPEED_ROWS.open("a") as file:
+        file.write(json.dumps(row | changes) + "\n")
+
+
+def test_auto_takes_a_challenger_that_is_proven_and_faster_here() -> None:
+    prove("attention", "triton")
+    prove("attention", "gluon")
+    write_speed()
+    assert dispatch.choose("attention", "auto", GPU).implementation == "gluon"
+
+
+def test_auto_leaves_a_faster_challenger_that_is_not_proven() -> None:
+    prove("attention", "triton")
+    write_speed()
+    assert dispatch.choose("attention", "auto", GPU).implementation == "triton"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"faster": False},
+        {"device": "H100"},
+        {"source": "0" * 16},
+        {"against_source": "0" * 16},
+        {"op": "rope"},
+        None,
+    ],
+)
+def test_auto_leaves_a_challenger_that_is_not_faster_here(changes: dict | None) -> None:
+    prove("attention", "triton")
+    prove("attention", "gluon")
+    if changes is not None:
+        write_speed(**changes)
+    assert dispatch.choose("attention", "auto", GPU).implementation == "triton"
+
+
+def test_a_later_slower_row_withdraws_the_choice() -> None:
+    prove("attention", "triton")
+    prove("attention", "gluon")
+    write_speed()
+    write_speed(faster=False)
+    assert dispatch.choose("attention", "auto", GPU).implementation == "triton"
 
 
 @pytest.mark.parametrize(
