@@ -58,16 +58,23 @@ loss_head() {  # products of 50 TFLOP, a quarter of a minute per row
     "$python" -m phi4_kernels.bench --report || status=$?
 }
 
+hopper() {  # attention in Gluon: proven, recorded, and timed against Triton for `auto`
+    gpu_tests 150 tests/kernels/test_gpu_gluon.py || status=$?
+    timeout 90 "$python" -m phi4_kernels.testing numbers --op attention --implementation gluon \
+        --record || status=$?
+    timeout 150 "$python" -m phi4_kernels.bench.challenge --op attention || status=$?
+}
+
 timeout 120 "$python" tools/build_csrc.py || status=$?
-if [ "$#" -eq 0 ]; then set -- engine triton csrc numbers bench loss_head; fi
+if [ "$#" -eq 0 ]; then set -- engine triton csrc numbers hopper bench loss_head; fi
 for part in "$@"; do
     case "$part" in
-        engine | triton | csrc | numbers | bench | loss_head) "$part" ;;
+        engine | triton | csrc | numbers | hopper | bench | loss_head) "$part" ;;
         *)
-            echo "make gpu: no part $part; expected engine, triton, csrc, numbers, bench, loss_head"
+            echo "make gpu: no part $part; expected engine, triton, csrc, numbers, hopper, bench or loss_head"
             exit 2
             ;;
     esac
 done
-echo "to commit: kernels/phi4_kernels/correctness.jsonl benchmarks/ BENCHMARKS.md"
+echo "to commit: kernels/phi4_kernels/correctness.jsonl, speed.jsonl, benchmarks/, BENCHMARKS.md"
 exit "$status"

@@ -43,23 +43,32 @@ def tiles(
 
     Unused tiles are last, with no tokens on either side.
     """
-    settings = (num_tokens, tile_rows, causal, of_keys)
+    settings = (num_tokens, tile_rows, causal, of_keys, _stream(q_offsets))
     state = (k_starts.data_ptr(), k_ends.data_ptr())
     state += tuple(tensor._version for tensor in (q_offsets, k_starts, k_ends))
     made: dict[Any, Any] = _known.setdefault(q_offsets, {})
     if made.get("state") != state:
         made.clear()
         made["state"] = state
-    if settings not in made:
+    if settings in made:
+        return made[settings]
+    keys = (k_starts, k_ends - k_starts)
+    if of_keys:
         queries = (q_offsets[:-1], q_offsets.diff())
-        keys = (k_starts, k_ends - k_starts)
-        if of_keys:
-            made[settings] = _tiles(keys, queries, num_tokens, tile_rows, causal, True)
-        else:
-            queries = _with_outside(q_offsets, num_tokens)
-            keys = tuple(torch.nn.functional.pad(part, (1, 1)) for part in keys)
-            made[settings] = _tiles(queries, keys, num_tokens, tile_rows, causal, False)
-    return made[settings]
+        table = _tiles(keys, queries, num_tokens, tile_rows, causal, True)
+    else:
+        queries = _with_outside(q_offsets, num_tokens)
+        keys = tuple(torch.nn.functional.pad(part, (1, 1)) for part in keys)
+        table = _tiles(queries, keys, num_tokens, tile_rows, causal, False)
+    # What a graph captures is only there when the graph runs.
+    if not (table.is_cuda and torch.cuda.is_current_stream_capturing()):
+        made[settings] = table
+    return table
+
+
+def _stream(tensor: Tensor) -> int:
+    """The stream whose kernels a table is ordered with."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def _with_outside(q_offsets: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
