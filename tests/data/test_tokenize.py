@@ -55,7 +55,7 @@ def run(
     seed: int | None = 5,
     max_rejected: int = 0,
     range_tokens: int = 1 << 20,
-    part_bytes: int = 500,
+    part_bytes: int = 1500,
 ) -> Manifest:
     facts = load_tokenizer(config).facts
     for shard in shards:
@@ -302,7 +302,7 @@ def test_merge_without_runs_is_refused(tmp_path: Path) -> None:
 
 
 def test_merge_holds_no_run_open(config: TokenizerConfig, rows: Path, tmp_path: Path) -> None:
-    plan = make_plan([rows], load_tokenizer(config).facts, part_bytes=50)
+    plan = make_plan([rows], load_tokenizer(config).facts, part_bytes=300)
     options = {"workers": 1, "max_rejected": 0, "follow": lambda progress: None}
     tokenize_parts(plan, tmp_path / "p", config, **options)
     num_open = len(list(Path("/proc/self/fd").iterdir()))
@@ -312,7 +312,7 @@ def test_merge_holds_no_run_open(config: TokenizerConfig, rows: Path, tmp_path: 
         manifest = merge_runs(tmp_path / "p")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert len(plan.parts) > 50 and manifest.num_documents == len(TEXTS)
+    assert len(plan.parts) > 20 and manifest.num_documents == len(TEXTS)
 
 
 def test_many_small_files_fill_parts_and_few_inputs_make_many(tmp_path: Path) -> None:
