@@ -27,6 +27,54 @@ def test_torch_obeys_the_error_rule(entry: str, case: str, dtype: str) -> None:
 
 # Every mistake is planted in the source of the shipped kernel and must turn a named check red.
 MISTAKES = {
+    "a query sees the key after it": (
+        "attention",
+        "(keys < high[:, None])",
+        "(keys < high[:, None] + 1)",
+        "attention",
+        "two-tiles",
+        "bf16",
+    ),
+    "a document sees the one before": (
+        "attention",
+        "(keys >= low[:, None]) & (keys",
+        "(keys >= 0) & (keys",
+        "attention",
+        "phi4-documents",
+        "bf16",
+    ),
+    "a head of the group forgotten": (
+        "attention",
+        "        group,\n        num_queries,",
+        "        group - 1,\n        num_queries,",
+        "attention_backward",
+        "all-keys",
+        "bf16",
+    ),
+    "a gradient without the scale": (
+        "attention",
+        "        scale,\n        *strides,",
+        "        1.0,\n        *strides,",
+        "attention_backward",
+        "far-keys",
+        "bf16",
+    ),
+    "a scale of natural powers": (
+        "attention",
+        "_LOG2_E = 1.4426950408889634",
+        "_LOG2_E = 1.0",
+        "attention",
+        "two-tiles",
+        "bf16",
+    ),
+    "sums that do not decay": (
+        "attention",
+        "acc * decay[:, None]",
+        "acc",
+        "attention",
+        "group-of-8",
+        "fp32",
+    ),
     "dropped eps": ("rms_norm", "mean_square + eps", "mean_square", "rms_norm", "w640", "fp32"),
     "one column off": (
         "rms_norm",

@@ -12,6 +12,9 @@ CROSS_ENTROPY = {
 PRODUCTS = {"phi4::add_wide_product"}
 """Of one rank in bf16: its gradient of hidden needs no sum over ranks in fp32."""
 OPERATORS = {
+    "attention": {"phi4::attention_forward", "phi4::attention_backward"},
+    "attention_forward": {"phi4::attention_forward"},
+    "attention_backward": {"phi4::attention_backward"},
     "cross_entropy": CROSS_ENTROPY,
     "cross_entropy_sharded": CROSS_ENTROPY,
     "linear_cross_entropy": CROSS_ENTROPY | PRODUCTS,

@@ -65,21 +65,23 @@ class Ranges:
         q_offsets: Sequence[int],
         k_starts: Sequence[int],
         k_ends: Sequence[int],
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> "Ranges":
-        """Ranges of host values.
+        """Ranges of host values, on `device` or torch's default.
 
         Raises:
             ShapeError: the lists do not belong together.
             PositionError: they are not in order, or key ranges overlap.
         """
         parts = [
-            torch.tensor(list(part), dtype=torch.int32) for part in (q_offsets, k_starts, k_ends)
+            torch.tensor(list(part), dtype=torch.int32, device="cpu")
+            for part in (q_offsets, k_starts, k_ends)
         ]
         ranges = cls(*parts, 0, 0)
         ranges.validate()
         queries, keys = parts[0].diff(), parts[2] - parts[1]
         longest = (int(part.max()) if part.numel() else 0 for part in (queries, keys))
+        device = torch.get_default_device() if device is None else device
         return cls(*(part.to(device) for part in parts), *longest)
 
     def validate(self, num_queries: int | None = None, num_keys: int | None = None) -> None:

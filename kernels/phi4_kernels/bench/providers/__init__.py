@@ -11,7 +11,19 @@ from typing import Any
 from phi4_kernels.errors import KernelError
 from phi4_kernels.registry import Entry
 
-PROVIDERS = ("torch", "compile", "torch-chunked", "liger", "te", "cudnn", "flash-attn", "apex")
+PROVIDERS = (
+    "torch",
+    "compile",
+    "torch-chunked",
+    "liger",
+    "te",
+    "cudnn",
+    "flash-attn",
+    "flash-attn-deterministic",
+    "flash-attn-3",
+    "flash-attn-3-deterministic",
+    "apex",
+)
 """Names for `--against`. `torch` stands for the best of eager and compile."""
 
 

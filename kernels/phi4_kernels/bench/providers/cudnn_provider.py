@@ -1,5 +1,16 @@
-"""cuDNN through PyTorch: attention only, so none of the ops here yet."""
+"""cuDNN's attention through PyTorch; it has no other op of ours there."""
 
+from collections.abc import Callable
 from typing import Any
 
-FUNCTIONS: dict[str, Any] = {}
+from phi4_kernels.bench.providers import documents
+from phi4_kernels.registry import Entry
+
+
+def _attention(entry: Entry) -> Callable[..., Any]:
+    from torch.nn.attention import SDPBackend
+
+    return documents.sdpa(SDPBackend.CUDNN_ATTENTION)
+
+
+FUNCTIONS = {"attention": _attention}

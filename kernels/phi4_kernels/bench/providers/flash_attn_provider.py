@@ -1,10 +1,11 @@
-"""flash-attention's Triton layer norm and its fused activation."""
+"""FlashAttention-2, whose backward adds by atomics, its Triton layer norm and fused activation."""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from phi4_kernels.bench.providers import documents
 from phi4_kernels.registry import Entry
 
 
@@ -29,4 +30,15 @@ def _swiglu(entry: Entry) -> Callable[..., Any]:
     return lambda gate_up: swiglu(*gate_up.chunk(2, dim=-1))
 
 
-FUNCTIONS = {"rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "swiglu": _swiglu}
+def _attention(entry: Entry) -> Callable[..., Any]:
+    from flash_attn import flash_attn_varlen_func
+
+    return documents.varlen(flash_attn_varlen_func, deterministic=False)
+
+
+FUNCTIONS = {
+    "attention": _attention,
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "swiglu": _swiglu,
+}

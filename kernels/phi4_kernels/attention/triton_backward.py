@@ -1,0 +1,323 @@
+"""The two passes of attention's backward; see triton_impl."""
+
+import triton
+import triton.language as tl
+
+from phi4_kernels.attention.triton_tiles import block, load, span
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _dq_block(
+    q,
+    dout,
+    lse2,
+    delta,
+    acc,
+    k_ptr,
+    v_ptr,
+    key,
+    last,
+    low,
+    high,
+    stride_k,
+    stride_v,
+    scale_log2,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    k = load(k_ptr, key, last, stride_k, KEYS, DIM, PADDED, MASKED)
+    v = load(v_ptr, key, last, stride_v, KEYS, DIM, PADDED, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    weights = tl.exp2(scores * scale_log2 - lse2[:, None])
+    if MASKED:
+        keys = key + tl.arange(0, KEYS)[None, :]
+        weights = tl.where((keys >= low[:, None]) & (keys < high[:, None]), weights, 0.0)
+    dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    dscores = weights * (dweights - delta[:, None])
+    return tl.dot(dscores.to(k.dtype), k, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def dq_kernel(
+    dout_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    dq_ptr,
+    rows_ptr,
+    tiles_ptr,
+    lows_ptr,
+    highs_ptr,
+    num_heads,
+    group,
+    num_queries,
+    scale_log2,
+    scale,
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    stride_v,
+    stride_v_head,
+    stride_dout,
+    stride_dout_head,
+    stride_out,
+    stride_out_head,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """dq, and for the other pass the lse in powers of 2 and delta = sum(dout * out)."""
+    tile = tl.load(tiles_ptr) - 1 - tl.program_id(0) // num_heads
+    if tile < 0:
+        return
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    first_row = tl.load(tiles_ptr + 1 + tile)
+    end_row = tl.load(tiles_ptr + 2 + tile)
+    rows = first_row + tl.arange(0, QUERIES)
+    is_own = rows < end_row
+    low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, rows, end_row, KEYS)
+
+    k_ptr += head // group * stride_k_head
+    v_ptr += head // group * stride_v_head
+    dout_ptr += head * stride_dout_head
+    out_ptr += head * stride_out_head
+    dout = load(dout_ptr, first_row, end_row, stride_dout, QUERIES, DIM, PADDED, True)
+    out = load(out_ptr, first_row, end_row, stride_out, QUERIES, DIM, PADDED, True)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    lse2 = tl.load(lse_ptr + rows.to(tl.int64) * num_heads + head, mask=is_own, other=0.0) * _LOG2_E
+    rows_ptr += head * num_queries
+    tl.store(rows_ptr + rows, lse2, mask=is_own)
+    delta_ptr = rows_ptr + tl.cast(num_heads, tl.int64) * num_queries
+    tl.store(delta_ptr + rows, delta, mask=is_own)
+
+    q_ptr += head * stride_q_head
+    q = load(q_ptr, first_row, end_row, stride_q, QUERIES, DIM, PADDED, True)
+    acc = tl.zeros((QUERIES, PADDED), tl.float32)
+    for key in range(full, full_end, KEYS):
+        acc = _dq_block(
+            q,
+            dout,
+            lse2,
+            delta,
+            acc,
+            k_ptr,
+            v_ptr,
+            key,
+            last,
+            low,
+            high,
+            stride_k,
+            stride_v,
+            scale_log2,
+            KEYS,
+            DIM,
+            PADDED,
+            False,
+        )
+    before = (full - first) // KEYS
+    for border in range(0, before + tl.cdiv(tl.maximum(last - full_end, 0), KEYS)):
+        key = tl.where(border < before, first, full_end - before * KEYS) + border * KEYS
+        acc = _dq_block(
+            q,
+            dout,
+            lse2,
+            delta,
+            acc,
+            k_ptr,
+            v_ptr,
+            key,
+            last,
+            low,
+            high,
+            stride_k,
+            stride_v,
+            scale_log2,
+            KEYS,
+            DIM,
+            PADDED,
+            True,
+        )
+    pointers = block(dq_ptr + head * DIM, first_row, num_heads * DIM, QUERIES, PADDED)
+    mask = is_own[:, None] & (tl.arange(0, PADDED)[None, :] < DIM)
+    tl.store(pointers, (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dkdv_block(
+    k,
+    v,
+    dk,
+    dv,
+    q_ptr,
+    dout_ptr,
+    rows_ptr,
+    delta_ptr,
+    head,
+    row,
+    last,
+    low,
+    high,
+    num_queries,
+    stride_q,
+    stride_q_head,
+    stride_dout,
+    stride_dout_head,
+    scale_log2,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    head = tl.cast(head, tl.int64)
+    q_ptr += head * stride_q_head
+    dout_ptr += head * stride_dout_head
+    q = load(q_ptr, row, last, stride_q, QUERIES, DIM, PADDED, MASKED)
+    dout = load(dout_ptr, row, last, stride_dout, QUERIES, DIM, PADDED, MASKED)
+    rows = row + tl.arange(0, QUERIES)
+    rows_ptr += head * num_queries
+    delta_ptr += head * num_queries
+    if MASKED:
+        lse2 = tl.load(rows_ptr + rows, mask=rows < last, other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=rows < last, other=0.0)
+    else:
+        lse2 = tl.load(rows_ptr + rows)
+        delta = tl.load(delta_ptr + rows)
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+    weights = tl.exp2(scores * scale_log2 - lse2[None, :])
+    if MASKED:
+        visible = (rows[None, :] >= low[:, None]) & (rows[None, :] < high[:, None])
+        weights = tl.where(visible, weights, 0.0)
+    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
+    dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    dscores = weights * (dweights - delta[None, :])
+    dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def dkdv_kernel(
+    dout_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dk_ptr,
+    dv_ptr,
+    rows_ptr,
+    tiles_ptr,
+    lows_ptr,
+    highs_ptr,
+    num_heads,
+    group,
+    num_queries,
+    scale_log2,
+    scale,
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    stride_v,
+    stride_v_head,
+    stride_dout,
+    stride_dout_head,
+    KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BORDER_STAGES: tl.constexpr,
+):
+    """dk and dv of a tile of keys, over all heads of the group.
+
+    Blocks of all heads are one loop: the loads of a head's first block run beside the last
+    products of the head before.
+    """
+    num_groups = num_heads // group
+    tile = tl.program_id(0) // num_groups
+    if tile >= tl.load(tiles_ptr):
+        return
+    key_head = (tl.program_id(0) % num_groups).to(tl.int64)
+    first_key = tl.load(tiles_ptr + 1 + tile)
+    end_key = tl.load(tiles_ptr + 2 + tile)
+    keys = first_key + tl.arange(0, KEYS)
+    low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, keys, end_key, QUERIES)
+
+    k_ptr += key_head * stride_k_head
+    v_ptr += key_head * stride_v_head
+    k = load(k_ptr, first_key, end_key, stride_k, KEYS, DIM, PADDED, True)
+    v = load(v_ptr, first_key, end_key, stride_v, KEYS, DIM, PADDED, True)
+    dk = tl.zeros((KEYS, PADDED), tl.float32)
+    dv = tl.zeros((KEYS, PADDED), tl.float32)
+    delta_ptr = rows_ptr + tl.cast(num_heads, tl.int64) * num_queries
+    num_full = (full_end - full) // QUERIES
+    for step in range(0, group * num_full):
+        head = key_head * group + step // num_full
+        row = full + step % num_full * QUERIES
+        dk, dv = _dkdv_block(
+            k,
+            v,
+            dk,
+            dv,
+            q_ptr,
+            dout_ptr,
+            rows_ptr,
+            delta_ptr,
+            head,
+            row,
+            last,
+            low,
+            high,
+            num_queries,
+            stride_q,
+            stride_q_head,
+            stride_dout,
+            stride_dout_head,
+            scale_log2,
+            QUERIES,
+            DIM,
+            PADDED,
+            False,
+        )
+    before = (full - first) // QUERIES
+    num_border = before + tl.cdiv(tl.maximum(last - full_end, 0), QUERIES)
+    for step in tl.range(0, group * num_border, num_stages=BORDER_STAGES):
+        head = key_head * group + step // num_border
+        border = step % num_border
+        row = tl.where(border < before, first, full_end - before * QUERIES) + border * QUERIES
+        dk, dv = _dkdv_block(
+            k,
+            v,
+            dk,
+            dv,
+            q_ptr,
+            dout_ptr,
+            rows_ptr,
+            delta_ptr,
+            head,
+            row,
+            last,
+            low,
+            high,
+            num_queries,
+            stride_q,
+            stride_q_head,
+            stride_dout,
+            stride_dout_head,
+            scale_log2,
+            QUERIES,
+            DIM,
+            PADDED,
+            True,
+        )
+    mask = (keys < end_key)[:, None] & (tl.arange(0, PADDED)[None, :] < DIM)
+    width = num_groups * DIM
+    dk_ptrs = block(dk_ptr + key_head * DIM, first_key, width, KEYS, PADDED)
+    dv_ptrs = block(dv_ptr + key_head * DIM, first_key, width, KEYS, PADDED)
+    tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask)

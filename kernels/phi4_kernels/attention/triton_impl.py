@@ -1,0 +1,317 @@
+"""Attention in Triton, for Ampere and up: portable `tl.dot`, no atomics, any strides.
+
+A program owns a tile of queries (or keys) and one head, and walks over the stretch of the other
+side that its tokens meet; nothing outside of it is visited. Blocks that all tokens of the tile see
+whole run without a mask, then come the ones on a border, where each token's own bounds decide;
+causality, documents, caches and gaps are nothing but such bounds. Heavy tiles, which are the last
+of a range, start first.
+
+Backward is two passes, each with a fixed order of sums: dq by query tiles, then dk and dv by key
+tiles, which go through all heads of their group. The scores are computed twice, 7 products where 5
+would do, so the ceiling is 5/7 of the matrix rate: 564 counted TFLOP/s where that is 790. One pass
+would have to add dq across programs; in a fixed order that means programs that wait for each other
+by semaphores, which portable Triton neither guarantees to make progress nor interprets, and which
+serialises the long rows that matter most.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from phi4_kernels import launch
+from phi4_kernels.attention import triton_backward
+from phi4_kernels.attention.triton_tiles import Tile, block, cut, load, span
+from phi4_kernels.errors import ShapeError
+from phi4_kernels.launch import Ladder
+
+# Shape legend: T queries, U keys, N query heads, K key-value heads, D head dim.
+
+# By tokens of the longest range: of queries for the first two passes, whose rows are queries and
+# whose blocks are keys, of keys for the third, where it is the other way round. fp32 has no matrix
+# unit that is exact, so its tiles are small and its time is that of plain multiplications. Decoding
+# has a row of its own: one query per range, so that a small tile means more programs.
+FORWARD: dict[str, Ladder] = {
+    "half": (
+        Tile(1, 64, 4, rows=16, num_stages=3),
+        Tile(512, 64, 4, rows=64, num_stages=3),
+        Tile(2**31, 64, 8, rows=128, num_stages=3),
+    ),
+    "float": (Tile(2**31, 16, 8, rows=32),),
+}
+DQ: dict[str, Ladder] = {
+    "half": (Tile(512, 64, 4, rows=64), Tile(2**31, 64, 8, rows=128)),
+    "float": (Tile(2**31, 32, 4, rows=32),),
+}
+DKDV: dict[str, Ladder] = {
+    "half": (Tile(512, 32, 4, rows=64), Tile(2**31, 32, 8, rows=128, num_stages=3)),
+    "float": (Tile(2**31, 16, 8, rows=32, border_stages=2),),
+}
+
+_MAX_STRIDE = 2**24
+_LOG2_E = 1.4426950408889634
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _attend(
+    q,
+    acc,
+    largest,
+    total,
+    k_ptr,
+    v_ptr,
+    key,
+    last,
+    low,
+    high,
+    stride_k,
+    stride_v,
+    scale_log2,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of keys: online softmax in powers of 2."""
+    k = load(k_ptr, key, last, stride_k, KEYS, DIM, PADDED, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        keys = key + tl.arange(0, KEYS)[None, :]
+        visible = (keys >= low[:, None]) & (keys < high[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    new = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
+    # A query that has met no key yet must subtract a number.
+    shift = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
+    weights = tl.exp2(scores * scale_log2 - shift[:, None])
+    decay = tl.exp2(largest - shift)
+    total = total * decay + tl.sum(weights, 1)
+    v = load(v_ptr, key, last, stride_v, KEYS, DIM, PADDED, MASKED)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, new, total
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    tiles_ptr,
+    lows_ptr,
+    highs_ptr,
+    num_heads,
+    group,
+    scale_log2,
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    stride_v,
+    stride_v_head,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    tile = tl.load(tiles_ptr) - 1 - tl.program_id(0) // num_heads
+    if tile < 0:
+        return
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    first_row = tl.load(tiles_ptr + 1 + tile)
+    end_row = tl.load(tiles_ptr + 2 + tile)
+    rows = first_row + tl.arange(0, QUERIES)
+    low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, rows, end_row, KEYS)
+
+    q_ptr += head * stride_q_head
+    k_ptr += head // group * stride_k_head
+    v_ptr += head // group * stride_v_head
+    q = load(q_ptr, first_row, end_row, stride_q, QUERIES, DIM, PADDED, True)
+    acc = tl.zeros((QUERIES, PADDED), tl.float32)
+    largest = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    for key in range(full, full_end, KEYS):
+        acc, largest, total = _attend(
+            q,
+            acc,
+            largest,
+            total,
+            k_ptr,
+            v_ptr,
+            key,
+            last,
+            low,
+            high,
+            stride_k,
+            stride_v,
+            scale_log2,
+            KEYS,
+            DIM,
+            PADDED,
+            False,
+        )
+    before = (full - first) // KEYS
+    for border in range(0, before + tl.cdiv(tl.maximum(last - full_end, 0), KEYS)):
+        key = tl.where(border < before, first, full_end - before * KEYS) + border * KEYS
+        acc, largest, total = _attend(
+            q,
+            acc,
+            largest,
+            total,
+            k_ptr,
+            v_ptr,
+            key,
+            last,
+            low,
+            high,
+            stride_k,
+            stride_v,
+            scale_log2,
+            KEYS,
+            DIM,
+            PADDED,
+            True,
+        )
+    is_own = rows < end_row
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    dims = tl.arange(0, PADDED)[None, :]
+    out_ptr = block(out_ptr + head * DIM, first_row, num_heads * DIM, QUERIES, PADDED)
+    mask = is_own[:, None] & (dims < DIM)
+    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=mask)
+    lse = (largest + tl.log2(tl.where(total > 0, total, 1.0))) * _LN_2
+    tl.store(lse_ptr + rows.to(tl.int64) * num_heads + head, lse, mask=is_own)
+
+
+def _sizes(dim: int) -> dict[str, int]:
+    return {"DIM": dim, "PADDED": triton.next_power_of_2(dim)}
+
+
+def _pick(ladders: dict[str, Ladder], dtype: torch.dtype, longest: int) -> Tile:
+    return launch.pick(ladders["float" if dtype == torch.float32 else "half"], longest)
+
+
+def _strides(**tensors: Tensor) -> tuple[int, ...]:
+    """Of tokens and heads. Within a tile of 128 tokens the kernels' offsets have 32 bits."""
+    for name, tensor in tensors.items():
+        if tensor.stride(0) >= _MAX_STRIDE:
+            raise ShapeError(
+                f"attention: {name} has strides {tensor.stride()}; expected under {_MAX_STRIDE} "
+                "elements from token to token; call .contiguous() before"
+            )
+    return tuple(stride for tensor in tensors.values() for stride in tensor.stride()[:2])
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_starts: Tensor,
+    k_ends: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See op.attention_forward."""
+    num_queries, num_heads, dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if not num_queries:
+        return out, lse
+    row = _pick(FORWARD, q.dtype, max_queries)
+    queries = q_offsets[:-1], q_offsets[1:]
+    tiles = cut(num_queries, queries, (k_starts, k_ends), row.rows, causal, of_keys=False)
+    _forward_kernel[(tiles.limit * num_heads,)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *tiles[:3],
+        num_heads,
+        num_heads // k.shape[1],
+        scale * _LOG2_E,
+        *_strides(q=q, k=k, v=v),
+        QUERIES=row.rows,
+        KEYS=row.block,
+        **_sizes(dim),
+        num_warps=row.num_warps,
+        num_stages=row.num_stages,
+    )
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_offsets: Tensor,
+    k_starts: Tensor,
+    k_ends: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See op.attention_backward."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    num_queries, num_heads, dim = q.shape
+    # Of each head and query: lse / scale, and the part of dscores that all keys share.
+    rows = torch.empty((2, num_heads, num_queries), dtype=torch.float32, device=q.device)
+    by_query, by_key = (q_offsets[:-1], q_offsets[1:]), (k_starts, k_ends)
+    group, strides = num_heads // k.shape[1], _strides(q=q, k=k, v=v, dout=dout)
+    constants = (
+        num_heads,
+        group,
+        num_queries,
+        scale * _LOG2_E,
+        scale,
+        *strides,
+    )
+    if num_queries:
+        row = _pick(DQ, q.dtype, max_queries)
+        tiles = cut(num_queries, by_query, by_key, row.rows, causal, of_keys=False)
+        triton_backward.dq_kernel[(tiles.limit * num_heads,)](
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dq,
+            rows,
+            *tiles[:3],
+            *constants,
+            *_strides(out=out),
+            QUERIES=row.rows,
+            KEYS=row.block,
+            **_sizes(dim),
+            num_warps=row.num_warps,
+            num_stages=row.num_stages,
+        )
+    if k.shape[0]:
+        row = _pick(DKDV, q.dtype, max_keys)
+        tiles = cut(k.shape[0], by_key, by_query, row.rows, causal, of_keys=True)
+        triton_backward.dkdv_kernel[(tiles.limit * k.shape[1],)](
+            dout,
+            q,
+            k,
+            v,
+            dk,
+            dv,
+            rows,
+            *tiles[:3],
+            *constants,
+            KEYS=row.rows,
+            QUERIES=row.block,
+            BORDER_STAGES=row.border_stages,
+            **_sizes(dim),
+            num_warps=row.num_warps,
+            num_stages=row.num_stages,
+        )
+    return dq, dk, dv

@@ -1,0 +1,16 @@
+"""FlashAttention-2, whose backward sums in one order."""
+
+from collections.abc import Callable
+from typing import Any
+
+from phi4_kernels.bench.providers import documents
+from phi4_kernels.registry import Entry
+
+
+def _attention(entry: Entry) -> Callable[..., Any]:
+    from flash_attn import flash_attn_varlen_func
+
+    return documents.varlen(flash_attn_varlen_func, deterministic=True)
+
+
+FUNCTIONS = {"attention": _attention}

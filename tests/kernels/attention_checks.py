@@ -1,0 +1,135 @@
+"""Checks of attention's Triton kernels that run inside the interpreting process."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from phi4_kernels.attention import Ranges, attention, reference
+from phi4_kernels.attention.triton_tiles import cut
+from torch import Tensor
+
+_SIDES = ("offsets", "starts", "ends")
+
+
+def _ranges(offsets: list[int], starts: list[int], ends: list[int], longest: int) -> Ranges:
+    found = Ranges.of(offsets, starts, ends)
+    return Ranges(found.q_offsets, found.k_starts, found.k_ends, longest, longest)
+
+
+def _visible(ranges: Ranges, num_queries: int, num_keys: int, causal: bool) -> Tensor:
+    """[T, U]: the definition's masks, in place."""
+    visible = torch.zeros(num_queries, num_keys, dtype=torch.bool)
+    for part in reference._ranges(ranges, causal):
+        visible[part.queries, part.keys] = part.visible_ML
+    return visible
+
+
+def tiles_partition_and_bound(
+    where: list[list[int]], sizes: list[int], rows: int, causal: bool, of_keys: bool
+) -> int:
+    """Tiles cover every token once, long ranges begin tiles, bounds are the definition's mask.
+
+    Returns:
+        How many tiles there are.
+    """
+    ranges = _ranges(*where, longest=0)
+    by_query, by_key = (
+        (ranges.q_offsets[:-1], ranges.q_offsets[1:]),
+        (ranges.k_starts, ranges.k_ends),
+    )
+    own, other = (by_key, by_query) if of_keys else (by_query, by_key)
+    tiles = cut(sizes[of_keys], own, other, rows, causal, of_keys)
+    count = int(tiles.starts[0])
+    edges = tiles.starts[1 : count + 2].tolist()
+    assert edges[0] == 0 and edges[-1] == sizes[of_keys] and count <= tiles.limit
+    assert all(0 < end - start <= rows for start, end in pairwise(edges))
+    for start, end in zip(*(side.tolist() for side in own), strict=True):
+        if end - start >= rows:
+            assert set(range(start, end, rows)) <= set(edges)
+    visible = _visible(ranges, *sizes, causal)
+    visible = visible.T if of_keys else visible
+    at = torch.arange(visible.shape[1])
+    assert torch.equal(visible, (at >= tiles.lows.unsqueeze(1)) & (at < tiles.highs.unsqueeze(1)))
+    return count
+
+
+def _inputs(sizes: list[int], heads: list[int], dim: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(sum(sizes))
+    shapes = (
+        (sizes[0], heads[0]),
+        (sizes[1], heads[1]),
+        (sizes[1], heads[1]),
+        (sizes[0], heads[0]),
+    )
+    return tuple(torch.randn(*shape, dim, generator=generator) for shape in shapes)
+
+
+def _run(inputs: tuple[Tensor, ...], ranges: Ranges, **options: Any) -> tuple[Tensor, ...]:
+    *leaves, dout = (x.detach().clone().requires_grad_() for x in inputs)
+    out, lse = attention(*leaves, ranges, implementation="triton", **options)
+    return out.detach(), lse, *torch.autograd.grad(out, leaves, dout)
+
+
+def equals_the_definition(
+    where: list[list[int]], sizes: list[int], heads: list[int], causal: bool
+) -> None:
+    """Results and gradients in fp32, tiny ranges and queries of few keys included."""
+    ranges, inputs = _ranges(*where, longest=8), _inputs(sizes, heads, 64)
+    ours = _run(inputs, ranges, causal=causal)
+    q, k, v, dout = (x.double() for x in inputs)
+    options = {"causal": causal, "scale": 64**-0.5}
+    out, lse = reference.attention_forward(q, k, v, ranges, **options)
+    truth = reference.attention_backward(dout, q, k, v, out, lse, ranges, **options)
+    for mine, exact in zip(ours, (out, lse, *truth), strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=2e-5)
+
+
+def long_documents_never_meet(dtype: str) -> None:
+    """NaN in the middle document reaches nobody else: its tiles are not even loaded."""
+    lengths = [70, 90, 64]
+    offsets = [0, 70, 160, 224]
+    ranges = _ranges(offsets, offsets[:-1], offsets[1:], max(lengths))
+    inputs = tuple(x.to(getattr(torch, dtype)) for x in _inputs([224, 224], [2, 1], 64))
+    before = _run(inputs, ranges)
+    for tensor in inputs:
+        tensor[70:160] = torch.nan
+    after = _run(inputs, ranges)
+    kept = torch.cat((torch.arange(70), torch.arange(160, 224)))
+    for first, second in zip(before, after, strict=True):
+        assert torch.equal(first[kept], second[kept])
+    assert after[0][70:160].isnan().all()
+
+
+def far_rows_are_addressed_in_64_bits() -> None:
+    """The last rows of q, k and v start past element 2^31; the pages between are never touched."""
+    tokens, stride = 140, 2**24 - 64
+    far = torch.empty(tokens * stride, dtype=torch.bfloat16)
+    near = torch.randn(tokens, 3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    view = far.as_strided((tokens, 3, 64), (stride, 64, 1)).copy_(near)
+    ranges = _ranges([0, 2, tokens], [0, 2], [2, tokens], tokens)
+    near_parts, far_parts = (x.split(1, dim=1) for x in (near, view))
+    dout = torch.ones(tokens, 1, 64).bfloat16()
+    leaves = [x.detach().requires_grad_() for x in far_parts]
+    out, lse = attention(*leaves, ranges, implementation="triton")
+    ours = (out.detach(), lse, *torch.autograd.grad(out, leaves, dout))
+    for first, second in zip(ours, _run((*near_parts, dout), ranges), strict=True):
+        assert torch.equal(first, second)
+
+
+def one_graph_holds_attention(implementation: str) -> None:
+    """torch.compile traces through without a break, with equal bits."""
+    inputs = _inputs([12, 12], [2, 1], 64)
+    offsets = torch.tensor([0, 5, 12], dtype=torch.int32)
+
+    def block(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        ranges = Ranges.packed(cu_seqlens, 7)
+        return attention(q.sin(), k, v, ranges, implementation=implementation).out.cos()
+
+    def results(run: Any) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
+        out = run(*leaves, offsets)
+        return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
+
+    whole = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for first, second in zip(results(block), results(whole), strict=True):
+        assert torch.equal(first, second)
