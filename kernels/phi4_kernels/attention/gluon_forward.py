@@ -28,8 +28,10 @@ from phi4_kernels.attention.gluon_rings import (
     load_tile,
     make_barrier,
     make_ring,
+    pass_turn,
     release,
     store_rows,
+    take_turn,
     wait_full,
 )
 
@@ -77,17 +79,6 @@ def _produce(
                     fill_in_part(v_ring, count, v_loaded, loads, v_desc, k_head, at, left, STAGES)
                     loads += 1
                 count += 1
-
-
-@gluon.jit
-def _take_turn(turns, count, CONSUMER: gl.constexpr):
-    """Wait until the other consumer has issued its products; the first starts."""
-    mbarrier.wait(turns.index(CONSUMER), (count & 1) ^ (1 - CONSUMER))
-
-
-@gluon.jit
-def _pass_turn(turns, CONSUMER: gl.constexpr):
-    mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
 
 
 @gluon.jit
@@ -143,12 +134,12 @@ def _step(
     o_layout: gl.constexpr = layouts[1]
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     wait_full(k_ring, count, STAGES)
-    _take_turn(turns, count, CONSUMER)
+    take_turn(turns, count, CONSUMER)
     s_ML = _issue_scores(q, k_ring, count, KEYS, STAGES, s_layout)
     wait_full(v_ring, count - 1, STAGES)
     v = block_of(v_ring, count - 1, STAGES)
     acc_MC = warpgroup_mma(p_ML, v, acc_MC, is_async=True)
-    _pass_turn(turns, CONSUMER)
+    pass_turn(turns, CONSUMER)
     s_ML = warpgroup_mma_wait(1, deps=(s_ML,))
     release(k_ring, count, STAGES)
     new_p, decay, top, total = _softmax(
@@ -188,9 +179,9 @@ def _attend(
     top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
     wait_full(k_ring, count, STAGES)
-    _take_turn(turns, count, CONSUMER)
+    take_turn(turns, count, CONSUMER)
     s_ML = _issue_scores(q, k_ring, count, KEYS, STAGES, s_layout)
-    _pass_turn(turns, CONSUMER)
+    pass_turn(turns, CONSUMER)
     s_ML = warpgroup_mma_wait(0, deps=(s_ML,))
     release(k_ring, count, STAGES)
     start = (blocks - 1) * KEYS

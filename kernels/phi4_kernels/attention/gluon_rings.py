@@ -136,6 +136,18 @@ def fill_in_part(ring, count, loaded, loads, desc, head, row, num_rows, STAGES: 
 
 
 @gluon.jit
+def take_turn(turns, count, CONSUMER: gl.constexpr):
+    """Wait until the other consumer has issued its products; the first starts."""
+    mbarrier.wait(turns.index(CONSUMER), (count & 1) ^ (1 - CONSUMER))
+
+
+@gluon.jit
+def pass_turn(turns, CONSUMER: gl.constexpr):
+    """Let the other consumer issue its products."""
+    mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
+
+
+@gluon.jit
 def store_rows(out_ptr, x, row, num_rows, own, num_heads, head, HEAD_DIM: gl.constexpr):
     """Store a consumer's rows of [tokens, heads, HEAD_DIM]; `own` counts them from the tile's."""
     COLS: gl.constexpr = x.shape[1]

@@ -1,0 +1,146 @@
+"""Mistakes planted in the Hopper kernels of attention: each must turn the emulated run red."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from phi4_kernels import registry
+from phi4_kernels.attention import gluon_impl
+from phi4_kernels.errors import GateError
+
+from tests.kernels.gluon_problems import SCHEDULES, Problem, check, run
+
+KERNELS = ("attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel")
+FILES = ("gluon_rings", "gluon_forward", "gluon_dq", "gluon_dkdv")
+
+
+@contextmanager
+def planted(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
+    """Copies of all kernels, one text of one file replaced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        for name in FILES:
+            source = (registry.folder("attention") / f"{name}.py").read_text()
+            if name == file:
+                assert source.count(old) == 1, old
+                source = source.replace(old, new)
+            for other in FILES:
+                source = source.replace(f"phi4_kernels.attention.{other} ", f"planted_{other} ")
+            (folder / f"planted_{name}.py").write_text(source)
+            patch.delitem(sys.modules, f"planted_{name}", raising=False)
+        importlib.invalidate_caches()
+        for name, kernel in zip(FILES[1:], KERNELS, strict=True):
+            module = importlib.import_module(f"planted_{name}")
+            patch.setattr(gluon_impl, kernel, getattr(module, kernel))
+        yield
+
+
+PLANTED = Problem(((300, 300, 5), (40, 0, 0), (130, 520, 3)))
+MISTAKES = {
+    "keys are not released": (
+        "gluon_forward",
+        "    release(k_ring, count, STAGES)\n    new_p",
+        "    new_p",
+    ),
+    "values are released while read": (
+        "gluon_forward",
+        "    acc_MC, p_ML = warpgroup_mma_wait(0, deps=(acc_MC, p_ML))\n"
+        "    release(v_ring, count - 1, STAGES)\n",
+        "    release(v_ring, count - 1, STAGES)\n"
+        "    acc_MC, p_ML = warpgroup_mma_wait(0, deps=(acc_MC, p_ML))\n",
+    ),
+    "scores are used in flight": (
+        "gluon_forward",
+        "s_ML = warpgroup_mma_wait(1, deps=(s_ML,))",
+        "s_ML = warpgroup_mma_wait(2, deps=(s_ML,))",
+    ),
+    "values are not awaited": (
+        "gluon_forward",
+        "    wait_full(v_ring, last, STAGES)\n    v = ",
+        "    v = ",
+    ),
+    "queries are released early": (
+        "gluon_forward",
+        "q = block_of(q_ring, mine, CONSUMERS)\n",
+        "q = block_of(q_ring, mine, CONSUMERS)\n                release(q_ring, mine, CONSUMERS)\n",
+    ),
+    "turns are not passed": ("gluon_rings", "turns.index(1 - CONSUMER)", "turns.index(CONSUMER)"),
+    "one key too many": (
+        "gluon_forward",
+        "keys[None, :] < limits[:, None]",
+        "keys[None, :] <= limits[:, None]",
+    ),
+    "one row too many": ("gluon_forward", "mask=own < num_rows", "mask=own <= num_rows"),
+    "no decay": ("gluon_forward", "total * decay + gl.sum", "total + gl.sum"),
+    "slots are waited for in the wrong phase": (
+        "gluon_rings",
+        "mbarrier.wait(ring[1].index(count % STAGES), count // STAGES & 1)",
+        "mbarrier.wait(ring[1].index(count % STAGES), (count // STAGES & 1) ^ 1)",
+    ),
+    "slots are filled while read": (
+        "gluon_rings",
+        "    mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)\n    mbarrier.expect(full",
+        "    mbarrier.expect(full",
+    ),
+    "zeros are not fenced": (
+        "gluon_rings",
+        "    fence_async_shared()\n    mbarrier.arrive(full",
+        "    mbarrier.arrive(full",
+    ),
+    "zeros are not written": (
+        "gluon_rings",
+        "if num_rows < (part + 1) * _ZEROED_ROWS:",
+        "if False:",
+    ),
+    "one block unmasked": (
+        "gluon_rings",
+        "seen_by_first // KEYS\n",
+        "gl.cdiv(seen_by_first, KEYS)\n",
+    ),
+    "keys of dq are released while read": (
+        "gluon_dq",
+        "    dq_MC, ds_ML = warpgroup_mma_wait(0, deps=(dq_MC, ds_ML))\n"
+        "    release(k_ring, count, STAGES)\n",
+        "    release(k_ring, count, STAGES)\n"
+        "    dq_MC, ds_ML = warpgroup_mma_wait(0, deps=(dq_MC, ds_ML))\n",
+    ),
+    "delta is left out": ("gluon_dq", "(dp_ML - delta[:, None])", "dp_ML"),
+    "delta of another head": ("gluon_dq", "head.to(gl.int64) * row_stride", "0 * row_stride"),
+    "rows are not awaited": ("gluon_dkdv", "    wait_full(row_ring, count, STAGES)\n", ""),
+    "rows expect one load": (
+        "gluon_dkdv",
+        "2 * lse2_desc.block_type.nbytes",
+        "lse2_desc.block_type.nbytes",
+    ),
+    "rows are not cut at the range": (
+        "gluon_dkdv",
+        "queries < left, lse2",
+        "queries < QUERIES, lse2",
+    ),
+    "keys see one query too many": (
+        "gluon_dkdv",
+        "own[:, None] <= queries",
+        "own[:, None] - 1 <= queries",
+    ),
+    "one head of the group": ("gluon_dkdv", "for _ in range(group):", "for _ in range(group - 1):"),
+    "probabilities are used in flight": (
+        "gluon_dkdv",
+        "dp_LM = warpgroup_mma_wait(1, deps=(dp_LM,))",
+        "dp_LM = warpgroup_mma_wait(2, deps=(dp_LM,))",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_planted_mistake_is_found(tmp_path: Path, name: str) -> None:
+    with planted(tmp_path, *MISTAKES[name]), pytest.raises(GateError):
+        for schedule in SCHEDULES[:3]:
+            check(PLANTED, run(PLANTED, schedule))
+
+
+def test_copies_without_a_mistake_are_green(tmp_path: Path) -> None:
+    with planted(tmp_path, "", "", ""):
+        check(PLANTED, run(PLANTED))
