@@ -42,11 +42,12 @@ timed() {  # the bench checks each op again before it times it: a red op costs i
 }
 engine() { timeout 150 "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.json || status=$?; }
 triton() {
-    gpu_tests 170 tests/kernels/test_gpu.py || status=$?
+    gpu_tests 300 tests/kernels/test_gpu.py || status=$?
+    gpu_tests 240 tests/kernels/test_gpu_attention.py || status=$?
     gpu_tests 150 tests/kernels/test_gpu_cross_entropy.py || status=$?
 }
 csrc() { gpu_tests 240 tests/csrc/test_gpu_ops.py || status=$?; }
-numbers() { timeout 150 "$python" -m phi4_kernels.testing numbers --record || status=$?; }
+numbers() { timeout 240 "$python" -m phi4_kernels.testing numbers --record || status=$?; }
 bench() {
     timed rms_norm swiglu rope
     timed adamw grad_norm fp8_cast
@@ -58,6 +59,13 @@ loss_head() {  # products of 50 TFLOP, a quarter of a minute per row
     "$python" -m phi4_kernels.bench --report || status=$?
 }
 
+attention() {  # the bench interleaves ours with cuDNN and FlashAttention where they are installed
+    timeout 400 "$python" -m phi4_kernels.bench --op attention --json benchmarks/kernels.jsonl \
+        --against torch,cudnn,flash-attn,flash-attn-deterministic,flash-attn-3,flash-attn-3-deterministic \
+        || status=$?
+    "$python" -m phi4_kernels.bench --report || status=$?
+}
+
 hopper() {  # attention in Gluon: proven, recorded, and timed against Triton for `auto`
     gpu_tests 150 tests/kernels/test_gpu_gluon.py || status=$?
     timeout 90 "$python" -m phi4_kernels.testing numbers --op attention --implementation gluon \
@@ -66,12 +74,12 @@ hopper() {  # attention in Gluon: proven, recorded, and timed against Triton for
 }
 
 timeout 120 "$python" tools/build_csrc.py || status=$?
-if [ "$#" -eq 0 ]; then set -- engine triton csrc numbers hopper bench loss_head; fi
+if [ "$#" -eq 0 ]; then set -- engine triton csrc numbers attention hopper bench loss_head; fi
 for part in "$@"; do
     case "$part" in
-        engine | triton | csrc | numbers | hopper | bench | loss_head) "$part" ;;
+        engine | triton | csrc | numbers | attention | hopper | bench | loss_head) "$part" ;;
         *)
-            echo "make gpu: no part $part; expected engine, triton, csrc, numbers, hopper, bench or loss_head"
+            echo "make gpu: no part $part; expected engine, triton, csrc, numbers, attention, hopper, bench or loss_head"
             exit 2
             ;;
     esac
