@@ -1,4 +1,7 @@
-"""Every form of the loss head, in every kind of layout, trains like all logits on one process."""
+"""Chunks of logits, in every kind of layout, train like all logits on one process.
+
+All logits in every layout are what the tests of parity run.
+"""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -92,9 +95,9 @@ def expect_equal(found: dict, truth: dict) -> None:
         assert (tensor - exact).norm() <= PARAMETER_TOLERANCE * exact.norm(), name
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_form_in_every_layout_trains_alike(
+def test_chunks_in_every_layout_train_alike(
     layout: str, form: str, pool: RankPool, truth: dict
 ) -> None:
     for found in pool.run(train, LAYOUTS[layout], form, NextToken):

@@ -223,8 +223,8 @@ def fake_peak(form: str, implementation: str) -> float:
 
 
 def resident_peak(form: str) -> float:
-    """As fake_peak with real bytes of a fresh process: 256 tokens, width 1024, chunks of 16."""
-    tokens, width, vocabulary, chunk = 256, 1024, 100352, 16
+    """As fake_peak with real bytes of a fresh process: 64 tokens, width 1024, chunks of 16."""
+    tokens, width, vocabulary, chunk = 64, 1024, 100352, 16
     weight = torch.randn(vocabulary, width, dtype=torch.bfloat16).requires_grad_()
     hidden = torch.randn(tokens, width, dtype=torch.bfloat16).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,))
