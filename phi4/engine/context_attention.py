@@ -27,9 +27,9 @@ Tensor = torch.Tensor
 class AllGatherAttention(torch.autograd.Function):
     """Every rank gathers all keys and values of its rows.
 
-    Collectives: forward one all-gather of k and v over the context group, 2 S B K D elements per
-    rank; backward the same again and one reduce-scatter of as many fp32 elements from each rank to
-    each other.
+    Collectives: forward one all-gather of k and v over the context group, 2 S B K D e bytes from
+    every rank, e of an element; backward the same again and one reduce-scatter of 8 S B K D bytes
+    from every rank to every other.
     """
 
     @staticmethod
@@ -81,7 +81,7 @@ class RingAttention(torch.autograd.Function):
     on, but not computed.
 
     Collectives: point to point to the next context rank, from the previous one. Forward c - 1 times
-    2 S B K D elements for c ranks; backward as many and c times as many in fp32.
+    2 S B K D e bytes for c ranks, e of an element; backward the same and c times 8 S B K D bytes.
     Source: Liu et al. 2023 (Ring Attention), with the chunks of `Layout.context_chunks`.
     """
 

@@ -55,7 +55,7 @@ class Engine:
         self.recipe = recipe
         self.platform = platform
         self.patches = patches or Patches(platform.kind)
-        self.choices = choose(recipe.kernels, platform.device)
+        self.choices = choose(recipe.kernels, platform.device, recipe.model.head_dim)
         with self.patches:
             self.layout: Layout = create_layout(recipe.parallel)
             seed_random_states(recipe.run.seed)

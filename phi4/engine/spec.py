@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from phi4_kernels import dispatch, native
+from phi4_kernels.attention.op import HEAD_DIMS
 from phi4_kernels.errors import KernelError
 
 from phi4.config import KernelsConfig
@@ -21,8 +22,6 @@ from phi4.engine.attention import CoreAttention, Phi4SelfAttention
 from phi4.engine.layers import Phi4Layer, RMSNorm, SwiGLU
 from phi4.errors import ConfigError
 
-_SERVED = ("attention", "rope", "rms_norm", "swiglu", "cross_entropy")
-"""Ops whose modules take any implementation that phi4_kernels has."""
 _NATIVE = ("adamw", "grad_norm")
 """Ops of the optimizer, whose kernels are csrc's."""
 
@@ -40,29 +39,36 @@ class Choice:
         return f"{self.op}: {self.implementation} ({self.reason})"
 
 
-def choose(kernels: KernelsConfig, device: torch.device) -> tuple[Choice, ...]:
-    """The implementation of every op on a device.
+def choose(
+    kernels: KernelsConfig, device: torch.device, head_dim: int = HEAD_DIMS[0]
+) -> tuple[Choice, ...]:
+    """The implementation of every op on a device, for attention heads of this width.
 
     Raises:
         ConfigError: an implementation was named that does not exist or cannot run here.
     """
-    return tuple(_choose(op, asked, device) for op, asked in kernels.model_dump().items())
+    choices = (_choose(op, asked, device) for op, asked in kernels.model_dump().items())
+    return tuple(_for_heads(choice, kernels, head_dim) for choice in choices)
 
 
 def _choose(op: str, asked: str, device: torch.device) -> Choice:
-    if op in _SERVED + _NATIVE:
-        registered = native if op in _NATIVE else dispatch
-        try:
-            choice = registered.choose(op, asked, device)
-        except KernelError as error:
-            raise ConfigError(f"kernels.{op}={asked}: {error}") from error
-        return Choice(op, choice.implementation, choice.reason)
-    if asked not in ("auto", "torch"):
-        raise ConfigError(
-            f"kernels.{op}={asked} is not available in the engine yet; use auto or torch"
-        )
-    reason = "the only implementation in the engine" if asked == "auto" else "asked for"
-    return Choice(op, "torch", reason)
+    registered = native if op in _NATIVE else dispatch
+    try:
+        choice = registered.choose(op, asked, device)
+    except KernelError as error:
+        raise ConfigError(f"kernels.{op}={asked}: {error}") from error
+    return Choice(op, choice.implementation, choice.reason)
+
+
+def _for_heads(choice: Choice, kernels: KernelsConfig, head_dim: int) -> Choice:
+    """The choice, if attention's kernels take heads of this width; torch takes any."""
+    named = choice.implementation
+    if choice.op != "attention" or named == "torch" or head_dim in HEAD_DIMS:
+        return choice
+    widths = f"{named} takes head dims {', '.join(map(str, HEAD_DIMS))}, the model's is {head_dim}"
+    if kernels.attention != "auto":
+        raise ConfigError(f"kernels.attention={named}: {widths}; use auto or torch")
+    return Choice(choice.op, "torch", f"auto: {widths}")
 
 
 def implementation_of(op: str, choices: Sequence[Choice]) -> str:

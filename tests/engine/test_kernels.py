@@ -9,6 +9,7 @@ residual stream) exceeds them.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from unittest import mock
 
@@ -128,6 +129,18 @@ def test_auto_takes_torch_on_a_cpu_and_says_why():
     said = [choice.describe() for choice in choices]
     assert "rope: torch (auto: tensors are on cpu)" in said
     assert "adamw: torch (auto: tensors are on cpu)" in said
+
+
+def test_heads_that_attention_kernels_do_not_take(monkeypatch):
+    proven = dispatch.Choice("attention", "triton", "auto: proven")
+    monkeypatch.setattr(dispatch, "choose", lambda op, asked, device: replace(proven, op=op))
+    device = torch.device("cpu")
+    chosen = {head_dim: choose(KernelsConfig(), device, head_dim)[3] for head_dim in (8, 128)}
+    assert chosen[128].describe() == "attention: triton (auto: proven)"
+    reason = "auto: triton takes head dims 64, 96, 128, the model's is 8"
+    assert chosen[8].describe() == f"attention: torch ({reason})"
+    with pytest.raises(ConfigError, match=r"kernels.attention=triton: .* is 8; use auto or torch"):
+        choose(KernelsConfig(attention="triton"), device, 8)
 
 
 def test_angles_by_position_are_the_angles_of_the_tables_per_token():
