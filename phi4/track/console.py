@@ -62,16 +62,16 @@ class ConsoleTracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the step's loss, learning rate and speed, and how long the rest takes."""
-        has_evaluation = "held_out_loss" in metrics
+        is_news = "held_out_loss" in metrics or "skipped" in metrics
         if self._bar:
             numbers = _numbers(metrics, _ON_THE_BAR)
             self._bar.update(self._bar.task_ids[0], completed=step, numbers=numbers)
-            if has_evaluation:
+            if is_news:
                 self.say(f"step {step}  {_numbers(metrics, _IN_A_LINE)}")
             return
         numbers = _numbers(metrics, _IN_A_LINE)
         line = f"step {step}/{self._total_steps}  {numbers}{self._remaining(step, metrics)}"
-        if has_evaluation or self._clock() - self._last_line_at >= _LINE_SECONDS:
+        if is_news or self._clock() - self._last_line_at >= _LINE_SECONDS:
             self.say(line)
             self._last_line_at, self._unsaid = self._clock(), None
         else:
@@ -110,6 +110,7 @@ _TEXTS = {
     "grad_norm": "grad norm {:.3f}",
     "learning_rate": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "skipped": "not finite: weights unchanged",
 }
 _IN_A_LINE = tuple(_TEXTS)
 _ON_THE_BAR = ("loss", "learning_rate", "tokens_per_second")

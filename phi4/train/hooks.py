@@ -52,7 +52,10 @@ class Meter(Hook):
     """The numbers of every step."""
 
     def measure(self, progress: Progress) -> dict[str, float]:
-        """loss, grad_norm, learning_rate, consumed_tokens, step_seconds, tokens_per_second."""
+        """loss, grad_norm, learning_rate, consumed_tokens, step_seconds, tokens_per_second.
+
+        skipped = 1 besides, where the gradient was not finite and so changed nothing.
+        """
         return {
             "loss": progress.result.loss,
             "grad_norm": progress.result.grad_norm,
@@ -60,6 +63,7 @@ class Meter(Hook):
             "consumed_tokens": progress.state.consumed_tokens,
             "step_seconds": progress.step_seconds,
             "tokens_per_second": progress.step_tokens / progress.step_seconds,
+            **({} if progress.result.updated else {"skipped": 1.0}),
             **progress.result.metrics,
         }
 

@@ -69,3 +69,14 @@ def test_terminal_gets_a_bar_and_its_cursor_back(monkeypatch):
     assert "5/10" in shown and "loss 6.2100" in shown and "12,346 tokens/s" in shown
     assert "step 5  loss 6.2100  held-out loss 5.5000" in shown.replace("\x1b", "")
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+def test_skipped_step_is_said_at_once():
+    stream = io.StringIO()
+    console = ConsoleTracker(10, 0, stream, clock=lambda: 0.0)
+    console.start({}, [])
+    console.log(1, METRICS)
+    console.log(2, METRICS | {"grad_norm": float("inf"), "skipped": 1.0})
+
+    assert "grad norm inf" in stream.getvalue()
+    assert "not finite: weights unchanged" in stream.getvalue()
