@@ -42,6 +42,29 @@ def _step_time(row: Row) -> tuple[str, str]:
     return "step time, one process, one thread (`tools/step_time.py`)", result
 
 
+def _start_up(row: Row) -> tuple[str, str]:
+    result = f"{row['seconds']:.2f} s and {row['resident_mb']:.0f} MB above the imports"
+    return f"first batch of {row['what']} (`tools/data_startup.py`)", result
+
+
+def _loader(row: Row) -> tuple[str, str]:
+    result = (
+        f"{row['tokens_per_second'] / 1e6:.0f}M tokens/s by the clock, "
+        f"{row['tokens_per_cpu_second'] / 1e6:.0f}M per CPU second"
+    )
+    return f"{row['what']} (`tools/data_startup.py`)", result
+
+
+def _tokenize(row: Row) -> tuple[str, str]:
+    low, high = row["phi4_over_bare_95"]
+    result = (
+        f"{row['phi4_over_bare']:.2f} x bare tiktoken, files included ({low:.2f} to {high:.2f}, "
+        f"{row['rounds']} rounds)"
+    )
+    size = f"{row['megabytes']} MB on {row['cores_used']} cores"
+    return f"`phi4 data tokenize`, {size} (`tools/tokenize_speed.py`)", result
+
+
 FACTS: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], tuple[str, str]]], ...] = (
     ("demo.jsonl", lambda row: True, _demo),
     ("parity.jsonl", lambda row: row["passed"], _parity),
@@ -50,6 +73,9 @@ FACTS: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], tuple[str, str]]]
         lambda row: row["documents_per_row"] == 1 and row["num_key_value_heads"] == 2,
         _step_time,
     ),
+    ("data_startup.jsonl", lambda row: row["case"] == "blend", _start_up),
+    ("data_startup.jsonl", lambda row: row["case"] == "throughput", _loader),
+    ("data_tokenize.jsonl", lambda row: row["cores_used"] == row["machine_cores"], _tokenize),
 )
 
 

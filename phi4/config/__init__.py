@@ -1,5 +1,6 @@
 """The recipe: one tree of frozen models, its cross-checks, and how it is read and compared."""
 
+from phi4.config.data_schema import DataConfig, SourceConfig, TokenizerConfig
 from phi4.config.load import (
     changed_keys,
     dump_toml,
@@ -13,7 +14,6 @@ from phi4.config.rules import check, violations
 from phi4.config.schema import (
     BatchConfig,
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     KernelsConfig,
     LossHeadConfig,
@@ -24,8 +24,6 @@ from phi4.config.schema import (
     Recipe,
     RecomputeConfig,
     RunConfig,
-    SourceConfig,
-    TokenizerConfig,
     TrackingConfig,
     key_kinds,
 )

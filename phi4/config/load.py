@@ -16,7 +16,8 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from phi4.config.schema import Kind, Recipe, key_kinds, source_key_kinds
+from phi4.config.schema import Recipe, key_kinds, source_key_kinds
+from phi4.config.section import Kind
 from phi4.errors import ConfigError
 
 
