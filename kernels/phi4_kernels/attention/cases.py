@@ -55,7 +55,7 @@ _RANGES = _apart(
 _PROOF = (
     _case("phi4-documents", [3, 1, 30, 9], **_heads(4, 1, 128)),
     _case("two-tiles", [70], **_SMALL),
-    _case("long-tiles", [135, 9], **_SMALL, longest=1000),
+    _case("long-tiles", [129, 9], **_heads(2, 1, 64), longest=1000),
     _case("group-of-8", [37], **_heads(8, 1, 96), strided=True),
     _case("not-causal", [6, 40, 1], **_heads(2, 2, 64), causal=False),
     _RANGES,
