@@ -11,6 +11,8 @@ from phi4_kernels.testing.gluon_machine import Schedule
 from phi4_kernels.testing.poison import poisoned
 from torch import Tensor
 
+LSE_TOLERANCE = 1e-5
+"""Of a sum of 128 products of size 1, each addition rounded to 24 bits."""
 SCHEDULES = [Schedule(), Schedule("reversed"), Schedule("shuffled", 1), Schedule("shuffled", 2)]
 
 
@@ -95,15 +97,19 @@ def defined(problem: Problem, dtype: torch.dtype) -> Results:
 
 
 def check(problem: Problem, ours: Results) -> None:
-    """Outputs and gradients by the error rule; lse where it is finite."""
+    """Outputs and gradients by the error rule, lse by what the order of fp32 additions can change.
+
+    The rule compares two samples of such errors; where one query sees one key there is none of lse.
+    """
     eager, truth = defined(problem, problem.dtype), defined(problem, torch.float64)
     seen = truth["lse"].isfinite()
     if not torch.equal(ours["lse"].isfinite(), seen) or ours["out"][~seen].any():
         raise GateError("a query without keys got a result, or one with keys got none")
-    for results in (ours, eager, truth):
-        results["lse"] = results["lse"][seen].unsqueeze(1)
-    for name, exact in truth.items():
-        error_rule.check(name, ours[name], eager[name], exact)
+    lse, exact = ours["lse"][seen].double(), truth["lse"][seen]
+    if not torch.allclose(lse, exact, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE):
+        raise GateError(f"lse is {(lse - exact).abs().max():.3g} off; expected {LSE_TOLERANCE}")
+    for name in ("out", "dq", "dk", "dv"):
+        error_rule.check(name, ours[name], eager[name], truth[name])
 
 
 PROBLEMS = {
