@@ -50,6 +50,8 @@ LAYOUTS = {
     ),
     "pp2": ("parallel.pipeline=2",),
 }
+SLOW = ("one process, full recompute",)
+NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def compared() -> Iterator[Callable[..., list[dict]]]:
     process.close()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", NAMES)
 def test_triton_equals_torch(compared, layout):
     for rank in compared(layout):
         assert rank["loss_error"] <= LOSS_TOLERANCE
@@ -75,7 +77,7 @@ def test_triton_equals_torch(compared, layout):
         assert [line for line in rank["log"] if line.split(":")[0] in OPS] == lines
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", NAMES)
 def test_every_call_of_the_ops_is_the_kernel(compared, layout):
     for rank, found in enumerate(compared(layout)):
         layers_run = STEPS * (NUM_LAYERS // 2 if layout == "pp2" else NUM_LAYERS)

@@ -47,6 +47,8 @@ def leave_traces(rank: int, world_size: int) -> None:
     random.random()
     store = dist.FileStore(f"{rendezvous()}/left", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    # A rank that leaves before its peers have connected breaks their connecting.
+    dist.barrier()
 
 
 def look_for_traces(rank: int, world_size: int) -> tuple:

@@ -14,6 +14,8 @@ from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, rendezvous
 
 STEPS = 10
+SLOW = ("cp4", "tp2xcp2+sp-ring")
+"""Beside "cp4-ring" and "tp2xcp2+sp" they are slow for what they add."""
 
 
 class MeanOfMeans(NextToken):
@@ -53,17 +55,23 @@ def _compared(names: tuple[str, ...], work_dir: Path) -> list[Comparison]:
 
 
 @pytest.fixture(scope="module")
-def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of one process and of every layout."""
+def work_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one process and of every layout that a selected test asks for."""
     directory = tmp_path_factory.mktemp("parity")
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    tests = [item for item in items if item.originalname == "test_layout_equals_one_process"]
+    wanted = {item.callspec.params["name"] for item in tests}
     with RankPool(1) as pool:
         pool.run(_run, (), directory)
     with RankPool(4) as pool:
-        pool.run(_run, tuple(LAYOUTS), directory, timeout_seconds=280)
+        names = tuple(name for name in LAYOUTS if name in wanted)
+        pool.run(_run, names, directory, timeout_seconds=280)
     return directory
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS]
+)
 def test_layout_equals_one_process(name: str, work_dir: Path) -> None:
     (result,) = _compared((name,), work_dir)
     assert result.passed, result
