@@ -61,6 +61,25 @@ def test_a_time_under_the_floor_is_an_error() -> None:
         measure._row(task, variant, [floor / 2] * 5, floor, RATES)
 
 
+@pytest.mark.parametrize(
+    ("moved", "multiplied", "rate"),
+    [(4 * 10**8, 0, "4.00 TB/s"), (4 * 10**8, 6 * 10**10, "600 TFLOP/s")],
+)
+def test_the_rate_is_of_what_sets_the_floor(moved: int, multiplied: int, rate: str) -> None:
+    row = {"bytes": moved, "flops": multiplied, "p50_us": 100.0}
+    row |= {"copy_bytes_per_second": 4e12 * 2, "matmul_flops_per_second": 800e12}
+    assert report.useful_rate(row) == rate
+
+
+def test_attention_counts_half_of_the_square_as_its_peers_do() -> None:
+    (task,) = (
+        t
+        for t in BENCHED
+        if (t.entry.name, t.mode, t.case.name) == ("attention", "forward", "t4096")
+    )
+    assert task.cost.flops == 2 * 2 * 4096**2 // 2 * 40 * 128
+
+
 def test_torch_is_the_best_of_eager_and_compile() -> None:
     measured = [
         {"provider": "triton", "p50_us": 1.0},

@@ -21,8 +21,12 @@ _HEAD = """# Benchmarks of the kernels
 Generated from `benchmarks/kernels.jsonl` by `make bench ARGS=--report`; do not edit.
 
 Every row is a median over interleaved CUDA-graph replays with inputs rotated past L2. The floor is
-the least bytes of the pass over the copy rate that the same run measured; a kernel at 100% moves
-each byte once, as fast as a copy does. No row is written while the op's numeric checks are red.
+the larger of the least bytes of the pass over the rate of a copy and its least FLOPs over the rate
+of a bf16 matrix product, both measured in the same run: a kernel at 100% moves each byte once, as
+fast as a copy does, or multiplies what must be multiplied, as fast as cuBLAS does. The rate is that
+of useful work: bytes or FLOPs that the definition needs over the time that the kernel took; what is
+masked away, loaded twice or computed again does not count. No row is written while the op's numeric
+checks are red.
 """
 _NONE = """
 ## Measured
@@ -54,20 +58,24 @@ def table(head: list[str], lines: Iterable[list[str]]) -> str:
 def floors(op: str | None = None) -> str:
     """The analytic floors of all bench cases in bf16."""
     rates = ceilings.NOMINAL
-    lines = [
-        [
-            task.entry.name,
-            task.mode,
-            task.case.name,
-            task.cost.formula,
-            f"{task.cost.bytes / 1e6:.1f}",
-            f"{1e6 * task.cost.floor_seconds(rates.bytes_per_second, rates.flops_per_second):.1f}",
-        ]
-        for entry in gates.entries().values()
-        if op in (None, entry.op)
-        for task in measure.passes(entry, torch.bfloat16)
-    ]
-    return table(["op", "pass", "case", "least bytes", "MB", "floor, us"], lines)
+    lines = []
+    for entry in gates.entries().values():
+        for task in measure.passes(entry, torch.bfloat16) if op in (None, entry.op) else ():
+            cost = task.cost
+            floor = cost.floor_seconds(rates.bytes_per_second, rates.flops_per_second)
+            work = [f"{cost.bytes / 1e6:.1f}", f"{cost.flops / 1e9:.0f}" if cost.flops else ""]
+            name = [entry.name, task.mode, task.case.name, cost.formula]
+            lines.append([*name, *work, f"{1e6 * floor:.1f}"])
+    return table(["op", "pass", "case", "least bytes", "MB", "GFLOP", "floor, us"], lines)
+
+
+def useful_rate(row: dict[str, Any]) -> str:
+    """Bytes or FLOPs a second, whichever sets the floor of the row."""
+    moving = row["bytes"] / row["copy_bytes_per_second"]
+    multiplying = row["flops"] / row["matmul_flops_per_second"]
+    work, unit = (row["flops"], "TFLOP/s") if multiplying > moving else (row["bytes"], "TB/s")
+    rate = work / row["p50_us"] * 1e-6
+    return f"{rate:.0f} {unit}" if rate > 10 else f"{rate:.2f} {unit}"
 
 
 def _measured(rows: list[dict[str, Any]]) -> str:
@@ -79,6 +87,7 @@ def _measured(rows: list[dict[str, Any]]) -> str:
                 *(row[key] for key in ("op", "mode", "case", "dtype")),
                 row["provider"] + ("" if row["meets_error_rule"] else " (fails the error rule)"),
                 f"{row['p50_us']:.1f} ({row['p20_us']:.1f} to {row['p80_us']:.1f})",
+                useful_rate(row),
                 f"{row['percent_of_floor']:.0f}%",
                 f"{row['host_us']:.0f}",
                 f"{row['saved_bytes'] / 1e6:.0f}",
@@ -87,7 +96,7 @@ def _measured(rows: list[dict[str, Any]]) -> str:
             for row in sorted(mine, key=lambda r: (r["op"], r["mode"], r["case"], r["p50_us"]))
         ]
         head = ["op", "pass", "case", "dtype", "provider", "p50 (p20 to p80), us"]
-        head += ["of floor", "host, us", "saved, MB", "commit"]
+        head += ["useful rate", "of floor", "host, us", "saved, MB", "commit"]
         last = mine[-1]
         parts.append(
             f"\n## {device}\n\nCopy {last['copy_bytes_per_second'] / 1e12:.2f} TB/s, bf16 matmul "
@@ -102,7 +111,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     rates = ceilings.NOMINAL
     about = (
         f"\n## Floors\n\nArithmetic, not measurements: bf16, one H200 taken to copy at "
-        f"{rates.bytes_per_second / 1e12:.1f} TB/s.\n\n"
+        f"{rates.bytes_per_second / 1e12:.1f} TB/s and to multiply at "
+        f"{rates.flops_per_second / 1e12:.0f} TFLOP/s.\n\n"
     )
     return _HEAD + (_measured(latest(rows)) if rows else _NONE) + about + floors()
 
