@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Callable
+from decimal import ROUND_CEILING, Context
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,17 @@ def _demo(row: Row) -> tuple[str, str]:
     return "`make demo` after installation", result
 
 
+def at_most(number: float) -> str:
+    """Two digits of a positive number, rounded up: a bound that holds."""
+    digits = Context(prec=2, rounding=ROUND_CEILING)
+    return f"{digits.create_decimal_from_float(number):.1e}"
+
+
 def _parity(row: Row) -> tuple[str, str]:
     result = (
         f"{len(row['layouts'])} layouts, {row['steps']} steps in fp32: loss within "
-        f"{row['worst_loss_error']:.0e} of the loss, the worst tensor within "
-        f"{row['worst_parameter_error']:.0e}"
+        f"{at_most(row['worst_loss_error'])} of the loss, the worst tensor within "
+        f"{at_most(row['worst_parameter_error'])}"
     )
     return "parity with one process (`phi4 verify parity`)", result
 
