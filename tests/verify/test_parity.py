@@ -13,9 +13,7 @@ from phi4.verify.parity import Comparison, compare, global_batch, micro_batches,
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, rendezvous
 
-STEPS = 10
-SLOW = ("cp4", "tp2xcp2+sp-ring")
-"""Beside "cp4-ring" and "tp2xcp2+sp" they are slow for what they add."""
+STEPS = [pytest.param(4, id="4 steps"), pytest.param(10, id="10 steps", marks=pytest.mark.slow)]
 
 
 class MeanOfMeans(NextToken):
@@ -28,7 +26,7 @@ class MeanOfMeans(NextToken):
 
 
 def _run(
-    rank: int, world_size: int, names: tuple[str, ...], work_dir: Path, fault: str = ""
+    rank: int, world_size: int, names: tuple[str, ...], steps: int, work_dir: Path, fault: str = ""
 ) -> None:
     from phi4.engine.platform import connect, disconnect
 
@@ -43,7 +41,7 @@ def _run(
         if rank < case.world_size:
             platform = connect("cpu", rank=rank, world_size=case.world_size, rendezvous=meeting)
             objective = MeanOfMeans() if fault == "mean of means" else NextToken()
-            run_case(case, platform, objective, steps=STEPS, work_dir=work_dir)
+            run_case(case, platform, objective, steps=steps, work_dir=work_dir)
             disconnect()
 
 
@@ -54,24 +52,24 @@ def _compared(names: tuple[str, ...], work_dir: Path) -> list[Comparison]:
     return [compare(case, reference_case(recipe), work_dir) for case in possible]
 
 
+@pytest.fixture(scope="module", params=STEPS)
+def steps(request: pytest.FixtureRequest) -> int:
+    """Optimizer steps of every layout."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def work_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of one process and of every layout that a selected test asks for."""
+def work_dir(steps: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one process and of every layout."""
     directory = tmp_path_factory.mktemp("parity")
-    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    tests = [item for item in items if item.originalname == "test_layout_equals_one_process"]
-    wanted = {item.callspec.params["name"] for item in tests}
     with RankPool(1) as pool:
-        pool.run(_run, (), directory)
+        pool.run(_run, (), steps, directory)
     with RankPool(4) as pool:
-        names = tuple(name for name in LAYOUTS if name in wanted)
-        pool.run(_run, names, directory, timeout_seconds=280)
+        pool.run(_run, tuple(LAYOUTS), steps, directory, timeout_seconds=280)
     return directory
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS]
-)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_process(name: str, work_dir: Path) -> None:
     (result,) = _compared((name,), work_dir)
     assert result.passed, result
@@ -80,11 +78,13 @@ def test_layout_equals_one_process(name: str, work_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "name"), [("mean of means", "dp2"), ("no norm all-reduce", "tp2+sp")]
 )
-def test_wrong_reduction_is_found(fault: str, name: str, work_dir: Path, tmp_path: Path) -> None:
+def test_wrong_reduction_is_found(
+    fault: str, name: str, steps: int, work_dir: Path, tmp_path: Path
+) -> None:
     (tmp_path / "initial").symlink_to(work_dir / "initial")
     (tmp_path / "one_process").symlink_to(work_dir / "one_process")
     with RankPool(2) as pool:
-        pool.run(_run, (name,), tmp_path, fault)
+        pool.run(_run, (name,), steps, tmp_path, fault)
     (result,) = _compared((name,), tmp_path)
     assert not result.passed, result
 

@@ -46,11 +46,11 @@ def _heads(heads: int, groups: int, dim: int) -> dict[str, int]:
     return {"heads": heads, "groups": groups, "dim": dim}
 
 
-_SMALL = _heads(4, 1, 64)
+_SMALL = _heads(2, 1, 64)
 _RANGES = _apart(
     "ranges", [2, 14, 14, 37, 40, 43], [1, 13, 16, 70, 73], [13, 13, 62, 70, 75], **_SMALL
 )
-# Group sizes 1, 4 and 8, every head dim, both rows of the ladders, ragged tails, a cache, gaps
+# Group sizes 1, 2, 4 and 8, every head dim, both rows of the ladders, ragged tails, a cache, gaps
 # between keys, more queries than keys, and neither.
 _PROOF = (
     _case("phi4-documents", [3, 1, 30, 9], **_heads(4, 1, 128)),
