@@ -44,6 +44,15 @@ def test_a_32_bit_address_is_caught() -> None:
     process.close()
 
 
+def test_a_death_costs_one_call() -> None:
+    process = InterpretedProcess()
+    before = process.call("os:getpid")
+    with pytest.raises(GateError, match=r"died \(exit -6\) in os:abort"):
+        process.call("os:abort")
+    assert process.call("os:getpid") != before
+    process.close()
+
+
 def test_calls_are_counted_by_implementation(interpreted: InterpretedProcess) -> None:
     assert interpreted.call(f"{CHECKS}:calls_are_counted") == {
         "rms_norm/triton": 2,

@@ -73,7 +73,7 @@ _FORWARD_PROOF = (
 # A ring's step: the far keys of the later queries; and all there is.
 _PARTS = (
     _apart("far-keys", [25, 59], [0], [25], **_SMALL, keys=60, causal=False),
-    _case("all-keys", [60], **_SMALL, strided=True),
+    _case("all-keys", [60], **_heads(4, 1, 64), strided=True),
 )
 _SHIPPED = tuple(
     _case(f"d{dim}-up-to-{longest}", [8], **_heads(4, 1, dim), longest=longest)

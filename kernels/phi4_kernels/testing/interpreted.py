@@ -18,17 +18,10 @@ from phi4_kernels.testing.plant import planted
 
 
 class InterpretedProcess:
-    """A child process with TRITON_INTERPRET=1; close it."""
+    """A child process with TRITON_INTERPRET=1; close it. One that dies costs its call alone."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "phi4_kernels.testing.interpreted"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        self._child = _start()
 
     def call(self, function: str, *, plant: tuple[str, ...] | None = None, **args: Any) -> Any:
         """Run `module:function(**args)` there.
@@ -48,8 +41,11 @@ class InterpretedProcess:
         except BrokenPipeError:
             answer = ""
         if not answer:
+            self.close()
+            code = self._child.returncode
+            self._child = _start()
             raise GateError(
-                f"the interpreting process died (exit {self._child.wait()}) in {function} {args}; "
+                f"the interpreting process died (exit {code}) in {function} {args}; "
                 "expected an answer; look for an address out of range"
             )
         result, error = json.loads(answer)
@@ -63,6 +59,16 @@ class InterpretedProcess:
             self._child.stdin.close()
         self._child.stdout.close()
         self._child.wait()
+
+
+def _start() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "phi4_kernels.testing.interpreted"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
 
 
 def _answer(request: str) -> tuple[Any, str | None]:
