@@ -1,12 +1,17 @@
 """The errors a user can meet.
 
-One family: the command line prints any `Phi4Error` as a single line and exits with 2. Every message
-says what was asked, what is true, and what to change.
+One family: the command line prints any `Phi4Error` as a single line and exits with its exit code.
+Every message says what was asked, what is true, and what to change. The codes are part of the
+interface; docs/faults.md lists them with what a launcher should do.
 """
+
+from typing import ClassVar
 
 
 class Phi4Error(Exception):
     """Base of all errors that a user can mend."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(Phi4Error):
@@ -35,3 +40,15 @@ class PlatformError(Phi4Error):
 
 class WorkerError(Phi4Error):
     """A worker process died; the message carries the guilty rank and its traceback."""
+
+
+class OwnershipError(Phi4Error):
+    """Another process owns the run directory, or took it over while this one was running."""
+
+    exit_code = 3
+
+
+class DiskFullError(Phi4Error):
+    """The disk or the quota has too little space for what is to be written."""
+
+    exit_code = 4

@@ -1,4 +1,4 @@
-"""The command line: one file per group of commands, every user error one line and exit code 2."""
+"""The command line: one file per group of commands, every user error one line and its exit code."""
 
 import sys
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _app(arguments)(arguments)
     except Phi4Error as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def _app(arguments: Sequence[str]) -> typer.Typer:

@@ -1,0 +1,108 @@
+"""Decisions that all ranks share: one rank asks the file system, everybody gets its answer.
+
+Directory listings and file attributes on NFS and Lustre are cached per host, so two ranks that look
+at the same directory can see different files. Rank 0 looks; the others wait until what it saw is
+visible to them too, with a deadline, and every failure is raised by all ranks together.
+"""
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from phi4.engine.platform import Platform
+from phi4.errors import Phi4Error, PlatformError
+
+VISIBILITY_SECONDS = 45.0
+_POLL_SECONDS = 0.1
+
+Answer = TypeVar("Answer")
+
+
+def decided_by_writer(platform: Platform, decide: Callable[[], Answer]) -> Answer:
+    """What `decide` returns on the writer rank, on every rank.
+
+    Args:
+        platform: this process.
+        decide: called on the writer rank only; its answer must pickle.
+
+    Raises:
+        Phi4Error: raised by `decide`; every rank raises the same type and message.
+
+    Collectives: one broadcast of the answer over all ranks, from rank 0.
+    """
+    answer: list[object] = [None]
+    if platform.is_writer:
+        try:
+            answer = [decide()]
+        except Phi4Error as error:
+            answer = [_Refusal(error)]
+        except OSError as error:
+            answer = [_Refusal(PlatformError(f"rank 0 on {socket.gethostname()}: {error}"))]
+    if platform.world_size > 1:
+        dist.broadcast_object_list(answer, src=0, device=platform.device)
+    (decided,) = answer
+    if isinstance(decided, _Refusal):
+        raise decided.error
+    return decided
+
+
+def raise_together(platform: Platform, error: Phi4Error | None) -> None:
+    """Raise on every rank when at least one rank has an error.
+
+    Args:
+        platform: this process.
+        error: this rank's error, or None.
+
+    Raises:
+        Phi4Error: of the type of the lowest failing rank, with the distinct messages of all ranks.
+
+    Collectives: one all-gather of the errors over all ranks.
+    """
+    everyone: list[Phi4Error | None] = [error]
+    if platform.world_size > 1:
+        everyone = [None] * platform.world_size
+        dist.all_gather_object(everyone, error)
+    errors = [found for found in everyone if found is not None]
+    if errors:
+        lines = dict.fromkeys(str(found) for found in errors)
+        raise type(errors[0])("; ".join(lines))
+
+
+def wait_until_visible(
+    platform: Platform, paths: Sequence[Path], *, seconds: float = VISIBILITY_SECONDS
+) -> None:
+    """Wait until this rank, and every other, sees the files or directories that rank 0 named.
+
+    Args:
+        platform: this process.
+        paths: what rank 0 saw, the same on every rank.
+        seconds: how long a rank waits before it gives up.
+
+    Raises:
+        PlatformError: a rank does not see a path in time; names the rank, its host and the path.
+
+    Collectives: one all-gather of the outcome over all ranks.
+    """
+    deadline = time.monotonic() + seconds
+    missing = [path for path in paths if not path.exists()]
+    while missing and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        missing = [path for path in missing if not path.exists()]
+    error = None
+    if missing:
+        error = PlatformError(
+            f"rank {platform.rank} on {socket.gethostname()} does not see {missing[0]} after "
+            f"{seconds:.0f} s, rank 0 does; use a directory that all hosts share"
+        )
+    raise_together(platform, error)
+
+
+class _Refusal:
+    """Carries an error as an answer."""
+
+    def __init__(self, error: Phi4Error) -> None:
+        self.error = error

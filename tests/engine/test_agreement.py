@@ -1,0 +1,89 @@
+"""Ranks that see different files agree, or fail together and in time."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi4.engine.agreement import decided_by_writer, raise_together, wait_until_visible
+from phi4.engine.platform import Platform
+from phi4.errors import CheckpointError, DataError, Phi4Error, PlatformError
+from tests.support.ranks import RankPool, gloo_group
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(2) as ranks:
+        yield ranks
+
+
+def outcome(rank: int, world_size: int, call: Callable[[Platform], object]) -> str:
+    platform = Platform("cpu", torch.device("cpu"), rank, world_size, "test")
+    with gloo_group(rank, world_size):
+        try:
+            return str(call(platform))
+        except Phi4Error as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def decide(rank: int, world_size: int, raises: type[Exception] | None) -> str:
+    def look() -> str:
+        if raises is not None:
+            raise raises(f"rank {rank} says no")
+        return f"seen by rank {rank}"
+
+    return outcome(rank, world_size, lambda platform: decided_by_writer(platform, look))
+
+
+@pytest.mark.parametrize(
+    ("raises", "expected"),
+    [
+        (None, "seen by rank 0"),
+        (CheckpointError, "CheckpointError: rank 0 says no"),
+        (PermissionError, "PlatformError: rank 0 on "),
+    ],
+)
+def test_every_rank_gets_the_answer_of_rank_0(pool, raises, expected):
+    answers = pool.run(decide, raises)
+    assert all(answer.startswith(expected) for answer in answers), answers
+    assert answers[0] == answers[1]
+
+
+def fail_where(rank: int, world_size: int, errors: list[Exception | None]) -> str:
+    return outcome(rank, world_size, lambda platform: raise_together(platform, errors[rank]))
+
+
+def test_an_error_of_one_rank_is_raised_by_all(pool):
+    assert (
+        pool.run(fail_where, [None, DataError("b is missing")]) == ["DataError: b is missing"] * 2
+    )
+    assert pool.run(fail_where, [None, None]) == ["None"] * 2
+
+
+def test_errors_of_two_ranks_are_both_told_and_a_repeated_one_once(pool):
+    both = pool.run(fail_where, [DataError("a"), CheckpointError("b")])
+    assert both == ["DataError: a; b"] * 2
+    assert pool.run(fail_where, [DataError("a"), DataError("a")]) == ["DataError: a"] * 2
+
+
+def look_for(rank: int, world_size: int, directory: Path) -> str:
+    # Rank 1 looks under another name: the file system shows it nothing.
+    path = directory if rank == 0 else directory / "unseen"
+    return outcome(
+        rank, world_size, lambda platform: wait_until_visible(platform, [path], seconds=0.2)
+    )
+
+
+def test_a_rank_that_does_not_see_the_directory_is_named_by_all(pool, tmp_path):
+    answers = pool.run(look_for, tmp_path)
+    assert answers[0] == answers[1]
+    assert answers[0].startswith("PlatformError: rank 1 on ")
+    assert str(tmp_path) in answers[0]
+
+
+def test_one_process_needs_no_group():
+    alone = Platform("cpu", torch.device("cpu"), 0, 1, "test")
+    assert decided_by_writer(alone, lambda: 5) == 5
+    with pytest.raises(PlatformError, match="does not see"):
+        wait_until_visible(alone, [Path("/nowhere")], seconds=0)
