@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint gpu bench csrc budgets golden measured clean
+.PHONY: help setup demo test test-all lint gpu bench csrc budgets golden measured prove-fresh clean
 
 export PYTHON ?= python3
 export PIP_ARGS ?=
@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 setup:  ## build .venv when it is missing or out of date; the targets below do so themselves
 	@tools/setup.sh
@@ -56,6 +56,9 @@ measured: setup  ## fill README's table from the rows under benchmarks/
 
 golden: setup  ## write the golden losses of the recipes
 	@.venv/bin/python tools/golden_losses.py
+
+prove-fresh:  ## README's commands on bare Debian 12 and 13, as root; ARGS: tools/prove_fresh.py
+	@python3 tools/prove_fresh.py $(ARGS)
 
 clean:  ## remove .venv, builds and caches; runs/ stays
 	@rm -rf .venv .venv-tf4 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -28,6 +28,12 @@ _KERNEL = re.compile(
     r"(?:[^\n]*?(?P<shared_bytes>\d+) bytes smem)?",
     re.DOTALL,
 )
+# Itanium ABI: a name's length, the name, I arguments E; f is float, Lb1E true, Li2E the int 2.
+_ARGUMENT = re.compile(r"(f)|\d+(__nv_bfloat16|__half)|Lb([01])E|Li(\d+)E")
+_MANGLED = re.compile(
+    rf"\d(?P<name>[a-z][a-z_]*_kernel)(?:I(?P<arguments>(?:{_ARGUMENT.pattern})+)E)?"
+)
+_BOOLEANS = {"0": "false", "1": "true"}
 
 
 def build() -> Path:
@@ -84,14 +90,31 @@ def _nvcc(*arguments: str) -> str:
 
 def resources(report: str) -> dict[str, dict[str, int]]:
     """Registers, stack, spills and static shared memory of each kernel, by readable name."""
-    plain = subprocess.run(["c++filt"], input=report, capture_output=True, text=True, check=True)
-    readable = plain.stdout.replace("phi4::(anonymous namespace)::", "").replace("void ", "")
     found = {}
-    for match in _KERNEL.finditer(readable):
+    for match in _KERNEL.finditer(report):
         numbers = match.groupdict(default="0")
-        name = numbers.pop("name").partition("(")[0]
+        name = readable(numbers.pop("name"))
         found[name] = {key: int(value) for key, value in numbers.items()}
     return found
+
+
+def readable(mangled: str) -> str:
+    """`cast_kernel<float, true, 2>` of a kernel's mangled name.
+
+    Knows the template arguments that csrc uses: float, named types, bool and int. A demangler would
+    know all of them, but no machine has to have one.
+
+    Raises:
+        RuntimeError: the name is of another form.
+    """
+    parts = _MANGLED.search(mangled)
+    if parts is None:
+        raise RuntimeError(f"{mangled} is not the mangled name of a kernel of csrc")
+    arguments = [
+        "float" if builtin else named or number or _BOOLEANS[boolean]
+        for builtin, named, boolean, number in _ARGUMENT.findall(parts["arguments"] or "")
+    ]
+    return parts["name"] + (f"<{', '.join(arguments)}>" if arguments else "")
 
 
 def budget_path() -> Path:

@@ -36,13 +36,13 @@ def test_kernels_do_not_spill_and_keep_their_budget(built: Path) -> None:
 
 def test_a_spill_is_read_from_the_report() -> None:
     report = (
-        "ptxas info    : Compiling entry function '_Z1kPf' for 'sm_90a'\n"
+        "ptxas info    : Compiling entry function '_ZN4phi48a_kernelEPf' for 'sm_90a'\n"
         "ptxas info    : Function properties for _Z1kPf\n"
         "    24 bytes stack frame, 20 bytes spill stores, 16 bytes spill loads\n"
         "ptxas info    : Used 255 registers, used 1 barriers, 2048 bytes smem\n"
     )
     assert build_csrc.resources(report) == {
-        "k": {
+        "a_kernel": {
             "stack_bytes": 24,
             "spill_stores": 20,
             "spill_loads": 16,
@@ -50,6 +50,24 @@ def test_a_spill_is_read_from_the_report() -> None:
             "shared_bytes": 2048,
         }
     }
+
+
+@pytest.mark.parametrize(
+    ("mangled", "name"),
+    [
+        ("IfLb0EEEvNS0_5TableE", "adamw_kernel<float, false>"),
+        ("I13__nv_bfloat16Lb1ELi2EEEv11Phi4Fp8Castbb", "adamw_kernel<__nv_bfloat16, true, 2>"),
+        ("EPKdlPd", "adamw_kernel"),
+    ],
+)
+def test_kernel_names_are_readable_without_a_demangler(mangled: str, name: str) -> None:
+    file_scope = "_ZN4phi440_GLOBAL__N__ed7e2145_8_adamw_cu_db192062"
+    assert build_csrc.readable(f"{file_scope}12adamw_kernel{mangled}") == name
+
+
+def test_a_name_of_another_form_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="not the mangled name"):
+        build_csrc.readable("_Z4mainv")
 
 
 @pytest.fixture(scope="module")
