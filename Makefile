@@ -2,7 +2,7 @@
 #   PYTHON=python3.12     the Python to build .venv with
 #   PIP_ARGS="..."        passed to pip, for example another package index
 #   WORKERS=2             test processes
-#   PARTS="csrc bench"    parts of make gpu: engine triton csrc numbers bench
+#   PARTS="numbers engine"  parts of make gpu; PARTS=--list names them
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -38,7 +38,7 @@ lint: setup  ## ruff, and clang-format where it is installed
 		clang-format --dry-run -Werror $$sources; \
 	fi
 
-gpu:  ## on a machine with one GPU: the engine against the CPU, the kernels proven and timed
+gpu:  ## on a machine with one GPU: kernels proven and timed, the engine against the CPU
 	@bash tools/gpu_check.sh $(PARTS)
 
 bench: setup  ## kernel benches against their floors: make bench ARGS="--op rms_norm"

@@ -1,88 +1,112 @@
 #!/usr/bin/env bash
-# On a machine with one GPU and no network: the engine against the CPU, the tests marked gpu,
-# correctness rows, benches, BENCHMARKS.md. Leaves rows to commit. PYTHON names the interpreter; it
-# needs torch >= 2.11, triton >= 3.6, numpy, pytest and hypothesis. What the engine needs besides
-# (tools/gpu_wheels.sh collects it) is taken from the directory WHEELS. csrc is built here where
-# nvcc is, and taken from build/csrc/ where it was built elsewhere.
+# On a machine with one GPU and no network: kernels proven and timed, the engine against the CPU.
+# Leaves rows to commit. A part takes at most PART_SECONDS (240) and writes each row as it has it, so
+# a part that fails or runs out of time costs neither its earlier rows nor the later parts.
 #
-#   tools/gpu_check.sh                  # everything, in this order
-#   tools/gpu_check.sh csrc bench       # some parts; each fits in 10 minutes
+#   tools/gpu_check.sh                      # all parts, the most valuable first
+#   tools/gpu_check.sh numbers engine       # some parts
+#   tools/gpu_check.sh --list               # the parts; needs no GPU
+#
+# PYTHON names the interpreter; it needs torch >= 2.11, triton >= 3.6, numpy, pytest and hypothesis.
+# What the engine needs besides (tools/gpu_wheels.sh collects it) is taken from the directory WHEELS.
+# csrc is built here where nvcc is, and taken from build/csrc/ where it was built elsewhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+part_seconds=${PART_SECONDS:-240}
 export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 
+declare -A parts=(
+    [numbers]="the error rule on every case of every op; the rows that let auto choose a kernel"
+    [engine]="ten steps on the GPU against the CPU, saved and resumed on either"
+    [attention]="attention timed beside cuDNN and FlashAttention where they are installed"
+    [loss_head]="cross-entropy and the chunked loss head timed"
+    [memory]="norms, SwiGLU, RoPE, AdamW, gradient norm and casts timed"
+    [hopper]="attention in Gluon: proven, then timed against Triton"
+    [csrc]="tests marked gpu of the CUDA ops"
+    [triton]="tests marked gpu of the Triton ops"
+)
+order=(numbers engine attention loss_head memory hopper csrc triton)
+
+within() {  # run a command in what is left of the part's time; a failure does not end the part
+    local left=$((part_ends - SECONDS)) code=0
+    if [ "$left" -le 0 ]; then
+        echo "make gpu: part $part has used its $part_seconds s; not run: $*"
+        code=124
+    else
+        timeout --kill-after=10 "$left" "$@" || code=$?
+        [ "$code" -eq 0 ] || echo "make gpu: part $part: exit status $code of: $*"
+    fi
+    [ "$code" -eq 0 ] || status=$code
+}
+gpu_tests() {  # --noconftest: the other packages' test plugins need what is not installed here
+    within "$python" -m pytest "$1" -m gpu -q --noconftest -p no:cacheprovider --durations=5
+}
+timed() {  # the bench checks an op again before it times it, so a red op has no times
+    local op
+    for op in "$@"; do
+        within "$python" -m phi4_kernels.bench --op "$op" --json benchmarks/kernels.jsonl
+    done
+}
+
+part_numbers() { within "$python" -m phi4_kernels.testing numbers --record; }
+part_engine() { within "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.jsonl; }
+part_attention() {
+    within "$python" -m phi4_kernels.bench --op attention --json benchmarks/kernels.jsonl \
+        --against torch,cudnn,flash-attn,flash-attn-deterministic,flash-attn-3,flash-attn-3-deterministic
+}
+part_loss_head() { timed cross_entropy; }
+part_memory() { timed rms_norm swiglu rope adamw grad_norm fp8_cast; }
+part_hopper() {
+    within "$python" -m phi4_kernels.testing numbers --op attention --implementation gluon --record
+    within "$python" -m phi4_kernels.bench.challenge --op attention
+    gpu_tests tests/kernels/test_gpu_gluon.py
+}
+part_csrc() { gpu_tests tests/csrc/test_gpu_ops.py; }
+part_triton() {
+    gpu_tests tests/kernels/test_gpu.py
+    gpu_tests tests/kernels/test_gpu_attention.py
+    gpu_tests tests/kernels/test_gpu_cross_entropy.py
+}
+
+[ "$#" -gt 0 ] || set -- "${order[@]}"
+for part in "$@"; do
+    if [ "$part" = --list ]; then
+        for name in "${order[@]}"; do printf '%-10s %s\n' "$name" "${parts[$name]}"; done
+        exit 0
+    elif [ -z "${parts[$part]:-}" ]; then
+        echo "make gpu: there is no part $part; use some of: ${order[*]}" >&2
+        exit 2
+    fi
+done
 "$python" - <<'PY'
 import sys
 import torch
-import triton
 
 if not torch.cuda.is_available():
-    sys.exit("make gpu: torch sees no CUDA device; expected one GPU; run it on such a machine")
+    sys.exit("make gpu: torch finds no CUDA device; run this on a machine with an NVIDIA GPU")
+import triton
+
 name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
 print(f"{name}, capability {capability}, torch {torch.__version__}, triton {triton.__version__}")
 PY
-
-status=0
 if [ -n "${WHEELS:-}" ]; then
     packages=$(mktemp -d)
     trap 'rm -rf "$packages"' EXIT
     "$python" -m pip install -q --no-index --no-deps --target "$packages" "$WHEELS"/*.whl
     PYTHONPATH+=":$packages"
 fi
-gpu_tests() {  # --noconftest: the other rooms' test plugins need packages that are not here
-    timeout "$1" "$python" -m pytest "$2" -m gpu -q --noconftest -p no:cacheprovider --durations=5
-}
-timed() {  # the bench checks each op again before it times it: a red op costs its numbers alone
-    for op in "$@"; do
-        timeout "${SECONDS_PER_OP:-70}" "$python" -m phi4_kernels.bench --op "$op" \
-            --json benchmarks/kernels.jsonl || status=$?
-    done
-}
-engine() { timeout 150 "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.json || status=$?; }
-triton() {
-    gpu_tests 300 tests/kernels/test_gpu.py || status=$?
-    gpu_tests 240 tests/kernels/test_gpu_attention.py || status=$?
-    gpu_tests 150 tests/kernels/test_gpu_cross_entropy.py || status=$?
-}
-csrc() { gpu_tests 240 tests/csrc/test_gpu_ops.py || status=$?; }
-numbers() { timeout 240 "$python" -m phi4_kernels.testing numbers --record || status=$?; }
-bench() {
-    timed rms_norm swiglu rope
-    timed adamw grad_norm fp8_cast
-    "$python" -m phi4_kernels.bench --report || status=$?
-}
 
-loss_head() {  # products of 50 TFLOP, a quarter of a minute per row
-    SECONDS_PER_OP=400 timed cross_entropy
-    "$python" -m phi4_kernels.bench --report || status=$?
-}
-
-attention() {  # the bench interleaves ours with cuDNN and FlashAttention where they are installed
-    timeout 400 "$python" -m phi4_kernels.bench --op attention --json benchmarks/kernels.jsonl \
-        --against torch,cudnn,flash-attn,flash-attn-deterministic,flash-attn-3,flash-attn-3-deterministic \
-        || status=$?
-    "$python" -m phi4_kernels.bench --report || status=$?
-}
-
-hopper() {  # attention in Gluon: proven, recorded, and timed against Triton for `auto`
-    gpu_tests 150 tests/kernels/test_gpu_gluon.py || status=$?
-    timeout 90 "$python" -m phi4_kernels.testing numbers --op attention --implementation gluon \
-        --record || status=$?
-    timeout 150 "$python" -m phi4_kernels.bench.challenge --op attention || status=$?
-}
-
-timeout 120 "$python" tools/build_csrc.py || status=$?
-if [ "$#" -eq 0 ]; then set -- engine triton csrc numbers attention hopper bench loss_head; fi
+status=0
+part=build part_ends=$((SECONDS + part_seconds))
+within "$python" tools/build_csrc.py
 for part in "$@"; do
-    case "$part" in
-        engine | triton | csrc | numbers | attention | hopper | bench | loss_head) "$part" ;;
-        *)
-            echo "make gpu: no part $part; expected engine, triton, csrc, numbers, attention, hopper, bench or loss_head"
-            exit 2
-            ;;
-    esac
+    started=$SECONDS part_ends=$((SECONDS + part_seconds))
+    echo "make gpu: $part: ${parts[$part]}"
+    "part_$part"
+    echo "make gpu: $part took $((SECONDS - started)) s"
 done
+"$python" -m phi4_kernels.bench --report || status=$?
 echo "to commit: kernels/phi4_kernels/correctness.jsonl, speed.jsonl, benchmarks/, BENCHMARKS.md"
 exit "$status"

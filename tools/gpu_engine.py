@@ -1,4 +1,4 @@
-"""The engine on one GPU against the engine on the CPU: same weights, same batches, one file.
+"""The engine on one GPU against the engine on the CPU: same weights, same batches, a row per case.
 
 Part of `make gpu`. Runs the tiny recipe in fp32 and bf16 over NCCL, compares the losses with the
 CPU, saves on the GPU and resumes on the CPU. Beside torch it needs megatron-core, pydantic, tomli-w
@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,8 +21,6 @@ STEPS = 10
 FP32_TOLERANCE = 2e-5
 """Of the loss: another order of summation, no TF32."""
 BF16_TOLERANCE = 2e-2
-
-
 WIDE = "+wide"
 """Suffix of a dtype: heads of 64, which the attention kernels take."""
 KERNELS = "+kernels"
@@ -81,43 +80,34 @@ def in_process(kind: str, dtype: str, first: int, last: int, root: Path) -> list
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def compare(gpu: str) -> list[dict]:
-    """One row per comparison; `gpu` is cuda, or cpu to try the script without a GPU."""
+def compare(gpu: str) -> Iterator[dict]:
+    """One row per comparison, each as soon as it is there, the most telling first.
+
+    Args:
+        gpu: cuda, or cpu to try the script without a GPU.
+    """
     from phi4_kernels import native
 
-    half, built = STEPS // 2, native.missing() is None
+    half, tolerances = STEPS // 2, {"fp32": FP32_TOLERANCE, "bf16": BF16_TOLERANCE}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         expected = in_process("cpu", "fp32", 0, STEPS, root / "cpu")
+        bf16 = in_process(gpu, "bf16", 0, STEPS, root / "bf16")
+        yield _row("bf16 on the GPU", bf16, expected, BF16_TOLERANCE)
+        if gpu == "cuda":
+            wide = in_process("cpu", "fp32" + WIDE, 0, STEPS, root / "wide")
+            for dtype, tolerance in tolerances.items():
+                losses = in_process(gpu, dtype + KERNELS, 0, STEPS, root / f"{dtype}_kernels")
+                yield _row(f"{dtype} with the Triton kernels", losses, wide, tolerance)
         fp32 = in_process(gpu, "fp32", 0, half, root / "gpu")
         resumed = in_process("cpu", "fp32", half, STEPS, root / "gpu")
-        continued = in_process(gpu, "fp32", half, STEPS, root / "gpu")
-        bf16 = in_process(gpu, "bf16", 0, STEPS, root / "bf16")
-        wide = in_process("cpu", "fp32" + WIDE, 0, STEPS, root / "wide")
-        named = {
-            dtype: in_process(gpu, dtype + KERNELS, 0, STEPS, root / f"{dtype}_kernels")
-            for dtype in (("fp32", "bf16") if gpu == "cuda" else ())
-        }
-        stepped = {
-            dtype: in_process(gpu, dtype + OPTIMIZER, 0, STEPS, root / f"{dtype}_optimizer")
-            for dtype in (("fp32", "bf16") if built else ())
-        }
-    tolerances = {"fp32": FP32_TOLERANCE, "bf16": BF16_TOLERANCE}
-    return [
-        _row(
-            "fp32 on the GPU, saved and resumed there", fp32 + continued, expected, FP32_TOLERANCE
-        ),
-        _row("saved on the GPU, resumed on the CPU", resumed, expected[half:], FP32_TOLERANCE),
-        _row("bf16 on the GPU", bf16, expected, BF16_TOLERANCE),
-        *(
-            _row(f"{dtype} with the Triton kernels", losses, wide, tolerances[dtype])
-            for dtype, losses in named.items()
-        ),
-        *(
-            _row(f"{dtype} with the CUDA optimizer", losses, expected, tolerances[dtype])
-            for dtype, losses in stepped.items()
-        ),
-    ]
+        yield _row("saved on the GPU, resumed on the CPU", resumed, expected[half:], FP32_TOLERANCE)
+        fp32 += in_process(gpu, "fp32", half, STEPS, root / "gpu")
+        yield _row("fp32 on the GPU, saved and resumed there", fp32, expected, FP32_TOLERANCE)
+        if native.missing() is None:
+            for dtype, tolerance in tolerances.items():
+                losses = in_process(gpu, dtype + OPTIMIZER, 0, STEPS, root / f"{dtype}_optimizer")
+                yield _row(f"{dtype} with the CUDA optimizer", losses, expected, tolerance)
 
 
 def _row(case: str, losses: list[float], expected: list[float], tolerance: float) -> dict:
@@ -136,7 +126,7 @@ def main() -> int:
     """Run all comparisons, or one case in a child; 0 when all passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", nargs=5, metavar=("KIND", "DTYPE", "FIRST", "LAST", "ROOT"))
-    parser.add_argument("--out", type=Path, default=Path("gpu_engine.json"))
+    parser.add_argument("--out", type=Path, default=Path("gpu_engine.jsonl"))
     parser.add_argument("--gpu", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
     if arguments.case:
@@ -146,14 +136,16 @@ def main() -> int:
     if arguments.gpu == "cuda" and not torch.cuda.is_available():
         print("torch finds no CUDA device; run this on a machine with a GPU", file=sys.stderr)
         return 2
-    rows = compare(arguments.gpu)
+    from phi4.track.provenance import append_row
+
     device = torch.cuda.get_device_name() if arguments.gpu == "cuda" else platform.processor()
-    report = {"device": device, "torch": torch.__version__, "rows": rows}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    for row in rows:
+    passed = True
+    for row in compare(arguments.gpu):
+        append_row(arguments.out, {"device": device, **row})
         verdict = "ok" if row["passed"] else "FAILED"
-        print(f"{row['case']}: error {row['largest_relative_error']:.1e} {verdict}")
-    return 0 if all(row["passed"] for row in rows) else 1
+        print(f"{row['case']}: error {row['largest_relative_error']:.1e} {verdict}", flush=True)
+        passed = passed and row["passed"]
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
