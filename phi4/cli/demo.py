@@ -14,6 +14,7 @@ import typer
 
 from phi4.config import SourceConfig, load_recipe
 from phi4.errors import Phi4Error
+from phi4.rundir import require_free
 
 RECIPE = "examples/recipes/tiny_pretrain.toml"
 MIDTRAIN = "examples/recipes/tiny_midtrain.toml"
@@ -33,6 +34,8 @@ def demo(
     """Train a small Phi-4 on this machine: TP2 x PP2, elsewhere, midtraining, text, parity."""
     started = time.monotonic()
     data, run, midtrain = out / "data", out / "run", out / "midtrain"
+    for earlier in (run, midtrain):
+        require_free(earlier, say=typer.echo)
     for earlier in (run, midtrain):
         if earlier.exists():
             typer.echo(f"removing the run of an earlier demo in {earlier}")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from phi4.config import check, load_recipe
-from phi4.launch import WorkerEnvironment, join, on_ranks, ranks_per_host
+from phi4.launch import WorkerEnvironment, join, on_ranks
 
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
 Overrides = Annotated[
@@ -44,9 +44,12 @@ def train(
             platform,
             NextToken(),
             allow_change=change,
-            ranks_per_host=ranks_per_host(worker),
+            attempt=worker.attempt,
+            job=worker.job,
         )
         disconnect()
 
     num_workers = parallel.model_parallel_size * max(parallel.data, 1)
-    raise typer.Exit(on_ranks(argv, body, num_workers=num_workers, work_dir=Path(recipe.run.dir)))
+    run_dir = Path(recipe.run.dir)
+    code = on_ranks(argv, body, num_workers=num_workers, work_dir=run_dir, owns_work_dir=True)
+    raise typer.Exit(code)

@@ -50,6 +50,38 @@ def decided_by_writer(platform: Platform, decide: Callable[[], Answer]) -> Answe
     return decided
 
 
+def done_by_all(platform: Platform, act: Callable[[], Answer]) -> Answer:
+    """What `act` returns on this rank, once no rank failed.
+
+    Args:
+        platform: this process.
+        act: called on every rank; what it reads is expected to be the same for all.
+
+    Raises:
+        Phi4Error: raised by `act`, or a PlatformError for an OSError, of the lowest failing rank;
+            where only some ranks failed, each is named with its host.
+
+    Collectives: one all-gather of the errors over all ranks.
+    """
+    answer, error = None, None
+    try:
+        answer = act()
+    except Phi4Error as failure:
+        error = failure
+    except OSError as failure:
+        error = PlatformError(str(failure))
+    where = f"rank {platform.rank} on {socket.gethostname()}"
+    everyone = _gathered(platform, (where, error))
+    failed = [(where, error) for where, error in everyone if error is not None]
+    if not failed:
+        return answer
+    lines = dict.fromkeys(
+        str(error) if len(failed) == len(everyone) else f"{where}: {error}"
+        for where, error in failed
+    )
+    raise type(failed[0][1])("; ".join(lines))
+
+
 def raise_together(platform: Platform, error: Phi4Error | None) -> None:
     """Raise on every rank when at least one rank has an error.
 
@@ -62,11 +94,7 @@ def raise_together(platform: Platform, error: Phi4Error | None) -> None:
 
     Collectives: one all-gather of the errors over all ranks.
     """
-    everyone: list[Phi4Error | None] = [error]
-    if platform.world_size > 1:
-        everyone = [None] * platform.world_size
-        dist.all_gather_object(everyone, error)
-    errors = [found for found in everyone if found is not None]
+    errors = [found for found in _gathered(platform, error) if found is not None]
     if errors:
         lines = dict.fromkeys(str(found) for found in errors)
         raise type(errors[0])("; ".join(lines))
@@ -99,6 +127,15 @@ def wait_until_visible(
             f"{seconds:.0f} s, rank 0 does; use a directory that all hosts share"
         )
     raise_together(platform, error)
+
+
+def _gathered(platform: Platform, own: Answer) -> list[Answer]:
+    """What every rank gave, by rank."""
+    if platform.world_size == 1:
+        return [own]
+    everyone: list[Answer | None] = [None] * platform.world_size
+    dist.all_gather_object(everyone, own)
+    return everyone
 
 
 class _Refusal:

@@ -1,23 +1,16 @@
-"""Where the engine runs: CUDA over NCCL or CPU over gloo, chosen once and said aloud.
-
-The processes meet through a torch Store. Workers that `phi4 train` started itself meet in a
-directory: rank 0 opens the store on a free loopback port and writes the port there, so no port can
-clash and no host name is resolved.
-"""
+"""Where the engine runs: CUDA over NCCL or CPU over gloo, chosen once, with the reason."""
 
 import os
-import time
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
+from phi4.engine.rendezvous import meet
 from phi4.errors import PlatformError
 
-RENDEZVOUS_SECONDS = 600
 COLLECTIVE_SECONDS = 1800
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -32,6 +25,8 @@ class Platform:
     world_size: int
     reason: str
     """Why this kind was chosen."""
+    ranks_per_host: int = 1
+    """Ranks on this rank's host, itself included: they share its memory."""
 
     @property
     def is_writer(self) -> bool:
@@ -78,12 +73,12 @@ def connect(
         rank: index of this process among world_size.
         local_rank: index of this process on its machine; its CUDA device.
         world_size: number of processes.
-        rendezvous: a directory that all processes of this machine see, `tcp://HOST:PORT` (rank 0
-            listens there) or `env://` (torchrun's store); unused for one process.
+        rendezvous: where the processes meet, as `phi4.engine.rendezvous.meet` takes it; unused for
+            one process.
         threads: CPU threads of this process.
 
     Raises:
-        PlatformError: no such device, or the others did not come within RENDEZVOUS_SECONDS.
+        PlatformError: no such device, or the others did not come in time; names them.
 
     Collectives: creates the default process group over all ranks.
     """
@@ -102,46 +97,19 @@ def connect(
         if "://" not in rendezvous or os.environ.get("MASTER_ADDR") in _LOOPBACK:
             # All processes are on this machine; gloo would otherwise resolve the host name.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    meeting = (
-        {"init_method": rendezvous}
-        if "://" in rendezvous
-        else {"store": _store(rendezvous, rank, world_size)}
-    )
+    meeting = meet(rendezvous, rank, world_size)
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
-        **meeting,
+        store=meeting.store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
         device_id=device if kind == "cuda" else None,
     )
-    return Platform(kind, device, rank, world_size, reason)
+    return Platform(kind, device, rank, world_size, reason, meeting.ranks_per_host)
 
 
 def disconnect() -> None:
     """Leave the process groups. Collectives: none that wait for a broken rank."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _store(directory: str, rank: int, world_size: int) -> dist.Store:
-    if world_size == 1:
-        return dist.HashStore()
-    timeout = timedelta(seconds=RENDEZVOUS_SECONDS)
-    port_file = Path(directory) / "port"
-    if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, world_size, True, timeout, wait_for_workers=False)
-        partial = port_file.with_suffix(".partial")
-        partial.write_text(str(store.port))
-        partial.rename(port_file)
-        return store
-    return dist.TCPStore("127.0.0.1", _read_port(port_file), world_size, False, timeout)
-
-
-def _read_port(port_file: Path) -> int:
-    deadline = time.monotonic() + RENDEZVOUS_SECONDS
-    while not port_file.exists():
-        if time.monotonic() > deadline:
-            raise PlatformError(f"rank 0 wrote no port to {port_file} in {RENDEZVOUS_SECONDS} s")
-        time.sleep(0.02)
-    return int(port_file.read_text())

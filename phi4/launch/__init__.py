@@ -8,7 +8,7 @@ from phi4.launch.environment import (
     worker_environment,
 )
 from phi4.launch.local import run_workers
-from phi4.launch.ranks import join, on_ranks, ranks_per_host
+from phi4.launch.ranks import join, on_ranks
 from phi4.launch.worker import ErrorReport, StoppedError, report_errors
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "expand_nodelist",
     "join",
     "on_ranks",
-    "ranks_per_host",
     "report_errors",
     "run_workers",
     "started_by",

@@ -17,6 +17,9 @@ Starter = Literal["phi4", "torchrun", "slurm"]
 # Slurm numbers the steps that are not srun's (pending, extern, batch, interactive) from here on.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
+_NUM_PORTS = 4
+"""Ports that rank 0 tries, as another process may have one."""
+
 _RANGE = r"\d+(?:-\d+)?"
 _HOSTS = rf"(?:[\w.-]|\[{_RANGE}(?:,{_RANGE})*\])+"
 
@@ -33,7 +36,12 @@ class WorkerEnvironment:
     """none: a single process. directory: rank 0 listens on a loopback port of its choice and writes
     it there. env: torchrun's own store, by torch's `env://`. tcp: rank 0 listens on address."""
     address: str
-    """Empty, a directory, `env://` or `tcp://host:port`."""
+    """Empty, a directory, `env://` or `tcp://host:port,port/run`: the run's name keeps two runs
+    apart whose ports coincide."""
+    job: str = ""
+    """Slurm job id; empty outside Slurm."""
+    attempt: int | None = None
+    """The attempt whose lease on the run directory the launcher holds; None when it holds none."""
 
 
 def started_by(environ: Mapping[str, str]) -> Starter | None:
@@ -54,22 +62,25 @@ def worker_environment(environ: Mapping[str, str]) -> WorkerEnvironment:
     Raises:
         PlatformError: a variable is missing, is not a number, or the rank is outside the world.
     """
+    job = environ.get("SLURM_JOB_ID", "")
     match started_by(environ):
         case "phi4":
-            directory = environ["PHI4_RENDEZVOUS"]
-            worker = WorkerEnvironment(*_torch_ranks(environ), "directory", directory)
+            attempt = _integer(environ, "PHI4_ATTEMPT") if "PHI4_ATTEMPT" in environ else None
+            place = ("directory", environ["PHI4_RENDEZVOUS"], job, attempt)
+            worker = WorkerEnvironment(*_torch_ranks(environ), *place)
         case "torchrun":
-            worker = WorkerEnvironment(*_torch_ranks(environ), "env", "env://")
+            worker = WorkerEnvironment(*_torch_ranks(environ), "env", "env://", job)
         case "slurm":
             worker = WorkerEnvironment(
                 _integer(environ, "SLURM_PROCID"),
                 _integer(environ, "SLURM_LOCALID"),
                 _slurm_tasks(environ),
                 "tcp",
-                f"tcp://{_slurm_host(environ)}:{_slurm_port(environ)}",
+                _slurm_address(environ),
+                job,
             )
         case None:
-            worker = WorkerEnvironment(0, 0, 1, "none", "")
+            worker = WorkerEnvironment(0, 0, 1, "none", "", job)
     if not 0 <= worker.rank < worker.world_size:
         raise PlatformError(
             f"rank {worker.rank} is outside the world of {worker.world_size} workers; the launch "
@@ -129,12 +140,18 @@ def _slurm_host(environ: Mapping[str, str]) -> str:
     )
 
 
-def _slurm_port(environ: Mapping[str, str]) -> int:
-    """A port that all ranks of the step agree on, below the range of outgoing connections."""
-    if "MASTER_PORT" in environ:
-        return _integer(environ, "MASTER_PORT")
+def _slurm_address(environ: Mapping[str, str]) -> str:
+    """Where the ranks of the step meet: all derive the same ports and the same name."""
     step = f"{_integer(environ, 'SLURM_JOB_ID')}.{_integer(environ, 'SLURM_STEP_ID')}"
-    return 10_000 + zlib.crc32(step.encode()) % 20_000
+    if "MASTER_PORT" in environ:
+        ports = [_integer(environ, "MASTER_PORT")]
+    else:
+        # Below the range of outgoing connections.
+        ports = [
+            10_000 + zlib.crc32(f"{step} {choice}".encode()) % 20_000
+            for choice in range(_NUM_PORTS)
+        ]
+    return f"tcp://{_slurm_host(environ)}:{','.join(map(str, ports))}/{step}"
 
 
 def _integer(environ: Mapping[str, str], key: str) -> int:

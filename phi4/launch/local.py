@@ -72,9 +72,9 @@ def run_workers(
         command: what is run; a parameter for programs other than phi4.
 
     Returns:
-        0; 2 for an error the user can mend, printed as one line; 1 for any other, its traceback
-        printed last; the exit code of a rank that gave no report; 128+S for a rank killed by
-        signal S, and for a signal to the launcher (130 for Ctrl-C).
+        0; the exit code of the guilty rank's `Phi4Error`, printed as one line; 1 for any other
+        error, its traceback printed last; the exit code of a rank that gave no report; 128+S for a
+        rank killed by signal S, and for a signal to the launcher (130 for Ctrl-C).
     """
     run_dir = Path(tempfile.mkdtemp(prefix="phi4-run-"))
     guard = _start_reaper(run_dir)
@@ -200,9 +200,9 @@ def _conclude(
     guilty = reports[0]
     if guilty.user_error:
         _say(guilty.line)
-        return 2
-    _say(f"rank {guilty.rank} of {len(workers)} failed:\n{guilty.traceback.rstrip()}")
-    return 1
+    else:
+        _say(f"rank {guilty.rank} of {len(workers)} failed:\n{guilty.traceback.rstrip()}")
+    return guilty.exit_code
 
 
 def _obituary(worker: _Worker, num_workers: int) -> str:

@@ -5,7 +5,10 @@ torchrun or srun started, joins the others and runs the body.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +16,7 @@ from phi4.errors import LayoutError
 from phi4.launch.environment import WorkerEnvironment, started_by, worker_environment
 from phi4.launch.local import run_workers
 from phi4.launch.worker import report_errors
+from phi4.rundir import held_lease
 
 if TYPE_CHECKING:
     from phi4.engine.platform import Platform
@@ -24,6 +28,7 @@ def on_ranks(
     *,
     num_workers: int,
     work_dir: Path,
+    owns_work_dir: bool = False,
 ) -> int:
     """Run `body` on every rank; in the process that the user started, wait for them all.
 
@@ -32,22 +37,40 @@ def on_ranks(
         body: the work of one rank.
         num_workers: processes to start here; ignored where torchrun or srun started them.
         work_dir: takes the workers' logs.
+        owns_work_dir: hold the lease of work_dir, a run directory, before anything is written into
+            it and until all ranks ended; the body gets the attempt's number. Under torchrun and
+            srun, where no process of ours outlives the ranks, that is left to the body.
 
     Returns:
         Exit code; 0 when all ranks returned.
 
     Raises:
         LayoutError: torchrun or srun started one process for a layout of several.
+        OwnershipError: another run owns work_dir.
     """
     starter = started_by(os.environ)
-    if starter is None and num_workers > 1:
-        return run_workers(argv, num_workers=num_workers, work_dir=work_dir)
     worker = worker_environment(os.environ)
+    if starter is None:
+        with _owned(work_dir, worker) if owns_work_dir else nullcontext(worker) as owner:
+            if num_workers == 1:
+                return _run_body(body, owner)
+            env = {} if owner.attempt is None else {"PHI4_ATTEMPT": str(owner.attempt)}
+            return run_workers(argv, num_workers=num_workers, work_dir=work_dir, env=env)
     if starter == "torchrun" and worker.world_size == 1 < num_workers:
         raise LayoutError(
             f"torchrun started one process, the layout needs {num_workers}; "
             f"use --nproc-per-node so that all nodes make {num_workers}"
         )
+    return _run_body(body, worker)
+
+
+@contextmanager
+def _owned(run_dir: Path, worker: WorkerEnvironment) -> Iterator[WorkerEnvironment]:
+    with held_lease(run_dir, job=worker.job, say=partial(print, flush=True)) as lease:
+        yield replace(worker, attempt=lease.number)
+
+
+def _run_body(body: Callable[[WorkerEnvironment], None], worker: WorkerEnvironment) -> int:
     # No op of ours goes through torch.compile here, and importing it costs every rank two seconds.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Sequence parallelism wants the gathers queued before the products on Hopper.
@@ -77,11 +100,3 @@ def join(
         rendezvous=worker.address,
         threads=threads,
     )
-
-
-def ranks_per_host(worker: WorkerEnvironment) -> int:
-    """Processes of this run on this machine, as far as the launcher told."""
-    for key in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
-        if os.environ.get(key, "").isdecimal():
-            return int(os.environ[key])
-    return worker.world_size

@@ -30,7 +30,9 @@ class ErrorReport(msgspec.Struct, frozen=True):
     message: str
     traceback: str
     user_error: bool
-    """A `Phi4Error`: the message alone tells the user what to mend."""
+    """A `Phi4Error`: the message alone tells the user what to change."""
+    exit_code: int
+    """The error's, which docs/faults.md explains; 1 for an error that is not a `Phi4Error`."""
 
     @property
     def line(self) -> str:
@@ -95,6 +97,7 @@ def _reported(error: BaseException, raised_at: float, environ: Mapping[str, str]
         message=str(error),
         traceback="".join(traceback.format_exception(type(error), error, below_this_module)),
         user_error=isinstance(error, Phi4Error),
+        exit_code=error.exit_code if isinstance(error, Phi4Error) else 1,
     )
     destination = environ.get("PHI4_ERROR_FILE")
     if destination:
@@ -103,7 +106,7 @@ def _reported(error: BaseException, raised_at: float, environ: Mapping[str, str]
     if not destination or report.rank:
         text = report.line if report.user_error else report.traceback
         print(f"rank {report.rank}: {text}", file=sys.stderr)
-    return 2 if report.user_error else 1
+    return report.exit_code
 
 
 def _write(path: Path, report: ErrorReport) -> None:

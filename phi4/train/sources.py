@@ -1,17 +1,20 @@
 """Opening a run's data sources: the writer first, so what is kept beside the shards is made once.
 
 A thousand ranks that meet a new source at once would each read every shard's manifest and pack the
-same rows. What the writer finds wrong, every rank raises.
+same rows. What the writer finds wrong, every rank raises; a rank that fails alone is named.
 """
 
-import torch.distributed as dist
+from collections.abc import Callable
+from typing import TypeVar
 
 from phi4.config import Recipe
 from phi4.data.loader import HeldOut, Loader
 from phi4.data.tokenizer import TokenizerFacts
+from phi4.engine.agreement import decided_by_writer, done_by_all
 from phi4.engine.platform import Platform
-from phi4.errors import Phi4Error
 from phi4.train.state import RunState
+
+Opened = TypeVar("Opened")
 
 
 def open_loader(recipe: Recipe, tokenizer: TokenizerFacts, state: RunState) -> Loader:
@@ -40,22 +43,25 @@ def open_sources(
 
     Raises:
         DataError: see `open_loader`.
+        PlatformError: a rank cannot read what the writer read.
 
-    Collectives: a broadcast of the writer's error, if any, over all ranks.
+    Collectives: a broadcast of the writer's outcome and an all-gather of the others' over all
+    ranks.
     """
-    opened: Loader | Phi4Error | None = None
-    if platform.is_writer:
-        try:
-            opened = _open(recipe, tokenizer, state)
-        except Phi4Error as error:
-            opened = error
-    if platform.world_size > 1:
-        verdict = [opened if isinstance(opened, Phi4Error) else None]
-        dist.broadcast_object_list(verdict, src=0, device=platform.device)
-        opened = verdict[0] or opened
-    if isinstance(opened, Phi4Error):
-        raise opened
-    return opened or _open(recipe, tokenizer, state)
+    return opened_writer_first(platform, lambda: _open(recipe, tokenizer, state))
+
+
+def opened_writer_first(platform: Platform, open_it: Callable[[], Opened]) -> Opened:
+    """What `open_it` returns on this rank: called on the writer, and when that went well elsewhere.
+
+    Raises:
+        Phi4Error: raised by `open_it`, on every rank.
+
+    Collectives: as `open_sources`.
+    """
+    opened: list[Opened] = []
+    decided_by_writer(platform, lambda: opened.append(open_it()))
+    return done_by_all(platform, lambda: opened[0] if opened else open_it())
 
 
 def _open(recipe: Recipe, tokenizer: TokenizerFacts, state: RunState | None) -> Loader:

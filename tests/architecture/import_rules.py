@@ -16,6 +16,7 @@ LAYERS = (
     ("stages", "pts", "convert", "plan"),
     ("train",),
     ("engine", "track"),
+    ("rundir",),
     ("data", "model"),
     ("config",),
     ("errors",),
@@ -37,8 +38,10 @@ KERNEL_PACKAGES = {"phi4_kernels", "torch", "triton", "numpy"} | set(sys.stdlib_
 KERNEL_PROVIDERS = "kernels/phi4_kernels/bench/providers/"
 """Competitors in the bench: any third party, but imported when asked for only."""
 
-RANK_FREE = ("phi4/data/", "phi4/track/", "phi4/model/")
+RANK_FREE = ("phi4/data/", "phi4/rundir/", "phi4/track/", "phi4/model/")
 """Rooms that are handed plain values and know no process group."""
+
+TORCH_FREE = ("phi4/rundir/", "phi4/launch/")
 
 ENVIRONMENT_READERS = (
     "phi4/launch/",
@@ -212,6 +215,14 @@ def rank_free_rooms(source: Source) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"{who} may not use torch.distributed"
 
 
+def torch_free_rooms(source: Source) -> Iterator[tuple[int, str]]:
+    """A launcher and the run directory start in milliseconds, so without torch."""
+    if source.path.startswith(TORCH_FREE):
+        for found in imports(source):
+            if found.module.split(".")[0] == "torch":
+                yield found.line, f"{source.room} may not import torch"
+
+
 def environment(source: Source) -> Iterator[tuple[int, str]]:
     """os.environ has few readers."""
     if source.path.startswith(ENVIRONMENT_READERS):
@@ -232,5 +243,6 @@ RULES: tuple[Rule, ...] = (
     kernels_stand_alone,
     owned_packages,
     rank_free_rooms,
+    torch_free_rooms,
     environment,
 )

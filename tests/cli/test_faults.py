@@ -13,7 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from phi4.errors import Phi4Error
 from tests.support.runs import command, train
+
+ERRORS = "phi4.errors"
 
 LONG = ("run.steps=5000", "parallel.pipeline=2", "run.dir=long", "checkpoint.every=0")
 
@@ -103,3 +106,25 @@ def test_finished_run_has_nothing_to_do(copy: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "(step 2)" in result.stdout
     assert (copy / "run/metrics.jsonl").read_bytes() == before
+
+
+def _exit_codes_in_docs() -> dict[str, set[str]]:
+    """Errors by exit code, from the table in docs/faults.md."""
+    text = (Path(__file__).parents[2] / "docs/faults.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| [^|]+ \|([^|]*)\|", text, re.MULTILINE)
+    return {code: set(re.findall(r"`(\w+)`", errors)) for code, errors in rows}
+
+
+def test_documented_exit_codes_are_those_of_the_errors() -> None:
+    def family(error: type[Phi4Error]) -> Iterator[type[Phi4Error]]:
+        yield error
+        for child in error.__subclasses__():
+            yield from family(child)
+
+    codes = {error: error.exit_code for error in family(Phi4Error) if error.__module__ == ERRORS}
+    documented = _exit_codes_in_docs()
+    for code in {"0", "1", *map(str, codes.values())}:
+        named = {error.__name__ for error in codes if str(codes[error]) == code}
+        assert documented[code] == named, f"exit code {code}"
+    signals = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
+    assert {str(128 + number) for number in signals} <= documented.keys()

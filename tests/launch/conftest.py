@@ -25,7 +25,7 @@ sys.exit(run_workers([script], num_workers=int(num_workers), work_dir=Path(work_
 PROLOGUE = """
 import os, signal, sys, time
 from pathlib import Path
-from phi4.errors import LayoutError
+from phi4.errors import DiskFullError, LayoutError
 from phi4.launch import report_errors
 rank, here = int(os.environ["RANK"]), Path(os.environ["TEST_DIR"])
 

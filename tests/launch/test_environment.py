@@ -25,10 +25,16 @@ def test_own_launcher_meets_in_a_directory():
     assert worker_environment(environ) == WorkerEnvironment(5, 1, 8, "directory", "/tmp/x")
 
 
+def test_own_launcher_tells_whose_lease_it_holds():
+    environ = {**TORCHRUN, "PHI4_RENDEZVOUS": "/tmp/x", "PHI4_ATTEMPT": "3", "SLURM_JOB_ID": "47"}
+    worker = worker_environment(environ)
+    assert (worker.attempt, worker.job) == (3, "47")
+
+
 def test_torchrun_wins_over_srun_and_keeps_its_own_store():
     environ = {**SRUN, **TORCHRUN}
     assert started_by(environ) == "torchrun"
-    assert worker_environment(environ) == WorkerEnvironment(5, 1, 8, "env", "env://")
+    assert worker_environment(environ) == WorkerEnvironment(5, 1, 8, "env", "env://", "4711")
 
 
 def test_srun_meets_at_the_first_host_of_the_step():
@@ -38,19 +44,24 @@ def test_srun_meets_at_the_first_host_of_the_step():
     assert worker.address.startswith("tcp://gpu09:")
 
 
-def test_srun_port_is_shared_by_a_step_and_differs_between_steps():
-    def port(**changes: str) -> int:
-        return int(worker_environment({**SRUN, **changes}).address.rpartition(":")[2])
+def test_srun_ports_are_shared_by_a_step_and_differ_between_steps():
+    def address(**changes: str) -> str:
+        return worker_environment({**SRUN, **changes}).address
 
-    assert port() == port(SLURM_PROCID="3", SLURM_LOCALID="0")
-    assert len({port(), port(SLURM_JOB_ID="4712"), port(SLURM_STEP_ID="1")}) == 3
+    def ports(**changes: str) -> list[int]:
+        place, _, _ = address(**changes).removeprefix("tcp://gpu09:").partition("/")
+        return [int(port) for port in place.split(",")]
+
+    assert address() == address(SLURM_PROCID="3", SLURM_LOCALID="0")
+    assert address().endswith("/4711.0") and address(SLURM_STEP_ID="1").endswith("/4711.1")
+    assert len({*ports(), *ports(SLURM_JOB_ID="4712"), *ports(SLURM_STEP_ID="1")}) == 12
     # Linux hands out 32768 and above to outgoing connections.
-    assert all(1024 < port(SLURM_JOB_ID=str(job)) < 32768 for job in range(200))
+    assert all(1024 < p < 32768 for job in range(200) for p in ports(SLURM_JOB_ID=str(job)))
 
 
 def test_srun_address_can_be_named():
     environ = {**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
-    assert worker_environment(environ).address == "tcp://10.0.0.1:1234"
+    assert worker_environment(environ).address == "tcp://10.0.0.1:1234/4711.0"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +76,8 @@ def test_srun_address_can_be_named():
 )
 def test_single_process_is_nobodys_worker(environ):
     assert started_by(environ) is None
-    assert worker_environment(environ) == WorkerEnvironment(0, 0, 1, "none", "")
+    job = environ.get("SLURM_JOB_ID", "")
+    assert worker_environment(environ) == WorkerEnvironment(0, 0, 1, "none", "", job)
 
 
 @pytest.mark.parametrize(

@@ -84,17 +84,24 @@ def test_raise_ends_the_others_and_is_the_last_word(launch):
     assert not run.survivors() and not run.leftovers()
 
 
-def test_user_error_is_one_line_and_exit_2(launch):
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [
+        ("LayoutError('parallel.tensor=4 does not divide 10; use 1, 2, 5 or 10')", 2),
+        ("DiskFullError('run.dir=/full needs 7 bytes, 6 are free')", 4),
+    ],
+)
+def test_user_error_is_one_line_and_its_exit_code(launch, error, exit_code):
     run = launch(
-        """
+        f"""
         with report_errors():
-            raise LayoutError("parallel.tensor=4 does not divide 10; use 1, 2, 5 or 10")
+            raise {error}
         """,
         num_workers=2,
     )
     _, stderr = run.output()
-    assert run.process.returncode == 2
-    assert stderr == "LayoutError: parallel.tensor=4 does not divide 10; use 1, 2, 5 or 10\n"
+    assert run.process.returncode == exit_code
+    assert stderr == error.replace("('", ": ").replace("')", "\n")
 
 
 def test_raise_while_all_others_are_stuck_in_collectives_ends_within_10_s(launch):

@@ -13,7 +13,7 @@ from phi4.launch.worker import read_reports
 # The exit handler stands for the destructors that would wait for other ranks.
 SCRIPT = """
 import atexit, sys
-from phi4.errors import DataError
+from phi4.errors import DataError, DiskFullError, OwnershipError
 from phi4.launch import report_errors
 atexit.register(print, "unwound")
 print("output before", end="")
@@ -35,6 +35,8 @@ TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     ("statement", "exit_code", "stderr_start"),
     [
         ("raise DataError('a.bin is cut off')", 2, "rank 1: DataError: a.bin is cut off\n"),
+        ("raise OwnershipError('taken')", 3, "rank 1: OwnershipError: taken\n"),
+        ("raise DiskFullError('full')", 4, "rank 1: DiskFullError: full\n"),
         ("1 / 0", 1, "rank 1: Traceback (most recent call last):\n"),
         ("raise SystemExit(7)", 7, ""),
         ("raise KeyboardInterrupt", 130, ""),
@@ -71,5 +73,6 @@ def test_reports_come_back_the_earliest_first(tmp_path):
         "ZeroDivisionError: division by zero",
         False,
     )
+    assert (first.exit_code, second.exit_code) == (2, 1)
     assert second.traceback.endswith("ZeroDivisionError: division by zero\n")
     assert first.time < second.time

@@ -20,6 +20,7 @@ BUDGET_SECONDS = {
     "launch": 150,
     "model": 40,
     "plan": 60,
+    "rundir": 20,
     "stages": 40,
     "support": 120,
     "track": 120,

@@ -71,7 +71,7 @@ def _train(rank: int, world_size: int, root: Path, overrides: tuple[str, ...]) -
     Recorded.served = []
     computing = patch("phi4.data.window_table._computed", wraps=window_table._computed)
     with chdir(root), patch("phi4.train.sources.Loader", Recorded), computing as computed:
-        run_training(recipe, platform, NextToken(), allow_change=True, ranks_per_host=size)
+        run_training(recipe, platform, NextToken(), allow_change=True)
     disconnect()
     served = [(dp, np.concatenate([b.tokens for b in batches])) for dp, batches in Recorded.served]
     return served, computed.call_count
@@ -221,7 +221,7 @@ def test_ledger_of_another_stream_is_refused_before_the_run_exists(
     recipe = tiny_recipe(*MODEL, *MIDTRAIN, "run.dir=refused", override)
     alone = Platform("cpu", torch.device("cpu"), 0, 1, "no process group is needed to refuse")
     with chdir(root), pytest.raises(Phi4Error, match=message) as caught:
-        run_training(recipe, alone, NextToken(), allow_change=True, ranks_per_host=1)
+        run_training(recipe, alone, NextToken(), allow_change=True)
     assert "\n" not in str(caught.value) and not (root / "refused").exists()
 
 

@@ -1,0 +1,254 @@
+"""Where the processes of a run find each other, before there is a process group.
+
+One decision: nobody connects a torch store to a port that has not introduced itself, because a
+store's client waits for ever on a foreign service that accepts and stays silent. Rank 0 opens its
+store on a free port and announces that port: to workers on one machine in a file, to those of srun
+through a greeting on a port of a short list that every rank derives from the job. torchrun has a
+store of its own. However they meet, every rank then signs in, so one that never comes is named.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from phi4.errors import PlatformError
+
+RENDEZVOUS_SECONDS = 600.0
+_RESOLVE_SECONDS = 20.0
+_DIAL_SECONDS = 3.0
+_VERDICT_SECONDS = 10.0
+_LONGEST_POLL_SECONDS = 0.5
+_NAMED_RANKS = 20
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The store that all ranks reached."""
+
+    store: dist.Store
+    ranks_per_host: int
+    """Ranks on this rank's host, itself included."""
+
+
+def meet(
+    rendezvous: str, rank: int, world_size: int, *, seconds: float = RENDEZVOUS_SECONDS
+) -> Meeting:
+    """Find the other ranks.
+
+    Args:
+        rendezvous: a directory that all ranks see, `env://` (torchrun), or
+            `tcp://HOST:PORT[,PORT...]/RUN`: rank 0, on HOST, greets callers who ask for RUN on the
+            first PORT that is free.
+        rank: of this process.
+        world_size: number of processes.
+        seconds: how long to wait for the others.
+
+    Raises:
+        PlatformError: rank 0 cannot be reached, or ranks did not come in time; names them.
+
+    Collectives: every rank signs in at the store and waits for all others.
+    """
+    if world_size == 1:
+        return Meeting(dist.HashStore(), 1)
+    deadline = time.monotonic() + seconds
+    with _opened(rendezvous, rank, world_size, deadline) as store:
+        ranks_per_host = _sign_in(dist.PrefixStore("meeting", store), rank, world_size, deadline)
+    return Meeting(store, ranks_per_host)
+
+
+@contextmanager
+def _opened(rendezvous: str, rank: int, world_size: int, deadline: float) -> Iterator[dist.Store]:
+    """The store; for the time of the block rank 0 tells the others where it is."""
+    scheme, is_url, address = rendezvous.partition("://")
+    if is_url and scheme == "env":
+        yield _torchrun_store(rank, world_size, deadline)
+    elif rank == 0:
+        store = dist.TCPStore(
+            _LOOPBACK, 0, world_size, True, _left(deadline), wait_for_workers=False
+        )
+        announced = _greeting(address, store.port) if is_url else nullcontext()
+        if not is_url:
+            _write_port(Path(rendezvous), store.port)
+        with announced:
+            yield store
+    else:
+        host, port = _ask(address, deadline) if is_url else _read_port(Path(rendezvous), deadline)
+        yield dist.TCPStore(host, port, world_size, False, _left(deadline))
+
+
+def _sign_in(store: dist.Store, rank: int, world_size: int, deadline: float) -> int:
+    """Wait for all ranks; gives the number of those on this host.
+
+    Rank 0 decides whether all came, and the others wait for its verdict: none goes on alone.
+    """
+    host = socket.gethostname()
+    store.set(f"host_of/{rank}", host)
+    store.add(f"ranks_on/{host}", 1)
+    store.add("arrived", 1)
+    if rank == 0:
+        _wait(lambda: store.add("arrived", 0) == world_size, deadline)
+        store.set("verdict", _verdict(store, world_size))
+    elif not _wait(lambda: store.check(["verdict"]), deadline + _VERDICT_SECONDS):
+        raise PlatformError(
+            f"rank {rank} on {host} reached the rendezvous, but rank 0 did not say in time whether "
+            "all ranks came; see the output of rank 0"
+        )
+    verdict = store.get("verdict").decode()
+    store.add("heard", 1)
+    if not verdict:
+        return store.add(f"ranks_on/{host}", 0)
+    if rank == 0:
+        # The store ends with this process, so those who came get the time to read the verdict.
+        come = store.add("arrived", 0)
+        _wait(lambda: store.add("heard", 0) >= come, time.monotonic() + _VERDICT_SECONDS)
+    raise PlatformError(verdict)
+
+
+def _verdict(store: dist.Store, world_size: int) -> str:
+    """Empty when all ranks came; else which did not."""
+    missing = [r for r in range(world_size) if not store.check([f"host_of/{r}"])]
+    if not missing:
+        return ""
+    named = ", ".join(map(str, missing[:_NAMED_RANKS]))
+    more = f" and {len(missing) - _NAMED_RANKS} more" if len(missing) > _NAMED_RANKS else ""
+    present = [r for r in range(world_size) if r not in set(missing)]
+    hosts = dict.fromkeys(store.get(f"host_of/{r}").decode() for r in present)
+    return (
+        f"{len(missing)} of {world_size} ranks did not come in time: {named}{more}; those present "
+        f"are on {', '.join(hosts)}: see what ended or holds up the missing ones"
+    )
+
+
+def _torchrun_store(rank: int, world_size: int, deadline: float) -> dist.Store:
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=_left(deadline)))
+    except (dist.DistError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise PlatformError(
+            f"rank {rank} did not reach the store at MASTER_ADDR and MASTER_PORT: {first_line}"
+        ) from None
+    return store
+
+
+def _write_port(directory: Path, port: int) -> None:
+    partial = directory / "port.partial"
+    partial.write_text(str(port))
+    partial.rename(directory / "port")
+
+
+def _read_port(directory: Path, deadline: float) -> tuple[str, int]:
+    port_file = directory / "port"
+    if not _wait(port_file.exists, deadline):
+        raise PlatformError(f"rank 0 wrote no port to {port_file}; see the output of rank 0")
+    return _LOOPBACK, int(port_file.read_text())
+
+
+@contextmanager
+def _greeting(address: str, store_port: int) -> Iterator[None]:
+    """Answer every caller with the name of the run and the port of its store."""
+    host, ports, run = _parsed(address)
+    _require_resolvable(host)
+    with closing(_listen(ports)) as listener:
+        line = f"phi4 {run} {store_port}\n".encode()
+        threading.Thread(target=_greet, args=(listener, line), daemon=True).start()
+        try:
+            yield
+        finally:
+            # Wakes the thread from accept.
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+def _require_resolvable(host: str) -> None:
+    def is_resolved() -> bool:
+        with suppress(socket.gaierror):
+            return bool(socket.getaddrinfo(host, None))
+        return False
+
+    if not _wait(is_resolved, time.monotonic() + _RESOLVE_SECONDS):
+        raise PlatformError(
+            f"{socket.gethostname()} cannot resolve {host!r}, the host of rank 0; set MASTER_ADDR "
+            "to its address"
+        )
+
+
+def _listen(ports: list[int]) -> socket.socket:
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    for port in ports:
+        with suppress(OSError):
+            return socket.create_server(
+                ("", port), family=family, backlog=4096, dualstack_ipv6=dual
+            )
+    raise PlatformError(
+        f"{socket.gethostname()} has none of the ports {', '.join(map(str, ports))} free for the "
+        "rendezvous; set MASTER_PORT to a free one for all ranks"
+    )
+
+
+def _greet(listener: socket.socket, line: bytes) -> None:
+    while True:
+        try:
+            caller, _ = listener.accept()
+        except OSError:
+            return  # the meeting is over
+        with suppress(OSError), caller:
+            caller.sendall(line)
+
+
+def _ask(address: str, deadline: float) -> tuple[str, int]:
+    """Host and port of the run's store, from whoever greets with the run's name."""
+    host, ports, run = _parsed(address)
+    _require_resolvable(host)
+    found: list[int] = []
+
+    def is_greeted() -> bool:
+        found.extend(filter(None, (_greeted(host, port, run) for port in ports)))
+        return bool(found)
+
+    if not _wait(is_greeted, deadline):
+        raise PlatformError(
+            f"{socket.gethostname()} was not greeted by rank 0 at {host}, ports "
+            f"{', '.join(map(str, ports))}; see the output of rank 0, or set MASTER_ADDR to an "
+            "address of its host"
+        )
+    return host, found[0]
+
+
+def _greeted(host: str, port: int, run: str) -> int | None:
+    """The store's port; None where nobody or somebody else answers."""
+    try:
+        with socket.create_connection((host, port), timeout=_DIAL_SECONDS) as connection:
+            words = connection.makefile("rb").readline(200).decode(errors="replace").split()
+    except OSError:
+        return None
+    is_ours = len(words) == 3 and words[:2] == ["phi4", run] and words[2].isdecimal()
+    return int(words[2]) if is_ours else None
+
+
+def _parsed(address: str) -> tuple[str, list[int], str]:
+    place, _, run = address.partition("/")
+    host, _, ports = place.rpartition(":")
+    return host, [int(port) for port in ports.split(",")], run
+
+
+def _wait(is_there: Callable[[], bool], deadline: float) -> bool:
+    """Whether something came about before the deadline; polls, so that signals are handled."""
+    pause_seconds = 0.01
+    while not is_there():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, _LONGEST_POLL_SECONDS)
+    return True
+
+
+def _left(deadline: float) -> timedelta:
+    return timedelta(seconds=max(1.0, deadline - time.monotonic()))
