@@ -59,9 +59,16 @@ def meet(
     if world_size == 1:
         return Meeting(dist.HashStore(), 1)
     deadline = time.monotonic() + seconds
-    with _opened(rendezvous, rank, world_size, deadline) as store:
-        ranks_per_host = _sign_in(dist.PrefixStore("meeting", store), rank, world_size, deadline)
-    return Meeting(store, ranks_per_host)
+    try:
+        with _opened(rendezvous, rank, world_size, deadline) as store:
+            signing = dist.PrefixStore("meeting", store)
+            return Meeting(store, _sign_in(signing, rank, world_size, deadline))
+    except dist.DistError as error:
+        first_line = str(error).partition("\n")[0]
+        raise PlatformError(
+            f"rank {rank} on {socket.gethostname()} lost the rendezvous at {rendezvous}: "
+            f"{first_line}; see the output of rank 0"
+        ) from None
 
 
 @contextmanager
@@ -102,14 +109,14 @@ def _sign_in(store: dist.Store, rank: int, world_size: int, deadline: float) -> 
             "all ranks came; see the output of rank 0"
         )
     verdict = store.get("verdict").decode()
-    store.add("heard", 1)
-    if not verdict:
-        return store.add(f"ranks_on/{host}", 0)
-    if rank == 0:
-        # The store ends with this process, so those who came get the time to read the verdict.
-        come = store.add("arrived", 0)
+    ranks_per_host = store.add(f"ranks_on/{host}", 0)
+    heard = store.add("heard", 1)
+    if rank == 0 and heard < (come := store.add("arrived", 0)):
+        # The store ends with this process, which may end at once: let the others read first.
         _wait(lambda: store.add("heard", 0) >= come, time.monotonic() + _VERDICT_SECONDS)
-    raise PlatformError(verdict)
+    if verdict:
+        raise PlatformError(verdict)
+    return ranks_per_host
 
 
 def _verdict(store: dist.Store, world_size: int) -> str:
@@ -130,11 +137,8 @@ def _verdict(store: dist.Store, world_size: int) -> str:
 def _torchrun_store(rank: int, world_size: int, deadline: float) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=_left(deadline)))
-    except (dist.DistError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise PlatformError(
-            f"rank {rank} did not reach the store at MASTER_ADDR and MASTER_PORT: {first_line}"
-        ) from None
+    except ValueError as error:
+        raise PlatformError(f"{error}; torchrun sets MASTER_ADDR and MASTER_PORT") from None
     return store
 
 

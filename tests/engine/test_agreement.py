@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi4.engine.agreement import decided_by_writer, raise_together, wait_until_visible
+from phi4.engine.agreement import (
+    decided_by_writer,
+    done_by_all,
+    raise_together,
+    wait_until_visible,
+)
 from phi4.engine.platform import Platform
 from phi4.errors import CheckpointError, DataError, Phi4Error, PlatformError
 from tests.support.ranks import RankPool, gloo_group
@@ -65,6 +70,26 @@ def test_errors_of_two_ranks_are_both_told_and_a_repeated_one_once(pool):
     both = pool.run(fail_where, [DataError("a"), CheckpointError("b")])
     assert both == ["DataError: a; b"] * 2
     assert pool.run(fail_where, [DataError("a"), DataError("a")]) == ["DataError: a"] * 2
+
+
+def do_where(rank: int, world_size: int, errors: list[Exception | None]) -> str:
+    def act() -> str:
+        if errors[rank] is not None:
+            raise errors[rank]
+        return f"done by {rank}"
+
+    return outcome(rank, world_size, lambda platform: done_by_all(platform, act))
+
+
+def test_a_rank_that_fails_alone_is_named_by_all(pool):
+    assert pool.run(do_where, [None, None]) == ["done by 0", "done by 1"]
+    alone = pool.run(do_where, [None, FileNotFoundError("tokens.bin")])
+    assert alone[0] == alone[1] and alone[0].startswith("PlatformError: rank 1 on ")
+    assert alone[0].endswith(": tokens.bin")
+
+
+def test_an_error_that_all_ranks_share_is_told_once(pool):
+    assert pool.run(do_where, [DataError("bad"), DataError("bad")]) == ["DataError: bad"] * 2
 
 
 def look_for(rank: int, world_size: int, directory: Path) -> str:
