@@ -36,11 +36,16 @@ class RMSNorm(torch.nn.Module):
         """[..., hidden] to the same shape and dtype; statistics in fp32."""
         return rms_norm(x, self.weight, self.eps, implementation=self.implementation)
 
-    def of_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+
+class AddRMSNorm(RMSNorm):
+    """The norm of a sum that the residual stream needs as well.
+
+    A module of its own, not a second method of RMSNorm: under overlap_param_gather megatron-core
+    waits for a parameter in its module's forward pre-hook, which only a module call runs.
+    """
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of x + residual, x + residual), all of one shape [..., hidden]."""
-        if self.implementation == "torch":
-            total = x + residual
-            return self(total), total
         return add_rms_norm(x, residual, self.weight, self.eps, implementation=self.implementation)
 
 
@@ -109,6 +114,6 @@ class Phi4Layer(TransformerLayer):
             attention_mask,
             packed_seq_params=packed_seq_params,
         )
-        normed, hidden_states = self.pre_mlp_layernorm.of_sum(attended, hidden_states)
+        normed, hidden_states = self.pre_mlp_layernorm(attended, hidden_states)
         transformed, _ = self.mlp(normed)
         return hidden_states + transformed, context

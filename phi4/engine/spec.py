@@ -19,7 +19,7 @@ from phi4_kernels.errors import KernelError
 
 from phi4.config import KernelsConfig
 from phi4.engine.attention import CoreAttention, Phi4SelfAttention
-from phi4.engine.layers import Phi4Layer, RMSNorm, SwiGLU
+from phi4.engine.layers import AddRMSNorm, Phi4Layer, RMSNorm, SwiGLU
 from phi4.errors import ConfigError
 
 _NATIVE = ("adamw", "grad_norm")
@@ -83,7 +83,8 @@ def block_spec(num_layers: int, choices: Sequence[Choice] = ()) -> TransformerBl
         num_layers: of this chunk.
         choices: of `choose`; ops without one are torch's.
     """
-    norm = _on(RMSNorm, implementation_of("rms_norm", choices))
+    implementation = implementation_of("rms_norm", choices)
+    norm = _on(RMSNorm, implementation)
     layer = ModuleSpec(
         module=Phi4Layer,
         submodules=TransformerLayerSubmodules(
@@ -97,7 +98,7 @@ def block_spec(num_layers: int, choices: Sequence[Choice] = ()) -> TransformerBl
                     linear_proj=RowParallelLinear,
                 ),
             ),
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=_on(AddRMSNorm, implementation),
             mlp=_on(SwiGLU, implementation_of("swiglu", choices)),
         ),
     )

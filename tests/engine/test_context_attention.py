@@ -265,7 +265,7 @@ def train(
         if engine is None:
             return None
         steps = [
-            engine.train_step(batches_of(engine, step)[1:3], NextToken(), learning_rate=1e-3)
+            engine.train_step(batches_of(engine, step)[:2], NextToken(), learning_rate=1e-3)
             for step in range(2)
         ]
     return [(step.loss, step.grad_norm) for step in steps]

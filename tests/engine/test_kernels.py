@@ -185,7 +185,7 @@ def train(
     with engine_on(rank, tiny_recipe(*RECIPE, *overrides, *asked)) as engine:
         with dispatch.count_calls() as calls:
             losses = [
-                # The first micro-batch of a step of the parity data has no label that counts.
+                # One micro-batch keeps the interpreter's work small.
                 engine.train_step(
                     batches_of(engine, step)[1:], NextToken(), learning_rate=LEARNING_RATE
                 ).loss

@@ -56,9 +56,15 @@ class DeviceRMSNorm(torch.autograd.Function):
 
 @pytest.fixture(autouse=True)
 def device_norm(monkeypatch):
-    monkeypatch.setattr(
-        layers.RMSNorm, "forward", lambda self, x: DeviceRMSNorm.apply(x, self.weight, self.eps)
-    )
+    def norm(self, x):
+        return DeviceRMSNorm.apply(x, self.weight, self.eps)
+
+    def norm_of_sum(self, x, residual):
+        total = x + residual
+        return norm(self, total), total
+
+    monkeypatch.setattr(layers.RMSNorm, "forward", norm)
+    monkeypatch.setattr(layers.AddRMSNorm, "forward", norm_of_sum)
 
 
 @contextmanager

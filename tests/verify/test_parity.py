@@ -103,6 +103,15 @@ def test_batches_are_as_hard_as_promised() -> None:
     assert inner[-1] == 0 < mask[-1].sum(), "one context rank of the last row has no token"
 
 
+@pytest.mark.parametrize("dp_size", [1, 2])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_first_micro_batch_of_every_data_rank_counts(dp_size: int, micro_batch_size: int) -> None:
+    """Only there can a weight be met that the last update has not reached yet."""
+    recipe = tiny_recipe(f"batch.micro_batch_size={micro_batch_size}")
+    for dp_rank in range(dp_size):
+        assert micro_batches(recipe, 0, dp_rank, dp_size)[0].loss_mask.any()
+
+
 def test_micro_batches_of_all_data_ranks_are_the_global_batch() -> None:
     recipe = tiny_recipe("parallel.data=2")
     tokens, _ = global_batch(recipe, 3)
