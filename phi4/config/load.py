@@ -1,11 +1,9 @@
 """Reading, overriding, writing and comparing recipes.
 
 TOML because it is typed, in the standard library and diffable; `3e-4` is a number in it and `on` is
-not a boolean. Overrides are dotted keys that exist, their values in TOML syntax; a value that is
-not TOML is taken as a string, so `run.dir=runs/a` needs no quotes.
+not a boolean. Overrides are in `overrides`.
 """
 
-import difflib
 import hashlib
 import json
 import tomllib
@@ -16,6 +14,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
+from phi4.config.overrides import apply_overrides, nearest
 from phi4.config.schema import Recipe, key_kinds, source_key_kinds
 from phi4.config.section import Kind
 from phi4.errors import ConfigError
@@ -39,7 +38,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path} is a directory; give a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not valid TOML: {error}") from None
-    return parse_recipe(_overridden(tree, overrides), where=str(path))
+    return parse_recipe(apply_overrides(tree, overrides), where=str(path))
 
 
 def recipe_from_toml(text: str, where: str) -> Recipe:
@@ -56,7 +55,7 @@ def recipe_from_toml(text: str, where: str) -> Recipe:
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with `section.key=value` overrides applied."""
-    return parse_recipe(_overridden(_plain(recipe), overrides), where="overrides")
+    return parse_recipe(apply_overrides(_plain(recipe), overrides), where="overrides")
 
 
 def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -96,7 +95,13 @@ def changed_keys(old: Recipe, new: Recipe) -> dict[Kind, dict[str, tuple[Any, An
 
 _KINDS = key_kinds()
 _SOURCE_KINDS = source_key_kinds()
-_SHAPES = {"model_type": "a table", "tuple_type": "an array"}
+_SHAPES = {"model_type": "a table", "tuple_type": "an array in brackets"}
+_REMEDIES = {
+    "bool_type": "; use true or false",
+    "int_type": "; use a whole number such as 8",
+    "float_type": "; use a number such as 3e-4",
+    "string_type": "; put the text in quotes",
+}
 
 
 def _bound(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,44 +116,6 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude_none=True)
-
-
-def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    tree = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        key = key.strip()
-        if not separator or key not in _KINDS:
-            hint = nearest(key, _KINDS)
-            raise ConfigError(
-                f"override {override!r}: "
-                + (f"unknown key {key!r}{hint}" if separator else "expected section.key=value")
-            )
-        section, name = key.split(".")
-        if not isinstance(tree.setdefault(section, {}), dict):
-            raise ConfigError(f"override {override!r}: [{section}] is not a table in the recipe")
-        tree[section][name] = _value(text.strip())
-    return tree
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def nearest(key: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """`; did you mean X?` for the closest known key, or an empty string."""
-    name = key.rpartition(".")[2]
-    names = {full.rpartition(".")[2]: full for full in known}
-    if name in names:
-        return f"; did you mean {names[name]}?"
-    match = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    if not match:
-        close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-        match = [names[found] for found in close]
-    return f"; did you mean {match[0]}?" if match else ""
 
 
 def _explain(item: dict[str, Any]) -> str:
@@ -166,4 +133,5 @@ def _explain(item: dict[str, Any]) -> str:
         return f"{key} must be {_SHAPES[item['type']]}, got {item['input']!r}"
     got = item.get("input")
     shown = "" if isinstance(got, dict) else f", got {got!r}"
-    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}{shown}"
+    remedy = _REMEDIES.get(item["type"], "")
+    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}{shown}{remedy}"
