@@ -11,7 +11,7 @@ from rich.table import Table
 
 from phi4.config import load_recipe
 from phi4.model.shape import format_bytes, training_flops_per_token
-from phi4.plan import Plan, StageMemory, card_named, check_fit, make_plan
+from phi4.plan import Plan, StageMemory, card_named, check_fit, make_plan, recompute_mistake
 from phi4.plan.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
@@ -47,6 +47,9 @@ def plan(
     console = Console(width=150 if not sys.stdout.isatty() else None)
     console.print(_stages(planned))
     console.print(_figures(planned, host_memory * 2**30))
+    mistake = recompute_mistake(planned)
+    if mistake:
+        typer.echo(f"mistake: {mistake}\n")
     check_fit(planned)
 
 

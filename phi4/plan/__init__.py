@@ -7,5 +7,15 @@ lists what our layers save, which a test compares with autograd. Nothing here pr
 from phi4.plan.cards import CARDS, Card, card_named
 from phi4.plan.fit import check_fit
 from phi4.plan.memory import Plan, StageMemory, make_plan
+from phi4.plan.recompute import recompute_mistake
 
-__all__ = ["CARDS", "Card", "Plan", "StageMemory", "card_named", "check_fit", "make_plan"]
+__all__ = [
+    "CARDS",
+    "Card",
+    "Plan",
+    "StageMemory",
+    "card_named",
+    "check_fit",
+    "make_plan",
+    "recompute_mistake",
+]

@@ -37,6 +37,14 @@ def test_small_machine_saves_without_gathering(capsys: pytest.CaptureFixture[str
     assert "so dp, full every 5,000 steps on 512.0 GiB" in out
 
 
+def test_mistake_is_one_line_and_no_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "--gpus", "64", "recompute.granularity=selective")
+    assert (code, err) == (0, "")
+    (line,) = (line for line in out.splitlines() if line.startswith("mistake: "))
+    assert line.endswith("use recompute.granularity=none")
+    assert "mistake" not in run(capsys, "--gpus", "64")[1]
+
+
 def test_refusal_is_one_line_after_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "batch.micro_batch_size=4")
     assert code == 2
