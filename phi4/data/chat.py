@@ -12,6 +12,9 @@ from enum import StrEnum
 from phi4.data.tokenizer import Tokenizer
 from phi4.errors import DataError
 
+LOSS_FLAGS = ("weight", "loss", "loss_mask", "trainable", "train")
+"""Keys of a message that say whether the loss covers it: OpenAI's, Swift's, verl's, Axolotl's."""
+
 
 class Role(StrEnum):
     """Who speaks; phi-4 has no other roles."""
@@ -27,6 +30,8 @@ class Message:
 
     role: Role
     content: str
+    trainable: bool = True
+    """Whether its own flag, if it has one, allows a loss; of assistant turns only."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,16 @@ class Conversation:
     messages: tuple[Message, ...]
     first_learnt: int = 0
     """Index of a message; assistant turns before it are context, as in a `prompt`."""
+
+    def is_learnt(self, index: int) -> bool:
+        """Whether the loss covers a message."""
+        message = self.messages[index]
+        return message.role is Role.ASSISTANT and message.trainable and index >= self.first_learnt
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the loss covers any message."""
+        return any(map(self.is_learnt, range(len(self.messages))))
 
 
 @dataclass(frozen=True)
@@ -71,8 +86,8 @@ def encode_chat(
 ) -> ChatTokens:
     """Ids of a conversation in phi-4's format, and the assistant-only loss mask.
 
-    Learnt are the content of assistant turns and the `<|im_end|>` that closes them; headers and the
-    turns of others never are.
+    The loss covers the content of assistant turns and the `<|im_end|>` that closes them, except
+    where a turn's own flag excludes it; it never covers headers or the turns of others.
 
     Args:
         conversation: what `read_conversation` returns, or turns of one's own.
@@ -84,9 +99,8 @@ def encode_chat(
     for index, message in enumerate(conversation.messages):
         header = _header(message.role, tokenizer)
         body = [*tokenizer.encode(message.content), tokenizer.im_end_id]
-        is_learnt = message.role is Role.ASSISTANT and index >= conversation.first_learnt
         ids += header + body
-        learnt += [False] * len(header) + [is_learnt] * len(body)
+        learnt += [False] * len(header) + [conversation.is_learnt(index)] * len(body)
     if add_generation_prompt:
         header = _header(Role.ASSISTANT, tokenizer)
         ids += header
@@ -100,10 +114,12 @@ def read_conversation(row: Mapping[str, object]) -> Conversation:
     Args:
         row: `messages`, a list of `{"role", "content"}`; or `prompt` and `completion`, each a
             string (a user's and an assistant's turn) or such a list. Only the completion is learnt.
+            A message may carry one of the flags in `LOSS_FLAGS`: 0 or false excludes an assistant
+            turn from the loss, 1 or true includes it. Other turns are never included.
 
     Raises:
-        DataError: the columns are missing or malformed, a role is unknown, or no assistant turn is
-            there to be learnt.
+        DataError: the columns are missing or malformed, a role or the value of a flag is unknown,
+            or no assistant turn is left to learn.
     """
     _refuse_tools(row)
     if "messages" in row:
@@ -116,8 +132,7 @@ def read_conversation(row: Mapping[str, object]) -> Conversation:
         raise DataError(
             f"chat row has columns {_names(row)}; expected `messages`, or `prompt` and `completion`"
         )
-    learnable = conversation.messages[conversation.first_learnt :]
-    if not any(message.role is Role.ASSISTANT for message in learnable):
+    if not conversation.has_loss:
         raise DataError("chat row has no assistant turn to learn; add one or leave the row out")
     return conversation
 
@@ -130,8 +145,9 @@ def read_preference(row: Mapping[str, object]) -> PreferencePair:
             `prompt`, two lists of messages share it as their common beginning.
 
     Raises:
-        DataError: the columns are missing or malformed, a role is unknown, an answer does not end
-            with an assistant turn, or the two are equal.
+        DataError: the columns are missing or malformed, a role or the value of a flag is unknown,
+            an answer does not end with an assistant turn or has none to learn, or the two are
+            equal.
     """
     _refuse_tools(row)
     if "chosen" not in row or "rejected" not in row:
@@ -143,14 +159,17 @@ def read_preference(row: Mapping[str, object]) -> PreferencePair:
         prompt = _turns(row["prompt"], "prompt", Role.USER)
     else:
         prompt, chosen, rejected = _split_common(chosen, rejected)
-    if chosen == rejected:
+    if _spoken(chosen) == _spoken(rejected):
         raise DataError("preference row: chosen and rejected are equal; leave the row out")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer or answer[-1].role is not Role.ASSISTANT:
             raise DataError(f"preference row: {name} must end with an assistant turn; add it")
     if not prompt:
         raise DataError("preference row has no prompt; add `prompt` or common first messages")
-    return PreferencePair(prompt, chosen, rejected)
+    pair = PreferencePair(prompt, chosen, rejected)
+    if not all(conversation.has_loss for conversation in pair.conversations()):
+        raise DataError("preference row: flags exclude a whole answer; leave the row out")
+    return pair
 
 
 def _header(role: Role, tokenizer: Tokenizer) -> list[int]:
@@ -179,7 +198,24 @@ def _message(value: object, place: str) -> Message:
             f"chat {place} has role {_shown(role)}; phi-4 knows {', '.join(Role)}: rename the role "
             "or leave the row out"
         )
-    return Message(Role(role), _encodable(value["content"], place))
+    return Message(Role(role), _encodable(value["content"], place), _trainable(value, place))
+
+
+def _trainable(message: Mapping[str, object], place: str) -> bool:
+    """What the flags of a message say; True without any. Parquet gives absent keys as None."""
+    flags = {name: message[name] for name in LOSS_FLAGS if message.get(name) is not None}
+    for name, value in flags.items():
+        # 0.0 and 1.0 are what a column of integers with gaps turns into in pandas.
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise DataError(
+                f"chat {place} has {name} {_shown(value)}; expected 0, 1, false or true: a turn "
+                "is in the loss or not, fractions are not supported"
+            )
+    if len(set(map(bool, flags.values()))) > 1:
+        raise DataError(
+            f"chat {place} has {' and '.join(flags)} that contradict each other; keep one of them"
+        )
+    return all(flags.values())
 
 
 def _encodable(content: str, place: str) -> str:
@@ -199,11 +235,14 @@ def _refuse_tools(value: Mapping[str, object]) -> None:
 
 
 def _split_common(first: tuple[Message, ...], second: tuple[Message, ...]) -> tuple:
-    same = next(
-        (i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
-        min(len(first), len(second)),
-    )
+    pairs = enumerate(zip(_spoken(first), _spoken(second), strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
     return first[:same], first[same:], second[same:]
+
+
+def _spoken(messages: tuple[Message, ...]) -> list[tuple[Role, str]]:
+    """Messages without their flags."""
+    return [(message.role, message.content) for message in messages]
 
 
 def _names(row: Mapping[str, object]) -> str:

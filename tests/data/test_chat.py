@@ -9,6 +9,7 @@ from phi4.convert.hf_tokenizer import CHAT_TEMPLATE
 from phi4.data import Tokenizer, load_tokenizer
 from phi4.data.bpe import train_bpe
 from phi4.data.chat import (
+    LOSS_FLAGS,
     Conversation,
     Message,
     Role,
@@ -99,6 +100,53 @@ def test_assistant_turns_of_the_prompt_are_context() -> None:
     prompt = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
     tokens = encode_chat(read_conversation({"prompt": prompt, "completion": "d"}), SMALL)
     assert sum(tokens.learnt) == len(SMALL.encode("d")) + 1
+
+
+def learnt_text(row: dict) -> str:
+    tokens = encode_chat(read_conversation(row), SMALL)
+    return SMALL.decode([i for i, learnt in zip(tokens.ids, tokens.learnt, strict=True) if learnt])
+
+
+@pytest.mark.parametrize("flag", LOSS_FLAGS)
+@pytest.mark.parametrize(("no", "yes"), [(0, 1), (False, True), (0.0, 1.0), (0, None)])
+def test_flag_of_a_message_excludes_it_from_the_loss(flag: str, no, yes) -> None:
+    wrong = {**turn("assistant", "WRONG"), flag: no}
+    right = {**turn("assistant", "right"), flag: yes}
+    messages = [turn("user", "q"), wrong, {**turn("user", "q"), flag: yes}, right]
+    assert learnt_text({"messages": messages}) == "right<|im_end|>"
+    completion = {"prompt": "q", "completion": messages[1:]}
+    assert learnt_text(completion) == "right<|im_end|>"
+    assert learnt_text({"messages": [turn("user", "q"), right]}) == "right<|im_end|>"
+    with pytest.raises(DataError, match="no assistant turn to learn"):
+        read_conversation({"messages": [turn("user", "q"), wrong]})
+
+
+@pytest.mark.parametrize("flag", LOSS_FLAGS)
+@pytest.mark.parametrize("value", [0.5, 2, -1, "0", "false", [0], [0, 1, 1], float("nan")])
+def test_flag_of_another_value_is_refused_with_its_place(flag: str, value) -> None:
+    flagged = {**turn("assistant", "x"), flag: value}
+    with pytest.raises(DataError, match=rf"messages\[1\] has {flag} .*; expected 0, 1, false or "):
+        read_conversation({"messages": [turn("user", "q"), flagged]})
+
+
+def test_flags_that_contradict_each_other_are_refused() -> None:
+    flagged = {**turn("assistant", "x"), "weight": 1, "trainable": False}
+    with pytest.raises(DataError, match=r"messages\[0\] has weight and trainable that contradict"):
+        read_conversation({"messages": [flagged]})
+
+
+def test_flags_of_a_preference_row() -> None:
+    draft = {**turn("assistant", "draft"), "weight": 0}
+    chosen, rejected = [draft, turn("assistant", "good")], [draft, turn("assistant", "bad")]
+    pair = read_preference({"prompt": "q", "chosen": chosen, "rejected": rejected})
+    assert [pair.conversations()[0].is_learnt(index) for index in range(3)] == [False, False, True]
+    flagged = {**turn("assistant", "good"), "weight": 0}
+    for row, message in (
+        ({"chosen": [flagged], "rejected": "bad"}, "flags exclude a whole answer"),
+        ({"chosen": [flagged], "rejected": "good"}, "are equal"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_preference({"prompt": "q", **row})
 
 
 def test_preference_rows_in_all_forms() -> None:
