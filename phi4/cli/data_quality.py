@@ -19,17 +19,30 @@ from phi4.data.decontaminate.items import self_test_text
 from phi4.data.decontaminate.rule import default_thresholds
 from phi4.data.decontaminate.run import Tally
 from phi4.data.decontaminate.self_test import report, run_self_test
-from phi4.data.quality.filter import Filter, learn_from_rows, load_identify
-from phi4.data.quality.rows import parse, read_lines, text_of
-from phi4.data.quality.screen import MAX_BAD_ROWS, Screened, screen
+from phi4.data.quality.filter import (
+    ACCEPTED_SHARE,
+    CorruptionLimit,
+    Filter,
+    learn_from_rows,
+    load_identify,
+)
+from phi4.data.quality.inputs import list_inputs
+from phi4.data.quality.outputs import QUARANTINE
+from phi4.data.quality.rows import RowFormat, parse, read_lines, text_of
+from phi4.data.quality.screen import MAX_BAD_ROWS, Rule, Screened, screen
 from phi4.errors import DataError
 
-Inputs = Annotated[list[Path] | None, typer.Argument(help="Rows, .jsonl, .jsonl.gz or .jsonl.zst.")]
-RequiredInputs = Annotated[
-    list[Path], typer.Argument(help="Rows, .jsonl, .jsonl.gz or .jsonl.zst.")
+_INPUTS_HELP = "jsonl (.gz, .zst), parquet, directories of them."
+Inputs = Annotated[list[Path] | None, typer.Argument(help=_INPUTS_HELP)]
+RequiredInputs = Annotated[list[Path], typer.Argument(help=_INPUTS_HELP)]
+RequiredOut = Annotated[
+    Path, typer.Option("--out", help="Directory for the kept rows and quarantine.rejects.")
 ]
-RequiredOut = Annotated[Path, typer.Option("--out", help="Directory for rows and quarantine.")]
-Out = Annotated[Path | None, typer.Option(help="Directory for rows, quarantine and report.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Directory for the kept rows, quarantine.rejects and decontaminate.report."),
+]
+TextField = Annotated[str, typer.Option(help="Column of the text.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 MaxBadRows = Annotated[int, typer.Option(min=0, help="Unreadable rows that stop the job.")]
 
@@ -43,7 +56,9 @@ def register(app: typer.Typer) -> None:
 
 def decontaminate_command(
     inputs: Inputs = None,
-    benchmark: Annotated[list[Path] | None, typer.Option(help="Items, jsonl; repeatable.")] = None,
+    benchmark: Annotated[
+        list[Path] | None, typer.Option(help="Items, in the same forms; repeatable.")
+    ] = None,
     out: Out = None,
     reference: Annotated[
         list[Path] | None,
@@ -55,6 +70,7 @@ def decontaminate_command(
     normalisation: Annotated[str, typer.Option(help=" or ".join(NORMALISATIONS))] = "robust",
     info: Annotated[float | None, typer.Option(help="7-gram share of a partial match.")] = None,
     contaminated: Annotated[float | None, typer.Option(help="... of a contaminated row.")] = None,
+    text_field: TextField = "text",
     workers: Workers = 1,
     max_bad_rows: MaxBadRows = MAX_BAD_ROWS,
     self_test: Annotated[
@@ -67,8 +83,10 @@ def decontaminate_command(
     """Keep benchmark items out: the report's 13-gram and 7-gram rule, or a test of it."""
     thresholds = _thresholds(normalisation, info, contaminated)
     items = read_benchmarks(benchmark or [])
+    rows = RowFormat(text_field)
     if self_test:
-        clean = [text_of(parse(line)) for line in read_lines(inputs or [])]
+        paths = [item.path for item in list_inputs(inputs or [])]
+        clean = [text_of(parse(line), rows) for line in read_lines(paths, rows)]
         _echo_self_test(clean, items, normalisation, thresholds)
         return
     if not inputs or not items or out is None:
@@ -78,9 +96,9 @@ def decontaminate_command(
     start = time.monotonic()
     detector = Detector(items, normalisation, thresholds)
     if reference:
-        learn_allowed(detector, reference, allow_from, workers)
+        learn_allowed(detector, reference, allow_from, row_format=rows, num_workers=workers)
     screened, tally = decontaminate(
-        inputs, detector, out, num_workers=workers, max_bad_rows=max_bad_rows
+        inputs, detector, out, row_format=rows, num_workers=workers, max_bad_rows=max_bad_rows
     )
     typer.echo(_benchmark_table(tally))
     if reference:
@@ -96,6 +114,7 @@ def deduplicate_command(
         float, typer.Option(help="Share of common 5-word shingles of a near duplicate.")
     ] = 0.8,
     exact: Annotated[bool, typer.Option(help="Find equal texts only.")] = False,
+    text_field: TextField = "text",
     workers: Workers = 1,
     max_bad_rows: MaxBadRows = MAX_BAD_ROWS,
 ) -> None:
@@ -108,8 +127,8 @@ def deduplicate_command(
     screened = screen(
         inputs,
         out,
-        duplicates.sketcher(),
-        duplicates.decide,
+        Rule(duplicates.sketcher(), duplicates.decide),
+        row_format=RowFormat(text_field),
         num_workers=workers,
         max_bad_rows=max_bad_rows,
     )
@@ -126,23 +145,45 @@ def filter_command(
     max_deviations: Annotated[
         float, typer.Option(help="Deviations from the median at which text is corrupted.")
     ] = 8.0,
+    accept_share: Annotated[
+        float, typer.Option(help="Share of corrupted texts above which nothing is kept.")
+    ] = ACCEPTED_SHARE,
     identify: Annotated[
         str | None, typer.Option(help="module:function from a text to its language code.")
     ] = None,
     languages: Annotated[str, typer.Option(help="Codes to keep, separated by commas.")] = "",
+    text_field: TextField = "text",
     workers: Workers = 1,
     max_bad_rows: MaxBadRows = MAX_BAD_ROWS,
 ) -> None:
-    """Take out corrupted text, by n-gram statistics and compression, and foreign languages."""
+    """Take out corrupted text, by n-gram statistics and compression, and foreign languages.
+
+    Without --reference normal is what most of the inputs are, so nothing is kept where more than
+    --accept-share of the texts differ from it: most of them may be the corrupted ones.
+    """
     start = time.monotonic()
+    rows = RowFormat(text_field)
     keep = Filter(
-        learn_from_rows(reference or inputs),
+        learn_from_rows(reference or inputs, rows),
         max_deviations,
         load_identify(identify) if identify else None,
         frozenset(code.strip() for code in languages.split(",") if code.strip()),
     )
+    look = f"look at {out / QUARANTINE}.part"
+    if reference:
+        remedy = f"{look}, then take a reference that is like the inputs, or raise --accept-share"
+    else:
+        remedy = (
+            "normal was learnt from the inputs themselves, which is wrong where many of them are "
+            f"corrupted; {look}, then give --reference FILE of good text, or raise --accept-share"
+        )
     screened = screen(
-        inputs, out, keep.analyse, keep.decide, num_workers=workers, max_bad_rows=max_bad_rows
+        inputs,
+        out,
+        CorruptionLimit(keep, accept_share, remedy).rule(),
+        row_format=rows,
+        num_workers=workers,
+        max_bad_rows=max_bad_rows,
     )
     _echo_screened(screened, out, start)
 

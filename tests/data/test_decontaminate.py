@@ -213,7 +213,7 @@ def test_command_splits_rows_and_counts_benchmarks(tmp_path: Path, num_workers: 
     screened, tally = decontaminate([source], detector, out, num_workers=num_workers)
     lines = source.read_bytes().splitlines()
     assert (out / "rows.jsonl").read_bytes().splitlines() == [lines[i] for i in (0, 2, 4, 10)]
-    held = read(out / "quarantine.jsonl")
+    held = read(out / "quarantine.rejects")
     assert [row["line"] for row in held] == [2, 4, 6, 7, 8, 9, 10]
     assert [row["reason"] for row in held][:4] == [
         *["13-gram match"] * 2,
@@ -224,7 +224,7 @@ def test_command_splits_rows_and_counts_benchmarks(tmp_path: Path, num_workers: 
     assert {match["benchmark"] for match in held[1]["matches"]} == {"quiz", "sums"}
     assert held[0]["matches"][0]["ngrams"][0] == text_of_words(0, 13)
     assert screened.num_kept == 4 and screened.rejected == {"13-gram match": 2, "bad row": 5}
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((out / "decontaminate.report").read_text())
     quiz, sums = report["benchmarks"]["quiz"], report["benchmarks"]["sums"]
     assert (quiz["rows_13gram"], quiz["items_found"], quiz["num_too_short"]) == (2, [1], 1)
     assert (sums["rows_13gram"], sums["rows_partial"], sums["num_items"]) == (1, 1, 1)
@@ -259,10 +259,10 @@ def test_bad_benchmark_is_one_clear_line(tmp_path: Path, content: bytes, message
 
 
 def test_two_benchmarks_of_one_name(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    paths = [rows(tmp_path / "b.jsonl", "x"), rows(tmp_path / "a" / "b.jsonl", "x")]
-    with pytest.raises(DataError, match="two benchmark files are called b"):
-        read_benchmarks(paths)
+    for directory in ("a", "b"):
+        (tmp_path / directory).mkdir()
+    paths = [rows(tmp_path / directory / "quiz.jsonl", "x") for directory in ("a", "b")]
+    assert [item.benchmark for item in read_benchmarks(paths)] == ["a/quiz", "b/quiz"]
 
 
 def test_bad_settings() -> None:

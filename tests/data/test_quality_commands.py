@@ -1,6 +1,8 @@
 """`phi4 data decontaminate`, `deduplicate` and `filter` from the command line."""
 
+import base64
 import json
+import random
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -48,7 +50,7 @@ def test_decontaminate(app: typer.Typer, tmp_path: Path) -> None:
     assert "4 13-grams of the benchmarks are on the allow-list" in printed
     # Allowed are 13-grams only: the row shares all of its 7-grams.
     assert "2 rows, 1 kept; quarantined: 1 7-gram match" in printed
-    report = json.loads((tmp_path / "allowed" / "report.json").read_text())
+    report = json.loads((tmp_path / "allowed" / "decontaminate.report").read_text())
     words = SENTENCE.split()
     expected = {" ".join(words[start : start + 13]) for start in range(len(words) - 12)}
     assert set(report["allowed_13grams"]) == expected
@@ -92,9 +94,60 @@ def test_filter(app: typer.Typer, tmp_path: Path) -> None:
     texts = [topics[name] for name in sorted(topics)]
     normal = rows(tmp_path / "normal.jsonl", *texts)
     source = rows(tmp_path / "rows.jsonl", texts[0], "0123456789abcdef" * 20, "kurz")
-    common = ("filter", source, "--reference", normal)
+    common = ("filter", source, "--reference", normal, "--accept-share", "0.5")
     printed = run(app, *common, "--out", tmp_path / "out")
     assert "3 rows, 2 kept; quarantined: 1 " in printed
     language = ("--identify", "phi4.data.decontaminate.normalise:paper", "--languages", "en")
     with pytest.raises(DataError, match=r"paper gave \[.* expected a language code"):
         run(app, *common, "--out", tmp_path / "wrong", *language)
+
+
+def test_text_field_of_rows_and_reference(app: typer.Typer, tmp_path: Path) -> None:
+    normal = rows(tmp_path / "normal.jsonl", *topics.values())
+    source = tmp_path / "rows.jsonl"
+    for path in (normal, source):
+        text = normal.read_text().replace('{"text": ', '{"content": ')
+        path.write_text(text)
+    common = (source, "--out")
+    with pytest.raises(DataError, match=r"all \d+ rows are bad .*--text-field"):
+        run(app, "deduplicate", *common, tmp_path / "none")
+    field = ("--text-field", "content")
+    bench = rows(tmp_path / "bench.jsonl", SENTENCE)
+    for number, command in enumerate(
+        (
+            ("deduplicate",),
+            ("decontaminate", "--benchmark", bench, "--reference", normal),
+            ("filter", "--reference", normal),
+        )
+    ):
+        printed = run(app, *command, *field, *common, tmp_path / str(number))
+        assert "bad row" not in printed and " 0 kept" not in printed
+
+
+def test_filter_that_learnt_from_corrupted_inputs_keeps_nothing(
+    app: typer.Typer, tmp_path: Path
+) -> None:
+    passages = [text[:800] for text in topics.values() if len(text) > 800]
+    noise = (random.Random(i).randbytes(600) for i in range(2 * len(passages)))
+    garbage = [base64.b64encode(raw).decode() for raw in noise]
+    mixed = rows(tmp_path / "mixed.jsonl", *passages, *garbage)
+    refusal = (
+        rf"{len(passages)} of {3 * len(passages)} texts would be quarantined as corrupted "
+        r"\(\d+ .*compression ratio.*\), accepted are 10%; nothing was kept: normal was learnt "
+        r"from the inputs .*quarantine\.rejects\.part, then give --reference .*--accept-share"
+    )
+    with pytest.raises(DataError, match=refusal):
+        run(app, "filter", mixed, "--out", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["quarantine.rejects.part"]
+    normal = rows(tmp_path / "normal.jsonl", *passages)
+    learnt = ("--reference", normal, "--accept-share", "0.7")
+    run(app, "filter", mixed, "--out", tmp_path / "out", *learnt)
+    kept = [json.loads(line)["text"] for line in (tmp_path / "out/mixed.jsonl").open()]
+    assert kept == passages
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1.1"])
+def test_accepted_share_is_a_share(app: typer.Typer, tmp_path: Path, share: str) -> None:
+    normal = rows(tmp_path / "normal.jsonl", *topics.values())
+    with pytest.raises(DataError, match=r"accepted share .*; expected 0 to 1"):
+        run(app, "filter", normal, "--out", tmp_path / "out", "--accept-share", share)

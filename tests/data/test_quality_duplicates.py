@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi4.data.quality.duplicates import Duplicates, sketch
-from phi4.data.quality.screen import screen
+from phi4.data.quality.screen import Rule, screen
 from phi4.errors import DataError, PlatformError
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
@@ -38,9 +38,9 @@ def deduplicate(tmp_path: Path, texts: list[str], similarity: float | None = 0.8
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
     duplicates = Duplicates(similarity)
-    screen([source], tmp_path / "out", duplicates.sketcher(), duplicates.decide, **options)
+    screen([source], tmp_path / "out", Rule(duplicates.sketcher(), duplicates.decide), **options)
     kept = [json.loads(line)["text"] for line in (tmp_path / "out/rows.jsonl").open()]
-    return kept, [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").open()]
+    return kept, [json.loads(line) for line in (tmp_path / "out/quarantine.rejects").open()]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

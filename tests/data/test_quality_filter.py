@@ -11,7 +11,7 @@ import pytest
 from phi4.data.decontaminate.items import passages
 from phi4.data.quality.corruption import WINDOW_BYTES, Profile, learn_profile
 from phi4.data.quality.filter import Filter, learn_from_rows, load_identify
-from phi4.data.quality.screen import screen
+from phi4.data.quality.screen import Rule, screen
 from phi4.errors import DataError
 
 TOPICS = [topics[name] for name in sorted(topics)]
@@ -94,8 +94,8 @@ def test_rows_are_filtered_with_reasons(tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*normal, *bad]))
     keep = Filter(learn_from_rows([source]))
-    outcome = screen([source], tmp_path / "out", keep.analyse, keep.decide, num_workers=2)
-    held = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").open()]
+    outcome = screen([source], tmp_path / "out", Rule(keep.analyse, keep.decide), num_workers=2)
+    held = [json.loads(line) for line in (tmp_path / "out/quarantine.rejects").open()]
     assert {"low compression ratio", "high bits per byte"} <= set(outcome.rejected)
     assert [row["reason"] for row in held[-2:]] == ["low compression ratio", "high bits per byte"]
     assert all(abs(row["deviations"]) > 8 and row["start_byte"] in (0, 2048) for row in held[-2:])
@@ -106,8 +106,8 @@ def test_languages_are_what_the_callable_says(tmp_path: Path, profile: Profile) 
     source = tmp_path / "rows.jsonl"
     source.write_text('{"text": "alpha"}\n{"text": "beta"}\n')
     keep = Filter(profile, identify=first_letter, languages=frozenset({"a-language"}))
-    outcome = screen([source], tmp_path / "out", keep.analyse, keep.decide)
-    (held,) = (json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").open())
+    outcome = screen([source], tmp_path / "out", Rule(keep.analyse, keep.decide))
+    (held,) = (json.loads(line) for line in (tmp_path / "out/quarantine.rejects").open())
     assert outcome.num_kept == 1
     assert (held["line"], held["reason"], held["language"]) == (2, "other language", "other")
 

@@ -1,9 +1,10 @@
-"""Benchmark items from local jsonl files, whatever their columns are called."""
+"""Benchmark items from local files of rows, whatever their columns are called."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from phi4.data.quality.inputs import list_inputs
 from phi4.data.quality.rows import parse, read_lines
 from phi4.errors import DataError
 
@@ -19,7 +20,7 @@ class Item:
     """One benchmark item.
 
     Attributes:
-        benchmark: the file's name without its suffix.
+        benchmark: the file's name without its suffix, see `list_inputs`.
         number: of its line, from 1.
         text: all its strings, a line each.
     """
@@ -30,30 +31,27 @@ class Item:
 
 
 def read_benchmarks(paths: Iterable[Path]) -> list[Item]:
-    """Items of jsonl files; the text of a row is every string in it but identifiers and labels.
+    """Items of files of rows; the text of a row is every string in it but identifiers and labels.
 
     Raises:
         DataError: a file cannot be read, a line is no JSON object or holds no text, two files have
             one name, or a file is empty.
     """
     items: list[Item] = []
-    names: set[str] = set()
-    for path in map(Path, paths):
-        name = path.name.partition(".jsonl")[0]
-        if name in names:
-            raise DataError(f"two benchmark files are called {name}; rename one")
-        names.add(name)
+    for file in list_inputs(paths):
         start = len(items)
-        for line in read_lines([path]):
+        for line in read_lines([file.path]):
             try:
                 strings = [text for text in _strings(parse(line)) if text.strip()]
             except DataError as error:
-                raise DataError(f"{path}, line {line.number}: {error}; mend the file") from None
+                raise DataError(
+                    f"{file.path}, line {line.number}: {error}; repair the file"
+                ) from None
             if not strings:
-                raise DataError(f"{path}, line {line.number}: no text; remove the line")
-            items.append(Item(name, line.number, "\n".join(strings)))
+                raise DataError(f"{file.path}, line {line.number}: no text; remove the line")
+            items.append(Item(file.name, line.number, "\n".join(strings)))
         if len(items) == start:
-            raise DataError(f"{path} has no items; leave it out or give the right file")
+            raise DataError(f"{file.path} has no items; leave it out or give the right file")
     return items
 
 

@@ -1,4 +1,4 @@
-"""Decontamination of jsonl files: the rule over a stream of rows, with a count per benchmark."""
+"""Decontamination of files of rows: the rule over a stream of them, with a count per benchmark."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,14 @@ import numpy as np
 
 from phi4.data.decontaminate.benchmark import Item
 from phi4.data.decontaminate.rule import Detector, Finding, Match, Verdict
-from phi4.data.quality.rows import Line, RowError
-from phi4.data.quality.screen import MAX_BAD_ROWS, Rejection, Screened, analyse_rows, screen
+from phi4.data.quality.inputs import list_inputs
+from phi4.data.quality.outputs import writing
+from phi4.data.quality.rows import DEFAULT_FORMAT, Line, RowError, RowFormat
+from phi4.data.quality.screen import MAX_BAD_ROWS, Rejection, Rule, Screened, analyse_rows, screen
 from phi4.errors import DataError
 
-REPORT = "report.json"
+REPORT = "decontaminate.report"
+"""JSON; like the quarantine under a suffix that no search takes for rows."""
 _LISTED_MATCHES = 20
 
 
@@ -74,7 +77,12 @@ class Tally:
 
 
 def learn_allowed(
-    detector: Detector, reference: Sequence[Path], min_texts: int, num_workers: int = 1
+    detector: Detector,
+    reference: Sequence[Path],
+    min_texts: int,
+    *,
+    row_format: RowFormat = DEFAULT_FORMAT,
+    num_workers: int = 1,
 ) -> None:
     """Put the 13-grams on the allow-list that several rows of a reference corpus have.
 
@@ -83,9 +91,12 @@ def learn_allowed(
     """
 
     def grams() -> Iterator[np.ndarray]:
-        for line, result in analyse_rows(reference, detector.long_grams, num_workers=num_workers):
+        paths = [item.path for item in list_inputs(reference)]
+        for line, result in analyse_rows(
+            paths, detector.long_grams, row_format=row_format, num_workers=num_workers
+        ):
             if isinstance(result, RowError):
-                raise DataError(f"{line.path}, line {line.number}: {result}; mend the reference")
+                raise DataError(f"{line.path}, line {line.number}: {result}; repair the reference")
             yield result
 
     detector.allow_common(grams(), min_texts)
@@ -96,27 +107,29 @@ def decontaminate(
     detector: Detector,
     directory: Path,
     *,
+    row_format: RowFormat = DEFAULT_FORMAT,
     num_workers: int = 1,
     max_bad_rows: int = MAX_BAD_ROWS,
 ) -> tuple[Screened, Tally]:
-    """Write clean rows, quarantined rows and report.json to a directory.
+    """Write clean rows, quarantined rows and a report to a directory.
 
     Quarantined rows carry the finding and the n-grams they share with which item. Memory holds the
     index of the benchmarks, once per process, and a few batches of rows.
 
     Raises:
-        DataError: see `screen`.
+        DataError, DiskFullError: see `screen`.
     """
     tally = Tally(detector)
     screened = screen(
         inputs,
         directory,
-        detector.check,
-        tally.decide,
+        Rule(detector.check, tally.decide),
+        row_format=row_format,
         num_workers=num_workers,
         max_bad_rows=max_bad_rows,
     )
-    (directory / REPORT).write_text(_report(detector, screened, tally), encoding="utf-8")
+    with writing(directory / REPORT):
+        (directory / REPORT).write_text(_report(detector, screened, tally), encoding="utf-8")
     return screened, tally
 
 

@@ -1,8 +1,7 @@
 """Screens of rows before they become tokens: duplicates, corrupted text, languages.
 
 Every screen is the same stream: rows are read line by line, analysed in parallel, decided on in
-their order. A row leaves by exactly one of two doors, unchanged into the output or with its reason
-into the quarantine file.
+their order. A row goes either unchanged into the output or with its reason into the quarantine.
 """
 
 from phi4.data.quality.rows import RowError, read_lines, text_of

@@ -1,18 +1,50 @@
 """Rows in raw form for the screens: lines, and the text that a line holds.
 
 Reading and parsing are apart, so that one process can read while others parse; a bad line is a
-value with a reason, never an exception that ends the stream and never a skip.
+value with a reason, never an exception that ends the stream and never a skip. A row of parquet is
+the line of JSON that it would be.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from phi4.data import lines
-from phi4.data.lines import LINE_SUFFIXES, MAX_ROW_BYTES, RowError
+from phi4.data.lines import MAX_ROW_BYTES, RowError
+from phi4.data.quality.inputs import PARQUET_SUFFIX
 from phi4.errors import DataError
 
-_TEXT_COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected")
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
+_CHAT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
+_BATCH_BYTES = 8 << 20
+_BATCH_ROWS = 64  # the metadata undercount texts that repeat and lie in a dictionary
+_SHOWN_BYTES = 1000
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How rows are read.
+
+    Attributes:
+        text_field: column of the text.
+        max_bytes: longer rows are bad, and never held in memory where the file is one of lines.
+    """
+
+    text_field: str = "text"
+    max_bytes: int = MAX_ROW_BYTES
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Columns that hold what a model would read."""
+        return (self.text_field, *_CHAT_COLUMNS)
+
+
+DEFAULT_FORMAT = RowFormat()
 
 
 @dataclass(frozen=True)
@@ -21,7 +53,7 @@ class Line:
 
     Attributes:
         path: the input.
-        number: of the line, from 1.
+        number: of the line or the row of parquet, from 1.
         raw: its bytes without the line break; of a line over the limit, the first ones only.
         num_bytes: its real length.
     """
@@ -32,44 +64,49 @@ class Line:
     num_bytes: int
 
 
-def read_lines(paths: Iterable[Path], max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Line]:
-    """Lines of jsonl files in their order; blank lines are left out.
+def read_lines(paths: Iterable[Path], row_format: RowFormat = DEFAULT_FORMAT) -> Iterator[Line]:
+    """Lines of files of rows in their order; blank lines are left out.
 
-    At most `max_row_bytes` of a line are ever in memory.
+    At most `row_format.max_bytes` of a line, and a batch of 8 MB of parquet, are ever in memory.
 
     Raises:
-        DataError: a file cannot be read or is not jsonl, plain, .gz or .zst.
+        DataError: a file cannot be read, or its text is bytes.
     """
     for path in map(Path, paths):
-        if not path.name.endswith(LINE_SUFFIXES):
-            raise DataError(
-                f"{path} is none of {', '.join(LINE_SUFFIXES)}; write the rows as jsonl"
-            )
-        with lines.reading(path), lines.open_lines(path) as stream:
-            read = lines.read_lines(stream, max_row_bytes)
-            for number, (raw, num_bytes) in enumerate(read, start=1):
-                if raw.strip():
-                    yield Line(path, number, raw, num_bytes)
+        with lines.reading(path):
+            if path.name.endswith(PARQUET_SUFFIX):
+                yield from _parquet_lines(path, row_format)
+                continue
+            with lines.open_lines(path) as stream:
+                read = lines.read_lines(stream, row_format.max_bytes)
+                for number, (raw, num_bytes) in enumerate(read, start=1):
+                    if raw.strip():
+                        yield Line(path, number, raw, num_bytes)
 
 
-def parse(line: Line, max_row_bytes: int = MAX_ROW_BYTES) -> dict[str, object]:
+def parse(line: Line, row_format: RowFormat = DEFAULT_FORMAT) -> dict[str, object]:
     """The JSON object of a line.
 
     Raises:
         RowError: the line is too long, not UTF-8, or not a JSON object.
     """
-    return lines.parse_row(line.raw, line.num_bytes, max_row_bytes)
+    return lines.parse_row(line.raw, line.num_bytes, row_format.max_bytes)
 
 
-def text_of(row: Mapping[str, object]) -> str:
-    """All that a model would read of a row: `text`, or the contents of its chat columns.
+def text_of(row: Mapping[str, object], row_format: RowFormat = DEFAULT_FORMAT) -> str:
+    """All that a model would read of a row: its text, or the contents of its chat columns.
 
     Raises:
         RowError: no text is there, or it has NUL.
     """
-    parts = [part for name in _TEXT_COLUMNS for part in _strings(row.get(name), name)]
+    columns = row_format.text_columns
+    parts = [
+        part
+        for name in columns
+        for part in _strings(row.get(name), name, may_be_list=name in _CHAT_COLUMNS)
+    ]
     if not parts:
-        raise RowError(f"none of {', '.join(_TEXT_COLUMNS)} holds text")
+        raise RowError(f"none of {', '.join(columns)} holds text")
     text = "\n".join(parts)
     if "\0" in text:
         raise RowError(f"NUL at character {text.index(chr(0))}")
@@ -81,12 +118,12 @@ def shown(line: Line) -> str:
     return line.raw.decode("utf-8", "backslashreplace")
 
 
-def _strings(value: object, name: str) -> Iterator[str]:
+def _strings(value: object, name: str, may_be_list: bool) -> Iterator[str]:
     if value is None:
         return
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list) and name != "text":
+    elif isinstance(value, list) and may_be_list:
         for message in value:
             content = message.get("content") if isinstance(message, dict) else None
             if not isinstance(content, str):
@@ -94,3 +131,42 @@ def _strings(value: object, name: str) -> Iterator[str]:
             yield content
     else:
         raise RowError(f"{name} is {type(value).__name__}, not text")
+
+
+def _parquet_lines(path: Path, row_format: RowFormat) -> Iterator[Line]:
+    lines.arrow(str(path))
+    from pyarrow import types
+    from pyarrow.parquet import ParquetFile
+
+    # Read in pieces: by default a whole row group is read ahead.
+    with ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        for column in file.schema_arrow:
+            # JSON would hold such bytes as base64, which no screen could tell from text.
+            is_bytes = types.is_binary(column.type) or types.is_large_binary(column.type)
+            if is_bytes and column.name in row_format.text_columns:
+                raise DataError(f"{path}: column {column.name} is {column.type}; write strings")
+        number = 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group)
+            row_bytes = size.total_byte_size // max(1, size.num_rows) + 1
+            num_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
+            for batch in file.iter_batches(num_rows, row_groups=[group]):
+                for raw in _json_rows(batch):
+                    number += 1
+                    too_long = len(raw) > row_format.max_bytes
+                    yield Line(path, number, raw[:_SHOWN_BYTES] if too_long else raw, len(raw))
+
+
+def _json_rows(batch: "RecordBatch") -> Iterator[bytes]:
+    """Rows as JSON; one that is not UTF-8 as the bytes that are not, which nothing can parse."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            yield error.object
+        else:
+            for index in range(batch.num_rows):
+                yield from _json_rows(batch.slice(index, 1))
+    else:
+        for row in rows:
+            yield msgspec.json.encode(row, enc_hook=str)

@@ -11,15 +11,24 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Generic, TypeVar
 
-from phi4.data.quality.rows import MAX_ROW_BYTES, Line, RowError, parse, read_lines, shown, text_of
+from phi4.data.quality.inputs import list_inputs
+from phi4.data.quality.outputs import QUARANTINE, Outputs
+from phi4.data.quality.rows import (
+    DEFAULT_FORMAT,
+    Line,
+    RowError,
+    RowFormat,
+    parse,
+    read_lines,
+    shown,
+    text_of,
+)
 from phi4.errors import DataError
 
-QUARANTINE = "quarantine.jsonl"
 BAD_ROW = "bad row"
 MAX_BAD_ROWS = 1000
 
@@ -58,56 +67,84 @@ class Screened:
         return f"{self.num_rows} rows, {self.num_kept} kept{out}"
 
 
+def _accept() -> None:
+    """Any outcome."""
+
+
+@dataclass(frozen=True)
+class Rule(Generic[Analysis]):
+    """What a screen looks for.
+
+    Attributes:
+        analyse: of a text; picklable where there are worker processes.
+        decide: called once per readable row, in input order, with the line it comes from.
+        conclude: called when all rows are through; raises DataError where the outcome is not to be
+            trusted, and nothing is kept.
+    """
+
+    analyse: Callable[[str], Analysis]
+    decide: Callable[[Analysis, Line], Rejection | None]
+    conclude: Callable[[], None] = _accept
+
+
 def screen(
     inputs: Sequence[Path],
     directory: Path,
-    analyse: Callable[[str], Analysis],
-    decide: Callable[[Analysis, Line], Rejection | None],
+    rule: Rule,
     *,
+    row_format: RowFormat = DEFAULT_FORMAT,
     num_workers: int = 1,
-    max_row_bytes: int = MAX_ROW_BYTES,
     max_bad_rows: int = MAX_BAD_ROWS,
 ) -> Screened:
-    """Write each input's accepted rows to `directory/NAME.jsonl`, the others to quarantine.jsonl.
+    """Write each input's accepted rows to `directory/NAME.jsonl`, the others into quarantine.
 
-    Accepted rows keep their bytes. Files get their names when all rows are through, so a job that
-    dies leaves none that looks complete.
+    Accepted rows keep their bytes; those of parquet become lines of JSON. Files get their names
+    when all rows are through, so a job that dies leaves none that looks complete.
 
     Args:
-        inputs: .jsonl files, plain, .gz or .zst.
+        inputs: .jsonl files, plain, .gz or .zst, .parquet, directories of them; see `list_inputs`
+            for their names.
         directory: made when missing; must hold no output of these names.
-        analyse: picklable when num_workers > 1.
-        decide: called once per readable row, in input order, with the line it comes from.
+        rule: what is kept out.
+        row_format: longer rows are quarantined.
         num_workers: processes that analyse; 1 analyses in this one.
-        max_row_bytes: longer lines are quarantined without being read into memory.
         max_bad_rows: rows that cannot be read, beyond which the job stops.
 
     Raises:
-        DataError: an input cannot be read, too many rows are bad, two inputs have one name, an
-            output exists, or a worker died.
+        DataError: an input cannot be read, too many rows or all are bad, two inputs have one name,
+            an output exists or cannot be written, the rule refuses the outcome, or a worker died.
+        DiskFullError: no room is left for the output.
     """
     outcome = Screened()
-    with _outputs(inputs, directory) as (doors, quarantine):
+    files = list_inputs(inputs)
+    with Outputs(files, directory) as outputs:
+        paths = [item.path for item in files]
         for line, result in analyse_rows(
-            inputs, analyse, num_workers=num_workers, max_row_bytes=max_row_bytes
+            paths, rule.analyse, row_format=row_format, num_workers=num_workers
         ):
             if isinstance(result, RowError):
                 rejection, reason = Rejection(str(result)), BAD_ROW
             else:
-                rejection = decide(result, line)
+                rejection = rule.decide(result, line)
                 reason = rejection.reason if rejection else ""
             if rejection is None:
                 outcome.num_kept += 1
-                doors[line.path].write(line.raw + b"\n")
+                outputs.keep(line.path, line.raw)
             else:
                 outcome.rejected[reason] += 1
-                quarantine.write(_quarantined(line, rejection))
+                outputs.hold(_quarantined(line, rejection))
                 if outcome.rejected[BAD_ROW] > max_bad_rows:
                     raise DataError(
                         f"{outcome.rejected[BAD_ROW]} rows are bad, at most {max_bad_rows} are "
-                        f"allowed; see {directory / QUARANTINE}.part, then mend the inputs or "
-                        "raise --max-bad-rows"
+                        f"allowed; see {directory / QUARANTINE}.part, then repair the inputs, name "
+                        "the column with --text-field, or raise --max-bad-rows"
                     )
+        if 0 < outcome.num_rows == outcome.rejected[BAD_ROW]:
+            raise DataError(
+                f"all {outcome.num_rows} rows are bad ({rejection.reason}); name the column of the "
+                "text with --text-field"
+            )
+        rule.conclude()
     return outcome
 
 
@@ -115,22 +152,22 @@ def analyse_rows(
     inputs: Sequence[Path],
     analyse: Callable[[str], Analysis],
     *,
+    row_format: RowFormat = DEFAULT_FORMAT,
     num_workers: int = 1,
-    max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Iterator[tuple[Line, Analysis | RowError]]:
     """Each line of the inputs in order, with the analysis of its text or why there is none.
 
     Raises:
         DataError: an input cannot be read, or a worker died.
     """
-    batches = _batches(read_lines(inputs, max_row_bytes))
+    batches = _batches(read_lines(inputs, row_format))
     if num_workers <= 1:
         for batch in batches:
-            yield from zip(batch, _analyse(batch, analyse, max_row_bytes), strict=True)
+            yield from zip(batch, _analyse(batch, analyse, row_format), strict=True)
         return
     # Spawned, not forked: a fork of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, _keep, (analyse, max_row_bytes)) as pool:
+    with ProcessPoolExecutor(num_workers, context, _keep, (analyse, row_format)) as pool:
         try:
             for batch, results in _in_order(pool, batches, num_workers * _BATCHES_PER_WORKER):
                 yield from zip(batch, results, strict=True)
@@ -138,28 +175,6 @@ def analyse_rows(
             raise DataError(
                 "a worker process died, most likely for lack of memory; use fewer workers"
             ) from None
-
-
-@contextmanager
-def _outputs(
-    inputs: Sequence[Path], directory: Path
-) -> Iterator[tuple[dict[Path, BinaryIO], BinaryIO]]:
-    names = {path: path.name.partition(".jsonl")[0] + ".jsonl" for path in map(Path, inputs)}
-    taken = Counter([*names.values(), QUARANTINE])
-    twice = next((name for name, count in taken.items() if count > 1), None)
-    if twice is not None:
-        raise DataError(f"two outputs would be called {twice}; rename an input or split the call")
-    targets = [directory / name for name in taken]
-    existing = next((target for target in targets if target.exists()), None)
-    if existing is not None:
-        raise DataError(f"{existing} exists; give another output directory or remove it")
-    directory.mkdir(parents=True, exist_ok=True)
-    parts = [target.with_name(target.name + ".part") for target in targets]
-    with ExitStack() as stack:
-        *doors, quarantine = [stack.enter_context(part.open("wb")) for part in parts]
-        yield dict(zip(names, doors, strict=True)), quarantine
-    for part, target in zip(parts, targets, strict=True):
-        part.rename(target)
 
 
 def _quarantined(line: Line, rejection: Rejection) -> bytes:
@@ -170,7 +185,7 @@ def _quarantined(line: Line, rejection: Rejection) -> bytes:
         **rejection.details,
         "row": shown(line),
     }
-    return json.dumps(row).encode() + b"\n"
+    return json.dumps(row).encode()
 
 
 def _in_order(
@@ -200,12 +215,12 @@ def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:
 
 
 def _analyse(
-    batch: Iterable[Line], analyse: Callable[[str], Analysis], max_row_bytes: int
+    batch: Iterable[Line], analyse: Callable[[str], Analysis], row_format: RowFormat
 ) -> list[Analysis | RowError]:
     results: list[Analysis | RowError] = []
     for line in batch:
         try:
-            text = text_of(parse(line, max_row_bytes))
+            text = text_of(parse(line, row_format), row_format)
         except RowError as error:
             results.append(error)
         else:
