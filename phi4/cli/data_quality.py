@@ -111,7 +111,7 @@ def deduplicate_command(
     inputs: RequiredInputs,
     out: RequiredOut,
     similarity: Annotated[
-        float, typer.Option(help="Share of common 5-word shingles of a near duplicate.")
+        float, typer.Option(help="Jaccard similarity of 5-word shingles of near duplicates.")
     ] = 0.8,
     exact: Annotated[bool, typer.Option(help="Find equal texts only.")] = False,
     text_field: TextField = "text",

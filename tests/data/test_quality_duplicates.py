@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4.data.quality.duplicates import Duplicates, sketch
-from phi4.data.quality.screen import Rule, screen
+from phi4.data.quality.duplicates import Duplicates, _jaccard
+from phi4.data.quality.rows import Line
+from phi4.data.quality.screen import Rejection, Rule, screen
 from phi4.errors import DataError, PlatformError
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
@@ -65,20 +66,86 @@ def test_exact_alone_keeps_similar_rows(tmp_path: Path) -> None:
 
 def test_duplicate_of_a_duplicate_is_measured_against_the_kept_one(tmp_path: Path) -> None:
     first = text(3)
-    step = changed(first, 12)
+    step = changed(first, 11)
     words = step.split()
     words[150:190] = [f"other{i}" for i in range(40)]
     kept, _ = deduplicate(tmp_path, [first, step, " ".join(words)], similarity=0.85)
     assert kept == [first, " ".join(words)]
 
 
-@given(st.integers(0, 30), st.integers(0, 120))
-def test_signature_estimates_the_similarity(seed: int, num_changed: int) -> None:
-    original = text(seed)
+@pytest.mark.parametrize("num_changed", [1, 6, 11, 17])
+def test_texts_at_or_above_the_similarity_are_found(num_changed: int) -> None:
+    pairs = [(text(seed), changed(text(seed), num_changed)) for seed in range(150)]
+    exact = [jaccard(*pair) for pair in pairs]
+    # 0.95, 0.90, 0.86 and 0.81: the last one is hardly above what is asked for.
+    assert all(similarity >= 0.8 for similarity in exact)
+    found = [one_by_one(*pair)[1] for pair in pairs]
+    assert sum(rejection is not None for rejection in found) >= 0.95 * len(pairs)
+    for rejection, similarity in zip(found, exact, strict=True):
+        assert rejection is None or rejection.details["similarity"] == round(similarity, 4)
+
+
+def one_by_one(*texts: str, similarity: float = 0.8) -> list[Rejection | None]:
+    duplicates = Duplicates(similarity)
+    sketcher = duplicates.sketcher()
+    lines = (Line(Path("x"), number, b"", 0) for number in range(len(texts)))
+    return [duplicates.decide(sketcher(one), line) for one, line in zip(texts, lines, strict=True)]
+
+
+@pytest.mark.parametrize(("num_changed", "is_near"), [(400, True), (800, False)])
+def test_long_texts_are_compared_by_a_sample(num_changed: int, is_near: bool) -> None:
+    original = text(1, 6000)
     other = changed(original, num_changed)
-    a, b = sketch(original).signature, sketch(other).signature
-    # Five standard deviations of a mean over 128 comparisons.
-    assert abs(np.mean(a == b) - jaccard(original, other)) <= 5 * 0.5 / np.sqrt(128)
+    rejection = one_by_one(original, other)[1]
+    assert (rejection is not None) == is_near
+    if is_near:
+        # Four standard deviations of a share of 1,024.
+        close = pytest.approx(jaccard(original, other), abs=4 * 0.5 / 1024**0.5)
+        assert rejection.details["similarity"] == close
+
+
+@given(
+    st.lists(st.integers(0, 3000), unique=True, min_size=1, max_size=40),
+    st.lists(st.integers(0, 3000), unique=True, min_size=1, max_size=40),
+)
+def test_similarity_of_small_sets_is_exact(a: list[int], b: list[int]) -> None:
+    arrays = (np.sort(np.array(values, np.uint32)) for values in (a, b))
+    expected = len({*a} & {*b}) / len({*a} | {*b})
+    assert _jaccard(*arrays) == (expected, True)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("!!!", "???", "\u2192 \u2190 \u2191", "\U0001f642\U0001f642", "+ - ="),
+        ("a + b", "a - b", "a * b"),
+        ("कि की कु कू के कै", "का का का का का का", "की के को कौ कं कः"),
+        ("ก่ ก้ ก๊ ก๋ กิ กี", "กึ กื กุ กู กั กํ"),
+        ("汉字测试句子甲乙丙丁", "别的文字完全不同的内容"),
+    ],
+)
+def test_different_texts_of_any_script_stay(texts: tuple[str, ...]) -> None:
+    assert one_by_one(*texts) == [None] * len(texts)
+
+
+ALPHABETS = {
+    "Chinese": "".join(map(chr, range(0x4E00, 0x4F00))),
+    "Japanese": "".join(map(chr, range(0x3042, 0x3094))),
+    "Thai": "กขคงจฉชซญดตถทธนบปผฝพฟภมยรลวสหอะาิีึืุูเแโใไ่้",
+    "Khmer": "".join(map(chr, range(0x1780, 0x17D0))),
+    "Lao": "ກຂຄງຈຊຍດຕຖທນບປຜຝພຟມຢຣລວສຫອຮະາິີຶືຸູເແໂໃໄ",
+}
+
+
+@pytest.mark.parametrize("script", ALPHABETS)
+def test_text_without_spaces_is_near_its_edited_copy(script: str) -> None:
+    generator = random.Random(script)
+    original, unrelated = ("".join(generator.choices(ALPHABETS[script], k=800)) for _ in range(2))
+    other = next(letter for letter in ALPHABETS[script] if letter != original[400])
+    edited = original[:400] + other + original[401:]
+    first, second, third = one_by_one(original, edited, unrelated)
+    assert first is None and third is None
+    assert second.reason == "near duplicate" and second.details["similarity"] >= 0.9
 
 
 def test_unrelated_texts_all_stay(tmp_path: Path) -> None:
@@ -100,10 +167,9 @@ def test_missing_library_is_named(library: str, monkeypatch: pytest.MonkeyPatch)
         import_module("phi4.data.quality.duplicates")
 
 
-def test_candidates_below_the_similarity_stay(tmp_path: Path) -> None:
-    pairs = [(text(seed), changed(text(seed), 32)) for seed in range(100, 140)]
-    assert all(0.65 < jaccard(*pair) < 0.75 for pair in pairs)
-    kept, held = deduplicate(tmp_path, [one for pair in pairs for one in pair])
-    # Locality-sensitive hashing proposes a fair part of such pairs.
-    assert all(row["similarity"] >= 0.8 for row in held)
-    assert len(kept) >= 2 * len(pairs) - 5
+def test_candidates_below_the_similarity_stay() -> None:
+    for seed in range(100, 140):
+        original = text(seed)
+        below = changed(original, 19)
+        assert 0.75 < jaccard(original, below) < 0.8
+        assert one_by_one(original, below) == [None, None]

@@ -1,9 +1,12 @@
 """The two readings of a text as words: the report's own, and one that survives re-formatting."""
 
+import html
 import re
 import string
 import unicodedata
 from collections.abc import Callable
+
+from phi4.data.words import split_words
 
 Normaliser = Callable[[str], list[str]]
 
@@ -27,32 +30,24 @@ def paper(text: str) -> list[str]:
 def robust(text: str) -> list[str]:
     """Words that do not change with line breaks, case, punctuation or the format of numbers.
 
-    NFKC and case folding; whatever is no letter, mark or digit separates words, invisible format
-    characters vanish; Chinese and Japanese characters are words of their own. A number is one
-    word however its thousands are marked and in whatever digits, `1,000` like `1000.0`; a fraction
-    is a second word.
+    The words of `split_words`, with HTML entities read as what they stand for and words joined that
+    were hyphenated at a line end. A number is one word however its thousands are marked and in
+    whatever digits, `1,000` like `1000.0`; a fraction is a second word.
     """
-    # Before NFKC, which makes the spaces inside numbers plain ones.
-    text = unicodedata.normalize("NFKC", _NUMBER.sub(_unified_number, text)).casefold()
-    if not text.isascii():
-        # Case folding can undo the composition.
-        text = unicodedata.normalize("NFKC", text)
-    return _IDEOGRAPH.sub(r" \g<0> ", text.translate(_SEPARATED)).split()
+    for _ in range(_MAX_ESCAPES if "&" in text else 0):
+        escaped, text = text, _ENTITY.sub(lambda match: html.unescape(match[0]), text)
+        if text == escaped:
+            break
+    text = _LINE_END_HYPHEN.sub("", text)
+    # Before the compatibility form, which makes the spaces inside numbers plain ones.
+    return split_words(_NUMBER.sub(_unified_number, text))
 
 
-class _SeparatorTable(dict):
-    """What str.translate does with a character, worked out when it is first met."""
-
-    def __missing__(self, code: int) -> str | None:
-        character = chr(code)
-        category = unicodedata.category(character)
-        result = None if category == "Cf" else character if category[0] in "LMN" else " "
-        self[code] = result
-        return result
-
-
-_SEPARATED = _SeparatorTable()
-_IDEOGRAPH = re.compile("[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+_MAX_ESCAPES = 3
+"""Entities of entities are common, as in `&amp;nbsp;`; deeper ones are not."""
+_ENTITY = re.compile("&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+# Any white space, because extraction often turns the line break into a space.
+_LINE_END_HYPHEN = re.compile(r"[-\u00ad\u2010](?<=[^\W\d_].)\s+(?=[^\W\d_])")
 _THOUSANDS_MARK = "[,_'\u2019\u00a0\u2009\u202f\uff0c]"
 _NUMBER = re.compile(
     rf"""(?P<whole> (?<!\d)(?<!\d{_THOUSANDS_MARK})            # 1,000 but not the end of 5,1,000
