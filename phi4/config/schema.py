@@ -106,9 +106,9 @@ class ParallelConfig(Section):
 class PrecisionConfig(Section):
     """Number formats."""
 
-    dtype: Literal["fp32", "bf16"] = key("schedule", "bf16")
+    dtype: Literal["fp32", "bf16"] = key("identity", "bf16")
     """Weights and activations of the forward pass. Master weights, gradients and optimizer state
-    are always fp32."""
+    are always fp32. To go on in another format, start a run with run.init_from."""
 
 
 class RecomputeConfig(Section):
@@ -164,7 +164,8 @@ class CheckpointConfig(Section):
     every: NonNegative = key("free", 0)
     """Steps between saves; 0 saves only at the end."""
     keep: Positive = key("free", 3)
-    """Complete checkpoints kept; older ones are removed after a save."""
+    """Complete checkpoints kept; older ones are removed after a save, except the newest that any
+    layout can load (optimizer format full)."""
     optimizer_format: Literal["auto", "full", "dp"] = key("free", "auto")
     """full: any layout can load it, gathers 12 bytes per parameter in host memory. dp: no gather,
     same tensor and pipeline degrees. auto: full where the gather fits, else dp."""

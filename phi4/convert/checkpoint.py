@@ -25,7 +25,13 @@ from phi4.config import (
 )
 from phi4.convert.hf import read_hf, write_hf
 from phi4.data.tokenizer import load_tokenizer
-from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from phi4.engine.agreement import decided_by_writer
+from phi4.engine.checkpoint import (
+    check_recipe,
+    load_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from phi4.engine.engine import Engine
 from phi4.engine.platform import Platform
 from phi4.errors import CheckpointError, ConfigError
@@ -45,7 +51,8 @@ def recipe_of(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
     written = read_recipe(checkpoint)
     single = written.model_copy(update={"parallel": ParallelConfig()})
     recipe = with_overrides(single, overrides)
-    foreign = changed_keys(written, recipe)["identity"]
+    # Weights can be read into another number format, into nothing else.
+    foreign = changed_keys(written, recipe)["identity"].keys() - {"precision.dtype"}
     if foreign:
         raise ConfigError(
             f"{', '.join(sorted(foreign))} belong to what {checkpoint} holds; "
@@ -64,8 +71,12 @@ def open_checkpoint(recipe: Recipe, checkpoint: Path, platform: Platform) -> Eng
     Collectives: those of building the engine, of `verify_checkpoint` and of `load_checkpoint`.
     """
     engine = Engine(recipe, platform, trains=False, draws_weights=False)
-    manifest = verify_checkpoint(engine, checkpoint)
-    load_checkpoint(engine, checkpoint, manifest, optimizer=False)
+    verified = verify_checkpoint(engine, checkpoint)
+    decided_by_writer(
+        platform,
+        lambda: check_recipe(checkpoint, verified.manifest, read_recipe(checkpoint)),
+    )
+    load_checkpoint(engine, checkpoint, verified, optimizer=False)
     return engine
 
 

@@ -12,18 +12,29 @@ import queue
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common as common_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from phi4_kernels.adamw import FusedAdam
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.overrides import TorchFunctionMode
 
 from phi4.engine.adamw import OnePassChain, OnePassDistributed, OnePassFloat16, OnePassFP32
+from phi4.engine.checkpoint_io import (
+    VettedReader,
+    load_bytes_as_values,
+    recording_errors,
+    write_in_process,
+)
 from phi4.errors import PlatformError
 
 MEGATRON_VERSION = "0.16.1"
@@ -103,23 +114,16 @@ def _set_cpu_rng_state(new_state, device=-1, graph_safe=False) -> None:
     torch.set_rng_state(new_state)
 
 
-def _write_here(
-    transforms: list, use_msc: bool, rank: int, write_buckets: list, results: queue.SimpleQueue
-) -> None:
-    """Write the buckets of a checkpoint one after the other in this process."""
-    written: dict[int, list] | Exception = {}
-    for index, bucket in enumerate(write_buckets):
-        done, pending = queue.SimpleQueue(), queue.Queue()
-        pending.put(index)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, index, bucket, done, pending, use_fsync=True
-        )
-        _, outcome = done.get()
-        if isinstance(outcome, Exception):
-            written = outcome
-            break
-        written[index] = outcome
-    results.put(written)
+def _checkpoint_writer(patches: "Patches") -> list[tuple[Any, str, Any]]:
+    errors = patches.write_errors
+    writer, common = filesystem_async.FileSystemWriterAsync, common_strategy.TorchCommonSaveStrategy
+    return [
+        (filesystem_async, "_get_write_results_queue", queue.SimpleQueue),
+        (writer, "write_preloaded_data_multiproc", staticmethod(partial(write_in_process, errors))),
+        (writer, "finish", recording_errors(errors, writer.finish)),
+        (common, "save_common", recording_errors(errors, common.save_common)),
+        (serialization, "save_config", recording_errors(errors, serialization.save_config)),
+    ]
 
 
 PATCHES = (
@@ -187,17 +191,25 @@ PATCHES = (
     ),
     Patch(
         "checkpoint_writer",
-        "dist_checkpointing/strategies/filesystem_async.py:49,254",
+        "dist_checkpointing/strategies/filesystem_async.py:49,254, strategies/common.py:48, "
+        "strategies/state_dict_saver.py:243, serialization.py:422",
         "a synchronous save starts a Manager process per rank, which outlives a killed worker, and "
-        "forks writers out of a process that runs threads; it needs neither",
+        "forks writers out of a process that runs threads; it needs neither. Rank 0 alone writes "
+        "common.pt, .metadata and metadata.json: an error there leaves the others in a collective, "
+        "so it is kept in Patches.write_errors until all ranks have left the save",
+        ("cpu", "cuda"),
+        _checkpoint_writer,
+    ),
+    Patch(
+        "checkpoint_reader",
+        "dist_checkpointing/strategies/torch.py:798, torch/distributed/checkpoint/filesystem.py "
+        "(read_metadata), torch/distributed/checkpoint/default_planner.py (load_bytes)",
+        "the index and every record of bytes are unpickled without restriction, which runs code "
+        "that a checkpoint holds",
         ("cpu", "cuda"),
         lambda patches: [
-            (filesystem_async, "_get_write_results_queue", queue.SimpleQueue),
-            (
-                filesystem_async.FileSystemWriterAsync,
-                "write_preloaded_data_multiproc",
-                staticmethod(_write_here),
-            ),
+            (torch_strategy, "_get_filesystem_reader", VettedReader),
+            (DefaultLoadPlanner, "load_bytes", load_bytes_as_values),
         ],
     ),
 )
@@ -236,6 +248,8 @@ class Patches:
         check_megatron_version()
         self.device = torch.device("cuda" if kind == "cuda" else kind)
         self.rng_tracker = CpuRngTracker()
+        self.write_errors: list[Exception] = []
+        """What this rank could not write of the checkpoint that is being saved."""
         self._active = [p for p in PATCHES if kind in p.kinds and p.name not in without]
         rewrites = kind != "cuda" and DEVICE_LITERALS not in without
         self._mode = CudaMeansHere(self.device) if rewrites else contextlib.nullcontext()

@@ -6,11 +6,12 @@ from pathlib import Path
 import msgspec
 
 from phi4.config import Recipe, dump_toml, recipe_from_toml
+from phi4.engine.agreement import decided_by_writer
 from phi4.engine.checkpoint import (
-    complete_checkpoints,
+    check_recipe,
+    checkpoints_newest_first,
     find_checkpoint,
     host_memory_bytes,
-    latest_checkpoint,
     load_checkpoint,
     optimizer_format,
     predicted_gather_bytes,
@@ -19,11 +20,13 @@ from phi4.engine.checkpoint import (
     verify_checkpoint,
 )
 from phi4.engine.engine import Engine
-from phi4.errors import CheckpointError
+from phi4.errors import CheckpointError, ConfigError, DiskFullError, PlatformError
 from phi4.train.hooks import Hook, Progress
-from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState, with_changes
+from phi4.train.state import RECIPE_FILE, STATE_FILE, Change, RunState, with_changes
 
 Say = Callable[[str], None]
+_RETRIES_PER_INTERVAL = 10
+"""How often a save that failed is tried again until the next one is due anyway."""
 
 
 def checkpoints_of(recipe: Recipe) -> Path:
@@ -33,6 +36,9 @@ def checkpoints_of(recipe: Recipe) -> Path:
 
 class Checkpointer(Hook):
     """Saves every `checkpoint.every` steps and at the end.
+
+    A save that the disk refuses does not end the run: training goes on from memory, and the save is
+    tried again soon. Only the last step's has to succeed.
 
     Args:
         recipe: the run.
@@ -56,18 +62,43 @@ class Checkpointer(Hook):
         self._gather_bytes = predicted_gather_bytes(engine, ranks_per_host)
         self._memory_bytes = host_memory_bytes(engine)
         self._say = say
+        self._retry_step: int | None = None
+        self._owes_reshardable = False
 
     def act(self, progress: Progress) -> None:
-        """Save when it is due. Collectives: those of `save_checkpoint`."""
-        config = self._recipe.checkpoint
-        if not progress.is_due(config.every):
-            return
+        """Save when it is due or owed.
+
+        Raises:
+            DiskFullError, PlatformError: the last step cannot be saved.
+
+        Collectives: those of `save_checkpoint`.
+        """
+        config, step = self._recipe.checkpoint, progress.step
         resharding = config.reshardable_every
+        if resharding > 0 and step % resharding == 0 and progress.is_due(config.every):
+            self._owes_reshardable = True
+        if not progress.is_due(config.every) and step != self._retry_step:
+            return
+        try:
+            self._save(progress)
+        except (DiskFullError, PlatformError) as error:
+            if progress.is_last:
+                raise
+            self._retry_step = step + max(1, config.every // _RETRIES_PER_INTERVAL)
+            self._say(
+                f"step {step} is not saved: {error}; training goes on and tries again after step "
+                f"{self._retry_step}"
+            )
+        else:
+            self._retry_step, self._owes_reshardable = None, False
+
+    def _save(self, progress: Progress) -> None:
+        config = self._recipe.checkpoint
         form, reason = optimizer_format(
             config,
             self._gather_bytes,
             self._memory_bytes,
-            reshardable_due=resharding > 0 and progress.step % resharding == 0,
+            reshardable_due=self._owes_reshardable,
         )
         path = save_checkpoint(
             self._engine,
@@ -122,35 +153,72 @@ def first_state(recipe: Recipe) -> RunState:
     return RunState(data=ledger, ledger_from=str(checkpoint))
 
 
-def resume(recipe: Recipe, engine: Engine, *, allow_change: bool, say: Say) -> RunState:
+def resume(
+    recipe: Recipe,
+    engine: Engine,
+    *,
+    allow_change: bool,
+    say: Say,
+    source_hashes: Mapping[str, str] | None = None,
+) -> RunState:
     """Fill the engine from the newest checkpoint of the run that holds.
 
-    A damaged checkpoint is named and the one before it taken.
+    One that is damaged or cannot be loaded is named, and the one before it is taken.
+
+    Args:
+        recipe: of the run that goes on.
+        engine: built for it.
+        allow_change: whether `--change` was given.
+        say: takes one line for the console.
+        source_hashes: manifest hash of every data source now; None does not compare them.
 
     Raises:
-        ConfigError: the recipe does not continue the run.
+        ConfigError: the recipe or its data does not continue the run.
         CheckpointError: no checkpoint of the run can be used.
 
-    Collectives: those of `load_checkpoint`.
+    Collectives: those of `load_checkpoint`; broadcasts of the candidates and of each one's state.
     """
-    root = checkpoints_of(recipe)
-    newest = latest_checkpoint(root)
-    # Every rank reads the same directory, so every rank takes the same path through this loop.
-    candidates = [newest, *(p for p in reversed(complete_checkpoints(root)) if p != newest)]
+    root, platform = checkpoints_of(recipe), engine.platform
     problems = []
-    for checkpoint in candidates:
+    for checkpoint in checkpoints_newest_first(platform, root):
         try:
-            manifest = verify_checkpoint(engine, checkpoint)
+            verified = verify_checkpoint(engine, checkpoint)
+            written, saved = decided_by_writer(
+                platform, lambda path=checkpoint: (read_recipe(path), read_state(path))
+            )
+            check_recipe(checkpoint, verified.manifest, written)
+            state = with_changes(saved, written, recipe, allow=allow_change)
+            if source_hashes is not None:
+                data = verified.manifest.data
+                state = _with_data(state, data, source_hashes, allow=allow_change)
+            load_checkpoint(engine, checkpoint, verified)
         except CheckpointError as error:
             say(f"cannot resume from {checkpoint}: {error}; trying the one before it")
             problems.append(str(error))
             continue
-        written = read_recipe(checkpoint)
-        state = with_changes(read_state(checkpoint), written, recipe, allow=allow_change)
-        load_checkpoint(engine, checkpoint, manifest)
+        if verified.unlisted:
+            names = ", ".join(verified.unlisted)
+            say(f"{checkpoint} holds {names}, not listed in its manifest and not read")
         say(f"resumed from {checkpoint} (step {state.step})")
         return state
     raise CheckpointError(
         f"no checkpoint under {root} can be used: {'; '.join(problems)}; use another run.dir to "
         "start anew"
     )
+
+
+def _with_data(
+    state: RunState, before: Mapping[str, str], now: Mapping[str, str], *, allow: bool
+) -> RunState:
+    """The state of a run whose sources may hold something else than when it was saved."""
+    changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+    if changed and not allow:
+        raise ConfigError(
+            f"data source {', '.join(changed)} holds other tokens than when step {state.step} was "
+            "saved; restore it, or pass --change to go on with what it holds now"
+        )
+    added = tuple(
+        Change(state.step, f"content of data source {name}", before[name], now[name])
+        for name in changed
+    )
+    return msgspec.structs.replace(state, history=state.history + added)

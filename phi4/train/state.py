@@ -58,8 +58,8 @@ def with_changes(state: RunState, old: Recipe, new: Recipe, *, allow: bool) -> R
     changes = changed_keys(old, new)
     if changes["identity"]:
         raise ConfigError(
-            f"the run was started with {_listed(changes['identity'])}; it would be another model: "
-            "restore the value or use another run.dir"
+            f"the run was started with {_listed(changes['identity'])}; it would be another "
+            "training: restore the value, or use another run.dir (run.init_from takes the weights)"
         )
     if changes["schedule"] and not allow:
         raise ConfigError(

@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from phi4.engine.checkpoint.manifest import MANIFEST_NAME
+from phi4.engine.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from phi4.errors import CheckpointError
 
 LATEST_NAME = "latest"
@@ -95,28 +95,52 @@ class CheckpointDirectory:
         self.partial = root / f".{self.final.name}.partial"
 
     def begin(self) -> None:
-        """An empty directory to write into; the leavings of a killed save are removed."""
+        """An empty directory to write into; what killed saves left is removed."""
         self.root.mkdir(parents=True, exist_ok=True)
         for stale in self.root.glob(".step_*.partial"):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=stale != self.partial)
         self.partial.mkdir()
 
-    def commit(self, manifest: bytes, keep: int) -> None:
-        """Write the manifest, make everything durable, rename, point `latest` at it, prune."""
+    def discard(self) -> None:
+        """Remove what was written; the checkpoints before it stay as they are."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def commit(self, manifest: bytes) -> None:
+        """Write the manifest, make everything durable, rename, point `latest` at it."""
         write_durably(self.partial / MANIFEST_NAME, manifest)
         for directory in [p for p in self.partial.rglob("*") if p.is_dir()] + [self.partial]:
             _sync_directory(directory)
         if self.final.exists():
-            shutil.rmtree(self.final)
+            _remove(self.final)
         self.partial.rename(self.final)
         _sync_directory(self.root)
         pointer = self.root / f".{LATEST_NAME}.partial"
         write_durably(pointer, f"{self.final.name}\n".encode())
         pointer.replace(self.root / LATEST_NAME)
         _sync_directory(self.root)
-        for old in complete_checkpoints(self.root)[:-keep]:
-            if old != self.final:
-                shutil.rmtree(old)
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints and the newest that any layout can load."""
+        complete = complete_checkpoints(self.root)
+        kept = {*complete[-keep:], self.final}
+        kept |= set([p for p in complete if _is_reshardable(p)][-1:])
+        for old in complete:
+            if old not in kept:
+                _remove(old)
+
+
+def _is_reshardable(checkpoint: Path) -> bool:
+    try:
+        return read_manifest(checkpoint).optimizer_format == "full"
+    except CheckpointError:
+        return False
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take it out of sight at once; what cannot be removed now is left to the next `begin`."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old.partial")
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -1,44 +1,23 @@
 """manifest.json: size and sha256 of every file of a checkpoint, and what it belongs to.
 
-A checkpoint is read only after its manifest holds. `.metadata` is a pickle; it is parsed here by an
-unpickler that admits nothing but the checkpoint format's own record types.
+A checkpoint is read only once its files agree with its manifest. A manifest is not a signature:
+whoever can change a file can change its hash, so what is read is vetted as well.
 """
 
 import hashlib
-import pickle
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 import msgspec
 
+from phi4.config import Recipe, identity_hash
+from phi4.config.schema import key_kinds
 from phi4.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
-METADATA_NAME = ".metadata"
-FORMAT_VERSION = 1
-
-_METADATA_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed.checkpoint.planner",
-)
-_METADATA_GLOBALS = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch", "float32"),
-    ("torch", "bfloat16"),
-    ("torch", "float16"),
-    ("torch", "float64"),
-    ("torch", "int32"),
-    ("torch", "int64"),
-    ("torch", "uint8"),
-    ("torch.serialization", "_get_layout"),
-    ("builtins", "set"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
+FORMAT_VERSION = 2
+"""2 leaves out the empty records of layers that have no extra state."""
+_READ_VERSIONS = (1, 2)
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -59,6 +38,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """tensor, pipeline, virtual_pipeline, context, data of the run that wrote it."""
     recipe_sha256: str
     """Identity hash of the recipe."""
+    identity_keys_sha256: str = ""
+    """Hash of the names of the recipe's identity keys; recipe_sha256 means nothing to a phi4 with
+    other ones. Version 1 has none."""
     data: dict[str, str]
     """Manifest hash of every data source."""
     files: dict[str, FileEntry]
@@ -68,20 +50,45 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: missing, not JSON of this form, or of another version.
+        CheckpointError: missing, not JSON of this form, of another version, or it lists files
+            outside of the checkpoint.
     """
     path = directory / MANIFEST_NAME
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {MANIFEST_NAME}; it is not complete") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    if manifest.version != FORMAT_VERSION:
+    if manifest.version not in _READ_VERSIONS:
         raise CheckpointError(
-            f"{path} has version {manifest.version}; this phi4 reads {FORMAT_VERSION}"
+            f"{path} has version {manifest.version}; this phi4 reads up to {FORMAT_VERSION}"
         )
+    for name in manifest.files:
+        parts = PurePosixPath(name).parts
+        if name.startswith("/") or ".." in parts or "\0" in name or not parts:
+            raise CheckpointError(f"{path} lists {name!r}, which is not a file of the checkpoint")
     return manifest
+
+
+def identity_keys_hash() -> str:
+    """sha256 of the names of the recipe's identity keys."""
+    names = sorted(name for name, kind in key_kinds().items() if kind == "identity")
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def check_recipe(checkpoint: Path, manifest: Manifest, recipe: Recipe) -> None:
+    """Check that a checkpoint's recipe is the one that its manifest was written for.
+
+    Raises:
+        CheckpointError: it is another training's.
+    """
+    comparable = manifest.identity_keys_sha256 == identity_keys_hash()
+    if comparable and manifest.recipe_sha256 != identity_hash(recipe):
+        raise CheckpointError(
+            f"the recipe in {checkpoint} is not the one that its {MANIFEST_NAME} was written for; "
+            "take another checkpoint"
+        )
 
 
 def hash_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
@@ -103,6 +110,8 @@ def verify_files(directory: Path, manifest: Manifest, names: Iterable[str]) -> l
         expected, path = manifest.files[name], directory / name
         if not path.is_file():
             problems.append(f"{path} is missing")
+        elif not path.resolve().is_relative_to(directory.resolve()):
+            problems.append(f"{path} is a link to a file outside of the checkpoint")
         elif path.stat().st_size != expected.bytes:
             problems.append(f"{path} has {path.stat().st_size} bytes, expected {expected.bytes}")
         elif _size_and_hash(path)[1] != expected.sha256:
@@ -110,33 +119,27 @@ def verify_files(directory: Path, manifest: Manifest, names: Iterable[str]) -> l
     return problems
 
 
-def check_metadata(directory: Path) -> None:
-    """Parse `.metadata` with the restricted unpickler.
+def read_verified(directory: Path, manifest: Manifest, name: str) -> bytes:
+    """The content of a small file, checked in memory, so that nobody can change it in between.
 
     Raises:
-        CheckpointError: it names anything but the format's record types, or is damaged.
+        CheckpointError: not listed, missing, or other than the manifest says.
     """
-    path = directory / METADATA_NAME
-    try:
-        with path.open("rb") as stream:
-            _MetadataUnpickler(stream, path).load()
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    path, expected = directory / name, manifest.files.get(name)
+    if expected is None:
+        raise CheckpointError(f"{directory / MANIFEST_NAME} does not list {name}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    content = path.read_bytes()
+    if FileEntry(len(content), hashlib.sha256(content).hexdigest()) != expected:
+        raise CheckpointError(f"{path} has another size or sha256 than its manifest says")
+    return content
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def __init__(self, stream: Any, path: Path) -> None:
-        super().__init__(stream)
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in _METADATA_MODULES or (module, name) in _METADATA_GLOBALS:
-            return super().find_class(module, name)
-        raise CheckpointError(
-            f"{self._path} names {module}.{name}, which no checkpoint needs; do not load it"
-        )
+def manifest_hash(directory: Path) -> str:
+    """sha256 of the manifest; empty where there is none."""
+    path = directory / MANIFEST_NAME
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _size_and_hash(path: Path) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Model, optimizer and random state through megatron dist_checkpointing.
+"""What a checkpoint holds: model, optimizer and random state as megatron's sharded state.
 
 Two optimizer formats under the distributed optimizer: `full` (fully_reshardable, any layout,
 gathers 12 bytes per parameter of the model shard in host memory on every data rank) and `dp`
@@ -6,32 +6,16 @@ gathers 12 bytes per parameter of the model shard in host memory on every data r
 every save is `full` and gathers nothing.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
-import msgspec
 import psutil
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from phi4.config import CheckpointConfig, identity_hash
-from phi4.engine.checkpoint.directory import CheckpointDirectory, step_of, write_durably
-from phi4.engine.checkpoint.manifest import (
-    FileEntry,
-    Manifest,
-    check_metadata,
-    content_names,
-    hash_files,
-    read_manifest,
-    verify_files,
-)
+from phi4.config import CheckpointConfig
 from phi4.engine.engine import Engine
-from phi4.engine.optimizer import gather_parameters
-from phi4.errors import CheckpointError, LayoutError
 
 OptimizerFormat = Literal["full", "dp", "none"]
 _SHARDING_TYPE = {"full": "fully_reshardable", "dp": "dp_reshardable"}
@@ -91,105 +75,25 @@ def optimizer_format(
     return "dp", sizes
 
 
-def save_checkpoint(
-    engine: Engine,
-    root: Path,
-    step: int,
-    *,
-    form: OptimizerFormat,
-    keep: int,
-    files: Mapping[str, str],
-    data: Mapping[str, str],
-) -> Path:
-    """Write `root/step_NNNNNNN` complete or not at all.
-
-    Args:
-        engine: what is saved; form `none` saves weights only.
-        root: the run's checkpoints directory, seen by all ranks.
-        step: optimizer steps done.
-        form: optimizer format.
-        keep: complete checkpoints to keep.
-        files: small text files (recipe, history, data position) by name.
-        data: manifest hash of every data source.
-
-    Collectives: barriers over all ranks; those of dist_checkpointing; one gather of file hashes.
-    """
-    directory = CheckpointDirectory(root, step)
-    writer = engine.platform.is_writer
-    if writer:
-        directory.begin()
-    dist.barrier()
-    with engine.patches:
-        gather_parameters(engine.chunks)
-        dist_checkpointing.save(
-            _sharded_state(engine, form, loading=False),
-            str(directory.partial),
-            content_metadata={"phi4": 1},
-        )
-    if writer:
-        for name, text in files.items():
-            write_durably(directory.partial / name, text.encode())
-    dist.barrier()
-    entries = _hash_together(directory.partial, engine)
-    if writer:
-        manifest = Manifest(
-            step=step,
-            optimizer_format=form,
-            layout=_degrees(engine),
-            recipe_sha256=identity_hash(engine.recipe),
-            data=dict(data),
-            files=entries,
-        )
-        directory.commit(msgspec.json.format(msgspec.json.encode(manifest), indent=1), keep)
-    dist.barrier()
-    return directory.final
-
-
-def load_checkpoint(
-    engine: Engine, checkpoint: Path, manifest: Manifest, *, optimizer: bool = True
-) -> None:
-    """Fill the engine from a checkpoint of any layout.
-
-    Args:
-        engine: of the same model; its layout may differ from the writer's.
-        checkpoint: a `step_NNNNNNN` directory.
-        manifest: from `verify_checkpoint`.
-        optimizer: also load the optimizer and the random states.
-
-    Raises:
-        LayoutError: the optimizer format does not fit the layout.
-        CheckpointError: the checkpoint holds no optimizer.
-
-    Collectives: those of dist_checkpointing.
-    """
-    with_optimizer = optimizer and engine.optimizer is not None
-    if with_optimizer:
-        _check_optimizer(engine, checkpoint, manifest)
-    form = manifest.optimizer_format if with_optimizer else "none"
-    same_grid = manifest.layout == _degrees(engine)
-    with engine.patches, torch.no_grad():
-        state = dist_checkpointing.load(
-            _sharded_state(engine, form, loading=True, random=same_grid and with_optimizer),
-            str(checkpoint),
-        )
-        for index, chunk in enumerate(engine.bare_chunks):
-            chunk.load_state_dict(state[_chunk_key(engine, index)], strict=True)
-        if with_optimizer:
-            engine.optimizer.load_state_dict(state["optimizer"])
-        elif engine.optimizer is not None:
-            engine.optimizer.reload_model_params()
-        if "random" in state:
-            _set_random_state(engine, state["random"])
-
-
-def _sharded_state(
+def sharded_state(
     engine: Engine, form: OptimizerFormat, *, loading: bool, random: bool = True
 ) -> dict[str, object]:
+    """The engine's state in the form of megatron-core, without records that hold nothing.
+
+    Args:
+        engine: a load fills the tensors of this state in place.
+        form: `none` leaves the optimizer and the random state out.
+        loading: what megatron-core's optimizer needs to know.
+        random: whether to include the random state.
+
+    Collectives: saving `full` under the distributed optimizer gathers 12 bytes per parameter over
+    the data ranks.
+    """
     metadata = {"dp_cp_group": engine.layout.groups.dp_cp}
     if form != "none" and engine.recipe.parallel.distributed_optimizer:
         metadata["distrib_optim_sharding_type"] = _SHARDING_TYPE[form]
     state: dict[str, object] = {
-        _chunk_key(engine, index): chunk.sharded_state_dict(metadata=metadata)
+        chunk_key(engine, index): without_empty_records(chunk.sharded_state_dict(metadata=metadata))
         for index, chunk in enumerate(engine.bare_chunks)
     }
     if form != "none":
@@ -201,11 +105,22 @@ def _sharded_state(
     return state
 
 
-def _chunk_key(engine: Engine, index: int) -> str:
+def without_empty_records(state: dict[str, object]) -> dict[str, object]:
+    """Leave out the extra state of layers that have none; each would be a pickle of None."""
+    return {
+        key: value
+        for key, value in state.items()
+        if not (isinstance(value, ShardedObject) and value.data is None)
+    }
+
+
+def chunk_key(engine: Engine, index: int) -> str:
+    """Name of a model chunk in the state."""
     return "model" if len(engine.bare_chunks) == 1 else f"model{index}"
 
 
-def _degrees(engine: Engine) -> dict[str, int]:
+def degrees(engine: Engine) -> dict[str, int]:
+    """What of the layout a manifest records."""
     parallel = engine.recipe.parallel
     return {
         "tensor": parallel.tensor,
@@ -228,7 +143,8 @@ def _random_state(engine: Engine) -> ShardedTensor:
     return ShardedTensor.from_rank_offsets("random", row, place)
 
 
-def _set_random_state(engine: Engine, row: torch.Tensor) -> None:
+def set_random_state(engine: Engine, row: torch.Tensor) -> None:
+    """Set every generator of this rank from its row, [1, bytes]."""
     parts = row[0].cpu()
     first = torch.get_rng_state().numel()
     torch.set_rng_state(parts[:first].clone())
@@ -244,62 +160,3 @@ def _set_random_state(engine: Engine, row: torch.Tensor) -> None:
 def _tracked_states() -> dict[str, torch.Tensor]:
     states = get_cuda_rng_tracker().get_states()
     return {name: states[name].cpu() for name in sorted(states)}
-
-
-def _check_optimizer(engine: Engine, checkpoint: Path, manifest: Manifest) -> None:
-    here, there = _degrees(engine), manifest.layout
-    if manifest.optimizer_format == "none":
-        raise CheckpointError(f"{checkpoint} holds weights only; it cannot resume a training run")
-    key = "distributed_optimizer"
-    if here[key] != there[key]:
-        raise LayoutError(
-            f"{checkpoint} was written with parallel.{key}={bool(there[key])}, asked for "
-            f"{bool(here[key])}; resume with parallel.{key}={str(bool(there[key])).lower()}"
-        )
-    if manifest.optimizer_format == "dp":
-        moved = [
-            key for key in ("tensor", "pipeline", "virtual_pipeline") if here[key] != there[key]
-        ]
-        if moved:
-            raise LayoutError(
-                f"{checkpoint} has optimizer format dp, which keeps "
-                f"{', '.join(f'{key}={there[key]}' for key in moved)}; resume with these, save "
-                "once with checkpoint.optimizer_format=full, then change the layout"
-            )
-
-
-def _hash_together(directory: Path, engine: Engine) -> dict[str, FileEntry]:
-    """Every rank hashes a share of the files; the writer gets all."""
-    rank, size = engine.platform.rank, engine.platform.world_size
-    mine = hash_files(directory, content_names(directory)[rank::size])
-    shares: list[dict[str, FileEntry]] | None = [{}] * size if rank == 0 else None
-    dist.gather_object(mine, shares, dst=0)
-    merged = {name: entry for share in shares or () for name, entry in share.items()}
-    return dict(sorted(merged.items()))
-
-
-def verify_checkpoint(engine: Engine, checkpoint: Path) -> Manifest:
-    """Read the manifest and check every file against it, each rank a share; all raise together.
-
-    Raises:
-        CheckpointError: incomplete, or a file is missing, truncated or altered.
-
-    Collectives: one all-gather of the problems found, over all ranks.
-    """
-    rank, size = engine.platform.rank, engine.platform.world_size
-    manifest, problems = None, []
-    try:
-        manifest = read_manifest(checkpoint)
-        problems = verify_files(checkpoint, manifest, sorted(manifest.files)[rank::size])
-        if not problems and rank == 0:
-            check_metadata(checkpoint)
-        if manifest.step != step_of(checkpoint):
-            problems.append(f"{checkpoint} holds step {manifest.step}, not what its name says")
-    except CheckpointError as error:
-        problems = [str(error)]
-    everyone: list[list[str]] = [[]] * size
-    dist.all_gather_object(everyone, problems)
-    found = sorted({line for lines in everyone for line in lines})
-    if found:
-        raise CheckpointError("; ".join(found))
-    return manifest

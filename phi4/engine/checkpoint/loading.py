@@ -1,0 +1,257 @@
+"""Verifying and loading a checkpoint; nothing that it holds is executed.
+
+A checkpoint can come from anybody. Every rank reads the index and the common state once, checks
+these bytes against the manifest, and uses what it vetted; tensors and byte records are read as
+values only. Failures are one answer for all ranks, so that all can take another checkpoint.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from phi4.engine.agreement import decided_by_writer, raise_together, wait_until_visible
+from phi4.engine.checkpoint.directory import step_of
+from phi4.engine.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    content_names,
+    manifest_hash,
+    read_manifest,
+    read_verified,
+    verify_files,
+)
+from phi4.engine.checkpoint.metadata import METADATA_NAME, parse_metadata
+from phi4.engine.checkpoint.state import chunk_key, degrees, set_random_state, sharded_state
+from phi4.engine.checkpoint_io import VettedSource, load_values
+from phi4.engine.engine import Engine
+from phi4.errors import CheckpointError, LayoutError, Phi4Error
+
+_COMMON_NAME = "common.pt"
+_FORMAT_NAME = "metadata.json"
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_VETTED_NAMES = (METADATA_NAME, _COMMON_NAME, _FORMAT_NAME)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class VerifiedCheckpoint:
+    """A checkpoint whose files agree with its manifest, and what of it was vetted."""
+
+    manifest: Manifest
+    metadata: Metadata
+    """Index of the records."""
+    common: bytes
+    """Content of common.pt."""
+    unlisted: tuple[str, ...]
+    """Files that the manifest does not list; they are never read."""
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What rank 0 sees of a checkpoint."""
+
+    manifest: Manifest
+    manifest_sha256: str
+    present: tuple[str, ...]
+
+
+def verify_checkpoint(engine: Engine, checkpoint: Path) -> VerifiedCheckpoint:
+    """Check every file against the manifest, each rank a share; all raise together.
+
+    Raises:
+        CheckpointError: incomplete, a file is missing, truncated or altered, or the index is not
+            one that this engine's writer makes.
+        PlatformError: a rank does not see in time what rank 0 sees.
+
+    Collectives: one broadcast of the manifest and two all-gathers of verdicts, over all ranks.
+    """
+    platform = engine.platform
+    survey = decided_by_writer(platform, lambda: _survey(checkpoint))
+    manifest = survey.manifest
+    share = sorted(manifest.files)[platform.rank :: platform.world_size]
+    needed = {MANIFEST_NAME, *share, *_VETTED_NAMES} & {MANIFEST_NAME, *survey.present}
+    wait_until_visible(platform, [checkpoint / name for name in sorted(needed)])
+    problems, metadata, common = [], Metadata({}), b""
+    try:
+        if manifest_hash(checkpoint) != survey.manifest_sha256:
+            problems.append(f"rank {platform.rank} reads another {checkpoint / MANIFEST_NAME}")
+        problems += verify_files(checkpoint, manifest, share)
+        if not problems:
+            metadata, common = _vetted(checkpoint, manifest)
+    except CheckpointError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(f"rank {platform.rank} cannot read {checkpoint}: {error}")
+    raise_together(platform, CheckpointError("; ".join(problems)) if problems else None)
+    unlisted = set(survey.present) - set(manifest.files)
+    return VerifiedCheckpoint(manifest, metadata, common, tuple(sorted(unlisted)))
+
+
+def load_checkpoint(
+    engine: Engine, checkpoint: Path, verified: VerifiedCheckpoint, *, optimizer: bool = True
+) -> None:
+    """Fill the engine from a checkpoint of any layout.
+
+    Args:
+        engine: of the same model; its layout may differ from the writer's.
+        checkpoint: a `step_NNNNNNN` directory.
+        verified: from `verify_checkpoint`.
+        optimizer: also load the optimizer and the random states.
+
+    Raises:
+        LayoutError: the optimizer format does not fit the layout.
+        CheckpointError: the checkpoint holds no optimizer, or not what the engine needs; the
+            engine's weights are then undefined. Every rank raises it.
+
+    Collectives: those of dist_checkpointing; two all-gathers of verdicts over all ranks.
+    """
+    manifest = verified.manifest
+    with_optimizer = optimizer and engine.optimizer is not None
+    if with_optimizer:
+        _check_optimizer(engine, checkpoint, manifest)
+    form = manifest.optimizer_format if with_optimizer else "none"
+    same_grid = manifest.layout == degrees(engine)
+    source = VettedSource(checkpoint, verified.metadata)
+
+    def read() -> dict[str, Any]:
+        return dist_checkpointing.load(
+            sharded_state(engine, form, loading=True, random=same_grid and with_optimizer),
+            str(checkpoint),
+            sharded_strategy=_VettedShards(source),
+            common_strategy=_VettedCommon(verified.common),
+        )
+
+    with engine.patches, torch.no_grad():
+        state = _all_or_none(engine, checkpoint, read)
+        _all_or_none(engine, checkpoint, lambda: _fill(engine, state, with_optimizer))
+
+
+def _fill(engine: Engine, state: dict[str, Any], with_optimizer: bool) -> None:
+    for index, chunk in enumerate(engine.bare_chunks):
+        # Layers without extra state have no record of it, and expect None.
+        empty = {key: None for key in chunk.state_dict() if key.endswith("_extra_state")}
+        chunk.load_state_dict(empty | state[chunk_key(engine, index)], strict=True)
+    if with_optimizer:
+        engine.optimizer.load_state_dict(state["optimizer"])
+    elif engine.optimizer is not None:
+        engine.optimizer.reload_model_params()
+    if "random" in state:
+        set_random_state(engine, state["random"])
+
+
+def _all_or_none(engine: Engine, checkpoint: Path, act: Callable[[], Result]) -> Result:
+    """What `act` returns, or a CheckpointError on every rank if it fails on one."""
+    result, failure = None, None
+    try:
+        result = act()
+    except LayoutError as error:
+        failure = error
+    except (Exception, CheckpointException) as error:
+        # torch, megatron-core and the optimizer raise whatever they like for unfit records; torch's
+        # collective error is no Exception.
+        failure = CheckpointError(f"{checkpoint} cannot be loaded: {_reason(error)}")
+    raise_together(engine.platform, failure)
+    return result
+
+
+def _reason(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)
+    if failures:
+        # torch's collective error holds what each failing rank raised.
+        error = failures[min(failures)][0]
+    if isinstance(error, Phi4Error):
+        return str(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _survey(checkpoint: Path) -> _Survey:
+    manifest = read_manifest(checkpoint)
+    if manifest.step != step_of(checkpoint):
+        raise CheckpointError(f"{checkpoint} holds step {manifest.step}, not what its name says")
+    return _Survey(manifest, manifest_hash(checkpoint), tuple(content_names(checkpoint)))
+
+
+def _vetted(checkpoint: Path, manifest: Manifest) -> tuple[Metadata, bytes]:
+    """The index and the content of common.pt."""
+    index, common, form = (read_verified(checkpoint, manifest, name) for name in _VETTED_NAMES)
+    try:
+        if msgspec.json.decode(form) != _FORMAT:
+            raise CheckpointError(f"{checkpoint / _FORMAT_NAME} names a format that is not ours")
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{checkpoint / _FORMAT_NAME} is damaged: {error}") from None
+    file_bytes = {name: entry.bytes for name, entry in manifest.files.items()}
+    try:
+        return parse_metadata(index, file_bytes), common
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from None
+
+
+class _VettedShards(TorchDistLoadShardedStrategy):
+    """Reads shards by the vetted index."""
+
+    def __init__(self, source: VettedSource) -> None:
+        super().__init__()
+        self._source = source
+
+    def load(self, sharded_state_dict: dict, checkpoint_dir: str) -> dict:
+        """See TorchDistLoadShardedStrategy."""
+        return super().load(sharded_state_dict, self._source)
+
+
+class _VettedCommon(LoadCommonStrategy):
+    """What every rank shares, from bytes that were verified."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def load_common(self, checkpoint_dir: str) -> dict:
+        """See LoadCommonStrategy."""
+        return load_values(io.BytesIO(self._content))
+
+    def load_sharded_objects(self, sharded_objects_state_dict: dict, checkpoint_dir: str) -> dict:
+        """Never called: the strategy for shards reads these."""
+        raise NotImplementedError
+
+    def check_backend_compatibility(self, loaded_version: str) -> None:
+        """The format is checked by `verify_checkpoint`."""
+
+    def check_version_compatibility(self, loaded_version: int) -> None:
+        """The format is checked by `verify_checkpoint`."""
+
+
+def _check_optimizer(engine: Engine, checkpoint: Path, manifest: Manifest) -> None:
+    here, there = degrees(engine), manifest.layout
+    if manifest.optimizer_format == "none":
+        raise CheckpointError(f"{checkpoint} holds weights only; it cannot resume a training run")
+    key = "distributed_optimizer"
+    if here[key] != there[key]:
+        raise LayoutError(
+            f"{checkpoint} was written with parallel.{key}={bool(there[key])}, asked for "
+            f"{bool(here[key])}; resume with parallel.{key}={str(bool(there[key])).lower()}"
+        )
+    if manifest.optimizer_format == "dp":
+        moved = [
+            key for key in ("tensor", "pipeline", "virtual_pipeline") if here[key] != there[key]
+        ]
+        if moved:
+            raise LayoutError(
+                f"{checkpoint} has optimizer format dp, which keeps "
+                f"{', '.join(f'{key}={there[key]}' for key in moved)}; resume with these, save "
+                "once with checkpoint.optimizer_format=full, then change the layout"
+            )
