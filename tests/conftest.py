@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 
 from tests.architecture.sizes import ROOT, largest
-from tests.support.ranks import OUR_MODULES
+from tests.support.rank_process import OUR_MODULES
 from tests.support.rooms import RoomSeconds
 from tests.support.skips import StrictSkips, read_skip_list
 

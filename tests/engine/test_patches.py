@@ -53,7 +53,7 @@ def test_run_with_all_patches_trains_saves_and_resumes(straight_loss: float) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_run_without_a_patch_fails(name: str, tmp_path: Path, straight_loss: float) -> None:
     with RankPool(2) as pool, pytest.raises(RankError):
-        loss = pool.run(_train_save_resume, tmp_path, frozenset({name}), timeout_seconds=60)[0]
+        loss = pool.run(_train_save_resume, tmp_path, frozenset({name}))[0]
         if loss != straight_loss:
             raise RankError(0, f"the loss became {loss}, expected {straight_loss}")
 

@@ -32,7 +32,7 @@ def _compare_unequal(rank: int, world_size: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("documents_per_row", [1, 4])
 def test_a_step_costs_at_most_a_tenth_more_than_transformers(documents_per_row):
-    [row] = run_ranks(1, _compare, documents_per_row, timeout_seconds=280)
+    [row] = run_ranks(1, _compare, documents_per_row)
     assert row["threads"] == 1
     assert row["cpu_ratio"] <= MAX_RATIO, row
 

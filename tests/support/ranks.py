@@ -6,54 +6,47 @@ no ports, no host names.
 """
 
 import contextlib
-import faulthandler
-import gc
-import itertools
 import multiprocessing
 import os
 import pickle
-import random
 import re
 import signal
 import tempfile
-import threading
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-OUR_MODULES = r"phi4(_kernels)?(\.|$)"
-"""Warnings attributed to these modules are errors, in tests and in their ranks."""
+from tests.support.process_tree import tree_seconds
+from tests.support.rank_process import Outcome, environment, gloo_group, rendezvous, serve
+from tests.support.waiting import LONG_SECONDS
 
-_PRELOADED = ("torch.distributed", "megatron.core.models.gpt", "megatron.core.dist_checkpointing")
+__all__ = ["RankError", "RankPool", "gloo_group", "rendezvous", "run_ranks"]
+
+_PRELOADED = ("tests.support.preloaded",)
+_ROOT = Path(__file__).parents[2]
 _GRACE_SECONDS = 1.0
+_STACK_SECONDS = 20.0
+_IDLE_SECONDS = 60.0
+_IDLE_SHARE = 0.01
+"""Ranks that together use less of one processor than this do nothing."""
+
 _ECHO = re.compile(r"(closed|reset) by peer|Broken pipe")
 """What a rank says when another one broke."""
 
 
 class RankError(Exception):
-    """A rank raised, died or did not return in time. The guilty rank's traceback is the message.
+    """A rank raised, died or hangs. The guilty rank's traceback is the message.
 
     Attributes:
-        rank: the guilty rank; the lowest one that had not returned after a timeout.
+        rank: the guilty rank; among ranks that hang, the lowest.
     """
 
     def __init__(self, rank: int, text: str) -> None:
         super().__init__(text)
         self.rank = rank
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    rank: int
-    finished_seconds: float
-    value: Any = None
-    failure: str | None = None
-    died: bool = False
 
 
 @dataclass
@@ -63,7 +56,7 @@ class _Worker:
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, timeout_seconds: float = 120
+    world_size: int, fn: Callable[..., Any], *args: Any, idle_seconds: float = _IDLE_SECONDS
 ) -> list[Any]:
     """Call `fn(rank, world_size, *args)` once in each of world_size fresh processes.
 
@@ -71,7 +64,9 @@ def run_ranks(
         world_size: number of processes.
         fn: importable top-level function; no process group exists when it is called.
         args: picklable; every rank gets its own copy.
-        timeout_seconds: for all ranks to return.
+        idle_seconds: ranks that have not returned and use no processor time for so long hang. A
+            busy machine delays ranks, and they go on using some. After LONG_SECONDS without a
+            returning rank they hang whatever they use.
 
     Returns:
         What the ranks returned, by rank.
@@ -80,7 +75,7 @@ def run_ranks(
         RankError: as `RankPool.run`.
     """
     with RankPool(world_size) as pool:
-        return pool.run(fn, *args, timeout_seconds=timeout_seconds)
+        return pool.run(fn, *args, idle_seconds=idle_seconds)
 
 
 class RankPool:
@@ -100,13 +95,15 @@ class RankPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout_seconds: float = 120) -> list[Any]:
+    def run(
+        self, fn: Callable[..., Any], *args: Any, idle_seconds: float = _IDLE_SECONDS
+    ) -> list[Any]:
         """Call `fn(rank, world_size, *args)` once in every rank; see `run_ranks`.
 
         Environment, random state and process groups of a call do not reach the next one.
 
         Raises:
-            RankError: a rank raised, died or did not return in time; all ranks are killed.
+            RankError: a rank raised, died or hangs; all ranks are killed.
         """
         if not self._workers:
             self._workers = [_start(rank) for rank in range(self.world_size)]
@@ -115,7 +112,7 @@ class RankPool:
                 call = pickle.dumps((fn, args, self.world_size, directory, dict(os.environ)))
                 for worker in self._workers:
                     worker.pipe.send_bytes(call)
-                return self._collect(time.monotonic() + timeout_seconds, Path(directory))
+                return self._collect(idle_seconds, Path(directory))
             except BaseException:
                 self.close()
                 raise
@@ -131,75 +128,82 @@ class RankPool:
             worker.pipe.close()
         self._workers = []
 
-    def _collect(self, deadline: float, directory: Path) -> list[Any]:
-        outcomes: dict[int, _Outcome] = {}
+    def _collect(self, idle_seconds: float, directory: Path) -> list[Any]:
+        outcomes: dict[int, Outcome] = {}
+        activity = _Activity(self._workers, idle_seconds)
         while len(outcomes) < self.world_size:
-            arrived = self._receive(outcomes, deadline)
-            if not arrived:
-                raise self._timeout(outcomes, directory)
+            arrived = self._receive(outcomes, activity.poll_seconds)
             if any(outcome.failure for outcome in arrived):
                 # Peers of a broken rank fail too; give the first cause time to arrive.
-                self._receive(outcomes, time.monotonic() + _GRACE_SECONDS, everything=True)
+                self._receive_while_active(outcomes)
                 raise _first_cause(outcomes, self.world_size)
+            if arrived:
+                activity = _Activity(self._workers, idle_seconds)
+            elif activity.has_ended():
+                raise self._hang(outcomes, directory)
         return [outcomes[rank].value for rank in range(self.world_size)]
 
-    def _receive(
-        self, outcomes: dict[int, _Outcome], deadline: float, everything: bool = False
-    ) -> list[_Outcome]:
-        arrived: list[_Outcome] = []
-        while len(outcomes) < self.world_size and (everything or not arrived):
-            silent = {r: w for r, w in enumerate(self._workers) if r not in outcomes}
-            # A dead rank's pipe stays open while a process that it started lives.
-            signs = [sign for w in silent.values() for sign in (w.pipe, w.process.sentinel)]
-            ready = set(wait(signs, max(0.0, deadline - time.monotonic())))
-            if not ready:
-                break
-            for rank, worker in silent.items():
-                if worker.pipe in ready or worker.process.sentinel in ready:
-                    outcomes[rank] = _read(rank, worker)
-                    arrived.append(outcomes[rank])
+    def _receive_while_active(self, outcomes: dict[int, Outcome]) -> None:
+        activity = _Activity(self._workers, _GRACE_SECONDS)
+        while len(outcomes) < self.world_size:
+            if not self._receive(outcomes, activity.poll_seconds) and activity.has_ended():
+                return
+
+    def _receive(self, outcomes: dict[int, Outcome], seconds: float) -> list[Outcome]:
+        """Wait for the next outcomes, at most so long."""
+        silent = {r: w for r, w in enumerate(self._workers) if r not in outcomes}
+        # A dead rank's pipe stays open while a process that it started lives.
+        signs = [sign for w in silent.values() for sign in (w.pipe, w.process.sentinel)]
+        ready = set(wait(signs, seconds)) if signs else set()
+        arrived = [
+            _read(rank, worker)
+            for rank, worker in silent.items()
+            if worker.pipe in ready or worker.process.sentinel in ready
+        ]
+        outcomes.update((outcome.rank, outcome) for outcome in arrived)
         return arrived
 
-    def _timeout(self, outcomes: dict[int, _Outcome], directory: Path) -> RankError:
+    def _hang(self, outcomes: dict[int, Outcome], directory: Path) -> RankError:
         late = [rank for rank in range(self.world_size) if rank not in outcomes]
         for rank in late:
-            os.kill(self._workers[rank].process.pid, signal.SIGUSR2)
-        time.sleep(0.3)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._workers[rank].process.pid, signal.SIGUSR2)
         stacks = "\n".join(
-            f"rank {rank} is at:\n{(directory / f'stack_{rank}').read_text()}"
-            for rank in late
-            if (directory / f"stack_{rank}").exists()
+            f"rank {rank} is at:\n{_settled_text(directory / f'stack_{rank}')}" for rank in late
         )
         names = ", ".join(map(str, late))
-        text = f"ranks {names} of {self.world_size} did not return in time\n{stacks}"
+        text = f"ranks {names} of {self.world_size} hang\n{stacks}"
         return RankError(late[0], text)
 
 
-def rendezvous() -> str:
-    """Inside a rank: a directory to meet in, as `phi4.engine.platform.connect` takes it.
-
-    The n-th call of every rank gives the same one, and no two calls share one.
-    """
-    directory = _place / f"meeting_{next(_meetings)}"
-    directory.mkdir(exist_ok=True)
-    return str(directory)
-
-
-@contextlib.contextmanager
-def gloo_group(rank: int, world_size: int) -> Iterator[None]:
-    """Inside a rank: a default process group for tests that do without the engine."""
-    import torch.distributed as dist
-
-    store = dist.FileStore(f"{rendezvous()}/store", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def _settled_text(path: Path) -> str:
+    """What a rank writes to a file on a signal, once there is some and no more comes."""
+    text, deadline = "", time.monotonic() + _STACK_SECONDS
+    while time.monotonic() < deadline:
+        before, text = text, path.read_text() if path.exists() else ""
+        if text and text == before:
+            break
+        time.sleep(0.3)
+    return text
 
 
-_place = Path()
-_meetings = itertools.count()
+class _Activity:
+    """Whether ranks that have not returned still do something, by the processor time they use."""
+
+    def __init__(self, workers: list[_Worker], idle_seconds: float) -> None:
+        self._pids = [worker.process.pid for worker in workers]
+        self._idle_seconds = idle_seconds
+        self._used_seconds: float | None = None
+        self._begun = self._idle_since = time.monotonic()
+        self.poll_seconds = min(2.0, idle_seconds / 2)
+
+    def has_ended(self) -> bool:
+        """Look at the ranks again. The first look, at calls that take longer, costs a scan."""
+        now, used_seconds = time.monotonic(), tree_seconds(self._pids)
+        least_seconds = _IDLE_SHARE * self._idle_seconds
+        if self._used_seconds is None or abs(used_seconds - self._used_seconds) > least_seconds:
+            self._used_seconds, self._idle_since = used_seconds, now
+        return now - self._idle_since > self._idle_seconds or now - self._begun > LONG_SECONDS
 
 
 def _start(rank: int) -> _Worker:
@@ -207,24 +211,27 @@ def _start(rank: int) -> _Worker:
     context.set_forkserver_preload(list(_PRELOADED))
     ours, theirs = context.Pipe()
     # Not daemonic: megatron-core's checkpoint writer starts processes of its own.
-    process = context.Process(target=_serve, args=(rank, theirs))
-    with _environment(os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}):
+    process = context.Process(target=serve, args=(rank, theirs))
+    # The server ignores a module that it cannot import, and must not depend on where it starts.
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ours_only = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+    with environment(os.environ | ours_only):
         process.start()
     theirs.close()
     return _Worker(process, ours)
 
 
-def _read(rank: int, worker: _Worker) -> _Outcome:
+def _read(rank: int, worker: _Worker) -> Outcome:
     with contextlib.suppress(EOFError, ConnectionResetError):
         if worker.pipe.poll():
             return pickle.loads(worker.pipe.recv_bytes())
-    worker.process.join(timeout=5)
+    worker.process.join(timeout=LONG_SECONDS)
     code = worker.process.exitcode
     how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-    return _Outcome(rank, time.monotonic(), failure=f"died of {how}\n", died=True)
+    return Outcome(rank, time.monotonic(), failure=f"died of {how}\n", died=True)
 
 
-def _first_cause(outcomes: dict[int, _Outcome], world_size: int) -> RankError:
+def _first_cause(outcomes: dict[int, Outcome], world_size: int) -> RankError:
     failed = [outcome for outcome in outcomes.values() if outcome.failure]
     # Peers notice a broken rank, and report it, before the rank's own report is here.
     guilty = min(
@@ -236,65 +243,3 @@ def _first_cause(outcomes: dict[int, _Outcome], world_size: int) -> RankError:
         ),
     )
     return RankError(guilty.rank, f"rank {guilty.rank} of {world_size}: {guilty.failure}")
-
-
-def _serve(rank: int, pipe: Connection) -> None:
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_the_tests, daemon=True).start()
-    warnings.filterwarnings("error", module=OUR_MODULES)
-    with contextlib.suppress(EOFError):
-        while True:
-            pipe.send_bytes(_answer(rank, pipe.recv_bytes()))
-
-
-def _die_with_the_tests() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
-
-
-def _answer(rank: int, call: bytes) -> bytes:
-    try:
-        fn, args, world_size, directory, environment = pickle.loads(call)
-        with _environment(environment | {"GLOO_SOCKET_IFNAME": "lo"}), _fresh(rank, directory):
-            value = fn(rank, world_size, *args)
-        return pickle.dumps(_Outcome(rank, time.monotonic(), value=value))
-    except BaseException:
-        failed_seconds = time.monotonic()
-        return pickle.dumps(_Outcome(rank, failed_seconds, failure=traceback.format_exc()))
-
-
-@contextlib.contextmanager
-def _fresh(rank: int, directory: str) -> Iterator[None]:
-    global _place, _meetings
-    import numpy
-    import torch
-    import torch.distributed as dist
-
-    _place, _meetings = Path(directory), itertools.count()
-    random.seed(0)
-    numpy.random.seed(0)
-    torch.manual_seed(0)
-    with (_place / f"stack_{rank}").open("w") as stack:
-        faulthandler.register(signal.SIGUSR2, file=stack, all_threads=False)
-        try:
-            yield
-        finally:
-            faulthandler.unregister(signal.SIGUSR2)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    gc.collect()
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

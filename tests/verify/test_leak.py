@@ -51,7 +51,7 @@ def pool() -> Iterator[RankPool]:
 def work_dir(pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What every rank of every layout saw."""
     directory = tmp_path_factory.mktemp("leak")
-    pool.run(_run, (ONE, *LEAK_LAYOUTS), directory, timeout_seconds=280)
+    pool.run(_run, (ONE, *LEAK_LAYOUTS), directory)
     return directory
 
 

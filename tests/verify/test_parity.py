@@ -65,7 +65,7 @@ def work_dir(steps: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with RankPool(1) as pool:
         pool.run(_run, (), steps, directory)
     with RankPool(4) as pool:
-        pool.run(_run, tuple(LAYOUTS), steps, directory, timeout_seconds=280)
+        pool.run(_run, tuple(LAYOUTS), steps, directory)
     return directory
 
 
