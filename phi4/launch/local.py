@@ -24,7 +24,8 @@ from phi4.launch.worker import ErrorReport, read_reports
 _POLL_SECONDS = 0.05
 
 # The kernel closes a dying process's connections before its death can be seen here, so a peer may
-# report the broken connection first. A death without a report is dated back by this much.
+# report the broken connection first. A death without a report is dated back by this much; on a busy
+# machine more may pass, but SIGKILL never is a consequence of what a peer did.
 _NOTICE_SECONDS = 0.25
 
 _LOG_LINES = 20
@@ -192,9 +193,11 @@ def _conclude(
     reported = {report.rank for report in reports}
     silent = [w for w in workers if w.died_at and w.rank not in reported]
     first = min(silent, key=lambda worker: worker.died_at, default=None)
-    if first and (not reports or first.died_at - _NOTICE_SECONDS < reports[0].time):
-        _say(_obituary(first, len(workers)))
-        return first.exit_code
+    killed = [w for w in silent if w.process.returncode == -signal.SIGKILL]
+    if killed or (first and (not reports or first.died_at - _NOTICE_SECONDS < reports[0].time)):
+        guilty_worker = killed[0] if killed else first
+        _say(_obituary(guilty_worker, len(workers)))
+        return guilty_worker.exit_code
     if not reports:
         return 0
     guilty = reports[0]

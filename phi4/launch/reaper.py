@@ -28,7 +28,7 @@ def processes_of(run_dir: str) -> list[int]:
     return found
 
 
-def sweep(run_dir: str, timeout_seconds: float = 2.0) -> list[int]:
+def sweep(run_dir: str, timeout_seconds: float = 20.0) -> list[int]:
     """Kill the processes of the run until none is left.
 
     Returns:

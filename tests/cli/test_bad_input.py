@@ -8,7 +8,7 @@ import pytest
 from phi4.cli import main
 from phi4.config import TokenizerConfig
 from phi4.data.tokenizer import load_tokenizer
-from tests.support.runs import train
+from tests.support.runs import train_forked as train
 
 
 def _files(root: Path) -> dict[str, bytes]:

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,8 @@ import psutil
 import pytest
 
 from phi4.errors import Phi4Error
-from tests.support.runs import command, train
+from tests.support.runs import command, train_forked
+from tests.support.waiting import LONG_SECONDS, wait_until
 
 ERRORS = "phi4.errors"
 
@@ -27,10 +27,7 @@ def _training(root: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Proces
     out = (root / "out").open("w")
     launcher = subprocess.Popen(command(*LONG), cwd=root, stdout=out, stderr=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 90
-        while not re.search(r"step \d+/", (root / "out").read_text()):
-            assert time.monotonic() < deadline and launcher.poll() is None
-            time.sleep(0.1)
+        wait_until(lambda: _has_stepped(launcher, root / "out"), "the first step")
         children = psutil.Process(launcher.pid).children(recursive=True)
         yield launcher, [p for p in children if "RANK" in p.environ()]
     finally:
@@ -39,10 +36,13 @@ def _training(root: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Proces
         out.close()
 
 
+def _has_stepped(launcher: subprocess.Popen, out: Path) -> bool:
+    assert launcher.poll() is None
+    return re.search(r"step \d+/", out.read_text()) is not None
+
+
 def _ends(launcher: subprocess.Popen, ranks: list[psutil.Process]) -> tuple[int, str]:
-    started = time.monotonic()
-    _, errors = launcher.communicate(timeout=30)
-    assert time.monotonic() - started < 10
+    _, errors = launcher.communicate(timeout=LONG_SECONDS)
     assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     return launcher.returncode, errors.decode()
 
@@ -78,7 +78,7 @@ def test_torchrun_runs_the_same_command(copy: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LONG_SECONDS,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -93,7 +93,7 @@ def test_torchrun_with_the_wrong_number_is_refused(copy: Path) -> None:
         cwd=copy,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LONG_SECONDS,
         check=False,
     )
     assert result.returncode != 0
@@ -102,7 +102,7 @@ def test_torchrun_with_the_wrong_number_is_refused(copy: Path) -> None:
 
 def test_finished_run_has_nothing_to_do(copy: Path) -> None:
     before = (copy / "run/metrics.jsonl").read_bytes()
-    result = train(copy)
+    result = train_forked(copy)
     assert result.returncode == 0, result.stderr
     assert "(step 2)" in result.stdout
     assert (copy / "run/metrics.jsonl").read_bytes() == before

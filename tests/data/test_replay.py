@@ -287,11 +287,11 @@ def test_a_step_of_a_10t_run_is_found_in_less_than_a_second() -> None:
     sources = {name: SourceCount(10**9) for name in weights}
     ledger = Ledger(sources, BlendEntry(weights=weights, drawn={}), **RUN)
     ledger.skip(415_378 * 5760)
-    begun = time.perf_counter()
+    begun = time.process_time()
     start, between = rewind(parse_state(ledger.state()), 400_000 * 5760)
     replayed = Ledger(sources, BlendEntry(weights=weights, drawn={}), state=None, **RUN)
     replayed.skip(between)
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1
     assert sum(count.drawn for count in start.sources.values()) == 0
     assert between == 15_378 * 5760
     assert replayed.draw(20).source.size == 20

@@ -25,6 +25,7 @@ from phi4.engine.layout import destroy_layout
 from phi4.errors import ConfigError
 from tests.support.engines import engine_on, tiny_recipe
 from tests.support.ranks import RankPool
+from tests.support.waiting import LONG_SECONDS
 
 _TP2, _PP2 = "parallel.tensor=2", "parallel.pipeline=2"
 LAYOUTS = {
@@ -183,7 +184,7 @@ def test_command_starts_its_processes_and_prints_the_same_text(pool, checkpoint,
         [sys.executable, "-m", "phi4", *options, *LAYOUTS[layout]],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=LONG_SECONDS,
     )
 
     assert ran.returncode == 0, ran.stderr

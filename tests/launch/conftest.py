@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.support.waiting import LONG_SECONDS, wait_until
 
 DRIVER = """
 import signal, sys
@@ -45,14 +46,17 @@ class Launch:
 
     def pid_in(self, name: str) -> int:
         """The pid that a worker noted, once it did."""
-        deadline = time.monotonic() + 60
-        while not (self.directory / name).is_file() or not (self.directory / name).read_text():
-            assert time.monotonic() < deadline and self.process.poll() is None, self.output()
-            time.sleep(0.01)
-        return int((self.directory / name).read_text())
+        note = self.directory / name
+
+        def noted() -> str:
+            text = note.read_text() if note.is_file() else ""
+            assert text or self.process.poll() is None, self.output()
+            return text
+
+        return int(wait_until(noted, f"the note {name}"))
 
     def output(self) -> tuple[str, str]:
-        return self.process.communicate(timeout=60)
+        return self.process.communicate(timeout=LONG_SECONDS)
 
     def log(self, rank: int) -> str:
         return (self.directory / "work" / "logs" / f"rank_{rank}.log").read_text()

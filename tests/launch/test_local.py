@@ -9,19 +9,22 @@ import time
 
 import pytest
 
-LIMIT_SECONDS = 10
+from tests.support.waiting import LONG_SECONDS, wait_until
+
+# Far longer than any wait of these tests: a run that used it up would fail by LONG_SECONDS.
+ENDLESS_SECONDS = 10 * LONG_SECONDS
 
 WAIT_FOR_EVER = """
     note(f"started_{rank}")
     with report_errors():
-        time.sleep(600)
+        time.sleep(100_000)
 """
 
 STUBBORN = """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     note(f"started_{rank}")
-    time.sleep(600)
+    time.sleep(100_000)
 """
 
 GLOO = """
@@ -56,7 +59,7 @@ def test_terminal_stays_a_terminal_for_rank_0(launch):
     ours, theirs = pty.openpty()
     run = launch("print('terminal', sys.stdout.isatty())", num_workers=2, stdout=theirs)
     os.close(theirs)
-    assert run.process.wait(60) == 0
+    assert run.process.wait(LONG_SECONDS) == 0
     assert os.read(ours, 100) == b"terminal True\r\n"
     os.close(ours)
     assert run.log(1) == "terminal False\n"
@@ -71,7 +74,7 @@ def test_raise_ends_the_others_and_is_the_last_word(launch):
                 await_note("started_2")
                 raise RuntimeError("boom from rank 1")
             note(f"started_{rank}")
-            time.sleep(600)
+            time.sleep(100_000)
         """,
         num_workers=3,
     )
@@ -104,7 +107,7 @@ def test_user_error_is_one_line_and_its_exit_code(launch, error, exit_code):
     assert stderr == error.replace("('", ": ").replace("')", "\n")
 
 
-def test_raise_while_all_others_are_stuck_in_collectives_ends_within_10_s(launch):
+def test_raise_while_all_others_are_stuck_in_collectives_ends_the_run(launch):
     # Ranks 0 and 2 wait for each other in C++, where no Python signal handler runs.
     run = launch(
         GLOO
@@ -119,9 +122,7 @@ def test_raise_while_all_others_are_stuck_in_collectives_ends_within_10_s(launch
         num_workers=3,
     )
     run.pid_in("raising")
-    since = time.monotonic()
     _, stderr = run.output()
-    assert time.monotonic() - since < LIMIT_SECONDS
     assert run.process.returncode == 1
     assert stderr.endswith("\nRuntimeError: boom from rank 1\n")
     assert not run.survivors()
@@ -135,15 +136,13 @@ def test_killed_rank_is_named_and_not_the_peer_whose_connection_broke(launch):
         join(2)
         print("last words", flush=True)
         note(f"started_{rank}")
-        dist.all_reduce(torch.zeros(1)) if rank == 0 else time.sleep(600)
+        dist.all_reduce(torch.zeros(1)) if rank == 0 else time.sleep(100_000)
         """,
         num_workers=2,
     )
     run.pid_in("started_0")
     os.kill(run.pid_in("started_1"), signal.SIGKILL)
-    since = time.monotonic()
     _, stderr = run.output()
-    assert time.monotonic() - since < LIMIT_SECONDS
     assert run.process.returncode == 128 + signal.SIGKILL
     assert stderr.splitlines()[-2] == "last words"
     assert stderr.splitlines()[-1].startswith("rank 1 of 2 was killed by signal 9 (SIGKILL)")
@@ -152,7 +151,7 @@ def test_killed_rank_is_named_and_not_the_peer_whose_connection_broke(launch):
 
 def test_crash_shows_where_and_gives_128_plus_the_signal(launch):
     run = launch(
-        "os.kill(os.getpid(), signal.SIGSEGV) if rank == 1 else time.sleep(600)", num_workers=2
+        "os.kill(os.getpid(), signal.SIGSEGV) if rank == 1 else time.sleep(100_000)", num_workers=2
     )
     _, stderr = run.output()
     assert run.process.returncode == 128 + signal.SIGSEGV
@@ -162,12 +161,11 @@ def test_crash_shows_where_and_gives_128_plus_the_signal(launch):
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_to_the_launcher_ends_the_run(launch, number, exit_code):
-    run = launch(WAIT_FOR_EVER, num_workers=2, grace=8)
+    # Workers that listen must not use up the grace.
+    run = launch(WAIT_FOR_EVER, num_workers=2, grace=ENDLESS_SECONDS)
     run.pid_in("started_0"), run.pid_in("started_1")
-    since = time.monotonic()
     run.process.send_signal(number)
     _, stderr = run.output()
-    assert time.monotonic() - since < 5, "workers that listen must not use up the grace"
     assert run.process.returncode == exit_code
     assert stderr == f"interrupted by {signal.Signals(number).name}; all 2 workers are stopped\n"
     assert not run.survivors() and not run.leftovers()
@@ -179,13 +177,14 @@ def test_ctrl_c_lets_workers_finish_within_the_grace(launch):
         with report_errors():
             try:
                 note(f"started_{rank}")
-                time.sleep(600)
+                time.sleep(100_000)
             except KeyboardInterrupt:
                 time.sleep(0.5)
                 note(f"finished_{rank}")
                 raise
         """,
         num_workers=2,
+        grace=ENDLESS_SECONDS,
     )
     run.pid_in("started_0"), run.pid_in("started_1")
     run.process.send_signal(signal.SIGINT)
@@ -199,15 +198,16 @@ def test_workers_that_ignore_signals_are_killed_after_the_grace(launch):
     since = time.monotonic()
     run.process.send_signal(signal.SIGINT)
     run.output()
-    assert 1 <= time.monotonic() - since < LIMIT_SECONDS
+    assert time.monotonic() - since >= 1
     assert run.process.returncode == 130
     assert not run.survivors()
 
 
 def test_second_ctrl_c_does_not_wait_for_the_grace(launch):
-    run = launch(STUBBORN, num_workers=1, grace=60)
+    run = launch(STUBBORN, num_workers=1, grace=ENDLESS_SECONDS)
     run.pid_in("started_0")
-    for _ in range(2):
+    while run.process.poll() is None:
+        # Two that come at once arrive as one.
         run.process.send_signal(signal.SIGINT)
         time.sleep(0.2)
     run.output()
@@ -218,11 +218,8 @@ def test_second_ctrl_c_does_not_wait_for_the_grace(launch):
 def test_killed_launcher_takes_the_whole_run_with_it(launch):
     run = launch(STUBBORN, num_workers=2)
     run.pid_in("started_0"), run.pid_in("started_1")
-    since = time.monotonic()
     run.process.kill()
-    while run.survivors() or run.leftovers():
-        assert time.monotonic() - since < LIMIT_SECONDS
-        time.sleep(0.05)
+    wait_until(lambda: not run.survivors() and not run.leftovers(), "the end of the whole run")
 
 
 @pytest.mark.parametrize("ending", ["raise RuntimeError('boom')", "pass"])
@@ -236,7 +233,7 @@ def test_grandchildren_go_whatever_session_they_are_in(launch, ending):
                 manager = multiprocessing.get_context("fork").Manager()
                 note_of = lambda name, pid: (here / name).write_text(str(pid))
                 note_of("manager", manager._process.pid)
-                sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+                sleeper = [sys.executable, "-c", "import time; time.sleep(100_000)"]
                 note_of("sleeper", subprocess.Popen(sleeper, start_new_session=True).pid)
                 {ending}
                 os._exit(0)
@@ -251,7 +248,7 @@ def test_grandchildren_go_whatever_session_they_are_in(launch, ending):
 
 
 def test_rank_without_a_report_gives_its_exit_code(launch):
-    run = launch("sys.exit('no space') if rank == 1 else time.sleep(600)", num_workers=2)
+    run = launch("sys.exit('no space') if rank == 1 else time.sleep(100_000)", num_workers=2)
     _, stderr = run.output()
     assert run.process.returncode == 1
     assert stderr.splitlines()[-2] == "no space"

