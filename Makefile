@@ -6,15 +6,20 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint gpu bench csrc budgets golden measured prove-fresh clean
+.PHONY: help setup demo test test-all lint gpu bench csrc budgets durations golden measured clean \
+	prove-checkpoints prove-fresh
 
 export PYTHON ?= python3
 export PIP_ARGS ?=
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+# A file's tests share fixtures, so a worker takes whole files, the most expensive ones first.
+BY_FILE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(BY_FILE)
+DEFAULT := -m "not slow and not slurm and not gpu" --cpu-budgets test
+LONG := -m "(slow or slurm) and not gpu" --cpu-budgets test-all
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 setup:  ## build .venv when it is missing or out of date; the targets below do so themselves
 	@tools/setup.sh
@@ -23,12 +28,18 @@ demo: setup  ## train a small Phi-4 on four CPU processes, resume, generate, che
 	@.venv/bin/phi4 demo
 
 test: setup  ## CPU tests, at most 10 minutes on 2 cores
-	@$(PYTEST) -m "not slow and not slurm and not gpu" -n $(WORKERS) --dist loadfile --durations=10 --room-budgets
+	@$(PYTEST) $(DEFAULT)
 
 test-all: test  ## test, then the slow and Slurm tests and conversion against transformers 4.57
-	@$(PYTEST) -m "(slow or slurm) and not gpu" --durations=10
+	@$(PYTEST) $(LONG)
 	@tools/setup_transformers4.sh
-	@OMP_NUM_THREADS=1 .venv-tf4/bin/python -m pytest tests/convert -m "not gpu" --durations=10
+	@OMP_NUM_THREADS=1 .venv-tf4/bin/python -m pytest tests/convert -m "not gpu" $(BY_FILE)
+
+prove-checkpoints: setup  ## damaged checkpoints execute nothing, each ends in one line
+	@.venv/bin/python -m tools.checkpoint_fuzz --mutants 500
+
+prove-%: setup  ## a proof longer than its tests: parity leak resume kernels compile
+	@.venv/bin/python -m tools.prove $*
 
 lint: setup  ## ruff, and clang-format where it is installed
 	@.venv/bin/ruff check .
@@ -50,6 +61,10 @@ csrc: setup  ## build the CUDA ops for sm_90a where nvcc is installed
 budgets: setup  ## write the register and shared-memory budgets of the kernels
 	@.venv/bin/python -m phi4_kernels.testing budgets
 	@.venv/bin/python tools/build_csrc.py --budgets
+
+durations: setup  ## record the CPU seconds of the test files, which order them
+	@$(PYTEST) $(DEFAULT) --write-cpu-seconds
+	@$(PYTEST) $(LONG) --write-cpu-seconds
 
 measured: setup  ## fill README's table from the rows under benchmarks/
 	@.venv/bin/python -m tools.measured_table

@@ -13,18 +13,36 @@ import hypothesis
 import pytest
 
 from tests.architecture.sizes import ROOT, largest
+from tests.support.cpu_seconds import Budgets, CpuMeter, CpuReport, LongestFirst, WriteMeasured
 from tests.support.rank_process import OUR_MODULES
-from tests.support.rooms import RoomSeconds
 from tests.support.skips import StrictSkips, read_skip_list
 
-# No deadline: the machine is shared. Derandomised: a red run is red again.
-hypothesis.settings.register_profile("phi4", deadline=None, derandomize=True, database=None)
+# Neither deadline nor too_slow: the machine is shared. Derandomised: a red run is red again.
+hypothesis.settings.register_profile(
+    "phi4",
+    deadline=None,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+    derandomize=True,
+    database=None,
+)
 hypothesis.settings.load_profile("phi4")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The option that `make test` gives."""
-    parser.addoption("--room-budgets", action="store_true", help="seconds per room, largest code")
+    """The options that the Makefile gives."""
+    parser.addoption(
+        "--cpu-budgets",
+        metavar="SELECTION",
+        help="CPU seconds per package against tests/cpu_budgets.toml, expensive files first",
+    )
+    parser.addoption(
+        "--write-cpu-seconds",
+        action="store_true",
+        help="with --cpu-budgets: record the CPU seconds per file in tests/cpu_seconds.json",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,12 +52,24 @@ def pytest_configure(config: pytest.Config) -> None:
     if strict:
         allowed = read_skip_list(Path(__file__).parent / "skips.txt")
         config.pluginmanager.register(StrictSkips(allowed))
-    if config.getoption("--room-budgets") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(RoomSeconds(strict))
+    if selection := config.getoption("--cpu-budgets"):
+        _count_cpu_seconds(config, selection, strict)
+
+
+def _count_cpu_seconds(config: pytest.Config, selection: str, strict: bool) -> None:
+    budgets = Budgets.of(selection)
+    plugins: list[object] = [CpuMeter(), LongestFirst(budgets)]
+    if not hasattr(config, "workerinput"):
+        report = CpuReport(budgets, strict)
+        plugins.append(report)
+        if config.getoption("--write-cpu-seconds"):
+            plugins.append(WriteMeasured(report, selection))
+    for plugin in plugins:
+        config.pluginmanager.register(plugin)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What asks to be split next."""
-    if terminalreporter.config.getoption("--room-budgets"):
+    if terminalreporter.config.getoption("--cpu-budgets"):
         terminalreporter.section("largest files and functions, in lines")
         terminalreporter.write_line(largest(ROOT))

@@ -37,12 +37,14 @@ def robust(text: SelfTestText) -> Measured:
     return measure(text.measuring, text.reference, "robust", DEFAULT_THRESHOLDS["robust"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "floor"), FLOORS.items())
 def test_robust_recall_is_above_its_floor(robust: Measured, kind: str, floor: float) -> None:
     assert robust.planted[kind] >= 150
     assert robust.recall(kind) >= floor
 
 
+@pytest.mark.slow
 def test_robust_false_alarms_on_the_documentation(robust: Measured) -> None:
     assert robust.num_clean >= 600
     assert robust.false_alarms <= 0.005
@@ -57,6 +59,7 @@ def test_halves_are_disjoint(text: SelfTestText) -> None:
     assert min(kinds[kind] for kind in ("definition", "gap", "ending", "problem")) >= 50
 
 
+@pytest.mark.slow
 def test_choosing_half_asks_for_the_thresholds_in_use(text: SelfTestText) -> None:
     half = Material(text.choosing.questions[::3], text.choosing.clean)
     chosen = choose_thresholds(half, text.reference, "robust")
@@ -70,6 +73,8 @@ def test_paper_loses_what_is_re_wrapped_and_the_report_shows_it(text: SelfTestTe
         text.reference,
     )
     results = [run_self_test(few, name) for name in ("robust", "paper")]
+    robust = results[0].measuring
+    assert all(robust.recall(kind) >= floor for kind, floor in FLOORS.items()), robust
     paper = results[1].measuring
     assert paper.recall("verbatim") >= 0.99
     assert paper.recall("re-wrapped") < 0.5

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4.data import documents
@@ -14,9 +14,7 @@ from phi4.data.documents import BLANK, list_parts, read_rows
 from phi4.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": " \n"}, {"text": "zwei ü"}, {"text": "three\nlines\n"}]
-fixture_is_only_a_directory = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
-)
+fixture_is_only_a_directory = settings(max_examples=60)
 
 
 def rows(inputs: list[Path], **cut: int) -> list:

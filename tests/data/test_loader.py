@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -19,9 +19,7 @@ from phi4.errors import DataError, LayoutError
 
 EOD, PAD = 0, 1
 SECOND_SOURCE = 1_000_000
-fixture_is_only_a_writer = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40
-)
+fixture_is_only_a_writer = settings(max_examples=40)
 
 
 def data_config(paths: dict[str, tuple[str, float]], *, unit: int = 4, row_units: int = 2, **other):

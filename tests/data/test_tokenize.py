@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4.config import DataConfig, SourceConfig, TokenizerConfig
@@ -134,7 +134,7 @@ def test_bytes_do_not_depend_on_the_length_of_runs(
     assert content(tmp_path / "one") == content(tmp_path / "other")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=8)
+@settings(max_examples=8)
 @given(kills=st.lists(st.integers(0, 12), min_size=1, max_size=3))
 def test_killed_job_goes_on_without_loss_or_repeat(
     config: TokenizerConfig, rows: Path, tmp_path_factory, kills: list[int]

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4.config import DataConfig, SourceConfig
@@ -16,9 +16,7 @@ from phi4.data.token_writer import TokenFileWriter
 from phi4.errors import DataError
 
 EOD, PAD = 0, 1
-fixture_is_only_a_writer = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40
-)
+fixture_is_only_a_writer = settings(max_examples=40)
 
 
 def windows(path: str, row_tokens: int, unit: int | None = None, **source) -> DataConfig:

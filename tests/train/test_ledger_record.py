@@ -4,7 +4,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4.engine.step import StepResult
@@ -29,7 +29,7 @@ def counts(step: int, factor: int = 1) -> dict[str, tuple[int, int]]:
     return {"web": (drawn, 7 * drawn), "a/b": (drawn, 7 * drawn)}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(max_examples=30)
 @given(first=st.integers(1, 4), length=st.integers(1, 12), lost_bytes=st.integers(0, 40))
 def test_every_whole_line_is_found_and_no_other(
     tmp_path: Path, first: int, length: int, lost_bytes: int

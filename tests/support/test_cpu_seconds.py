@@ -1,0 +1,131 @@
+"""CPU seconds are counted wherever they are spent, and a strict run fails far over a budget."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support import cpu_seconds
+from tests.support.cpu_seconds import (
+    COLLECTION,
+    Budgets,
+    CpuMeter,
+    CpuReport,
+    LongestFirst,
+    WriteMeasured,
+)
+
+pytest_plugins = ["pytester"]
+
+TESTS = Path(__file__).parents[1]
+
+WORKLOADS = """
+import subprocess, sys, time
+import pytest
+
+WORK = "import time\\nend = time.process_time() + 0.3\\nwhile time.process_time() < end: pass\\n"
+
+@pytest.fixture
+def costly(): exec(WORK)
+
+def test_set_up(costly): pass
+def test_call(): exec(WORK)
+def test_ended_child(): subprocess.run([sys.executable, "-S", "-c", WORK], check=True)
+
+def test_living_child():
+    global child
+    code = WORK + "print('done', flush=True)\\ntime.sleep(1000)"
+    child = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
+    child.stdout.readline()
+
+def test_sleep(): time.sleep(0.3)
+
+def test_end_of_the_child():
+    child.kill()
+    child.wait()
+    time.sleep(0.2)
+"""
+
+
+def report_of(strict: bool = True, **packages: float) -> CpuReport:
+    return CpuReport(Budgets(packages, {}), strict)
+
+
+def finished(report: CpuReport, **spent: float) -> pytest.ExitCode:
+    """Exit code of a green run whose packages took so many CPU seconds."""
+    for package, seconds in spent.items():
+        nodeid = f"tests/{package}/test_a.py::test_b"
+        report.pytest_runtest_logreport(SimpleNamespace(nodeid=nodeid, cpu_seconds=seconds))
+    session = SimpleNamespace(exitstatus=pytest.ExitCode.OK)
+    report.pytest_sessionfinish(session)
+    return session.exitstatus
+
+
+def test_seconds_belong_to_the_test_that_spent_them(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_it=WORKLOADS)
+    report = report_of(strict=False)
+    result = pytester.inline_run("-p", "no:cacheprovider", plugins=[CpuMeter(), report])
+    assert result.ret == pytest.ExitCode.OK
+    seconds = {name.partition("::")[2]: spent for name, spent in report.seconds_per_test().items()}
+    for name in ("test_set_up", "test_call", "test_ended_child", "test_living_child"):
+        assert 0.28 < seconds[name] < 0.6, seconds
+    assert seconds["test_sleep"] < 0.2 and seconds["test_end_of_the_child"] < 0.2, seconds
+
+
+def test_seconds_travel_from_worker_to_controller() -> None:
+    report = pytest.TestReport("a/b.py::c", ("b.py", 0, "c"), {}, "passed", None, "call")
+    report.cpu_seconds = 1.5
+    data = json.loads(json.dumps(report._to_json()))
+    assert pytest.TestReport._from_json(data).cpu_seconds == 1.5
+
+
+@pytest.mark.parametrize(
+    ("seconds", "strict", "code"),
+    [
+        (14.9, True, pytest.ExitCode.OK),
+        (15.1, True, pytest.ExitCode.TESTS_FAILED),
+        (15.1, False, pytest.ExitCode.OK),
+    ],
+)
+def test_strict_run_fails_far_over_a_budget(
+    seconds: float, strict: bool, code: pytest.ExitCode
+) -> None:
+    assert finished(report_of(strict, data=10), data=seconds) == code
+
+
+def test_package_without_a_budget_fails_a_strict_run() -> None:
+    assert finished(report_of(data=10), other=0.1) == pytest.ExitCode.TESTS_FAILED
+
+
+def test_expensive_and_unknown_files_come_first() -> None:
+    budgets = Budgets({}, {"tests/a.py": 1.0, "tests/b.py": 5.0})
+    names = ["tests/a.py::1", "tests/b.py::2", "tests/b.py::1", "tests/new.py::1"]
+    items = [SimpleNamespace(nodeid=name) for name in names]
+    LongestFirst(budgets).pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == [names[3], names[1], names[2], names[0]]
+
+
+def test_measured_seconds_replace_those_of_their_selection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cpu_seconds.json"
+    path.write_text(json.dumps({"test": {"tests/old.py": 1.0}, "test-all": {"tests/x.py": 2.0}}))
+    monkeypatch.setattr(cpu_seconds, "MEASURED", path)
+    report = report_of(data=10)
+    status = finished(report, data=3.0)
+    WriteMeasured(report, "test").pytest_sessionfinish(SimpleNamespace(exitstatus=status))
+    assert json.loads(path.read_text()) == {
+        "test": {"tests/data/test_a.py": 3.0},
+        "test-all": {"tests/x.py": 2.0},
+    }
+
+
+@pytest.mark.parametrize("selection", ["test", "test-all"])
+def test_every_package_has_a_budget(selection: str) -> None:
+    packages = {path.parent.name for path in TESTS.glob("*/test_*.py")}
+    assert packages | {COLLECTION} == Budgets.of(selection).packages.keys()
+
+
+def test_budgets_of_make_test_add_up_to_ten_minutes() -> None:
+    assert sum(Budgets.of("test").packages.values()) <= 600

@@ -1,0 +1,68 @@
+"""Run a proof that is too long for the tests, and append its verdict to benchmarks/proofs.jsonl.
+
+python -m tools.prove leak
+
+`make prove-<name>` calls it. The tests run the smallest form of every proof here that its planted
+mistakes still turn red.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from phi4.track import append_row
+
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "benchmarks" / "proofs.jsonl"
+
+PROOFS: dict[str, tuple[str, ...]] = {
+    "parity": ("phi4", "verify", "parity", "--steps=10", "--json=benchmarks/parity.jsonl"),
+    "leak": ("phi4", "verify", "leak"),
+    "resume": ("phi4", "verify", "resume", "--steps=20"),
+    "kernels": ("phi4_kernels.testing", "numbers"),
+    "compile": ("phi4_kernels.testing", "compile"),
+}
+"""Arguments of `python -m`."""
+
+
+def run(name: str, command: tuple[str, ...]) -> dict[str, object]:
+    """Run a proof, its output shown as it comes.
+
+    Returns:
+        The row: verdict, last line of output, wall and CPU seconds.
+    """
+    begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = [sys.executable, "-m", *command]
+    last_line = ""
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last_line = line.strip() or last_line
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "benchmark": "proof",
+        "proof": name,
+        "command": " ".join(("python", "-m", *command)),
+        "passed": process.returncode == 0,
+        "last_line": last_line,
+        "seconds": round(time.monotonic() - begun, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+    }
+
+
+def main() -> int:
+    """Command line; exit 1 when the proof fails."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name", choices=PROOFS)
+    name = parser.parse_args().name
+    row = run(name, PROOFS[name])
+    append_row(ROWS, row)
+    return 0 if row["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
