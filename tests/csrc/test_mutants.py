@@ -68,6 +68,7 @@ def build_host_form(op: str, source: Path, target: Path) -> HostForms:
     return HostForms(target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "check"), CHECKS.items())
 def test_mutants_are_caught(op: str, check: Callable[[HostForms], None], tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:

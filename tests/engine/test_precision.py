@@ -1,5 +1,7 @@
 """bf16: the run learns, stays near fp32, and keeps masters, gradients and moments in fp32."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -29,6 +31,18 @@ def _losses(rank: int, world_size: int, overrides: tuple[str, ...]) -> list[floa
         return losses
 
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def fp32(pool: RankPool) -> list[float]:
+    """Losses of one process."""
+    return pool.run(_losses, ())[0]
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -38,10 +52,8 @@ def _losses(rank: int, world_size: int, overrides: tuple[str, ...]) -> list[floa
         ("parallel.context=2",),
     ],
 )
-def test_bf16_stays_near_fp32(layout: tuple[str, ...]) -> None:
-    with RankPool(2) as pool:
-        fp32 = pool.run(_losses, ())[0]
-        bf16 = pool.run(_losses, ("precision.dtype='bf16'", *layout))[0]
+def test_bf16_stays_near_fp32(layout: tuple[str, ...], pool: RankPool, fp32: list[float]) -> None:
+    bf16 = pool.run(_losses, ("precision.dtype='bf16'", *layout))[0]
     # bf16 keeps 8 bits of a number: losses of about 4.5 nats agree to a few units of 2^-8.
     assert bf16 == pytest.approx(fp32, rel=2**-6)
     assert bf16 != fp32

@@ -1,4 +1,4 @@
-"""Processes that the kernel gates share: Triton interprets in one, and only compiles in another."""
+"""What the kernel gates share: a process in which Triton interprets, and the compiled launches."""
 
 import json
 import subprocess
@@ -11,26 +11,16 @@ from phi4_kernels.testing.interpreted import InterpretedProcess
 
 
 @pytest.fixture(scope="session")
-def compiling() -> Iterator[subprocess.Popen]:
-    """The compile gate, at work beside the other tests."""
-    command = [sys.executable, "-m", "phi4_kernels.testing", "compile", "--json"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    yield child
-    child.kill()
-    child.wait()
-
-
-@pytest.fixture(scope="session")
-def compiled(compiling: subprocess.Popen) -> dict[str, Any]:
+def compiled() -> dict[str, Any]:
     """What every shipped launch compiles to: `found` resources, `unreached` ladder rows."""
-    output, _ = compiling.communicate()
-    assert compiling.returncode == 0
-    return json.loads(output)
+    command = [sys.executable, "-m", "phi4_kernels.testing", "compile", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="session")
-def interpreted(compiling: subprocess.Popen) -> Iterator[InterpretedProcess]:
-    """A process in which Triton interprets; it starts the compile gate beside it."""
+def interpreted() -> Iterator[InterpretedProcess]:
+    """A process in which Triton interprets."""
     process = InterpretedProcess()
     yield process
     process.close()

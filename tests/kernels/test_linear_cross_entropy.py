@@ -30,14 +30,6 @@ FUNCTIONS = (linear_cross_entropy, summed_linear_cross_entropy)
 X, W, Y = torch.randn(3, 4), torch.randn(8, 4), torch.tensor([0, 7, 3])
 
 
-@pytest.fixture(scope="module")
-def process() -> Iterator[InterpretedProcess]:
-    """Where Triton interprets; also a fresh process to measure."""
-    process = InterpretedProcess()
-    yield process
-    process.close()
-
-
 def leaves() -> tuple[torch.Tensor, torch.Tensor]:
     return X.clone().requires_grad_(), W.clone().requires_grad_()
 
@@ -109,8 +101,8 @@ def test_resident_memory_is_no_more() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_one_graph(process: InterpretedProcess, implementation: str) -> None:
-    process.call(f"{CHECKS}:one_graph", implementation=implementation)
+def test_one_graph(interpreted: InterpretedProcess, implementation: str) -> None:
+    interpreted.call(f"{CHECKS}:one_graph", implementation=implementation)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -29,6 +29,7 @@ LEAN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", registry.entries())
 def test_shipped_kernels_keep_their_budget(compiled: dict[str, Any], entry: str) -> None:
     known = budgets.load()
@@ -42,6 +43,7 @@ def test_shipped_kernels_keep_their_budget(compiled: dict[str, Any], entry: str)
     assert not broken
 
 
+@pytest.mark.slow
 def test_every_ladder_row_is_reached(compiled: dict[str, Any]) -> None:
     assert compiled["unreached"] == []
 
