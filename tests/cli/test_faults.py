@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from phi4.errors import Phi4Error
-from tests.support.runs import command, train_forked
+from phi4.cli.demo import demo
+from phi4.errors import OwnershipError, Phi4Error
+from phi4.rundir.lease import take_lease
+from tests.support.runs import command, train, train_forked
 from tests.support.waiting import LONG_SECONDS, wait_until
 
 ERRORS = "phi4.errors"
@@ -41,6 +43,10 @@ def _has_stepped(launcher: subprocess.Popen, out: Path) -> bool:
     return re.search(r"step \d+/", out.read_text()) is not None
 
 
+def _rank(ranks: list[psutil.Process], rank: str) -> psutil.Process:
+    return next(process for process in ranks if process.environ()["RANK"] == rank)
+
+
 def _ends(launcher: subprocess.Popen, ranks: list[psutil.Process]) -> tuple[int, str]:
     _, errors = launcher.communicate(timeout=LONG_SECONDS)
     assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
@@ -50,8 +56,7 @@ def _ends(launcher: subprocess.Popen, ranks: list[psutil.Process]) -> tuple[int,
 @pytest.mark.slow
 def test_killed_rank_ends_the_run_and_is_named(copy: Path) -> None:
     with _training(copy) as (launcher, ranks):
-        victim = next(p for p in ranks if p.environ()["RANK"] == "1")
-        victim.kill()
+        _rank(ranks, "1").kill()
         code, errors = _ends(launcher, ranks)
     assert code == 128 + signal.SIGKILL
     assert errors.strip().splitlines()[-1].startswith("rank 1 of 2 was killed by signal 9")
@@ -128,3 +133,64 @@ def test_documented_exit_codes_are_those_of_the_errors() -> None:
         assert documented[code] == named, f"exit code {code}"
     signals = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
     assert {str(128 + number) for number in signals} <= documented.keys()
+
+
+def _files(root: Path) -> dict[str, tuple[bytes, int]]:
+    found = [path for path in root.rglob("*") if path.is_file()]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+
+@pytest.mark.parametrize("layout", ["parallel.pipeline=1", "parallel.pipeline=2"])
+def test_second_start_in_a_run_dir_is_one_line_and_touches_nothing(copy: Path, layout: str) -> None:
+    lease = take_lease(copy / "run", job="47", say=print)
+    before = _files(copy)
+    result = train_forked(copy, "run.steps=4", "--change", layout)
+    assert result.returncode == 3 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert f"OwnershipError: run.dir=run is owned by pid {os.getpid()} on " in line
+    assert "Slurm job 47" in line and _files(copy) == before
+    lease.check()
+
+
+def test_demo_does_not_remove_a_run_that_is_going_on(tmp_path: Path) -> None:
+    lease = take_lease(tmp_path / "midtrain", job="", say=print)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(OwnershipError):
+        demo(tmp_path, None)
+    lease.check()
+    assert (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["launcher", "0"])
+def test_start_after_a_kill_takes_over(copy: Path, victim: str) -> None:
+    with _training(copy) as (launcher, ranks):
+        killed = launcher if victim == "launcher" else _rank(ranks, victim)
+        killed.kill()
+        launcher.wait(LONG_SECONDS)
+        psutil.wait_procs(ranks, timeout=LONG_SECONDS)
+    result = train(copy, "run.steps=3", "run.dir=long", "parallel.pipeline=2")
+    assert result.returncode == 0, result.stderr
+    attempts = sorted(path.name for path in (copy / "long/attempts").iterdir())
+    assert attempts == ["0000001.json", "0000002.json"]
+
+
+BLIND = """
+import os, pathlib
+exists = pathlib.Path.exists
+if os.environ.get("RANK") == "1":
+    pathlib.Path.exists = lambda path, **_: "attempts" not in str(path) and exists(path)
+"""
+
+
+@pytest.mark.slow
+def test_rank_that_cannot_see_the_directory_ends_the_run_in_time(copy: Path) -> None:
+    (copy / "sitecustomize.py").write_text(BLIND)
+    environment = {**os.environ, "PYTHONPATH": f"{copy}:{os.environ.get('PYTHONPATH', '')}"}
+    arguments = command("run.dir=blind", "parallel.pipeline=2")
+    result = subprocess.run(
+        arguments, cwd=copy, env=environment, capture_output=True, text=True, timeout=LONG_SECONDS
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("PlatformError: rank 1 on ") and "does not see blind/attempts" in line
