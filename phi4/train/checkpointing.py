@@ -187,7 +187,7 @@ def resume(
                 platform, lambda path=checkpoint: (read_recipe(path), read_state(path))
             )
             check_recipe(checkpoint, verified.manifest, written)
-            state = with_changes(saved, written, recipe, allow=allow_change)
+            state = with_changes(saved, written, recipe, allow=allow_change, say=say)
             if source_hashes is not None:
                 data = verified.manifest.data
                 state = _with_data(state, data, source_hashes, allow=allow_change)

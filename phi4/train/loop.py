@@ -9,7 +9,7 @@ from phi4.data.loader import Loader
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.train.hooks import Hook, Progress, Stopwatch
-from phi4.train.schedule import learning_rate
+from phi4.train.schedule import next_rate, step_tokens
 from phi4.train.state import RunState
 
 
@@ -37,17 +37,11 @@ def train(
     Collectives: those of `Engine.train_step` and of the hooks.
     """
     batch = recipe.batch
-    step_tokens = batch.global_batch_size * recipe.data.sequence_length
+    tokens = step_tokens(recipe)
     layout = engine.layout
     while state.step < recipe.run.steps:
         watch = Stopwatch()
-        rate = learning_rate(
-            recipe.optim,
-            step=state.step,
-            consumed_tokens=state.consumed_tokens,
-            total_steps=recipe.run.steps,
-            step_tokens=step_tokens,
-        )
+        rate = next_rate(recipe, step=state.step, consumed_tokens=state.consumed_tokens)
         batches = loader.next_step(
             global_batch_size=batch.global_batch_size,
             micro_batch_size=batch.micro_batch_size,
@@ -58,13 +52,13 @@ def train(
         state = msgspec.structs.replace(
             state,
             step=state.step + 1,
-            consumed_tokens=state.consumed_tokens + step_tokens,
+            consumed_tokens=state.consumed_tokens + tokens,
             data=loader.state(),
         )
         progress = Progress(
             state=state,
             total_steps=recipe.run.steps,
-            step_tokens=step_tokens,
+            step_tokens=tokens,
             step_seconds=watch.lap(),
             learning_rate=rate,
             result=result,

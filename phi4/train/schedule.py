@@ -1,6 +1,28 @@
 """The learning rate: linear warm-up, then linear decay, counted in steps or in tokens."""
 
-from phi4.config import OptimConfig
+from phi4.config import OptimConfig, Recipe
+
+
+def next_rate(recipe: Recipe, *, step: int, consumed_tokens: int) -> float:
+    """Learning rate of the step that follows `step` completed ones; see `learning_rate`."""
+    return learning_rate(
+        recipe.optim,
+        step=step,
+        consumed_tokens=consumed_tokens,
+        total_steps=recipe.run.steps,
+        step_tokens=step_tokens(recipe),
+    )
+
+
+def decay_end(recipe: Recipe) -> int:
+    """Where the decay ends, in the schedule's unit."""
+    unit = step_tokens(recipe) if recipe.optim.schedule_unit == "tokens" else 1
+    return recipe.optim.decay or recipe.run.steps * unit
+
+
+def step_tokens(recipe: Recipe) -> int:
+    """Tokens of one step."""
+    return recipe.batch.global_batch_size * recipe.data.sequence_length
 
 
 def learning_rate(

@@ -117,7 +117,7 @@ class FakeRun:
     def train(self, steps: int, *, save: bool = True, **tables: dict) -> None:
         recipe = self._recipe(tables)
         if self.state.step:
-            self.state = with_changes(self.state, self.recipe, recipe, allow=True)
+            self.state = with_changes(self.state, self.recipe, recipe, allow=True, say=[].append)
         self.recipe = recipe
         tokenizer = load_tokenizer(recipe.tokenizer)
         loader = Loader(recipe.data, tokenizer.facts, recipe.run.seed, self.state.data)
@@ -213,7 +213,7 @@ def test_files_may_move_and_the_stream_goes_on(run: FakeRun, tmp_path: Path) -> 
         source["path"] = str(elsewhere / source["name"])
     data = run.recipe.data.model_dump(exclude_none=True) | {"sources": sources}
     recipe = run._recipe({"data": data, "batch": {"global_batch_size": 5}})
-    assert with_changes(run.state, run.recipe, recipe, allow=False) == run.state
+    assert with_changes(run.state, run.recipe, recipe, allow=False, say=[].append) == run.state
     blends = len(run.state.data["blends"])
     run.train(1, data=data, batch={"global_batch_size": 5})
     assert len(run.state.data["blends"]) == blends
