@@ -130,14 +130,12 @@ def import_hf(
         The checkpoint.
 
     Raises:
-        CheckpointError: `root` holds something, or as `read_hf`.
+        CheckpointError: `root` holds something, a tensor has non-finite values, or as `read_hf`.
         ConfigError: an override is wrong or changes the model, or as `read_hf`.
         LayoutError: the recipe breaks a rule.
     """
-    model, stream = read_hf(hf_dir)
-    # The files are mapped, so this reads hardly more than the headers.
-    stored = {tensor.dtype for _, tensor in stream()}
-    recipe = with_overrides(_recipe(model, stored, root), overrides)
+    model, stream, dtype = read_hf(hf_dir)
+    recipe = with_overrides(_recipe(model, dtype, root), overrides)
     if recipe.model != model:
         raise ConfigError(f"overrides change [model], which {hf_dir}/config.json says; remove them")
     check(recipe, platform.world_size)
@@ -151,7 +149,7 @@ def import_hf(
     return checkpoint
 
 
-def _recipe(model: ModelConfig, stored: set[torch.dtype], root: Path) -> Recipe:
+def _recipe(model: ModelConfig, dtype: Dtype, root: Path) -> Recipe:
     phi4 = ModelConfig()
     length = min(DataConfig().sequence_length, model.max_position_embeddings)
     return Recipe(
@@ -159,7 +157,6 @@ def _recipe(model: ModelConfig, stored: set[torch.dtype], root: Path) -> Recipe:
         # Only phi-4's own vocabulary is known by its size; another one has to be named.
         tokenizer=TokenizerConfig(kind="phi4" if model.vocab_size == phi4.vocab_size else "bpe"),
         data=DataConfig(sequence_length=length, unit_tokens=length),
-        # fp32 holds all that fp16 and mixed files can.
-        precision=PrecisionConfig(dtype="bf16" if stored == {torch.bfloat16} else "fp32"),
+        precision=PrecisionConfig(dtype=dtype),
         run=RunConfig(dir=str(root)),
     )

@@ -10,13 +10,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from phi4.config import ModelConfig
 from phi4.convert.hf_config import hf_config, hf_generation_config, model_config
-from phi4.convert.hf_shards import ShardWriter, locate, read_tensors
+from phi4.convert.hf_shards import ShardWriter, locate, read_tensors, stored_dtype
 from phi4.convert.hf_tokenizer import write_tokenizer
 from phi4.data.tokenizer import Tokenizer
 from phi4.errors import CheckpointError, ConfigError
@@ -24,6 +24,19 @@ from phi4.model.names import hf_shapes, to_hf, to_megatron
 from phi4.model.shape import Dtype, format_bytes, weight_bytes
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+_INV_FREQ_TOLERANCE = 1e-2
+"""Relative: old checkpoints keep the buffer in bf16 too, whose values are 2^-8 apart."""
+
+
+class HuggingFaceModel(NamedTuple):
+    """A Phi3-shape directory whose names, shapes and dtypes are checked."""
+
+    config: ModelConfig
+    stream: Callable[[], Iterator[tuple[str, torch.Tensor]]]
+    """Yields every tensor once, in model order, under its global megatron-core name, full, in the
+    stored dtype; CheckpointError for one with non-finite values."""
+    dtype: Dtype
+    """That loses nothing of any tensor."""
 
 
 def write_hf(
@@ -74,27 +87,45 @@ def write_hf(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_hf(hf_dir: Path) -> tuple[ModelConfig, Callable[[], Iterator[tuple[str, torch.Tensor]]]]:
-    """The shape of a Phi3-shape directory, and a function that streams its weights.
+def read_hf(hf_dir: Path) -> HuggingFaceModel:
+    """Open a Phi3-shape directory.
 
     Names, shapes and dtypes are checked here, from the headers; no weight is read before the
-    stream is. The stream yields every tensor once, in model order, under its global megatron-core
-    name, full, in the stored dtype.
+    stream is. RoPE's buffer, which transformers used to store, may be there and is not a weight.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the tensors are not the config's.
+        CheckpointError: a file is missing or damaged, the tensors are not the config's, or RoPE's
+            buffer has another base than the config.
         ConfigError: config.json describes what Phi-4's architecture cannot compute.
     """
     model = model_config(_read_config(hf_dir))
-    shapes = hf_shapes(model)
-    found = locate(hf_dir, shapes)
+    shapes, buffers = hf_shapes(model), _rope_buffers(model)
+    found = locate(hf_dir, shapes, buffers)
+    _check_rope({name: found[name] for name in buffers if name in found}, model)
     place = {name: found[name] for name in shapes}
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in read_tensors(place):
             yield to_megatron(name, tensor, model)
 
-    return model, stream
+    return HuggingFaceModel(model, stream, stored_dtype(place))
+
+
+def _rope_buffers(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of RoPE's buffer under the names that versions of transformers have stored it."""
+    owners = ["model", *(f"model.layers.{i}.self_attn" for i in range(model.num_layers))]
+    return {f"{owner}.rotary_emb.inv_freq": (model.head_dim // 2,) for owner in owners}
+
+
+def _check_rope(buffers: dict[str, Path], model: ModelConfig) -> None:
+    exponents = torch.arange(0, model.head_dim, 2) / model.head_dim
+    expected = model.rope_theta**-exponents
+    for name, stored in read_tensors(buffers):
+        if not torch.allclose(stored.float(), expected, rtol=_INV_FREQ_TOLERANCE, atol=1e-7):
+            raise CheckpointError(
+                f"{buffers[name]}: {name} is not that of config.json's rope_theta="
+                f"{model.rope_theta:g}; use the config.json that belongs to these weights"
+            )
 
 
 def _refuse_occupied(out: Path, num_bytes: int) -> None:

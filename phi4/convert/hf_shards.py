@@ -24,6 +24,8 @@ SINGLE_NAME = "model.safetensors"
 _SAFETENSORS_DTYPE: dict[Dtype, str] = {"fp32": "F32", "bf16": "BF16"}
 _TORCH_DTYPE: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _READABLE = ("F32", "BF16", "F16")
+_COUNTED_VALUES = 1 << 24
+"""Searched at a time for non-finite values, because the search allocates as much again."""
 
 
 class ShardWriter:
@@ -61,7 +63,8 @@ class ShardWriter:
         """Store one tensor.
 
         Raises:
-            CheckpointError: the tensor has another shape, came before, or is not the model's.
+            CheckpointError: the tensor has another shape, came before, is not the model's, or has
+                non-finite values in the stored dtype.
         """
         shape = self._waiting.pop(name, None)
         if shape is None:
@@ -74,6 +77,12 @@ class ShardWriter:
             )
         file, offset = self._place[name]
         stored = tensor.detach().to("cpu", _TORCH_DTYPE[self._dtype]).contiguous()
+        wrong = _num_non_finite(stored)
+        if wrong:
+            raise CheckpointError(
+                f"tensor {name} has non-finite values in {self._dtype}: {wrong:,} of "
+                f"{stored.numel():,}; export an earlier checkpoint"
+            )
         with file.open("r+b") as stream:
             stream.seek(offset)
             stream.write(stored.view(torch.uint8).numpy().data)
@@ -124,24 +133,34 @@ class ShardWriter:
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def locate(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Path]:
+def locate(
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, Path]:
     """The shard of every tensor, after checking names, shapes and dtypes against the headers.
+
+    Args:
+        directory: holds the shards.
+        shapes: of the tensors that must be there.
+        optional: of tensors that may be there.
 
     Raises:
         CheckpointError: no safetensors, an unreadable shard, a tensor missing, unexpected, stored
             twice, of another shape or quantised.
     """
     place: dict[str, Path] = {}
+    known = {**(optional or {}), **shapes}
     for file in _shard_files(directory):
         for name, shape, dtype in _header(file):
             if name in place:
                 raise CheckpointError(
                     f"{name} is in {place[name].name} and {file.name}; expected once"
                 )
-            if shapes.get(name, shape) != shape:
+            if known.get(name, shape) != shape:
                 raise CheckpointError(
                     f"{file}: {name} has shape {list(shape)}, config.json says "
-                    f"{list(shapes[name])}; use the config.json that belongs to these weights"
+                    f"{list(known[name])}; use the config.json that belongs to these weights"
                 )
             if dtype not in _READABLE:
                 raise CheckpointError(
@@ -151,7 +170,7 @@ def locate(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
             place[name] = file
     for reason, names in (
         ("are missing", shapes.keys() - place.keys()),
-        ("are not Phi-4's", place.keys() - shapes.keys()),
+        ("are not Phi-4's", place.keys() - known.keys()),
     ):
         if names:
             raise CheckpointError(
@@ -161,11 +180,19 @@ def locate(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     return place
 
 
+def stored_dtype(place: Mapping[str, Path]) -> Dtype:
+    """bf16 where all of these tensors are stored so; else fp32, which holds all that others can."""
+    stored = {
+        dtype for file in set(place.values()) for name, _, dtype in _header(file) if name in place
+    }
+    return "bf16" if stored == {_SAFETENSORS_DTYPE["bf16"]} else "fp32"
+
+
 def read_tensors(place: Mapping[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors in the order of `place`, one in memory at a time (the files are mapped).
 
     Raises:
-        CheckpointError: a shard became unreadable.
+        CheckpointError: a shard became unreadable, or a tensor has non-finite values.
     """
     opened: Path | None = None
     shard: Any = None
@@ -176,7 +203,18 @@ def read_tensors(place: Mapping[str, Path]) -> Iterator[tuple[str, torch.Tensor]
             tensor = shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise _unreadable(file, error) from None
+        wrong = _num_non_finite(tensor)
+        if wrong:
+            raise CheckpointError(
+                f"{file}: {name} has non-finite values: {wrong:,} of {tensor.numel():,}; "
+                f"copy the file again or use other weights"
+            )
         yield name, tensor
+
+
+def _num_non_finite(tensor: torch.Tensor) -> int:
+    pieces = tensor.flatten().split(_COUNTED_VALUES)
+    return sum(piece.numel() - int(piece.isfinite().sum()) for piece in pieces)
 
 
 def _filled(

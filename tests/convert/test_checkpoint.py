@@ -151,6 +151,21 @@ def test_wrong_input_is_one_line_and_writes_nothing(exported, imported, phi4, tm
     assert (contents(source), sorted(imported.rglob("*"))) == before
 
 
+def test_non_finite_weights_are_not_imported(phi4, weights, model, tokenizer, ranks_file, tmp_path):
+    write_hf(tmp_path / "hf", weights.items(), model, tokenizer, dtype="fp32")
+    shard = tmp_path / "hf" / "model-00001-of-00001.safetensors"
+    damaged = load_file(shard)
+    damaged["model.norm.weight"][3:5] = torch.nan
+    save_file(damaged, shard, metadata={"format": "pt"})
+    arguments = ("from-hf", tmp_path / "hf", tmp_path / "in", f"tokenizer.path={ranks_file}")
+    code, text = phi4("convert", *arguments)
+
+    assert code == 2
+    assert text.count("\n") == 1
+    assert "model.norm.weight has non-finite values: 2 of 48" in text
+    assert not (tmp_path / "in").exists()
+
+
 def test_damaged_checkpoint_is_refused(exported, phi4, ranks_file, tmp_path):
     phi4("convert", "from-hf", exported, tmp_path / "in", f"tokenizer.path={ranks_file}")
     shard = next((tmp_path / "in" / "step_0000000").glob("*.distcp"))

@@ -3,12 +3,14 @@
 Only API that transformers 4.57 and 5 share, so that the file runs under either.
 """
 
+import json
 import random
 import re
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from phi4.convert import read_hf, write_hf
+from phi4.convert.hf_shards import INDEX_NAME
 from phi4.convert.hf_tokenizer import PROBE
 from phi4.errors import CheckpointError, ConfigError
 from phi4.model.names import megatron_shapes, to_hf
@@ -109,10 +112,10 @@ def test_read_gives_back_what_was_written_bitwise(
     shuffled = list(stored.items())
     random.Random(1).shuffle(shuffled)
     write_hf(tmp_path / "out", shuffled, model, tokenizer, dtype=dtype, max_shard_bytes=30_000)
-    read_model, stream = read_hf(tmp_path / "out")
+    read_model, stream, stored_dtype = read_hf(tmp_path / "out")
 
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
-    assert read_model == model
+    assert (read_model, stored_dtype) == (model, dtype)
     for _ in range(2):
         found = dict(stream())
         assert list(found) == list(stored)
@@ -125,12 +128,56 @@ def test_read_of_a_directory_that_transformers_saved(tmp_path, weights, model, m
     reference = Phi3ForCausalLM(phi3_config(model))
     reference.load_state_dict(dict(to_hf(n, t, model) for n, t in weights.items()))
     reference.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    read_model, stream = read_hf(tmp_path)
+    read_model, stream, stored_dtype = read_hf(tmp_path)
     found = dict(stream())
 
-    assert read_model == model
+    assert (read_model, stored_dtype) == (model, "fp32")
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def add_tensors(hf_dir, tensors):
+    """One more shard, which the index names."""
+    save_file(tensors, hf_dir / "more.safetensors")
+    path = hf_dir / INDEX_NAME
+    index = json.loads(path.read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "more.safetensors")
+    path.write_text(json.dumps(index))
+
+
+def inv_freq(model, theta):
+    return theta ** -(torch.arange(0, model.head_dim, 2) / model.head_dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ropes_old_buffer_is_no_weight(tmp_path, weights, model, tokenizer, dtype):
+    out = tmp_path / "out"
+    write_hf(out, weights.items(), model, tokenizer, dtype="bf16")
+    buffer = inv_freq(model, model.rope_theta).to(dtype)
+    names = ["model", *(f"model.layers.{i}.self_attn" for i in range(model.num_layers))]
+    add_tensors(out, {f"{name}.rotary_emb.inv_freq": buffer.clone() for name in names})
+    read_model, stream, stored_dtype = read_hf(out)
+
+    assert dict(stream()).keys() == weights.keys()
+    assert (read_model, stored_dtype) == (model, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x**0.7, r"inv_freq is not that of config\.json's rope_theta=250000; use the"),
+        (lambda x: x[:-1], r"inv_freq has shape \[3\], config\.json says \[4\]"),
+        (lambda x: x * torch.nan, r"inv_freq has non-finite values: 4 of 4"),
+    ],
+)
+def test_another_rope_buffer_is_refused(tmp_path, weights, model, tokenizer, change, message):
+    out = tmp_path / "out"
+    write_hf(out, weights.items(), model, tokenizer)
+    buffer = change(inv_freq(model, model.rope_theta)).clone()
+    add_tensors(out, {"model.layers.1.self_attn.rotary_emb.inv_freq": buffer})
+
+    with pytest.raises(CheckpointError, match=message):
+        read_hf(out)
 
 
 def test_streams_hold_one_tensor_at_a_time(tmp_path, weights, model, tokenizer):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from phi4.convert import hf_shards
 from phi4.convert.hf_shards import INDEX_NAME, ShardWriter, locate, read_tensors
 from phi4.errors import CheckpointError
 
@@ -87,6 +88,28 @@ def test_a_transposed_tensor_is_stored_in_row_order(tmp_path):
     assert torch.equal(
         load_file(tmp_path / "model-00001-of-00001.safetensors")["a"], TENSORS["a"].T
     )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_values_are_not_read(stored, monkeypatch, value):
+    monkeypatch.setattr(hf_shards, "_COUNTED_VALUES", 2)
+    _one_file(stored, TENSORS | {"b": torch.tensor([1, value, 2, 3, value])})
+    tensors = read_tensors(locate(stored, SHAPES))
+
+    assert next(tensors)[0] == "a"
+    with pytest.raises(CheckpointError, match="b has non-finite values: 2 of 5; copy"):
+        next(tensors)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(torch.nan, "fp32"), (torch.inf, "bf16"), (3.4e38, "bf16")]
+)
+def test_non_finite_values_are_not_written(tmp_path, value, dtype):
+    writer = ShardWriter(tmp_path, SHAPES, dtype=dtype, max_shard_bytes=44)
+    message = f"tensor b has non-finite values in {dtype}: 1 of 5; export"
+
+    with pytest.raises(CheckpointError, match=message):
+        writer.write("b", torch.tensor([1, value, 2, 3, 4]))
 
 
 def test_a_truncated_shard_is_refused(stored):
