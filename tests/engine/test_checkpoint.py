@@ -7,6 +7,7 @@ import pytest
 
 from phi4.config import CheckpointConfig
 from phi4.engine.checkpoint import (
+    Manifest,
     complete_checkpoints,
     find_checkpoint,
     latest_checkpoint,
@@ -16,7 +17,7 @@ from phi4.engine.checkpoint import (
     verify_checkpoint,
 )
 from phi4.engine.checkpoint.directory import CheckpointDirectory
-from phi4.engine.checkpoint.manifest import read_manifest
+from phi4.engine.checkpoint.manifest import LAYOUT_KEYS, read_manifest
 from phi4.errors import CheckpointError
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
@@ -143,6 +144,21 @@ def test_older_checkpoints_are_pruned_and_latest_follows(pool: RankPool, tmp_pat
     assert find_checkpoint(tmp_path) == tmp_path / "step_0000003"
     (tmp_path / "step_0000003" / "manifest.json").unlink()
     assert latest_checkpoint(tmp_path).name == "step_0000002"
+
+
+def test_newest_reshardable_checkpoint_outlives_the_others(tmp_path: Path) -> None:
+    forms = ("full", "dp", "full", "dp", "dp", "dp")
+    for step, form in enumerate(forms, start=1):
+        directory = CheckpointDirectory(tmp_path, step)
+        directory.begin()
+        layout = dict.fromkeys(LAYOUT_KEYS, 1)
+        manifest = Manifest(
+            step=step, optimizer_format=form, layout=layout, recipe_sha256="", data={}, files={}
+        )
+        directory.commit(msgspec.json.encode(manifest))
+        directory.prune(2)
+    assert [p.name[-1] for p in complete_checkpoints(tmp_path)] == ["3", "5", "6"]
+    assert not list(tmp_path.glob(".step_*"))
 
 
 def test_killed_save_leaves_the_previous_checkpoint(saved: Path, pool: RankPool) -> None:

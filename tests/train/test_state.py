@@ -98,3 +98,9 @@ def test_a_decay_in_tokens_moves_with_the_batch() -> None:
 def test_what_leaves_the_rate_alone_says_nothing() -> None:
     kept = tiny_recipe(*WHOLE_RUN, "run.steps=200", "optim.decay=100", "optim.clip_grad=2.0")
     with_changes(ENDED, tiny_recipe(*WHOLE_RUN), kept, allow=True, say=unexpected)
+
+
+def test_number_format_belongs_to_the_training() -> None:
+    new = tiny_recipe("precision.dtype=bf16")
+    with pytest.raises(ConfigError, match=r"precision\.dtype='fp32', now 'bf16'.*run\.init_from"):
+        with_changes(STATE, tiny_recipe(), new, allow=True, say=unexpected)

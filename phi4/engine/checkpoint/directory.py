@@ -42,7 +42,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     complete = complete_checkpoints(root)
     pointer = root / LATEST_NAME
     if pointer.is_file():
-        named = root / pointer.read_text(encoding="utf-8").strip()
+        named = root / pointer.read_text(encoding="utf-8", errors="replace").strip()
         if named in complete:
             return named
     return complete[-1] if complete else None
@@ -71,7 +71,7 @@ def read_checkpoint_file(checkpoint: Path, name: str) -> str:
     """Text of a small file of a checkpoint.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: it is not there, or not text.
     """
     try:
         return (checkpoint / name).read_text(encoding="utf-8")
@@ -79,6 +79,8 @@ def read_checkpoint_file(checkpoint: Path, name: str) -> str:
         raise CheckpointError(
             f"{checkpoint} has no {name}; give a directory like RUN/checkpoints/step_0000100"
         ) from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{checkpoint / name} is damaged: {error}") from None
 
 
 class CheckpointDirectory:

@@ -193,7 +193,7 @@ def _vetted(checkpoint: Path, manifest: Manifest) -> tuple[Metadata, bytes]:
     try:
         if msgspec.json.decode(form) != _FORMAT:
             raise CheckpointError(f"{checkpoint / _FORMAT_NAME} names a format that is not ours")
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{checkpoint / _FORMAT_NAME} is damaged: {error}") from None
     file_bytes = {name: entry.bytes for name, entry in manifest.files.items()}
     try:

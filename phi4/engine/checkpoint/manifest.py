@@ -7,6 +7,7 @@ whoever can change a file can change its hash, so what is read is vetted as well
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import msgspec
 
@@ -18,6 +19,11 @@ MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 """2 leaves out the empty records of layers that have no extra state."""
 _READ_VERSIONS = (1, 2)
+LAYOUT_KEYS = frozenset(
+    ("tensor", "pipeline", "virtual_pipeline", "context", "data", "distributed_optimizer", "cuda")
+)
+
+OptimizerFormat = Literal["full", "dp", "none"]
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -32,10 +38,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int = FORMAT_VERSION
     step: int
-    optimizer_format: str
-    """full, dp or none."""
+    optimizer_format: OptimizerFormat
     layout: dict[str, int]
-    """tensor, pipeline, virtual_pipeline, context, data of the run that wrote it."""
+    """Of the run that wrote it, by LAYOUT_KEYS."""
     recipe_sha256: str
     """Identity hash of the recipe."""
     identity_keys_sha256: str = ""
@@ -63,6 +68,11 @@ def read_manifest(directory: Path) -> Manifest:
     if manifest.version not in _READ_VERSIONS:
         raise CheckpointError(
             f"{path} has version {manifest.version}; this phi4 reads up to {FORMAT_VERSION}"
+        )
+    if manifest.layout.keys() != LAYOUT_KEYS:
+        raise CheckpointError(
+            f"{path} gives {', '.join(sorted(manifest.layout))} as the layout, expected "
+            f"{', '.join(sorted(LAYOUT_KEYS))}; take another checkpoint"
         )
     for name in manifest.files:
         parts = PurePosixPath(name).parts

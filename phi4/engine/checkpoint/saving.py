@@ -21,11 +21,12 @@ from phi4.engine.checkpoint.directory import CheckpointDirectory, write_durably
 from phi4.engine.checkpoint.manifest import (
     FileEntry,
     Manifest,
+    OptimizerFormat,
     content_names,
     hash_files,
     identity_keys_hash,
 )
-from phi4.engine.checkpoint.state import OptimizerFormat, degrees, sharded_state
+from phi4.engine.checkpoint.state import degrees, sharded_state
 from phi4.engine.engine import Engine
 from phi4.engine.optimizer import gather_parameters
 from phi4.errors import DiskFullError, Phi4Error, PlatformError

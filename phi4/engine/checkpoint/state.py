@@ -6,8 +6,6 @@ gathers 12 bytes per parameter of the model shard in host memory on every data r
 every save is `full` and gathers nothing.
 """
 
-from typing import Literal
-
 import psutil
 import torch
 import torch.distributed as dist
@@ -15,9 +13,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from phi4.config import CheckpointConfig
+from phi4.engine.checkpoint.manifest import OptimizerFormat
 from phi4.engine.engine import Engine
 
-OptimizerFormat = Literal["full", "dp", "none"]
 _SHARDING_TYPE = {"full": "fully_reshardable", "dp": "dp_reshardable"}
 GATHER_BYTES_PER_PARAMETER = 12
 

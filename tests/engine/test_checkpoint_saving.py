@@ -1,0 +1,182 @@
+"""A save that cannot be written: every rank gets the same error, and nothing of it is left."""
+
+import errno
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from phi4.engine.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    predicted_bytes,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from phi4.engine.engine import Engine
+from phi4.errors import Phi4Error
+from phi4.stages.pretrain import NextToken
+from tests.support.engines import batches_of, engine_on, tiny_recipe
+from tests.support.ranks import RankPool
+
+SAVING = "phi4.engine.checkpoint.saving"
+MEGATRON = "megatron.core.dist_checkpointing"
+WRITER = f"{MEGATRON}.strategies.filesystem_async.FileSystemWriterAsync"
+PLACES = {
+    "shard of rank 1": (1, "os.fsync", errno.ENOSPC),
+    "common state": (
+        0,
+        f"{MEGATRON}.strategies.common.TorchCommonSaveStrategy.save_common",
+        errno.EDQUOT,
+    ),
+    "index": (0, f"{WRITER}.finish", errno.ENOSPC),
+    "format": (0, f"{MEGATRON}.serialization.save_config", errno.ENOSPC),
+    "recipe": (0, f"{SAVING}.write_durably", errno.ENOSPC),
+    "hash of rank 1": (1, f"{SAVING}.hash_files", errno.EIO),
+    "commit": (0, f"{SAVING}.CheckpointDirectory.commit", errno.ENOSPC),
+}
+_SMALL = ("model.num_layers=2", "parallel.data=2")
+
+
+def _step(engine: Engine) -> None:
+    """Before the first one the optimizer has no state to save."""
+    engine.train_step(batches_of(engine, 0), NextToken(), learning_rate=1e-2)
+
+
+def _save(engine: Engine, root: Path, step: int) -> Path:
+    return save_checkpoint(engine, root, step, form="full", keep=1, files={"a": "b"}, data={})
+
+
+def _attempt(engine: Engine, root: Path, step: int) -> str:
+    try:
+        return str(_save(engine, root, step))
+    except Phi4Error as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _failing(rank: int, place: str) -> Iterator[None]:
+    """One rank's write to a place fails."""
+    guilty, target, code = PLACES[place]
+    with ExitStack() as stack:
+        if rank == guilty:
+            error = OSError(code, errno.errorcode[code])
+            stack.enter_context(patch(target, side_effect=error))
+        yield
+
+
+def _fail_everywhere(rank: int, world_size: int, root: Path) -> dict[str, tuple[str, list[str]]]:
+    """For each place, what the save said and what it left; then a save that works."""
+    found = {}
+    with engine_on(rank, tiny_recipe(*_SMALL)) as engine:
+        _step(engine)
+        _save(engine, root, 1)
+        with patch(f"{SAVING}._free_bytes", return_value=1000):
+            found["free space"] = _attempt(engine, root, 2), _names(root)
+        for place in PLACES:
+            with _failing(rank, place):
+                found[place] = _attempt(engine, root, 2), _names(root)
+        checkpoint = root / "step_0000001"
+        load_checkpoint(engine, checkpoint, verify_checkpoint(engine, checkpoint))
+        found[""] = _attempt(engine, root, 2), _names(root)
+    return found
+
+
+def _names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two ranks."""
+    with RankPool(2) as ranks:
+        yield ranks
+
+
+def test_failed_write_is_one_verdict_and_leaves_nothing(pool: RankPool, tmp_path: Path) -> None:
+    found, other = pool.run(_fail_everywhere, tmp_path)
+    assert {place: said for place, (said, _) in found.items()} == {
+        place: said for place, (said, _) in other.items()
+    }
+    assert found.pop("") == (str(tmp_path / "step_0000002"), ["latest", "step_0000002"])
+    codes = {"free space": errno.ENOSPC} | {place: code for place, (_, _, code) in PLACES.items()}
+    for place, (said, names) in found.items():
+        kind = "PlatformError" if codes[place] == errno.EIO else "DiskFullError"
+        assert said.startswith(f"{kind}: checkpoint {tmp_path / 'step_0000002'} needs "), place
+        assert errno.errorcode[codes[place]] in said or place == "free space"
+        assert "\n" not in said and "earlier checkpoints are intact" in said, place
+        assert names == ["latest", "step_0000001"], place
+    assert "the file system has 1,000 free" in found["free space"][0]
+
+
+def _predicted_and_written(rank: int, world_size: int, root: Path, form: str, *overrides: str):
+    with engine_on(rank, tiny_recipe(*_SMALL[:1], *overrides)) as engine:
+        if engine is None:
+            return None
+        _step(engine)
+        predicted = predicted_bytes(engine, form, {"a": "b"})
+        path = save_checkpoint(engine, root, 1, form=form, keep=1, files={"a": "b"}, data={})
+    return predicted, sum(file.stat().st_size for file in path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("form", "overrides"),
+    [
+        ("none", ("precision.dtype=bf16",)),
+        ("full", ()),
+        ("full", ("parallel.tensor=2", "precision.dtype=bf16")),
+        ("full", ("parallel.data=2", "parallel.distributed_optimizer=true")),
+        ("dp", ("parallel.data=2", "parallel.distributed_optimizer=true")),
+    ],
+)
+def test_prediction_is_never_too_small(form, overrides, pool: RankPool, tmp_path: Path) -> None:
+    predicted, written = pool.run(_predicted_and_written, tmp_path, form, *overrides)[0]
+    # The rest is what is kept for the headers of records, most of it at this size.
+    assert written <= predicted <= 1.3 * written + (1 << 16)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def _fill_and_save(rank: int, world_size: int, disk: Path, free: list[int]) -> list[str]:
+    """What saves say with less and less space, none of it predicted; then with enough."""
+    said = []
+    with engine_on(rank, tiny_recipe(*_SMALL)) as engine:
+        _step(engine)
+        _save(engine, disk / "run", 1)
+        for step, free_bytes in enumerate([*free, None], start=2):
+            if rank == 0:
+                _ballast(disk, free_bytes)
+            with patch(f"{SAVING}.predicted_bytes", return_value=0):
+                said.append(_attempt(engine, disk / "run", step))
+        checkpoint = latest_checkpoint(disk / "run")
+        verify_checkpoint(engine, checkpoint)
+    return said
+
+
+def _ballast(disk: Path, free_bytes: int | None) -> None:
+    """Leave so much space free."""
+    path = disk / "ballast"
+    path.unlink(missing_ok=True)
+    if free_bytes is not None:
+        path.write_bytes(bytes(shutil.disk_usage(disk).free - free_bytes))
+
+
+@pytest.mark.slow
+def test_full_disk_is_named_wherever_it_strikes(pool: RankPool, small_disk: Path) -> None:
+    free = [4096, 16384, 65536, 131072, 262144, 344064]
+    said, other = pool.run(_fill_and_save, small_disk, free)
+    assert said == other and said[-1].endswith("step_0000008")
+    assert [line.split(":")[0] for line in said[:-1]] == ["DiskFullError"] * len(free)
+    assert all(str(small_disk) in line and "\n" not in line for line in said)
