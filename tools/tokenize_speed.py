@@ -30,6 +30,7 @@ import numpy as np
 import tiktoken
 
 from phi4.config import TokenizerConfig
+from phi4.data.inputs import find_inputs
 from phi4.data.token_merge import merge_runs
 from phi4.data.token_plan import make_plan
 from phi4.data.tokenize import tokenize_parts
@@ -88,7 +89,7 @@ def bare(texts: list[str], cores: int) -> int:
 
 def phi4(rows: Path, out: Path, cores: int) -> int:
     """`phi4 data tokenize`, shuffle, checksums and manifest included."""
-    plan = make_plan([rows], load_tokenizer(CONFIG).facts)
+    plan = make_plan(find_inputs([rows]), load_tokenizer(CONFIG).facts)
     tokenize_parts(plan, out, CONFIG, workers=cores, max_rejected=0, follow=lambda progress: None)
     return merge_runs(out).num_tokens
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -9,26 +10,41 @@ import numpy as np
 import typer
 
 from phi4.cli import data_ledger, data_quality
+from phi4.cli.file_errors import FileErrorsGroup
 from phi4.config import TokenizerConfig
+from phi4.data.adopt import adopt as adopt_pair
 from phi4.data.demo import build_demo
+from phi4.data.inputs import find_inputs
 from phi4.data.manifest import manifest_path, read_manifest
+from phi4.data.sources import shard_prefixes
 from phi4.data.token_file import TokenFile
 from phi4.data.token_merge import merge_runs
 from phi4.data.token_plan import make_plan
-from phi4.data.token_writer import adopt as adopt_pair
+from phi4.data.token_work import is_finished
 from phi4.data.tokenize import Progress, tokenize_parts
 from phi4.data.tokenizer import Tokenizer, load_tokenizer
-from phi4.errors import ConfigError
+from phi4.errors import ConfigError, DataError
 
-app = typer.Typer(help="Token files: build, inspect, check.", no_args_is_help=True)
+app = typer.Typer(
+    cls=FileErrorsGroup, help="Token files: build, inspect, check.", no_args_is_help=True
+)
 data_ledger.register(app)
 data_quality.register(app)
 
 Prefix = Annotated[str, typer.Argument(help="Path of a .bin/.idx pair without the suffix.")]
+Pairs = Annotated[
+    str, typer.Argument(help="Path of a pair without the suffix, glob of such, or .list file.")
+]
+_SHOWN_KINDS = 8
 Ranks = Annotated[
     str | None,
     typer.Option(help="Rank file of a small BPE; phi-4's own vocabulary when left out."),
 ]
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use; a job step may have few of a node's."""
+    return len(os.sched_getaffinity(0))
 
 
 @app.command()
@@ -52,12 +68,28 @@ def demo(
 def tokenize(
     inputs: Annotated[
         list[Path],
-        typer.Argument(help="jsonl (.gz, .zst), parquet, text files, directories of them."),
+        typer.Argument(
+            help="jsonl, ndjson, json (.gz, .bz2, .zst), parquet, text files, directories of them."
+        ),
     ],
     out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
     ranks: Ranks = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
-    text_field: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            default_factory=available_cpus,
+            envvar="SLURM_CPUS_PER_TASK",
+            help="Processes; by default as many as this process has CPUs.",
+        ),
+    ] = ...,
+    text_field: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the text, `text` by default; `messages` reads the conversation of "
+            "rows that hold both."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle of the documents.")] = 0,
     keep_order: Annotated[bool, typer.Option(help="Keep the order of the inputs.")] = False,
     max_rejected: Annotated[int, typer.Option(min=0, help="Bad rows that stop the job.")] = 1000,
@@ -65,16 +97,23 @@ def tokenize(
         str | None,
         typer.Option(help="I/N, from 0: do this job's part only; `phi4 data merge` ends it."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a pair of other documents.")] = False,
 ) -> None:
     """Tokenize documents into a Megatron .bin/.idx pair with a manifest; resumes where it ended.
 
     Rows hold `text`, or a conversation under `messages` or `prompt` and `completion`. Bad rows go
-    to PREFIX.rejected.jsonl.
+    to PREFIX.rejected.jsonl. A pair that this command already finished is left as it is.
     """
     config = _tokenizer_config(ranks)
+    found = find_inputs(inputs)
+    if found.skipped:
+        typer.echo(_skipped(found.skipped), err=True)
     facts = load_tokenizer(config).facts
     order = None if keep_order else seed
-    plan = make_plan(inputs, facts, text_field=text_field, seed=order)
+    plan = make_plan(found, facts, text_column=text_field, seed=order)
+    if is_finished(plan, out, overwrite=overwrite):
+        typer.echo(f"{out} is finished: made from these inputs with these options")
+        return
     tokenize_parts(
         plan,
         out,
@@ -97,20 +136,60 @@ def merge(prefix: Prefix) -> None:
     manifest = merge_runs(prefix)
     typer.echo(
         f"{prefix}: {manifest.num_documents} documents, {manifest.num_tokens} tokens, "
-        f"{manifest.num_rejected} rows rejected, merged in {time.monotonic() - start:.1f} s"
+        f"{_left_out(prefix, manifest.num_rejected)}, merged in {time.monotonic() - start:.1f} s"
     )
 
 
 @app.command()
 def inspect(
-    prefix: Prefix,
+    path: Pairs,
     ranks: Ranks = None,
     samples: Annotated[int, typer.Option(min=0, help="Documents to decode and show.")] = 0,
 ) -> None:
-    """Show documents, lengths and decoded samples of a pair."""
-    pair = TokenFile(prefix)
+    """Show documents, lengths and decoded samples of pairs."""
+    tokenizer = _tokenizer(ranks) if samples else None
+    for prefix in shard_prefixes(path):
+        pair = TokenFile(prefix)
+        pair.check_index()
+        _show_pair(pair)
+        if tokenizer:
+            _show_samples(pair, tokenizer, samples)
+
+
+@app.command()
+def verify(path: Pairs) -> None:
+    """Compare pairs with the checksums of their manifests."""
+    prefixes, failures = shard_prefixes(path), []
+    for prefix in prefixes:
+        try:
+            manifest = TokenFile(prefix).verify()
+        except DataError as error:
+            failures.append(error)
+            if len(prefixes) > 1:
+                typer.echo(f"{prefix}: {error}", err=True)
+        else:
+            typer.echo(f"{prefix}: {manifest.num_documents} documents, checksums match")
+    if len(prefixes) > 1 and failures:
+        raise DataError(f"{len(failures)} of {len(prefixes)} pairs under {path} are not sound")
+    if failures:
+        raise failures[0]
+
+
+@app.command()
+def adopt(prefix: Prefix, ranks: Ranks = None) -> None:
+    """Write the manifest of a pair that Megatron's own tools wrote with the given tokenizer."""
+    tokenizer = _tokenizer(ranks)
+    manifest = adopt_pair(prefix, tokenizer.facts)
     typer.echo(
-        f"{prefix}: {pair.num_documents} documents, {pair.num_tokens} tokens, {pair.tokens.dtype}"
+        f"{manifest_path(prefix)}: {manifest.num_tokens} tokens, all ids in the vocabulary, all "
+        f"{manifest.num_documents} documents end with token {tokenizer.eod_id}"
+    )
+
+
+def _show_pair(pair: TokenFile) -> None:
+    typer.echo(
+        f"{pair.prefix}: {pair.num_documents} documents, {pair.num_tokens} tokens, "
+        f"{pair.tokens.dtype}"
     )
     if pair.num_documents:
         first, *middle, last = np.quantile(pair.document_lengths(), [0, 0.5, 0.9, 0.99, 1]).tolist()
@@ -118,33 +197,42 @@ def inspect(
             f"tokens per document: shortest {first:.0f}, median {middle[0]:.0f}, 90% "
             f"{middle[1]:.0f}, 99% {middle[2]:.0f}, longest {last:.0f}"
         )
-    if read_manifest(prefix) is None:
-        typer.echo(f"no manifest; `phi4 data adopt {prefix}` writes one")
-    else:
-        manifest = pair.manifest()
-        for exponent, count in enumerate(manifest.length_histogram):
-            if count:
-                typer.echo(f"{2**exponent:>9,} to {2 ** (exponent + 1) - 1:>9,} tokens: {count:,}")
-        if pair.learnt is not None:
-            typer.echo(f"{np.count_nonzero(pair.learnt) / pair.num_tokens:.1%} of them are learnt")
-        typer.echo(f"tokenizer {manifest.tokenizer_fingerprint}, {manifest.vocab_size} ids")
-    tokenizer = _tokenizer(ranks) if samples else None
+    if read_manifest(pair.prefix) is None:
+        typer.echo(f"no manifest; `phi4 data adopt {pair.prefix}` writes one")
+        return
+    manifest = pair.manifest()
+    for exponent, count in enumerate(manifest.length_histogram):
+        if count:
+            typer.echo(f"{2**exponent:>9,} to {2 ** (exponent + 1) - 1:>9,} tokens: {count:,}")
+    if pair.learnt is not None:
+        typer.echo(f"{np.count_nonzero(pair.learnt) / pair.num_tokens:.1%} of them are learnt")
+    typer.echo(f"tokenizer {manifest.tokenizer_fingerprint}, {manifest.vocab_size} ids")
+
+
+def _show_samples(pair: TokenFile, tokenizer: Tokenizer, samples: int) -> None:
+    manifest = read_manifest(pair.prefix)
+    found, given = manifest and manifest.tokenizer_fingerprint, tokenizer.facts.fingerprint
+    if manifest and found != given:
+        raise DataError(
+            f"{pair.prefix}.bin was written by tokenizer {found[:12]}, samples would be decoded by "
+            f"{given[:12]}; name the rank file of the first with --ranks"
+        )
     for index in range(min(samples, pair.num_documents)):
         typer.echo(f"--- document {index}\n{tokenizer.decode(pair.document(index)[:200])}")
 
 
-@app.command()
-def verify(prefix: Prefix) -> None:
-    """Compare a pair with the checksums of its manifest."""
-    manifest = TokenFile(prefix).verify()
-    typer.echo(f"{prefix}: {manifest.num_documents} documents, checksums match")
+def _skipped(kinds: Counter[str]) -> str:
+    named = [f"{kind} {count}" for kind, count in kinds.most_common(_SHOWN_KINDS)]
+    if len(kinds) > _SHOWN_KINDS:
+        named.append(f"{len(kinds) - _SHOWN_KINDS} other kinds")
+    return f"{kinds.total()} files skipped: {', '.join(named)}"
 
 
-@app.command()
-def adopt(prefix: Prefix, ranks: Ranks = None) -> None:
-    """Write the manifest of a pair that Megatron's own tools wrote with the given tokenizer."""
-    manifest = adopt_pair(prefix, _tokenizer(ranks).facts)
-    typer.echo(f"{manifest_path(prefix)}: {manifest.num_tokens} tokens, all ids in the vocabulary")
+def _left_out(prefix: str, num_rows: int) -> str:
+    """Blank rows are listed like bad ones, so the list is named, not called rejected."""
+    if not num_rows:
+        return "no row left out"
+    return f"{num_rows} rows left out (bad or blank: see {prefix}.rejected.jsonl)"
 
 
 def _tokenizer(ranks: str | None) -> Tokenizer:

@@ -6,10 +6,11 @@ import msgspec
 import numpy as np
 
 from phi4.config import TokenizerConfig
+from phi4.data.atomic_files import write_atomically
 from phi4.data.bpe import train_bpe
 from phi4.data.corpora import PHI4_SHARES, phi4_corpus
 from phi4.data.token_file import TokenFile
-from phi4.data.token_writer import write_atomically, write_documents
+from phi4.data.token_writer import write_documents
 from phi4.data.tokenizer import load_tokenizer, rank_file_bytes
 
 TRAINING_SOURCES = tuple(PHI4_SHARES)

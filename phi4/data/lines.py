@@ -1,10 +1,12 @@
-"""Rows of jsonl files, plain, .gz and .zst: the one reader behind the tokenizer and the screens.
+"""Rows of JSON Lines files, plain or compressed: the one reader of the tokenizer and the screens.
 
 At most a limit of bytes of a line is ever in memory, and a line that is no JSON object is an error
 of its own kind, with a reason to file it under.
 """
 
+import bz2
 import gzip
+import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,13 @@ import msgspec
 
 from phi4.errors import DataError, PlatformError
 
-LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_COMPRESSIONS = ("", ".gz", ".zst", ".bz2")
+LINE_SUFFIXES = tuple(name + packed for name in (".jsonl", ".ndjson") for packed in _COMPRESSIONS)
+"""Names of JSON Lines, in lower case."""
+JSON_SUFFIXES = tuple(f".json{packed}" for packed in _COMPRESSIONS)
+"""Names that stand for JSON Lines as often as for a single JSON value."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 MAX_ROW_BYTES = 32 << 20
 """A longer row is no document: it is a file that lost its line breaks."""
@@ -38,7 +46,7 @@ def reading(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, NotImplementedError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"{path} cannot be read ({reason}); check the file") from None
 
@@ -46,9 +54,12 @@ def reading(path: str | Path) -> Iterator[None]:
 def open_lines(path: str | Path) -> BinaryIO:
     """A stream of a file's bytes, decompressed as its suffix says."""
     name = str(path)
-    if name.endswith(".gz"):
+    suffix = Path(path).suffix.lower()
+    if suffix == ".gz":
         return gzip.open(name)
-    if name.endswith(".zst"):
+    if suffix == ".bz2":
+        return bz2.open(name)
+    if suffix == ".zst":
         # Unlike the common binding, arrow's stream does not take a truncated file for a short one.
         return BufferedReader(arrow(name).input_stream(name, compression="zstd"))
     return open(name, "rb")
@@ -90,6 +101,9 @@ def skip_line(stream: BinaryIO) -> int:
 def parse_row(line: bytes, num_bytes: int, max_bytes: int = MAX_ROW_BYTES) -> dict[str, object]:
     """The JSON object of a line as `read_lines` gives it.
 
+    What Python's json module writes is read too: NaN, Infinity and integers of any length. So is a
+    line that begins with a byte order mark.
+
     Raises:
         RowError: the line is too long, not UTF-8, or not a JSON object.
     """
@@ -98,7 +112,7 @@ def parse_row(line: bytes, num_bytes: int, max_bytes: int = MAX_ROW_BYTES) -> di
     try:
         row = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RowError(_foreign_bytes(line) or f"invalid JSON: {error}") from None
+        row = _parse_leniently(line, f"invalid JSON: {error}")
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object, got {type(row).__name__}")
     return row
@@ -119,9 +133,17 @@ def arrow(path: str) -> ModuleType:
     return pyarrow
 
 
-def _foreign_bytes(line: bytes) -> str:
+def _parse_leniently(line: bytes, reason: str) -> object:
+    """The value of a line that is not strict JSON; what is wrong with it otherwise is `reason`."""
     try:
-        line.decode()
+        text = line.removeprefix(BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
-        return f"invalid UTF-8 at byte {error.start}"
-    return ""
+        raise RowError(f"invalid UTF-8 at byte {error.start}") from None
+    try:
+        # Python refuses to make an int of thousands of digits; no text is lost in a float.
+        row = json.loads(text, parse_int=float)
+        # Unlike the decoder, the encoder finds a lone surrogate.
+        msgspec.json.encode(row)
+    except (ValueError, RecursionError):
+        raise RowError(reason) from None
+    return row

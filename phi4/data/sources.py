@@ -11,13 +11,12 @@ from pathlib import Path
 
 import msgspec
 
+from phi4.data.atomic_files import write_atomically
 from phi4.data.manifest import encode_manifest, manifest_path, read_manifest
 from phi4.data.token_file import TokenFile
-from phi4.data.token_writer import write_atomically
+from phi4.data.token_writer import LIST_SUFFIX
 from phi4.data.tokenizer import TokenizerFacts
 from phi4.errors import DataError
-
-LIST_SUFFIX = ".list"
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,7 +63,7 @@ def read_source(
     Raises:
         DataError: no shard, a shard without manifest, or ids of another tokenizer.
     """
-    prefixes = _prefixes(path)
+    prefixes = shard_prefixes(path)
     kept = _kept_at(path, cache_dir)
     manifest = _read_kept(kept, prefixes) if kept else None
     if manifest is None:
@@ -75,7 +74,15 @@ def read_source(
     return manifest
 
 
-def _prefixes(path: str) -> list[str]:
+def shard_prefixes(path: str) -> list[str]:
+    """The pairs behind the path of a source, in order.
+
+    Args:
+        path: as in `read_source`.
+
+    Raises:
+        DataError: it names no pair, or one twice.
+    """
     if path.endswith(LIST_SUFFIX):
         prefixes = _listed(Path(path))
     elif _is_glob(path):
@@ -99,6 +106,11 @@ def _listed(path: Path) -> list[str]:
 
 
 def _is_glob(path: str) -> bool:
+    """Whether a path is a pattern; one under which a pair stands is the name of that pair."""
+    return _has_wildcard(path) and not os.path.exists(f"{path}.bin")
+
+
+def _has_wildcard(path: str) -> bool:
     return any(character in path for character in "*?[")
 
 
@@ -112,7 +124,7 @@ def _kept_at(path: str, cache_dir: str | None) -> Path | None:
         return None
     whole = Path(path)
     parts = whole.parts
-    first = next(i for i, part in enumerate(parts) if _is_glob(part))
+    first = next(i for i, part in enumerate(parts) if _has_wildcard(part))
     pattern = "/".join(parts[first:])
     return Path(*parts[:first]) / f"{_name(pattern)}.source.json"
 

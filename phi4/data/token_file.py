@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -22,6 +23,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
 _DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 _INT32_CODE = 4
+_BLOCK_ENTRIES = 1 << 20
 
 
 class TokenFile:
@@ -124,12 +126,17 @@ class TokenFile:
         return manifest
 
     def verify(self) -> Manifest:
-        """Compare the files with the checksums of the manifest.
+        """Compare the files with the checksums of the manifest, and check the whole index.
 
         Raises:
-            DataError: no manifest, or a file that differs from it.
+            DataError: no manifest, a file that differs from it, or a wrong index.
         """
         manifest = self.manifest()
+        if self.learnt is not None and manifest.mask_sha256 is None:
+            raise DataError(
+                f"{self.prefix}.mask is not in the manifest, so training would refuse the pair; "
+                "remove the file if it is foreign, or run `phi4 data adopt`"
+            )
         checksums = {"bin": manifest.bin_sha256, "idx": manifest.idx_sha256}
         if manifest.mask_sha256 is not None:
             checksums["mask"] = manifest.mask_sha256
@@ -140,7 +147,41 @@ class TokenFile:
                     f"{self.prefix}.{suffix}: sha256 is {found}, the manifest says {expected}; the "
                     "file changed after it was written: copy it again or tokenize again"
                 )
+        self.check_index()
         return manifest
+
+    def check_index(self) -> None:
+        """Read the whole index and check that it describes every token once, in order.
+
+        Opening a pair checks only both ends of it, in constant time.
+
+        Raises:
+            DataError: names the first sequence or document that is wrong.
+        """
+        size, offset = self.tokens.itemsize, 0
+        for begin in range(0, self.lengths.size, _BLOCK_ENTRIES):
+            lengths = self.lengths[begin : begin + _BLOCK_ENTRIES].astype(np.int64)
+            ends = offset + size * np.cumsum(lengths)
+            pointers = self.pointers[begin : begin + _BLOCK_ENTRIES]
+            wrong = np.flatnonzero((pointers != ends - size * lengths) | (lengths < 0))
+            if wrong.size:
+                self._refuse_index(
+                    f"sequence {begin + wrong[0]} begins at byte {pointers[wrong[0]]} and has "
+                    f"{lengths[wrong[0]]} tokens, the ones before it end at byte "
+                    f"{(ends - size * lengths)[wrong[0]]}"
+                )
+            offset = int(ends[-1])
+        for begin in range(0, self.num_documents, _BLOCK_ENTRIES):
+            bounds = self.document_bounds[begin : begin + _BLOCK_ENTRIES + 1]
+            wrong = np.flatnonzero(np.diff(bounds) < 0)
+            if wrong.size:
+                first, last = bounds[wrong[0] : wrong[0] + 2]
+                self._refuse_index(
+                    f"document {begin + wrong[0]} runs from sequence {first} back to {last}"
+                )
+
+    def _refuse_index(self, what: str) -> NoReturn:
+        raise DataError(f"{self.prefix}.idx: {what}; the index is damaged: build the pair again")
 
     def _check_content(self, found_bytes: int, itemsize: int, split: list[int]) -> None:
         """Compare sizes with the last sequence and document; `split` is where the columns begin."""
@@ -153,10 +194,11 @@ class TokenFile:
                 f"{self.prefix}.bin has {found_bytes} bytes, its .idx describes {expected}; the "
                 "pair is truncated or mixed: copy both again or tokenize again"
             )
-        if self.document_bounds.size and not (first == 0 and last <= self.lengths.size):
-            raise DataError(
-                f"{self.prefix}.idx: documents run from sequence {first} to {last} of "
-                f"{self.lengths.size}; the index is damaged: tokenize again"
+        if not self.document_bounds.size:
+            first, last = 0, 0
+        if (first, last) != (0, self.lengths.size):
+            self._refuse_index(
+                f"documents run from sequence {first} to {last} of {self.lengths.size}"
             )
 
 

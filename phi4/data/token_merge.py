@@ -9,21 +9,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
-from phi4.data.manifest import Manifest
+from phi4.data.inputs import PLAN_FILE
+from phi4.data.manifest import Manifest, read_manifest
+from phi4.data.part_report import PartReport, most_common_reason, write_rejections
 from phi4.data.sort_buffer import SortBuffer
-from phi4.data.token_plan import (
-    KEY_TYPE,
-    NOT_LEARNT,
-    PartReport,
-    Plan,
+from phi4.data.token_plan import KEY_TYPE, NOT_LEARNT, Plan
+from phi4.data.token_work import (
     discard,
+    keep_plan,
+    read_plan,
     read_report,
     run_path,
+    sharing,
     work_directory,
-    write_rejections,
 )
 from phi4.data.token_writer import TokenFileWriter
 from phi4.errors import DataError
@@ -34,35 +34,62 @@ _SAMPLES_PER_RUN = 64
 def merge_runs(prefix: str | Path, range_tokens: int = 1 << 22) -> Manifest:
     """Merge the runs under `PREFIX.work` into `PREFIX.bin/.idx` and remove them.
 
+    Without a work directory, the pair that stands there is taken for merged.
+
     Args:
         prefix: of the pair.
         range_tokens: tokens that are sorted at a time, about.
 
     Raises:
-        DataError: nothing was begun here, a part is not finished, or there is no document.
+        DataError: nothing was begun here, a part is not finished, there is no document, or another
+            job merges the same runs.
+        DiskFullError: the pair does not fit on the disk.
     """
     work = work_directory(prefix)
+    if not (work / PLAN_FILE).exists() and (manifest := read_manifest(prefix)):
+        return manifest
     plan, reports = _finished(work)
-    rejected = write_rejections(f"{prefix}.rejected.jsonl", plan, reports)
-    if not any(report.num_documents for report in reports.values()):
-        discard(prefix)
-        raise DataError(
-            f"nothing to write to {prefix}: the inputs hold no text; directories are searched for "
-            "source, text and row files"
-        )
+    with sharing(prefix):
+        rejected = write_rejections(f"{prefix}.rejected.jsonl", plan.parts, reports)
+        if not any(report.num_documents for report in reports.values()):
+            discard(prefix, plan)
+            raise DataError(f"nothing to write to {prefix}: {_why_empty(prefix, reports)}")
+        manifest = _merged(prefix, plan, reports, rejected, range_tokens)
+        keep_plan(plan, prefix)
+        discard(prefix, plan)
+    return manifest
+
+
+def _merged(
+    prefix: str | Path,
+    plan: Plan,
+    reports: dict[int, PartReport],
+    num_rejected: int,
+    range_tokens: int,
+) -> Manifest:
     runs = [
-        _Run.open(work, part, run)
+        _Run.open(work_directory(prefix), part, run)
         for part, report in sorted(reports.items())
         for run in range(report.num_runs)
     ]
     masked = any(report.masked for report in reports.values())
-    notes = {"num_rejected": rejected, "shuffle_seed": plan.seed}
+    notes = {"num_rejected": num_rejected, "shuffle_seed": plan.seed}
     with TokenFileWriter(prefix, plan.tokenizer, **notes) as writer:
         for tokens, lengths in _sorted_ranges(runs, range_tokens):
             learnt = (tokens & NOT_LEARNT) == 0 if masked else None
             writer.add_many(tokens & (NOT_LEARNT - 1) if masked else tokens, lengths, learnt)
-    discard(prefix)
     return writer.manifest
+
+
+def _why_empty(prefix: str | Path, reports: dict[int, PartReport]) -> str:
+    num_rows = sum(report.num_rows for report in reports.values())
+    if (common := most_common_reason(reports)) is None:
+        return "the inputs hold no text; directories are searched for source, text and row files"
+    reason, count = common
+    return (
+        f"none of {num_rows} rows is a document, {count} of them because: {reason}; see "
+        f"{prefix}.rejected.jsonl"
+    )
 
 
 @dataclass(eq=False)
@@ -136,9 +163,13 @@ def _boundaries(runs: list[_Run], range_tokens: int) -> list[int]:
 
 def _finished(work: Path) -> tuple[Plan, dict[int, PartReport]]:
     try:
-        plan = msgspec.json.decode((work / "plan.json").read_bytes(), type=Plan)
+        plan = read_plan(work)
     except FileNotFoundError:
         raise DataError(f"{work} does not exist; begin with `phi4 data tokenize`") from None
+    if plan is None:
+        raise DataError(
+            f"{work} was begun by another version of phi4; remove it and tokenize again"
+        )
     reports = {index: read_report(work, index) for index in range(len(plan.parts))}
     missing = [index for index, report in reports.items() if report is None]
     if missing:

@@ -1,19 +1,12 @@
-"""The plan of a tokenization and what lies in its work directory.
+"""The plan of a tokenization: all that its bytes depend on, and how two plans differ."""
 
-`PREFIX.work` holds the plan, one report per finished part and the runs that the report counts. Jobs
-on several machines share nothing else, and a resumed job needs nothing else.
-"""
-
-import os
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Set
 
 import msgspec
 import numpy as np
 
-from phi4.data.documents import BLANK, Part, list_parts
-from phi4.data.token_writer import write_atomically
+from phi4.data.documents import TEXT_COLUMN, Part, list_parts
+from phi4.data.inputs import InputFile, Inputs
 from phi4.data.tokenizer import TokenizerFacts
 
 NOT_LEARNT = 1 << 30
@@ -25,113 +18,84 @@ KEY_TYPE = np.dtype([("key", "<u8"), ("length", "<i4")])
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What a tokenization does; kept as plan.json beside its runs."""
 
-    format_version: int = 1
+    format_version: int = 2
     parts: tuple[Part, ...]
-    input_stats: tuple[tuple[str, int, int], ...]
-    """Path, bytes and time of change of every input."""
     tokenizer: TokenizerFacts
-    text_field: str
+    text_column: str | None
     seed: int | None
 
-
-class Rejection(msgspec.Struct, frozen=True):
-    """A row that became no document."""
-
-    input: str
-    line: int
-    reason: str
-
-
-class PartReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished part."""
-
-    num_runs: int
-    num_rows: int
-    num_documents: int
-    num_tokens: int
-    masked: bool
-    rejected: tuple[Rejection, ...]
-
-    @property
-    def num_rejected(self) -> int:
-        """Bad rows; blank ones are no fault."""
-        return sum(row.reason != BLANK for row in self.rejected)
-
-
-def work_directory(prefix: str | Path) -> Path:
-    """Where the runs of `PREFIX.bin` lie until they are merged."""
-    return Path(f"{prefix}.work")
+    def files(self) -> dict[str, InputFile]:
+        """The inputs by path."""
+        return {file.path: file for part in self.parts for file in part.files}
 
 
 def make_plan(
-    inputs: Sequence[str | Path],
+    inputs: Inputs,
     tokenizer: TokenizerFacts,
     *,
-    text_field: str = "text",
+    text_column: str | None = None,
     seed: int | None = 0,
     **cut: int,
 ) -> Plan:
     """Plan a tokenization.
 
     Args:
-        inputs: files and directories.
+        inputs: from `find_inputs`.
         tokenizer: that encodes them.
-        text_field: column that holds the text.
+        text_column: column that holds the text; None as `read_rows` says.
         seed: of the shuffle; None keeps the order of the inputs.
         cut: `part_bytes` of `list_parts`.
 
     Raises:
-        DataError: an input is missing.
+        DataError: parquet metadata is damaged.
     """
-    parts = tuple(list_parts(inputs, **cut))
-    paths = sorted({path for part in parts for path in part.paths})
-    stats = [(path, os.stat(path)) for path in paths]
-    return Plan(
-        parts=parts,
-        input_stats=tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats),
-        tokenizer=tokenizer,
-        text_field=text_field,
-        seed=seed,
-    )
+    parts = tuple(list_parts(inputs.files, **cut))
+    return Plan(parts=parts, tokenizer=tokenizer, text_column=text_column, seed=seed)
 
 
-def read_report(work: Path, index: int) -> PartReport | None:
-    """The report of a part, None while it is not finished."""
-    try:
-        return msgspec.json.decode(report_path(work, index).read_bytes(), type=PartReport)
-    except FileNotFoundError:
-        return None
+def difference(begun: Plan | None, plan: Plan) -> str:
+    """What a plan that was begun has other than this one.
 
-
-def write_rejections(path: str, plan: Plan, reports: dict[int, PartReport]) -> int:
-    """Write all rejections, lines counted from the begin of their file; returns how many.
-
-    No file is left where there are none.
+    Args:
+        begun: None if another version of phi4 wrote it.
+        plan: of now.
     """
-    lines, before, last = [], 0, ""
-    for index in sorted(reports):
-        first = plan.parts[index].paths[0]
-        before, last = (before if first == last else 0), first
-        for row in reports[index].rejected:
-            line = row.line + before if row.line else 0
-            lines.append(msgspec.json.encode(Rejection(row.input, line, row.reason)) + b"\n")
-        before += reports[index].num_rows
-    if lines:
-        write_atomically(path, b"".join(lines))
-    else:
-        Path(path).unlink(missing_ok=True)
-    return len(lines)
+    if begun is None or begun.format_version != plan.format_version:
+        return "another version of phi4"
+    if begun.tokenizer != plan.tokenizer:
+        ids = [facts.fingerprint[:12] for facts in (begun.tokenizer, plan.tokenizer)]
+        return f"another tokenizer ({ids[0]}, now {ids[1]})"
+    if begun.seed != plan.seed:
+        seeds = ["--keep-order" if p.seed is None else f"--seed {p.seed}" for p in (begun, plan)]
+        return f"another order ({seeds[0]}, now {seeds[1]})"
+    if begun.text_column != plan.text_column:
+        columns = [p.text_column or f"{TEXT_COLUMN} by default" for p in (begun, plan)]
+        return f"another --text-field ({columns[0]}, now {columns[1]})"
+    return _difference_of_inputs(begun.files(), plan.files())
 
 
-def run_path(work: Path, part: int, run: int, suffix: str) -> Path:
-    """A file of one run: `tokens`, int32, or `keys`, KEY_TYPE."""
-    return work / f"{part:06}-{run:04}.{suffix}"
+def _difference_of_inputs(begun: dict[str, InputFile], now: dict[str, InputFile]) -> str:
+    with_ = _first_of("with", begun.keys() - now.keys())
+    without = _first_of("without", now.keys() - begun.keys())
+    if with_ or without:
+        return f"other inputs: {', '.join([*with_, *without])}"
+    for path in sorted(begun):
+        if begun[path].num_bytes != now[path].num_bytes:
+            return (
+                f"other inputs: {path} had {begun[path].num_bytes} bytes, now {now[path].num_bytes}"
+            )
+    for path in sorted(begun):
+        if begun[path].mtime_ns != now[path].mtime_ns:
+            seconds, nanoseconds = divmod(begun[path].mtime_ns, 10**9)
+            return (
+                f"another time of change of {path} (if its content is the same, restore it with "
+                f"`touch -d @{seconds}.{nanoseconds:09} {path}`)"
+            )
+    return "the same inputs in another order or cut into other parts"
 
 
-def discard(prefix: str | Path) -> None:
-    """Remove the work directory."""
-    shutil.rmtree(work_directory(prefix))
-
-
-def report_path(work: Path, index: int) -> Path:
-    return work / f"{index:06}.json"
+def _first_of(word: str, paths: Set[str]) -> list[str]:
+    if not paths:
+        return []
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return [f"{word} {min(paths)}{more}"]

@@ -6,24 +6,22 @@ manifest always stands for a complete pair.
 
 import hashlib
 import os
-import secrets
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 import numpy as np
 
-from phi4.data.manifest import (
-    Manifest,
-    encode_manifest,
-    file_sha256,
-    length_histogram,
-    manifest_path,
-)
-from phi4.data.token_file import TokenFile, check_ids, index_bytes
+from phi4.data.atomic_files import HashedFile, write_atomically
+from phi4.data.manifest import Manifest, encode_manifest, length_histogram, manifest_path
+from phi4.data.token_file import index_bytes
 from phi4.data.tokenizer import Tokenizer, TokenizerFacts
+from phi4.errors import DataError
+
+LIST_SUFFIX = ".list"
+"""A source under such a name is a file that lists its pairs."""
 
 _BLOCK_BYTES = 1 << 20
 
@@ -32,6 +30,10 @@ class TokenFileWriter:
     """Writes documents one after another; a context manager that leaves all or nothing.
 
     Files that stand under the prefix are replaced when the context ends without an exception.
+
+    Raises:
+        DataError: the prefix cannot be one, or another process is writing it.
+        DiskFullError: the pair does not fit on the disk.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class TokenFileWriter:
         self._num_tokens = 0
 
     def __enter__(self) -> Self:
+        check_prefix(self.prefix)
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._content = _HashedFile(f"{self.prefix}.bin")
-        self._mask: _HashedFile | None = None
+        self._content = HashedFile(f"{self.prefix}.bin")
+        self._mask: HashedFile | None = None
         return self
 
     @property
@@ -82,7 +85,7 @@ class TokenFileWriter:
         """
         self._content.write(np.ascontiguousarray(tokens, dtype="<i4").data)
         if learnt is not None and self._mask is None:
-            self._mask = _HashedFile(f"{self.prefix}.mask")
+            self._mask = HashedFile(f"{self.prefix}.mask")
             for begin in range(0, self._num_tokens, _BLOCK_BYTES):
                 self._mask.write(b"\1" * min(_BLOCK_BYTES, self._num_tokens - begin))
         if self._mask is not None:
@@ -97,9 +100,16 @@ class TokenFileWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._finish()
+        if kind is not None:
+            self._discard()
             return
+        try:
+            self._finish()
+        except BaseException:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
         for file in filter(None, (self._content, self._mask)):
             file.discard()
 
@@ -126,31 +136,6 @@ class TokenFileWriter:
         write_atomically(manifest_path(self.prefix), encode_manifest(self.manifest))
 
 
-class _HashedFile:
-    """A file under a temporary name, and the sha256 of what was written."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._stream = open(_temporary(path), "wb", buffering=_BLOCK_BYTES)  # noqa: SIM115
-        self._digest = hashlib.sha256()
-
-    def write(self, content: bytes | memoryview) -> None:
-        self._stream.write(content)
-        self._digest.update(content)
-
-    def finish(self) -> str:
-        """The checksum, once the content is on the disk."""
-        _sync_and_close(self._stream)
-        return self._digest.hexdigest()
-
-    def publish(self) -> None:
-        os.replace(self._stream.name, self._path)
-
-    def discard(self) -> None:
-        self._stream.close()
-        os.unlink(self._stream.name)
-
-
 def write_documents(texts: Iterable[str], tokenizer: Tokenizer, prefix: str | Path) -> Manifest:
     """Tokenize a few texts into `PREFIX.bin/.idx`, each closed by the end-of-document token."""
     with TokenFileWriter(prefix, tokenizer.facts) as writer:
@@ -159,58 +144,19 @@ def write_documents(texts: Iterable[str], tokenizer: Tokenizer, prefix: str | Pa
     return writer.manifest
 
 
-def write_atomically(
-    path: str | Path, content: bytes | memoryview, *, sync_name: bool = True
-) -> None:
-    """Write a file so that its name only ever stands for the whole of it.
-
-    Args:
-        path: replaced if it exists.
-        content: of the file, on the disk when this returns.
-        sync_name: whether its name is, too; the next file in the directory whose name is synced
-            brings it along.
-    """
-    with open(_temporary(path), "wb") as stream:
-        stream.write(content)
-        _sync_and_close(stream)
-    os.replace(stream.name, path)
-    if not sync_name:
-        return
-    directory = os.open(Path(path).parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def adopt(prefix: str | Path, tokenizer: TokenizerFacts) -> Manifest:
-    """Write the manifest of a pair that another tool wrote with this tokenizer.
+def check_prefix(prefix: str | Path) -> None:
+    """Refuse prefixes whose files nobody would find again.
 
     Raises:
-        DataError: the pair is damaged, or holds an id outside the vocabulary.
+        DataError: it names a directory, or a recipe would take it for a list of shards.
     """
-    pair = TokenFile(prefix)
-    check_ids(pair.tokens, tokenizer.vocab_size, lambda position: f"{prefix}.bin, token {position}")
-    manifest = Manifest(
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        num_documents=pair.num_documents,
-        num_tokens=pair.num_tokens,
-        bin_sha256=file_sha256(f"{prefix}.bin"),
-        idx_sha256=file_sha256(f"{prefix}.idx"),
-        mask_sha256=None if pair.learnt is None else file_sha256(f"{prefix}.mask"),
-        length_histogram=length_histogram(pair.document_lengths()),
-    )
-    write_atomically(manifest_path(prefix), encode_manifest(manifest))
-    return manifest
-
-
-def _temporary(path: str | Path) -> str:
-    # Processes of several machines may write one name; their ids may be equal.
-    return f"{path}.partial-{secrets.token_hex(6)}"
-
-
-def _sync_and_close(stream: IO[bytes]) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
+    name = os.path.basename(str(prefix))
+    if name in ("", ".", ".."):
+        raise DataError(
+            f"{prefix} names a directory; give the path of the pair without a suffix, such as "
+            f"{os.path.join(str(prefix), 'web')} for web.bin and web.idx"
+        )
+    if name.endswith(LIST_SUFFIX):
+        raise DataError(
+            f"{prefix}: a name ending in {LIST_SUFFIX} stands for a list of shards; give another"
+        )

@@ -18,24 +18,24 @@ import msgspec
 import numpy as np
 
 from phi4.config import TokenizerConfig
+from phi4.data.atomic_files import write_atomically
 from phi4.data.chat import encode_chat
 from phi4.data.documents import Part, Row, read_rows
+from phi4.data.inputs import check_unchanged
+from phi4.data.part_report import PartReport, Rejection, write_rejections
 from phi4.data.permutation import mix, permutation_key
 from phi4.data.sort_buffer import SortBuffer
-from phi4.data.token_plan import (
-    KEY_TYPE,
-    NOT_LEARNT,
-    RUN_TOKENS,
-    PartReport,
-    Plan,
-    Rejection,
+from phi4.data.token_plan import KEY_TYPE, NOT_LEARNT, RUN_TOKENS, Plan
+from phi4.data.token_work import (
+    begin,
     read_report,
+    rejections_path,
     report_path,
     run_path,
+    sharing,
     work_directory,
-    write_rejections,
 )
-from phi4.data.token_writer import write_atomically
+from phi4.data.token_writer import check_prefix
 from phi4.data.tokenizer import Tokenizer, load_tokenizer
 from phi4.errors import DataError
 
@@ -79,11 +79,13 @@ def tokenize_parts(
         follow: told after every part.
 
     Raises:
-        DataError: another plan was begun here, too many rows are bad, a file is damaged, or a
-            worker died.
+        DataError: another plan was begun here, too many rows are bad, a file is damaged or changed
+            while it was read, or a worker died.
+        DiskFullError: the runs do not fit on the disk.
     """
+    check_prefix(prefix)
+    begin(plan, prefix)
     work = work_directory(prefix)
-    _begin(plan, work)
     mine = range(shard[0], len(plan.parts), shard[1])
     sizes = {index: plan.parts[index].num_bytes for index in mine}
     reports = {index: r for index in mine if (r := read_report(work, index)) is not None}
@@ -94,36 +96,27 @@ def tokenize_parts(
 
     def check() -> None:
         if rejected > max_rejected:
-            write_rejections(f"{prefix}.rejected.jsonl", plan, reports)
+            listed = rejections_path(prefix, shard)
+            write_rejections(listed, plan.parts, reports)
             raise DataError(
-                f"{rejected} rows are bad, at most {max_rejected} are allowed; see "
-                f"{prefix}.rejected.jsonl, then mend the inputs or raise --max-rejected"
+                f"{rejected} rows are bad, at most {max_rejected} are allowed; see {listed}, then "
+                "correct the inputs or raise --max-rejected"
             )
 
     check()
-    for index, report in _run(plan, work, tokenizer, todo, workers):
-        reports[index] = report
-        rejected, tokens = rejected + report.num_rejected, tokens + report.num_tokens
-        done += sizes[index]
-        check()
-        follow(Progress(done, total, done - resumed, tokens, time.monotonic() - started))
-
-
-def _begin(plan: Plan, work: Path) -> None:
-    path, content = work / "plan.json", msgspec.json.encode(plan)
-    if path.exists() and path.read_bytes() != content:
-        raise DataError(
-            f"{work} was begun with other inputs, tokenizer or options; go on with those, or "
-            "remove it to start anew"
-        )
-    work.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
+    with sharing(prefix):
+        for index, report in _run(plan, work, tokenizer, todo, workers):
+            reports[index] = report
+            rejected, tokens = rejected + report.num_rejected, tokens + report.num_tokens
+            done += sizes[index]
+            check()
+            follow(Progress(done, total, done - resumed, tokens, time.monotonic() - started))
 
 
 def _run(
     plan: Plan, work: Path, tokenizer: TokenizerConfig, todo: Sequence[int], workers: int
 ) -> Iterator[tuple[int, PartReport]]:
-    job = _Job(work, plan.text_field, plan.seed, tokenizer)
+    job = _Job(work, plan.text_column, plan.seed, tokenizer)
     helpers = min(workers, len(todo)) - 1
     if helpers < 1:
         yield from ((index, _tokenize_part(plan.parts[index], index, job)) for index in todo)
@@ -161,7 +154,7 @@ class _Job:
     """What all parts have in common."""
 
     work: Path
-    text_field: str
+    text_column: str | None
     seed: int | None
     tokenizer: TokenizerConfig
 
@@ -171,7 +164,7 @@ def _tokenize_part(part: Part, index: int, job: _Job) -> PartReport:
     runs = _Runs(job.work, index, job.seed, buffer)
     rejected: list[Rejection] = []
     rows, masked = 0, False
-    for row in read_rows(part, job.text_field):
+    for row in read_rows(part, job.text_column):
         rows += 1
         try:
             ids, end = _encoded(row, tokenizer)
@@ -181,6 +174,7 @@ def _tokenize_part(part: Part, index: int, job: _Job) -> PartReport:
         else:
             masked = masked or not isinstance(row.content, str)
     runs.flush()
+    check_unchanged(part.files)
     report = PartReport(
         num_runs=runs.num_runs,
         num_rows=rows,

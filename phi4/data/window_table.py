@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from phi4.config import SourceConfig
+from phi4.data.atomic_files import write_atomically
 from phi4.data.packing import best_fit
 from phi4.data.sources import SourceManifest
 from phi4.data.token_file import TokenFile
-from phi4.data.token_writer import write_atomically
 from phi4.data.units import ShardPool
 from phi4.errors import DataError
 

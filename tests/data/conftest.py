@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from phi4.config import TokenizerConfig
 from phi4.data import TokenizerFacts
+from phi4.data.bpe import train_bpe
 from phi4.data.token_writer import TokenFileWriter
+from phi4.data.tokenizer import rank_file_bytes
 
 EOD, PAD, FIRST_ID = 0, 1, 2
 FACTS = TokenizerFacts(vocab_size=1 << 30, eod_id=EOD, pad_id=PAD, fingerprint="f" * 64)
@@ -39,6 +42,14 @@ def write_source(tmp_path: Path) -> WriteSource:
         return write_numbered(tmp_path / name, document_lengths, first_id)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TokenizerConfig:
+    """A small vocabulary."""
+    path = tmp_path_factory.mktemp("ranks") / "bpe.tiktoken"
+    path.write_bytes(rank_file_bytes(train_bpe(["the cat sat on the mat\n"] * 3, 360)))
+    return TokenizerConfig(kind="bpe", path=str(path))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,15 +12,20 @@ from hypothesis import strategies as st
 
 from phi4.data import documents
 from phi4.data.chat import Conversation
-from phi4.data.documents import BLANK, list_parts, read_rows
+from phi4.data.documents import BLANK, Part, list_parts, read_rows
+from phi4.data.inputs import find_inputs
 from phi4.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": " \n"}, {"text": "zwei ü"}, {"text": "three\nlines\n"}]
 fixture_is_only_a_directory = settings(max_examples=60)
 
 
-def rows(inputs: list[Path], **cut: int) -> list:
-    return [row for part in list_parts(inputs, **cut) for row in read_rows(part)]
+def parts_of(inputs: list[Path], **cut: int) -> list[Part]:
+    return list_parts(find_inputs(inputs).files, **cut)
+
+
+def rows(inputs: list[Path], text_column: str | None = None, **cut: int) -> list:
+    return [row for part in parts_of(inputs, **cut) for row in read_rows(part, text_column)]
 
 
 def texts(inputs: list[Path], **cut: int) -> list[str]:
@@ -46,26 +53,30 @@ def test_inputs_are_read_in_order(tmp_path: Path) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize(
+    "form", ["jsonl", "jsonl.gz", "jsonl.zst", "ndjson.bz2", "json", "json.gz", "JSONL", "parquet"]
+)
 def test_every_form_gives_the_same_rows(tmp_path: Path, form: str) -> None:
     path, content = tmp_path / f"rows.{form}", jsonl(ROWS)
     if form == "parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
     else:
-        pack = {"jsonl.gz": gzip.compress, "jsonl.zst": zstd}.get(form, bytes)
-        path.write_bytes(pack(content))
+        packs = {"gz": gzip.compress, "zst": zstd, "bz2": bz2.compress}
+        path.write_bytes(packs.get(form.rpartition(".")[2], bytes)(content))
     found = rows([path])
     assert [row.content for row in found] == ["one", None, "zwei ü", "three\nlines\n"]
     assert [row.number for row in found] == [1, 2, 3, 4]
     assert found[1].reason == BLANK
 
 
-def test_parquet_is_cut_at_row_groups(tmp_path: Path) -> None:
+def test_parquet_is_cut_at_row_groups_and_inside_of_large_ones(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([{"text": f"row {i}", "other": i} for i in range(10)])
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=3)
-    parts = list_parts([tmp_path / "x.parquet"], 1)
-    assert [(part.begin, part.end) for part in parts] == [(0, 1), (1, 2), (2, 3), (3, 4)]
-    assert texts([tmp_path / "x.parquet"], part_bytes=1) == [f"row {i}" for i in range(10)]
+    path = tmp_path / "x.parquet"
+    for part_bytes, bounds in {path.stat().st_size // 2: [0, 3, 6, 10], 1: range(11)}.items():
+        found = [(part.begin, part.end) for part in parts_of([path], part_bytes=part_bytes)]
+        assert found == list(pairwise(bounds))
+        assert texts([path], part_bytes=part_bytes) == [f"row {i}" for i in range(10)]
 
 
 @fixture_is_only_a_directory
@@ -91,6 +102,8 @@ BAD = {
     b"{": "invalid JSON: Input data was truncated",
     b'{"text": "\xff"}': "invalid UTF-8 at byte ",
     b'{"text": "\\ud800"}': "invalid JSON",
+    b'{"text": "x", "s": NaN, "t": "\\ud800"}': "invalid JSON",
+    b'{"text": null}': "expected a string under 'text', got null",
     b'{"text": "a\\u0000"}': "NUL at character 1",
     b'{"messages": []}': "chat column messages is []",
     b'{"messages": [{"role": "tool", "content": "x"}]}': "role 'tool'",
@@ -141,7 +154,7 @@ def test_conversations_are_read_under_their_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "none.parquet"])
 def test_missing_input(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=f"{name} cannot be read"):
-        list_parts([tmp_path / name])
+        find_inputs([tmp_path / name])
 
 
 @pytest.mark.parametrize("form", ["jsonl.gz", "jsonl.zst", "parquet"])
@@ -159,3 +172,60 @@ def test_damaged_file_is_one_clear_line(tmp_path: Path, form: str, damage: str) 
     with pytest.raises(DataError, match=rf"x\.{form} (cannot be read|is not a parquet)") as caught:
         rows([path])
     assert "\n" not in str(caught.value)
+
+
+CHAT = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "x", "messages": CHAT},
+        {"text": "x", "prompt": "p", "completion": "c"},
+        {"text": "", "messages": CHAT},
+    ],
+)
+def test_row_with_text_and_conversation_needs_a_choice(tmp_path: Path, row: dict) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(jsonl([row]))
+    (refused,) = rows([path])
+    assert refused.content is None
+    assert "holds 'text' and a conversation; choose with --text-field" in refused.reason
+    assert [found.content or "" for found in rows([path], "text")] == [row["text"]]
+    (chat,) = rows([path], "messages")
+    assert [message.role for message in chat.content.messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": None, "messages": CHAT},
+        {"messages": CHAT, "prompt": None, "completion": None},
+        {"messages": None, "prompt": "u", "completion": "a"},
+    ],
+)
+def test_null_is_no_column(tmp_path: Path, row: dict) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(jsonl([row, {"text": "x", "messages": None}, {"text": "y", "prompt": "p"}]))
+    chat, text, prompted = rows([path])
+    assert [message.content for message in chat.content.messages] == ["u", "a"]
+    assert (text.content, prompted.content) == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'\xef\xbb\xbf{"text": "x"}',
+        b'{"text": "x", "score": NaN, "bounds": [-Infinity, Infinity]}',
+        b'{"text": "x", "n": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_rows_that_other_writers_write_are_read(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(line + b"\n")
+    assert texts([path]) == ["x"]
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert texts([tmp_path]) == ["one"]

@@ -11,9 +11,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from phi4.config import DataConfig, SourceConfig
 from phi4.data import Batch, HeldOut, Loader, TokenizerFacts
+from phi4.data.adopt import adopt
 from phi4.data.sources import read_source
 from phi4.data.token_file import TokenFile
-from phi4.data.token_writer import TokenFileWriter, adopt
+from phi4.data.token_writer import TokenFileWriter
 from phi4.data.units import Rows, ShardPool, UnitSource
 from phi4.errors import DataError, LayoutError
 
@@ -226,13 +227,13 @@ def test_negative_token_is_refused(tmp_path: Path, facts: TokenizerFacts) -> Non
 
 def test_uint16_files_are_served(tmp_path: Path, facts: TokenizerFacts) -> None:
     builder = IndexedDatasetBuilder(f"{tmp_path}/s.bin", dtype=np.uint16)
-    builder.add_document([65_000, 2, 3, 4, 5], [5])
+    builder.add_document([65_000, 2, 3, 4, EOD], [5])
     builder.finalize(f"{tmp_path}/s.idx")
     adopt(f"{tmp_path}/s", facts)
     config = data_config({"s": (f"{tmp_path}/s", 1.0)}, row_units=1)
     (batch,) = step(Loader(config, facts, 1), 1)
     assert batch.tokens.tolist() == [[65_000, 2, 3, 4]]
-    assert batch.labels.tolist() == [[2, 3, 4, 5]]
+    assert batch.labels.tolist() == [[2, 3, 4, EOD]]
 
 
 @pytest.mark.parametrize("other", ["fingerprint", "missing", "tiny", "weightless"])

@@ -154,3 +154,13 @@ def test_more_epochs_than_allowed_are_refused_before_the_ledger_moves(
     with pytest.raises(DataError, match=r"'s' would be read 1\.60 times, its max_epochs is 1\.5"):
         loader.next_step(global_batch_size=1, **size)
     assert loader.state() == before
+
+
+def test_pair_with_a_pattern_for_a_name_is_that_pair(
+    write_source, tmp_path: Path, facts: TokenizerFacts
+) -> None:
+    named = write_source("web[1]", [5])
+    other = write_source("web1", [7])
+    assert [shard.prefix for shard in read_source(named, facts).shards] == [named]
+    assert not kept(tmp_path)
+    assert read_source(f"{tmp_path}/web[0-9]", facts).shards[0].prefix == other

@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from phi4.data import TokenizerFacts
 from phi4.data.token_file import TokenFile
-from phi4.data.token_writer import TokenFileWriter, adopt
+from phi4.data.token_writer import TokenFileWriter
 from phi4.errors import DataError
 
 FACTS = TokenizerFacts(vocab_size=100_352, eod_id=100_257, pad_id=100_349, fingerprint="a" * 64)
@@ -60,24 +60,6 @@ def test_we_open_what_megatron_wrote(tmp_path: Path, dtype: type) -> None:
     assert [pair.document(i).tolist() for i in range(pair.num_documents)] == documents
     assert pair.locate(4) == (1, 1)
     assert pair.lengths.size == 6
-
-
-def test_megatron_file_is_adopted_by_a_manifest(tmp_path: Path) -> None:
-    prefix = write_with_megatron(tmp_path / "m", [[3, 1, 2], [4, 5]], np.uint16)
-    with pytest.raises(DataError, match=f"phi4 data adopt {prefix}"):
-        TokenFile(prefix).require_tokenizer(FACTS)
-    adopt(prefix, FACTS)
-    assert TokenFile(prefix).require_tokenizer(FACTS).num_tokens == 5
-    assert TokenFile(prefix).verify().num_documents == 2
-
-
-def test_adoption_refuses_ids_beyond_the_vocabulary_and_keeps_the_manifest(tmp_path: Path) -> None:
-    prefix = write(tmp_path / "p")
-    before = Path(f"{prefix}.manifest.json").read_bytes()
-    small = TokenizerFacts(vocab_size=100_351, eod_id=1, pad_id=2, fingerprint="b" * 64)
-    with pytest.raises(DataError, match=r"token 1: token id 100351 is outside .* of 100351"):
-        adopt(prefix, small)
-    assert Path(f"{prefix}.manifest.json").read_bytes() == before
 
 
 def cut(path: str, num_bytes: int) -> None:

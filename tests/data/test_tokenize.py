@@ -12,25 +12,18 @@ from hypothesis import strategies as st
 
 from phi4.config import DataConfig, SourceConfig, TokenizerConfig
 from phi4.data import Loader, Tokenizer, TokenizerFacts, load_tokenizer, tokenize
-from phi4.data.bpe import train_bpe
+from phi4.data.inputs import find_inputs
 from phi4.data.manifest import Manifest
 from phi4.data.token_file import TokenFile
 from phi4.data.token_merge import merge_runs
-from phi4.data.token_plan import make_plan, work_directory
+from phi4.data.token_plan import make_plan
+from phi4.data.token_work import work_directory
 from phi4.data.token_writer import write_documents
 from phi4.data.tokenize import Progress, tokenize_parts
-from phi4.data.tokenizer import rank_file_bytes
 from phi4.errors import DataError
 
 TEXTS = [f"the cat {i} sat on the mat " * (i % 7 + 1) for i in range(60)]
 SUFFIXES = ("bin", "idx", "manifest.json")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> TokenizerConfig:
-    path = tmp_path_factory.mktemp("ranks") / "bpe.tiktoken"
-    path.write_bytes(rank_file_bytes(train_bpe(["the cat sat on the mat\n"] * 3, 360)))
-    return TokenizerConfig(kind="bpe", path=str(path))
 
 
 @pytest.fixture
@@ -59,7 +52,7 @@ def run(
 ) -> Manifest:
     facts = load_tokenizer(config).facts
     for shard in shards:
-        plan = make_plan(list(inputs), facts, seed=seed, part_bytes=part_bytes)
+        plan = make_plan(find_inputs(inputs), facts, seed=seed, part_bytes=part_bytes)
         tokenize_parts(
             plan,
             prefix,
@@ -164,7 +157,7 @@ def test_finished_parts_are_not_read_again(
     config: TokenizerConfig, rows: Path, tmp_path: Path
 ) -> None:
     seen: list[Progress] = []
-    plan = make_plan([rows], load_tokenizer(config).facts, part_bytes=500)
+    plan = make_plan(find_inputs([rows]), load_tokenizer(config).facts, part_bytes=500)
     options = {"workers": 1, "max_rejected": 0, "follow": seen.append}
     tokenize_parts(plan, tmp_path / "p", config, shard=(1, 2), **options)
     first = len(seen)
@@ -178,7 +171,9 @@ def test_every_part_is_told_once_whoever_does_it(
     config: TokenizerConfig, rows: Path, tmp_path: Path
 ) -> None:
     """Of six parts, one is finished elsewhere, one still runs there, four wait."""
-    plan = make_plan([rows], load_tokenizer(config).facts, part_bytes=rows.stat().st_size // 6 + 1)
+    plan = make_plan(
+        find_inputs([rows]), load_tokenizer(config).facts, part_bytes=rows.stat().st_size // 6 + 1
+    )
     job = tokenize._Job(tmp_path, "text", 5, config)
     futures = [Future() for _ in plan.parts]
     futures[0].set_result("elsewhere")
@@ -284,16 +279,17 @@ def test_another_plan_under_the_same_prefix_is_refused(
 ) -> None:
     options = {"workers": 1, "max_rejected": 0, "follow": lambda progress: None}
     facts = load_tokenizer(config).facts
-    plan = make_plan([rows], facts, part_bytes=500)
+    plan = make_plan(find_inputs([rows]), facts, part_bytes=500)
     tokenize_parts(plan, tmp_path / "p", config, shard=(0, 2), **options)
     with pytest.raises(DataError, match=r"part 1; run the missing shards again"):
         merge_runs(tmp_path / "p")
-    other = make_plan([rows], facts, seed=9, part_bytes=500)
-    with pytest.raises(DataError, match="was begun with other inputs, tokenizer or options"):
+    other = make_plan(find_inputs([rows]), facts, seed=9, part_bytes=500)
+    with pytest.raises(DataError, match=r"begun with another order \(--seed 0, now --seed 9\)"):
         tokenize_parts(other, tmp_path / "p", config, **options)
     rows.write_text(rows.read_text() + "\n")
-    with pytest.raises(DataError, match="was begun with other inputs"):
-        tokenize_parts(make_plan([rows], facts, part_bytes=500), tmp_path / "p", config, **options)
+    grown = make_plan(find_inputs([rows]), facts, part_bytes=500)
+    with pytest.raises(DataError, match=r"other inputs: .*rows.jsonl had \d+ bytes, now"):
+        tokenize_parts(grown, tmp_path / "p", config, **options)
 
 
 def test_merge_without_runs_is_refused(tmp_path: Path) -> None:
@@ -302,7 +298,7 @@ def test_merge_without_runs_is_refused(tmp_path: Path) -> None:
 
 
 def test_merge_holds_no_run_open(config: TokenizerConfig, rows: Path, tmp_path: Path) -> None:
-    plan = make_plan([rows], load_tokenizer(config).facts, part_bytes=300)
+    plan = make_plan(find_inputs([rows]), load_tokenizer(config).facts, part_bytes=300)
     options = {"workers": 1, "max_rejected": 0, "follow": lambda progress: None}
     tokenize_parts(plan, tmp_path / "p", config, **options)
     num_open = len(list(Path("/proc/self/fd").iterdir()))
@@ -320,13 +316,14 @@ def test_many_small_files_fill_parts_and_few_inputs_make_many(tmp_path: Path) ->
         (tmp_path / f"{i}.txt").write_text("x" * 40)
     (tmp_path / "5.jsonl").write_bytes(b"\n" * (9 << 20))
     facts = TokenizerFacts(vocab_size=1, eod_id=0, pad_id=0, fingerprint="")
-    small = make_plan([tmp_path], facts, part_bytes=100).parts
-    assert [len(part.paths) for part in small[:2]] == [3, 2]
-    assert [part.num_bytes for part in make_plan([tmp_path], facts).parts] == [200] + [3 << 20] * 3
+    inputs = find_inputs([tmp_path])
+    small = make_plan(inputs, facts, part_bytes=100).parts
+    assert [len(part.files) for part in small[:2]] == [3, 2]
+    assert [part.num_bytes for part in make_plan(inputs, facts).parts] == [200] + [3 << 20] * 3
 
 
 def test_truncated_run_is_refused(config: TokenizerConfig, rows: Path, tmp_path: Path) -> None:
-    plan = make_plan([rows], load_tokenizer(config).facts)
+    plan = make_plan(find_inputs([rows]), load_tokenizer(config).facts)
     options = {"workers": 1, "max_rejected": 0, "follow": lambda progress: None}
     tokenize_parts(plan, tmp_path / "p", config, **options)
     (run_file,) = work_directory(tmp_path / "p").glob("*.tokens")
