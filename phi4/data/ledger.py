@@ -116,8 +116,8 @@ class Ledger:
             loss_of: (name, [n] ordinals) to the loss tokens of draws, for blends weighed by them.
 
         Raises:
-            DataError: the state is damaged, or a source, the seed or the unit is not the one that
-                it counted.
+            DataError: the state is damaged, a source, the seed or the unit is not the one that it
+                counted, or a source was counted under another name.
         """
         self.names = tuple(sorted(blend.weights))
         self.draw_units = blend.draw_units
@@ -129,6 +129,7 @@ class Ledger:
             self._state = parse_state(state)
             self._check_run(seed, unit_tokens)
         for name, size in sources.items():
+            self._check_name(name, size)
             fresh = msgspec.structs.replace(size, drawn=0, loss_tokens=0)
             count = self._state.sources.setdefault(name, fresh)
             same = msgspec.structs.replace(size, drawn=count.drawn, loss_tokens=count.loss_tokens)
@@ -216,6 +217,20 @@ class Ledger:
                 raise DataError(
                     f"{key}={now}, the checkpoint's stream was drawn with {then}; set it back, or "
                     "units would be repeated and lost"
+                )
+
+    def _check_name(self, name: str, size: SourceCount) -> None:
+        """Refuse a source under a new name, which would draw again what was drawn."""
+        counts = self._state.sources
+        if name in counts or not size.content:
+            return
+        for former, count in counts.items():
+            # A former name that is still in the blend says that both are meant.
+            if count.drawn and former not in self.names and count.content == size.content:
+                raise DataError(
+                    f"source {name!r} holds what {former!r} held, of which {count.drawn} of "
+                    f"{count.num_units} units are drawn and would be repeated; call it {former!r} "
+                    f"again, or keep {former!r} in data.sources with weight 0 if that is meant"
                 )
 
     def _begin_blend(self, blend: BlendEntry) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from phi4.config import DataConfig, SourceConfig
 from phi4.data.batch import Batch, build_batch
 from phi4.data.ledger import BlendEntry, Draws
+from phi4.data.overlap import describe_overlaps
 from phi4.data.sources import SourceManifest, read_source
 from phi4.data.stream import Source, Stream
 from phi4.data.tokenizer import TokenizerFacts
@@ -26,7 +27,8 @@ class Loader:
 
     Attributes:
         stream: where the batches are cut from.
-        notes: what was packed into rows and what was left out, a line per source of windows.
+        notes: lines to show at the start: what was packed into rows and what was left out, by
+            source of windows, and which sources hold the same files.
     """
 
     def __init__(
@@ -63,7 +65,10 @@ class Loader:
             draw_units=data.sequence_length // data.unit_tokens if whole_rows else 1,
             weigh_by=data.weigh_by,
         )
-        self.notes = [source.describe() for source in sources if source.whole_rows]
+        self.notes = [
+            *(source.describe() for source in sources if source.whole_rows),
+            *describe_overlaps(self._manifests),
+        ]
         self.stream = Stream(
             sources, blend, tokenizer, seed=seed, unit_tokens=data.unit_tokens, state=state
         )

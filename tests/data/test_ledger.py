@@ -143,3 +143,26 @@ def test_damaged_state_is_one_clear_line(state: dict) -> None:
     with pytest.raises(DataError, match="data position is not one of phi4") as caught:
         ledger({"code": 1.0}, state)
     assert "\n" not in str(caught.value)
+
+
+def test_source_under_a_new_name_is_refused_unless_the_old_one_stays() -> None:
+    sizes = {name: SourceCount(10, content="c0ffee") for name in ("old", "new")}
+    sizes["other"] = SourceCount(10, content="cafe")
+
+    def named(weights: dict[str, float], state: dict | None = None) -> Ledger:
+        known = {name: sizes[name] for name in weights}
+        blend = BlendEntry(weights=weights, drawn={})
+        return Ledger(known, blend, seed=1, unit_tokens=4, state=state)
+
+    book = named({"old": 1.0})
+    named({"new": 1.0}, book.state())  # nothing was drawn yet
+    drawn(book, 4)
+    refusal = "'new' holds what 'old' held, of which 4 of 10 units are drawn .* call it 'old' again"
+    with pytest.raises(DataError, match=refusal):
+        named({"new": 1.0, "other": 1.0}, book.state())
+    named({"other": 1.0}, book.state())
+    named({"old": 1.0, "new": 1.0}, book.state())
+    anew = named({"old": 0.0, "new": 1.0}, book.state())
+    assert drawn(anew, 2) == [("new", 0), ("new", 1)]
+    # A name that was used since stays what it was.
+    named({"new": 1.0}, anew.state())

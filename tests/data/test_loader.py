@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -305,3 +306,27 @@ def test_held_out_batches_repeat_and_do_not_depend_on_the_layout(
 def test_held_out_sources_are_required_for_evaluation(facts: TokenizerFacts) -> None:
     with pytest.raises(DataError, match=r"data\.held_out"):
         HeldOut(DataConfig(), facts, 7)
+
+
+def test_files_that_a_blend_holds_twice_are_said(write_source, facts, tmp_path: Path) -> None:
+    for name, lengths in (("web_0", [30]), ("web_1", [50]), ("code", [20, 40]), ("prose", [90])):
+        write_source(name, lengths, SECOND_SOURCE * len(name))
+    for suffix in (".bin", ".idx", ".manifest.json"):
+        for copy, original in (("web_2", "web_1"), ("copied", "web_0")):
+            shutil.copy(tmp_path / f"{original}{suffix}", tmp_path / f"{copy}{suffix}")
+
+    def notes(**paths: str) -> list[str]:
+        sources = {name: (str(tmp_path / path), 1.0) for name, path in paths.items()}
+        return Loader(data_config(sources), facts, 5).notes
+
+    assert notes(code="code", prose="prose", web="web_[01]") == []
+    assert notes(code="code", again="code", prose="prose") == [
+        "sources 'again' and 'code' share files, 100% of the tokens of the one and 100% of the "
+        "other; each draws them in its own epochs"
+    ]
+    assert notes(web="web_[012]", copied="copied") == [
+        "source 'web': 38% of its tokens are copies of others of its own; an epoch draws them more "
+        "than once",
+        "sources 'copied' and 'web' share files, 100% of the tokens of the one and 23% of the "
+        "other; each draws them in its own epochs",
+    ]
