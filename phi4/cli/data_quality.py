@@ -197,10 +197,15 @@ def _thresholds(normalisation: str, info: float | None, contaminated: float | No
 def _echo_self_test(
     clean: list[str], items: list[Item], normalisation: str, thresholds: Thresholds
 ) -> None:
+    def follow(work: str) -> None:
+        typer.echo(work, err=True)
+
+    follow("reading this Python's documentation")
     text = self_test_text(clean, items)
     names = sorted(NORMALISATIONS, key=lambda name: name != normalisation)
     results = [
-        run_self_test(text, name, thresholds if name == normalisation else None) for name in names
+        run_self_test(text, name, thresholds if name == normalisation else None, follow=follow)
+        for name in names
     ]
     typer.echo(report(results))
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+import random
 import re
 from pathlib import Path
 
@@ -92,6 +93,15 @@ def test_paper_words(text: str, words: list[str]) -> None:
         ("北京 is カナ", ["北", "京", "is", "カ", "ナ"]),
         ("हिन्दी में", ["हिन्दी", "में"]),
         ("... !", []),
+        (
+            "A&nbsp;B &lt;i&gt; R&amp;D x&#39;y &amp;nbsp;c",
+            ["a", "b", "i", "r", "d", "x", "y", "c"],
+        ),
+        ("f(&copy, &unknown; a&b)", ["f", "copy", "unknown", "a", "b"]),
+        ("1&nbsp;000", ["1000"]),
+        ("exam-\nple hyphen- ated soft\u00ad\n  ened", ["example", "hyphenated", "softened"]),
+        ("well-known 1-\n2 a - b", ["well", "known", "1", "2", "a", "b"]),
+        ("one\u200btwo in\u200dside", ["one", "two", "inside"]),
     ],
 )
 def test_robust_words(text: str, words: list[str]) -> None:
@@ -166,6 +176,17 @@ def test_re_wrapped_text_is_lost_to_paper_and_found_by_robust() -> None:
     items = [item(text_of_words(0, 48))]
     assert not Detector(items, "paper").check(wrapped).finding.contaminated
     assert Detector(items, "robust").check(wrapped).finding is Finding.LONG_MATCH
+
+
+def test_item_without_spaces_is_found_inside_a_longer_text() -> None:
+    letters = "กขคงจฉชซญดตถทธนบปผฝพฟภมยรลวสหอะาิีึืุูเแโใไ่้"
+    generator = random.Random(0)
+    quiz, before, after, other = ("".join(generator.choices(letters, k=150)) for _ in range(4))
+    detector = Detector([item(quiz)])
+    assert detector.check(before + quiz + after).finding is Finding.LONG_MATCH
+    assert detector.check(f"{before} {quiz[:75]}\n{quiz[75:]} {after}").finding.contaminated
+    assert detector.check("\u200b".join(quiz)).finding is Finding.LONG_MATCH
+    assert detector.check(before + other + after).finding is Finding.CLEAN
 
 
 def test_common_phrase_is_allowed_and_named(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def test_self_test_on_files_of_ones_own(app: typer.Typer, tmp_path: Path) -> Non
     lines = [line.split() for line in printed.splitlines()]
     assert ["verbatim", "2", "1.0000", "1.0000", "1.0000", "1.0000"] in lines
     assert "robust: 7-gram thresholds in use info 0.1, contaminated 0.2" in printed
+    assert "robust, measuring half: 2 items, verbatim" in printed
+    assert "paper, choosing thresholds: " in printed
 
 
 @pytest.mark.parametrize(

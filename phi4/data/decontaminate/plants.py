@@ -1,5 +1,6 @@
 """How benchmark items turn up in training text: the ways in which the self-test plants them."""
 
+import html
 import random
 import re
 from collections.abc import Callable
@@ -12,6 +13,8 @@ _NUMBER = re.compile(
     r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?![\w,])(?!\.\d)|(?<![\w.,])\d+(?:\.\d+)?(?![\w,])(?!\.\d)"
 )
 _WORD_MARK = re.compile(r"(?<!\d)[.,;:!?'\"()-]|[.,;:!?'\"()-](?!\d)")
+_HYPHENATED_LETTERS = 5
+_INSIDE_WORD = re.compile(r"(?<=[^\W\d_]{3})(?=[^\W\d_]{3})")
 _FULL_WIDTH = str.maketrans("0123456789", "０１２３４５６７８９")
 
 Plant = Callable[[Question, tuple[str, ...], random.Random], str | None]
@@ -92,6 +95,42 @@ def numbers_reformatted(
     return _between(_NUMBER.sub(changed, text), passages, generator)
 
 
+def html_entities(
+    question: Question, passages: tuple[str, ...], generator: random.Random
+) -> str | None:
+    """Marks as entities, and some spaces as `&nbsp;`."""
+    words = html.escape(question.full).split(" ")
+    text = words[0]
+    for word in words[1:]:
+        text += generator.choice([" ", "&nbsp;", "&#160;"]) + word
+    return _between(text, passages, generator)
+
+
+def hyphenated(
+    question: Question, passages: tuple[str, ...], generator: random.Random
+) -> str | None:
+    """Eight words a line, the last one of each hyphenated where it is long enough."""
+    words = question.full.split()
+    text = ""
+    for number, word in enumerate(words, start=1):
+        if number % _LINE_WORDS:
+            text += word + " "
+        elif word.isalpha() and len(word) >= _HYPHENATED_LETTERS:
+            cut = generator.randrange(2, len(word) - 1)
+            text += f"{word[:cut]}-\n{word[cut:]} "
+        else:
+            text += word + "\n"
+    return _between(text, passages, generator)
+
+
+def zero_width(
+    question: Question, passages: tuple[str, ...], generator: random.Random
+) -> str | None:
+    """Zero-width spaces for spaces, soft hyphens inside of words."""
+    text = question.full.replace(" ", "\u200b")
+    return _between(_INSIDE_WORD.sub("\u00ad", text), passages, generator)
+
+
 PLANTS: dict[str, Plant] = {
     "verbatim": verbatim,
     "re-wrapped": rewrapped,
@@ -100,6 +139,9 @@ PLANTS: dict[str, Plant] = {
     "options left out": options_left_out,
     "case, punctuation": case_and_punctuation,
     "numbers": numbers_reformatted,
+    "HTML entities": html_entities,
+    "hyphenated lines": hyphenated,
+    "zero-width": zero_width,
 }
 
 

@@ -6,7 +6,7 @@ when the text is kept out *and* the planted item is among its matches.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,13 @@ _PROMISED = [kind for kind in PLANTS if kind != "options left out"]
 _STEPS = tuple(step / 20 for step in range(1, 21))
 _ALWAYS = 2.0
 """Above every threshold: a 13-gram match."""
+
+Follow = Callable[[str], None]
+"""Is told of each piece of work before it begins, in words."""
+
+
+def _ignore(_: str) -> None:
+    """Nobody follows."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,12 @@ class SelfTest:
 
 
 def run_self_test(
-    text: SelfTestText, normalisation: str, thresholds: Thresholds | None = None, seed: int = 0
+    text: SelfTestText,
+    normalisation: str,
+    thresholds: Thresholds | None = None,
+    *,
+    seed: int = 0,
+    follow: Follow = _ignore,
 ) -> SelfTest:
     """Choose thresholds on one half, measure on both at those in use.
 
@@ -77,14 +89,21 @@ def run_self_test(
         normalisation: `robust` or `paper`.
         thresholds: those in use; the defaults of the normalisation when left out.
         seed: of the planting.
+        follow: is told what is done.
     """
     thresholds = thresholds or default_thresholds(normalisation)
-    chosen = choose_thresholds(text.choosing, text.reference, normalisation)
-    halves = [
-        measure(half, text.reference, normalisation, thresholds, seed)
-        for half in (text.choosing, text.measuring)
-    ]
-    return SelfTest(normalisation, chosen, *halves)
+
+    def say(stage: str) -> Follow:
+        return lambda work: follow(f"{normalisation}, {stage}: {work}")
+
+    chosen = choose_thresholds(
+        text.choosing, text.reference, normalisation, follow=say("choosing thresholds")
+    )
+    choosing, measuring = (
+        measure(half, text.reference, normalisation, thresholds, seed=seed, follow=say(stage))
+        for half, stage in ((text.choosing, "choosing half"), (text.measuring, "measuring half"))
+    )
+    return SelfTest(normalisation, chosen, choosing, measuring)
 
 
 def measure(
@@ -92,24 +111,33 @@ def measure(
     reference: Sequence[str],
     normalisation: str,
     thresholds: Thresholds,
+    *,
     seed: int = 0,
+    follow: Follow = _ignore,
 ) -> Measured:
     """Plant every item in every way, check the results and the clean text."""
     detector = _detector(material, reference, normalisation, thresholds)
     generator = random.Random(seed)
     planted, found = dict.fromkeys(PLANTS, 0), dict.fromkeys(PLANTS, 0)
     for kind, plant in PLANTS.items():
+        follow(f"{len(material.questions)} items, {kind}")
         for index, question in enumerate(material.questions):
             planted_text = plant(question, material.clean, generator)
             if planted_text is not None:
                 planted[kind] += 1
                 found[kind] += _names(detector.check(planted_text), index)
+    follow(f"{len(material.clean)} clean texts")
     num_false = sum(detector.check(text).finding.contaminated for text in material.clean)
     return Measured(normalisation, thresholds, planted, found, len(material.clean), num_false)
 
 
 def choose_thresholds(
-    material: Material, reference: Sequence[str], normalisation: str, seed: int = 0
+    material: Material,
+    reference: Sequence[str],
+    normalisation: str,
+    *,
+    seed: int = 0,
+    follow: Follow = _ignore,
 ) -> Thresholds:
     """The highest share of 7-grams that loses at most 2% of the plants of any promised kind.
 
@@ -117,18 +145,21 @@ def choose_thresholds(
     tolerated. `info` is half of `contaminated`.
     """
     detector = _detector(material, reference, normalisation, Thresholds(0.0, 0.0))
+    follow(f"{len(material.clean)} clean texts")
     clean = np.array([_score(detector.check(text)) for text in material.clean])
     generator = random.Random(seed)
-    planted = [
-        np.asarray(
-            [
-                _score(detector.check(text), index)
-                for index, question in enumerate(material.questions)
-                if (text := plant(question, material.clean, generator)) is not None
-            ]
+    planted = []
+    for kind in _PROMISED:
+        follow(f"{len(material.questions)} items, {kind}")
+        texts = (
+            PLANTS[kind](question, material.clean, generator) for question in material.questions
         )
-        for plant in map(PLANTS.get, _PROMISED)
-    ]
+        found = [
+            _score(detector.check(text), index)
+            for index, text in enumerate(texts)
+            if text is not None
+        ]
+        planted.append(np.asarray(found))
     quiet = [step for step in _STEPS if np.mean(clean >= step) <= MAX_FALSE_ALARMS / 2] or [1.0]
     planted = [scores for scores in planted if len(scores)]
     best = [np.mean(scores >= quiet[0]) for scores in planted]
