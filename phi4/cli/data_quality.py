@@ -32,7 +32,7 @@ from phi4.data.quality.rows import RowFormat, parse, read_lines, text_of
 from phi4.data.quality.screen import MAX_BAD_ROWS, Rule, Screened, screen
 from phi4.errors import DataError
 
-_INPUTS_HELP = "jsonl (.gz, .zst), parquet, directories of them."
+_INPUTS_HELP = "JSON Lines, plain or compressed, parquet, directories of them."
 Inputs = Annotated[list[Path] | None, typer.Argument(help=_INPUTS_HELP)]
 RequiredInputs = Annotated[list[Path], typer.Argument(help=_INPUTS_HELP)]
 RequiredOut = Annotated[

@@ -37,10 +37,10 @@ TEXT_SUFFIXES = frozenset(
 PLAN_FILE = "plan.json"
 WORK_SUFFIX = ".work"
 
-_QUARANTINE = "quarantine.jsonl"
 _OWN_SUFFIXES = (
     *(".rejected.jsonl", ".manifest.json", ".plan.json", ".source.json"),
     *(".bin", ".idx", ".mask", ".windows.npy"),
+    *(".rejects", ".rejects.part", ".report"),
 )
 _HEAD_BYTES = 4096
 
@@ -139,7 +139,7 @@ def _in_directory(directory: Path, skipped: Counter[str]) -> Iterator[Path]:
 def _why_skipped(path: Path) -> str:
     """The kind under which a file of a directory is counted as skipped; empty if it is read."""
     name = path.name.lower()
-    if name == _QUARANTINE or name.endswith(_OWN_SUFFIXES) or is_temporary(name):
+    if name.endswith(_OWN_SUFFIXES) or is_temporary(name):
         return "written by phi4"
     if form_of(path) is None:
         suffixes = path.suffixes[-2 if name.endswith((".gz", ".bz2", ".zst", ".xz")) else -1 :]

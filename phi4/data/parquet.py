@@ -36,7 +36,7 @@ def parquet_cuts(path: str, num_parts: int) -> list[int]:
     Raises:
         DataError: the file is not parquet.
     """
-    with _open(path) as file:
+    with open_parquet(path) as file:
         bounds = _group_bounds(file.metadata)
     num_groups, num_rows = len(bounds) - 1, bounds[-1]
     if num_parts <= num_groups:
@@ -60,7 +60,7 @@ def parquet_rows(
         DataError: the file is not parquet.
         OSError, ValueError, NotImplementedError: it is damaged or cannot be decoded.
     """
-    with _open(path) as file:
+    with open_parquet(path) as file:
         present = [name for name in dict.fromkeys(columns) if name in file.schema_arrow.names]
         for batch in _batches(file, begin, end, present):
             batch = _without_dictionaries(batch)
@@ -155,12 +155,19 @@ def _not_utf8(error: UnicodeDecodeError) -> RowError:
     return RowError(f"invalid UTF-8 at byte {error.start}")
 
 
-def _open(path: str) -> "ParquetFile":
+def open_parquet(path: str) -> "ParquetFile":
+    """A file to be read in pages, not a row group at a time.
+
+    Raises:
+        DataError: it is not parquet.
+        PlatformError: pyarrow is missing.
+    """
     arrow(path)
     from pyarrow.parquet import ParquetFile
 
     try:
-        # With a buffer, pages are read as they come, not a whole column of a row group at once.
-        return ParquetFile(path, buffer_size=_PAGE_BUFFER_BYTES)
+        # With a buffer, pages are read as they come, not a whole column of a row group at once; the
+        # default would read the row group ahead all the same.
+        return ParquetFile(path, buffer_size=_PAGE_BUFFER_BYTES, pre_buffer=False)
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own are of these kinds
         raise DataError(f"{path} is not a parquet file ({error}); check the file") from None

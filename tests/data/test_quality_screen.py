@@ -165,11 +165,12 @@ def test_wrong_inputs_and_outputs_are_one_clear_line(tmp_path: Path) -> None:
         ([source, packed], "rows.jsonl and .*rows.jsonl.gz would both be called rows"),
         ([source, source], "rows.jsonl is given 2 times"),
         ([tmp_path / "none.jsonl"], "none.jsonl cannot be read"),
-        ([write(tmp_path / "rows.csv", b"x")], "none of .jsonl, .jsonl.gz, .jsonl.zst"),
-        ([tmp_path / "empty"], "empty holds no .jsonl"),
+        ([write(tmp_path / "rows.csv", b"x")], "its name does not say what it holds"),
+        ([tmp_path / "empty"], "empty holds no rows; give .jsonl"),
+        ([write(tmp_path / "rows.txt", b"x")], "rows.txt holds no rows; give .jsonl"),
         ([broken], "broken.jsonl.gz cannot be read"),
         ([write(tmp_path / "foreign.jsonl.zst", b"x" * 99)], "foreign.jsonl.zst cannot be read"),
-        ([write(tmp_path / "foreign.parquet", b"x" * 99)], "foreign.parquet cannot be read"),
+        ([write(tmp_path / "foreign.parquet", b"x" * 99)], "foreign.parquet is not a parquet file"),
         ([write(tmp_path / "other.jsonl", b'{"body": "x"}')], "all 1 rows are bad .*--text-field"),
     ]
     for number, (inputs, message) in enumerate(cases):

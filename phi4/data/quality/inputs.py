@@ -10,13 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi4.data.lines import LINE_SUFFIXES
+from phi4.data.inputs import Form, find_inputs, form_of
+from phi4.data.lines import JSON_SUFFIXES, LINE_SUFFIXES
 from phi4.errors import DataError
 
-PARQUET_SUFFIX = ".parquet"
-ROW_SUFFIXES = (*LINE_SUFFIXES, PARQUET_SUFFIX)
-_REJECTED_SUFFIX = ".rejected.jsonl"
-"""What `phi4 data tokenize` calls its list of rejected rows, which lies beside its outputs."""
+_ROW_SUFFIXES = (*LINE_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ def list_inputs(inputs: Iterable[str | Path]) -> list[Input]:
     one name, all are called by their paths below the directory that they have in common.
 
     Raises:
-        DataError: a file is no file of rows or given twice, a directory holds none, or two have one
-            name still.
+        DataError: a file is missing, given twice or holds no rows, a directory has no file of rows,
+            or two have one name still.
     """
     found = [pair for item in map(Path, inputs) for pair in _files(item)]
     if not found:
@@ -63,26 +61,15 @@ def list_inputs(inputs: Iterable[str | Path]) -> list[Input]:
 
 def _files(item: Path) -> Iterator[tuple[Path, Path]]:
     """Pairs of the directory that an input is named from, and the file."""
-    if not item.is_dir():
-        if not item.name.endswith(ROW_SUFFIXES):
-            raise DataError(
-                f"{item} is none of {', '.join(ROW_SUFFIXES)}; write the rows in one of these forms"
-            )
-        yield item.parent, item
-        return
-    found = [
-        path
-        for path in sorted(item.rglob("*"))
-        if path.name.endswith(ROW_SUFFIXES)
-        and not path.name.endswith(_REJECTED_SUFFIX)
-        and path.is_file()
-    ]
+    # A text file is one document, and has no row to take out.
+    found = [Path(f.path) for f in find_inputs([item]).files if form_of(f.path) is not Form.TEXT]
     if not found:
-        raise DataError(f"{item} holds no {', '.join(ROW_SUFFIXES)}; give a directory of rows")
-    yield from ((item, path) for path in found)
+        raise DataError(f"{item} holds no rows; give {', '.join(_ROW_SUFFIXES)} or a directory")
+    root = item if item.is_dir() else item.parent
+    yield from ((root, path) for path in found)
 
 
 def _stem(path: Path, root: Path) -> str:
     name = path.relative_to(root).as_posix()
-    suffix = max((s for s in ROW_SUFFIXES if name.endswith(s)), key=len)
-    return name.removesuffix(suffix)
+    suffix = max((s for s in _ROW_SUFFIXES if name.lower().endswith(s)), key=len)
+    return name[: -len(suffix)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from phi4.data.atomic_files import file_error
 from phi4.data.quality.inputs import Input
 from phi4.errors import DataError, DiskFullError
 
@@ -133,12 +134,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                f"{path} cannot be written ({reason}); make room or give another --out"
-            ) from None
-        raise DataError(f"{path} cannot be written ({reason}); give another --out") from None
+        raise file_error(error, path) from None
 
 
 def _part(target: Path) -> Path:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from phi4.data import lines
+from phi4.data.inputs import Form, form_of
 from phi4.data.lines import MAX_ROW_BYTES, RowError
-from phi4.data.quality.inputs import PARQUET_SUFFIX
-from phi4.errors import DataError
+from phi4.data.parquet import open_parquet
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -70,11 +70,11 @@ def read_lines(paths: Iterable[Path], row_format: RowFormat = DEFAULT_FORMAT) ->
     At most `row_format.max_bytes` of a line, and a batch of 8 MB of parquet, are ever in memory.
 
     Raises:
-        DataError: a file cannot be read, or its text is bytes.
+        DataError: a file cannot be read.
     """
     for path in map(Path, paths):
         with lines.reading(path):
-            if path.name.endswith(PARQUET_SUFFIX):
+            if form_of(path) is Form.PARQUET:
                 yield from _parquet_lines(path, row_format)
                 continue
             with lines.open_lines(path) as stream:
@@ -134,27 +134,30 @@ def _strings(value: object, name: str, may_be_list: bool) -> Iterator[str]:
 
 
 def _parquet_lines(path: Path, row_format: RowFormat) -> Iterator[Line]:
-    lines.arrow(str(path))
-    from pyarrow import types
-    from pyarrow.parquet import ParquetFile
-
-    # Read in pieces: by default a whole row group is read ahead.
-    with ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        for column in file.schema_arrow:
-            # JSON would hold such bytes as base64, which no screen could tell from text.
-            is_bytes = types.is_binary(column.type) or types.is_large_binary(column.type)
-            if is_bytes and column.name in row_format.text_columns:
-                raise DataError(f"{path}: column {column.name} is {column.type}; write strings")
+    with open_parquet(str(path)) as file:
         number = 0
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group)
             row_bytes = size.total_byte_size // max(1, size.num_rows) + 1
             num_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
             for batch in file.iter_batches(num_rows, row_groups=[group]):
-                for raw in _json_rows(batch):
+                for raw in _json_rows(_text_as_strings(batch, row_format)):
                     number += 1
                     too_long = len(raw) > row_format.max_bytes
                     yield Line(path, number, raw[:_SHOWN_BYTES] if too_long else raw, len(raw))
+
+
+def _text_as_strings(batch: "RecordBatch", row_format: RowFormat) -> "RecordBatch":
+    """The same rows with bytes of text as strings, which JSON would hold as base64."""
+    from pyarrow import large_string, string, types
+
+    for index, column in enumerate(batch.schema):
+        is_large = types.is_large_binary(column.type)
+        if column.name in row_format.text_columns and (is_large or types.is_binary(column.type)):
+            # Seen as strings, not converted: a row that is not UTF-8 is found when it is read.
+            text = batch.column(index).view(large_string() if is_large else string())
+            batch = batch.set_column(index, column.name, text)
+    return batch
 
 
 def _json_rows(batch: "RecordBatch") -> Iterator[bytes]:
