@@ -62,6 +62,8 @@ def _multiply(out_ptr, buffers, full, empty, FAULT: gl.constexpr, SLOTS: gl.cons
         if FAULT == "fence":
             x.store(x.load(layout))
             fence_async_shared()
+        if FAULT == "load" or FAULT == "no fence after load" or FAULT == "fence after release":
+            x.load(layout)
         acc = gl.zeros([SIDE, SIDE], gl.float32, layout)
         acc = warpgroup_mma(x, x, acc, use_acc=False, is_async=True)
         if FAULT == "release before the product is done":
@@ -72,8 +74,12 @@ def _multiply(out_ptr, buffers, full, empty, FAULT: gl.constexpr, SLOTS: gl.cons
             acc = warpgroup_mma_wait(0, deps=(acc,))
         if FAULT == "two arrivals" or FAULT == "an arrival for nobody":
             mbarrier.arrive(empty.index(slot), count=1)
+        if FAULT == "load":
+            fence_async_shared()
         if FAULT != "no release" and FAULT != "release before the product is done":
             mbarrier.arrive(empty.index(slot), count=1)
+        if FAULT == "fence after release":
+            fence_async_shared()
         line = (block * SIDE + rows) * SIDE
         gl.store(out_ptr + line[:, None] + cols[None, :], acc)
 
@@ -88,6 +94,8 @@ def _square_kernel(x_desc, out_ptr, FAULT: gl.constexpr, SLOTS: gl.constexpr):
         mbarrier.init(full.index(slot), count=1)
         if FAULT != "no init":
             mbarrier.init(empty.index(slot), count=2 if FAULT == "two arrivals" else 1)
+    if FAULT != "no fence after init":
+        fence_async_shared()
     if FAULT == "copy left in flight":
         mbarrier.expect(full.index(0), x_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(x_desc, [0, 0], full.index(0), buffers.index(0))
@@ -118,7 +126,7 @@ def run(fault: str, schedule: Schedule, slots: int = 2) -> tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("slots", [1, 2, 3])
-@pytest.mark.parametrize("fault", ["", "fence"])
+@pytest.mark.parametrize("fault", ["", "fence", "load"])
 def test_a_right_protocol_gives_right_numbers(fault: str, slots: int, schedule: Schedule) -> None:
     out, expected = run(fault, schedule, slots)
     assert torch.equal(out, expected)
@@ -138,7 +146,10 @@ FAULTS = {
     "an arrival for nobody": "deadlock|race",
     "two arrivals": "multiply 0 arrives .* already has its arrival",
     "no release": r"deadlock: .*load 1 .*empty\[0\] \(phase 0 lacks 1 arrivals",
-    "no fence": "expected fence_async_shared between",
+    "no fence": "which _multiply:.* has stored to; expected fence_async_shared between",
+    "no fence after load": "which _multiply:.* has loaded from; expected fence_async_shared",
+    "fence after release": "which _multiply:.* has loaded from; expected fence_async_shared",
+    "no fence after init": "asynchronously, which _square_kernel:.* has stored to",
     "no init": "empty.* is no barrier yet",
     "copy left in flight": r"the program ends with the copy into buffers\[0\] in flight",
 }

@@ -11,7 +11,7 @@ from phi4_kernels import registry
 from phi4_kernels.attention import gluon_impl
 from phi4_kernels.errors import GateError
 
-from tests.kernels.gluon_problems import SCHEDULES, Problem, check, run
+from tests.kernels.gluon_problems import SCHEDULES, Problem, check, packed, run
 
 KERNELS = ("attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel")
 FILES = ("gluon_rings", "gluon_forward", "gluon_dq", "gluon_dkdv")
@@ -39,6 +39,8 @@ def planted(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
 
 
 PLANTED = Problem(((300, 300, 5), (40, 0, 0), (130, 520, 3)))
+GROUPED = Problem(packed(5), num_heads=4, num_key_heads=2)
+"""Heads n // 2 and n % 2 are different key heads."""
 MISTAKES = {
     "keys are not released": (
         "gluon_forward",
@@ -85,6 +87,29 @@ MISTAKES = {
         "    mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)\n    mbarrier.expect(full",
         "    mbarrier.expect(full",
     ),
+    "barriers of the forward pass are not fenced": (
+        "gluon_forward",
+        "    fence_async_shared()\n    work",
+        "    work",
+    ),
+    "barriers of dq are not fenced": ("gluon_dq", "    fence_async_shared()\n    work", "    work"),
+    "barriers of dk and dv are not fenced": (
+        "gluon_dkdv",
+        "    fence_async_shared()\n    inputs",
+        "    inputs",
+    ),
+    "loads are not fenced": (
+        "gluon_rings",
+        "    fence_async_shared()\n    release",
+        "    release",
+    ),
+    "loads are fenced after their release": (
+        "gluon_rings",
+        "    fence_async_shared()\n    release(ring, count, STAGES)",
+        "    release(ring, count, STAGES)\n    fence_async_shared()",
+    ),
+    "loads of rows are not fenced": ("gluon_dkdv", "release_loaded(row_ring", "release(row_ring"),
+    "loads of dout are not fenced": ("gluon_dq", "release_loaded(dout_ring", "release(dout_ring"),
     "zeros are not fenced": (
         "gluon_rings",
         "    fence_async_shared()\n    mbarrier.arrive(full",
@@ -133,6 +158,25 @@ MISTAKES = {
     ),
 }
 
+GROUP_MISTAKES = {
+    "forward": ("gluon_forward", "key + start, head // group", "key + start, head % (4 // group)"),
+    "dq": ("gluon_dq", "key + start, head // group", "key + start, head % (4 // group)"),
+    "dk and dv": (
+        "gluon_dkdv",
+        "range(k_head * group, (k_head + 1) * group)",
+        "range(k_head, num_key_heads * group, num_key_heads)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUP_MISTAKES)
+def test_another_group_s_key_head_is_found(tmp_path: Path, name: str) -> None:
+    with (
+        planted(tmp_path, *GROUP_MISTAKES[name]),
+        pytest.raises(GateError, match=r"error is|is .* off"),
+    ):
+        check(GROUPED, run(GROUPED))
+
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_found(tmp_path: Path, name: str) -> None:
@@ -143,4 +187,5 @@ def test_a_planted_mistake_is_found(tmp_path: Path, name: str) -> None:
 
 def test_copies_without_a_mistake_are_green(tmp_path: Path) -> None:
     with planted(tmp_path, "", "", ""):
-        check(PLANTED, run(PLANTED))
+        for problem in (GROUPED, PLANTED):
+            check(problem, run(problem))

@@ -27,6 +27,7 @@ from phi4_kernels.attention.gluon_rings import (
     make_barrier,
     make_ring,
     release,
+    release_loaded,
     store_rows,
     wait_full,
 )
@@ -148,7 +149,7 @@ def _step(
     dv_LC = warpgroup_mma(left_LM, dout, dv_LC, is_async=True)
     delta = rows.index(2 * slot + 1).reshape([QUERIES]).load(column_layout)
     delta = gl.where(queries < left, delta, 0.0)
-    release(row_ring, count, STAGES)
+    release_loaded(row_ring, count, STAGES)
     dp_LM = warpgroup_mma_wait(1, deps=(dp_LM,))
     ds_LM = p_LM * (dp_LM - delta[None, :])
     ds_LM = gl.convert_layout(ds_LM.to(k.dtype), p_layout)

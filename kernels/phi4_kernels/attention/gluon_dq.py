@@ -26,6 +26,7 @@ from phi4_kernels.attention.gluon_rings import (
     make_barrier,
     make_ring,
     release,
+    release_loaded,
     store_rows,
     wait_full,
 )
@@ -201,7 +202,7 @@ def _consume(
                         rings, False, KEYS, STAGES, (s_layout, dq_layout),
                     )  # fmt: skip
                 release(q_ring, mine, CONSUMERS)
-                release(dout_ring, mine, CONSUMERS)
+                release_loaded(dout_ring, mine, CONSUMERS)
                 mine += CONSUMERS
                 count += blocks
             dq_MC = (dq_MC * scale).to(q_ring[0].dtype)

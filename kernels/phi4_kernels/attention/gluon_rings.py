@@ -91,6 +91,14 @@ def release(ring, count, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def release_loaded(ring, count, STAGES: gl.constexpr):
+    """As release, for a block that was loaded into registers: the copy engine, which writes the
+    next block, is not ordered with ordinary loads by the barrier alone."""
+    fence_async_shared()
+    release(ring, count, STAGES)
+
+
+@gluon.jit
 def block_of(ring, count, STAGES: gl.constexpr):
     """Block `count`, as a matrix."""
     buffers = ring[0]

@@ -214,7 +214,8 @@ class _Hopper:
         return self._barriers[id(region)]
 
     def init(self, memory: Shared, count: int) -> None:
-        self._barriers[id(memory.region)] = Barrier(memory.region.name, count, count)
+        self._machine.write(memory.region, _where())
+        self._barriers[id(memory.region)] = Barrier(memory.region, count, count)
 
     def expect(self, memory: Shared, num_bytes: int, pred: Any = True) -> None:
         if pred:

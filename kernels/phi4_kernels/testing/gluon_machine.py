@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4_kernels.errors import GateError
-from phi4_kernels.testing.gluon_state import Barrier, Copy, Partition, Product, Region, merge
+from phi4_kernels.testing.gluon_state import (
+    Access,
+    Barrier,
+    Copy,
+    Partition,
+    Product,
+    Region,
+    merge,
+)
 
 _NEVER = 1 << 60
 ORDERS = ("forward", "reversed", "shuffled")
@@ -56,8 +64,10 @@ class Machine:
         """An ordinary read, or one by a product that is being issued."""
         me = self._current
         self._expect_written_before(region, f"{where} reads")
-        if product is not None:
-            self._expect_fenced(region, where)
+        if product is None:
+            region.ordinary.append(Access(me.index, me.now, where, is_store=False))
+        else:
+            self._expect_fenced(region, where, loads=False)
             product.regions.append(region)
         region.reads[me.index] = (_NEVER if product else me.now, f"{me.name} at {where}")
 
@@ -67,12 +77,16 @@ class Machine:
         self._expect_free(region, where)
         region.written, region.writer = (me.index, me.now), f"{me.name} at {where}"
         region.reads = {}
-        region.unfenced.add(me.index)
+        region.ordinary.append(Access(me.index, me.now, where, is_store=True))
 
     def fence(self) -> None:
-        """Show this partition's ordinary stores to the copy engine and the tensor cores."""
+        """Put the ordinary accesses that this partition knows of before the asynchronous ones that
+        come to know of this fence."""
+        me = self._current
         for region in self.regions:
-            region.unfenced.discard(self._current.index)
+            for access in region.ordinary:
+                if me.knows(access.agent, access.time):
+                    access.fences.append((me.index, me.now))
 
     def copy(
         self,
@@ -85,7 +99,9 @@ class Machine:
         """Issue a copy into a region."""
         me = self._current
         self._expect_free(region, where)
-        self._expect_fenced(region, where)
+        self._expect_fenced(region, where, loads=True)
+        self._expect_fenced(barrier.region, where, loads=True)
+        region.ordinary = []
         agent, self._agents = self._agents + 1000, self._agents + 1
         region.written, region.writer = (agent, 1), f"the copy that {me.name} issued at {where}"
         region.reads = {}
@@ -147,7 +163,8 @@ class Machine:
         """Run partitions side by side until all have finished."""
         parent = self._current
         self.partitions = [
-            Partition(i, name, dict(parent.clock) | {i: 1}) for i, (name, _) in enumerate(functions)
+            Partition(i, name, dict(parent.clock) | {i: parent.now + 1})
+            for i, (name, _) in enumerate(functions)
         ]
         threads = [
             threading.Thread(target=self._run, args=(partition, function), daemon=True)
@@ -266,9 +283,14 @@ class Machine:
             "still read; expected its release before; arrive after the read and wait for it"
         )
 
-    def _expect_fenced(self, region: Region, where: str) -> None:
-        if region.unfenced:
-            raise GateError(
-                f"{where} uses {region.name} asynchronously after ordinary stores; expected "
-                "fence_async_shared between them; add it after the stores"
-            )
+    def _expect_fenced(self, region: Region, where: str, *, loads: bool) -> None:
+        """A proxy fence lies between the ordinary stores, or also `loads`, and what comes now."""
+        for access in region.ordinary:
+            is_fenced = any(self._current.knows(*fence) for fence in access.fences)
+            if (access.is_store or loads) and not is_fenced:
+                kind = "stored to" if access.is_store else "loaded from"
+                raise GateError(
+                    f"{where} uses {region.name} asynchronously, which {access.where} has {kind}; "
+                    "expected fence_async_shared between them; add it after that access, before "
+                    "the arrival that hands the memory on"
+                )

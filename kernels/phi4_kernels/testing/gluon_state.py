@@ -17,6 +17,18 @@ def merge(into: Clock, other: Clock) -> None:
 
 
 @dataclass(slots=True)
+class Access:
+    """An ordinary load or store, which the copy engine and the tensor cores do not wait for."""
+
+    agent: int
+    time: int
+    where: str
+    is_store: bool
+    fences: list[tuple[int, int]] = field(default_factory=list)
+    """Agents and times of the proxy fences that come after it."""
+
+
+@dataclass(slots=True)
 class Region:
     """A slot of shared memory: its last writer and the readers since then."""
 
@@ -24,15 +36,15 @@ class Region:
     written: tuple[int, int] | None = None
     writer: str = ""
     reads: dict[int, tuple[int, str]] = field(default_factory=dict)
-    unfenced: set[int] = field(default_factory=set)
-    """Partitions whose ordinary stores the copy engine and the tensor cores may not see yet."""
+    ordinary: list[Access] = field(default_factory=list)
+    """Since the last copy into it."""
 
 
 @dataclass(slots=True)
 class Barrier:
     """An mbarrier; see the PTX manual, section mbarrier."""
 
-    name: str
+    region: Region
     count: int
     pending: int
     bytes: int = 0
@@ -42,6 +54,10 @@ class Barrier:
     arrived: dict[int, str] = field(default_factory=dict)
     gathered: Clock = field(default_factory=dict)
     released: Clock = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.region.name
 
     def passes(self, parity: int) -> bool:
         """Whether a wait for `parity` returns."""
