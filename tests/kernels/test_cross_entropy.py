@@ -266,4 +266,5 @@ MISTAKES = {
 def test_a_planted_mistake_turns_the_gate_red(process: InterpretedProcess, mistake: str) -> None:
     old, new, (entry, case, dtype) = MISTAKES[mistake]
     with pytest.raises(GateError, match="GateError"):
-        process.call(GATE, plant=("cross_entropy", old, new), entry=entry, case=case, dtype=dtype)
+        plant = ("cross_entropy", "triton_impl.py", old, new)
+        process.call(GATE, plant=plant, entry=entry, case=case, dtype=dtype)

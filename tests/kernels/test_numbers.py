@@ -22,6 +22,7 @@ def test_torch_obeys_the_error_rule(entry: str, case: str, dtype: str) -> None:
 MISTAKES = {
     "a query sees the key after it": (
         "attention",
+        "triton_impl.py",
         "(keys < high[:, None])",
         "(keys < high[:, None] + 1)",
         "attention",
@@ -30,6 +31,7 @@ MISTAKES = {
     ),
     "a document sees the one before": (
         "attention",
+        "triton_impl.py",
         "(keys >= low[:, None]) & (keys",
         "(keys >= 0) & (keys",
         "attention",
@@ -38,6 +40,7 @@ MISTAKES = {
     ),
     "a head of the group forgotten": (
         "attention",
+        "triton_impl.py",
         "        group,\n        num_queries,",
         "        group - 1,\n        num_queries,",
         "attention_backward",
@@ -46,14 +49,34 @@ MISTAKES = {
     ),
     "a gradient without the scale": (
         "attention",
+        "triton_impl.py",
         "        scale,\n        *strides,",
         "        1.0,\n        *strides,",
         "attention_backward",
         "far-keys",
         "bf16",
     ),
+    "a gradient without delta": (
+        "attention",
+        "triton_backward.py",
+        "dscores = weights * (dweights - delta[:, None])",
+        "dscores = weights * dweights",
+        "attention_backward",
+        "far-keys",
+        "bf16",
+    ),
+    "bounds one key late": (
+        "attention",
+        "triton_tiles.py",
+        "high = high - (end - 1 - tokens)",
+        "high = high - (end - tokens)",
+        "attention",
+        "two-tiles",
+        "bf16",
+    ),
     "a scale of natural powers": (
         "attention",
+        "triton_impl.py",
         "_LOG2_E = 1.4426950408889634",
         "_LOG2_E = 1.0",
         "attention",
@@ -62,15 +85,25 @@ MISTAKES = {
     ),
     "sums that do not decay": (
         "attention",
+        "triton_impl.py",
         "acc * decay[:, None]",
         "acc",
         "attention",
         "group-of-8",
         "fp32",
     ),
-    "dropped eps": ("rms_norm", "mean_square + eps", "mean_square", "rms_norm", "w640", "fp32"),
+    "dropped eps": (
+        "rms_norm",
+        "triton_impl.py",
+        "mean_square + eps",
+        "mean_square",
+        "rms_norm",
+        "w640",
+        "fp32",
+    ),
     "one column off": (
         "rms_norm",
+        "triton_impl.py",
         "cols = block * BLOCK + tl.arange(0, BLOCK)",
         "cols = block * BLOCK + tl.arange(0, BLOCK) + 1",
         "rms_norm",
@@ -79,6 +112,7 @@ MISTAKES = {
     ),
     "bf16 accumulation": (
         "rms_norm",
+        "triton_impl.py",
         "b_dweight[block] + b_dy[block] * b_hat[block]",
         "(b_dweight[block] + b_dy[block] * b_hat[block]).to(tl.bfloat16).to(tl.float32)",
         "rms_norm",
@@ -87,6 +121,7 @@ MISTAKES = {
     ),
     "unmasked tail": (
         "rms_norm",
+        "triton_impl.py",
         "if (block + 1) * BLOCK <= WIDTH:",
         "if True:",
         "add_rms_norm",
@@ -95,6 +130,7 @@ MISTAKES = {
     ),
     "unmasked rows": (
         "swiglu",
+        "triton_impl.py",
         "mask = rows < num_rows",
         "mask = rows < num_rows + 1",
         "swiglu",
@@ -103,6 +139,7 @@ MISTAKES = {
     ),
     "a row's gradient skipped": (
         "rms_norm",
+        "triton_impl.py",
         "range(program, num_rows,",
         "range(program + 1, num_rows,",
         "rms_norm",
@@ -111,6 +148,7 @@ MISTAKES = {
     ),
     "residual gradient dropped": (
         "rms_norm",
+        "triton_impl.py",
         "dx += _load(dtotal_ptr",
         "dx += 0.0 * _load(dtotal_ptr",
         "add_rms_norm",
@@ -119,6 +157,7 @@ MISTAKES = {
     ),
     "no scale": (
         "swiglu",
+        "triton_impl.py",
         "tl.clamp(out * tl.load(scale_ptr), -FP8_MAX, FP8_MAX)",
         "tl.clamp(out, -FP8_MAX, FP8_MAX)",
         "swiglu_fp8",
@@ -127,6 +166,7 @@ MISTAKES = {
     ),
     "two rows of the transpose swapped": (
         "swiglu",
+        "triton_impl.py",
         "cols.to(tl.int64) * num_rows + rows",
         "cols.to(tl.int64) * num_rows + (rows ^ 1)",
         "swiglu_fp8_columnwise",
@@ -135,6 +175,7 @@ MISTAKES = {
     ),
     "backward rotates forward": (
         "rope",
+        "triton_impl.py",
         "sin = -_angles",
         "sin = _angles",
         "rope_qkv",
@@ -143,6 +184,7 @@ MISTAKES = {
     ),
     "bisection ends early": (
         "rope",
+        "triton_impl.py",
         "num_documents.bit_length())",
         "num_documents.bit_length() - 2)",
         "rope_qkv",
@@ -151,6 +193,7 @@ MISTAKES = {
     ),
     "partial rotation loses the rest": (
         "rope",
+        "triton_impl.py",
         "if REST > 0:",
         "if False:",
         "rope_qkv",
@@ -159,6 +202,7 @@ MISTAKES = {
     ),
     "sigmoid of the wrong sign": (
         "swiglu",
+        "triton_impl.py",
         "tl.where(x >= 0, 1.0, small)",
         "tl.where(x <= 0, 1.0, small)",
         "swiglu",
@@ -167,6 +211,7 @@ MISTAKES = {
     ),
     "gradient in half precision": (
         "swiglu",
+        "triton_impl.py",
         "sigmoid = _sigmoid(gate)",
         "sigmoid = _sigmoid(gate).to(tl.bfloat16).to(tl.float32)",
         "swiglu",
@@ -200,15 +245,16 @@ def planting() -> Iterator[InterpretedProcess]:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_planted_mistake_turns_the_gate_red(planting: InterpretedProcess, mistake: str) -> None:
-    op, old, new, entry, case, dtype = MISTAKES[mistake]
+    op, file, old, new, entry, case, dtype = MISTAKES[mistake]
     with pytest.raises(GateError, match="GateError"):
-        planting.call(GATE, plant=(op, old, new), entry=entry, case=case, dtype=dtype)
+        planting.call(GATE, plant=(op, file, old, new), entry=entry, case=case, dtype=dtype)
 
 
 def test_a_sum_by_atomics_turns_the_program_orders_red(planting: InterpretedProcess) -> None:
     cols = "block * BLOCK + tl.arange(0, BLOCK)"
     plant = (
         "rms_norm",
+        "triton_impl.py",
         "_store(share_ptr, b_dweight[block], block, WIDTH, BLOCK)",
         f"tl.atomic_add(dweight_ptr + {cols}, b_dweight[block], mask={cols} < WIDTH)",
         "shares = torch.empty((programs, width)",

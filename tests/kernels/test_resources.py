@@ -136,7 +136,7 @@ case = next(case for case in entry.shipped_cases if case.name == "w5120")
 entry = dataclasses.replace(entry, shipped_cases=(case,), dtypes=entry.dtypes[:1])
 known, complaints = budgets.load(), {}
 for name, (old, new, _) in json.loads(sys.argv[1]).items():
-    with planted("rms_norm", old, new):
+    with planted("rms_norm", "triton_impl.py", old, new):
         found, _ = compiled.compile_all([entry])
     complaints[name] = [t for k in found for t in budgets.laws(k, found[k])]
     complaints[name] += [t for k in found for t in budgets.over_budget(k, found[k], known[k])]

@@ -28,7 +28,7 @@ class InterpretedProcess:
 
         Args:
             function: what to run; its result must be JSON.
-            plant: (op, old, new, ...), a mistake to run it under; see testing.plant.
+            plant: (op, file, old, new, ...), a mistake to run it under; see testing.plant.
             args: JSON values.
 
         Raises:
