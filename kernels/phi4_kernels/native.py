@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from phi4_kernels import dispatch, registry
+from phi4_kernels import dispatch, operators, registry
 from phi4_kernels.dispatch import Choice
 from phi4_kernels.errors import DeviceError, ImplementationError
 
@@ -112,10 +112,7 @@ def register(schema: str, fake: Callable[..., Any]) -> Any:
         with on_device(first.device) as stream:
             return getattr(torch.ops.phi4_native, name).default(*args, stream)
 
-    torch.library.define(f"phi4::{name}", schema.removeprefix(name))
-    torch.library.impl(f"phi4::{name}", ("cpu", "cuda"))(launch)
-    torch.library.register_fake(f"phi4::{name}")(fake)
-    return getattr(torch.ops.phi4, name).default
+    return operators.define(name, schema.removeprefix(name), launch, fake)
 
 
 @contextmanager

@@ -33,7 +33,29 @@ def register(op: str, step: str, schema: str, fake: Callable[..., Any]) -> Any:
         with torch.cuda.device(device):
             return run(*inputs)
 
+    return define(name, signature, launch, lambda *args: fake(*args[:-1]))
+
+
+def define(name: str, signature: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define `phi4::<name><signature>` for CPU and CUDA tensors.
+
+    torch counts the versions of what its own operators overwrite. Here the count is raised by hand,
+    so that whoever saved such a tensor for backward gets torch's error and not a wrong gradient.
+
+    Returns:
+        The operator's default overload.
+    """
     torch.library.define(f"phi4::{name}", signature)
-    torch.library.impl(f"phi4::{name}", ("cpu", "cuda"))(launch)
-    torch.library.register_fake(f"phi4::{name}")(lambda *args: fake(*args[:-1]))
-    return getattr(torch.ops.phi4, name).default
+    operator = getattr(torch.ops.phi4, name).default
+    aliases = [argument.alias_info for argument in operator._schema.arguments]
+    written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
+
+    def run(*args: Any) -> Any:
+        result = launch(*args)
+        for index in written:
+            torch.autograd.graph.increment_version(args[index])
+        return result
+
+    torch.library.impl(f"phi4::{name}", ("cpu", "cuda"))(run if written else launch)
+    torch.library.register_fake(f"phi4::{name}")(fake)
+    return operator

@@ -126,6 +126,30 @@ def test_a_state_loads_into_either_kind_of_step(before: bool, after: bool) -> No
     assert all(torch.equal(a, b) for a, b in zip(ours, straight, strict=True))
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_suppressed_update_that_is_retracted_does_not_count(capturable: bool) -> None:
+    ours = parameters()
+    mine = FusedAdam(ours, **SETTINGS, capturable=capturable, implementation="torch")
+    for step, (overflow, count) in enumerate([(0.0, 1), (1.0, 1), (0.0, 2)]):
+        set_gradients(step, ours)
+        mine.update(found_inf=torch.tensor(overflow))
+        if overflow:
+            mine.retract()
+        assert mine.param_groups[0]["step"] == count
+
+
+@both
+def test_updating_a_parameter_that_was_saved_for_backward_is_noticed(
+    loaded: Path, implementation: str
+) -> None:
+    ours = parameters()
+    squares = [parameter.square().sum() for parameter in ours]
+    set_gradients(0, ours)
+    FusedAdam(ours, **SETTINGS, implementation=implementation).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(squares).backward()
+
+
 def test_capturable_reads_the_rate_from_a_tensor(loaded: Path) -> None:
     ours, plain = parameters(), parameters()
     rate = torch.tensor(1e-2)

@@ -119,8 +119,8 @@ class FusedAdam(torch.optim.Optimizer):
 
         Args:
             grad_scale: [], fp32: multiplies the gradients.
-            found_inf: [], fp32: where it is not 0 nothing is written. Host step counts advance all
-                the same; whoever learns of it calls `retract`.
+            found_inf: [], fp32: where it is not 0 nothing is written. A step count on the host
+                advances all the same, until `retract`; with `capturable` it does not.
             weights: by parameter, a bf16 tensor of its size that is written in the same pass.
         """
         for group in self.param_groups:
@@ -151,7 +151,9 @@ class FusedAdam(torch.optim.Optimizer):
                 )
 
     def retract(self) -> None:
-        """Take back the host step counts of an update that found_inf suppressed."""
+        """Undo what an update that found_inf suppressed did to the step counts on the host."""
+        if self.capturable:
+            return
         for group in self.param_groups:
             if any(param.grad is not None for param in group["params"]):
                 group["step"] -= 1

@@ -45,6 +45,8 @@ def adamw(
         grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
         found_inf=None if found_inf is None else (found_inf != 0).float(),
     )
+    # The fused update does not count versions, as other operators of torch do.
+    torch.autograd.graph.increment_version([shard.param for shard in shards])
     weighted = [shard for shard in shards if shard.weight is not None]
     if weighted:
         torch._foreach_copy_([s.weight for s in weighted], [s.param for s in weighted])
