@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from phi4_kernels import errors
-from phi4_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_fp8
+from phi4_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_fp8
 from phi4_kernels.rope import QKVLayout, rope_qkv, rope_tables
 from phi4_kernels.swiglu import swiglu, swiglu_backward, swiglu_linear
 
@@ -42,6 +42,26 @@ BAD = {
         errors.ShapeError,
         r"\(3,\)",
     ),
+    "statistics of other rows": (
+        lambda: rms_norm_backward(X, X, W, torch.ones(2)),
+        errors.ShapeError,
+        r"rstd has shape \(2,\); expected \(3,\)",
+    ),
+    "statistics in fp64": (
+        lambda: rms_norm_backward(X, X, W, torch.ones(3).double()),
+        errors.DtypeError,
+        "rstd is torch.float64",
+    ),
+    "residual gradient of other rows": (
+        lambda: rms_norm_backward(X, X, W, torch.ones(3), dtotal=X[:2]),
+        errors.ShapeError,
+        r"dtotal has shape \(2, 8\)",
+    ),
+    "residual gradient of another dtype": (
+        lambda: rms_norm_backward(X, X, W, torch.ones(3), dtotal=X.half()),
+        errors.DtypeError,
+        "dtotal is torch.float16",
+    ),
     "odd gate_up": (lambda: swiglu(torch.randn(3, 7)), errors.ShapeError, r"\(3, 7\)"),
     "gate_up in fp64": (lambda: swiglu(X.double()), errors.DtypeError, "float64"),
     "dout of another width": (
@@ -77,6 +97,21 @@ BAD = {
         errors.ShapeError,
         "contiguous row",
     ),
+    "tokens that are one": (
+        lambda: rope_qkv(QKV[:1].expand(4, -1), LAYOUT, COS, SIN),
+        errors.ShapeError,
+        "do not overlap",
+    ),
+    "tokens that overlap": (
+        lambda: rope_qkv(QKV.as_strided((3, LAYOUT.width), (8, 1)), LAYOUT, COS, SIN),
+        errors.ShapeError,
+        "do not overlap",
+    ),
+    "tables without positions": (
+        lambda: rope_qkv(QKV, LAYOUT, COS[:0], SIN[:0]),
+        errors.ShapeError,
+        r"\(0, 4\)",
+    ),
     "a leaf to overwrite": (
         lambda: rope_qkv(QKV.clone().requires_grad_(), LAYOUT, COS, SIN),
         errors.KernelError,
@@ -103,6 +138,11 @@ BAD = {
         lambda: rope_qkv(QKV, LAYOUT, COS, SIN, position_ids=torch.zeros(4)),
         errors.DtypeError,
         "float32",
+    ),
+    "boundaries in int64": (
+        lambda: rope_qkv(QKV, LAYOUT, COS, SIN, cu_seqlens=torch.tensor([0, 4])),
+        errors.DtypeError,
+        "cu_seqlens is torch.int64",
     ),
     "unknown implementation": (
         lambda: swiglu(X, implementation="metal"),

@@ -164,6 +164,16 @@ BAD = {
         ShapeError,
         "one distance",
     ),
+    "rows that are one": (
+        lambda: cross_entropy(X[:1].expand(3, 8), Y),
+        ShapeError,
+        "do not overlap",
+    ),
+    "rows that overlap": (
+        lambda: cross_entropy(X.as_strided((3, 8), (4, 1)), Y),
+        ShapeError,
+        "do not overlap",
+    ),
     "a leaf": (lambda: cross_entropy(X.clone().requires_grad_(), Y), KernelError, "leaf"),
     "targets as floats": (lambda: cross_entropy(X, Y.float()), DtypeError, "float32"),
     "a target too few": (lambda: cross_entropy(X, Y[:2]), ShapeError, r"\(2,\)"),

@@ -40,6 +40,11 @@ BAD = {
         ShapeError,
         r"main_grad has shape \(4, 8\)",
     ),
+    "main_grad whose rows are one": (
+        lambda f: f(X, W, Y, main_grad=torch.zeros(1, 4).expand(8, 4)),
+        ShapeError,
+        "do not overlap",
+    ),
     "empty chunks": (lambda f: LinearLayout(chunk_tokens=0), KernelError, "chunk_tokens is 0"),
     "parts without ranks": (
         lambda f: LinearLayout(sequence_parallel=True),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from phi4_kernels import dispatch
 from phi4_kernels.attention.ranges import Ranges
+from phi4_kernels.autograd import once_differentiable, without_autocast
 from phi4_kernels.checks import FLOAT_DTYPES, expect_dtype, expect_same_device, expect_shape
 from phi4_kernels.errors import KernelError, ShapeError
 from phi4_kernels.operators import register
@@ -34,6 +35,7 @@ class Attention(NamedTuple):
     """[T, N], fp32: log of the sum of exp(scale * q.k), natural; -inf where a query sees no key."""
 
 
+@without_autocast
 def attention(
     q: Tensor,
     k: Tensor,
@@ -75,6 +77,7 @@ def attention(
     return Attention(*_Attention.apply(q, k, v, *where, *longest, causal, scale, name))
 
 
+@without_autocast
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -95,6 +98,7 @@ def attention_forward(
         return Attention(*_forward(q, k, v, *where, *longest, causal, scale, name))
 
 
+@without_autocast
 def attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -209,6 +213,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable("attention")
     def backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = _backward(_unit_stride(dout), *ctx.saved_tensors, *ctx.constants)
         return *gradients, *[None] * 8

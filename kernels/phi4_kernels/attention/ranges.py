@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phi4_kernels.checks import expect_dtype, expect_same_device, expect_shape
+from phi4_kernels.checks import expect_same_device, vector
 from phi4_kernels.errors import PositionError, ShapeError
 
 
@@ -35,16 +35,20 @@ class Ranges:
     """At least the keys of the longest range."""
 
     def __post_init__(self) -> None:
-        for name in ("q_offsets", "k_starts", "k_ends"):
-            expect_dtype("Ranges", name, getattr(self, name), (torch.int32,))
         if self.q_offsets.dim() != 1 or not self.q_offsets.numel():
             raise ShapeError(
                 f"Ranges: q_offsets has shape {tuple(self.q_offsets.shape)}; expected "
                 "[ranges + 1]; for one range pass [0, num_queries]"
             )
-        shape = (self.q_offsets.numel() - 1,)
-        expect_shape("Ranges", "k_starts", self.k_starts, shape, "one start per range")
-        expect_shape("Ranges", "k_ends", self.k_ends, shape, "one end per range")
+        num_ranges = self.q_offsets.numel() - 1
+        sides = (
+            ("q_offsets", num_ranges + 1, "one offset per range and the end"),
+            ("k_starts", num_ranges, "one start per range"),
+            ("k_ends", num_ranges, "one end per range"),
+        )
+        for name, length, remedy in sides:
+            side = vector("Ranges", name, getattr(self, name), length, (torch.int32,), remedy)
+            object.__setattr__(self, name, side)
         expect_same_device(
             "Ranges", q_offsets=self.q_offsets, k_starts=self.k_starts, k_ends=self.k_ends
         )

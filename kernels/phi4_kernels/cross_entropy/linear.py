@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from phi4_kernels import dispatch
+from phi4_kernels.autograd import once_differentiable, without_autocast
 from phi4_kernels.checks import (
     FLOAT_DTYPES,
     expect_dtype,
+    expect_rows_in_place,
     expect_same_device,
     expect_shape,
     rows_of,
@@ -43,6 +45,7 @@ class LossSum(NamedTuple):
     log_probs: Tensor
 
 
+@without_autocast
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -85,6 +88,7 @@ def linear_cross_entropy(
     return CrossEntropy(losses.view(targets.shape), log_probs.view(targets.shape))
 
 
+@without_autocast
 def summed_linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -147,6 +151,7 @@ def _prepared(
     if main_grad is not None:
         expect_dtype(_OP, "main_grad", main_grad, (torch.float32,))
         expect_shape(_OP, "main_grad", main_grad, tuple(weight.shape), "pass weight's own buffer")
+        expect_rows_in_place(_OP, "main_grad", main_grad, 1)
     shard = Shard.of(layout.group, weight.shape[0])
     outer, *inner = hidden.shape[:-1]
     shape = (outer * (shard.size if layout.sequence_parallel else 1), *inner)
@@ -178,6 +183,7 @@ class _PerToken(torch.autograd.Function):
         return losses, log_probs
 
     @staticmethod
+    @once_differentiable(_OP)
     def backward(
         ctx: Any, dlosses: Tensor | None, dlog_probs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -217,6 +223,7 @@ class _Summed(torch.autograd.Function):
         return losses.sum(dtype=torch.float64).float(), losses, log_probs
 
     @staticmethod
+    @once_differentiable(_OP)
     def backward(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.overwritten:
             raise KernelError(

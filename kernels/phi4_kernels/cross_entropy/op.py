@@ -6,7 +6,6 @@ smoothing) in one all-gather and combine them in rank order, so every rank holds
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phi4_kernels import dispatch
-from phi4_kernels.checks import FLOAT_DTYPES, expect_dtype, expect_same_device, expect_shape
+from phi4_kernels.autograd import once_differentiable, without_autocast
+from phi4_kernels.checks import (
+    FLOAT_DTYPES,
+    expect_dtype,
+    expect_rows_in_place,
+    expect_same_device,
+    expect_shape,
+)
 from phi4_kernels.cross_entropy import torch_impl
 from phi4_kernels.cross_entropy.options import PLAIN, LossOptions
 from phi4_kernels.errors import KernelError, ShapeError, TargetError
@@ -45,6 +51,7 @@ class Shard(NamedTuple):
         return cls(group, size, rank * width, size * width)
 
 
+@without_autocast
 def cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -97,12 +104,7 @@ def _check(logits: Tensor, targets: Tensor, weights: Tensor | None) -> None:
             f"{op}: logits have shape {tuple(logits.shape)}; expected [..., V / P] with a column "
             "or more; pass one row per token"
         )
-    if logits.numel() and not _is_rows(logits):
-        raise ShapeError(
-            f"{op}: logits have shape {tuple(logits.shape)} and strides {logits.stride()}; "
-            "expected contiguous rows at one distance, because the gradient takes their place; "
-            "call .contiguous() before"
-        )
+    expect_rows_in_place(op, "logits", logits, 1)
     if logits.is_leaf and logits.requires_grad:
         raise KernelError(
             f"{op}: logits are a leaf that requires grad; expected an activation, because the "
@@ -126,15 +128,6 @@ def check_tokens(
                 "losses outside"
             )
     expect_same_device(op, logits=like, targets=targets, weights=weights)
-
-
-def _is_rows(logits: Tensor) -> bool:
-    """Whether [..., V] is [T, V] with one stride, without a copy."""
-    *lead, last = zip(logits.shape, logits.stride(), strict=True)
-    sizes = [pair for pair in lead if pair[0] != 1]
-    return (last[1] == 1 or last[0] == 1) and all(
-        outer[1] == inner[0] * inner[1] for outer, inner in pairwise(sizes)
-    )
 
 
 def check_values(targets: Tensor, options: LossOptions, shard: Shard) -> None:
@@ -238,6 +231,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.view(targets.shape), log_probs.view(targets.shape)
 
     @staticmethod
+    @once_differentiable("cross_entropy")
     def backward(
         ctx: Any, dlosses: Tensor | None, dlog_probs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -252,8 +246,6 @@ class _CrossEntropy(torch.autograd.Function):
         gradient = logits.detach()
         rows, gradients = gradient.flatten(0, -2), (flat(dlosses), flat(dlog_probs))
         run_backward(rows, ids, scales, normalizer, gradients, ctx.options, ctx.shard, ctx.name)
-        # Whoever else saved the logits for its own backward is told.
-        torch.autograd.graph.increment_version(logits)
         ctx.overwritten = True
         return gradient, None, None, None, None, None
 

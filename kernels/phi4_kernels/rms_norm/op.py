@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phi4_kernels import dispatch
+from phi4_kernels.autograd import once_differentiable, without_autocast
 from phi4_kernels.checks import (
     FLOAT_DTYPES,
     expect_dtype,
@@ -23,6 +24,7 @@ from phi4_kernels.checks import (
     expect_same_device,
     expect_shape,
     rows_of,
+    vector,
 )
 from phi4_kernels.numerics import FP8
 from phi4_kernels.operators import register
@@ -44,6 +46,7 @@ class FP8Norm(NamedTuple):
     """[T], fp32: 1 / sqrt(mean(x^2) + eps), for `rms_norm_backward`."""
 
 
+@without_autocast
 def rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -70,7 +73,7 @@ def rms_norm(
 
     Collectives: backward all-reduce(sum) over grad_group, 4 * H bytes; none without a group.
     """
-    _check("rms_norm", x, weight)
+    weight = _checked("rms_norm", x, weight)
     name = dispatch.resolve("rms_norm", implementation, x.device)
     if grad_group is not None:
         weight = _SumGradient.apply(weight, grad_group)
@@ -79,6 +82,7 @@ def rms_norm(
     return _RMSNorm.apply(x, weight, eps, name)
 
 
+@without_autocast
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -104,7 +108,7 @@ def add_rms_norm(
 
     Collectives: as rms_norm.
     """
-    _check("add_rms_norm", x, weight, residual)
+    weight = _checked("add_rms_norm", x, weight, residual=residual)
     name = dispatch.resolve("rms_norm", implementation, x.device)
     if grad_group is not None:
         weight = _SumGradient.apply(weight, grad_group)
@@ -113,6 +117,7 @@ def add_rms_norm(
     return _AddRMSNorm.apply(x, residual, weight, eps, name)
 
 
+@without_autocast
 def rms_norm_fp8(
     x: Tensor,
     weight: Tensor,
@@ -134,7 +139,8 @@ def rms_norm_fp8(
     Raises:
         As rms_norm.
     """
-    _check("rms_norm_fp8", x, weight, residual, scale)
+    weight = _checked("rms_norm_fp8", x, weight, residual=residual)
+    expect_same_device("rms_norm_fp8", x=x, scale=scale)
     expect_shape("rms_norm_fp8", "scale", scale, (), "pass one scale for the tensor")
     expect_dtype("rms_norm_fp8", "scale", scale, (torch.float32,))
     name = dispatch.resolve("rms_norm", implementation, x.device)
@@ -146,6 +152,7 @@ def rms_norm_fp8(
     )
 
 
+@without_autocast
 def rms_norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -170,7 +177,12 @@ def rms_norm_backward(
     Raises:
         As rms_norm.
     """
-    _check("rms_norm_backward", x, weight, dy)
+    weight = _checked("rms_norm_backward", x, weight, dy=dy, dtotal=dtotal)
+    num_rows = x.shape[:-1].numel()
+    rstd = vector(
+        "rms_norm_backward", "rstd", rstd, num_rows, (torch.float32,), "pass the forward's"
+    )
+    expect_same_device("rms_norm_backward", x=x, rstd=rstd)
     name = dispatch.resolve("rms_norm", implementation, x.device)
     run = (
         torch_impl.backward if name == "torch" else partial(_rms_norm_backward, implementation=name)
@@ -179,17 +191,17 @@ def rms_norm_backward(
     return run(dy, _optional_rows(dtotal), x, weight, rstd)
 
 
-def _check(
-    op: str, x: Tensor, weight: Tensor, like_x: Tensor | None = None, scale: Tensor | None = None
-) -> None:
+def _checked(op: str, x: Tensor, weight: Tensor, **like_x: Tensor | None) -> Tensor:
+    """The weight, contiguous, after all checks of it, of x and of what is shaped like x."""
     expect_dtype(op, "x", x, (*FLOAT_DTYPES, torch.float64))
-    expect_dtype(op, "weight", weight, {x.dtype: None, torch.float32: None})
     expect_rows(op, "x", x)
-    expect_shape(op, "weight", weight, (x.shape[-1],), "one weight per element of a row")
-    if like_x is not None:
-        expect_dtype(op, "the second activation", like_x, (x.dtype,))
-        expect_shape(op, "the second activation", like_x, tuple(x.shape), "match the shape of x")
-    expect_same_device(op, x=x, weight=weight, second=like_x, scale=scale)
+    for name, tensor in like_x.items():
+        if tensor is not None:
+            expect_dtype(op, name, tensor, (x.dtype,))
+            expect_shape(op, name, tensor, x.shape, "match the shape of x")
+    expect_same_device(op, x=x, weight=weight, **like_x)
+    dtypes = (x.dtype,) if x.dtype == torch.float32 else (x.dtype, torch.float32)
+    return vector(op, "weight", weight, x.shape[-1], dtypes, "one weight per element of a row")
 
 
 def _optional_rows(tensor: Tensor | None) -> Tensor | None:
@@ -206,6 +218,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable("rms_norm")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         rows = rows_of(dy)
@@ -225,6 +238,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return y.view(x.shape), total.view(x.shape)
 
     @staticmethod
+    @once_differentiable("add_rms_norm")
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
         dy_rows, dtotal_rows = rows_of(dy), rows_of(dtotal)
@@ -241,6 +255,7 @@ class _SumGradient(torch.autograd.Function):
         return weight.float() if weight.dtype != torch.float64 else weight.clone()
 
     @staticmethod
+    @once_differentiable("rms_norm")
     def backward(ctx: Any, dweight: Tensor) -> tuple[Tensor, None]:
         summed = dweight.clone()
         dist.all_reduce(summed, group=ctx.group)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from phi4_kernels import dispatch
-from phi4_kernels.checks import FLOAT_DTYPES, expect_dtype, expect_same_device, expect_shape
+from phi4_kernels.autograd import once_differentiable, without_autocast
+from phi4_kernels.checks import (
+    FLOAT_DTYPES,
+    expect_dtype,
+    expect_rows_in_place,
+    expect_same_device,
+    expect_shape,
+    vector,
+)
 from phi4_kernels.errors import KernelError, PositionError, ShapeError
 from phi4_kernels.operators import register
 from phi4_kernels.rope import torch_impl
@@ -45,6 +53,7 @@ def rope_tables(
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
+@without_autocast
 def rope_qkv(
     qkv: Tensor,
     layout: QKVLayout,
@@ -65,10 +74,13 @@ def rope_qkv(
         position_ids: [T], int32 or int64, in [0, P).
         cu_seqlens: [num_documents + 1], int32, from 0 to T, ascending: positions count from each
             document's start. At most one of the two; with neither, positions are 0 .. T - 1.
+            Tokens after the last boundary continue the last document; those before the first have
+            negative positions.
         implementation: see dispatch.choose.
 
     Returns:
-        (q [T, G, Q, D], k [T, G, D], v [T, G, D]), views of qkv.
+        (q [T, G, Q, D], k [T, G, D], v [T, G, D]), views of qkv. What is rotated is NaN, and so is
+        its gradient, for a token whose position is outside of [0, P).
 
     Raises:
         DtypeError, ShapeError, DeviceError, ImplementationError: see errors.
@@ -77,12 +89,13 @@ def rope_qkv(
         KernelError: qkv is a leaf that requires grad.
     """
     _check(qkv, layout, cos, sin)
-    _check_positions(qkv.shape[0], cos, position_ids, cu_seqlens)
+    position_ids, cu_seqlens = _checked_positions(qkv.shape[0], cos, position_ids, cu_seqlens)
     expect_same_device(
         "rope_qkv", qkv=qkv, cos=cos, sin=sin, position_ids=position_ids, cu_seqlens=cu_seqlens
     )
     name = dispatch.resolve("rope", implementation, qkv.device)
-    return _RopeQKV.apply(qkv, layout, cos, sin, position_ids, cu_seqlens, name)
+    tables = (cos.contiguous(), sin.contiguous())
+    return _RopeQKV.apply(qkv, layout, *tables, position_ids, cu_seqlens, name)
 
 
 def _check(qkv: Tensor, layout: QKVLayout, cos: Tensor, sin: Tensor) -> None:
@@ -94,46 +107,46 @@ def _check(qkv: Tensor, layout: QKVLayout, cos: Tensor, sin: Tensor) -> None:
             f"rope_qkv: qkv has shape {tuple(qkv.shape)}; expected [T, ...] with {layout.width} "
             f"elements per token for {layout}; flatten its leading dimensions or fix the layout"
         )
-    if qkv.numel() and not qkv[0].is_contiguous():
-        raise ShapeError(
-            f"rope_qkv: qkv has strides {qkv.stride()}; expected a contiguous row per token, "
-            "because it is rotated in place; call .contiguous() before"
-        )
+    expect_rows_in_place("rope_qkv", "qkv", qkv, qkv.dim() - 1)
     if qkv.is_leaf and qkv.requires_grad:
         raise KernelError(
             "rope_qkv: qkv is a leaf that requires grad; expected an activation, because it is "
             "overwritten; pass a projection's output, or a clone"
         )
-    if cos.dim() != 2 or 2 * cos.shape[1] > layout.head_dim:
+    if cos.dim() != 2 or not cos.shape[0] or 2 * cos.shape[1] > layout.head_dim:
         raise ShapeError(
             f"rope_qkv: cos has shape {tuple(cos.shape)}; expected [positions, rotary_dim / 2] "
-            f"with rotary_dim <= {layout.head_dim}; build it with rope_tables"
+            f"with positions >= 1 and rotary_dim <= {layout.head_dim}; build it with rope_tables"
         )
     expect_shape("rope_qkv", "sin", sin, tuple(cos.shape), "build both with rope_tables")
 
 
-def _check_positions(
+def _checked_positions(
     num_tokens: int, cos: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
+) -> tuple[Tensor | None, Tensor | None]:
+    """position_ids and cu_seqlens, contiguous."""
+    op = "rope_qkv"
     if position_ids is not None and cu_seqlens is not None:
-        raise PositionError("rope_qkv: got position_ids and cu_seqlens; expected one; drop one")
+        raise PositionError(f"{op}: got position_ids and cu_seqlens; expected one; drop one")
     if position_ids is not None:
-        expect_dtype("rope_qkv", "position_ids", position_ids, (torch.int32, torch.int64))
-        expect_shape("rope_qkv", "position_ids", position_ids, (num_tokens,), "one per token")
+        dtypes = (torch.int32, torch.int64)
+        position_ids = vector(op, "position_ids", position_ids, num_tokens, dtypes, "one per token")
     elif cu_seqlens is not None:
-        expect_dtype("rope_qkv", "cu_seqlens", cu_seqlens, (torch.int32,))
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
             raise ShapeError(
-                f"rope_qkv: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected "
+                f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected "
                 "[num_documents + 1]; for one document pass [0, T]"
             )
+        size = cu_seqlens.numel()
+        cu_seqlens = vector(op, "cu_seqlens", cu_seqlens, size, (torch.int32,), "pass int32")
     elif num_tokens > cos.shape[0]:
         raise PositionError(
-            f"rope_qkv: {num_tokens} tokens, but tables for {cos.shape[0]} positions; build longer "
+            f"{op}: {num_tokens} tokens, but tables for {cos.shape[0]} positions; build longer "
             "tables, or give position_ids or cu_seqlens"
         )
     if dispatch.debug():
         _check_ranges(num_tokens, cos.shape[0], position_ids, cu_seqlens)
+    return position_ids, cu_seqlens
 
 
 def _check_ranges(
@@ -172,7 +185,7 @@ class _RopeQKV(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin, position_ids, cu_seqlens)
         ctx.layout, ctx.name, ctx.shape = layout, name, qkv.shape
-        # A detached alias shares the version counter: whoever saved qkv for backward is told.
+        # A detached alias shares the version counter: autograd notices if qkv was saved before.
         packed = qkv.detach().flatten(1)
         if name == "torch":
             torch_impl.forward(packed, layout, cos, sin, position_ids, cu_seqlens)
@@ -182,6 +195,7 @@ class _RopeQKV(torch.autograd.Function):
         return layout.split(packed)
 
     @staticmethod
+    @once_differentiable("rope_qkv")
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         tables, layout = ctx.saved_tensors, ctx.layout
         if ctx.name == "torch":

@@ -1,8 +1,8 @@
 """The definition of rotary position embedding on packed QKV.
 
 The first rotary_dim elements of each query and key head are halves (a, b) that become
-(a cos - b sin, b cos + a sin) with the token's angles; values pass through. Half precision is
-computed in fp32 and rounded once.
+(a cos - b sin, b cos + a sin) with the token's angles; values pass through. A position without
+angles, outside of the tables, gives NaN. Half precision is computed in fp32 and rounded once.
 """
 
 import torch
@@ -22,7 +22,14 @@ def positions(
     if cu_seqlens is None:
         return tokens
     starts = cu_seqlens[:-1].to(tokens.dtype)
-    return tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]
+    index = torch.searchsorted(starts, tokens, right=True) - 1
+    return tokens - starts[index.clamp(min=0)]
+
+
+def angles(table: Tensor, at: Tensor) -> Tensor:
+    """Rows of a table [P, rotary_dim / 2] at positions [T]; NaN at a position outside of it."""
+    foreign = (at < 0) | (at >= table.shape[0])
+    return table[at.clamp(0, table.shape[0] - 1)].masked_fill_(foreign.unsqueeze(-1), torch.nan)
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -46,4 +53,5 @@ def rope_qkv(
     """[T, width] -> q [T, G, Q, D], k [T, G, D], v [T, G, D]; qkv is left as it is."""
     at = positions(qkv.shape[0], position_ids, cu_seqlens, qkv.device)
     q, k, v = layout.split(qkv)
-    return rotated(q, cos[at], sin[at]), rotated(k, cos[at], sin[at]), v
+    cos, sin = angles(cos, at), angles(sin, at)
+    return rotated(q, cos, sin), rotated(k, cos, sin), v

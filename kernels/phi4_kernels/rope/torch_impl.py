@@ -27,9 +27,10 @@ def forward(
 ) -> None:
     """See op.rope_qkv; overwrites qkv [T, width]."""
     at = reference.positions(qkv.shape[0], position_ids, cu_seqlens, qkv.device)
+    cos, sin = reference.angles(cos, at), reference.angles(sin, at)
     q, k, _ = layout.split(qkv)
-    _rotate(q, q, cos[at], sin[at])
-    _rotate(k, k, cos[at], sin[at])
+    _rotate(q, q, cos, sin)
+    _rotate(k, k, cos, sin)
 
 
 def backward(
@@ -44,11 +45,12 @@ def backward(
 ) -> Tensor:
     """Gradient of the packed projection [T, width]."""
     at = reference.positions(dq.shape[0], position_ids, cu_seqlens, dq.device)
+    cos, sin = reference.angles(cos, at), -reference.angles(sin, at)
     packed = dq.new_empty(dq.shape[0], layout.width)
     q, k, v = layout.split(packed)
     rotary_dim = 2 * cos.shape[-1]
     for source, target in ((dq, q), (dk, k)):
-        _rotate(source, target, cos[at], -sin[at])
+        _rotate(source, target, cos, sin)
         target[..., rotary_dim:].copy_(source[..., rotary_dim:])
     v.copy_(dv)
     return packed

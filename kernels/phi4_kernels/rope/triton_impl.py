@@ -92,9 +92,11 @@ def _copy(
 
 
 @triton.jit
-def _angles(table_ptr, position, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+def _angles(table_ptr, position, num_positions, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """The token's row of a table; NaN if its position is outside of it."""
     cols = tl.arange(0, BLOCK_HALF)[None, :]
-    return tl.load(table_ptr + position * HALF + cols, mask=cols < HALF, other=0.0)
+    mask = (cols < HALF) & (position >= 0) & (position < num_positions)
+    return tl.load(table_ptr + position * HALF + cols, mask=mask, other=float("nan"))
 
 
 @triton.jit
@@ -103,6 +105,7 @@ def _rope_forward_kernel(
     k_ptr,
     cos_ptr,
     sin_ptr,
+    num_positions,
     ids_ptr,
     boundaries_ptr,
     num_documents,
@@ -123,8 +126,8 @@ def _rope_forward_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     position = _position(token, ids_ptr, boundaries_ptr, num_documents, steps, IDS, DOCUMENTS)
-    cos = _angles(cos_ptr, position, HALF, BLOCK_HALF)
-    sin = _angles(sin_ptr, position, HALF, BLOCK_HALF)
+    cos = _angles(cos_ptr, position, num_positions, HALF, BLOCK_HALF)
+    sin = _angles(sin_ptr, position, num_positions, HALF, BLOCK_HALF)
     q = q_ptr + token * stride_q
     k = k_ptr + token * stride_k
     sq_g = stride_q_group
@@ -158,6 +161,7 @@ def _rope_backward_kernel(
     v_ptr,
     cos_ptr,
     sin_ptr,
+    num_positions,
     ids_ptr,
     boundaries_ptr,
     num_documents,
@@ -187,8 +191,8 @@ def _rope_backward_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     position = _position(token, ids_ptr, boundaries_ptr, num_documents, steps, IDS, DOCUMENTS)
-    cos = _angles(cos_ptr, position, HALF, BLOCK_HALF)
-    sin = -_angles(sin_ptr, position, HALF, BLOCK_HALF)
+    cos = _angles(cos_ptr, position, num_positions, HALF, BLOCK_HALF)
+    sin = -_angles(sin_ptr, position, num_positions, HALF, BLOCK_HALF)
     dq = dq_ptr + token * stride_dq
     dk = dk_ptr + token * stride_dk
     dv = dv_ptr + token * stride_dv
@@ -252,8 +256,9 @@ def forward(
     _rope_forward_kernel[(q.shape[0],)](
         q,
         k,
-        cos.contiguous(),
-        sin.contiguous(),
+        cos,
+        sin,
+        cos.shape[0],
         *arguments,
         *q.stride()[:3],
         *k.stride()[:2],
@@ -289,8 +294,9 @@ def backward(
         q,
         k,
         v,
-        cos.contiguous(),
-        sin.contiguous(),
+        cos,
+        sin,
+        cos.shape[0],
         *arguments,
         *dq.stride()[:3],
         *dk.stride()[:2],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from phi4_kernels import dispatch
+from phi4_kernels.autograd import once_differentiable, without_autocast
 from phi4_kernels.checks import (
     FLOAT_DTYPES,
     expect_dtype,
@@ -36,6 +37,7 @@ class FP8Product(NamedTuple):
     """[], fp32: max |product| before scaling."""
 
 
+@without_autocast
 def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
     """silu(gate) * up.
 
@@ -57,6 +59,7 @@ def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
     return _SwiGLU.apply(rows, name).view(*gate_up.shape[:-1], width)
 
 
+@without_autocast
 def swiglu_linear(gate_up: Tensor, weight: Tensor, *, implementation: str = "auto") -> Tensor:
     """swiglu(gate_up) @ weight.T, saving only gate_up: backward writes the product again.
 
@@ -80,6 +83,7 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, *, implementation: str = "aut
     return _SwiGLULinear.apply(rows_of(gate_up), weight, name)
 
 
+@without_autocast
 def swiglu_backward(
     dout: Tensor, gate_up: Tensor, *, emit_product: bool = False, implementation: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
@@ -108,6 +112,7 @@ def swiglu_backward(
     return gradient, product if emit_product else None
 
 
+@without_autocast
 def swiglu_fp8(
     gate_up: Tensor, scale: Tensor, *, columnwise: bool = False, implementation: str = "auto"
 ) -> FP8Product:
@@ -163,6 +168,7 @@ class _SwiGLU(torch.autograd.Function):
         return _forward(gate_up, name)
 
     @staticmethod
+    @once_differentiable("swiglu")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         return _backward(rows_of(dout), gate_up, False, ctx.name)[0], None
@@ -176,6 +182,7 @@ class _SwiGLULinear(torch.autograd.Function):
         return _forward(gate_up, name) @ weight.t()
 
     @staticmethod
+    @once_differentiable("swiglu_linear")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
         gate_up, weight = ctx.saved_tensors
         gradient, product = _backward(dout @ weight, gate_up, True, ctx.name)

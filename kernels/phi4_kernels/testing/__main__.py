@@ -2,7 +2,7 @@
 
     python -m phi4_kernels.testing numbers [--op OP] [--implementation NAME] [--record]
     python -m phi4_kernels.testing compile [--op OP] [--json]
-    python -m phi4_kernels.testing budgets
+    python -m phi4_kernels.testing budgets [--op OP]
 
 `numbers` interprets Triton on a machine without a GPU, and runs the host form of csrc's ops.
 `compile` holds Triton's resources against the budgets, `budgets` writes them. `--record` appends
@@ -75,7 +75,7 @@ def _compile(options: argparse.Namespace) -> int:
         print(json.dumps({"found": found, "unreached": unreached}))
         return 0
     if options.command == "budgets":
-        budgets.write(found)
+        budgets.write(found, [entry.name for entry in entries])
         print(f"wrote {len(found)} budgets to {budgets.path()}")
         return 0
     known, broken = budgets.load(), [f"no shipped case reaches {row}" for row in unreached]
@@ -97,9 +97,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     compiling = commands.add_parser("compile", help="resources against the budgets")
     compiling.add_argument("--json", action="store_true", help="print resources, judge nothing")
     writing = commands.add_parser("budgets", help="write the budgets")
-    writing.set_defaults(json=False, op=None)
+    writing.set_defaults(json=False)
     numbers.add_argument("--op", choices=(*registry.OPS, *native.OPS))
     compiling.add_argument("--op", choices=registry.OPS)
+    writing.add_argument("--op", choices=registry.OPS, help="leave the other ops' budgets")
     return parser.parse_args(arguments)
 
 

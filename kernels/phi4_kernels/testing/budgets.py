@@ -5,6 +5,7 @@ written only by `make budgets`. A kernel may use less than its budget, never mor
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import triton
@@ -41,10 +42,14 @@ def load() -> dict[str, Found]:
     return json.loads(path().read_text())
 
 
-def write(found: dict[str, Found]) -> None:
-    """Replace the budgets of the installed Triton."""
+def write(found: dict[str, Found], entries: Collection[str]) -> None:
+    """Replace the budgets of the installed Triton that belong to `entries`, by name."""
     FOLDER.mkdir(exist_ok=True)
-    lines = [f"  {json.dumps(key)}: {json.dumps(found[key])}" for key in sorted(found)]
+    known = load() if path().exists() else {}
+    others = registry.entries().keys() - set(entries)
+    kept = {key: value for key, value in known.items() if key.partition("/")[0] in others}
+    budgets = kept | found
+    lines = [f"  {json.dumps(key)}: {json.dumps(budgets[key])}" for key in sorted(budgets)]
     path().write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
