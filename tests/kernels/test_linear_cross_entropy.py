@@ -54,10 +54,12 @@ def test_ranks_give_the_results_of_one_and_repeat(size: int) -> None:
         assert all(torch.equal(first[name], second[name]) for name in checks.NAMES)
 
 
-def test_a_gradient_that_is_not_summed_over_ranks_is_found() -> None:
-    (ranks,) = zip(*run_ranks(2, checks.alone), strict=True)
+def test_a_gradient_that_is_not_summed_over_ranks_or_not_in_fp32_is_found() -> None:
+    not_summed, rounded = zip(*run_ranks(2, checks.mistaken), strict=True)
     with pytest.raises((GateError, AssertionError)):
-        checks.expect_right(list(ranks), checks.KINDS[1], "summed")
+        checks.expect_right(list(not_summed), checks.KINDS[1], "summed")
+    with pytest.raises(GateError, match="sum the parts in fp32"):
+        checks.expect_right(list(rounded), checks.KINDS[0], "summed")
 
 
 @pytest.mark.parametrize("form", checks.FORMS)
