@@ -20,9 +20,9 @@ from phi4.engine.checkpoint import (
     verify_checkpoint,
 )
 from phi4.engine.engine import Engine
-from phi4.errors import CheckpointError, ConfigError, DiskFullError, PlatformError
+from phi4.errors import CheckpointError, DataError, DiskFullError, PlatformError
 from phi4.train.hooks import Hook, Progress
-from phi4.train.state import RECIPE_FILE, STATE_FILE, Change, RunState, with_changes
+from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState, with_changes
 
 Say = Callable[[str], None]
 _RETRIES_PER_INTERVAL = 10
@@ -159,7 +159,7 @@ def resume(
     *,
     allow_change: bool,
     say: Say,
-    source_hashes: Mapping[str, str] | None = None,
+    source_hashes: Mapping[str, str],
 ) -> RunState:
     """Fill the engine from the newest checkpoint of the run that holds.
 
@@ -170,10 +170,11 @@ def resume(
         engine: built for it.
         allow_change: whether `--change` was given.
         say: takes one line for the console.
-        source_hashes: manifest hash of every data source now; None does not compare them.
+        source_hashes: manifest hash of every data source now.
 
     Raises:
-        ConfigError: the recipe or its data does not continue the run.
+        ConfigError: the recipe does not continue the run.
+        DataError: a source of the run has other content.
         CheckpointError: no checkpoint of the run can be used.
 
     Collectives: those of `load_checkpoint`; broadcasts of the candidates and of each one's state.
@@ -188,9 +189,7 @@ def resume(
             )
             check_recipe(checkpoint, verified.manifest, written)
             state = with_changes(saved, written, recipe, allow=allow_change, say=say)
-            if source_hashes is not None:
-                data = verified.manifest.data
-                state = _with_data(state, data, source_hashes, allow=allow_change)
+            _check_data(verified.manifest.data, source_hashes)
             load_checkpoint(engine, checkpoint, verified)
         except CheckpointError as error:
             say(f"cannot resume from {checkpoint}: {error}; trying the one before it")
@@ -207,18 +206,14 @@ def resume(
     )
 
 
-def _with_data(
-    state: RunState, before: Mapping[str, str], now: Mapping[str, str], *, allow: bool
-) -> RunState:
-    """The state of a run whose sources may hold something else than when it was saved."""
+def _check_data(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse sources that hold something else than when a checkpoint was saved.
+
+    The ledger refuses them too, but only once the checkpoint is loaded.
+    """
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
-    if changed and not allow:
-        raise ConfigError(
-            f"data source {', '.join(changed)} holds other tokens than when step {state.step} was "
-            "saved; restore it, or pass --change to go on with what it holds now"
+    if changed:
+        raise DataError(
+            f"data source {', '.join(changed)} holds other tokens than when the run was saved; "
+            "restore its files, or give a source with other content another name"
         )
-    added = tuple(
-        Change(state.step, f"content of data source {name}", before[name], now[name])
-        for name in changed
-    )
-    return msgspec.structs.replace(state, history=state.history + added)

@@ -98,7 +98,13 @@ def _run(
     for line in (platform.describe(), engine.layout.describe(), *choices, *loader.notes):
         say(line)
     if state is None:
-        state = resume(recipe, engine, allow_change=allow_change, say=say)
+        state = resume(
+            recipe,
+            engine,
+            allow_change=allow_change,
+            say=say,
+            source_hashes=loader.source_hashes(),
+        )
         loader = done_by_all(platform, partial(open_loader, recipe, tokenizer, state))
     else:
         _begin(recipe, engine, state, say)
