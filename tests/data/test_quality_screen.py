@@ -184,6 +184,8 @@ def test_wrong_inputs_and_outputs_are_one_clear_line(tmp_path: Path) -> None:
 def test_text_of_chat_columns_has_every_turn() -> None:
     turn = {"role": "user", "content": "one"}
     assert text_of({"messages": [turn, turn]}) == "one\none"
+    assert text_of({"messages": [turn], "text": "two"}, RowFormat("messages")) == "one"
+    assert text_of({"body": "two", "text": "one"}, RowFormat("body")) == "two"
     assert text_of({"prompt": "p", "chosen": [turn], "rejected": "r", "score": 3}) == "p\none\nr"
     with pytest.raises(RowError, match="none of"):
         text_of(parse(Line(Path("x"), 1, b'{"id": "x"}', 11)))

@@ -41,7 +41,7 @@ class RowFormat:
     @property
     def text_columns(self) -> tuple[str, ...]:
         """Columns that hold what a model would read."""
-        return (self.text_field, *_CHAT_COLUMNS)
+        return tuple(dict.fromkeys((self.text_field, *_CHAT_COLUMNS)))
 
 
 DEFAULT_FORMAT = RowFormat()
