@@ -21,7 +21,7 @@ import torch.distributed as dist
 from phi4.errors import PlatformError
 
 RENDEZVOUS_SECONDS = 600.0
-_RESOLVE_SECONDS = 20.0
+_RESOLVE_SECONDS = 10.0
 _DIAL_SECONDS = 3.0
 _VERDICT_SECONDS = 10.0
 _LONGEST_POLL_SECONDS = 0.5

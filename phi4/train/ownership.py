@@ -36,8 +36,7 @@ class Ownership(Hook):
         Raises:
             OwnershipError: on the writer rank.
         """
-        if self._lease:
-            self._lease.check()
+        self._check()
         return {}
 
     def act(self, progress: Progress) -> None:
@@ -49,7 +48,11 @@ class Ownership(Hook):
         Collectives: a broadcast of the outcome over all ranks, when a save is due.
         """
         if progress.is_due(self._save_every):
-            decided_by_writer(self._platform, lambda: self._lease and self._lease.check())
+            decided_by_writer(self._platform, self._check)
+
+    def _check(self) -> None:
+        if self._lease:
+            self._lease.check()
 
 
 @contextmanager
