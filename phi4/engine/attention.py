@@ -21,7 +21,8 @@ class Phi4SelfAttention(SelfAttention):
     """megatron-core's SelfAttention with rotation on the packed, grouped QKV.
 
     In the grouped layout [K, G queries | key | value] the queries and the key of a group are
-    neighbours, so one rotation serves both and nothing is copied to split them first.
+    neighbours, so one rotation serves both. A kernel rotates them in place, and core attention gets
+    views: queries stay [K, G, D], because heads of several groups have no one stride.
     """
 
     implementation = "torch"
@@ -40,14 +41,14 @@ class Phi4SelfAttention(SelfAttention):
         Collectives: as the two parallel linears (gather in, reduce out over tp) and CoreAttention.
         """
         qkv, _ = self.linear_qkv(hidden_states)
-        q_SBND, k_SBKD, v_SBKD = self._rotate_and_split(qkv, packed_seq_params)
+        q, k_SBKD, v_SBKD = self._rotate_and_split(qkv, packed_seq_params)
         attend = (
             self._checkpointed_attention_forward
             if self.checkpoint_core_attention and self.training
             else self.core_attention
         )
         context = attend(
-            q_SBND,
+            q,
             k_SBKD,
             v_SBKD,
             attention_mask,
@@ -60,9 +61,10 @@ class Phi4SelfAttention(SelfAttention):
     def _rotate_and_split(
         self, qkv: torch.Tensor, documents: Documents
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [S, B, N, D], k and v [S, B, K, D]; a kernel overwrites qkv [S, B, K * (G + 2) * D].
+        """q [S, B, N, D], or [S, B, K, G, D] of a kernel, and k and v [S, B, K, D].
 
-        Nothing else reads qkv: the linear saves its input, and recompute makes qkv anew.
+        A kernel overwrites qkv [S, B, K * (G + 2) * D], and these are views of it. Nothing else
+        reads qkv: the linear saves its input, and recompute makes qkv anew.
         """
         num_groups = self.num_query_groups_per_partition
         head_dim = self.hidden_size_per_attention_head
@@ -79,7 +81,7 @@ class Phi4SelfAttention(SelfAttention):
             implementation=self.implementation,
         )
         rows = qkv.shape[:2]
-        return tuple(x.unflatten(0, rows) for x in (q_TKGD.flatten(1, 2), k_TKD, v_TKD))
+        return tuple(x.unflatten(0, rows) for x in (q_TKGD, k_TKD, v_TKD))
 
 
 def rotate_and_split(
@@ -122,7 +124,7 @@ class CoreAttention(torch.nn.Module):
 
     def forward(
         self,
-        q_SBND: torch.Tensor,
+        q: torch.Tensor,
         k_SBKD: torch.Tensor,
         v_SBKD: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -133,12 +135,15 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Attend within documents; [S, B, N * D].
 
+        q is [S, B, N, D] or, not copied to be so, [S, B, K, G, D].
+
         Collectives: none without context parallelism, else those of `AllGatherAttention` or
         `RingAttention`.
         """
         documents, options = packed_seq_params, {"scale": self.scale}
         if documents.one_per_row and self.implementation == "torch":
             # Rows as a batch need no copy into one sequence.
+            q_SBND = q.reshape(*q.shape[:2], -1, q.shape[-1])
             q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBKD, v_SBKD))
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=True, **options
@@ -148,10 +153,11 @@ class CoreAttention(torch.nn.Module):
         if self.context_group.size() > 1:
             route = RingAttention if len(documents.visible) > 1 else AllGatherAttention
             out_SBND = route.apply(
-                q_SBND, k_SBKD, v_SBKD, documents.visible, self.context_group, options
+                q, k_SBKD, v_SBKD, documents.visible, self.context_group, options
             )
             return out_SBND.flatten(2, 3)
-        q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q_SBND, k_SBKD, v_SBKD))
+        num_rows = q.shape[1]
+        q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k_SBKD, v_SBKD))
         ((ranges,),) = documents.visible
         out_TND = attention(q, k, v, ranges, **options).out
-        return out_TND.unflatten(0, (q_SBND.shape[1], -1)).transpose(0, 1).flatten(2, 3)
+        return out_TND.unflatten(0, (num_rows, -1)).transpose(0, 1).flatten(2, 3)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from phi4_kernels.attention import Ranges, attention, reference
-from phi4_kernels.attention.triton_tiles import cut
 from torch import Tensor
 
 _SIDES = ("offsets", "starts", "ends")
@@ -38,6 +37,9 @@ def tiles_partition_and_bound(
         (ranges.k_starts, ranges.k_ends),
     )
     own, other = (by_key, by_query) if of_keys else (by_query, by_key)
+    # Triton decides at its import whether it interprets.
+    from phi4_kernels.attention.triton_tiles import cut
+
     tiles = cut(sizes[of_keys], own, other, rows, causal, of_keys)
     count = int(tiles.starts[0])
     edges = tiles.starts[1 : count + 2].tolist()
@@ -64,9 +66,11 @@ def _inputs(sizes: list[int], heads: list[int], dim: int) -> tuple[Tensor, ...]:
     return tuple(torch.randn(*shape, dim, generator=generator) for shape in shapes)
 
 
-def _run(inputs: tuple[Tensor, ...], ranges: Ranges, **options: Any) -> tuple[Tensor, ...]:
+def _run(
+    inputs: tuple[Tensor, ...], ranges: Ranges, implementation: str = "triton", **options: Any
+) -> tuple[Tensor, ...]:
     *leaves, dout = (x.detach().clone().requires_grad_() for x in inputs)
-    out, lse = attention(*leaves, ranges, implementation="triton", **options)
+    out, lse = attention(*leaves, ranges, implementation=implementation, **options)
     return out.detach(), lse, *torch.autograd.grad(out, leaves, dout)
 
 
@@ -100,6 +104,29 @@ def long_documents_never_meet(dtype: str) -> None:
     assert after[0][70:160].isnan().all()
 
 
+def what_is_not_finite_stays_in_its_document(implementation: str) -> None:
+    """NaN or infinity in one token of a short document; its neighbours share a tile with it."""
+    offsets, token = [0, 5, 14, 18], 7
+    ranges = _ranges(offsets, offsets[:-1], offsets[1:], 9)
+    inputs = tuple(x.bfloat16() for x in _inputs([18, 18], [2, 1], 64))
+    before = _run(inputs, ranges, implementation)
+    kept = torch.cat((torch.arange(5), torch.arange(14, 18)))
+    for index, value in (
+        (0, torch.nan),
+        (1, torch.nan),
+        (2, torch.nan),
+        (2, torch.inf),
+        (3, torch.nan),
+    ):
+        spoiled = [x.clone() for x in inputs]
+        spoiled[index][token, :, 3] = value
+        after = _run(tuple(spoiled), ranges, implementation)
+        for first, second in zip(before, after, strict=True):
+            assert torch.equal(first[kept], second[kept])
+        out, _, dq, dk, _ = (x[5:14].isfinite().all() for x in after)
+        assert not dq and not dk and (index == 3 or not out)
+
+
 def far_rows_are_addressed_in_64_bits() -> None:
     """The last rows of q, k and v start past element 2^31; the pages between are never touched."""
     tokens, stride = 140, 2**24 - 64
@@ -113,6 +140,24 @@ def far_rows_are_addressed_in_64_bits() -> None:
     out, lse = attention(*leaves, ranges, implementation="triton")
     ours = (out.detach(), lse, *torch.autograd.grad(out, leaves, dout))
     for first, second in zip(ours, _run((*near_parts, dout), ranges), strict=True):
+        assert torch.equal(first, second)
+
+
+def queries_are_read_by_group() -> None:
+    """q as views into packed QKV, [T, K, N / K, D], gives the bits of a q that is copied out."""
+    num_groups, group = 2, 2
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(9, num_groups, group + 2, 64, generator=generator)
+    ranges = _ranges([0, 4, 9], [0, 4], [4, 9], 8)
+
+    def run(flat: bool) -> list[Tensor]:
+        leaf = qkv.clone().requires_grad_()
+        q, k, v = leaf[:, :, :group], leaf[:, :, group], leaf[:, :, group + 1]
+        q = q.flatten(1, 2) if flat else q
+        out = attention(q, k, v, ranges, implementation="triton").out
+        return [out.detach(), *torch.autograd.grad(out.cos().sum(), leaf)]
+
+    for first, second in zip(run(flat=True), run(flat=False), strict=True):
         assert torch.equal(first, second)
 
 

@@ -16,6 +16,8 @@ from phi4_kernels.attention import (
 )
 from torch import Tensor
 
+from tests.kernels import attention_checks
+
 DIM, SCALE = 16, 0.3
 
 
@@ -162,6 +164,22 @@ def test_a_document_of_one_token_is_its_value() -> None:
     assert max(dq.abs().max(), dk.abs().max()) < 1e-5
 
 
+def test_what_is_not_finite_stays_in_its_document() -> None:
+    attention_checks.what_is_not_finite_stays_in_its_document("torch")
+
+
+def test_queries_by_group_are_those_in_a_row() -> None:
+    q, k, v, dout = random_inputs(6, 6, (4, 2))
+    ranges, by_group = packed(2, 4), q.unflatten(1, (2, 2))
+    out, lse = attention(q, k, v, ranges)
+    assert torch.equal(attention(by_group, k, v, ranges).out, out)
+    flat = attention_backward(dout, q, k, v, out, lse, ranges)
+    grouped = attention_backward(dout, by_group, k, v, out, lse, ranges)
+    assert grouped[0].shape == by_group.shape
+    for first, second in zip(flat, grouped, strict=True):
+        assert torch.equal(first.flatten(), second.flatten())
+
+
 def test_strided_views_and_no_tokens() -> None:
     q, k, v, _ = random_inputs(6, 6, (4, 2))
     packed_qkv = torch.cat((q, k, v), dim=1)
@@ -214,6 +232,11 @@ BAD = {
         errors.DtypeError,
         "int64",
     ),
+    "groups that are not the keys'": (
+        lambda: attention(Q.unflatten(1, (1, 4)), K, V, RANGES),
+        errors.ShapeError,
+        "its groups are k's heads",
+    ),
     "heads that do not divide": (
         lambda: attention(Q[:, :3], K, V, RANGES),
         errors.ShapeError,
@@ -235,7 +258,7 @@ BAD = {
         r"\(3, 2",
     ),
     "rows and tokens apart": (
-        lambda: attention(Q[None], K, V, RANGES),
+        lambda: attention(Q[None], K[None], V[None], RANGES),
         errors.ShapeError,
         "flatten rows",
     ),

@@ -59,6 +59,15 @@ def test_long_documents_never_meet(interpreted: InterpretedProcess, dtype: str) 
     interpreted.call(f"{CHECKS}:long_documents_never_meet", dtype=dtype)
 
 
+def test_what_is_not_finite_stays_in_its_document(interpreted: InterpretedProcess) -> None:
+    check = f"{CHECKS}:what_is_not_finite_stays_in_its_document"
+    interpreted.call(check, implementation="triton")
+
+
+def test_queries_are_read_by_group(interpreted: InterpretedProcess) -> None:
+    interpreted.call(f"{CHECKS}:queries_are_read_by_group")
+
+
 def test_far_rows_are_addressed_in_64_bits(interpreted: InterpretedProcess) -> None:
     interpreted.call(f"{CHECKS}:far_rows_are_addressed_in_64_bits")
 

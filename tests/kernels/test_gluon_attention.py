@@ -5,13 +5,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from phi4_kernels import registry
-from phi4_kernels.attention import Ranges, attention_forward
+from phi4_kernels.attention import Ranges, attention_forward, once
 from phi4_kernels.attention.gluon_tiles import tiles
 from phi4_kernels.errors import DtypeError
 from phi4_kernels.testing import gates, numerics
 from phi4_kernels.testing.gluon_emulator import emulating
 from phi4_kernels.testing.gluon_machine import Schedule
 
+from tests.kernels import attention_checks
 from tests.kernels.gluon_problems import PROBLEMS, SCHEDULES, Problem, check, packed, run
 
 GRIDS = [1, 7, 66, 132]
@@ -76,6 +77,11 @@ def test_strided_inputs_are_read_in_place_or_copied(gap: int) -> None:
     assert torch.equal(out, run(problem)["out"])
 
 
+def test_what_is_not_finite_stays_in_its_document() -> None:
+    with emulating():
+        attention_checks.what_is_not_finite_stays_in_its_document("gluon")
+
+
 def test_fp32_is_refused() -> None:
     with emulating(), pytest.raises(DtypeError, match="expected bf16 or fp16"):
         run(Problem(packed(3), dtype=torch.float32))
@@ -113,14 +119,43 @@ def _pairs(size: int, others: int, offset: int, causal: bool, of_keys: bool) -> 
     return others - max(offset, 0) if of_keys else min(others, offset + size)
 
 
+def boundaries(ranges: Ranges) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return ranges.q_offsets, ranges.k_starts, ranges.k_ends
+
+
+TABLE = {"num_tokens": 130, "tile_rows": 128, "causal": True}
+
+
 def test_tiles_are_made_once_and_anew_when_boundaries_change() -> None:
     ranges = Ranges.of([0, 130], [0], [130])
-    where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
-    named = {"num_tokens": 130, "tile_rows": 128, "causal": True}
-    first = tiles(*where, **named)
-    assert tiles(*where, **named) is first
+    first = tiles(*boundaries(ranges), **TABLE)
+    assert tiles(*boundaries(ranges), **TABLE) is first
     ranges.k_ends[0] = 100
-    assert tiles(*where, **named)[0, 3] == 100
+    assert tiles(*boundaries(ranges), **TABLE)[0, 3] == 100
+
+
+def test_a_capture_neither_uses_nor_leaves_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay must make the tiles of its own boundaries."""
+    ranges = Ranges.of([0, 130], [0], [130])
+    first = tiles(*boundaries(ranges), **TABLE)
+    with monkeypatch.context() as patch:
+        patch.setattr(once, "_is_capturing", lambda tensor: True)
+        captured = tiles(*boundaries(ranges), **TABLE)
+    assert captured is not first and tiles(*boundaries(ranges), **TABLE) is first
+
+
+def test_a_new_ranges_sees_boundaries_that_were_overwritten_silently() -> None:
+    """As by the replay of a graph: no version counts the write."""
+    q, k, v = Problem(packed(6)).tensors()
+    offsets = torch.tensor([0, 2, 6], dtype=torch.int32)
+    with emulating():
+        attention_forward(q, k, v, Ranges.packed(offsets, 6), implementation="gluon")
+        offsets.data[1] = 5
+        again = Ranges.packed(offsets, 6)
+        out, _ = attention_forward(q, k, v, again, implementation="gluon")
+        fresh = Ranges.packed(offsets.clone(), 6)
+        expected, _ = attention_forward(q, k, v, fresh, implementation="gluon")
+    assert torch.equal(out, expected)
 
 
 GATES = [

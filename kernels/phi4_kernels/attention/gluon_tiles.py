@@ -1,15 +1,14 @@
 """Which 128 tokens a Hopper program visits next: all tiles of all ranges, the longest first.
 
 A table in device memory, because lengths live on the device: it is made by a dozen small kernels,
-without waiting for the device, and once per set of ranges. Queries before the first and after the
+without waiting for the device, and once per Ranges. Queries before the first and after the
 last range are ranges without keys, so that a kernel writes every row of its output.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from phi4_kernels.attention.once import once
 
 TILE_COLUMNS = 8
 """Of a tile: first token; tokens; first token of the other side's range; tokens of that range;
@@ -18,8 +17,6 @@ side that are not, plus the tile's place in its range. Then padding to 32 bytes.
 
 Of queries the offset is the last key that the first query sees; of keys it is the first query that
 sees the first key."""
-
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def tiles(
@@ -43,32 +40,27 @@ def tiles(
 
     Unused tiles are last, with no tokens on either side.
     """
-    settings = (num_tokens, tile_rows, causal, of_keys, _stream(q_offsets))
-    state = (k_starts.data_ptr(), k_ends.data_ptr())
-    state += tuple(tensor._version for tensor in (q_offsets, k_starts, k_ends))
-    made: dict[Any, Any] = _known.setdefault(q_offsets, {})
-    if made.get("state") != state:
-        made.clear()
-        made["state"] = state
-    if settings in made:
-        return made[settings]
+    settings = ("gluon", num_tokens, tile_rows, causal, of_keys)
+    boundaries = (q_offsets, k_starts, k_ends)
+    return once(boundaries, settings, lambda: _made(*boundaries, *settings[1:]))
+
+
+def _made(
+    q_offsets: Tensor,
+    k_starts: Tensor,
+    k_ends: Tensor,
+    num_tokens: int,
+    tile_rows: int,
+    causal: bool,
+    of_keys: bool,
+) -> Tensor:
     keys = (k_starts, k_ends - k_starts)
     if of_keys:
         queries = (q_offsets[:-1], q_offsets.diff())
-        table = _tiles(keys, queries, num_tokens, tile_rows, causal, True)
-    else:
-        queries = _with_outside(q_offsets, num_tokens)
-        keys = tuple(torch.nn.functional.pad(part, (1, 1)) for part in keys)
-        table = _tiles(queries, keys, num_tokens, tile_rows, causal, False)
-    # What a graph captures is only there when the graph runs.
-    if not (table.is_cuda and torch.cuda.is_current_stream_capturing()):
-        made[settings] = table
-    return table
-
-
-def _stream(tensor: Tensor) -> int:
-    """The stream whose kernels a table is ordered with."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+        return _tiles(keys, queries, num_tokens, tile_rows, causal, True)
+    queries = _with_outside(q_offsets, num_tokens)
+    keys = tuple(torch.nn.functional.pad(part, (1, 1)) for part in keys)
+    return _tiles(queries, keys, num_tokens, tile_rows, causal, False)
 
 
 def _with_outside(q_offsets: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:

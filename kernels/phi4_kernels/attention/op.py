@@ -49,8 +49,8 @@ def attention(
     """softmax(scale * q k^T) v within each range; differentiable in q, k and v.
 
     Args:
-        q: [T, N, D], bf16, fp16 or fp32 (computed in fp32, never TF32), contiguous in its last
-            dimension.
+        q: [T, N, D], or by group [T, K, N / K, D] (which rope_qkv gives; Triton reads it in place),
+            bf16, fp16 or fp32 (computed in fp32, never TF32), contiguous in its last dimension.
         k, v: [U, K, D], K a divisor of N: query heads n of one group n // (N / K) share a key head.
         ranges: which keys each query may see.
         causal: query j of a range of m queries and l keys sees its keys up to l - m + j, so the
@@ -72,6 +72,7 @@ def attention(
     scale = _checked(q, k, v, ranges, scale)
     name = dispatch.resolve("attention", implementation, q.device)
     _check_head_dim(q, name)
+    q = _for_implementation(q, name)
     where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
     longest = (ranges.max_queries, ranges.max_keys)
     return Attention(*_Attention.apply(q, k, v, *where, *longest, causal, scale, name))
@@ -92,6 +93,7 @@ def attention_forward(
     scale = _checked(q, k, v, ranges, scale)
     name = dispatch.resolve("attention", implementation, q.device)
     _check_head_dim(q, name)
+    q = _for_implementation(q, name)
     where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
     longest = (ranges.max_queries, ranges.max_keys)
     with torch.no_grad():
@@ -127,19 +129,23 @@ def attention_backward(
         DtypeError, ShapeError, DeviceError, ImplementationError, PositionError: as for attention.
     """
     scale = _checked(q, k, v, ranges, scale)
+    q_shape = q.shape
+    shape = (q.shape[0], q.shape[1:-1].numel(), q.shape[-1])
     for title, tensor in (("dout", dout), ("out", out)):
         expect_dtype("attention_backward", title, tensor, (q.dtype,))
-        expect_shape("attention_backward", title, tensor, tuple(q.shape), "shape it as q")
+        expect_shape("attention_backward", title, tensor, shape, "shape it as forward's out")
     expect_dtype("attention_backward", "lse", lse, (torch.float32,))
-    expect_shape("attention_backward", "lse", lse, tuple(q.shape[:2]), "pass forward's")
+    expect_shape("attention_backward", "lse", lse, shape[:2], "pass forward's")
     expect_same_device("attention_backward", q=q, dout=dout, out=out, lse=lse)
     name = dispatch.resolve("attention", implementation, q.device)
     _check_head_dim(q, name)
+    q = _for_implementation(q, name)
     tensors = (_unit_stride(dout), q, k, v, _unit_stride(out), lse.contiguous())
     where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
     longest = (ranges.max_queries, ranges.max_keys)
     with torch.no_grad():
-        return _backward(*tensors, *where, *longest, causal, scale, name)
+        dq, dk, dv = _backward(*tensors, *where, *longest, causal, scale, name)
+    return dq.view(q_shape), dk, dv
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float | None) -> float:
@@ -147,23 +153,27 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float | Non
     expect_dtype("attention", "q", q, FLOAT_DTYPES)
     for title, tensor in (("q", q), ("k", k), ("v", v)):
         expect_dtype("attention", title, tensor, (q.dtype,))
-        if tensor.dim() != 3:
+        if tensor.dim() != 3 and (title, tensor.dim()) != ("q", 4):
             raise ShapeError(
                 f"attention: {title} has shape {tuple(tensor.shape)}; expected [tokens, heads, "
                 "head_dim]; flatten rows and tokens into one dimension"
             )
-        if tensor.stride(2) != 1 and tensor.numel():
+        if tensor.stride(-1) != 1 and tensor.numel():
             raise ShapeError(
                 f"attention: {title} has strides {tensor.stride()}; expected a contiguous last "
                 "dimension; call .contiguous() before"
             )
-    num_heads, head_dim = q.shape[1:]
+    num_heads, head_dim = q.shape[1:-1].numel(), q.shape[-1]
     expect_shape("attention", "v", v, tuple(k.shape), "shape it as k")
     expect_shape("attention", "k", k, (*k.shape[:2], head_dim), "head_dim is q's")
     if not k.shape[1] or num_heads % k.shape[1] or not num_heads:
         raise ShapeError(
             f"attention: {num_heads} query heads over {k.shape[1]} key heads; expected a multiple; "
             "repeat or split the heads"
+        )
+    if q.dim() == 4:
+        expect_shape(
+            "attention", "q", q, (q.shape[0], k.shape[1], *q.shape[2:]), "its groups are k's heads"
         )
     expect_same_device("attention", q=q, k=k, v=v, ranges=ranges.q_offsets)
     on_host = q.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -178,11 +188,17 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float | Non
 
 
 def _check_head_dim(q: Tensor, name: str) -> None:
-    if name != "torch" and q.shape[2] not in HEAD_DIMS:
+    if name != "torch" and q.shape[-1] not in HEAD_DIMS:
         raise ShapeError(
-            f"attention: head_dim is {q.shape[2]}; expected one of {HEAD_DIMS} with "
+            f"attention: head_dim is {q.shape[-1]}; expected one of {HEAD_DIMS} with "
             f"implementation={name!r}; use 'torch', or pad q, k and v with zeros"
         )
+
+
+def _for_implementation(q: Tensor, name: str) -> Tensor:
+    """q as the implementation takes it: Triton by group too, the others [T, N, D] alone, which
+    copies a q that is a view into packed QKV."""
+    return q if name == "triton" or q.dim() == 3 else q.flatten(1, 2)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -219,6 +235,11 @@ class _Attention(torch.autograd.Function):
         return *gradients, *[None] * 8
 
 
+def _fake_forward(q: Tensor) -> tuple[Tensor, Tensor]:
+    flat = q if q.dim() == 3 else q.flatten(1, 2)
+    return _fake_like(flat), q.new_empty(flat.shape[:2], dtype=torch.float32)
+
+
 def _fake_like(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.shape)
 
@@ -229,7 +250,7 @@ _forward = register(
     "forward",
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_WHERE}, bool causal, float scale) "
     "-> (Tensor out, Tensor lse)",
-    lambda q, *others: (_fake_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)),
+    lambda q, *others: _fake_forward(q),
 )
 _backward = register(
     "attention",

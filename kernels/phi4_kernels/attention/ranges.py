@@ -21,6 +21,10 @@ class Ranges:
 
     Query ranges follow each other without gaps. Key ranges are in order and disjoint, and may
     leave gaps and be empty. Tokens outside of all ranges are allowed: such a query sees nothing.
+
+    Make one per micro-batch: implementations derive tables from it once and keep them as long as
+    it lives. Whoever overwrites boundaries without PyTorch's knowledge (a foreign kernel, `.data`,
+    the replay of a CUDA graph) makes a new Ranges of them.
     """
 
     q_offsets: Tensor
@@ -52,6 +56,8 @@ class Ranges:
         expect_same_device(
             "Ranges", q_offsets=self.q_offsets, k_starts=self.k_starts, k_ends=self.k_ends
         )
+        # A tensor object of this Ranges alone, by which implementations know it; see once.py.
+        object.__setattr__(self, "q_offsets", self.q_offsets.view(-1))
 
     @classmethod
     def packed(cls, cu_seqlens: Tensor, max_length: int) -> "Ranges":

@@ -106,8 +106,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
     """q [B, N, M, D], k and v [B, K, L, D] to out [B, N, M, D] and lse [B, N, M], fp32."""
     if q.device.type == "cpu":
         # In half precision it takes a coarse exp: its lse errs by 1e-5.
-        wide = (x.float() for x in (q, k, v))
-        return _aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, causal, scale=scale)
+        wide = tuple(x.float() for x in (q, k, v))
+        run = _aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = run(*wide, 0.0, causal, scale=scale)
+        # It hides a NaN in q: such a query gets a finite result.
+        marks = wide[0].mul(0.0).sum(-1)
+        return out.add_(marks.unsqueeze(-1)), lse.add_(marks)
     if _is_flash(q):
         return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from phi4_kernels.attention.triton_tiles import block, load, span
+from phi4_kernels.attention.triton_tiles import block, finite, load, load_rows, span
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -31,13 +31,16 @@ def _dq_block(
 ):
     k = load(k_ptr, key, last, stride_k, KEYS, DIM, PADDED, MASKED)
     v = load(v_ptr, key, last, stride_v, KEYS, DIM, PADDED, MASKED)
+    if MASKED:
+        # A key that is not finite has left its mark in lse2 or delta of the queries that see it.
+        k = finite(k)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     weights = tl.exp2(scores * scale_log2 - lse2[:, None])
-    if MASKED:
-        keys = key + tl.arange(0, KEYS)[None, :]
-        weights = tl.where((keys >= low[:, None]) & (keys < high[:, None]), weights, 0.0)
     dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
     dscores = weights * (dweights - delta[:, None])
+    if MASKED:
+        keys = key + tl.arange(0, KEYS)[None, :]
+        dscores = tl.where((keys >= low[:, None]) & (keys < high[:, None]), dscores, 0.0)
     return tl.dot(dscores.to(k.dtype), k, acc, input_precision="ieee")
 
 
@@ -60,6 +63,7 @@ def dq_kernel(
     scale_log2,
     scale,
     stride_q,
+    stride_q_group,
     stride_q_head,
     stride_k,
     stride_k_head,
@@ -73,6 +77,7 @@ def dq_kernel(
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    BORDER_STAGES: tl.constexpr,
 ):
     """dq, and for the other pass the lse in powers of 2 and delta = sum(dout * out)."""
     tile = tl.load(tiles_ptr) - 1 - tl.program_id(0) // num_heads
@@ -98,7 +103,7 @@ def dq_kernel(
     delta_ptr = rows_ptr + tl.cast(num_heads, tl.int64) * num_queries
     tl.store(delta_ptr + rows, delta, mask=is_own)
 
-    q_ptr += head * stride_q_head
+    q_ptr += head // group * stride_q_group + head % group * stride_q_head
     q = load(q_ptr, first_row, end_row, stride_q, QUERIES, DIM, PADDED, True)
     acc = tl.zeros((QUERIES, PADDED), tl.float32)
     for key in range(full, full_end, KEYS):
@@ -123,7 +128,8 @@ def dq_kernel(
             False,
         )
     before = (full - first) // KEYS
-    for border in range(0, before + tl.cdiv(tl.maximum(last - full_end, 0), KEYS)):
+    num_border = before + tl.cdiv(tl.maximum(last - full_end, 0), KEYS)
+    for border in tl.range(0, num_border, num_stages=BORDER_STAGES):
         key = tl.where(border < before, first, full_end - before * KEYS) + border * KEYS
         acc = _dq_block(
             q,
@@ -160,7 +166,7 @@ def _dkdv_block(
     dout_ptr,
     rows_ptr,
     delta_ptr,
-    head,
+    member,
     row,
     last,
     low,
@@ -176,18 +182,27 @@ def _dkdv_block(
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    head = tl.cast(head, tl.int64)
-    q_ptr += head * stride_q_head
-    dout_ptr += head * stride_dout_head
-    q = load(q_ptr, row, last, stride_q, QUERIES, DIM, PADDED, MASKED)
-    dout = load(dout_ptr, row, last, stride_dout, QUERIES, DIM, PADDED, MASKED)
+    """One block of the queries of one head, the group's `member`."""
+    member = tl.cast(member, tl.int64)
+    q_ptr += member * stride_q_head
+    dout_ptr += member * stride_dout_head
     rows = row + tl.arange(0, QUERIES)
-    rows_ptr += head * num_queries
-    delta_ptr += head * num_queries
+    rows_ptr += member * num_queries
+    delta_ptr += member * num_queries
     if MASKED:
         lse2 = tl.load(rows_ptr + rows, mask=rows < last, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=rows < last, other=0.0)
+        # A query with an inf or NaN in q, dout or a key it sees has one in lse2 or delta. It makes
+        # the gradients of its own keys NaN; as zeros it leaves those of the others alone.
+        is_finite = (tl.abs(lse2) < float("inf")) & (tl.abs(delta) < float("inf"))
+        lse2 = tl.where(is_finite, lse2, float("nan"))
+        delta = tl.where(is_finite, delta, 0.0)
+        kept = is_finite & (rows < last)
+        q = load_rows(q_ptr, row, kept, stride_q, QUERIES, DIM, PADDED)
+        dout = load_rows(dout_ptr, row, kept, stride_dout, QUERIES, DIM, PADDED)
     else:
+        q = load(q_ptr, row, last, stride_q, QUERIES, DIM, PADDED, False)
+        dout = load(dout_ptr, row, last, stride_dout, QUERIES, DIM, PADDED, False)
         lse2 = tl.load(rows_ptr + rows)
         delta = tl.load(delta_ptr + rows)
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
@@ -220,6 +235,7 @@ def dkdv_kernel(
     scale_log2,
     scale,
     stride_q,
+    stride_q_group,
     stride_q_head,
     stride_k,
     stride_k_head,
@@ -250,71 +266,38 @@ def dkdv_kernel(
 
     k_ptr += key_head * stride_k_head
     v_ptr += key_head * stride_v_head
-    k = load(k_ptr, first_key, end_key, stride_k, KEYS, DIM, PADDED, True)
-    v = load(v_ptr, first_key, end_key, stride_v, KEYS, DIM, PADDED, True)
+    is_seen = (keys < end_key) & (low < high)
+    k = load_rows(k_ptr, first_key, is_seen, stride_k, KEYS, DIM, PADDED)
+    v = load_rows(v_ptr, first_key, is_seen, stride_v, KEYS, DIM, PADDED)
     dk = tl.zeros((KEYS, PADDED), tl.float32)
     dv = tl.zeros((KEYS, PADDED), tl.float32)
+    q_ptr += key_head * stride_q_group
+    dout_ptr += key_head * group * stride_dout_head
+    rows_ptr += key_head * group * num_queries
     delta_ptr = rows_ptr + tl.cast(num_heads, tl.int64) * num_queries
     num_full = (full_end - full) // QUERIES
+    # The pipeline's prologue divides before the loop is known to run.
+    blocks = tl.maximum(num_full, 1)
     for step in range(0, group * num_full):
-        head = key_head * group + step // num_full
-        row = full + step % num_full * QUERIES
+        member = step // blocks
+        row = full + step % blocks * QUERIES
         dk, dv = _dkdv_block(
-            k,
-            v,
-            dk,
-            dv,
-            q_ptr,
-            dout_ptr,
-            rows_ptr,
-            delta_ptr,
-            head,
-            row,
-            last,
-            low,
-            high,
-            num_queries,
-            stride_q,
-            stride_q_head,
-            stride_dout,
-            stride_dout_head,
-            scale_log2,
-            QUERIES,
-            DIM,
-            PADDED,
-            False,
-        )
+            k, v, dk, dv, q_ptr, dout_ptr, rows_ptr, delta_ptr, member, row, last, low, high,
+            num_queries, stride_q, stride_q_head, stride_dout, stride_dout_head, scale_log2,
+            QUERIES, DIM, PADDED, False,
+        )  # fmt: skip
     before = (full - first) // QUERIES
     num_border = before + tl.cdiv(tl.maximum(last - full_end, 0), QUERIES)
+    blocks = tl.maximum(num_border, 1)
     for step in tl.range(0, group * num_border, num_stages=BORDER_STAGES):
-        head = key_head * group + step // num_border
-        border = step % num_border
+        member = step // blocks
+        border = step % blocks
         row = tl.where(border < before, first, full_end - before * QUERIES) + border * QUERIES
         dk, dv = _dkdv_block(
-            k,
-            v,
-            dk,
-            dv,
-            q_ptr,
-            dout_ptr,
-            rows_ptr,
-            delta_ptr,
-            head,
-            row,
-            last,
-            low,
-            high,
-            num_queries,
-            stride_q,
-            stride_q_head,
-            stride_dout,
-            stride_dout_head,
-            scale_log2,
-            QUERIES,
-            DIM,
-            PADDED,
-            True,
-        )
+            k, v, dk, dv, q_ptr, dout_ptr, rows_ptr, delta_ptr, member, row, last, low, high,
+            num_queries, stride_q, stride_q_head, stride_dout, stride_dout_head, scale_log2,
+            QUERIES, DIM, PADDED, True,
+        )  # fmt: skip
     mask = (keys < end_key)[:, None] & (tl.arange(0, PADDED)[None, :] < DIM)
     width = num_groups * DIM
     dk_ptrs = block(dk_ptr + key_head * DIM, first_key, width, KEYS, PADDED)

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from phi4_kernels import launch
 from phi4_kernels.attention import triton_backward
-from phi4_kernels.attention.triton_tiles import Tile, block, cut, load, span
+from phi4_kernels.attention.once import once
+from phi4_kernels.attention.triton_tiles import (
+    Tile,
+    Tiles,
+    block,
+    cut,
+    finite,
+    load,
+    row_marks,
+    span,
+)
 from phi4_kernels.errors import ShapeError
 from phi4_kernels.launch import Ladder
 
@@ -41,7 +51,7 @@ FORWARD: dict[str, Ladder] = {
 }
 DQ: dict[str, Ladder] = {
     "half": (Tile(512, 64, 4, rows=64), Tile(2**31, 64, 8, rows=128)),
-    "float": (Tile(2**31, 32, 4, rows=32),),
+    "float": (Tile(2**31, 16, 8, rows=16),),
 }
 DKDV: dict[str, Ladder] = {
     "half": (Tile(512, 32, 4, rows=64), Tile(2**31, 32, 8, rows=128, num_stages=3)),
@@ -75,18 +85,22 @@ def _attend(
 ):
     """One block of keys: online softmax in powers of 2."""
     k = load(k_ptr, key, last, stride_k, KEYS, DIM, PADDED, MASKED)
+    v = load(v_ptr, key, last, stride_v, KEYS, DIM, PADDED, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
+        # A value that is not finite makes the scores of the queries that see it NaN; as zeros it
+        # leaves the others alone.
+        marks = row_marks(v)
+        v = finite(v)
         keys = key + tl.arange(0, KEYS)[None, :]
         visible = (keys >= low[:, None]) & (keys < high[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
+        scores = tl.where(visible, scores + marks[None, :], float("-inf"))
     new = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
     # A query that has met no key yet must subtract a number.
     shift = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
     weights = tl.exp2(scores * scale_log2 - shift[:, None])
     decay = tl.exp2(largest - shift)
     total = total * decay + tl.sum(weights, 1)
-    v = load(v_ptr, key, last, stride_v, KEYS, DIM, PADDED, MASKED)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new, total
 
@@ -105,6 +119,7 @@ def _forward_kernel(
     group,
     scale_log2,
     stride_q,
+    stride_q_group,
     stride_q_head,
     stride_k,
     stride_k_head,
@@ -124,7 +139,7 @@ def _forward_kernel(
     rows = first_row + tl.arange(0, QUERIES)
     low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, rows, end_row, KEYS)
 
-    q_ptr += head * stride_q_head
+    q_ptr += head // group * stride_q_group + head % group * stride_q_head
     k_ptr += head // group * stride_k_head
     v_ptr += head // group * stride_v_head
     q = load(q_ptr, first_row, end_row, stride_q, QUERIES, DIM, PADDED, True)
@@ -174,12 +189,13 @@ def _forward_kernel(
             True,
         )
     is_own = rows < end_row
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    divisor = tl.where(total == 0.0, 1.0, total)
+    out = acc / divisor[:, None]
     dims = tl.arange(0, PADDED)[None, :]
     out_ptr = block(out_ptr + head * DIM, first_row, num_heads * DIM, QUERIES, PADDED)
     mask = is_own[:, None] & (dims < DIM)
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=mask)
-    lse = (largest + tl.log2(tl.where(total > 0, total, 1.0))) * _LN_2
+    lse = (largest + tl.log2(divisor)) * _LN_2
     tl.store(lse_ptr + rows.to(tl.int64) * num_heads + head, lse, mask=is_own)
 
 
@@ -192,14 +208,32 @@ def _pick(ladders: dict[str, Ladder], dtype: torch.dtype, longest: int) -> Tile:
 
 
 def _strides(**tensors: Tensor) -> tuple[int, ...]:
-    """Of tokens and heads. Within a tile of 128 tokens the kernels' offsets have 32 bits."""
+    """Of tokens, and of heads or groups and heads.
+
+    Within a tile of 128 tokens the kernels' offsets have 32 bits.
+    """
     for name, tensor in tensors.items():
         if tensor.stride(0) >= _MAX_STRIDE:
             raise ShapeError(
                 f"attention: {name} has strides {tensor.stride()}; expected under {_MAX_STRIDE} "
                 "elements from token to token; call .contiguous() before"
             )
-    return tuple(stride for tensor in tensors.values() for stride in tensor.stride()[:2])
+    return tuple(stride for tensor in tensors.values() for stride in tensor.stride()[:-1])
+
+
+def _by_group(q: Tensor, num_groups: int) -> Tensor:
+    """View of q [T, N, D] or [T, K, N / K, D] as the latter."""
+    return q if q.dim() == 4 else q.unflatten(1, (num_groups, -1))
+
+
+def _tiles(
+    where: tuple[Tensor, Tensor, Tensor], num_tokens: int, rows: int, causal: bool, of_keys: bool
+) -> Tiles:
+    q_offsets, k_starts, k_ends = where
+    queries, keys = (q_offsets[:-1], q_offsets[1:]), (k_starts, k_ends)
+    sides = (keys, queries) if of_keys else (queries, keys)
+    settings = ("triton", num_tokens, rows, causal, of_keys)
+    return once(where, settings, lambda: cut(num_tokens, *sides, rows, causal, of_keys))
 
 
 def forward(
@@ -215,14 +249,16 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See op.attention_forward."""
-    num_queries, num_heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    q = _by_group(q, k.shape[1])
+    num_queries, _, group, dim = q.shape
+    num_heads = k.shape[1] * group
+    out = torch.empty((num_queries, num_heads, dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_queries, num_heads), dtype=torch.float32, device=q.device)
     if not num_queries:
         return out, lse
     row = _pick(FORWARD, q.dtype, max_queries)
-    queries = q_offsets[:-1], q_offsets[1:]
-    tiles = cut(num_queries, queries, (k_starts, k_ends), row.rows, causal, of_keys=False)
+    where = q_offsets, k_starts, k_ends
+    tiles = _tiles(where, num_queries, row.rows, causal, of_keys=False)
     _forward_kernel[(tiles.limit * num_heads,)](
         q,
         k,
@@ -231,7 +267,7 @@ def forward(
         lse,
         *tiles[:3],
         num_heads,
-        num_heads // k.shape[1],
+        group,
         scale * _LOG2_E,
         *_strides(q=q, k=k, v=v),
         QUERIES=row.rows,
@@ -260,11 +296,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See op.attention_backward."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    num_queries, num_heads, dim = q.shape
+    q = _by_group(q, k.shape[1])
+    num_queries, _, group, dim = q.shape
+    num_heads = k.shape[1] * group
     # Of each head and query: lse / scale, and the part of dscores that all keys share.
     rows = torch.empty((2, num_heads, num_queries), dtype=torch.float32, device=q.device)
-    by_query, by_key = (q_offsets[:-1], q_offsets[1:]), (k_starts, k_ends)
-    group, strides = num_heads // k.shape[1], _strides(q=q, k=k, v=v, dout=dout)
+    where, strides = (q_offsets, k_starts, k_ends), _strides(q=q, k=k, v=v, dout=dout)
     constants = (
         num_heads,
         group,
@@ -275,7 +312,7 @@ def backward(
     )
     if num_queries:
         row = _pick(DQ, q.dtype, max_queries)
-        tiles = cut(num_queries, by_query, by_key, row.rows, causal, of_keys=False)
+        tiles = _tiles(where, num_queries, row.rows, causal, of_keys=False)
         triton_backward.dq_kernel[(tiles.limit * num_heads,)](
             dout,
             q,
@@ -290,13 +327,14 @@ def backward(
             *_strides(out=out),
             QUERIES=row.rows,
             KEYS=row.block,
+            BORDER_STAGES=row.border_stages,
             **_sizes(dim),
             num_warps=row.num_warps,
             num_stages=row.num_stages,
         )
     if k.shape[0]:
         row = _pick(DKDV, q.dtype, max_keys)
-        tiles = cut(k.shape[0], by_key, by_query, row.rows, causal, of_keys=True)
+        tiles = _tiles(where, k.shape[0], row.rows, causal, of_keys=True)
         triton_backward.dkdv_kernel[(tiles.limit * k.shape[1],)](
             dout,
             q,

@@ -74,6 +74,27 @@ def load(
 
 
 @triton.jit
+def load_rows(
+    ptr, first, kept, stride, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr
+):
+    """Rows [first, first + ROWS) of a [tokens, D] view; zeros where not `kept`."""
+    mask = kept[:, None] & (tl.arange(0, PADDED)[None, :] < DIM)
+    return tl.load(block(ptr, first, stride, ROWS, PADDED), mask=mask, other=0.0)
+
+
+@triton.jit
+def finite(x):
+    """`x` with zeros for infinities and NaN, because even a weight of 0 times those is NaN."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def row_marks(x):
+    """[rows]: 0, or NaN where a row holds an infinity or NaN."""
+    return tl.sum(x.to(tl.float32) * 0.0, 1)
+
+
+@triton.jit
 def span(lows_ptr, highs_ptr, tokens, end, BLOCK: tl.constexpr):
     """What a tile meets.
 

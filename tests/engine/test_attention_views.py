@@ -1,0 +1,52 @@
+"""Core attention reads the packed QKV that RoPE has rotated in place: nothing is copied on the way.
+
+One row per micro-batch; several are put one after the other, which copies whatever lies between.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from phi4_kernels.rope import QKVLayout
+
+from phi4.engine import attention
+from phi4.engine.attention import CoreAttention, Phi4SelfAttention
+
+LAYOUT = QKVLayout(2, 3, 8)
+LENGTH = 5
+
+
+def split_in_place(qkv: torch.Tensor, layout: QKVLayout, *_, **options: object) -> tuple:
+    """RoPE's kernel without the rotation."""
+    return layout.split(qkv)
+
+
+def test_queries_keys_and_values_are_views_of_qkv(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def attend(q, k, v, ranges, **options):
+        seen.extend((q, k, v))
+        return SimpleNamespace(out=torch.zeros(LENGTH, 6, 8))
+
+    monkeypatch.setattr(attention, "rope_qkv", split_in_place)
+    monkeypatch.setattr(attention, "attention", attend)
+    layer = SimpleNamespace(
+        implementation="triton",
+        num_query_groups_per_partition=2,
+        num_attention_heads_per_partition=6,
+        hidden_size_per_attention_head=8,
+    )
+    angles = SimpleNamespace(cos_PD2=None, sin_PD2=None)
+    documents = SimpleNamespace(
+        angles=angles, positions_T=None, one_per_row=False, visible=((None,),)
+    )
+    qkv = torch.randn(LENGTH, 1, LAYOUT.width)
+    parts = Phi4SelfAttention._rotate_and_split(layer, qkv, documents)
+    core = SimpleNamespace(
+        implementation="triton", context_group=SimpleNamespace(size=lambda: 1), scale=1.0
+    )
+    out = CoreAttention.forward(core, *parts, packed_seq_params=documents)
+    assert out.shape == (LENGTH, 1, 6 * 8)
+    assert [x.shape for x in seen] == [(LENGTH, 2, 3, 8), (LENGTH, 2, 8), (LENGTH, 2, 8)]
+    for view in seen:
+        assert view.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()

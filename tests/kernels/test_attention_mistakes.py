@@ -1,0 +1,83 @@
+"""Mistakes planted in the Triton kernels of attention: heads of other groups, and what is not
+finite outside of a query's range."""
+
+from collections.abc import Iterator
+
+import pytest
+from phi4_kernels.errors import GateError
+from phi4_kernels.testing.interpreted import InterpretedProcess
+
+GATE = "phi4_kernels.testing.gates:check_numbers"
+NEIGHBOURS = "tests.kernels.attention_checks:what_is_not_finite_stays_in_its_document"
+
+
+@pytest.fixture(scope="module")
+def planting() -> Iterator[InterpretedProcess]:
+    """A process of its own: a planted mistake may write where it should not."""
+    process = InterpretedProcess()
+    yield process
+    process.close()
+
+
+NOT_FINITE = {
+    "values of a neighbour are multiplied by 0": ("triton_impl.py", "v = finite(v)", "v = v"),
+    "values that are seen count as zeros": ("triton_impl.py", "scores + marks[None, :]", "scores"),
+    "keys of a neighbour are multiplied by 0": ("triton_backward.py", "k = finite(k)", "k = k"),
+    "queries of a neighbour are multiplied by 0": (
+        "triton_backward.py",
+        "kept = is_finite & (rows < last)",
+        "kept = rows < last",
+    ),
+    "delta of a neighbour is multiplied by 0": (
+        "triton_backward.py",
+        "delta = tl.where(is_finite, delta, 0.0)",
+        "delta = delta",
+    ),
+    "queries that are not finite count as zeros": (
+        "triton_backward.py",
+        'lse2 = tl.where(is_finite, lse2, float("nan"))',
+        "lse2 = tl.where(is_finite, lse2, 0.0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", NOT_FINITE)
+def test_what_is_not_finite_is_held_to_its_document(
+    planting: InterpretedProcess, mistake: str
+) -> None:
+    with pytest.raises(GateError, match="AssertionError"):
+        planting.call(
+            NEIGHBOURS, plant=("attention", *NOT_FINITE[mistake]), implementation="triton"
+        )
+
+
+OF_HEAD, OF_ANOTHER = "head // group * stride_k_head", "head % (num_heads // group) * stride_k_head"
+CASES = {
+    "another key head in the forward pass": (
+        ("triton_impl.py", OF_HEAD, OF_ANOTHER),
+        ("attention_forward", "decoding"),
+    ),
+    "another key head in dq": (
+        ("triton_backward.py", OF_HEAD, OF_ANOTHER),
+        ("attention_backward", "far-keys"),
+    ),
+    "another group's queries in dk and dv": (
+        ("triton_backward.py", "key_head * stride_q_group", "key_head * stride_q_head"),
+        ("attention_backward", "far-keys"),
+    ),
+    "gaps are multiplied by 0": (
+        ("triton_impl.py", "v = finite(v)", "v = v"),
+        ("attention_forward", "ranges"),
+    ),
+    "keys that nobody sees get a gradient": (
+        ("triton_backward.py", "(keys < end_key) & (low < high)", "keys < end_key"),
+        ("attention_backward", "far-keys"),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", CASES)
+def test_a_planted_mistake_turns_the_gate_red(planting: InterpretedProcess, mistake: str) -> None:
+    plant, (entry, case) = CASES[mistake]
+    with pytest.raises(GateError, match="error is"):
+        planting.call(GATE, plant=("attention", *plant), entry=entry, case=case, dtype="bf16")
