@@ -16,7 +16,7 @@ import torch.distributed as dist
 from phi4.engine.platform import Platform
 from phi4.errors import Phi4Error, PlatformError
 
-VISIBILITY_SECONDS = 45.0
+VISIBILITY_SECONDS = 40.0
 _POLL_SECONDS = 0.1
 
 Answer = TypeVar("Answer")
