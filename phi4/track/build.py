@@ -34,9 +34,9 @@ def open_trackers(
     if not is_writer:
         return Trackers(None, [], print)
     run_dir = Path(run.dir)
-    record = MetricsFile(run_dir / FILE_NAME, resume_step)
     console = ConsoleTracker(run.steps, resume_step)
     say = say or console.say
+    record = MetricsFile(run_dir / FILE_NAME, resume_step, say)
     views: list[Tracker] = [console]
     if tracking.mlflow:
         mlflow = MlflowTracker(

@@ -5,35 +5,46 @@ no NaN and no infinity; they are the strings "NaN", "Infinity" and "-Infinity", 
 Python and `Number` of JavaScript turn back.
 """
 
+import errno
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
-from phi4.errors import DataError
+from phi4.errors import DataError, DiskFullError
 from phi4.track.record import Status
 
 FILE_NAME = "metrics.jsonl"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class MetricsFile:
     """Writes a run's metrics.jsonl; a `Tracker`.
 
+    While the disk has no space, lines are kept in memory and written once it has: training costs
+    more than to wait for somebody who frees it.
+
     Args:
         path: created with its directory.
         resume_step: the step that training goes on from. What is recorded of later steps is cut
             off, for it happens again; 0 starts the file anew.
+        say: takes one line for the console.
 
     Raises:
         DataError: a line of the file is not a step's object.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
+    def __init__(
+        self, path: Path, resume_step: int = 0, say: Callable[[str], None] = print
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = path.open("ab")
+        # Unbuffered: what the disk did not take stays in `_unwritten`, in order.
+        self._file: BinaryIO = path.open("ab", buffering=0)
+        self._path, self._say = path, say
+        self._unwritten = b""
         self._last_step = -1
         size = 0
         if resume_step > 0:
@@ -48,16 +59,43 @@ class MetricsFile:
         """The recipe lies beside the file."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the step's line, at the latest when this returns."""
+        """Write the step's line before this returns, or keep it while the disk is full."""
         assert step > self._last_step, f"step {step} is logged after step {self._last_step}"
         self._last_step = step
         line = {"step": step, **{key: _to_json(value) for key, value in metrics.items()}}
-        self._file.write(msgspec.json.encode(line) + b"\n")
-        self._file.flush()
+        was_full = bool(self._unwritten)
+        self._unwritten += msgspec.json.encode(line) + b"\n"
+        self._write()
+        if bool(self._unwritten) != was_full:
+            self._say(
+                f"{self._path} has all steps again"
+                if was_full
+                else f"{self._path}: no space on the disk; steps are kept in memory, free some"
+            )
 
     def finish(self, status: Status) -> None:
-        """Close the file."""
+        """Close the file.
+
+        Raises:
+            DiskFullError: a finished run's lines do not fit on the disk.
+        """
+        self._write()
         self._file.close()
+        if self._unwritten and status == "finished":
+            raise DiskFullError(
+                f"{self._path}: no space for its last {len(self._unwritten)} bytes; free some and "
+                "start the run again from its last checkpoint"
+            )
+
+    def _write(self) -> None:
+        """Write as much as the disk takes."""
+        try:
+            while self._unwritten:
+                written = self._file.write(self._unwritten)
+                self._unwritten = self._unwritten[written:]
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

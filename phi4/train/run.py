@@ -10,9 +10,9 @@ from pathlib import Path
 
 from phi4.config import Recipe, dump_toml
 from phi4.data.tokenizer import TokenizerFacts, load_tokenizer
-from phi4.engine.agreement import decided_by_writer, done_by_all, wait_until_visible
+from phi4.engine.agreement import decided_by_writer, done_by_all
 from phi4.engine.checkpoint import (
-    find_checkpoint,
+    find_checkpoint_together,
     latest_checkpoint,
     load_checkpoint,
     verify_checkpoint,
@@ -150,9 +150,8 @@ def initialise_from(engine: Engine, place: Path, say: Say) -> None:
     Collectives: broadcasts of what rank 0 found, an all-gather of who sees it, and those of
     `load_checkpoint`.
     """
-    checkpoint = decided_by_writer(engine.platform, partial(find_checkpoint, place))
-    wait_until_visible(engine.platform, [checkpoint])
-    manifest = verify_checkpoint(engine, checkpoint)
+    checkpoint = find_checkpoint_together(engine.platform, place)
+    verified = verify_checkpoint(engine, checkpoint)
     shape = decided_by_writer(engine.platform, lambda: read_recipe(checkpoint).model)
     asked = engine.recipe.model
     # RoPE has no weights, so its base and the longest sequence may change: midtraining does that.
@@ -162,7 +161,7 @@ def initialise_from(engine: Engine, place: Path, say: Say) -> None:
             f"{checkpoint} holds a model of another shape than the recipe's; give the [model] "
             "table of its recipe.toml"
         )
-    load_checkpoint(engine, checkpoint, manifest, optimizer=False)
+    load_checkpoint(engine, checkpoint, verified, optimizer=False)
     say(f"initial weights from {checkpoint}")
 
 

@@ -1,14 +1,17 @@
 """metrics.jsonl survives a kill at any byte and holds every step once."""
 
+import errno
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi4.errors import DataError
+from phi4.errors import DataError, DiskFullError
 from phi4.track import MetricsFile, read_metrics
 
 
@@ -94,3 +97,45 @@ def test_damaged_line_is_refused_by_its_number(tmp_path, line):
 def test_missing_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_lines_that_a_full_disk_refuses_are_kept_and_written_in_order(tmp_path, monkeypatch):
+    said: list[str] = []
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", say=said.append)
+    disk = FullDisk(metrics._file, room=30)
+    monkeypatch.setattr(metrics, "_file", disk)
+    for step in range(1, 5):
+        metrics.log(step, {"loss": 1.0})
+    assert len(said) == 1 and "metrics.jsonl: no space" in said[0]
+    disk.room = 10_000
+    metrics.log(5, {"loss": 1.0})
+    assert said[1:] == [f"{tmp_path}/metrics.jsonl has all steps again"]
+    metrics.finish("finished")
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_finished_run_whose_lines_do_not_fit_is_an_error(tmp_path, monkeypatch, status):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", say=lambda _: None)
+    monkeypatch.setattr(metrics, "_file", FullDisk(metrics._file, room=0))
+    metrics.log(1, {"loss": 1.0})
+    # A run that failed has an error of its own to tell.
+    with pytest.raises(DiskFullError) if status == "finished" else nullcontext():
+        metrics.finish(status)
+
+
+class FullDisk:
+    """A file on a disk with `room` bytes left."""
+
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self._file, self.room = file, room
+
+    def write(self, content: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self._file.write(content[: self.room])
+        self.room -= written
+        return written
+
+    def close(self) -> None:
+        self._file.close()

@@ -14,7 +14,6 @@ from phi4.engine.checkpoint.saving import predicted_bytes, save_checkpoint
 from phi4.engine.checkpoint.search import (
     checkpoints_newest_first,
     find_checkpoint_together,
-    newest_checkpoint,
 )
 from phi4.engine.checkpoint.state import (
     host_memory_bytes,
@@ -35,7 +34,6 @@ __all__ = [
     "host_memory_bytes",
     "latest_checkpoint",
     "load_checkpoint",
-    "newest_checkpoint",
     "optimizer_format",
     "predicted_bytes",
     "predicted_gather_bytes",

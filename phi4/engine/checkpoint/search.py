@@ -6,28 +6,13 @@ can get two answers, take two paths, and wait for each other.
 
 from pathlib import Path
 
-from phi4.engine.agreement import decided_by_writer, wait_until_visible
+from phi4.engine.agreement import decided_by_writer
 from phi4.engine.checkpoint.directory import (
     complete_checkpoints,
     find_checkpoint,
     latest_checkpoint,
 )
-from phi4.engine.checkpoint.manifest import MANIFEST_NAME
 from phi4.engine.platform import Platform
-
-
-def newest_checkpoint(platform: Platform, root: Path) -> Path | None:
-    """`latest_checkpoint` of a `checkpoints` directory as rank 0 sees it, visible to every rank.
-
-    Raises:
-        PlatformError: a rank does not see it in time.
-
-    Collectives: one broadcast of a path and, if there is one, one all-gather, over all ranks.
-    """
-    found = decided_by_writer(platform, lambda: latest_checkpoint(root))
-    if found is not None:
-        wait_until_visible(platform, [found / MANIFEST_NAME])
-    return found
 
 
 def checkpoints_newest_first(platform: Platform, root: Path) -> list[Path]:
