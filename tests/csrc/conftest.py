@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from phi4_kernels import native
 
-from tests.csrc.host_forms import HostForms
+from tests.csrc.host_forms import HostForms, build_host_forms
 from tools import build_csrc
 
 
@@ -26,6 +26,17 @@ def loaded(built: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def forms(loaded: Path) -> HostForms:
-    """The host forms of the shipped arithmetic."""
-    return HostForms(loaded)
+def forms(tmp_path_factory: pytest.TempPathFactory) -> HostForms:
+    """The host forms of the shipped arithmetic, built alone: a fifth of the library's time."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH, and the host forms are built")
+    return build_host_forms(native.SOURCES, "*", tmp_path_factory.mktemp("forms") / "forms.so")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The library takes 20 CPU seconds to build, so whatever needs it is slow."""
+    for item in items:
+        is_here = item.path.parent == Path(__file__).parent
+        if is_here and "built" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)

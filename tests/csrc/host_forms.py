@@ -1,6 +1,7 @@
 """The host forms of csrc, called through its flat C interface from any build."""
 
 import ctypes as c
+import subprocess
 from pathlib import Path
 
 import torch
@@ -123,6 +124,14 @@ class HostForms:
     def tile_slot(self, row: int, column: int) -> int:
         """Where a tile keeps an element."""
         return self._library.phi4_fp8_tile_slot(row, column)
+
+
+def build_host_forms(source: Path, op: str, target: Path) -> HostForms:
+    """Compile the host forms of one op, or of all by "*", and nothing else, by nvcc."""
+    units = [str(path) for path in sorted(source.glob(f"{op}/*_host.cpp"))]
+    flags = ("-std=c++17", "-O1", "-Xcompiler", "-fPIC", "-shared")
+    subprocess.run(["nvcc", *flags, *units, "-o", str(target)], check=True)
+    return HostForms(target)
 
 
 class OnHost(HostForms):

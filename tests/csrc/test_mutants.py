@@ -1,7 +1,6 @@
 """Mistakes planted in the shipped arithmetic: each must be caught by the checks of its op."""
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from phi4_kernels import native
 from phi4_kernels.errors import GateError
 
 from tests.csrc import host_checks
-from tests.csrc.host_forms import HostForms
+from tests.csrc.host_forms import HostForms, build_host_forms
 
 DECAY = "old.param * f.decay"
 UPDATE = f"fmaf(-f.step_size, now.exp_avg / denominator, {DECAY})"
@@ -60,20 +59,12 @@ CHECKS = {
 }
 
 
-def build_host_form(op: str, source: Path, target: Path) -> HostForms:
-    """Compile the host form of one op alone, by nvcc."""
-    units = [str(path) for path in (source / op).glob("*_host.cpp")]
-    flags = ("-std=c++17", "-O1", "-Xcompiler", "-fPIC", "-shared")
-    subprocess.run(["nvcc", *flags, *units, "-o", str(target)], check=True)
-    return HostForms(target)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("op", "check"), CHECKS.items())
 def test_mutants_are_caught(op: str, check: Callable[[HostForms], None], tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH, and mutants are built")
-    check(build_host_form(op, native.SOURCES, tmp_path / "shipped.so"))
+    check(build_host_forms(native.SOURCES, op, tmp_path / "shipped.so"))
     survivors = []
     for name, (old, new) in MUTANTS[op].items():
         source = tmp_path / name.replace(" ", "-")
@@ -85,7 +76,7 @@ def test_mutants_are_caught(op: str, check: Callable[[HostForms], None], tmp_pat
         assert len(hit) == 1 and texts[hit[0]].count(old) == 1, f"{name}: cannot be planted"
         hit[0].write_text(texts[hit[0]].replace(old, new))
         try:
-            check(build_host_form(op, source, source.with_suffix(".so")))
+            check(build_host_forms(source, op, source.with_suffix(".so")))
         except (AssertionError, GateError):
             continue
         survivors.append(name)

@@ -227,7 +227,7 @@ def _marked(check: tuple[str, str, str]) -> ParameterSet:
     return pytest.param(*check, marks=pytest.mark.slow if slow else ())
 
 
-@pytest.mark.parametrize(("entry", "case", "dtype"), map(_marked, CHECKS))
+@pytest.mark.parametrize(("entry", "case", "dtype"), [*map(_marked, CHECKS)])
 def test_triton_obeys_the_error_rule(
     interpreted: InterpretedProcess, entry: str, case: str, dtype: str
 ) -> None:

@@ -13,7 +13,27 @@ from phi4.verify.parity import Comparison, compare, global_batch, micro_batches,
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, rendezvous
 
-STEPS = [pytest.param(4, id="4 steps"), pytest.param(10, id="10 steps", marks=pytest.mark.slow)]
+BRIEF = (
+    "recompute-full",
+    "tp2+sp",
+    "pp2-uneven",
+    "pp4-vpp2",
+    "cp2",
+    "dp2-overlapped",
+    "dp2xtp2",
+    "tp2xcp2+sp-ring",
+    "pp2xcp2-ring+recompute",
+)
+"""Every kind of parallelism, alone or with another; test-all and prove-parity run all layouts."""
+
+NAMES = {4: BRIEF, 10: tuple(LAYOUTS)}
+MARKS = {4: (), 10: pytest.mark.slow}
+STEPS = [pytest.param(steps, id=f"{steps} steps", marks=MARKS[steps]) for steps in NAMES]
+CASES = [
+    pytest.param(steps, name, id=f"{steps} steps-{name}", marks=MARKS[steps])
+    for steps, names in NAMES.items()
+    for name in names
+]
 
 
 class MeanOfMeans(NextToken):
@@ -60,16 +80,16 @@ def steps(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def work_dir(steps: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of one process and of every layout."""
+    """Results of one process and of the layouts."""
     directory = tmp_path_factory.mktemp("parity")
     with RankPool(1) as pool:
         pool.run(_run, (), steps, directory)
     with RankPool(4) as pool:
-        pool.run(_run, tuple(LAYOUTS), steps, directory)
+        pool.run(_run, NAMES[steps], steps, directory)
     return directory
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("steps", "name"), CASES, indirect=["steps"])
 def test_layout_equals_one_process(name: str, work_dir: Path) -> None:
     (result,) = _compared((name,), work_dir)
     assert result.passed, result
