@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from phi4.launch import ErrorReport, local
 from tests.support.waiting import LONG_SECONDS, wait_until
 
 # Far longer than any wait of these tests: a run that used it up would fail by LONG_SECONDS.
@@ -147,6 +149,18 @@ def test_killed_rank_is_named_and_not_the_peer_whose_connection_broke(launch):
     assert stderr.splitlines()[-2] == "last words"
     assert stderr.splitlines()[-1].startswith("rank 1 of 2 was killed by signal 9 (SIGKILL)")
     assert not run.survivors()
+
+
+def test_kill_that_is_seen_late_is_still_the_cause(capsys):
+    # On a busy machine the peer's report of the broken connection is older than that.
+    report = ErrorReport(0, 1000.0, "RuntimeError", "Connection closed by peer", "", False)
+    ended = [SimpleNamespace(returncode=1), SimpleNamespace(returncode=-signal.SIGKILL)]
+    workers = [
+        local._Worker(rank, process, None, 0, died_at=1000.0 + 60 * rank)
+        for rank, process in enumerate(ended)
+    ]
+    assert local._conclude(workers, [report], []) == 128 + signal.SIGKILL
+    assert capsys.readouterr().err.startswith("rank 1 of 2 was killed by signal 9")
 
 
 def test_crash_shows_where_and_gives_128_plus_the_signal(launch):

@@ -17,8 +17,9 @@ import pytest
 
 from tests.support.process_tree import child_seconds
 
-BUDGETS = Path(__file__).parents[1] / "cpu_budgets.toml"
-MEASURED = Path(__file__).parents[1] / "cpu_seconds.json"
+ROOT = Path(__file__).parents[2]
+BUDGETS = ROOT / "tests" / "cpu_budgets.toml"
+MEASURED = ROOT / "tests" / "cpu_seconds.json"
 
 FAILING_FACTOR = 1.5
 """A strict run fails beyond this multiple of a budget: processors and neighbours differ."""
@@ -194,11 +195,12 @@ class WriteMeasured:
         self._selection = selection
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Replace the selection's entry, unless tests failed."""
+        """Replace the entries of the files that ran, unless tests failed; drop files that went."""
         if session.exitstatus != pytest.ExitCode.OK:
             return
         measured = json.loads(MEASURED.read_text(encoding="utf-8"))
-        measured[self._selection] = self._report.seconds_per_file()
+        known = measured.get(self._selection, {}) | self._report.seconds_per_file()
+        measured[self._selection] = {file: known[file] for file in known if (ROOT / file).exists()}
         MEASURED.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

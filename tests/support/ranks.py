@@ -28,6 +28,9 @@ __all__ = ["RankError", "RankPool", "gloo_group", "rendezvous", "run_ranks"]
 _PRELOADED = ("tests.support.preloaded",)
 _ROOT = Path(__file__).parents[2]
 _GRACE_SECONDS = 1.0
+_LONGEST_GRACE_SECONDS = 5.0
+"""Peers of a broken rank that wait for it by polling are active for ever."""
+
 _STACK_SECONDS = 20.0
 _IDLE_SECONDS = 60.0
 _IDLE_SHARE = 0.01
@@ -144,7 +147,7 @@ class RankPool:
         return [outcomes[rank].value for rank in range(self.world_size)]
 
     def _receive_while_active(self, outcomes: dict[int, Outcome]) -> None:
-        activity = _Activity(self._workers, _GRACE_SECONDS)
+        activity = _Activity(self._workers, _GRACE_SECONDS, _LONGEST_GRACE_SECONDS)
         while len(outcomes) < self.world_size:
             if not self._receive(outcomes, activity.poll_seconds) and activity.has_ended():
                 return
@@ -190,7 +193,10 @@ def _settled_text(path: Path) -> str:
 class _Activity:
     """Whether ranks that have not returned still do something, by the processor time they use."""
 
-    def __init__(self, workers: list[_Worker], idle_seconds: float) -> None:
+    def __init__(
+        self, workers: list[_Worker], idle_seconds: float, longest_seconds: float = LONG_SECONDS
+    ) -> None:
+        self._longest_seconds = longest_seconds
         self._pids = [worker.process.pid for worker in workers]
         self._idle_seconds = idle_seconds
         self._used_seconds: float | None = None
@@ -203,7 +209,8 @@ class _Activity:
         least_seconds = _IDLE_SHARE * self._idle_seconds
         if self._used_seconds is None or abs(used_seconds - self._used_seconds) > least_seconds:
             self._used_seconds, self._idle_since = used_seconds, now
-        return now - self._idle_since > self._idle_seconds or now - self._begun > LONG_SECONDS
+        is_idle = now - self._idle_since > self._idle_seconds
+        return is_idle or now - self._begun > self._longest_seconds
 
 
 def _start(rank: int) -> _Worker:

@@ -106,17 +106,21 @@ def test_expensive_and_unknown_files_come_first() -> None:
     assert [item.nodeid for item in items] == [names[3], names[1], names[2], names[0]]
 
 
-def test_measured_seconds_replace_those_of_their_selection(
+def test_measured_seconds_replace_those_of_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "cpu_seconds.json"
-    path.write_text(json.dumps({"test": {"tests/old.py": 1.0}, "test-all": {"tests/x.py": 2.0}}))
+    before = {"tests/gone.py": 1.0, "tests/conftest.py": 4.0, "tests/support/skips.py": 5.0}
+    path.write_text(json.dumps({"test": before, "test-all": {"tests/x.py": 2.0}}))
     monkeypatch.setattr(cpu_seconds, "MEASURED", path)
-    report = report_of(data=10)
-    status = finished(report, data=3.0)
-    WriteMeasured(report, "test").pytest_sessionfinish(SimpleNamespace(exitstatus=status))
+    report = report_of(support=10)
+    spent = SimpleNamespace(nodeid="tests/support/skips.py::test_b", cpu_seconds=3.0)
+    report.pytest_runtest_logreport(spent)
+    for status in (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.OK):
+        assert json.loads(path.read_text())["test"] == before
+        WriteMeasured(report, "test").pytest_sessionfinish(SimpleNamespace(exitstatus=status))
     assert json.loads(path.read_text()) == {
-        "test": {"tests/data/test_a.py": 3.0},
+        "test": {"tests/conftest.py": 4.0, "tests/support/skips.py": 3.0},
         "test-all": {"tests/x.py": 2.0},
     }
 

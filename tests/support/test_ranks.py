@@ -75,6 +75,13 @@ def die_on(rank: int, world_size: int, guilty: int) -> None:
         dist.all_reduce(torch.zeros(1))
 
 
+def raise_while_the_peers_poll(rank: int, world_size: int, guilty: int) -> None:
+    if rank == guilty:
+        raise ValueError("the first cause")
+    while True:
+        time.sleep(0.001)
+
+
 def hang_on(rank: int, world_size: int, guilty: int) -> None:
     if rank == guilty:
         wait_for_nobody()
@@ -148,6 +155,12 @@ def test_raising_rank_is_blamed_with_its_traceback(pool: RankPool) -> None:
     assert failure.value.rank == 1
     assert "ValueError: the first cause" in str(failure.value)
     assert "in raise_on" in str(failure.value)
+
+
+@pytest.mark.timeout(300)
+def test_raising_rank_is_blamed_while_its_peer_polls_for_ever() -> None:
+    with pytest.raises(RankError, match="the first cause"):
+        run_ranks(2, raise_while_the_peers_poll, 1)
 
 
 def test_killed_rank_is_blamed_and_the_pool_recovers(pool: RankPool) -> None:

@@ -10,6 +10,7 @@ import mlflow
 import pytest
 
 from phi4.track import MetricsFile, MlflowTracker
+from tests.support.waiting import LONG_SECONDS
 
 PARAMS = {"run.seed": 1, "optim.learning_rate": 3e-4, "run.name": None, "data.sources": "x" * 9000}
 
@@ -17,7 +18,8 @@ PARAMS = {"run.seed": 1, "optim.learning_rate": 3e-4, "run.name": None, "data.so
 def follow(run_dir: Path, steps: range, status: str, *, params=PARAMS, **options) -> list[str]:
     """A run as the loop would drive it; gives what was said."""
     said: list[str] = []
-    settings = {"uri": None, "experiment": "tests", "run_name": "a run", "resume_step": 0} | options
+    settings = {"uri": None, "experiment": "tests", "run_name": "a run", "resume_step": 0}
+    settings |= {"patience_seconds": LONG_SECONDS, **options}
     tracker = MlflowTracker(run_dir, say=said.append, **settings)
     recipe = run_dir / "config.toml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,9 @@ def test_dead_server_neither_stops_nor_slows(tmp_path):
 
 def test_dead_server_is_named_without_its_password(tmp_path):
     address = f"127.0.0.1:{closed_port()}"
-    complaint, _ = follow(tmp_path, range(1, 3), "failed", uri=f"http://user:secret@{address}")
+    complaint, _ = follow(
+        tmp_path, range(1, 3), "failed", uri=f"http://user:secret@{address}", patience_seconds=1.0
+    )
     assert complaint.startswith(f"MLflow at http://{address}: MlflowException: ")
     assert "Connection refused" in complaint and "secret" not in complaint
 
