@@ -51,7 +51,8 @@ LAYOUTS = {
     ),
     "pp2": ("parallel.pipeline=2",),
 }
-SLOW = ("one process, full recompute",)
+# What reaches a kernel of tp2+sp and pp2 is as in one process, only narrower or fewer.
+SLOW = ("one process, full recompute", "tp2+sp", "pp2")
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS]
 
 
@@ -99,7 +100,13 @@ def test_every_call_of_the_ops_is_the_kernel(compared, layout):
         assert calls == {op: count for op, count in expected.items() if count}
 
 
-@pytest.mark.parametrize("fault", ["positions in the order of rows", "residual without attention"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "positions in the order of rows",
+        pytest.param("residual without attention", marks=pytest.mark.slow),
+    ],
+)
 def test_a_wrong_seam_is_found(compared, fault):
     (rank,) = compared("one process", fault)
     assert rank["loss_error"] > LOSS_TOLERANCE

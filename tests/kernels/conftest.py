@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
 
@@ -24,6 +25,12 @@ def interpreted() -> Iterator[InterpretedProcess]:
     process = InterpretedProcess()
     yield process
     process.close()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Inputs do not depend on which tests ran before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ from phi4_kernels.errors import GateError
 from phi4_kernels.testing import gates
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
+from tests.kernels.test_cross_entropy import MISTAKES as LOSS_MISTAKES
+
 CHECKS = [check for entry in registry.entries().values() for check in gates.names(entry)]
 GATE = "phi4_kernels.testing.gates:check_numbers"
 
@@ -221,10 +223,16 @@ MISTAKES = {
 }
 
 
+PLANTED = {mistake[3:] for mistake in MISTAKES.values()}
+PLANTED |= {mistake[2] for mistake in LOSS_MISTAKES.values()}
+FIRST = {(entry.name, entry.proof_cases[0].name) for entry in registry.entries().values()}
+
+
 def _marked(check: tuple[str, str, str]) -> ParameterSet:
-    """fp16 takes the same path as bf16: `make test` runs what a planted mistake needs of it."""
-    slow = check[2] == "fp16" and check not in [mistake[3:] for mistake in MISTAKES.values()]
-    return pytest.param(*check, marks=pytest.mark.slow if slow else ())
+    """`make test` interprets bf16, fp32 for an entry's first case, and what a mistake needs."""
+    entry, case, dtype = check
+    brief = dtype == "bf16" or (dtype == "fp32" and (entry, case) in FIRST) or check in PLANTED
+    return pytest.param(*check, marks=() if brief else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("entry", "case", "dtype"), [*map(_marked, CHECKS)])

@@ -26,14 +26,7 @@ BRIEF = (
 )
 """Every kind of parallelism, alone or with another; test-all and prove-parity run all layouts."""
 
-NAMES = {4: BRIEF, 10: tuple(LAYOUTS)}
-MARKS = {4: (), 10: pytest.mark.slow}
-STEPS = [pytest.param(steps, id=f"{steps} steps", marks=MARKS[steps]) for steps in NAMES]
-CASES = [
-    pytest.param(steps, name, id=f"{steps} steps-{name}", marks=MARKS[steps])
-    for steps, names in NAMES.items()
-    for name in names
-]
+STEPS = 4
 
 
 class MeanOfMeans(NextToken):
@@ -72,39 +65,46 @@ def _compared(names: tuple[str, ...], work_dir: Path) -> list[Comparison]:
     return [compare(case, reference_case(recipe), work_dir) for case in possible]
 
 
-@pytest.fixture(scope="module", params=STEPS)
-def steps(request: pytest.FixtureRequest) -> int:
-    """Optimizer steps of every layout."""
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def work_dir(steps: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _run_layouts(names: tuple[str, ...], steps: int, directory: Path) -> Path:
     """Results of one process and of the layouts."""
-    directory = tmp_path_factory.mktemp("parity")
     with RankPool(1) as pool:
         pool.run(_run, (), steps, directory)
     with RankPool(4) as pool:
-        pool.run(_run, NAMES[steps], steps, directory)
+        pool.run(_run, names, steps, directory)
     return directory
 
 
-@pytest.mark.parametrize(("steps", "name"), CASES, indirect=["steps"])
+@pytest.fixture(scope="module")
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_layouts(BRIEF, STEPS, tmp_path_factory.mktemp("parity"))
+
+
+@pytest.fixture(scope="module")
+def long_work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _run_layouts(tuple(LAYOUTS), 10, tmp_path_factory.mktemp("long_parity"))
+
+
+@pytest.mark.parametrize("name", BRIEF)
 def test_layout_equals_one_process(name: str, work_dir: Path) -> None:
     (result,) = _compared((name,), work_dir)
+    assert result.passed, result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_equals_one_process_for_ten_steps(name: str, long_work_dir: Path) -> None:
+    (result,) = _compared((name,), long_work_dir)
     assert result.passed, result
 
 
 @pytest.mark.parametrize(
     ("fault", "name"), [("mean of means", "dp2"), ("no norm all-reduce", "tp2+sp")]
 )
-def test_wrong_reduction_is_found(
-    fault: str, name: str, steps: int, work_dir: Path, tmp_path: Path
-) -> None:
+def test_wrong_reduction_is_found(fault: str, name: str, work_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "initial").symlink_to(work_dir / "initial")
     (tmp_path / "one_process").symlink_to(work_dir / "one_process")
     with RankPool(2) as pool:
-        pool.run(_run, (name,), steps, tmp_path, fault)
+        pool.run(_run, (name,), STEPS, tmp_path, fault)
     (result,) = _compared((name,), tmp_path)
     assert not result.passed, result
 
