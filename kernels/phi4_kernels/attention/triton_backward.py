@@ -292,7 +292,9 @@ def dkdv_kernel(
     for step in tl.range(0, group * num_border, num_stages=BORDER_STAGES):
         member = step // blocks
         border = step % blocks
-        row = tl.where(border < before, first, full_end - before * QUERIES) + border * QUERIES
+        # Counted from `first`: `before * QUERIES` would stay live across the loop above, which at
+        # D = 128 leaves no register free.
+        row = first + border * QUERIES + tl.where(border < before, 0, num_full * QUERIES)
         dk, dv = _dkdv_block(
             k, v, dk, dv, q_ptr, dout_ptr, rows_ptr, delta_ptr, member, row, last, low, high,
             num_queries, stride_q, stride_q_head, stride_dout, stride_dout_head, scale_log2,

@@ -47,7 +47,7 @@ FORWARD: dict[str, Ladder] = {
         Tile(512, 64, 4, rows=64, num_stages=3),
         Tile(2**31, 64, 8, rows=128, num_stages=3),
     ),
-    "float": (Tile(2**31, 16, 8, rows=32),),
+    "float": (Tile(2**31, 16, 8, rows=32, num_stages=3),),
 }
 DQ: dict[str, Ladder] = {
     "half": (Tile(512, 64, 4, rows=64), Tile(2**31, 64, 8, rows=128)),
