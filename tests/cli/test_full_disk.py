@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from tests.support.in_process import phi4, write_recipe
 from tests.support.ranks import RankPool
 from tests.support.runs import command
+from tests.support.waiting import LONG_SECONDS, wait_until
 
 PREDICTION = "phi4.engine.checkpoint.saving.predicted_bytes"
 TOO_MUCH = 1 << 60
@@ -73,7 +73,7 @@ def test_run_on_a_small_disk_goes_on_once_there_is_space(small_disk: Path, tmp_p
             latest = (small_disk / "run/checkpoints/latest").read_text().strip()
             assert (small_disk / "run/checkpoints" / latest / "manifest.json").is_file()
             ballast.unlink()
-            assert run.wait(timeout=250) == 0, out.read_text()
+            assert run.wait(timeout=LONG_SECONDS) == 0, out.read_text()
         finally:
             run.kill()
             run.wait()
@@ -89,8 +89,8 @@ def _fill(disk: Path, ballast: Path) -> None:
 
 
 def _wait_for(out: Path, text: str, meanwhile: Callable[[], None] = lambda: None) -> None:
-    deadline = time.monotonic() + 120
-    while text not in out.read_text():
+    def is_printed() -> bool:
         meanwhile()
-        assert time.monotonic() < deadline, out.read_text()
-        time.sleep(0.05)
+        return text in out.read_text()
+
+    wait_until(is_printed, f"{text!r} from the run")

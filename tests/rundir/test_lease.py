@@ -19,6 +19,7 @@ import pytest
 from phi4.errors import DiskFullError, OwnershipError, PlatformError
 from phi4.rundir import Lease, Process, held_lease, inherited_lease, require_free, this_process
 from phi4.rundir.lease import take_lease
+from tests.support.waiting import LONG_SECONDS
 
 HERE = this_process()
 ELSEWHERE = msgspec.structs.replace(HERE, host="other", pid=1)
@@ -179,7 +180,7 @@ def test_of_many_that_find_the_owner_dead_one_takes_over(tmp_path: Path) -> None
     racers = [fork.Process(target=compete, args=(tmp_path, start, winners)) for _ in range(8)]
     for racer in racers:
         racer.start()
-    results = [winners.get(timeout=60) for _ in racers]
+    results = [winners.get(timeout=LONG_SECONDS) for _ in racers]
     for racer in racers:
         racer.join()
     assert sorted(results, key=str) == [2, *[None] * 7]
