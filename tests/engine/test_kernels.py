@@ -29,7 +29,7 @@ from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.ranks import run_ranks
 
 OPS = ("rope", "rms_norm", "swiglu", "attention", "cross_entropy")
-STEPS, NUM_LAYERS = 2, 2
+STEPS, NUM_LAYERS = 1, 2
 RECIPE = (
     f"model.num_layers={NUM_LAYERS}",
     "data.sequence_length=16",

@@ -48,8 +48,10 @@ def fp32(pool: RankPool) -> list[float]:
     [
         (),
         ("parallel.tensor=2", "parallel.sequence=true", "parallel.distributed_optimizer=true"),
-        ("parallel.pipeline=2", "recompute.granularity='full'"),
-        ("parallel.context=2",),
+        pytest.param(
+            ("parallel.pipeline=2", "recompute.granularity='full'"), marks=pytest.mark.slow
+        ),
+        pytest.param(("parallel.context=2",), marks=pytest.mark.slow),
     ],
 )
 def test_bf16_stays_near_fp32(layout: tuple[str, ...], pool: RankPool, fp32: list[float]) -> None:

@@ -153,7 +153,7 @@ def test_killed_rank_is_named_and_not_the_peer_whose_connection_broke(launch):
 
 def test_kill_that_is_seen_late_is_still_the_cause(capsys):
     # On a busy machine the peer's report of the broken connection is older than that.
-    report = ErrorReport(0, 1000.0, "RuntimeError", "Connection closed by peer", "", False)
+    report = ErrorReport(0, 1000.0, "RuntimeError", "Connection closed by peer", "", False, 1)
     ended = [SimpleNamespace(returncode=1), SimpleNamespace(returncode=-signal.SIGKILL)]
     workers = [
         local._Worker(rank, process, None, 0, died_at=1000.0 + 60 * rank)

@@ -100,15 +100,26 @@ def test_rank_that_does_not_see_run_dir_is_named_before_anything_is_written(pool
     assert not (root / "run").exists()
 
 
+FILE_SYSTEM_QUESTIONS = (
+    "phi4.train.run.latest_checkpoint",
+    "phi4.train.run.first_state",
+    "phi4.train.run.read_recipe",
+    "phi4.train.checkpointing.read_recipe",
+    "phi4.train.checkpointing.read_state",
+    "phi4.engine.checkpoint.search.complete_checkpoints",
+    "phi4.engine.checkpoint.search.find_checkpoint",
+    "phi4.engine.checkpoint.search.latest_checkpoint",
+)
+
+
 def never(*_: object) -> None:
     raise AssertionError("a rank other than 0 asked the file system")
 
 
 def without_asking(rank: int, world_size: int, root: Path, overrides: tuple[str, ...]) -> str:
     with ExitStack() as stack:
-        for name in ("latest_checkpoint", "first_state", "find_checkpoint", "read_recipe"):
-            if rank == 1:
-                stack.enter_context(patch(f"phi4.train.run.{name}", never))
+        for name in FILE_SYSTEM_QUESTIONS if rank == 1 else ():
+            stack.enter_context(patch(name, never))
         return outcome(rank, root, (TWO_STAGES, *overrides))
 
 
