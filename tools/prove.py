@@ -26,6 +26,9 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "compile": ("phi4_kernels.testing", "compile"),
 }
 """Arguments of `python -m`."""
+DEMO_DATA = ROOT / "runs" / "demo" / "data"
+NEEDS_DEMO_DATA = ("resume",)
+"""Proofs whose recipe reads what `phi4 data demo` writes."""
 
 
 def run(name: str, command: tuple[str, ...]) -> dict[str, object]:
@@ -59,6 +62,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("name", choices=PROOFS)
     name = parser.parse_args().name
+    if name in NEEDS_DEMO_DATA and not DEMO_DATA.exists():
+        subprocess.run([sys.executable, "-m", "phi4", "data", "demo"], cwd=ROOT, check=True)
     row = run(name, PROOFS[name])
     append_row(ROWS, row)
     return 0 if row["passed"] else 1
