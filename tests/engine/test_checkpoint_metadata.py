@@ -1,5 +1,7 @@
 """The index of a checkpoint: parsed without running anything, refused when it is not ours."""
 
+import enum
+import io
 import pickle
 from collections.abc import Callable
 
@@ -43,6 +45,29 @@ def _index() -> Metadata:
 def test_index_is_read_as_torch_wrote_it() -> None:
     index = _index()
     assert parse_metadata(pickle.dumps(index), FILES) == index
+
+
+class _EarlyPython311(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value: object) -> object:
+        if isinstance(value, enum.Enum):
+            return getattr, (type(value), value.name)
+        return NotImplemented
+
+
+def test_index_of_an_early_python_3_11_is_read() -> None:
+    index, stream = _index(), io.BytesIO()
+    _EarlyPython311(stream, protocol=4).dump(index)
+    assert b"getattr" in stream.getvalue()
+    assert parse_metadata(stream.getvalue(), FILES) == index
+
+
+def test_getattr_is_not_called() -> None:
+    # Without what follows the call in `calling`: its result is what is loaded.
+    program = calling("builtins", "getattr", "x").partition(b"R")[0] + b"R."
+    with pytest.raises(CheckpointError, match="holds a getattr where a Metadata belongs"):
+        parse_metadata(program, FILES)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ _OPCODES = frozenset(
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
 _RECORD_NAMES = (
+    # Python 3.11.0 to 3.11.3 pickle a member of an enumeration as getattr(its class, its name).
+    ("builtins", "getattr"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
