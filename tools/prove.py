@@ -43,7 +43,8 @@ def run(name: str, command: tuple[str, ...]) -> dict[str, object]:
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
-            last_line = line.strip() or last_line
+            # The frame of a table says nothing.
+            last_line = line.strip() if any(map(str.isalnum, line)) else last_line
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
