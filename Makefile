@@ -36,7 +36,7 @@ test-all: test  ## test, then the slow and Slurm tests and conversion against tr
 	@OMP_NUM_THREADS=1 .venv-tf4/bin/python -m pytest tests/convert -m "not gpu" $(BY_FILE)
 
 prove-checkpoints: setup  ## damaged checkpoints execute nothing, each ends in one line
-	@.venv/bin/python -m tools.checkpoint_fuzz --mutants 500
+	@.venv/bin/python -m tools.checkpoint_fuzz --mutants 500 --json benchmarks/checkpoint_fuzz.jsonl
 
 prove-%: setup  ## a proof longer than its tests: parity leak resume kernels compile
 	@.venv/bin/python -m tools.prove $*
