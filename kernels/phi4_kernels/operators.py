@@ -40,7 +40,7 @@ def define(name: str, signature: str, launch: Callable[..., Any], fake: Callable
     """Define `phi4::<name><signature>` for CPU and CUDA tensors.
 
     torch counts the versions of what its own operators overwrite. Here the count is raised by hand,
-    so that whoever saved such a tensor for backward gets torch's error and not a wrong gradient.
+    so that code that saved such a tensor for backward gets torch's error, not a wrong gradient.
 
     Returns:
         The operator's default overload.

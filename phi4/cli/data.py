@@ -205,7 +205,9 @@ def _show_pair(pair: TokenFile) -> None:
         if count:
             typer.echo(f"{2**exponent:>9,} to {2 ** (exponent + 1) - 1:>9,} tokens: {count:,}")
     if pair.learnt is not None:
-        typer.echo(f"{np.count_nonzero(pair.learnt) / pair.num_tokens:.1%} of them are learnt")
+        typer.echo(
+            f"{np.count_nonzero(pair.learnt) / pair.num_tokens:.1%} of them count in the loss"
+        )
     typer.echo(f"tokenizer {manifest.tokenizer_fingerprint}, {manifest.vocab_size} ids")
 
 

@@ -174,7 +174,7 @@ def filter_command(
         remedy = f"{look}, then take a reference that is like the inputs, or raise --accept-share"
     else:
         remedy = (
-            "normal was learnt from the inputs themselves, which is wrong where many of them are "
+            "normal was learned from the inputs themselves, which is wrong where many of them are "
             f"corrupted; {look}, then give --reference FILE of good text, or raise --accept-share"
         )
     screened = screen(

@@ -12,6 +12,7 @@ import pytest
 from tests.support.in_process import phi4, write_recipe
 from tests.support.ranks import RankPool
 from tests.support.runs import command
+from tests.support.small_disk import mounted_small_disk
 from tests.support.waiting import LONG_SECONDS, wait_until
 
 PREDICTION = "phi4.engine.checkpoint.saving.predicted_bytes"
@@ -53,12 +54,8 @@ def test_run_whose_last_step_is_not_saved_has_not_finished(pool: RankPool, tmp_p
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], check=True)
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with mounted_small_disk(tmp_path / "disk") as place:
+        yield place
 
 
 @pytest.mark.slow

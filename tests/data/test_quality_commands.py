@@ -135,7 +135,7 @@ def test_filter_that_learnt_from_corrupted_inputs_keeps_nothing(
     mixed = rows(tmp_path / "mixed.jsonl", *passages, *garbage)
     refusal = (
         rf"{len(passages)} of {3 * len(passages)} texts would be quarantined as corrupted "
-        r"\(\d+ .*compression ratio.*\), accepted are 10%; nothing was kept: normal was learnt "
+        r"\(\d+ .*compression ratio.*\), accepted are 10%; nothing was kept: normal was learned "
         r"from the inputs .*quarantine\.rejects\.part, then give --reference .*--accept-share"
     )
     with pytest.raises(DataError, match=refusal):

@@ -2,7 +2,6 @@
 
 import errno
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from phi4.errors import Phi4Error
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.ranks import RankPool
+from tests.support.small_disk import mounted_small_disk
 
 SAVING = "phi4.engine.checkpoint.saving"
 MEGATRON = "megatron.core.dist_checkpointing"
@@ -141,12 +141,8 @@ def test_prediction_is_never_too_small(form, overrides, pool: RankPool, tmp_path
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], check=True)
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with mounted_small_disk(tmp_path / "disk") as place:
+        yield place
 
 
 def _fill_and_save(rank: int, world_size: int, disk: Path, free: list[int]) -> list[str]:

@@ -28,7 +28,7 @@ Identify = Callable[[str], str]
 """A text in, the code of its language out."""
 
 ACCEPTED_SHARE = 0.1
-"""Corruption is rare in text that is worth filtering; a larger share says that normal was learnt
+"""Corruption is rare in text that is worth filtering; a larger share says that normal was learned
 from the wrong text."""
 _LEARNT_ROWS_PER_FILE = 5_000
 _LEARNT_ROWS = 50_000
