@@ -24,18 +24,14 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from phi4.config import Recipe, dump_toml
-from phi4.engine.checkpoint import (
-    check_recipe,
-    load_checkpoint,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.platform import connect, disconnect
 from phi4.errors import Phi4Error
+from phi4.rundir.manifest import check_recipe
+from phi4.rundir.state import read_recipe, read_state
 from phi4.stages.pretrain import NextToken
 from phi4.track.provenance import append_row, provenance
-from phi4.train.checkpointing import read_recipe, read_state
 from tests.support.engines import batches_of, tiny_recipe
 from tests.support.hostile import ATTACKS, read_index, sign, write_index
 

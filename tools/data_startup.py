@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from phi4.config import DataConfig, SourceConfig
-from phi4.data.loader import Loader
-from phi4.data.manifest import Manifest, encode_manifest, manifest_path
-from phi4.data.token_file import index_bytes
-from phi4.data.token_writer import TokenFileWriter
-from phi4.data.tokenizer import TokenizerFacts
+from phi4.data.files.manifest import ShardManifest, encode_manifest, manifest_path
+from phi4.data.files.token_file import index_bytes
+from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.stream.loader import Loader
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
 
 FACTS = TokenizerFacts(vocab_size=100_352, eod_id=100_257, pad_id=100_349, fingerprint="0" * 64)
 BLEND = {"web": 0.15, "rewrites": 0.15, "synthetic": 0.4, "code": 0.2, "acquired": 0.1}
@@ -86,7 +86,7 @@ def write_dense(root: Path) -> None:
 
 
 def _write_manifest(prefix: str, num_documents: int, num_tokens: int) -> None:
-    manifest = Manifest(
+    manifest = ShardManifest(
         tokenizer_fingerprint=FACTS.fingerprint,
         vocab_size=FACTS.vocab_size,
         num_documents=num_documents,

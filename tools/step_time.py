@@ -25,7 +25,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi4.config import Recipe, with_overrides
 from phi4.convert.hf_config import hf_config
-from phi4.data.batch import Batch, build_batch
+from phi4.data.stream.batch import Batch, build_batch
 from phi4.engine import step as engine_steps
 from phi4.engine.engine import Engine
 from phi4.engine.platform import connect, disconnect

@@ -30,11 +30,11 @@ import numpy as np
 import tiktoken
 
 from phi4.config import TokenizerConfig
-from phi4.data.inputs import find_inputs
-from phi4.data.token_merge import merge_runs
-from phi4.data.token_plan import make_plan
-from phi4.data.tokenize import tokenize_parts
-from phi4.data.tokenizer import SPLIT_PATTERN, load_tokenizer
+from phi4.data.files.inputs import find_inputs
+from phi4.data.tokenize.job import tokenize_parts
+from phi4.data.tokenize.merge import merge_runs
+from phi4.data.tokenize.plan import make_plan
+from phi4.data.vocabulary.tokenizer import SPLIT_PATTERN, load_tokenizer
 
 CONFIG = TokenizerConfig()
 NUM_FILES = 8

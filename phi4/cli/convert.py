@@ -31,8 +31,8 @@ def to_hf(
 
     def body(worker: WorkerEnvironment) -> None:
         from phi4.convert.checkpoint import export_checkpoint
-        from phi4.engine.checkpoint import find_checkpoint
         from phi4.engine.platform import disconnect
+        from phi4.rundir.checkpoints import find_checkpoint
 
         found = find_checkpoint(checkpoint)
         platform = join(worker, "cpu", threads=1)

@@ -12,17 +12,17 @@ import typer
 from phi4.cli import data_ledger, data_quality
 from phi4.cli.file_errors import FileErrorsGroup
 from phi4.config import TokenizerConfig
-from phi4.data.adopt import adopt as adopt_pair
-from phi4.data.demo import build_demo
-from phi4.data.inputs import find_inputs
-from phi4.data.manifest import manifest_path, read_manifest
-from phi4.data.sources import shard_prefixes
-from phi4.data.token_file import TokenFile
-from phi4.data.token_merge import merge_runs
-from phi4.data.token_plan import make_plan
-from phi4.data.token_work import is_finished
-from phi4.data.tokenize import Progress, tokenize_parts
-from phi4.data.tokenizer import Tokenizer, load_tokenizer
+from phi4.data.demo.corpus import build_demo
+from phi4.data.files.adopt import adopt as adopt_pair
+from phi4.data.files.inputs import find_inputs
+from phi4.data.files.manifest import manifest_path, read_manifest
+from phi4.data.files.token_file import TokenFile
+from phi4.data.stream.sources import shard_prefixes
+from phi4.data.tokenize.job import TokenizeProgress, tokenize_parts
+from phi4.data.tokenize.merge import merge_runs
+from phi4.data.tokenize.parts import is_finished
+from phi4.data.tokenize.plan import make_plan
+from phi4.data.vocabulary.tokenizer import Tokenizer, load_tokenizer
 from phi4.errors import ConfigError, DataError
 
 app = typer.Typer(
@@ -254,7 +254,7 @@ def _shard(text: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _show_progress(progress: Progress) -> None:
+def _show_progress(progress: TokenizeProgress) -> None:
     line = (
         f"{progress.done_bytes / max(1, progress.total_bytes):6.1%}  "
         f"{progress.num_tokens:,} tokens, {progress.num_tokens / progress.seconds:,.0f} tokens/s, "

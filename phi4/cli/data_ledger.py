@@ -1,20 +1,18 @@
 """`phi4 data ledger` and `phi4 data why`: what a run was fed, from its checkpoints alone."""
 
-import ast
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 
-from phi4.config import Recipe, parse_recipe, recipe_from_toml
-from phi4.data.ledger import BlendEntry, LedgerState, parse_state
-from phi4.data.loader import Loader
-from phi4.data.replay import rewind, units_by_blend
-from phi4.data.tokenizer import load_tokenizer
-from phi4.errors import CheckpointError, ConfigError
-from phi4.train.ledger_record import recorded_counts
-from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState
+from phi4.data.stream.ledger import BlendEntry, LedgerState, parse_state
+from phi4.data.stream.loader import Loader
+from phi4.data.stream.replay import rewind, units_by_blend
+from phi4.data.vocabulary.tokenizer import load_tokenizer
+from phi4.errors import ConfigError
+from phi4.rundir.history import read_history
+from phi4.rundir.ledger_log import recorded_counts
 
 Run = Annotated[Path, typer.Argument(help="Directory of a run.")]
 Step = Annotated[int, typer.Option(min=1, help="Optimizer step; the first one is 1.")]
@@ -34,11 +32,12 @@ def ledger(run: Run) -> None:
     A run with `data.continue_from` goes on with the ledger of another one: what was drawn before it
     is shown as such, and epochs count from the beginning of the ledger.
     """
-    recipe, state = _checkpoints(run)[-1]
+    history = read_history(run)
+    state = history.state
     book = parse_state(state.data)
     ends = [*book.blends[1:], _as_blend(book)]
     units = units_by_blend(book)
-    before = sum(units) - _units_since(recipe, state, 1)
+    before = sum(units) - history.units_since(1)
     for number, (begin, end) in enumerate(zip(book.blends, ends, strict=True), start=1):
         _print_blend(book, number, begin, end)
         if before > 0:
@@ -53,18 +52,18 @@ def ledger(run: Run) -> None:
 
 def why(run: Run, step: Step, sample: Sample, show: Show = False) -> None:
     """Source, shard, document and offset behind a sample of a training step."""
-    checkpoints = _checkpoints(run)
-    recipe, state = checkpoints[-1]
+    history = read_history(run)
+    state = history.state
     if step > state.step:
         raise ConfigError(f"step {step} asked; the run's newest checkpoint is of step {state.step}")
-    then = recipe_at(recipe, state, step)
+    then = history.recipe_at(step)
     if sample >= then.batch.global_batch_size:
         raise ConfigError(
             f"sample {sample} asked; step {step} had {then.batch.global_batch_size}, from 0"
         )
     tokenizer = load_tokenizer(then.tokenizer)
-    earlier = [parse_state(other.data) for _, other in checkpoints[:-1] if other.step < step]
-    units = _units_since(recipe, state, step)
+    earlier = [parse_state(old.data) for old in history.earlier if old.data and old.step < step]
+    units = history.units_since(step)
     recorded = recorded_counts(run, step - 1)
     start, between = rewind(parse_state(state.data), units, earlier, recorded)
     loader = Loader(then.data, tokenizer.facts, then.run.seed, msgspec.to_builtins(start))
@@ -74,58 +73,6 @@ def why(run: Run, step: Step, sample: Sample, show: Show = False) -> None:
     if show:
         row = loader.row(sample)
         typer.echo(f"---\n{tokenizer.decode(row.tokens[0])}")
-
-
-def recipe_at(recipe: Recipe, state: RunState, step: int) -> Recipe:
-    """The recipe that a step ran under.
-
-    Args:
-        recipe: of the newest checkpoint.
-        state: of the same; its history is undone back to the step.
-        step: from 1.
-    """
-    tree = recipe.model_dump(mode="json", exclude_none=True)
-    for change in reversed(state.history):
-        if change.step >= step:
-            section, key = change.key.split(".")
-            old = ast.literal_eval(change.old)
-            tree[section] |= {key: old}
-            if old is None:
-                del tree[section][key]
-    # The files lie where they lie now, wherever they lay then.
-    places = {source.name: source.path for source in recipe.data.sources}
-    for source in tree["data"]["sources"]:
-        source["path"] = places.get(source["name"], source["path"])
-    return parse_recipe(tree, where=f"the recipe of step {step}")
-
-
-def _units_since(recipe: Recipe, state: RunState, step: int) -> int:
-    """Units of the stream that the steps from `step` to the checkpoint took."""
-    begins = sorted({step, *(c.step + 1 for c in state.history if step <= c.step < state.step)})
-    units = 0
-    for begin, end in zip(begins, [*begins[1:], state.step + 1], strict=True):
-        then = recipe_at(recipe, state, begin)
-        row_units = then.data.sequence_length // then.data.unit_tokens
-        units += (end - begin) * then.batch.global_batch_size * row_units
-    return units
-
-
-def _checkpoints(run: Path) -> list[tuple[Recipe, RunState]]:
-    """Recipe and state of each checkpoint up to the one that `latest` names, by step."""
-    root = run / "checkpoints"
-    try:
-        newest = (root / "latest").read_text().strip()
-    except OSError:
-        raise CheckpointError(f"{run} holds no checkpoint; give the directory of a run") from None
-    found = []
-    for path in sorted(root.glob("step_*")):
-        if path.name > newest:
-            continue
-        recipe = recipe_from_toml((path / RECIPE_FILE).read_text(), where=str(path / RECIPE_FILE))
-        found.append((recipe, RunState.from_json((path / STATE_FILE).read_text())))
-    if not found or found[-1][1].data is None:
-        raise CheckpointError(f"{root / newest} keeps no ledger; the run has not drawn anything")
-    return found
 
 
 def _as_blend(book: LedgerState) -> BlendEntry:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from phi4.data.decontaminate import (
+from phi4.data.screens.decontaminate import (
     NORMALISATIONS,
     Detector,
     Item,
@@ -15,21 +15,21 @@ from phi4.data.decontaminate import (
     learn_allowed,
     read_benchmarks,
 )
-from phi4.data.decontaminate.items import self_test_text
-from phi4.data.decontaminate.rule import default_thresholds
-from phi4.data.decontaminate.run import Tally
-from phi4.data.decontaminate.self_test import report, run_self_test
-from phi4.data.quality.filter import (
+from phi4.data.screens.decontaminate.rule import default_thresholds
+from phi4.data.screens.decontaminate.run import Tally
+from phi4.data.screens.decontaminate.self_test.items import self_test_text
+from phi4.data.screens.decontaminate.self_test.run import report, run_self_test
+from phi4.data.screens.quality.filter import (
     ACCEPTED_SHARE,
     CorruptionLimit,
     Filter,
     learn_from_rows,
     load_identify,
 )
-from phi4.data.quality.inputs import list_inputs
-from phi4.data.quality.outputs import QUARANTINE
-from phi4.data.quality.rows import RowFormat, parse, read_lines, text_of
-from phi4.data.quality.screen import MAX_BAD_ROWS, Rule, Screened, screen
+from phi4.data.screens.quality.inputs import list_inputs
+from phi4.data.screens.quality.outputs import QUARANTINE
+from phi4.data.screens.quality.rows import RowFormat, parse, read_lines, text_of
+from phi4.data.screens.quality.screen import MAX_BAD_ROWS, Rule, Screened, screen
 from phi4.errors import DataError
 
 _INPUTS_HELP = "JSON Lines, plain or compressed, parquet, directories of them."
@@ -120,7 +120,7 @@ def deduplicate_command(
 ) -> None:
     """Keep the first of equal and of nearly equal rows."""
     # The libraries belong to an extra; the other commands work without them.
-    from phi4.data.quality.duplicates import Duplicates
+    from phi4.data.screens.quality.duplicates import Duplicates
 
     start = time.monotonic()
     duplicates = Duplicates(None if exact else similarity)

@@ -15,6 +15,8 @@ import typer
 from phi4.config import SourceConfig, load_recipe
 from phi4.errors import Phi4Error
 from phi4.rundir import require_free
+from phi4.rundir.checkpoints import find_checkpoint
+from phi4.rundir.names import METRICS_FILE
 
 RECIPE = "examples/recipes/tiny_pretrain.toml"
 MIDTRAIN = "examples/recipes/tiny_midtrain.toml"
@@ -128,15 +130,15 @@ def _moved(path: str, out: Path) -> Path:
 def _draw(run: Path) -> Path:
     from phi4.track import draw_losses
 
-    return draw_losses(run / "metrics.jsonl", run / "loss.png")
+    return draw_losses(run / METRICS_FILE, run / "loss.png")
 
 
 def _conclude(data: Path, run: Path, picture: Path, seconds: float) -> float:
-    from phi4.track import read_metrics
+    from phi4.rundir.step_log import read_metrics
 
     unigram = json.loads((data / "corpus.json").read_text())["unigram_entropy_nats"]
     held_out = [
-        m["held_out_loss"] for m in read_metrics(run / "metrics.jsonl") if "held_out_loss" in m
+        m["held_out_loss"] for m in read_metrics(run / METRICS_FILE) if "held_out_loss" in m
     ]
     gain = unigram - held_out[-1]
     typer.secho(f"\nDone in {seconds:.0f} s.", bold=True)
@@ -144,10 +146,9 @@ def _conclude(data: Path, run: Path, picture: Path, seconds: float) -> float:
         f"held-out loss {held_out[-1]:.3f}, {gain:.3f} nats below the unigram entropy "
         f"{unigram:.3f} of the training tokens"
     )
-    latest = (run / "checkpoints" / "latest").read_text().strip()
-    typer.echo(f"metrics     {run / 'metrics.jsonl'}")
+    typer.echo(f"metrics     {run / METRICS_FILE}")
     typer.echo(f"loss curve  {picture}")
-    typer.echo(f"checkpoint  {run / 'checkpoints' / latest}")
+    typer.echo(f"checkpoint  {find_checkpoint(run)}")
     typer.echo(f"MLflow      mlflow ui --backend-store-uri sqlite:///{run.parent / 'mlflow.db'}")
     if gain < NATS_BELOW_UNIGRAM:
         raise Phi4Error(

@@ -4,7 +4,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-from phi4.data.atomic_files import file_error
+from phi4.data.files.atomic_files import file_error
 
 
 class FileErrorsGroup(TyperGroup):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phi4.config import Recipe, check
-from phi4.data.tokenizer import Tokenizer, load_tokenizer
+from phi4.data.vocabulary.tokenizer import Tokenizer, load_tokenizer
 from phi4.launch import WorkerEnvironment, join, on_ranks
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
 ) -> None:
     """Continue a prompt. The text goes to stdout as it is made, layout and platform to stderr."""
-    from phi4.convert.checkpoint import recipe_of
-    from phi4.engine.checkpoint import find_checkpoint
+    from phi4.engine.checkpoint import recipe_of
+    from phi4.rundir.checkpoints import find_checkpoint
 
     # The workers get the checkpoint itself: `latest` of a live run may move on between them.
     found = find_checkpoint(checkpoint)
@@ -78,7 +78,7 @@ def _continuation(
 
     Collectives: those of building the engine, of loading and of every token.
     """
-    from phi4.convert.checkpoint import open_checkpoint
+    from phi4.engine.checkpoint import open_checkpoint
     from phi4.engine.generate import generate as generate_tokens
 
     tokenizer = load_tokenizer(recipe.tokenizer)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from phi4.config import load_recipe
 from phi4.model.shape import format_bytes, training_flops_per_token
-from phi4.plan import Plan, StageMemory, card_named, check_fit, make_plan, recompute_mistake
+from phi4.plan import MemoryPlan, StageMemory, card_named, check_fit, make_plan, recompute_mistake
 from phi4.plan.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
@@ -53,7 +53,7 @@ def plan(
     check_fit(planned)
 
 
-def _stages(planned: Plan) -> Table:
+def _stages(planned: MemoryPlan) -> Table:
     card = planned.card
     table = Table(
         title=f"GiB per GPU at the peak, on {planned.num_gpus:,} x {card.title} "
@@ -81,7 +81,7 @@ def _row(stage: StageMemory, capacity_bytes: int) -> list[str]:
     ]
 
 
-def _figures(planned: Plan, host_bytes: int) -> Table:
+def _figures(planned: MemoryPlan, host_bytes: int) -> Table:
     recipe, card = planned.recipe, planned.card
     parallel = recipe.parallel
     flops = training_flops_per_token(recipe.model, recipe.data.sequence_length)
@@ -115,7 +115,7 @@ def _figures(planned: Plan, host_bytes: int) -> Table:
     return table
 
 
-def _optimizer(planned: Plan) -> str:
+def _optimizer(planned: MemoryPlan) -> str:
     recipe = planned.recipe
     parallel, largest = recipe.parallel, planned.largest_stage_parameters
     split, plain = (
@@ -129,7 +129,7 @@ def _optimizer(planned: Plan) -> str:
     )
 
 
-def _save(planned: Plan, host_bytes: int) -> str:
+def _save(planned: MemoryPlan, host_bytes: int) -> str:
     checkpoint = planned.recipe.checkpoint
     gathered = planned.gather_bytes
     if not gathered:

@@ -35,7 +35,7 @@ def train(
     def body(worker: WorkerEnvironment) -> None:
         from phi4.engine.platform import disconnect
         from phi4.stages.pretrain import NextToken
-        from phi4.train.run import run_training
+        from phi4.train.session import run_training
 
         check(recipe, worker.world_size)
         platform = join(worker, recipe.run.platform, recipe.run.threads)

@@ -16,7 +16,7 @@ from phi4.config import Recipe, check, dump_toml, load_recipe
 from phi4.launch import WorkerEnvironment, on_ranks
 
 if TYPE_CHECKING:
-    from phi4.verify.layouts import Case
+    from phi4.verify.layouts import LayoutCase
     from phi4.verify.parity import Comparison
 
 app = typer.Typer(help="Proofs to run on this machine.", no_args_is_help=True)
@@ -24,7 +24,7 @@ verify_leak.register(app)
 
 DEFAULT_RECIPE = Path("examples/recipes/tiny_pretrain.toml")
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
-Results = list[tuple["Case", "Comparison"]]
+Results = list[tuple["LayoutCase", "Comparison"]]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value.")]
 
 

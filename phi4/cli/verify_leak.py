@@ -14,7 +14,7 @@ from phi4.config import check, load_recipe
 from phi4.launch import WorkerEnvironment, on_ranks
 
 if TYPE_CHECKING:
-    from phi4.verify.leak import Findings
+    from phi4.verify.leak import LeakFindings
 
 DEFAULT_RECIPE = Path("examples/recipes/tiny_pretrain.toml")
 
@@ -72,7 +72,7 @@ def leak(
     raise typer.Exit(0 if all(found.passed for found in findings) else 1)
 
 
-def _print(findings: list["Findings"], impossible: dict[str, str]) -> None:
+def _print(findings: list["LeakFindings"], impossible: dict[str, str]) -> None:
     from phi4.verify.leak import DOCUMENTS
 
     table = Table(title="what changes elsewhere with one document's tokens (nothing may)")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Strict
 
-from phi4.config.section import NonNegative, Positive, Section, key
+from phi4.config.fields import NonNegative, Positive, Section, key
 
 
 class TokenizerConfig(Section):

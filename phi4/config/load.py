@@ -14,9 +14,9 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
+from phi4.config.fields import Kind
 from phi4.config.overrides import apply_overrides, nearest
 from phi4.config.schema import Recipe, key_kinds, source_key_kinds
-from phi4.config.section import Kind
 from phi4.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ from pydantic import Strict
 from pydantic.fields import FieldInfo
 
 from phi4.config.data_schema import DataConfig, SourceConfig, TokenizerConfig
-from phi4.config.section import Kind, NonNegative, Positive, Section, key
+from phi4.config.fields import Kind, NonNegative, Positive, Section, key
 
 Implementation = Literal["auto", "torch", "triton", "gluon", "cuda", "te"]
 # Strict alone would refuse the lists that TOML arrays become.

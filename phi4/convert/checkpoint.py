@@ -13,71 +13,23 @@ from phi4.config import (
     DataConfig,
     KernelsConfig,
     ModelConfig,
-    ParallelConfig,
     PrecisionConfig,
     Recipe,
     RunConfig,
     TokenizerConfig,
-    changed_keys,
     check,
     dump_toml,
     with_overrides,
 )
 from phi4.convert.hf import read_hf, write_hf
-from phi4.data.tokenizer import load_tokenizer
-from phi4.engine.agreement import decided_by_writer
-from phi4.engine.checkpoint import (
-    check_recipe,
-    load_checkpoint,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from phi4.data.vocabulary.tokenizer import load_tokenizer
+from phi4.engine.checkpoint import open_checkpoint, recipe_of, save_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.platform import Platform
 from phi4.errors import CheckpointError, ConfigError
 from phi4.model.shape import Dtype
-from phi4.train.checkpointing import read_recipe
-from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState
-
-
-def recipe_of(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe a checkpoint was written under, on one process unless overrides lay it out.
-
-    Raises:
-        CheckpointError: the checkpoint has no recipe.
-        ConfigError: an override is wrong, or would make it another model.
-        LayoutError: the recipe breaks a rule.
-    """
-    written = read_recipe(checkpoint)
-    single = written.model_copy(update={"parallel": ParallelConfig()})
-    recipe = with_overrides(single, overrides)
-    # Weights can be read into another number format, into nothing else.
-    foreign = changed_keys(written, recipe)["identity"].keys() - {"precision.dtype"}
-    if foreign:
-        raise ConfigError(
-            f"{', '.join(sorted(foreign))} belong to what {checkpoint} holds; "
-            "leave these overrides out"
-        )
-    check(recipe)
-    return recipe
-
-
-def open_checkpoint(recipe: Recipe, checkpoint: Path, platform: Platform) -> Engine:
-    """An engine without optimizer that holds a checkpoint's weights, in the recipe's layout.
-
-    Raises:
-        CheckpointError: the checkpoint is incomplete or damaged.
-
-    Collectives: those of building the engine, of `verify_checkpoint` and of `load_checkpoint`.
-    """
-    engine = Engine(recipe, platform, trains=False, draws_weights=False)
-    verified = verify_checkpoint(engine, checkpoint)
-    decided_by_writer(
-        platform,
-        lambda: check_recipe(checkpoint, verified.manifest, read_recipe(checkpoint)),
-    )
-    load_checkpoint(engine, checkpoint, verified, optimizer=False)
-    return engine
+from phi4.rundir.names import RECIPE_FILE, STATE_FILE
+from phi4.rundir.state import RunState
 
 
 def export_checkpoint(

@@ -18,7 +18,7 @@ from phi4.config import ModelConfig
 from phi4.convert.hf_config import hf_config, hf_generation_config, model_config
 from phi4.convert.hf_shards import ShardWriter, locate, read_tensors, stored_dtype
 from phi4.convert.hf_tokenizer import write_tokenizer
-from phi4.data.tokenizer import Tokenizer
+from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.errors import CheckpointError, ConfigError
 from phi4.model.names import hf_shapes, to_hf, to_megatron
 from phi4.model.shape import Dtype, format_bytes, weight_bytes

@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from phi4.data.tokenizer import SPLIT_PATTERN, Tokenizer
+from phi4.data.vocabulary.tokenizer import SPLIT_PATTERN, Tokenizer
 from phi4.errors import TokenizerError
 
 CHAT_TEMPLATE = (

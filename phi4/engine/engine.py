@@ -11,7 +11,7 @@ import torch
 from phi4.config import Recipe
 from phi4.engine import step as steps
 from phi4.engine.layout import Layout, create_layout, destroy_layout
-from phi4.engine.model import (
+from phi4.engine.model.gpt import (
     build_chunks,
     global_parameters,
     initialise,
@@ -20,13 +20,14 @@ from phi4.engine.model import (
     transformer_config,
     unshard,
 )
+from phi4.engine.model.implementations import choose, implementation_of
+from phi4.engine.model.micro_batch import HostBatch, MicroBatches, to_device
+from phi4.engine.model.rope import RopeCache
 from phi4.engine.objective import Objective
-from phi4.engine.optimizer import build_optimizer, gather_parameters, wrap_data_parallel
+from phi4.engine.optimizer.build import build_optimizer, gather_parameters, wrap_data_parallel
 from phi4.engine.patches import Patches
-from phi4.engine.placement import Angles, HostBatch, MicroBatches, place
 from phi4.engine.platform import Platform
 from phi4.engine.precision import torch_dtype
-from phi4.engine.spec import choose, implementation_of
 from phi4.engine.step import StepResult
 
 
@@ -63,7 +64,7 @@ class Engine:
             self.bare_chunks = build_chunks(recipe, self.layout, self.config, self.choices)
             if draws_weights:
                 initialise(self.bare_chunks, recipe.model, recipe.run.seed, self.layout)
-            self.angles = self._angles()
+            self.rope_cache = self._rope_cache()
             self.chunks: list[torch.nn.Module] = list(self.bare_chunks)
             self.optimizer = None
             if trains:
@@ -85,7 +86,7 @@ class Engine:
             return steps.train_step(
                 self.chunks,
                 self.optimizer,
-                self.place(batches),
+                self.to_device(batches),
                 objective,
                 self.layout,
                 learning_rate=learning_rate,
@@ -96,7 +97,7 @@ class Engine:
         """The objective over this data rank's micro-batches, without gradients."""
         with self.patches:
             self._set_training(False)
-            return steps.evaluate(self.chunks, self.place(batches), objective, self.layout)
+            return steps.evaluate(self.chunks, self.to_device(batches), objective, self.layout)
 
     def logits(self, batches: Sequence[HostBatch]) -> list[torch.Tensor]:
         """Logits [B, S, V] per micro-batch on the last stage; elsewhere an empty list.
@@ -105,21 +106,21 @@ class Engine:
         """
         with self.patches:
             self._set_training(False)
-            local = steps.logits(self.chunks, self.place(batches), self.layout)
+            local = steps.logits(self.chunks, self.to_device(batches), self.layout)
             return [self._whole_logits(piece) for piece in local]
 
-    def place(self, batches: Sequence[HostBatch]) -> MicroBatches:
+    def to_device(self, batches: Sequence[HostBatch]) -> MicroBatches:
         """Host batches as this rank's slices on its device, each when its turn comes."""
         recipe = self.recipe
-        place_one = partial(
-            place,
+        move = partial(
+            to_device,
             layout=self.layout,
             model=recipe.model,
             dtype=torch_dtype(recipe.precision),
             device=self.platform.device,
-            angles=self.angles,
+            rope_cache=self.rope_cache,
         )
-        return MicroBatches(batches, place_one)
+        return MicroBatches(batches, move)
 
     def whole_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(global name, whole tensor) of this pipeline stage, the same on every tensor rank.
@@ -145,7 +146,7 @@ class Engine:
         with self.patches:
             destroy_layout()
 
-    def _angles(self) -> Angles | None:
+    def _rope_cache(self) -> RopeCache | None:
         """Of every position that a row may have, where RoPE looks them up."""
         if implementation_of("rope", self.choices) == "torch":
             return None
@@ -153,7 +154,7 @@ class Engine:
         longest = max(recipe.data.sequence_length, recipe.model.max_position_embeddings)
         # Generation pads its rows to what the layout needs.
         num_positions = -(-longest // multiple) * multiple
-        return Angles.up_to(num_positions, recipe.model, self.platform.device)
+        return RopeCache.up_to(num_positions, recipe.model, self.platform.device)
 
     def _set_training(self, training: bool) -> None:
         for chunk in self.chunks:

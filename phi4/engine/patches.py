@@ -28,12 +28,17 @@ from phi4_kernels.adamw import FusedAdam
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.overrides import TorchFunctionMode
 
-from phi4.engine.adamw import OnePassChain, OnePassDistributed, OnePassFloat16, OnePassFP32
 from phi4.engine.checkpoint_io import (
     VettedReader,
     load_bytes_as_values,
     recording_errors,
     write_in_process,
+)
+from phi4.engine.optimizer.adamw import (
+    OnePassChain,
+    OnePassDistributed,
+    OnePassFloat16,
+    OnePassFP32,
 )
 from phi4.errors import PlatformError
 

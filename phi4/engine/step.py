@@ -16,10 +16,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from phi4.engine.layout import Layout
+from phi4.engine.model.micro_batch import MicroBatch, MicroBatches
 from phi4.engine.objective import Loss, Objective, make_segment_sum
-from phi4.engine.optimizer import set_learning_rate
+from phi4.engine.optimizer.build import set_learning_rate
 from phi4.engine.patches import without_rewriting
-from phi4.engine.placement import MicroBatch, MicroBatches
 
 
 @dataclass(frozen=True)

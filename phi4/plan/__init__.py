@@ -6,13 +6,13 @@ lists what our layers save, which a test compares with autograd. Nothing here pr
 
 from phi4.plan.cards import CARDS, Card, card_named
 from phi4.plan.fit import check_fit
-from phi4.plan.memory import Plan, StageMemory, make_plan
+from phi4.plan.memory import MemoryPlan, StageMemory, make_plan
 from phi4.plan.recompute import recompute_mistake
 
 __all__ = [
     "CARDS",
     "Card",
-    "Plan",
+    "MemoryPlan",
     "StageMemory",
     "card_named",
     "check_fit",

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from phi4.config import Recipe, with_overrides
 from phi4.errors import ConfigError, LayoutError
 from phi4.model.shape import format_bytes
-from phi4.plan.memory import Plan, StageMemory, make_plan
+from phi4.plan.memory import MemoryPlan, StageMemory, make_plan
 
 MOST_REMEDIES = 4
 
 
-def check_fit(plan: Plan) -> None:
+def check_fit(plan: MemoryPlan) -> None:
     """Refuse a plan that exceeds its card.
 
     Raises:
@@ -29,12 +29,12 @@ def check_fit(plan: Plan) -> None:
     )
 
 
-def fullest_stage(plan: Plan) -> StageMemory:
+def fullest_stage(plan: MemoryPlan) -> StageMemory:
     """The stage that takes the most bytes."""
     return max(plan.stages, key=lambda stage: stage.total)
 
 
-def remedies(plan: Plan) -> list[str]:
+def remedies(plan: MemoryPlan) -> list[str]:
     """Overrides under which the recipe fits the same GPUs, cheapest change first."""
     found = []
     for overrides in _changes(plan.recipe):
@@ -43,7 +43,7 @@ def remedies(plan: Plan) -> list[str]:
     return found
 
 
-def _fits(plan: Plan, overrides: list[str]) -> bool:
+def _fits(plan: MemoryPlan, overrides: list[str]) -> bool:
     try:
         changed = with_overrides(plan.recipe, overrides)
         other = make_plan(changed, plan.num_gpus, plan.card, plan.gpus_per_node)
@@ -94,7 +94,7 @@ def _pipelined(recipe: Recipe, pipeline: int) -> list[str]:
     return change
 
 
-def _more_gpus(plan: Plan) -> str:
+def _more_gpus(plan: MemoryPlan) -> str:
     return (
         "no single change of micro-batch, tensor, pipeline or context fits, with or without "
         f"recompute.granularity=full; use more than {plan.num_gpus:,} GPUs or a larger card"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from phi4.config import Recipe, check, with_overrides
 from phi4.engine.checkpoint.state import GATHER_BYTES_PER_PARAMETER
-from phi4.engine.meta import RankShape, rank_shapes
+from phi4.engine.fake_ranks import RankShape, rank_shapes
 from phi4.errors import LayoutError
 from phi4.model.shape import DTYPE_BYTES, training_bytes_per_parameter
 from phi4.plan.activations import Activations
@@ -55,7 +55,7 @@ class StageMemory:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """A recipe on a number of GPUs of one kind."""
 
     recipe: Recipe
@@ -97,7 +97,7 @@ class Plan:
         return "full" if self.gather_bytes <= share * host_bytes else "dp"
 
 
-def make_plan(recipe: Recipe, num_gpus: int, card: Card, gpus_per_node: int = 8) -> Plan:
+def make_plan(recipe: Recipe, num_gpus: int, card: Card, gpus_per_node: int = 8) -> MemoryPlan:
     """Lay a recipe out on GPUs and count.
 
     Args:
@@ -116,7 +116,7 @@ def make_plan(recipe: Recipe, num_gpus: int, card: Card, gpus_per_node: int = 8)
         for pp_rank in range(recipe.parallel.pipeline)
     ]
     num_parameters = sum(shape.num_counted_parameters for shape in shapes)
-    return Plan(recipe, card, num_gpus, gpus_per_node, num_parameters, tuple(stages))
+    return MemoryPlan(recipe, card, num_gpus, gpus_per_node, num_parameters, tuple(stages))
 
 
 def optimizer_bytes_per_parameter(recipe: Recipe, *, distributed: bool) -> float:

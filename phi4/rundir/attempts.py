@@ -17,9 +17,9 @@ from pathlib import Path
 import msgspec
 
 from phi4.errors import DiskFullError, PlatformError
+from phi4.rundir.names import ATTEMPTS_DIR
 from phi4.rundir.process import Process
 
-ATTEMPTS_DIR = "attempts"
 _NAME = re.compile(r"(\d{7,})\.json")
 
 

@@ -19,7 +19,6 @@ import msgspec
 
 from phi4.errors import OwnershipError, Phi4Error
 from phi4.rundir.attempts import (
-    ATTEMPTS_DIR,
     Attempt,
     attempt_path,
     create_attempt,
@@ -30,6 +29,7 @@ from phi4.rundir.attempts import (
     trace_of,
     utc_text,
 )
+from phi4.rundir.names import ATTEMPTS_DIR
 from phi4.rundir.process import Process, this_process
 
 HEARTBEAT_SECONDS = 5.0

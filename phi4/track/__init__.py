@@ -2,7 +2,6 @@
 
 from phi4.track.build import open_trackers, recipe_params
 from phi4.track.console import ConsoleTracker
-from phi4.track.jsonl import MetricsFile, read_metrics
 from phi4.track.mlflow import MlflowTracker
 from phi4.track.plot import draw_losses
 from phi4.track.provenance import append_row, provenance
@@ -10,7 +9,6 @@ from phi4.track.record import Status, Tracker, Trackers
 
 __all__ = [
     "ConsoleTracker",
-    "MetricsFile",
     "MlflowTracker",
     "Status",
     "Tracker",
@@ -19,6 +17,5 @@ __all__ = [
     "draw_losses",
     "open_trackers",
     "provenance",
-    "read_metrics",
     "recipe_params",
 ]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from phi4.config import Recipe
+from phi4.rundir.names import METRICS_FILE
+from phi4.rundir.step_log import StepLog
 from phi4.track.console import ConsoleTracker
-from phi4.track.jsonl import FILE_NAME, MetricsFile
 from phi4.track.mlflow import MlflowTracker
 from phi4.track.record import Tracker, Trackers
 
@@ -36,7 +37,7 @@ def open_trackers(
     run_dir = Path(run.dir)
     console = ConsoleTracker(run.steps, resume_step)
     say = say or console.say
-    record = MetricsFile(run_dir / FILE_NAME, resume_step, say)
+    record = StepLog(run_dir / METRICS_FILE, resume_step, say)
     views: list[Tracker] = [console]
     if tracking.mlflow:
         mlflow = MlflowTracker(

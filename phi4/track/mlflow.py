@@ -16,13 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from phi4.track.jsonl import FILE_NAME, read_metrics
+from phi4.rundir.names import METRICS_FILE, MLFLOW_ID_FILE
+from phi4.rundir.step_log import read_metrics
 from phi4.track.record import Status
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-ID_FILE = "mlflow_run_id"
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
@@ -100,7 +99,7 @@ class MlflowTracker:
             if self._num_sent < self._num_logged:
                 self._say(
                     f"MLflow got {self._num_sent} of {self._num_logged} steps; "
-                    f"{self._run_dir / FILE_NAME} has them all, and a resumed run sends the rest"
+                    f"{self._run_dir / METRICS_FILE} has them all, and a resumed run sends the rest"
                 )
 
     def _work(self, params: dict[str, Any], artifacts: tuple[Path, ...]) -> None:
@@ -140,30 +139,30 @@ class MlflowTracker:
             # mlflow repeats the address, password included, in its own messages.
             self._say(re.sub(r"//[^/@\s]*@", "//", text))
 
-    def _open(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> "_Run":
+    def _open(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> "_MlflowRun":
         client = _connect(self._uri)
         run = self._known_run(client)
         if run:
             client.update_run(run.run_id, status="RUNNING")
         else:
             created = client.create_run(self._experiment_id(client), run_name=self._run_name)
-            run = _Run(client, created.info.run_id)
-            (self._run_dir / ID_FILE).write_text(run.run_id, encoding="utf-8")
+            run = _MlflowRun(client, created.info.run_id)
+            (self._run_dir / MLFLOW_ID_FILE).write_text(run.run_id, encoding="utf-8")
         run.describe(params)
         for path in artifacts:
             client.log_artifact(run.run_id, str(path))
         if self._resume_step:
-            lacking = run.lacking(self._run_dir / FILE_NAME, self._resume_step)
+            lacking = run.lacking(self._run_dir / METRICS_FILE, self._resume_step)
             # Dated before the steps to come, so that the history is in order.
             run.log([_Point(step, self._resumed_at_ms, metrics) for step, metrics in lacking])
         return run
 
-    def _known_run(self, client: "MlflowClient") -> "_Run | None":
+    def _known_run(self, client: "MlflowClient") -> "_MlflowRun | None":
         """The MLflow run that an earlier start of this run made."""
         from mlflow.exceptions import MlflowException
 
         try:
-            run_id = (self._run_dir / ID_FILE).read_text(encoding="utf-8")
+            run_id = (self._run_dir / MLFLOW_ID_FILE).read_text(encoding="utf-8")
             info = client.get_run(run_id).info
         except FileNotFoundError:
             return None
@@ -171,7 +170,7 @@ class MlflowTracker:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-        return _Run(client, run_id) if info.lifecycle_stage == "active" else None
+        return _MlflowRun(client, run_id) if info.lifecycle_stage == "active" else None
 
     def _experiment_id(self, client: "MlflowClient") -> str:
         from mlflow.exceptions import MlflowException
@@ -187,7 +186,7 @@ class MlflowTracker:
             return found.experiment_id
 
 
-class _Run:
+class _MlflowRun:
     """A run in the store. Every call blocks, and raises when the store is out of reach."""
 
     def __init__(self, client: "MlflowClient", run_id: str) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from phi4.track.jsonl import read_metrics
+from phi4.rundir.step_log import read_metrics
 
 
 def draw_losses(metrics: Path, out: Path) -> Path:

@@ -3,35 +3,29 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
-
-from phi4.config import Recipe, dump_toml, recipe_from_toml
+from phi4.config import Recipe, dump_toml
 from phi4.engine.agreement import decided_by_writer
 from phi4.engine.checkpoint import (
-    check_recipe,
     checkpoints_newest_first,
-    find_checkpoint,
     host_memory_bytes,
     load_checkpoint,
     optimizer_format,
     predicted_gather_bytes,
-    read_checkpoint_file,
     save_checkpoint,
     verify_checkpoint,
 )
 from phi4.engine.engine import Engine
 from phi4.errors import CheckpointError, DataError, DiskFullError, PlatformError
+from phi4.rundir.checkpoints import checkpoints_dir, find_checkpoint
+from phi4.rundir.manifest import check_recipe
+from phi4.rundir.names import RECIPE_FILE, STATE_FILE
+from phi4.rundir.state import RunState, read_recipe, read_state
+from phi4.train.changes import with_changes
 from phi4.train.hooks import Hook, Progress
-from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState, with_changes
 
 Say = Callable[[str], None]
 _RETRIES_PER_INTERVAL = 10
 """How often a save that failed is tried again until the next one is due anyway."""
-
-
-def checkpoints_of(recipe: Recipe) -> Path:
-    """`run.dir/checkpoints`."""
-    return Path(recipe.run.dir) / "checkpoints"
 
 
 class Checkpointer(Hook):
@@ -102,7 +96,7 @@ class Checkpointer(Hook):
         )
         path = save_checkpoint(
             self._engine,
-            checkpoints_of(self._recipe),
+            checkpoints_dir(self._recipe.run.dir),
             progress.step,
             form=form,
             keep=config.keep,
@@ -110,29 +104,6 @@ class Checkpointer(Hook):
             data=self._source_hashes,
         )
         self._say(f"saved {path} (optimizer format {form}: {reason})")
-
-
-def read_recipe(checkpoint: Path) -> Recipe:
-    """The recipe a checkpoint was written under.
-
-    Raises:
-        CheckpointError: the file is missing.
-    """
-    text = read_checkpoint_file(checkpoint, RECIPE_FILE)
-    return recipe_from_toml(text, where=str(checkpoint / RECIPE_FILE))
-
-
-def read_state(checkpoint: Path) -> RunState:
-    """The run state in a checkpoint.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    text = read_checkpoint_file(checkpoint, STATE_FILE)
-    try:
-        return RunState.from_json(text)
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"{checkpoint / STATE_FILE} is damaged: {error}") from None
 
 
 def first_state(recipe: Recipe) -> RunState:
@@ -179,7 +150,7 @@ def resume(
 
     Collectives: those of `load_checkpoint`; broadcasts of the candidates and of each one's state.
     """
-    root, platform = checkpoints_of(recipe), engine.platform
+    root, platform = checkpoints_dir(recipe.run.dir), engine.platform
     problems = []
     for checkpoint in checkpoints_newest_first(platform, root):
         try:

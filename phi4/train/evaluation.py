@@ -1,8 +1,8 @@
 """Held-out loss: the same documents at every evaluation, never trained on."""
 
 from phi4.config import Recipe
-from phi4.data.loader import HeldOut
-from phi4.data.tokenizer import TokenizerFacts
+from phi4.data.stream.loader import HeldOut
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.train.hooks import Hook, Progress

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 
 from phi4.engine.step import StepResult
-from phi4.train.state import RunState
+from phi4.rundir.state import RunState
 
 
 @dataclass(frozen=True)

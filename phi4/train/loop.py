@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from phi4.config import Recipe
-from phi4.data.loader import Loader
+from phi4.data.stream.loader import Loader
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
+from phi4.rundir.state import RunState
 from phi4.train.hooks import Hook, Progress, Stopwatch
 from phi4.train.schedule import next_rate, step_tokens
-from phi4.train.state import RunState
 
 
 def train(

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from phi4.config import Recipe
-from phi4.data.loader import HeldOut, Loader
-from phi4.data.tokenizer import TokenizerFacts
+from phi4.data.stream.loader import HeldOut, Loader
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.engine.agreement import decided_by_writer, done_by_all
 from phi4.engine.platform import Platform
-from phi4.train.state import RunState
+from phi4.rundir.state import RunState
 
 Opened = TypeVar("Opened")
 

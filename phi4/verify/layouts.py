@@ -80,7 +80,7 @@ BITWISE = frozenset({"recompute-selective", "recompute-full"})
 
 
 @dataclass(frozen=True)
-class Case:
+class LayoutCase:
     """A recipe in one layout."""
 
     name: str
@@ -92,12 +92,12 @@ class Case:
         return self.recipe.parallel.model_parallel_size * self.recipe.parallel.data
 
 
-def reference_case(recipe: Recipe) -> Case:
+def reference_case(recipe: Recipe) -> LayoutCase:
     """The recipe on one process, in fp32."""
     single = recipe.model_copy(
         update={"parallel": recipe.parallel.model_copy(update={"layers_per_stage": None})}
     )
-    return Case("one process", with_overrides(single, _SINGLE))
+    return LayoutCase("one process", with_overrides(single, _SINGLE))
 
 
 def names_of(text: str, default: tuple[str, ...]) -> tuple[str, ...]:
@@ -113,11 +113,11 @@ def names_of(text: str, default: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def cases(recipe: Recipe, names: tuple[str, ...]) -> tuple[list[Case], dict[str, str]]:
+def cases(recipe: Recipe, names: tuple[str, ...]) -> tuple[list[LayoutCase], dict[str, str]]:
     """Cases that the recipe's rules allow, and for the others the rule they break."""
     single, possible, impossible = reference_case(recipe).recipe, [], {}
     for name in names:
-        case = Case(name, with_overrides(single, LAYOUTS[name]))
+        case = LayoutCase(name, with_overrides(single, LAYOUTS[name]))
         broken = violations(case.recipe)
         if broken:
             impossible[name] = "; ".join(broken)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from phi4.config import Recipe, with_overrides
-from phi4.data.batch import Batch, build_batch
+from phi4.data.stream.batch import Batch, build_batch
 from phi4.engine.engine import Engine
-from phi4.engine.model import global_parameters
+from phi4.engine.model.gpt import global_parameters
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
 from phi4.errors import ConfigError
-from phi4.verify.layouts import Case
+from phi4.verify.layouts import LayoutCase
 
 DOCUMENTS = {
     "first": (0, 5),
@@ -65,10 +65,10 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Findings:
+class LeakFindings:
     """One layout: by rank, what changed without the document mask and by document with it."""
 
-    case: Case
+    case: LayoutCase
     without_mask: tuple[Difference, ...]
     by_document: dict[str, tuple[Difference, ...]]
 
@@ -93,7 +93,7 @@ class Findings:
         return self.sees and not any(self.leaks(document) for document in self.by_document)
 
 
-def leak_case(case: Case, recipe: Recipe) -> Case:
+def leak_case(case: LayoutCase, recipe: Recipe) -> LayoutCase:
     """The case in the recipe's number format, with the two rows of `leak_batch` per micro-batch.
 
     Raises:
@@ -114,10 +114,10 @@ def leak_case(case: Case, recipe: Recipe) -> Case:
     rows = 2 * parallel.pipeline * parallel.data
     overrides = [f"precision.dtype={dtype}", "batch.micro_batch_size=2"]
     overrides.append(f"batch.global_batch_size={rows}")
-    return Case(case.name, with_overrides(case.recipe, overrides))
+    return LayoutCase(case.name, with_overrides(case.recipe, overrides))
 
 
-def run_leak(case: Case, platform: Platform, objective: Objective, *, work_dir: Path) -> None:
+def run_leak(case: LayoutCase, platform: Platform, objective: Objective, *, work_dir: Path) -> None:
     """Measure one layout on this rank and write what it saw under work_dir.
 
     Collectives: those of the engine's training step and logits.
@@ -134,14 +134,14 @@ def run_leak(case: Case, platform: Platform, objective: Objective, *, work_dir: 
     engine.close()
 
 
-def read_findings(case: Case, work_dir: Path) -> Findings:
+def read_findings(case: LayoutCase, work_dir: Path) -> LeakFindings:
     """What all ranks of a case wrote."""
     folder = work_dir / case.name.replace(" ", "_")
     ranks = [
         json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(case.world_size)
     ]
     found = {name: tuple(Difference(**rank[name]) for rank in ranks) for name in ranks[0]}
-    return Findings(case, found.pop(_WITHOUT_MASK), found)
+    return LeakFindings(case, found.pop(_WITHOUT_MASK), found)
 
 
 def leak_batch(recipe: Recipe, changed: str, seed: int, *, mask: bool = True) -> Batch:

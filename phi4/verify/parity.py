@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phi4.config import Recipe
-from phi4.data.batch import Batch, build_batch
+from phi4.data.stream.batch import Batch, build_batch
 from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
-from phi4.verify.layouts import BITWISE, Case
+from phi4.verify.layouts import BITWISE, LayoutCase
 
 LOSS_TOLERANCE = 5e-7
 """Of the loss."""
@@ -55,7 +55,7 @@ class Comparison:
 
 
 def run_case(
-    case: Case, platform: Platform, objective: Objective, *, steps: int, work_dir: Path
+    case: LayoutCase, platform: Platform, objective: Objective, *, steps: int, work_dir: Path
 ) -> None:
     """Train one layout on this rank and write losses and final parameters under work_dir.
 
@@ -85,7 +85,7 @@ def run_case(
     engine.close()
 
 
-def compare(case: Case, reference: Case, work_dir: Path) -> Comparison:
+def compare(case: LayoutCase, reference: LayoutCase, work_dir: Path) -> Comparison:
     """Compare what two cases wrote."""
     expected, found = (
         np.array(json.loads((_folder(work_dir, c) / "steps.json").read_text()))
@@ -150,10 +150,10 @@ def _step(engine: Engine, recipe: Recipe, objective: Objective, step: int) -> tu
     return result.loss, result.grad_norm
 
 
-def _folder(work_dir: Path, case: Case) -> Path:
+def _folder(work_dir: Path, case: LayoutCase) -> Path:
     return work_dir / case.name.replace(" ", "_")
 
 
-def _parameters(work_dir: Path, case: Case) -> dict[str, torch.Tensor]:
+def _parameters(work_dir: Path, case: LayoutCase) -> dict[str, torch.Tensor]:
     stages = sorted(_folder(work_dir, case).glob("stage_*.safetensors"))
     return {name: tensor for stage in stages for name, tensor in load_file(stage).items()}

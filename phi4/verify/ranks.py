@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 
 from phi4.engine.platform import Platform, connect, disconnect
-from phi4.verify.layouts import Case
+from phi4.verify.layouts import LayoutCase
 
 
 def run_in_turn(
-    cases: Sequence[Case],
+    cases: Sequence[LayoutCase],
     rank: int,
-    run: Callable[[Case, Platform], None],
+    run: Callable[[LayoutCase, Platform], None],
     *,
     kind: Literal["cpu", "cuda"],
     work_dir: Path,
@@ -46,8 +46,8 @@ def run_in_turn(
 
 
 def within_devices(
-    cases: Sequence[Case], kind: Literal["cpu", "cuda"]
-) -> tuple[list[Case], dict[str, str]]:
+    cases: Sequence[LayoutCase], kind: Literal["cpu", "cuda"]
+) -> tuple[list[LayoutCase], dict[str, str]]:
     """Cases that this machine has devices for, and for the others what they need."""
     available = torch.cuda.device_count() if kind == "cuda" else max(c.world_size for c in cases)
     missing = {

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from phi4.config import Recipe, with_overrides
 from phi4.errors import ConfigError
-from phi4.track import read_metrics
+from phi4.rundir.checkpoints import checkpoint_name, checkpoints_dir
+from phi4.rundir.names import METRICS_FILE
+from phi4.rundir.step_log import read_metrics
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "consumed_tokens")
 
@@ -47,16 +49,16 @@ def straight_recipe(recipe: Recipe, steps: int, work_dir: Path) -> Recipe:
 
 def resumed_recipe(straight: Recipe, work_dir: Path) -> Recipe:
     """The recipe of the run that goes on from the middle, and its directory with the checkpoint."""
-    middle = f"step_{straight.checkpoint.every:07d}"
-    target = work_dir / "resumed" / "checkpoints" / middle
-    shutil.copytree(Path(straight.run.dir) / "checkpoints" / middle, target)
-    return with_overrides(straight, [f"run.dir={work_dir / 'resumed'}"])
+    middle = checkpoint_name(straight.checkpoint.every)
+    run_dir = work_dir / "resumed"
+    shutil.copytree(checkpoints_dir(straight.run.dir) / middle, checkpoints_dir(run_dir) / middle)
+    return with_overrides(straight, [f"run.dir={run_dir}"])
 
 
 def compare_runs(straight: Recipe, resumed: Recipe) -> ResumeReport:
     """Compare the records of the steps after the middle."""
-    before = {m["step"]: m for m in read_metrics(Path(straight.run.dir) / "metrics.jsonl")}
-    after = {m["step"]: m for m in read_metrics(Path(resumed.run.dir) / "metrics.jsonl")}
+    before = {m["step"]: m for m in read_metrics(Path(straight.run.dir) / METRICS_FILE)}
+    after = {m["step"]: m for m in read_metrics(Path(resumed.run.dir) / METRICS_FILE)}
     steps = range(straight.checkpoint.every + 1, straight.run.steps + 1)
     differences = tuple(
         f"step {step}: {key} {before[step][key]!r} straight, {after[step][key]!r} resumed"

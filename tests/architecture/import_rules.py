@@ -46,7 +46,7 @@ TORCH_FREE = ("phi4/rundir/", "phi4/launch/")
 ENVIRONMENT_READERS = (
     "phi4/launch/",
     "phi4/engine/platform.py",
-    "phi4/data/tokenizer.py",
+    "phi4/data/vocabulary/tokenizer.py",
     "kernels/phi4_kernels/dispatch.py",
     "kernels/phi4_kernels/testing/",
 )

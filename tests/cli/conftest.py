@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from phi4.config import TokenizerConfig, dump_toml
-from phi4.data.bpe import train_bpe
-from phi4.data.token_writer import TokenFileWriter
-from phi4.data.tokenizer import TokenizerFacts, load_tokenizer, rank_file_bytes
+from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.vocabulary.bpe import train_bpe
+from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer, rank_file_bytes
 from tests.support.engines import tiny_recipe
 from tests.support.runs import train
 

@@ -7,7 +7,7 @@ import pytest
 
 from phi4.cli import main
 from phi4.config import TokenizerConfig
-from phi4.data.tokenizer import load_tokenizer
+from phi4.data.vocabulary.tokenizer import load_tokenizer
 from tests.support.runs import train_forked as train
 
 

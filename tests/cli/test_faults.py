@@ -64,7 +64,7 @@ def test_killed_rank_ends_the_run_and_is_named(copy: Path) -> None:
 
 @pytest.mark.slow
 def test_interrupt_ends_the_run_and_the_record_stays_readable(copy: Path) -> None:
-    from phi4.track import read_metrics
+    from phi4.rundir.step_log import read_metrics
 
     with _training(copy) as (launcher, ranks):
         launcher.send_signal(signal.SIGINT)

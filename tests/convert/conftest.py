@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from phi4.config import ModelConfig, TokenizerConfig
-from phi4.data.bpe import train_bpe
-from phi4.data.tokenizer import Tokenizer, load_tokenizer
+from phi4.data.vocabulary.bpe import train_bpe
+from phi4.data.vocabulary.tokenizer import Tokenizer, load_tokenizer
 from phi4.model.names import megatron_shapes
 
 _ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from phi4.cli import main
 from phi4.config import dump_toml, parse_recipe
 from phi4.convert import read_hf, write_hf
-from phi4.data.tokenizer import rank_file_bytes
+from phi4.data.vocabulary.tokenizer import rank_file_bytes
 from phi4.engine.checkpoint import save_checkpoint
 from phi4.engine.layout import destroy_layout
 from tests.support.engines import engine_on

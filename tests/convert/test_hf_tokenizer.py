@@ -16,7 +16,7 @@ from phi4.convert.hf_tokenizer import (
     tokenizer_config,
     write_tokenizer,
 )
-from phi4.data.tokenizer import Tokenizer
+from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.errors import TokenizerError
 
 # The released file's bytes: 96 added tokens with all flags, names of bos, eos and pad, template.

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from phi4.config import TokenizerConfig
-from phi4.data import TokenizerFacts
-from phi4.data.bpe import train_bpe
-from phi4.data.token_writer import TokenFileWriter
-from phi4.data.tokenizer import rank_file_bytes
+from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.vocabulary.bpe import train_bpe
+from phi4.data.vocabulary.tokenizer import TokenizerFacts, rank_file_bytes
 
 EOD, PAD, FIRST_ID = 0, 1, 2
 FACTS = TokenizerFacts(vocab_size=1 << 30, eod_id=EOD, pad_id=PAD, fingerprint="f" * 64)

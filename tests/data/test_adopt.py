@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi4.data import TokenizerFacts
-from phi4.data.adopt import adopt
-from phi4.data.token_file import _HEADER, _MAGIC, TokenFile
+from phi4.data.files.adopt import adopt
+from phi4.data.files.token_file import _HEADER, _MAGIC, TokenFile
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import DataError
 from tests.data.test_token_file import FACTS, write, write_with_megatron
 
@@ -99,12 +99,12 @@ def test_index_that_contradicts_itself_is_neither_adopted_nor_verified(
     message: str,
     block: int,
 ) -> None:
-    monkeypatch.setattr("phi4.data.token_file._BLOCK_ENTRIES", block)
+    monkeypatch.setattr("phi4.data.files.token_file._BLOCK_ENTRIES", block)
     prefix = write_index(tmp_path / "p", change)
     with pytest.raises(DataError, match=rf"p\.idx: {message}"):
         adopt(prefix, FACTS)
     monkeypatch.setattr(TokenFile, "check_index", lambda self: None)
-    monkeypatch.setattr("phi4.data.adopt._check_ends", lambda pair, eod_id: None)
+    monkeypatch.setattr("phi4.data.files.adopt._check_ends", lambda pair, eod_id: None)
     adopt(prefix, FACTS)
     monkeypatch.undo()
     with pytest.raises(DataError, match=rf"p\.idx: {message}"):

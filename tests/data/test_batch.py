@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4.data import build_batch
+from phi4.data.stream.batch import build_batch
 
 EOD = 9
 

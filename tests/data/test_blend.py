@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi4.data.blend import draw_order, drawn_after, integer_shares, loss_order, quota_order
+from phi4.data.stream.blend import draw_order, drawn_after, integer_shares, loss_order, quota_order
 
 PHI4_BLEND = (0.15, 0.15, 0.4, 0.2, 0.1)
 shares_strategy = st.one_of(

@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 
 from phi4.config import TokenizerConfig
 from phi4.convert.hf_tokenizer import CHAT_TEMPLATE
-from phi4.data import Tokenizer, load_tokenizer
-from phi4.data.bpe import train_bpe
-from phi4.data.chat import (
+from phi4.data.vocabulary.bpe import train_bpe
+from phi4.data.vocabulary.chat import (
     LOSS_FLAGS,
     Conversation,
     Message,
@@ -17,7 +16,7 @@ from phi4.data.chat import (
     read_conversation,
     read_preference,
 )
-from phi4.data.tokenizer import SPLIT_PATTERN
+from phi4.data.vocabulary.tokenizer import SPLIT_PATTERN, Tokenizer, load_tokenizer
 from phi4.errors import DataError
 
 SYSTEM, USER, ASSISTANT = Role

@@ -8,8 +8,9 @@ import pytest
 
 from phi4.cli import data, main
 from phi4.config import TokenizerConfig
-from phi4.data import TokenizerFacts, atomic_files
-from phi4.data.token_writer import TokenFileWriter
+from phi4.data.files import atomic_files
+from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
 
 
 class EndedError(Exception):

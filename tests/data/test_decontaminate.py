@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4.data.decontaminate import (
+from phi4.data.screens.decontaminate import (
     Detector,
     Finding,
     Item,
@@ -18,8 +18,8 @@ from phi4.data.decontaminate import (
     learn_allowed,
     read_benchmarks,
 )
-from phi4.data.decontaminate.index import NgramIndex, windows
-from phi4.data.decontaminate.normalise import paper, robust
+from phi4.data.screens.decontaminate.index import NgramIndex, windows
+from phi4.data.screens.decontaminate.normalise import paper, robust
 from phi4.errors import DataError
 
 # The report's worked example, appendix B.1: a training text and the test item found in it.

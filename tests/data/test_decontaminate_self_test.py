@@ -6,11 +6,16 @@ from collections import Counter
 
 import pytest
 
-from phi4.data.decontaminate.items import Material, Question, SelfTestText, self_test_text
-from phi4.data.decontaminate.leaks import CleanText
-from phi4.data.decontaminate.plants import PLANTS
-from phi4.data.decontaminate.rule import DEFAULT_THRESHOLDS
-from phi4.data.decontaminate.self_test import (
+from phi4.data.screens.decontaminate.rule import DEFAULT_THRESHOLDS
+from phi4.data.screens.decontaminate.self_test.items import (
+    Material,
+    Question,
+    SelfTestText,
+    self_test_text,
+)
+from phi4.data.screens.decontaminate.self_test.leaks import CleanText
+from phi4.data.screens.decontaminate.self_test.plants import PLANTS
+from phi4.data.screens.decontaminate.self_test.run import (
     Measured,
     choose_thresholds,
     measure,

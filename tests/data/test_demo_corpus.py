@@ -11,15 +11,16 @@ from typer.testing import CliRunner
 
 from phi4.cli.data import app
 from phi4.config import DataConfig, SourceConfig, TokenizerConfig, load_recipe
-from phi4.data import HeldOut, Loader, load_tokenizer
-from phi4.data.corpora import (
+from phi4.data.demo.corpora import (
     PHI4_SHARES,
     docstrings,
     exercises,
     phi4_corpus,
     standard_library_corpus,
 )
-from phi4.data.token_file import TokenFile
+from phi4.data.files.token_file import TokenFile
+from phi4.data.stream.loader import HeldOut, Loader
+from phi4.data.vocabulary.tokenizer import load_tokenizer
 from phi4.errors import ConfigError, DataError
 
 SOURCES = ("synthetic", "code", "web", "acquired")
@@ -44,7 +45,7 @@ def demo(
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         # Parsing the standard library once is enough.
-        patch.setattr("phi4.data.demo.phi4_corpus", lambda: corpus)
+        patch.setattr("phi4.data.demo.corpus.phi4_corpus", lambda: corpus)
         return out, phi4_data("demo", "--out", out, "--vocab-size", 1024)
 
 
@@ -138,7 +139,7 @@ def test_exercises_are_functions_without_their_description() -> None:
 def test_prose_is_web_and_acquired(
     corpus: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phi4.data.corpora.phi4_corpus", lambda max_code_bytes: dict(corpus))
+    monkeypatch.setattr("phi4.data.demo.corpora.phi4_corpus", lambda max_code_bytes: dict(corpus))
     plain = standard_library_corpus()
     assert set(plain) == {"code", "prose", "code_held_out", "prose_held_out"}
     for side in ("", "_held_out"):
@@ -166,7 +167,7 @@ def test_code_is_bounded(corpus: dict[str, list[str]]) -> None:
 
 def test_corpus_is_the_same_in_another_process() -> None:
     program = (
-        "import hashlib, json; from phi4.data import corpora;"
+        "import hashlib, json; from phi4.data.demo import corpora;"
         "every = list(corpora._sources()); corpora._sources = lambda: every[::12];"
         "text = json.dumps(corpora.phi4_corpus(max_code_bytes=300_000));"
         "print(hashlib.sha256(text.encode()).hexdigest())"

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi4.data import documents
-from phi4.data.chat import Conversation
-from phi4.data.documents import BLANK, Part, list_parts, read_rows
-from phi4.data.inputs import find_inputs
+from phi4.data.files.inputs import find_inputs
+from phi4.data.tokenize import documents
+from phi4.data.tokenize.documents import BLANK, Part, list_parts, read_rows
+from phi4.data.vocabulary.chat import Conversation
 from phi4.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": " \n"}, {"text": "zwei ü"}, {"text": "three\nlines\n"}]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4.data.ledger import BlendEntry, Ledger, SourceCount
+from phi4.data.stream.ledger import BlendEntry, Ledger, SourceCount
 from phi4.errors import DataError
 
 SIZES = {"code": 7, "prose": 5, "web": 11}

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from phi4.config import DataConfig, SourceConfig
-from phi4.data import Batch, HeldOut, Loader, TokenizerFacts
-from phi4.data.adopt import adopt
-from phi4.data.sources import read_source
-from phi4.data.token_file import TokenFile
-from phi4.data.token_writer import TokenFileWriter
-from phi4.data.units import Rows, ShardPool, UnitSource
+from phi4.data.files.adopt import adopt
+from phi4.data.files.token_file import TokenFile
+from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.stream.batch import Batch
+from phi4.data.stream.loader import HeldOut, Loader
+from phi4.data.stream.sources import read_source
+from phi4.data.stream.units import Rows, ShardPool, UnitSource
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import DataError, LayoutError
 
 EOD, PAD = 0, 1

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4.data.packing import best_fit
+from phi4.data.stream.packing import best_fit
 
 lengths_strategy = st.lists(st.integers(1, 12), max_size=60)
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phi4.data import documents, parquet
-from phi4.data.documents import list_parts, read_rows
-from phi4.data.inputs import find_inputs
-from phi4.data.parquet import parquet_cuts, parquet_rows
+from phi4.data.files import parquet
+from phi4.data.files.inputs import find_inputs
+from phi4.data.files.parquet import parquet_cuts, parquet_rows
+from phi4.data.tokenize import documents
+from phi4.data.tokenize.documents import list_parts, read_rows
 
 TURNS = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 

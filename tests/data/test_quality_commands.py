@@ -99,7 +99,8 @@ def test_filter(app: typer.Typer, tmp_path: Path) -> None:
     common = ("filter", source, "--reference", normal, "--accept-share", "0.5")
     printed = run(app, *common, "--out", tmp_path / "out")
     assert "3 rows, 2 kept; quarantined: 1 " in printed
-    language = ("--identify", "phi4.data.decontaminate.normalise:paper", "--languages", "en")
+    wrong = "phi4.data.screens.decontaminate.normalise:paper"
+    language = ("--identify", wrong, "--languages", "en")
     with pytest.raises(DataError, match=r"paper gave \[.* expected a language code"):
         run(app, *common, "--out", tmp_path / "wrong", *language)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4.data.quality.duplicates import Duplicates, _jaccard
-from phi4.data.quality.rows import Line
-from phi4.data.quality.screen import Rejection, Rule, screen
+from phi4.data.screens.quality.duplicates import Duplicates, _jaccard
+from phi4.data.screens.quality.rows import Line
+from phi4.data.screens.quality.screen import Rejection, Rule, screen
 from phi4.errors import DataError, PlatformError
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
@@ -162,9 +162,9 @@ def test_bad_similarity(similarity: float) -> None:
 @pytest.mark.parametrize("library", ["xxhash", "datasketch"])
 def test_missing_library_is_named(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.delitem(sys.modules, "phi4.data.quality.duplicates")
+    monkeypatch.delitem(sys.modules, "phi4.data.screens.quality.duplicates")
     with pytest.raises(PlatformError, match=rf"^{library} finds .* phi4\[data\]"):
-        import_module("phi4.data.quality.duplicates")
+        import_module("phi4.data.screens.quality.duplicates")
 
 
 def test_candidates_below_the_similarity_stay() -> None:

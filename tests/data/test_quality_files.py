@@ -15,13 +15,13 @@ import pytest
 from typer.testing import CliRunner
 
 from phi4.cli.data import app
-from phi4.data.bpe import train_bpe
-from phi4.data.decontaminate import Detector, decontaminate, read_benchmarks
-from phi4.data.quality.inputs import list_inputs
-from phi4.data.quality.outputs import Outputs, writing
-from phi4.data.quality.rows import Line, RowFormat, read_lines
-from phi4.data.quality.screen import Rejection, Rule, screen
-from phi4.data.tokenizer import rank_file_bytes
+from phi4.data.screens.decontaminate import Detector, decontaminate, read_benchmarks
+from phi4.data.screens.quality.inputs import list_inputs
+from phi4.data.screens.quality.outputs import Outputs, writing
+from phi4.data.screens.quality.rows import Line, RowFormat, read_lines
+from phi4.data.screens.quality.screen import Rejection, Rule, screen
+from phi4.data.vocabulary.bpe import train_bpe
+from phi4.data.vocabulary.tokenizer import rank_file_bytes
 from phi4.errors import DataError, DiskFullError
 
 

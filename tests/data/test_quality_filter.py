@@ -8,10 +8,10 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
-from phi4.data.decontaminate.items import passages
-from phi4.data.quality.corruption import WINDOW_BYTES, Profile, learn_profile
-from phi4.data.quality.filter import Filter, learn_from_rows, load_identify
-from phi4.data.quality.screen import Rule, screen
+from phi4.data.screens.decontaminate.self_test.items import passages
+from phi4.data.screens.quality.corruption import WINDOW_BYTES, Profile, learn_profile
+from phi4.data.screens.quality.filter import Filter, learn_from_rows, load_identify
+from phi4.data.screens.quality.screen import Rule, screen
 from phi4.errors import DataError
 
 TOPICS = [topics[name] for name in sorted(topics)]

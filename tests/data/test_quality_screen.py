@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4.data.quality.rows import Line, RowError, RowFormat, parse, read_lines, text_of
-from phi4.data.quality.screen import Rejection, Rule, screen
+from phi4.data.screens.quality.rows import Line, RowError, RowFormat, parse, read_lines, text_of
+from phi4.data.screens.quality.screen import Rejection, Rule, screen
 from phi4.errors import DataError
 
 

@@ -13,18 +13,21 @@ from typer.testing import CliRunner
 
 from phi4.cli.data import app
 from phi4.config import Recipe, dump_toml, parse_recipe
-from phi4.data import Batch, Loader, load_tokenizer
-from phi4.data.bpe import train_bpe
-from phi4.data.ledger import BlendEntry, Ledger, SourceCount, parse_state
-from phi4.data.replay import rewind
-from phi4.data.token_file import TokenFile
-from phi4.data.token_writer import TokenFileWriter
-from phi4.data.tokenizer import rank_file_bytes
+from phi4.data.files.token_file import TokenFile
+from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.stream.batch import Batch
+from phi4.data.stream.ledger import BlendEntry, Ledger, SourceCount, parse_state
+from phi4.data.stream.loader import Loader
+from phi4.data.stream.replay import rewind
+from phi4.data.vocabulary.bpe import train_bpe
+from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.engine.step import StepResult
 from phi4.errors import CheckpointError, ConfigError, DataError
+from phi4.rundir.names import LATEST_FILE, MANIFEST_FILE, RECIPE_FILE, STATE_FILE
+from phi4.rundir.state import RunState
+from phi4.train.changes import with_changes
 from phi4.train.hooks import Progress
 from phi4.train.ledger_record import LedgerRecord
-from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState, with_changes
 
 SIZES = {"a": SourceCount(7), "b": SourceCount(9, whole_rows=True), "c": SourceCount(50)}
 WEIGHTS = st.dictionaries(st.sampled_from(sorted(SIZES)), st.sampled_from([0.2, 1.0]), min_size=1)
@@ -139,7 +142,8 @@ class FakeRun:
         path.mkdir(parents=True)
         (path / RECIPE_FILE).write_text(dump_toml(self.recipe))
         (path / STATE_FILE).write_text(self.state.to_json())
-        (root / "latest").write_text(f"{path.name}\n")
+        (path / MANIFEST_FILE).touch()
+        (root / LATEST_FILE).write_text(f"{path.name}\n")
 
     def _recipe(self, tables: dict) -> Recipe:
         run = {"dir": str(self.directory / "run")}

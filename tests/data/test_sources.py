@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from phi4.config import DataConfig, SourceConfig
-from phi4.data import Loader, TokenizerFacts
-from phi4.data.sources import read_source
-from phi4.data.token_file import TokenFile
-from phi4.data.units import ShardPool
+from phi4.data.files.token_file import TokenFile
+from phi4.data.stream.loader import Loader
+from phi4.data.stream.sources import read_source
+from phi4.data.stream.units import ShardPool
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import DataError
 
 
@@ -68,7 +69,8 @@ def test_shards_open_when_drawn_and_close_beyond_the_limit(
 ) -> None:
     opened: list[str] = []
     monkeypatch.setattr(
-        "phi4.data.units.TokenFile", lambda prefix: opened.append(prefix) or TokenFile(prefix)
+        "phi4.data.stream.units.TokenFile",
+        lambda prefix: opened.append(prefix) or TokenFile(prefix),
     )
     source = SourceConfig(name="s", path=f"{tmp_path}/web-*")
     config = DataConfig(sequence_length=4, unit_tokens=4, sources=(source,), max_open_shards=2)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from phi4.data import TokenizerFacts
-from phi4.data.token_file import TokenFile
-from phi4.data.token_writer import TokenFileWriter
+from phi4.data.files.token_file import TokenFile
+from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import DataError
 
 FACTS = TokenizerFacts(vocab_size=100_352, eod_id=100_257, pad_id=100_349, fingerprint="a" * 64)
@@ -148,7 +148,7 @@ def test_interrupted_replacement_never_passes_for_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix = write(tmp_path / "p", [[1, 2], [3, 4]])
-    monkeypatch.setattr("phi4.data.token_writer.write_atomically", _killed)
+    monkeypatch.setattr("phi4.data.files.token_writer.write_atomically", _killed)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "p", [[5], [6, 7, 8]])
     # The new .bin under the old .idx: sizes agree, only the missing manifest tells.

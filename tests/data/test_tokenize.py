@@ -11,15 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4.config import DataConfig, SourceConfig, TokenizerConfig
-from phi4.data import Loader, Tokenizer, TokenizerFacts, load_tokenizer, tokenize
-from phi4.data.inputs import find_inputs
-from phi4.data.manifest import Manifest
-from phi4.data.token_file import TokenFile
-from phi4.data.token_merge import merge_runs
-from phi4.data.token_plan import make_plan
-from phi4.data.token_work import work_directory
-from phi4.data.token_writer import write_documents
-from phi4.data.tokenize import Progress, tokenize_parts
+from phi4.data.files.inputs import find_inputs
+from phi4.data.files.manifest import ShardManifest
+from phi4.data.files.token_file import TokenFile
+from phi4.data.files.token_writer import write_documents
+from phi4.data.stream.loader import Loader
+from phi4.data.tokenize import job as tokenize
+from phi4.data.tokenize.job import TokenizeProgress, tokenize_parts
+from phi4.data.tokenize.merge import merge_runs
+from phi4.data.tokenize.parts import work_directory
+from phi4.data.tokenize.plan import make_plan
+from phi4.data.vocabulary.tokenizer import Tokenizer, TokenizerFacts, load_tokenizer
 from phi4.errors import DataError
 
 TEXTS = [f"the cat {i} sat on the mat " * (i % 7 + 1) for i in range(60)]
@@ -49,7 +51,7 @@ def run(
     max_rejected: int = 0,
     range_tokens: int = 1 << 20,
     part_bytes: int = 1500,
-) -> Manifest:
+) -> ShardManifest:
     facts = load_tokenizer(config).facts
     for shard in shards:
         plan = make_plan(find_inputs(inputs), facts, seed=seed, part_bytes=part_bytes)
@@ -156,7 +158,7 @@ def test_killed_job_goes_on_without_loss_or_repeat(
 def test_finished_parts_are_not_read_again(
     config: TokenizerConfig, rows: Path, tmp_path: Path
 ) -> None:
-    seen: list[Progress] = []
+    seen: list[TokenizeProgress] = []
     plan = make_plan(find_inputs([rows]), load_tokenizer(config).facts, part_bytes=500)
     options = {"workers": 1, "max_rejected": 0, "follow": seen.append}
     tokenize_parts(plan, tmp_path / "p", config, shard=(1, 2), **options)

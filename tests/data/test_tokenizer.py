@@ -6,9 +6,8 @@ import pytest
 from tiktoken_ext import openai_public
 
 from phi4.config import TokenizerConfig
-from phi4.data import Tokenizer, load_tokenizer
-from phi4.data.bpe import train_bpe
-from phi4.data.tokenizer import rank_file_bytes
+from phi4.data.vocabulary.bpe import train_bpe
+from phi4.data.vocabulary.tokenizer import Tokenizer, load_tokenizer, rank_file_bytes
 from phi4.errors import DataError, TokenizerError
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "Grüße aus 北京, 1234567 times.\r\n\n  x"] * 40

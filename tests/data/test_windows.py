@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4.config import DataConfig, SourceConfig
-from phi4.data import Batch, Loader, TokenizerFacts
-from phi4.data.token_file import TokenFile
-from phi4.data.token_writer import TokenFileWriter
+from phi4.data.files.token_file import TokenFile
+from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.stream.batch import Batch
+from phi4.data.stream.loader import Loader
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import DataError
 
 EOD, PAD = 0, 1
@@ -244,7 +246,9 @@ def test_tables_and_manifests_are_kept_where_the_recipe_says(
     first = epoch(Loader(data, facts, 5))
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
     assert set(tmp_path.iterdir()) == before | {cache.parent}
-    with patch("phi4.data.window_table._computed", side_effect=AssertionError("packed again")):
+    with patch(
+        "phi4.data.stream.window_table._computed", side_effect=AssertionError("packed again")
+    ):
         assert np.array_equal(epoch(Loader(data, facts, 5)).tokens, first.tokens)
     with pytest.raises(DataError, match=r"data\.cache_dir=.* cannot be made"):
         Loader(data.model_copy(update={"cache_dir": f"{tmp_path}/s0.bin/x"}), facts, 5)
@@ -252,7 +256,7 @@ def test_tables_and_manifests_are_kept_where_the_recipe_says(
 
 def test_rank_that_cannot_keep_its_table_says_so(write_source, facts: TokenizerFacts) -> None:
     path = write_source("s", [9, 14, 3])
-    with patch("phi4.data.window_table.os.access", return_value=False):
+    with patch("phi4.data.stream.window_table.os.access", return_value=False):
         (note,) = Loader(windows(path, 8), facts, 5).notes
     assert note.endswith("nothing can be written beside the shards: set data.cache_dir")
     assert not list(Path(path).parent.glob("*.npy"))

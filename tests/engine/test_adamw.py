@@ -11,11 +11,11 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from phi4_kernels import native
 
 from phi4.config import KernelsConfig
-from phi4.engine.adamw import OnePassChain
 from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
+from phi4.engine.model.implementations import choose
 from phi4.engine.objective import Loss
-from phi4.engine.spec import choose
+from phi4.engine.optimizer.adamw import OnePassChain
 from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe

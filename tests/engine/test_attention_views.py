@@ -9,8 +9,8 @@ import pytest
 import torch
 from phi4_kernels.rope import QKVLayout
 
-from phi4.engine import attention
-from phi4.engine.attention import CoreAttention, Phi4SelfAttention
+from phi4.engine.model import attention
+from phi4.engine.model.attention import CoreAttention, Phi4SelfAttention
 
 LAYOUT = QKVLayout(2, 3, 8)
 LENGTH = 5
@@ -36,9 +36,9 @@ def test_queries_keys_and_values_are_views_of_qkv(monkeypatch: pytest.MonkeyPatc
         num_attention_heads_per_partition=6,
         hidden_size_per_attention_head=8,
     )
-    angles = SimpleNamespace(cos_PD2=None, sin_PD2=None)
+    cache = SimpleNamespace(cos_PD2=None, sin_PD2=None)
     documents = SimpleNamespace(
-        angles=angles, positions_T=None, one_per_row=False, visible=((None,),)
+        rope_cache=cache, positions_T=None, one_per_row=False, visible=((None,),)
     )
     qkv = torch.randn(LENGTH, 1, LAYOUT.width)
     parts = Phi4SelfAttention._rotate_and_split(layer, qkv, documents)

@@ -7,18 +7,19 @@ import pytest
 
 from phi4.config import CheckpointConfig
 from phi4.engine.checkpoint import (
-    Manifest,
-    complete_checkpoints,
-    find_checkpoint,
-    latest_checkpoint,
     load_checkpoint,
     optimizer_format,
     save_checkpoint,
     verify_checkpoint,
 )
-from phi4.engine.checkpoint.directory import CheckpointDirectory
-from phi4.engine.checkpoint.manifest import LAYOUT_KEYS, read_manifest
 from phi4.errors import CheckpointError
+from phi4.rundir.checkpoints import (
+    CheckpointDirectory,
+    complete_checkpoints,
+    find_checkpoint,
+    latest_checkpoint,
+)
+from phi4.rundir.manifest import LAYOUT_KEYS, CheckpointManifest, read_manifest
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.ranks import RankError, RankPool
@@ -152,7 +153,7 @@ def test_newest_reshardable_checkpoint_outlives_the_others(tmp_path: Path) -> No
         directory = CheckpointDirectory(tmp_path, step)
         directory.begin()
         layout = dict.fromkeys(LAYOUT_KEYS, 1)
-        manifest = Manifest(
+        manifest = CheckpointManifest(
             step=step, optimizer_format=form, layout=layout, recipe_sha256="", data={}, files={}
         )
         directory.commit(msgspec.json.encode(manifest))

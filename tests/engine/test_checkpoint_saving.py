@@ -10,7 +10,6 @@ from unittest.mock import patch
 import pytest
 
 from phi4.engine.checkpoint import (
-    latest_checkpoint,
     load_checkpoint,
     predicted_bytes,
     save_checkpoint,
@@ -18,6 +17,7 @@ from phi4.engine.checkpoint import (
 )
 from phi4.engine.engine import Engine
 from phi4.errors import Phi4Error
+from phi4.rundir.checkpoints import latest_checkpoint
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.ranks import RankPool

@@ -20,10 +20,10 @@ from phi4_kernels.attention import Attention, Ranges, reference
 from phi4_kernels.testing.error_rule import check
 
 from phi4.config import ParallelConfig
-from phi4.engine import context_attention
-from phi4.engine.context_attention import AllGatherAttention, RingAttention, merge
-from phi4.engine.document_ranges import visible_keys
 from phi4.engine.layout import Layout, context_chunks
+from phi4.engine.model import context_attention
+from phi4.engine.model.context_attention import AllGatherAttention, RingAttention, merge
+from phi4.engine.model.document_ranges import visible_keys
 from phi4.engine.patches import Patches
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi4.config import ParallelConfig
-from phi4.engine.document_ranges import visible_keys
 from phi4.engine.layout import Layout, context_chunks
+from phi4.engine.model.document_ranges import visible_keys
 
 VARIANTS = ("all_gather", "ring")
 

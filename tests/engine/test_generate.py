@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from phi4.cli import main
 from phi4.cli.generate import text_pieces
 from phi4.config import dump_toml
-from phi4.data.batch import build_batch
-from phi4.data.bpe import train_bpe
-from phi4.data.tokenizer import Tokenizer, rank_file_bytes
+from phi4.data.stream.batch import build_batch
+from phi4.data.vocabulary.bpe import train_bpe
+from phi4.data.vocabulary.tokenizer import Tokenizer, rank_file_bytes
 from phi4.engine.checkpoint import save_checkpoint
 from phi4.engine.generate import generate
 from phi4.engine.layout import destroy_layout

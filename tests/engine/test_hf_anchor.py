@@ -11,8 +11,8 @@ from transformers import Phi3ForCausalLM
 from phi4.config import dump_toml
 from phi4.convert import read_hf
 from phi4.convert.checkpoint import export_checkpoint, import_hf
-from phi4.data.bpe import train_bpe
-from phi4.data.tokenizer import rank_file_bytes
+from phi4.data.vocabulary.bpe import train_bpe
+from phi4.data.vocabulary.tokenizer import rank_file_bytes
 from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from phi4.engine.platform import connect, disconnect
 from tests.support.anchor import (

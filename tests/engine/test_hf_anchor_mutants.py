@@ -10,8 +10,8 @@ import torch
 
 from phi4.config import ModelConfig
 from phi4.convert import read_hf
-from phi4.engine import attention
-from phi4.engine.attention import rotate_and_split
+from phi4.engine.model import attention
+from phi4.engine.model.attention import rotate_and_split
 from phi4.model.names import block_qkv, group_qkv
 from tests.support.anchor import (
     MODEL,

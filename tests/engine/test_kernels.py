@@ -19,9 +19,9 @@ from phi4_kernels import dispatch
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
 from phi4.config import KernelsConfig
-from phi4.engine import attention, layers
-from phi4.engine.placement import Angles, rope_tables
-from phi4.engine.spec import choose
+from phi4.engine.model import attention, layers
+from phi4.engine.model.implementations import choose
+from phi4.engine.model.rope import RopeCache, rope_cos_sin
 from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
 from phi4.verify.parity import LEARNING_RATE, LOSS_TOLERANCE, PARAMETER_TOLERANCE
@@ -156,9 +156,9 @@ def test_heads_that_attention_kernels_do_not_take(monkeypatch):
 def test_angles_by_position_are_the_angles_of_the_tables_per_token():
     model, cpu = tiny_recipe().model, torch.device("cpu")
     positions_BS = torch.randint(0, 16_384, (3, 50))
-    angles = Angles.up_to(16_384, model, cpu)
-    cos_SBD, sin_SBD = rope_tables(positions_BS.float(), model, torch.float32)
-    for per_token, by_position in ((cos_SBD, angles.cos_PD2), (sin_SBD, angles.sin_PD2)):
+    cache = RopeCache.up_to(16_384, model, cpu)
+    cos_SBD, sin_SBD = rope_cos_sin(positions_BS.float(), model, torch.float32)
+    for per_token, by_position in ((cos_SBD, cache.cos_PD2), (sin_SBD, cache.sin_PD2)):
         assert torch.equal(per_token.transpose(0, 1), by_position[positions_BS].repeat(1, 1, 2))
 
 

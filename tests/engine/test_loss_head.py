@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from phi4.config import LossHeadConfig
-from phi4.engine.loss_head import LossHead, _AddsItsOwnGradient
+from phi4.engine.model.loss_head import LossHead, _AddsItsOwnGradient
 from phi4.engine.objective import Loss
 from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken

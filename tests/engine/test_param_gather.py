@@ -15,10 +15,11 @@ import pytest
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig, param_and_grad_buffer
 
-from phi4.engine import layers, optimizer
-from phi4.engine.adamw import OnePassDistributed
 from phi4.engine.engine import Engine
-from phi4.engine.model import global_parameters
+from phi4.engine.model import layers
+from phi4.engine.model.gpt import global_parameters
+from phi4.engine.optimizer import build as optimizer
+from phi4.engine.optimizer.adamw import OnePassDistributed
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.ranks import RankPool

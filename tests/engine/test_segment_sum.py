@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phi4.data.batch import build_batch
+from phi4.data.stream.batch import build_batch
 from phi4.engine import objective
-from phi4.engine.model import global_parameters, unshard
+from phi4.engine.model.gpt import global_parameters, unshard
 from phi4.engine.objective import Loss, SegmentSum
 from tests.support.engines import engine_on, tiny_recipe
 from tests.support.ranks import RankPool

@@ -16,11 +16,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phi4.config import Recipe, with_overrides
-from phi4.data.batch import build_batch
-from phi4.engine import layers
-from phi4.engine.meta import paper_rank
-from phi4.engine.model import build_chunks, seed_random_states, transformer_config
-from phi4.engine.placement import MicroBatch, place
+from phi4.data.stream.batch import build_batch
+from phi4.engine.fake_ranks import paper_rank
+from phi4.engine.model import layers
+from phi4.engine.model.gpt import build_chunks, seed_random_states, transformer_config
+from phi4.engine.model.micro_batch import MicroBatch, to_device
 from phi4.engine.precision import torch_dtype
 from phi4.plan.activations import Activations
 
@@ -87,7 +87,9 @@ def placed(recipe: Recipe, layout, documents_per_row: int) -> MicroBatch:
         eod_id=EOD,
         document_mask=recipe.data.document_mask,
     )
-    return place(batch, layout, recipe.model, torch_dtype(recipe.precision), torch.device("cpu"))
+    return to_device(
+        batch, layout, recipe.model, torch_dtype(recipe.precision), torch.device("cpu")
+    )
 
 
 def storages(tensors) -> dict[int, int]:

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from transformers import Phi3ForCausalLM
 
 from phi4.config import ModelConfig, Recipe, parse_recipe
-from phi4.data.batch import Batch
+from phi4.data.stream.batch import Batch
 from phi4.engine.engine import Engine
 from phi4.engine.generate import generate
-from phi4.engine.model import global_parameters, unshard
+from phi4.engine.model.gpt import global_parameters, unshard
 from phi4.model.names import to_megatron
 from phi4.stages.pretrain import NextToken
 from tests.support.hugging_face import phi3_config

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from phi4.config import Recipe, check, parse_recipe, with_overrides
-from phi4.data.batch import Batch
+from phi4.data.stream.batch import Batch
 from phi4.engine.engine import Engine
 from phi4.engine.patches import Patches
 from phi4.engine.platform import connect, disconnect

@@ -9,8 +9,8 @@ import numpy as np
 
 from phi4.cli import main
 from phi4.config import TokenizerConfig, dump_toml
-from phi4.data.token_writer import TokenFileWriter
-from phi4.data.tokenizer import load_tokenizer, rank_file_bytes
+from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from tests.support.engines import tiny_recipe
 
 

@@ -10,7 +10,7 @@ MODULES = (
     "phi4.cli.train",
     "phi4.engine.engine",
     "phi4.stages.pretrain",
-    "phi4.train.run",
+    "phi4.train.session",
     "pytest",
     "torch.distributed",
 )

@@ -9,7 +9,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from phi4.track import MetricsFile, MlflowTracker
+from phi4.rundir.step_log import StepLog
+from phi4.track import MlflowTracker
 from tests.support.waiting import LONG_SECONDS
 
 PARAMS = {"run.seed": 1, "optim.learning_rate": 3e-4, "run.name": None, "data.sources": "x" * 9000}
@@ -24,7 +25,7 @@ def follow(run_dir: Path, steps: range, status: str, *, params=PARAMS, **options
     recipe = run_dir / "config.toml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text("[run]\nseed = 1\n")
-    record = MetricsFile(run_dir / "metrics.jsonl", settings["resume_step"])
+    record = StepLog(run_dir / "metrics.jsonl", settings["resume_step"])
     tracker.start(params, [recipe])
     for step in steps:
         metrics = {"loss": 1 / step, "held_out_loss/a b:c": 2.0}
@@ -78,7 +79,7 @@ def test_restart_continues_the_run_and_sends_what_it_lacks(first_run):
     before = Store(run_dir)
     assert before.run.info.status == "KILLED"
     # Steps 4 and 5 were recorded by an attempt that was killed before it sent them.
-    record = MetricsFile(run_dir / "metrics.jsonl", resume_step=3)
+    record = StepLog(run_dir / "metrics.jsonl", resume_step=3)
     for step in (4, 5, 6):
         record.log(step, {"loss": 1 / step})
     changed = PARAMS | {"optim.learning_rate": 1e-4, "parallel.tensor": 2}

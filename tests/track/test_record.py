@@ -5,7 +5,8 @@ import json
 import pytest
 
 from phi4.config import parse_recipe
-from phi4.track import Trackers, open_trackers, read_metrics, recipe_params
+from phi4.rundir.step_log import read_metrics
+from phi4.track import Trackers, open_trackers, recipe_params
 
 
 class Memory:

@@ -16,10 +16,11 @@ from phi4.config import dump_toml, with_overrides
 from phi4.engine.agreement import wait_until_visible
 from phi4.engine.checkpoint import save_checkpoint
 from phi4.errors import DiskFullError, Phi4Error, PlatformError
+from phi4.rundir.names import RECIPE_FILE, STATE_FILE
+from phi4.rundir.state import RunState
 from phi4.stages.pretrain import NextToken
 from phi4.train.checkpointing import Checkpointer, resume
 from phi4.train.hooks import Progress
-from phi4.train.state import RECIPE_FILE, STATE_FILE, RunState
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.hostile import read_index, sign, write_index
 from tests.support.ranks import RankPool
@@ -118,7 +119,7 @@ def _blind(rank: int):
     """Rank 1 lists no checkpoint."""
     if rank == 0:
         return _plain(rank)
-    return patch("phi4.engine.checkpoint.directory.Path.iterdir", return_value=iter(()))
+    return patch("phi4.rundir.checkpoints.Path.iterdir", return_value=iter(()))
 
 
 def _elsewhere(rank: int):

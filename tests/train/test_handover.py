@@ -16,16 +16,18 @@ from typer.testing import CliRunner
 
 from phi4.cli.data import app
 from phi4.config import TokenizerConfig
-from phi4.data import Batch, Loader, window_table
-from phi4.data.token_file import TokenFile
-from phi4.data.token_writer import TokenFileWriter
-from phi4.data.tokenizer import load_tokenizer, rank_file_bytes
+from phi4.data.files.token_file import TokenFile
+from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.stream import window_table
+from phi4.data.stream.batch import Batch
+from phi4.data.stream.loader import Loader
+from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.engine.platform import Platform, connect, disconnect
 from phi4.errors import Phi4Error
+from phi4.rundir.state import RunState
 from phi4.stages.pretrain import NextToken
-from phi4.train.run import check_tokenizer, run_training
+from phi4.train.session import check_tokenizer, run_training
 from phi4.train.sources import open_sources
-from phi4.train.state import RunState
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, rendezvous
 
@@ -69,7 +71,7 @@ def _train(rank: int, world_size: int, root: Path, overrides: tuple[str, ...]) -
         return [], 0
     platform = connect("cpu", rank=rank, world_size=size, rendezvous=meeting)
     Recorded.served = []
-    computing = patch("phi4.data.window_table._computed", wraps=window_table._computed)
+    computing = patch("phi4.data.stream.window_table._computed", wraps=window_table._computed)
     with chdir(root), patch("phi4.train.sources.Loader", Recorded), computing as computed:
         run_training(recipe, platform, NextToken(), allow_change=True)
     disconnect()

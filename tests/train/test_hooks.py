@@ -3,8 +3,8 @@
 import pytest
 
 from phi4.engine.step import StepResult
+from phi4.rundir.state import RunState
 from phi4.train.hooks import Meter, Progress
-from phi4.train.state import RunState
 
 
 @pytest.mark.parametrize("updated", [True, False])

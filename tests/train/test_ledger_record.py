@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from phi4.engine.step import StepResult
 from phi4.errors import DataError
+from phi4.rundir.ledger_log import recorded_counts
+from phi4.rundir.names import LEDGER_FILE
+from phi4.rundir.state import RunState
 from phi4.train.hooks import Progress
-from phi4.train.ledger_record import FILE_NAME, LedgerRecord, recorded_counts
-from phi4.train.state import RunState
+from phi4.train.ledger_record import LedgerRecord
 from tests.support.engines import tiny_recipe
 
 
@@ -34,10 +36,10 @@ def counts(step: int, factor: int = 1) -> dict[str, tuple[int, int]]:
 def test_every_whole_line_is_found_and_no_other(
     tmp_path: Path, first: int, length: int, lost_bytes: int
 ) -> None:
-    (tmp_path / FILE_NAME).unlink(missing_ok=True)
+    (tmp_path / LEDGER_FILE).unlink(missing_ok=True)
     write(tmp_path, range(first, first + length))
-    content = (tmp_path / FILE_NAME).read_bytes()
-    (tmp_path / FILE_NAME).write_bytes(content[: len(content) - lost_bytes])
+    content = (tmp_path / LEDGER_FILE).read_bytes()
+    (tmp_path / LEDGER_FILE).write_bytes(content[: len(content) - lost_bytes])
     last = first + length - 1
     for step in range(first, last + (lost_bytes == 0)):
         assert recorded_counts(tmp_path, step) == counts(step)
@@ -54,6 +56,6 @@ def test_resumed_run_writes_over_what_happens_again(tmp_path: Path) -> None:
 
 def test_damaged_line_is_named(tmp_path: Path) -> None:
     assert recorded_counts(tmp_path, 3) is None
-    (tmp_path / FILE_NAME).write_text('{"step": 1}\nwhat\n{"step": 9}\n')
+    (tmp_path / LEDGER_FILE).write_text('{"step": 1}\nwhat\n{"step": 9}\n')
     with pytest.raises(DataError, match=r"ledger\.jsonl is damaged at byte 12; remove the file"):
         recorded_counts(tmp_path, 9)

@@ -12,18 +12,19 @@ import torch
 from megatron.core import parallel_state
 
 from phi4.config import TokenizerConfig
-from phi4.data.token_writer import TokenFileWriter
-from phi4.data.tokenizer import load_tokenizer, rank_file_bytes
+from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.engine.agreement import wait_until_visible
 from phi4.engine.platform import Platform, connect, disconnect
 from phi4.errors import OwnershipError, Phi4Error
 from phi4.rundir import Lease, this_process
 from phi4.rundir.lease import take_lease
+from phi4.rundir.step_log import read_metrics
 from phi4.stages.pretrain import NextToken
-from phi4.track import Trackers, read_metrics
+from phi4.track import Trackers
 from phi4.train.hooks import Hook, Progress
 from phi4.train.ownership import Ownership
-from phi4.train.run import run_training
+from phi4.train.session import run_training
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, gloo_group, rendezvous
 
@@ -101,9 +102,9 @@ def test_rank_that_does_not_see_run_dir_is_named_before_anything_is_written(pool
 
 
 FILE_SYSTEM_QUESTIONS = (
-    "phi4.train.run.latest_checkpoint",
-    "phi4.train.run.first_state",
-    "phi4.train.run.read_recipe",
+    "phi4.train.session.latest_checkpoint",
+    "phi4.train.session.first_state",
+    "phi4.train.session.read_recipe",
     "phi4.train.checkpointing.read_recipe",
     "phi4.train.checkpointing.read_state",
     "phi4.engine.checkpoint.search.complete_checkpoints",

@@ -12,14 +12,14 @@ import torch
 
 from phi4.cli import main, verify_leak
 from phi4.config import dump_toml, with_overrides
-from phi4.engine import placement
+from phi4.engine.model import micro_batch as placement
 from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
-from phi4.verify.layouts import LEAK_LAYOUTS, Case, cases, reference_case
+from phi4.verify.layouts import LEAK_LAYOUTS, LayoutCase, cases, reference_case
 from phi4.verify.leak import (
     DOCUMENTS,
     Difference,
-    Findings,
+    LeakFindings,
     document_columns,
     leak_batch,
     leak_case,
@@ -37,7 +37,7 @@ BRIEF = (ONE, "recompute-full", "tp2+sp", "pp2", "cp2", "tp2xcp2+sp", "pp2xcp2-r
 REST = tuple(name for name in LEAK_LAYOUTS if name not in BRIEF)
 
 
-def leak_cases(names: tuple[str, ...]) -> list[Case]:
+def leak_cases(names: tuple[str, ...]) -> list[LayoutCase]:
     possible, impossible = cases(RECIPE, tuple(name for name in names if name != ONE))
     assert not impossible
     reference = [reference_case(RECIPE)] if ONE in names else []
@@ -133,7 +133,7 @@ def test_verdicts() -> None:
     clean, blind = Difference(True, False, False, 0), Difference(True, True, True, 0)
     everywhere = Difference(True, True, None, 3)
     case = reference_case(RECIPE)
-    passed = Findings(case, (everywhere,), {"first": (clean,)})
+    passed = LeakFindings(case, (everywhere,), {"first": (clean,)})
     assert passed.passed
     assert not replace(passed, without_mask=(everywhere, blind)).passed
     one_rank = Difference(None, None, None, 1)

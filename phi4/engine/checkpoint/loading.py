@@ -20,21 +20,21 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from phi4.engine.agreement import decided_by_writer, raise_together, wait_until_visible
-from phi4.engine.checkpoint.directory import step_of
-from phi4.engine.checkpoint.manifest import (
-    MANIFEST_NAME,
-    Manifest,
+from phi4.engine.checkpoint.metadata import METADATA_NAME, parse_metadata
+from phi4.engine.checkpoint.state import chunk_key, degrees, set_random_state, sharded_state
+from phi4.engine.checkpoint_io import VettedSource, load_values
+from phi4.engine.engine import Engine
+from phi4.errors import CheckpointError, LayoutError, Phi4Error
+from phi4.rundir.checkpoints import step_of
+from phi4.rundir.manifest import (
+    MANIFEST_FILE,
+    CheckpointManifest,
     content_names,
     manifest_hash,
     read_manifest,
     read_verified,
     verify_files,
 )
-from phi4.engine.checkpoint.metadata import METADATA_NAME, parse_metadata
-from phi4.engine.checkpoint.state import chunk_key, degrees, set_random_state, sharded_state
-from phi4.engine.checkpoint_io import VettedSource, load_values
-from phi4.engine.engine import Engine
-from phi4.errors import CheckpointError, LayoutError, Phi4Error
 
 _COMMON_NAME = "common.pt"
 _FORMAT_NAME = "metadata.json"
@@ -53,7 +53,7 @@ Result = TypeVar("Result")
 class VerifiedCheckpoint:
     """A checkpoint whose files agree with its manifest, and what of it was vetted."""
 
-    manifest: Manifest
+    manifest: CheckpointManifest
     metadata: Metadata
     """Index of the records."""
     common: bytes
@@ -66,7 +66,7 @@ class VerifiedCheckpoint:
 class _Survey:
     """What rank 0 sees of a checkpoint."""
 
-    manifest: Manifest
+    manifest: CheckpointManifest
     manifest_sha256: str
     present: tuple[str, ...]
 
@@ -85,12 +85,12 @@ def verify_checkpoint(engine: Engine, checkpoint: Path) -> VerifiedCheckpoint:
     survey = decided_by_writer(platform, lambda: _survey(checkpoint))
     manifest = survey.manifest
     share = sorted(manifest.files)[platform.rank :: platform.world_size]
-    needed = {MANIFEST_NAME, *share, *_VETTED_NAMES} & {MANIFEST_NAME, *survey.present}
+    needed = {MANIFEST_FILE, *share, *_VETTED_NAMES} & {MANIFEST_FILE, *survey.present}
     wait_until_visible(platform, [checkpoint / name for name in sorted(needed)])
     problems, metadata, common = [], Metadata({}), b""
     try:
         if manifest_hash(checkpoint) != survey.manifest_sha256:
-            problems.append(f"rank {platform.rank} reads another {checkpoint / MANIFEST_NAME}")
+            problems.append(f"rank {platform.rank} reads another {checkpoint / MANIFEST_FILE}")
         problems += verify_files(checkpoint, manifest, share)
         if not problems:
             metadata, common = _vetted(checkpoint, manifest)
@@ -187,7 +187,7 @@ def _survey(checkpoint: Path) -> _Survey:
     return _Survey(manifest, manifest_hash(checkpoint), tuple(content_names(checkpoint)))
 
 
-def _vetted(checkpoint: Path, manifest: Manifest) -> tuple[Metadata, bytes]:
+def _vetted(checkpoint: Path, manifest: CheckpointManifest) -> tuple[Metadata, bytes]:
     """The index and the content of common.pt."""
     index, common, form = (read_verified(checkpoint, manifest, name) for name in _VETTED_NAMES)
     try:
@@ -235,7 +235,7 @@ class _VettedCommon(LoadCommonStrategy):
         """The format is checked by `verify_checkpoint`."""
 
 
-def _check_optimizer(engine: Engine, checkpoint: Path, manifest: Manifest) -> None:
+def _check_optimizer(engine: Engine, checkpoint: Path, manifest: CheckpointManifest) -> None:
     here, there = degrees(engine), manifest.layout
     if manifest.optimizer_format == "none":
         raise CheckpointError(f"{checkpoint} holds weights only; it cannot resume a training run")

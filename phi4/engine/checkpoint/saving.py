@@ -17,19 +17,19 @@ from torch.distributed.checkpoint import CheckpointException
 
 from phi4.config import identity_hash
 from phi4.engine.agreement import decided_by_writer, raise_together, wait_until_visible
-from phi4.engine.checkpoint.directory import CheckpointDirectory, write_durably
-from phi4.engine.checkpoint.manifest import (
+from phi4.engine.checkpoint.state import degrees, sharded_state
+from phi4.engine.engine import Engine
+from phi4.engine.optimizer.build import gather_parameters
+from phi4.errors import DiskFullError, Phi4Error, PlatformError
+from phi4.rundir.checkpoints import CheckpointDirectory, write_durably
+from phi4.rundir.manifest import (
+    CheckpointManifest,
     FileEntry,
-    Manifest,
     OptimizerFormat,
     content_names,
     hash_files,
     identity_keys_hash,
 )
-from phi4.engine.checkpoint.state import degrees, sharded_state
-from phi4.engine.engine import Engine
-from phi4.engine.optimizer import gather_parameters
-from phi4.errors import DiskFullError, Phi4Error, PlatformError
 
 _RECORD_BYTES = 2560
 """Header of a tensor in a shard, and its entries in `.metadata`."""
@@ -93,7 +93,7 @@ def save_checkpoint(
     try:
         save.write_state(form)
         save.by_writer(lambda: save.write_texts(files))
-        manifest = Manifest(
+        manifest = CheckpointManifest(
             step=step,
             optimizer_format=form,
             layout=degrees(engine),

@@ -7,12 +7,12 @@ can get two answers, take two paths, and wait for each other.
 from pathlib import Path
 
 from phi4.engine.agreement import decided_by_writer
-from phi4.engine.checkpoint.directory import (
+from phi4.engine.platform import Platform
+from phi4.rundir.checkpoints import (
     complete_checkpoints,
     find_checkpoint,
     latest_checkpoint,
 )
-from phi4.engine.platform import Platform
 
 
 def checkpoints_newest_first(platform: Platform, root: Path) -> list[Path]:

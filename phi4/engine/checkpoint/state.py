@@ -13,8 +13,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from phi4.config import CheckpointConfig
-from phi4.engine.checkpoint.manifest import OptimizerFormat
 from phi4.engine.engine import Engine
+from phi4.rundir.manifest import OptimizerFormat
 
 _SHARDING_TYPE = {"full": "fully_reshardable", "dp": "dp_reshardable"}
 GATHER_BYTES_PER_PARAMETER = 12

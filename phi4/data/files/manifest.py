@@ -1,0 +1,79 @@
+"""The manifest beside a token file: what the numbers mean and what the bytes must be.
+
+A `.bin/.idx` pair does not say which tokenizer wrote it. The manifest does, with counts and
+checksums, in a few lines of JSON that checkpoints can quote by hash.
+"""
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from phi4.errors import DataError
+
+
+class ShardManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Facts about one `.bin/.idx` pair."""
+
+    format_version: int = 1
+    tokenizer_fingerprint: str
+    vocab_size: int
+    num_documents: int
+    num_tokens: int
+    bin_sha256: str
+    idx_sha256: str
+    mask_sha256: str | None = None
+    """Of the loss mask, where some tokens are not learnt."""
+    length_histogram: tuple[int, ...] = ()
+    """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens."""
+    num_rejected: int = 0
+    """Rows that went to PREFIX.rejected.jsonl."""
+    shuffle_seed: int | None = None
+    """Seed of the order of the documents; None for the order of the inputs."""
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """Where the manifest of `PREFIX.bin` lies."""
+    return Path(f"{prefix}.manifest.json")
+
+
+def length_histogram(lengths: np.ndarray) -> tuple[int, ...]:
+    """Documents by the power of two below their length; [n] lengths, 0 counts as 1."""
+    exponents = np.frexp(np.maximum(lengths, 1).astype(np.float64))[1] - 1
+    return tuple(np.bincount(exponents).tolist())
+
+
+def encode_manifest(manifest: msgspec.Struct) -> bytes:
+    """A manifest as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def read_manifest(prefix: str | Path) -> ShardManifest | None:
+    """The manifest of a pair, None when there is none.
+
+    Raises:
+        DataError: the file is there but is not a manifest.
+    """
+    path = manifest_path(prefix)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ShardManifest)
+    except FileNotFoundError:
+        return None
+    except (msgspec.DecodeError, OSError) as error:
+        raise DataError(
+            f"{path} is not a manifest of phi4 ({error}); write it anew with `phi4 data adopt`"
+        ) from None
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file, read in blocks.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from None

@@ -1,0 +1,290 @@
+"""Reader of Megatron's `.bin/.idx` token files.
+
+`.bin` is one flat array of token ids; `.idx` says where sequences and documents begin. Both are
+memory-mapped: opening compares sizes with the header and touches no token, in constant time and
+memory for any number of documents.
+"""
+
+import mmap
+import os
+import struct
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from phi4.data.files.manifest import ShardManifest, file_sha256, manifest_path, read_manifest
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
+from phi4.errors import DataError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
+_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_INT32_CODE = 4
+_BLOCK_ENTRIES = 1 << 20
+
+
+class TokenFile:
+    """An open `.bin/.idx` pair.
+
+    Attributes:
+        prefix: path without `.bin`.
+        tokens: [num_tokens], int32 or uint16, memory-mapped.
+        lengths: [num_sequences], int32, tokens per sequence.
+        pointers: [num_sequences], int64, byte offset of each sequence in `.bin`.
+        document_bounds: [num_documents + 1], int64, first sequence of each document.
+        learnt: [num_tokens], uint8, 1 where the token is learnt as a label; None when all are.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        """Open a pair.
+
+        Raises:
+            DataError: a file is missing, truncated or of another format.
+        """
+        self.prefix = str(prefix)
+        index = _map_bytes(Path(f"{prefix}.idx"))
+        (header,) = _read_at(f"{prefix}.idx", [(0, _HEADER.size)])
+        dtype, num_sequences, num_bounds = _read_header(header, f"{prefix}.idx")
+        sizes = (_HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_bounds)
+        split = list(accumulate(sizes))
+        _check_index_size(index.size, split[-1], num_sequences, f"{prefix}.idx")
+        self.lengths = index[split[0] : split[1]].view("<i4")
+        self.pointers = index[split[1] : split[2]].view("<i8")
+        self.document_bounds = index[split[2] : split[3]].view("<i8")
+        content = _map_bytes(Path(f"{prefix}.bin"))
+        self._check_content(content.size, dtype.itemsize, split)
+        self.tokens = content.view(dtype)
+        self.learnt = _map_mask(Path(f"{prefix}.mask"), self.tokens.size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the pair, end-of-document tokens included."""
+        return self.tokens.size
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the pair."""
+        return max(0, self.document_bounds.size - 1)
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of one document."""
+        first, last = (int(self.document_bounds[index + i]) for i in (0, 1))
+        start = int(self.pointers[first]) // self.tokens.itemsize
+        return self.tokens[start : start + int(self.lengths[first:last].sum())]
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document, [num_documents] int64."""
+        ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        return np.diff(ends[self.document_bounds])
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Document that holds a token position, and the offset inside the document."""
+        pointers = np.asarray(self.pointers)
+        sequence = np.searchsorted(pointers, position * self.tokens.itemsize, side="right") - 1
+        document = int(np.searchsorted(self.document_bounds, sequence, side="right")) - 1
+        start = int(pointers[self.document_bounds[document]]) // self.tokens.itemsize
+        return document, position - start
+
+    def manifest(self) -> ShardManifest:
+        """The manifest beside the pair.
+
+        Raises:
+            DataError: there is none, or its counts are not those of the pair.
+        """
+        manifest = read_manifest(self.prefix)
+        if manifest is None:
+            raise DataError(
+                f"{manifest_path(self.prefix)} does not exist, so nothing says which tokenizer "
+                f"wrote {self.prefix}.bin; write it with `phi4 data adopt {self.prefix}`"
+            )
+        found = (self.num_documents, self.num_tokens)
+        expected = (manifest.num_documents, manifest.num_tokens)
+        if found != expected:
+            raise DataError(
+                f"{self.prefix}.bin/.idx hold {found[0]} documents and {found[1]} tokens, the "
+                f"manifest says {expected[0]} and {expected[1]}; tokenize again or run `phi4 data "
+                "adopt`"
+            )
+        return manifest
+
+    def require_tokenizer(self, tokenizer: TokenizerFacts) -> ShardManifest:
+        """The manifest, once it is clear that this tokenizer wrote the ids.
+
+        Raises:
+            DataError: no manifest, or one of another tokenizer.
+        """
+        manifest = self.manifest()
+        found, expected = manifest.tokenizer_fingerprint, tokenizer.fingerprint
+        if found != expected:
+            raise DataError(
+                f"{self.prefix}.bin was written by tokenizer {found[:12]}, the recipe's is "
+                f"{expected[:12]}; tokenize the source again or name its tokenizer in the recipe"
+            )
+        return manifest
+
+    def verify(self) -> ShardManifest:
+        """Compare the files with the checksums of the manifest, and check the whole index.
+
+        Raises:
+            DataError: no manifest, a file that differs from it, or a wrong index.
+        """
+        manifest = self.manifest()
+        if self.learnt is not None and manifest.mask_sha256 is None:
+            raise DataError(
+                f"{self.prefix}.mask is not in the manifest, so training would refuse the pair; "
+                "remove the file if it is foreign, or run `phi4 data adopt`"
+            )
+        checksums = {"bin": manifest.bin_sha256, "idx": manifest.idx_sha256}
+        if manifest.mask_sha256 is not None:
+            checksums["mask"] = manifest.mask_sha256
+        for suffix, expected in checksums.items():
+            found = file_sha256(f"{self.prefix}.{suffix}")
+            if found != expected:
+                raise DataError(
+                    f"{self.prefix}.{suffix}: sha256 is {found}, the manifest says {expected}; the "
+                    "file changed after it was written: copy it again or tokenize again"
+                )
+        self.check_index()
+        return manifest
+
+    def check_index(self) -> None:
+        """Read the whole index and check that it describes every token once, in order.
+
+        Opening a pair checks only both ends of it, in constant time.
+
+        Raises:
+            DataError: names the first sequence or document that is wrong.
+        """
+        size, offset = self.tokens.itemsize, 0
+        for begin in range(0, self.lengths.size, _BLOCK_ENTRIES):
+            lengths = self.lengths[begin : begin + _BLOCK_ENTRIES].astype(np.int64)
+            ends = offset + size * np.cumsum(lengths)
+            pointers = self.pointers[begin : begin + _BLOCK_ENTRIES]
+            wrong = np.flatnonzero((pointers != ends - size * lengths) | (lengths < 0))
+            if wrong.size:
+                self._refuse_index(
+                    f"sequence {begin + wrong[0]} begins at byte {pointers[wrong[0]]} and has "
+                    f"{lengths[wrong[0]]} tokens, the ones before it end at byte "
+                    f"{(ends - size * lengths)[wrong[0]]}"
+                )
+            offset = int(ends[-1])
+        for begin in range(0, self.num_documents, _BLOCK_ENTRIES):
+            bounds = self.document_bounds[begin : begin + _BLOCK_ENTRIES + 1]
+            wrong = np.flatnonzero(np.diff(bounds) < 0)
+            if wrong.size:
+                first, last = bounds[wrong[0] : wrong[0] + 2]
+                self._refuse_index(
+                    f"document {begin + wrong[0]} runs from sequence {first} back to {last}"
+                )
+
+    def _refuse_index(self, what: str) -> NoReturn:
+        raise DataError(f"{self.prefix}.idx: {what}; the index is damaged: build the pair again")
+
+    def _check_content(self, found_bytes: int, itemsize: int, split: list[int]) -> None:
+        """Compare sizes with the last sequence and document; `split` is where the columns begin."""
+        ends = [(split[1] - 4, 4), (split[2] - 8, 8), (split[2], 8), (split[3] - 8, 8)]
+        read = _read_at(f"{self.prefix}.idx", ends)
+        length, pointer, first, last = (int.from_bytes(b, "little", signed=True) for b in read)
+        expected = pointer + length * itemsize if self.lengths.size else 0
+        if found_bytes != expected:
+            raise DataError(
+                f"{self.prefix}.bin has {found_bytes} bytes, its .idx describes {expected}; the "
+                "pair is truncated or mixed: copy both again or tokenize again"
+            )
+        if not self.document_bounds.size:
+            first, last = 0, 0
+        if (first, last) != (0, self.lengths.size):
+            self._refuse_index(
+                f"documents run from sequence {first} to {last} of {self.lengths.size}"
+            )
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, locate: Callable[[int], str]) -> None:
+    """Refuse ids outside the vocabulary.
+
+    Args:
+        ids: integer array of any shape.
+        vocab_size: ids must be in [0, vocab_size).
+        locate: says where the id at a flat position comes from.
+
+    Raises:
+        DataError: names the first such id and its origin.
+    """
+    # A negative int32 is a huge uint32, so one maximum finds both kinds.
+    unsigned = ids.view(np.uint32) if ids.dtype.kind == "i" else ids
+    if unsigned.size and int(unsigned.max()) >= vocab_size:
+        position = int(np.flatnonzero(unsigned.reshape(-1) >= vocab_size)[0])
+        raise DataError(
+            f"{locate(position)}: token id {int(ids.reshape(-1)[position])} is outside the "
+            f"vocabulary of {vocab_size}; tokenize the source with the recipe's tokenizer"
+        )
+
+
+def index_bytes(lengths: np.ndarray) -> bytes:
+    """The `.idx` of int32 documents that are one sequence each.
+
+    Args:
+        lengths: [num_documents], int32, tokens per document.
+    """
+    ends = 4 * np.cumsum(lengths, dtype=np.int64)
+    header = _HEADER.pack(_MAGIC, 1, _INT32_CODE, lengths.size, lengths.size + 1)
+    pointers = ends - 4 * lengths.astype(np.int64)
+    bounds = np.arange(lengths.size + 1, dtype=np.int64)
+    columns = (lengths.astype("<i4"), pointers.astype("<i8"), bounds.astype("<i8"))
+    return header + b"".join(column.tobytes() for column in columns)
+
+
+def _map_bytes(path: Path) -> np.ndarray:
+    try:
+        with path.open("rb") as stream:
+            if not os.fstat(stream.fileno()).st_size:
+                return np.empty(0, dtype=np.uint8)
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, dtype=np.uint8)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); the prefix of a source is its path "
+            "without .bin"
+        ) from None
+
+
+def _read_at(path: str, places: list[tuple[int, int]]) -> list[bytes]:
+    """Some bytes at (offset, size), read: for a touched byte of a mapping, 2 MB may be mapped."""
+    with open(path, "rb") as stream:
+        return [os.pread(stream.fileno(), size, offset) for offset, size in places]
+
+
+def _map_mask(path: Path, num_tokens: int) -> np.ndarray | None:
+    if not path.exists():
+        return None
+    mask = _map_bytes(path)
+    if mask.size != num_tokens:
+        raise DataError(
+            f"{path} masks {mask.size} tokens, the .bin beside it holds {num_tokens}; tokenize "
+            "again"
+        )
+    return mask
+
+
+def _read_header(header: bytes, path: str) -> tuple[np.dtype, int, int]:
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        raise DataError(f"{path} is not a Megatron index; write one with `phi4 data tokenize`")
+    _, version, code, num_sequences, num_bounds = _HEADER.unpack(header)
+    if version != 1 or code not in _DTYPES:
+        raise DataError(
+            f"{path} has version {version} and dtype code {code}; phi4 reads version 1 with int32 "
+            "(4) or uint16 (8) ids: tokenize again"
+        )
+    return _DTYPES[code], num_sequences, num_bounds
+
+
+def _check_index_size(found: int, expected: int, num_sequences: int, path: str) -> None:
+    # Multimodal files carry one more byte per sequence.
+    if found not in (expected, expected + num_sequences):
+        raise DataError(
+            f"{path} has {found} bytes, its header describes {expected}; the index is truncated "
+            "or damaged: copy it again or tokenize again"
+        )

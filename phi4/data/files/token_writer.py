@@ -1,0 +1,169 @@
+"""Writer of Megatron's `.bin/.idx` token files.
+
+Tokens stream to a temporary name; after fsync everything is renamed, the manifest last, so a
+manifest always stands for a complete pair.
+"""
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from phi4.data.files.atomic_files import HashedFile, write_atomically
+from phi4.data.files.manifest import (
+    ShardManifest,
+    encode_manifest,
+    length_histogram,
+    manifest_path,
+)
+from phi4.data.files.token_file import index_bytes
+from phi4.data.vocabulary.tokenizer import Tokenizer, TokenizerFacts
+from phi4.errors import DataError
+
+LIST_SUFFIX = ".list"
+"""A source under such a name is a file that lists its pairs."""
+
+_BLOCK_BYTES = 1 << 20
+
+
+class TokenFileWriter:
+    """Writes documents one after another; a context manager that leaves all or nothing.
+
+    Files that stand under the prefix are replaced when the context ends without an exception.
+
+    Raises:
+        DataError: the prefix cannot be one, or another process is writing it.
+        DiskFullError: the pair does not fit on the disk.
+    """
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        tokenizer: TokenizerFacts,
+        *,
+        num_rejected: int = 0,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        """Name the pair and what its manifest says beside the counts."""
+        self.prefix = str(prefix)
+        self.manifest: ShardManifest | None = None
+        self._tokenizer = tokenizer
+        self._notes = {"num_rejected": num_rejected, "shuffle_seed": shuffle_seed}
+        self._lengths = array("i")
+        self._num_tokens = 0
+
+    def __enter__(self) -> Self:
+        check_prefix(self.prefix)
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._content = HashedFile(f"{self.prefix}.bin")
+        self._mask: HashedFile | None = None
+        return self
+
+    @property
+    def num_documents(self) -> int:
+        """Documents added so far."""
+        return len(self._lengths)
+
+    def add(self, document: np.ndarray, learnt: np.ndarray | None = None) -> None:
+        """Append one document.
+
+        Args:
+            document: [n] token ids, the end-of-document token included.
+            learnt: [n], 1 where the token is learnt as a label; None learns all.
+        """
+        self.add_many(document, [len(document)], learnt)
+
+    def add_many(
+        self, tokens: np.ndarray, lengths: Sequence[int], learnt: np.ndarray | None = None
+    ) -> None:
+        """Append documents that stand one after another.
+
+        Args:
+            tokens: [n] ids.
+            lengths: tokens of each document, sum n.
+            learnt: as in `add`.
+        """
+        self._content.write(np.ascontiguousarray(tokens, dtype="<i4").data)
+        if learnt is not None and self._mask is None:
+            self._mask = HashedFile(f"{self.prefix}.mask")
+            for begin in range(0, self._num_tokens, _BLOCK_BYTES):
+                self._mask.write(b"\1" * min(_BLOCK_BYTES, self._num_tokens - begin))
+        if self._mask is not None:
+            mask = np.ones(len(tokens), dtype=np.uint8) if learnt is None else learnt
+            self._mask.write(np.ascontiguousarray(mask, dtype=np.uint8).data)
+        self._lengths.extend(lengths)
+        self._num_tokens += len(tokens)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            self._finish()
+        except BaseException:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        for file in filter(None, (self._content, self._mask)):
+            file.discard()
+
+    def _finish(self) -> None:
+        lengths = np.array(self._lengths, dtype=np.int32)
+        index = index_bytes(lengths)
+        self.manifest = ShardManifest(
+            tokenizer_fingerprint=self._tokenizer.fingerprint,
+            vocab_size=self._tokenizer.vocab_size,
+            num_documents=lengths.size,
+            num_tokens=self._num_tokens,
+            bin_sha256=self._content.finish(),
+            idx_sha256=hashlib.sha256(index).hexdigest(),
+            mask_sha256=self._mask.finish() if self._mask else None,
+            length_histogram=length_histogram(lengths),
+            **self._notes,
+        )
+        # Without its old manifest a half-replaced pair cannot pass for a complete one.
+        manifest_path(self.prefix).unlink(missing_ok=True)
+        Path(f"{self.prefix}.mask").unlink(missing_ok=True)
+        for file in filter(None, (self._content, self._mask)):
+            file.publish()
+        write_atomically(f"{self.prefix}.idx", index)
+        write_atomically(manifest_path(self.prefix), encode_manifest(self.manifest))
+
+
+def write_documents(
+    texts: Iterable[str], tokenizer: Tokenizer, prefix: str | Path
+) -> ShardManifest:
+    """Tokenize a few texts into `PREFIX.bin/.idx`, each closed by the end-of-document token."""
+    with TokenFileWriter(prefix, tokenizer.facts) as writer:
+        for text in texts:
+            writer.add(np.append(tokenizer.encode_array(text), tokenizer.eod_id))
+    return writer.manifest
+
+
+def check_prefix(prefix: str | Path) -> None:
+    """Refuse prefixes whose files nobody would find again.
+
+    Raises:
+        DataError: it names a directory, or a recipe would take it for a list of shards.
+    """
+    name = os.path.basename(str(prefix))
+    if name in ("", ".", ".."):
+        raise DataError(
+            f"{prefix} names a directory; give the path of the pair without a suffix, such as "
+            f"{os.path.join(str(prefix), 'web')} for web.bin and web.idx"
+        )
+    if name.endswith(LIST_SUFFIX):
+        raise DataError(
+            f"{prefix}: a name ending in {LIST_SUFFIX} stands for a list of shards; give another"
+        )

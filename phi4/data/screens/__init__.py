@@ -1,0 +1,1 @@
+"""Screens: what is taken out of a corpus, and why."""

@@ -1,0 +1,1 @@
+"""The self-test: benchmark items planted in a corpus that decontamination has to find."""

@@ -1,0 +1,1 @@
+"""The training stream: sources, units and windows, blends and their ledger, batches."""

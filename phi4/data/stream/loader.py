@@ -1,0 +1,244 @@
+"""The loader: micro-batches of one data-parallel rank, cut from a stream that no layout changes.
+
+Every rank draws the whole global batch from its ledger and reads only its own rows, so nothing is
+broadcast, all ranks hold the same state, and a checkpoint continues at any data-parallel size.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi4.config import DataConfig, SourceConfig
+from phi4.data.stream.batch import Batch, build_batch
+from phi4.data.stream.ledger import BlendEntry, Draws
+from phi4.data.stream.overlap import describe_overlaps
+from phi4.data.stream.sources import SourceManifest, read_source
+from phi4.data.stream.stream import Source, Stream
+from phi4.data.stream.units import ShardPool, UnitSource
+from phi4.data.stream.windows import WindowSource
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
+from phi4.errors import DataError, LayoutError
+
+
+class Loader:
+    """Training batches, step by step.
+
+    Attributes:
+        stream: where the batches are cut from.
+        notes: lines to show at the start: what was packed into rows and what was left out, by
+            source of windows, and which sources hold the same files.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: TokenizerFacts,
+        seed: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """Open the sources, and go on from a state where one is given.
+
+        Raises:
+            DataError: no source, a source is missing, damaged or from another tokenizer, or the
+                state does not belong to these sources.
+        """
+        _check_names(data)
+        if data.sequence_length % data.unit_tokens:
+            raise DataError(
+                f"data.sequence_length={data.sequence_length} is not a multiple of "
+                f"data.unit_tokens={data.unit_tokens}; a row is a whole number of units"
+            )
+        self._data = data
+        self._tokenizer = tokenizer
+        self._max_epochs = {source.name: source.max_epochs for source in data.sources}
+        _make(data.cache_dir)
+        self._manifests = {
+            s.name: read_source(s.path, tokenizer, data.cache_dir) for s in data.sources
+        }
+        sources = _cut(data, self._manifests, tokenizer)
+        whole_rows = any(source.whole_rows for source in sources)
+        blend = BlendEntry(
+            weights={source.name: source.weight for source in data.sources},
+            drawn={},
+            draw_units=data.sequence_length // data.unit_tokens if whole_rows else 1,
+            weigh_by=data.weigh_by,
+        )
+        self.notes = [
+            *(source.describe() for source in sources if source.whole_rows),
+            *describe_overlaps(self._manifests),
+        ]
+        self.stream = Stream(
+            sources, blend, tokenizer, seed=seed, unit_tokens=data.unit_tokens, state=state
+        )
+
+    def next_step(
+        self, *, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    ) -> list[Batch]:
+        """This rank's micro-batches of the next optimizer step; the ledger moves by all of them.
+
+        Args:
+            global_batch_size: rows over all data-parallel ranks.
+            micro_batch_size: rows of one returned batch.
+            dp_rank: which slice of the rows; slices are contiguous.
+            dp_size: number of slices.
+
+        Raises:
+            DataError: a token id is outside the vocabulary (names source, document, offset).
+            LayoutError: the rows do not split into whole micro-batches.
+        """
+        if global_batch_size % (micro_batch_size * dp_size):
+            raise LayoutError(
+                f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size="
+                f"{micro_batch_size} x data={dp_size}; every rank runs whole micro-batches"
+            )
+        row_draws = self._data.sequence_length // self.stream.draw_tokens
+        draws = self.stream.next_draws(global_batch_size * row_draws, self._max_epochs)
+        num_draws = draws.source.size
+        own = slice(dp_rank * num_draws // dp_size, (dp_rank + 1) * num_draws // dp_size)
+        source, ordinal = draws.source[own], draws.ordinal[own]
+        return self._batches(source, ordinal, micro_batch_size)
+
+    def require_epochs(self, num_rows: int) -> None:
+        """Refuse now what `next_step` would refuse after some of the rows that are still to come.
+
+        Raises:
+            DataError: a source would be read more often than its `max_epochs`.
+        """
+        row_draws = self._data.sequence_length // self.stream.draw_tokens
+        self.stream.require_epochs(num_rows * row_draws, self._max_epochs)
+
+    def state(self) -> dict[str, Any]:
+        """The ledger between two steps, plain JSON."""
+        return self.stream.state()
+
+    def source_hashes(self) -> dict[str, str]:
+        """sha256 of what each source holds, by source name."""
+        return {name: manifest.content_hash for name, manifest in self._manifests.items()}
+
+    def row(self, index: int) -> Batch:
+        """Row `index` of the stream from here, [1, S]; the ledger stays where it is."""
+        draws = self._row_draws(index)
+        return self._batches(draws.source, draws.ordinal, 1)[0]
+
+    def describe_row(self, index: int) -> list[str]:
+        """Where the pieces of that row come from, a line each."""
+        draws = self._row_draws(index)
+        return [
+            line
+            for source, ordinal in zip(draws.source.tolist(), draws.ordinal.tolist(), strict=True)
+            for line in self.stream.describe(source, ordinal)
+        ]
+
+    def _row_draws(self, index: int) -> Draws:
+        row_draws = self._data.sequence_length // self.stream.draw_tokens
+        draws = self.stream.peek((index + 1) * row_draws)
+        return Draws(draws.source[-row_draws:], draws.ordinal[-row_draws:], None)
+
+    def _batches(self, source: np.ndarray, ordinal: np.ndarray, num_rows: int) -> list[Batch]:
+        """Draws as batches of so many rows; all are read at once, in the order of the files."""
+        rows = self.stream.read(source, ordinal).as_rows(self._data.sequence_length)
+        places = [slice(i, i + num_rows) for i in range(0, len(rows.tokens), num_rows)]
+        return [
+            build_batch(
+                rows.tokens[place],
+                rows.labels[place],
+                rows.weights[place],
+                eod_id=self._tokenizer.eod_id,
+                document_mask=self._data.document_mask,
+                starts=rows.starts[place],
+            )
+            for place in places
+        ]
+
+
+class HeldOut:
+    """Batches of documents that are never trained on, the same ones at every evaluation."""
+
+    def __init__(self, data: DataConfig, tokenizer: TokenizerFacts, seed: int) -> None:
+        """Open `data.held_out`.
+
+        Raises:
+            DataError: as `Loader`.
+        """
+        self._data = data.model_copy(update={"sources": data.held_out})
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._start = Loader(self._data, tokenizer, seed).state()
+
+    def batches(
+        self,
+        num_batches: int,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+    ) -> Iterator[list[Batch]]:
+        """The first global batches of the held-out stream, one list of micro-batches for each.
+
+        Args:
+            num_batches: global batches.
+            global_batch_size: rows of each, over all data-parallel ranks.
+            micro_batch_size: as in `Loader.next_step`, like the rest.
+            dp_rank: which slice of the rows.
+            dp_size: number of slices.
+        """
+        loader = Loader(self._data, self._tokenizer, self._seed, self._start)
+        for _ in range(num_batches):
+            yield loader.next_step(
+                global_batch_size=global_batch_size,
+                micro_batch_size=micro_batch_size,
+                dp_rank=dp_rank,
+                dp_size=dp_size,
+            )
+
+
+def _check_names(data: DataConfig) -> None:
+    if not any(source.weight for source in data.sources):
+        raise DataError(
+            "no data source with a weight above 0; name a .bin/.idx prefix under data.sources (or "
+            "data.held_out), `phi4 data demo` writes some"
+        )
+    names = [source.name for source in data.sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two sources are named {name!r}; every source needs its own name")
+
+
+def _make(cache_dir: str | None) -> None:
+    try:
+        if cache_dir:
+            Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir={cache_dir} cannot be made ({error.strerror}); name a directory that "
+            "every rank can write to"
+        ) from None
+
+
+def _cut(
+    data: DataConfig, manifests: Mapping[str, SourceManifest], tokenizer: TokenizerFacts
+) -> list[Source]:
+    pool = ShardPool(data.max_open_shards)
+    sources: list[Source] = []
+    for config in data.sources:
+        manifest = manifests[config.name]
+        if config.kind == "stream":
+            _check_conversations(config, manifest)
+            source = UnitSource(config.name, manifest, pool, tokenizer, data.unit_tokens)
+        else:
+            source = WindowSource(
+                config, manifest, pool, tokenizer, data.sequence_length, data.cache_dir
+            )
+        sources.append(source)
+    return sources
+
+
+def _check_conversations(source: SourceConfig, manifest: SourceManifest) -> None:
+    if source.overlong is None and any(shard.has_mask for shard in manifest.shards):
+        raise DataError(
+            f"source {source.name!r}: {manifest.path} holds conversations, which a stream cuts "
+            'anywhere; set kind="windows" to keep them whole, or overlong="cut" if that is meant'
+        )

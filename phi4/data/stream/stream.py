@@ -1,0 +1,168 @@
+"""The training stream: an endless order of units that is a function of seed, sources and blend.
+
+The quota rule says which source comes next, the source's permutation of the current epoch says
+which of its units. Nobody stores an order; a rank computes the units of its own rows. A draw is one
+unit, or one row in blends with a source of whole rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from phi4.data.permutation import permutation_key, permute
+from phi4.data.stream.ledger import BlendEntry, Draws, Ledger, SourceCount
+from phi4.data.stream.units import Rows, UnitSource
+from phi4.data.stream.windows import WindowSource
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
+from phi4.errors import DataError
+
+Source = UnitSource | WindowSource
+
+
+class Stream:
+    """Draws of a blend in training order.
+
+    Attributes:
+        draw_tokens: tokens that one draw fills.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        blend: BlendEntry,
+        tokenizer: TokenizerFacts,
+        *,
+        seed: int,
+        unit_tokens: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """Begin, or go on from a ledger state.
+
+        Args:
+            sources: those of the blend.
+            blend: weights by source name, and how they are drawn by.
+            tokenizer: whose ids the sources hold.
+            seed: names the order.
+            unit_tokens: labels per unit.
+            state: from `state()`.
+
+        Raises:
+            DataError: see `Ledger`.
+        """
+        self._sources = sorted(sources, key=lambda source: source.name)
+        self._named = {source.name: source for source in sources}
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self.draw_tokens = unit_tokens * blend.draw_units
+        self._ledger = Ledger(
+            {
+                s.name: SourceCount(s.num_units, whole_rows=s.whole_rows, content=s.content)
+                for s in sources
+            },
+            blend,
+            seed=seed,
+            unit_tokens=unit_tokens,
+            state=state,
+            loss_of=self._loss_of,
+        )
+
+    def next_draws(self, num_draws: int, max_epochs: Mapping[str, float]) -> Draws:
+        """Make draws and count them.
+
+        Raises:
+            DataError: a source would be read more often than allowed.
+        """
+        draws = self._ledger.draw(num_draws)
+        for index, source in enumerate(self._sources):
+            chosen = draws.ordinal[draws.source == index]
+            if chosen.size and max_epochs.get(source.name, 0):
+                last = int(chosen[-1]) + self.draw_tokens // source.row_tokens - 1
+                _check_epochs(source, last, max_epochs[source.name])
+        self._ledger.count(draws)
+        return draws
+
+    def state(self) -> dict[str, Any]:
+        """The ledger as plain JSON."""
+        return self._ledger.state()
+
+    def require_epochs(self, num_draws: int, max_epochs: Mapping[str, float]) -> None:
+        """Refuse draws to come that would read a source more often than allowed.
+
+        Blends weighed by loss tokens cannot tell before they draw; `next_draws` refuses then.
+        """
+        drawn = self._ledger.drawn_after(num_draws)
+        for source in self._sources:
+            if drawn is not None and max_epochs.get(source.name, 0):
+                _check_epochs(source, drawn[source.name] - 1, max_epochs[source.name])
+
+    def peek(self, num_draws: int) -> Draws:
+        """The next draws, not counted."""
+        return self._ledger.draw(num_draws)
+
+    def skip(self, num_draws: int) -> None:
+        """Go on as if draws had been served."""
+        self._ledger.skip(num_draws)
+
+    def read(self, source: np.ndarray, ordinal: np.ndarray) -> Rows:
+        """Inputs, labels, label weights and joints of some draws, [n, draw_tokens].
+
+        Raises:
+            DataError: an id is outside the vocabulary.
+        """
+        rows = Rows.empty(source.size, self.draw_tokens)
+        for index, item in enumerate(self._sources):
+            chosen = np.flatnonzero(source == index)
+            units = self._units(item, ordinal[chosen])
+            # In the order of the files: neighbours share a shard.
+            for place in np.argsort(units, axis=None).tolist():
+                draw, part = divmod(place, units.shape[1])
+                begin = part * item.row_tokens
+                item.fill(int(units[draw, part]), rows.cut(chosen[draw], begin, item.row_tokens))
+        return rows
+
+    def describe(self, source: int, ordinal: int) -> list[str]:
+        """Where each document of one draw begins, in words."""
+        item = self._sources[source]
+        units = self._units(item, np.array([ordinal]))[0].tolist()
+        return [
+            f"epoch {(ordinal + i) // item.num_units + 1}, unit {unit}, token {begin}: "
+            f"{item.locate(unit, begin)}"
+            for i, unit in enumerate(units)
+            for begin in self._begins(item, unit)
+        ]
+
+    def _begins(self, item: Source, unit: int) -> list[int]:
+        """Where documents begin in a unit, padding left out."""
+        rows = Rows.empty(1, item.row_tokens)
+        cut = rows.cut(0, 0, item.row_tokens)
+        item.fill(unit, cut)
+        begins = cut.starts.copy()
+        begins[1:] |= cut.tokens[:-1] == self._tokenizer.eod_id
+        return [b for b in np.flatnonzero(begins).tolist() if cut.weights[b:].any()]
+
+    def _units(self, item: Source, ordinal: np.ndarray) -> np.ndarray:
+        """Units behind the draws of one source, [n, units per draw] int64."""
+        per_draw = self.draw_tokens // item.row_tokens
+        place = (ordinal[:, None] + np.arange(per_draw)).reshape(-1)
+        epochs, place = np.divmod(place, item.num_units)
+        unit = np.empty_like(place)
+        for epoch in np.unique(epochs).tolist():
+            within = epochs == epoch
+            key = permutation_key(self._seed, item.name, epoch)
+            unit[within] = permute(place[within], item.num_units, key)
+        return unit.reshape(-1, per_draw)
+
+    def _loss_of(self, name: str, ordinal: np.ndarray) -> np.ndarray:
+        item = self._named[name]
+        units = self._units(item, ordinal)
+        return item.loss_tokens(units.reshape(-1)).reshape(units.shape).sum(axis=1)
+
+
+def _check_epochs(source: Source, last_ordinal: int, allowed: float) -> None:
+    if last_ordinal >= allowed * source.num_units:
+        raise DataError(
+            f"source {source.name!r} would be read {(last_ordinal + 1) / source.num_units:.2f} "
+            f"times, its max_epochs is {allowed:g}; lower its weight, raise max_epochs or end the "
+            "run before"
+        )

@@ -1,0 +1,169 @@
+"""Units: the fixed pieces that a source is cut into once, and that the ledger counts.
+
+Unit u of a shard holds tokens [u * U, (u + 1) * U] inclusive: neighbours share one token, which is
+the last label of one and the first input of the other. So every token but a shard's first is a
+label exactly once, whatever the sequence length of the run.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from phi4.data.files.token_file import TokenFile, check_ids
+from phi4.data.stream.sources import SourceManifest, SourceShard
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
+from phi4.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a batch is built from; [n, S] each. Sources fill slices of it."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    """float32, 1 where the label is learnt, else 0."""
+    starts: np.ndarray
+    """bool, where a piece begins that has nothing to do with what stands before it."""
+
+    @staticmethod
+    def empty(num_rows: int, num_tokens: int) -> "Rows":
+        """Rows whose content is still undefined; nothing starts in them."""
+        shape = (num_rows, num_tokens)
+        # One block: an allocator that got it back once keeps its pages for the next one.
+        tokens, labels = np.empty((2, *shape), dtype=np.int64)
+        return Rows(tokens, labels, np.empty(shape, np.float32), np.zeros(shape, dtype=bool))
+
+    def pad(self, begin: int, pad_id: int) -> None:
+        """Make the rest of a cut padding that weighs nothing."""
+        self.tokens[begin:] = self.labels[begin:] = pad_id
+        self.weights[begin:] = 0
+
+    def as_rows(self, num_tokens: int) -> "Rows":
+        """The same tokens in rows of another length, a view."""
+        columns = (self.tokens, self.labels, self.weights, self.starts)
+        return Rows(*(column.reshape(-1, num_tokens) for column in columns))
+
+    def cut(self, row: int, begin: int, num_tokens: int) -> "Rows":
+        """A view of part of one row, [num_tokens] each."""
+        place = (row, slice(begin, begin + num_tokens))
+        return Rows(self.tokens[place], self.labels[place], self.weights[place], self.starts[place])
+
+
+class ShardPool:
+    """Open shards, the least recently used ones closed beyond a limit."""
+
+    def __init__(self, max_open: int) -> None:
+        self._max_open = max_open
+        self._opened: dict[str, TokenFile] = {}
+
+    def open(self, shard: SourceShard) -> TokenFile:
+        """The pair behind a shard.
+
+        Raises:
+            DataError: it is missing, damaged, or not what the source manifest counted.
+        """
+        pair = self._opened.pop(shard.prefix, None)
+        if pair is None:
+            pair = TokenFile(shard.prefix)
+            if pair.num_tokens != shard.num_tokens:
+                raise DataError(
+                    f"{shard.prefix}.bin holds {pair.num_tokens} tokens, its manifest said "
+                    f"{shard.num_tokens}; tokenize again or run `phi4 data adopt`"
+                )
+            if (pair.learnt is not None) != shard.has_mask:
+                raise DataError(
+                    f"{shard.prefix}.mask {'is missing' if shard.has_mask else 'is not its own'}, "
+                    "says its manifest; copy all files of the pair again or run `phi4 data adopt`"
+                )
+            if len(self._opened) >= self._max_open:
+                del self._opened[next(iter(self._opened))]
+        self._opened[shard.prefix] = pair
+        return pair
+
+
+class UnitSource:
+    """An ordered list of shards under one name, addressed by unit.
+
+    Attributes:
+        name: as in the recipe.
+        content: sha256 that says what it holds.
+        row_tokens: labels per unit.
+        num_units: units of all shards; the last one of a shard may be partial.
+        whole_rows: False, a row may join several units.
+    """
+
+    whole_rows = False
+
+    def __init__(
+        self,
+        name: str,
+        manifest: SourceManifest,
+        pool: ShardPool,
+        tokenizer: TokenizerFacts,
+        unit_tokens: int,
+    ) -> None:
+        """Cut the shards, by their sizes alone.
+
+        Raises:
+            DataError: no shard fills a unit.
+        """
+        self.name = name
+        self.content = manifest.content_hash
+        self.row_tokens = unit_tokens
+        self._shards = shards = manifest.shards
+        self._pool = pool
+        self._tokenizer = tokenizer
+        labels = np.array([max(0, shard.num_tokens - 1) for shard in shards], dtype=np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(-(-labels // unit_tokens))])
+        self.num_units = int(self._starts[-1])
+        if labels.max() < unit_tokens:
+            raise DataError(
+                f"source {name!r}: the longest shard of {manifest.path} has {labels.max()} labels, "
+                f"a unit has {unit_tokens} (data.unit_tokens), so every row would be padded; give "
+                'it more text, set kind="windows", or leave it out'
+            )
+
+    def fill(self, unit: int, rows: Rows) -> None:
+        """Copy one unit into [unit_tokens] slices; beyond a partial unit stands padding.
+
+        The label after an end-of-document token weighs 0, like those that the file masks.
+
+        Raises:
+            DataError: an id is outside the vocabulary (names source, document, offset).
+        """
+        pair, begin = self._place(unit)
+        window = pair.tokens[begin : begin + self.row_tokens + 1]
+        check_ids(window, self._tokenizer.vocab_size, lambda place: self.locate(unit, place))
+        filled = window.size - 1
+        if filled < self.row_tokens:
+            rows.pad(filled, self._tokenizer.pad_id)
+        rows.tokens[: filled + 1] = window[: self.row_tokens]
+        rows.labels[:filled] = window[1:]
+        np.not_equal(window[:-1], self._tokenizer.eod_id, out=rows.weights[:filled])
+        if pair.learnt is not None:
+            rows.weights[:filled] *= pair.learnt[begin + 1 : begin + 1 + filled] != 0
+        rows.starts[0] = True
+
+    def loss_tokens(self, units: np.ndarray) -> np.ndarray:
+        """Labels of weight 1 in each unit, [n] int64, at least 1."""
+        return np.array([self._loss_tokens(unit) for unit in units.tolist()], dtype=np.int64)
+
+    def locate(self, unit: int, offset: int) -> str:
+        """Source, file, document and offset behind a token of a unit, in words."""
+        pair, begin = self._place(unit)
+        document, inside = pair.locate(begin + offset)
+        return f"source {self.name!r}, {pair.prefix}.bin, document {document}, offset {inside}"
+
+    def _loss_tokens(self, unit: int) -> int:
+        pair, begin = self._place(unit)
+        window = pair.tokens[begin : begin + self.row_tokens + 1]
+        learnt = window[:-1] != self._tokenizer.eod_id
+        if pair.learnt is not None:
+            learnt &= pair.learnt[begin + 1 : begin + window.size].astype(bool)
+        return max(1, int(np.count_nonzero(learnt)))
+
+    def _place(self, unit: int) -> tuple[TokenFile, int]:
+        shard = int(self._starts.searchsorted(unit, side="right")) - 1
+        pair = self._pool.open(self._shards[shard])
+        return pair, (unit - int(self._starts[shard])) * self.row_tokens

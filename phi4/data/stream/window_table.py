@@ -1,0 +1,171 @@
+"""The table behind a window source: which pieces of which documents make up each of its rows.
+
+It depends on nothing but the shards' content, the row length and the bounds, so it is computed once
+and kept beside the shards, or in `data.cache_dir`, under a name that those define; where that
+directory cannot be written, every start computes it. Processes that meet a new source at once would
+each compute it: let one go first.
+"""
+
+import hashlib
+import os
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from phi4.config import SourceConfig
+from phi4.data.files.atomic_files import write_atomically
+from phi4.data.files.token_file import TokenFile
+from phi4.data.stream.packing import best_fit
+from phi4.data.stream.sources import SourceManifest
+from phi4.data.stream.units import ShardPool
+from phi4.errors import DataError
+
+_NUM_COUNTS = 8
+
+
+class WindowTable:
+    """Rows of a source.
+
+    Attributes:
+        content: sha256 of all that the table depends on.
+        num_rows: rows.
+        num_labels: labels in all rows, padding left out.
+        num_documents: documents within the bounds.
+        num_outside: documents beyond them.
+        num_overlong: documents within the bounds that are longer than a row.
+        num_overlong_chats: those of them that have a loss mask.
+        num_left_out: labels of documents within the bounds that no row holds.
+        is_kept: whether the next start finds the table.
+        row_loss: [num_rows] int64, labels of weight 1 in each row.
+    """
+
+    def __init__(
+        self,
+        source: SourceConfig,
+        manifest: SourceManifest,
+        pool: ShardPool,
+        row_tokens: int,
+        cache_dir: str | None = None,
+    ) -> None:
+        """Read the table where it is kept, else compute it and keep it.
+
+        Args:
+            source: its bounds, and what becomes of documents longer than a row.
+            manifest: its shards.
+            pool: opens them.
+            row_tokens: tokens in a row.
+            cache_dir: where it is kept; beside the shards when None.
+
+        Raises:
+            DataError: no document is within the bounds; or conversations are longer than a row and
+                the recipe does not say what becomes of them.
+        """
+        overlong = source.overlong or "cut"
+        bounds = f"{source.min_tokens} {source.max_tokens}"
+        key = f"2 {manifest.content_hash} {row_tokens} {bounds} {overlong}"
+        self.content = hashlib.sha256(key.encode()).hexdigest()
+        directory = Path(cache_dir or Path(manifest.shards[0].prefix).parent)
+        kept = directory / f"{self.content[:16]}.windows.npy"
+        self.is_kept = os.access(directory, os.W_OK) or kept.exists()
+        if kept.exists():
+            flat = np.load(kept, mmap_mode="r").view(np.ndarray)
+        else:
+            flat = _computed(source, manifest, pool, row_tokens)
+            if self.is_kept:
+                write_atomically(kept, _npy(flat))
+        counts, content = flat[:_NUM_COUNTS].tolist(), flat[_NUM_COUNTS:]
+        self.num_rows, num_pieces, self.num_labels, *documents = counts
+        self.num_documents, self.num_outside, *overlong = documents
+        self.num_overlong, self.num_overlong_chats, self.num_left_out = overlong
+        split = np.cumsum([self.num_rows + 1, self.num_rows])
+        self._row_starts, self.row_loss, pieces = np.split(content, split)
+        self._pieces = pieces.reshape(num_pieces, 3)
+        self._check(source, manifest, row_tokens)
+
+    def row(self, index: int) -> list[list[int]]:
+        """(shard, first token, labels) of the pieces of a row, in their order."""
+        begin, end = self._row_starts[index : index + 2]
+        return self._pieces[begin:end].tolist()
+
+    def _check(self, source: SourceConfig, manifest: SourceManifest, row_tokens: int) -> None:
+        if self.num_overlong_chats and source.overlong is None:
+            raise DataError(
+                f"source {source.name!r}: {self.num_overlong_chats} of {self.num_documents} "
+                f"conversations in {manifest.path} do not fit into data.sequence_length="
+                f'{row_tokens}; lengthen it, or set overlong="truncate" (keeps the beginning), '
+                '"drop" or "cut" (goes on in another row, without the beginning)'
+            )
+        if not self.num_rows:
+            raise DataError(
+                f"source {source.name!r}: no document of {manifest.path} has {source.min_tokens} "
+                f"to {source.max_tokens or 'any number of'} tokens and a label that is learnt; "
+                "change min_tokens, max_tokens or overlong"
+            )
+
+
+def _computed(
+    source: SourceConfig, manifest: SourceManifest, pool: ShardPool, row_tokens: int
+) -> np.ndarray:
+    """The counts, row starts, loss of each row, and pieces; flat int64."""
+    pieces, counts = [], np.zeros(5, dtype=np.int64)
+    for index, shard in enumerate(manifest.shards):
+        found, counted = _shard_pieces(index, pool.open(shard), source, row_tokens)
+        pieces.append(found)
+        counts += counted
+    joined = np.concatenate(pieces)
+    order, row_starts = best_fit(joined[:, 2], row_tokens)
+    joined = joined[order]
+    loss = np.add.reduceat(joined[:, 3], row_starts[:-1]) if len(joined) else joined[:, 3]
+    sizes = [row_starts.size - 1, len(joined), joined[:, 2].sum(), *counts]
+    parts = [sizes, row_starts, loss, joined[:, :3].reshape(-1)]
+    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+
+
+def _shard_pieces(
+    index: int, pair: TokenFile, source: SourceConfig, row_tokens: int
+) -> tuple[np.ndarray, list[int]]:
+    """Pieces of the documents taken, and the last five counts of a table.
+
+    Returns:
+        pieces: [n, 4] int64: shard, first token, labels, labels of weight 1.
+        counts: documents, outside, overlong, overlong with a mask, labels left out.
+    """
+    lengths = pair.document_lengths()
+    begins = np.cumsum(lengths) - lengths
+    taken = (lengths >= max(2, source.min_tokens)) & (lengths <= (source.max_tokens or np.inf))
+    labels, begins = lengths[taken] - 1, begins[taken]
+    num_windows = -(-labels // row_tokens)
+    overlong = num_windows > 1
+    if source.overlong == "truncate":
+        num_windows = np.minimum(num_windows, 1)
+    elif source.overlong == "drop":
+        num_windows = np.where(overlong, 0, 1)
+    document = np.repeat(np.arange(labels.size), num_windows)
+    ends = np.cumsum(num_windows)
+    offset = (np.arange(document.size) - np.repeat(ends - num_windows, num_windows)) * row_tokens
+    begin, size = begins[document] + offset, np.minimum(row_tokens, labels[document] - offset)
+    learnt = _num_learnt(pair, begin, size)
+    pieces = np.stack([np.full_like(size, index), begin, size, learnt], axis=1)
+    # Nothing is learnt from a part of a conversation that has no answer in it.
+    pieces = pieces[learnt > 0]
+    num_overlong = int(np.count_nonzero(overlong))
+    left_out = int(labels.sum() - pieces[:, 2].sum())
+    chats = num_overlong if pair.learnt is not None else 0
+    return pieces, [labels.size, lengths.size - labels.size, num_overlong, chats, left_out]
+
+
+def _num_learnt(pair: TokenFile, begin: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Labels of weight 1 in each piece, [n] int64."""
+    if pair.learnt is None or not size.size:
+        return size
+    # Sums of all stretches between consecutive bounds; every other one is a piece.
+    bounds = np.stack([begin + 1, begin + 1 + size], axis=1).reshape(-1)
+    bounds = bounds if bounds[-1] < pair.num_tokens else bounds[:-1]
+    return np.add.reduceat(pair.learnt, bounds, dtype=np.int64)[::2]
+
+
+def _npy(table: np.ndarray) -> bytes:
+    stream = BytesIO()
+    np.save(stream, table)
+    return stream.getvalue()

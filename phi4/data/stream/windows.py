@@ -1,0 +1,125 @@
+"""Window sources: documents kept whole, packed into rows, one row the unit that the ledger counts.
+
+A document longer than a row is cut into windows that share one token, as units do; windows and
+shorter documents fill rows best-fit. Natural long documents teach long attention and joined short
+ones do not (technical report, section 3.3), and the same packing serves chat records with a mask.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from phi4.config import SourceConfig
+from phi4.data.files.token_file import TokenFile, check_ids
+from phi4.data.stream.sources import SourceManifest
+from phi4.data.stream.units import Rows, ShardPool
+from phi4.data.stream.window_table import WindowTable
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
+
+
+class WindowSource:
+    """Rows of whole documents under one name.
+
+    Attributes:
+        name: as in the recipe.
+        content: sha256 that says what it holds and how that is packed.
+        row_tokens: tokens in a row.
+        num_units: rows.
+        whole_rows: True, a unit is a whole row.
+    """
+
+    whole_rows = True
+
+    def __init__(
+        self,
+        source: SourceConfig,
+        manifest: SourceManifest,
+        pool: ShardPool,
+        tokenizer: TokenizerFacts,
+        row_tokens: int,
+        cache_dir: str | None = None,
+    ) -> None:
+        """Find or make the table of rows.
+
+        Args:
+            source: as in the recipe.
+            manifest: the source's shards.
+            pool: opens them.
+            tokenizer: whose ids they hold.
+            row_tokens: tokens in a row.
+            cache_dir: where the table is kept; beside the shards when None.
+
+        Raises:
+            DataError: see `WindowTable`.
+        """
+        self._table = WindowTable(source, manifest, pool, row_tokens, cache_dir)
+        self.name, self.content = source.name, self._table.content
+        self.row_tokens, self.num_units = row_tokens, self._table.num_rows
+        self._overlong = source.overlong or "cut"
+        self._shards = manifest.shards
+        self._pool = pool
+        self._tokenizer = tokenizer
+
+    def describe(self) -> str:
+        """Documents, rows, and what became of documents that are no row's, in words."""
+        table = self._table
+        filled = table.num_labels / (self.num_units * self.row_tokens)
+        words = (
+            f"source {self.name!r}: {table.num_documents:,} documents in {self.num_units:,} rows "
+            f"of {self.row_tokens:,} tokens, {filled:.1%} filled"
+        )
+        if table.num_overlong:
+            words += f'; {table.num_overlong:,} longer than a row (overlong="{self._overlong}")'
+        if table.num_left_out:
+            words += f", {table.num_left_out:,} tokens left out"
+        if table.num_outside:
+            words += f"; {table.num_outside:,} outside min_tokens and max_tokens"
+        if not table.is_kept:
+            words += "; packed anew by every rank, for nothing can be written beside the shards: "
+            words += "set data.cache_dir"
+        return words
+
+    def fill(self, unit: int, rows: Rows) -> None:
+        """Copy one row into [row_tokens] slices; what is left over is padding.
+
+        Raises:
+            DataError: an id is outside the vocabulary (names source, document, offset).
+        """
+        place = 0
+        for shard, begin, num_labels in self._table.row(unit):
+            pair = self._pool.open(self._shards[shard])
+            window = pair.tokens[begin : begin + num_labels + 1]
+            check_ids(window, self._tokenizer.vocab_size, self._locator(pair, begin))
+            here = slice(place, place + num_labels)
+            rows.tokens[here], rows.labels[here] = window[:-1], window[1:]
+            rows.weights[here] = _learnt(pair, begin, num_labels)
+            rows.starts[place] = True
+            place += num_labels
+        if place < self.row_tokens:
+            rows.starts[place] = True
+            rows.pad(place, self._tokenizer.pad_id)
+
+    def loss_tokens(self, units: np.ndarray) -> np.ndarray:
+        """Labels of weight 1 in each row, [n] int64, at least 1."""
+        return self._table.row_loss[units]
+
+    def locate(self, unit: int, offset: int) -> str:
+        """Source, file, document and offset behind a token of a row, in words."""
+        for shard, begin, num_labels in self._table.row(unit):
+            if offset < num_labels:
+                return self._locator(self._pool.open(self._shards[shard]), begin)(offset)
+            offset -= num_labels
+        return f"source {self.name!r}, padding"
+
+    def _locator(self, pair: TokenFile, begin: int) -> Callable[[int], str]:
+        def locate(place: int) -> str:
+            document, inside = pair.locate(begin + place)
+            return f"source {self.name!r}, {pair.prefix}.bin, document {document}, offset {inside}"
+
+        return locate
+
+
+def _learnt(pair: TokenFile, begin: int, num_labels: int) -> np.ndarray:
+    if pair.learnt is None:
+        return np.ones(num_labels, dtype=bool)
+    return pair.learnt[begin + 1 : begin + 1 + num_labels].astype(bool)

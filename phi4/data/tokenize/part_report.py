@@ -1,0 +1,94 @@
+"""What became of each part: its counts, and the rows that became no document, with the reason."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from phi4.data.files.atomic_files import write_atomically
+from phi4.data.files.inputs import Form, form_of
+from phi4.data.files.jsonl import reading
+from phi4.data.tokenize.documents import BLANK, Part
+
+_BLOCK_BYTES = 1 << 20
+
+
+class RejectedRow(msgspec.Struct, frozen=True):
+    """A row that became no document."""
+
+    input: str
+    line: int
+    reason: str
+
+
+class PartReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished part."""
+
+    num_runs: int
+    num_rows: int
+    num_documents: int
+    num_tokens: int
+    masked: bool
+    rejected: tuple[RejectedRow, ...]
+
+    @property
+    def num_rejected(self) -> int:
+        """Bad rows; blank ones are no fault."""
+        return sum(row.reason != BLANK for row in self.rejected)
+
+
+def write_rejections(
+    path: str | Path, parts: Sequence[Part], reports: Mapping[int, PartReport]
+) -> int:
+    """Write all rejections, lines counted from the begin of their file; returns how many.
+
+    No file is left where there are none.
+
+    Args:
+        path: of the list.
+        parts: all parts of the plan, finished or not.
+        reports: of finished parts, by index.
+    """
+    rejecting = {
+        parts[index].files[0].path: index for index in sorted(reports) if reports[index].rejected
+    }
+    lines, before = [], 0
+    for index, part in enumerate(parts):
+        source, report = part.files[0].path, reports.get(index)
+        before = before if part.begin else 0
+        if report is not None:
+            lines.extend(_in_file(row, before) for row in report.rejected)
+            before += report.num_rows
+        elif index < rejecting.get(source, 0):
+            before += _num_rows(source, part)
+    if lines:
+        write_atomically(path, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    else:
+        Path(path).unlink(missing_ok=True)
+    return len(lines)
+
+
+def most_common_reason(reports: Mapping[int, PartReport]) -> tuple[str, int] | None:
+    """The reason of most rejections and how many it has; None without any."""
+    reasons = Counter(row.reason for report in reports.values() for row in report.rejected)
+    return next(iter(reasons.most_common(1)), None)
+
+
+def _in_file(row: RejectedRow, before: int) -> RejectedRow:
+    """A rejection of a part with its line in the file; `before` lines lie in earlier parts."""
+    return RejectedRow(row.input, row.line + before if row.line else 0, row.reason)
+
+
+def _num_rows(path: str, part: Part) -> int:
+    """Rows of a part that nobody has read yet."""
+    if form_of(path) is Form.PARQUET:
+        return part.end - part.begin
+    # A line begins at 0, and behind every line break but one that ends the part.
+    rows, left = (0 if part.begin else 1), part.end - max(part.begin, 1)
+    with reading(path), open(path, "rb") as stream:
+        stream.seek(max(part.begin - 1, 0))
+        while left > 0 and (block := stream.read(min(left, _BLOCK_BYTES))):
+            rows += block.count(b"\n")
+            left -= len(block)
+    return rows

@@ -1,0 +1,184 @@
+"""The work directory of a tokenization, from its plan to the finished pair.
+
+`PREFIX.work` holds the plan, one report per finished part and the runs that the report counts. Jobs
+on several machines share nothing else, and a resumed job needs nothing else. Beside a finished pair
+`PREFIX.plan.json` keeps the plan, so that a job that comes late finds nothing left to do.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from phi4.data.files.atomic_files import write_atomically
+from phi4.data.files.inputs import PLAN_FILE, WORK_SUFFIX
+from phi4.data.files.manifest import manifest_path
+from phi4.data.tokenize.part_report import PartReport
+from phi4.data.tokenize.plan import TokenizePlan, difference
+from phi4.errors import DataError
+
+_PART_FILE = re.compile(r"(\d{6,})(\.json|-\d{4,}\.(tokens|keys))(\.partial-[0-9a-f]+)?")
+_OTHER_FILE = re.compile(
+    r"plan\.json\.partial-[0-9a-f]+|rejected-\d+-of-\d+\.jsonl(\.partial-[0-9a-f]+)?"
+)
+
+
+class FinishedPlan(msgspec.Struct, frozen=True):
+    """The plan that made a pair, which the sha256 of its manifest names."""
+
+    manifest_sha256: str
+    plan: TokenizePlan
+
+
+def work_directory(prefix: str | Path) -> Path:
+    """Where the runs of `PREFIX.bin` lie until they are merged."""
+    return Path(f"{prefix}{WORK_SUFFIX}")
+
+
+def is_finished(plan: TokenizePlan, prefix: str | Path, *, overwrite: bool = False) -> bool:
+    """Whether this plan already made the pair under a prefix.
+
+    What a killed merge left of the work directory is then removed.
+
+    Args:
+        plan: of the job.
+        prefix: of the pair to be written.
+        overwrite: allow that another pair stands there.
+
+    Raises:
+        DataError: another pair stands under the prefix.
+    """
+    path, finished = work_directory(prefix) / PLAN_FILE, _finished_plan(prefix)
+    if finished == plan:
+        if path.exists() and path.read_bytes() == msgspec.json.encode(plan):
+            discard(prefix, plan)
+        with suppress(OSError):  # empty if a job was killed just before it removed it
+            path.parent.rmdir()
+        return True
+    if not (path.exists() or overwrite):
+        names = (f"{prefix}.bin", f"{prefix}.idx", manifest_path(prefix))
+        if existing := next((name for name in names if os.path.exists(name)), None):
+            how = f"made with {difference(finished, plan)}" if finished else "not made by this plan"
+            raise DataError(
+                f"{existing} exists and was {how}; give another --out, or --overwrite to replace it"
+            )
+    return False
+
+
+def keep_plan(plan: TokenizePlan, prefix: str | Path) -> None:
+    """Write `PREFIX.plan.json` beside a complete pair."""
+    finished = FinishedPlan(_manifest_sha256(prefix), plan)
+    write_atomically(_plan_path(prefix), msgspec.json.encode(finished))
+
+
+def begin(plan: TokenizePlan, prefix: str | Path) -> None:
+    """Make the work directory, or see that it is one of the same plan.
+
+    Raises:
+        DataError: another plan was begun there, or the directory holds foreign files.
+    """
+    work = work_directory(prefix)
+    path, content = work / PLAN_FILE, msgspec.json.encode(plan)
+    if path.exists():
+        if path.read_bytes() != content:
+            raise DataError(
+                f"{work} was begun with {difference(read_plan(work), plan)}; undo that to go on, "
+                f"or remove {work} to start anew"
+            )
+        return
+    names = sorted(os.listdir(work)) if work.exists() else []
+    # Of phi4's files, the plan is the first to come and the last to go.
+    foreign = [name for name in names if not name.startswith(f"{PLAN_FILE}.partial-")]
+    if foreign:
+        raise DataError(
+            f"{work} holds {foreign[0]} and no {PLAN_FILE}, so it is not a work directory of "
+            "phi4; move it away or give another --out"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def read_plan(work: Path) -> TokenizePlan | None:
+    """The plan that was begun, None if another version of phi4 began it.
+
+    Raises:
+        FileNotFoundError: none was.
+    """
+    try:
+        return msgspec.json.decode((work / PLAN_FILE).read_bytes(), type=TokenizePlan)
+    except msgspec.DecodeError:
+        return None
+
+
+def read_report(work: Path, index: int) -> PartReport | None:
+    """The report of a part, None while it is not finished."""
+    try:
+        return msgspec.json.decode(report_path(work, index).read_bytes(), type=PartReport)
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def sharing(prefix: str | Path) -> Iterator[None]:
+    """Explain files of a work directory that vanish while they are used.
+
+    Raises:
+        DataError: another job has finished the pair, or somebody removed the directory.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{error.filename} is gone: another job finished {prefix}, or its work directory was "
+            f"removed; check the pair with `phi4 data verify {prefix}`"
+        ) from None
+
+
+def run_path(work: Path, part: int, run: int, suffix: str) -> Path:
+    """A file of one run: `tokens`, int32, or `keys`, KEY_TYPE."""
+    return work / f"{part:06}-{run:04}.{suffix}"
+
+
+def report_path(work: Path, index: int) -> Path:
+    return work / f"{index:06}.json"
+
+
+def rejections_path(prefix: str | Path, shard: tuple[int, int]) -> str:
+    """Where a job that stops lists its bad rows: each of several shards has a file of its own."""
+    if shard[1] == 1:
+        return f"{prefix}.rejected.jsonl"
+    return str(work_directory(prefix) / f"rejected-{shard[0]}-of-{shard[1]}.jsonl")
+
+
+def discard(prefix: str | Path, plan: TokenizePlan) -> None:
+    """Remove the files of a plan from the work directory, and the directory if it is then empty."""
+    work = work_directory(prefix)
+    for name in os.listdir(work):
+        part = _PART_FILE.fullmatch(name)
+        if _OTHER_FILE.fullmatch(name) or (part and int(part[1]) < len(plan.parts)):
+            (work / name).unlink(missing_ok=True)
+    # Last: until then, a killed job's directory is known for what it is.
+    (work / PLAN_FILE).unlink(missing_ok=True)
+    with suppress(OSError):
+        work.rmdir()
+
+
+def _plan_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.plan.json")
+
+
+def _manifest_sha256(prefix: str | Path) -> str:
+    return hashlib.sha256(manifest_path(prefix).read_bytes()).hexdigest()
+
+
+def _finished_plan(prefix: str | Path) -> TokenizePlan | None:
+    """The plan that made the pair, None where there is no such pair or nothing says so."""
+    try:
+        finished = msgspec.json.decode(_plan_path(prefix).read_bytes(), type=FinishedPlan)
+        return finished.plan if finished.manifest_sha256 == _manifest_sha256(prefix) else None
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None

@@ -1,0 +1,53 @@
+"""A checkpoint of any layout as an engine without optimizer, in whatever layout is asked for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from phi4.config import ParallelConfig, Recipe, changed_keys, check, with_overrides
+from phi4.engine.agreement import decided_by_writer
+from phi4.engine.checkpoint.loading import load_checkpoint, verify_checkpoint
+from phi4.engine.engine import Engine
+from phi4.engine.platform import Platform
+from phi4.errors import ConfigError
+from phi4.rundir.manifest import check_recipe
+from phi4.rundir.state import read_recipe
+
+
+def recipe_of(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe a checkpoint was written under, on one process unless overrides lay it out.
+
+    Raises:
+        CheckpointError: the checkpoint has no recipe.
+        ConfigError: an override is wrong, or would make it another model.
+        LayoutError: the recipe breaks a rule.
+    """
+    written = read_recipe(checkpoint)
+    single = written.model_copy(update={"parallel": ParallelConfig()})
+    recipe = with_overrides(single, overrides)
+    # Weights can be read into another number format, into nothing else.
+    foreign = changed_keys(written, recipe)["identity"].keys() - {"precision.dtype"}
+    if foreign:
+        raise ConfigError(
+            f"{', '.join(sorted(foreign))} belong to what {checkpoint} holds; "
+            "leave these overrides out"
+        )
+    check(recipe)
+    return recipe
+
+
+def open_checkpoint(recipe: Recipe, checkpoint: Path, platform: Platform) -> Engine:
+    """An engine without optimizer that holds a checkpoint's weights, in the recipe's layout.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged.
+
+    Collectives: those of building the engine, of `verify_checkpoint` and of `load_checkpoint`.
+    """
+    engine = Engine(recipe, platform, trains=False, draws_weights=False)
+    verified = verify_checkpoint(engine, checkpoint)
+    decided_by_writer(
+        platform,
+        lambda: check_recipe(checkpoint, verified.manifest, read_recipe(checkpoint)),
+    )
+    load_checkpoint(engine, checkpoint, verified, optimizer=False)
+    return engine

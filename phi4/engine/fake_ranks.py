@@ -1,0 +1,121 @@
+"""Ranks that exist on paper: any rank of any layout in this one process, without a device.
+
+torch's fake process groups have a size and a rank and move no data, and the meta device has shapes
+and no bytes. So what the planner counts are megatron-core's own modules, not a second description
+of the model.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from phi4.config import ParallelConfig, Recipe
+from phi4.engine.layout import Layout, create_layout, destroy_layout
+from phi4.engine.model.gpt import Phi4Model, build_chunks, seed_random_states, transformer_config
+from phi4.engine.patches import Patches
+
+
+@dataclass(frozen=True)
+class ChunkShape:
+    """What one model chunk of one rank holds."""
+
+    num_layers: int
+    num_parameters: int
+    num_counted_parameters: int
+    """Without the copies that another tensor rank holds too: norm weights count on rank 0 only."""
+    is_first: bool
+    """Holds the embedding."""
+    is_last: bool
+    """Holds the final norm and the loss head."""
+
+
+@dataclass(frozen=True)
+class RankShape:
+    """What one pipeline and tensor rank holds."""
+
+    pp_rank: int
+    tp_rank: int
+    chunks: tuple[ChunkShape, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters in this rank's memory."""
+        return sum(chunk.num_parameters for chunk in self.chunks)
+
+    @property
+    def num_counted_parameters(self) -> int:
+        """This rank's part of a sum over all ranks that counts every parameter once."""
+        return sum(chunk.num_counted_parameters for chunk in self.chunks)
+
+
+def rank_shapes(recipe: Recipe) -> list[RankShape]:
+    """Build every pipeline and tensor rank of one model copy on the meta device and count it.
+
+    Args:
+        recipe: checked against the rules.
+    """
+    parallel = recipe.parallel
+    per_stage = parallel.tensor * parallel.context
+    return [
+        _shape_of(recipe, rank=pp_rank * per_stage + tp_rank)
+        for pp_rank in range(parallel.pipeline)
+        for tp_rank in range(parallel.tensor)
+    ]
+
+
+@contextmanager
+def paper_rank(
+    parallel: ParallelConfig, rank: int, kind: Literal["meta", "cpu"] = "meta"
+) -> Iterator[Layout]:
+    """Be one rank of one model copy; collectives return at once and move nothing.
+
+    Args:
+        parallel: degrees; data parallelism is left out.
+        rank: in [0, tensor x context x pipeline).
+        kind: meta for shapes, cpu to run layers whose values do not matter.
+    """
+    dist.init_process_group(
+        "fake", store=FakeStore(), rank=rank, world_size=parallel.model_parallel_size
+    )
+    try:
+        with Patches(kind):
+            # Groups over gloo would wait for the other ranks.
+            yield create_layout(parallel, gloo=False)
+    finally:
+        destroy_layout()
+        dist.destroy_process_group()
+
+
+def _shape_of(recipe: Recipe, rank: int) -> RankShape:
+    with paper_rank(recipe.parallel, rank) as layout, warnings.catch_warnings():
+        # megatron-core advises on transformer-engine's attention, which is not what runs.
+        warnings.simplefilter("ignore", UserWarning)
+        seed_random_states(recipe.run.seed)
+        config = transformer_config(recipe, frees_stage_outputs=True)
+        chunks = build_chunks(recipe, layout, config)
+        shapes = tuple(_count(chunk, layout.tp_rank) for chunk in chunks)
+        return RankShape(layout.pp_rank, layout.tp_rank, shapes)
+
+
+def _count(chunk: Phi4Model, tp_rank: int) -> ChunkShape:
+    sizes = [
+        (parameter.numel(), tp_rank == 0 or _is_split(parameter))
+        for parameter in chunk.parameters()
+    ]
+    return ChunkShape(
+        num_layers=len(chunk.decoder.layers),
+        num_parameters=sum(size for size, _ in sizes),
+        num_counted_parameters=sum(size for size, counts in sizes if counts),
+        is_first=chunk.pre_process,
+        is_last=chunk.post_process,
+    )
+
+
+def _is_split(parameter: torch.nn.Parameter) -> bool:
+    return getattr(parameter, "tensor_model_parallel", False)

@@ -1,0 +1,1 @@
+"""The model: megatron-core's GPT with our layers, and the micro-batches that it reads."""

@@ -1,0 +1,163 @@
+"""Self attention: fused QKV, RoPE per document, core attention that stays within documents.
+
+`CoreAttention` hands the op one range per document, so the cost is in the sum of squared document
+lengths; rows that context ranks share go through `context_attention`.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
+from phi4_kernels.attention import attention
+from phi4_kernels.rope import QKVLayout, rope_qkv
+
+from phi4.engine.model.context_attention import AllGatherAttention, RingAttention
+from phi4.engine.model.micro_batch import Documents
+
+# Shape legend: S local sequence, B rows, T = B * S tokens, N query heads and K key-value heads per
+# tensor rank, G = N / K, D head dim.
+
+
+class Phi4SelfAttention(SelfAttention):
+    """megatron-core's SelfAttention with rotation on the packed, grouped QKV.
+
+    In the grouped layout [K, G queries | key | value] the queries and the key of a group are
+    neighbours, so one rotation serves both. A kernel rotates them in place, and core attention gets
+    views: queries stay [K, G, D], because heads of several groups have no one stride.
+    """
+
+    implementation = "torch"
+    """Of RoPE; the spec's to set."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        packed_seq_params: Documents,
+        **_: object,
+    ) -> tuple[torch.Tensor, None]:
+        """[S, B, hidden] (S / tp under sequence parallelism) to the same shape, and no bias.
+
+        Collectives: as the two parallel linears (gather in, reduce out over tp) and CoreAttention.
+        """
+        qkv, _ = self.linear_qkv(hidden_states)
+        q, k_SBKD, v_SBKD = self._rotate_and_split(qkv, packed_seq_params)
+        attend = (
+            self._checkpointed_attention_forward
+            if self.checkpoint_core_attention and self.training
+            else self.core_attention
+        )
+        context = attend(
+            q,
+            k_SBKD,
+            v_SBKD,
+            attention_mask,
+            attn_mask_type=self.attn_mask_type,
+            packed_seq_params=packed_seq_params,
+        )
+        output, _ = self.linear_proj(context)
+        return output, None
+
+    def _rotate_and_split(
+        self, qkv: torch.Tensor, documents: Documents
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [S, B, N, D], or [S, B, K, G, D] of a kernel, and k and v [S, B, K, D].
+
+        A kernel overwrites qkv [S, B, K * (G + 2) * D], and these are views of it. Nothing else
+        reads qkv: the linear saves its input, and recompute makes qkv anew.
+        """
+        num_groups = self.num_query_groups_per_partition
+        head_dim = self.hidden_size_per_attention_head
+        if self.implementation == "torch":
+            qkv_SBKGD = qkv.view(*qkv.shape[:2], num_groups, -1, head_dim)
+            return rotate_and_split(qkv_SBKGD, documents.cos_SBD, documents.sin_SBD)
+        num_heads = self.num_attention_heads_per_partition
+        q_TKGD, k_TKD, v_TKD = rope_qkv(
+            qkv.flatten(0, 1),
+            QKVLayout(num_groups, num_heads // num_groups, head_dim),
+            documents.rope_cache.cos_PD2,
+            documents.rope_cache.sin_PD2,
+            position_ids=documents.positions_T,
+            implementation=self.implementation,
+        )
+        rows = qkv.shape[:2]
+        return tuple(x.unflatten(0, rows) for x in (q_TKGD, k_TKD, v_TKD))
+
+
+def rotate_and_split(
+    qkv_SBKGD: torch.Tensor, cos_SBD: torch.Tensor, sin_SBD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RoPE on queries and keys of grouped QKV [S, B, K, G + 2, D]; returns q [S, B, N, D], k, v.
+
+    Source: RoFormer, equation 34, with halves instead of interleaved pairs.
+    """
+    cos, sin = cos_SBD[:, :, None, None], sin_SBD[:, :, None, None]
+    qk = qkv_SBKGD[..., :-1, :]
+    first, second = qk.chunk(2, dim=-1)
+    rotated = qk * cos + torch.cat((-second, first), dim=-1) * sin
+    q_SBND = rotated[..., :-1, :].flatten(2, 3)
+    return q_SBND, rotated[..., -1, :], qkv_SBKGD[..., -1, :]
+
+
+class CoreAttention(torch.nn.Module):
+    """Causal softmax attention that never crosses a document.
+
+    Signature of megatron-core's core_attention hook.
+    """
+
+    implementation = "torch"
+    """The spec's to set."""
+
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        cp_comm_type=None,
+        softmax_scale=None,
+        pg_collection=None,
+    ) -> None:
+        super().__init__()
+        self.context_group = pg_collection.cp
+        self.scale = softmax_scale or config.kv_channels**-0.5
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k_SBKD: torch.Tensor,
+        v_SBKD: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params: Documents,
+    ) -> torch.Tensor:
+        """Attend within documents; [S, B, N * D].
+
+        q is [S, B, N, D] or, not copied to be so, [S, B, K, G, D].
+
+        Collectives: none without context parallelism, else those of `AllGatherAttention` or
+        `RingAttention`.
+        """
+        documents, options = packed_seq_params, {"scale": self.scale}
+        if documents.one_per_row and self.implementation == "torch":
+            # Rows as a batch need no copy into one sequence.
+            q_SBND = q.reshape(*q.shape[:2], -1, q.shape[-1])
+            q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBKD, v_SBKD))
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True, **options
+            )
+            return out.permute(2, 0, 1, 3).flatten(2, 3)
+        options["implementation"] = self.implementation
+        if self.context_group.size() > 1:
+            route = RingAttention if len(documents.visible) > 1 else AllGatherAttention
+            out_SBND = route.apply(
+                q, k_SBKD, v_SBKD, documents.visible, self.context_group, options
+            )
+            return out_SBND.flatten(2, 3)
+        num_rows = q.shape[1]
+        q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k_SBKD, v_SBKD))
+        ((ranges,),) = documents.visible
+        out_TND = attention(q, k, v, ranges, **options).out
+        return out_TND.unflatten(0, (num_rows, -1)).transpose(0, 1).flatten(2, 3)

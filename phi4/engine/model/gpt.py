@@ -1,0 +1,237 @@
+"""Phi-4 as a megatron-core GPTModel: this rank's chunks, built and initialised.
+
+Initial weights are drawn per parameter from a generator seeded by (seed, global name), whole, and
+then sliced, on the CPU: the same seed gives the same model on every platform and in every layout.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+from phi4.config import ModelConfig, ParallelConfig, Recipe
+from phi4.engine.layout import Layout
+from phi4.engine.model.implementations import Choice, implementation_of
+from phi4.engine.model.layer_spec import block_spec
+from phi4.engine.model.loss_head import LossHead
+from phi4.engine.model.micro_batch import MicroBatch
+from phi4.engine.precision import torch_dtype
+
+
+class Phi4Model(GPTModel):
+    """One model chunk; the last one gives log-probabilities of the labels instead of a loss."""
+
+    def _postprocess(
+        self,
+        *,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        **others: object,
+    ) -> torch.Tensor:
+        """megatron-core's hook for what follows the layers; with labels, see `LossHead`."""
+        if not self.post_process or labels is None:
+            return super()._postprocess(
+                hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **others
+            )
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        return self.output_layer(hidden_states, weight, labels=labels, loss_mask=loss_mask)[0]
+
+    def run(self, batch: MicroBatch, labels: torch.Tensor | None) -> torch.Tensor:
+        """Forward pass of this chunk.
+
+        Returns:
+            hidden states for the next stage; on the last chunk log-probabilities [B, S], or logits
+            [B, S, V / tp] when labels is None.
+        """
+        return self(
+            batch.tokens_BS,
+            None,
+            None,
+            labels=labels,
+            packed_seq_params=batch.documents,
+            loss_mask=batch.loss_mask_BS,
+        )
+
+
+def transformer_config(recipe: Recipe, *, frees_stage_outputs: bool) -> TransformerConfig:
+    """The recipe in megatron-core's words.
+
+    Args:
+        recipe: the run.
+        frees_stage_outputs: drop a stage's output once it is sent. Safe where sends are ordered by
+            a stream; gloo still reads the buffer while an overlapped send is under way.
+    """
+    model, parallel = recipe.model, recipe.parallel
+    dtype = torch_dtype(recipe.precision)
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_key_value_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.intermediate_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # initialise() below draws the weights; megatron only allocates and marks them.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        cuda_graph_scope=[],
+        deallocate_pipeline_outputs=frees_stage_outputs and parallel.pipeline > 1,
+        **_pipeline(parallel, model),
+        **_recompute(recipe),
+    )
+
+
+def build_chunks(
+    recipe: Recipe, layout: Layout, config: TransformerConfig, choices: Sequence[Choice] = ()
+) -> list[Phi4Model]:
+    """This pipeline rank's model chunks, allocated and not yet initialised; see `block_spec`."""
+    chunks = []
+    for index in range(layout.vpp_size):
+        vp_stage = index if layout.vpp_size > 1 else None
+        num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+        first = layout.pp_rank == 0 and index == 0
+        last = layout.is_last_stage and index == layout.vpp_size - 1
+        chunk = Phi4Model(
+            config,
+            block_spec(num_layers, choices),
+            vocab_size=recipe.model.vocab_size,
+            max_sequence_length=recipe.data.sequence_length,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="none",
+            pg_collection=layout.groups,
+            vp_stage=vp_stage,
+        )
+        if last:
+            implementation = implementation_of("cross_entropy", choices)
+            LossHead.take_over(chunk.output_layer, recipe.loss_head, implementation)
+        chunks.append(chunk)
+    return chunks
+
+
+def global_parameters(chunks: list[Phi4Model]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) with layers numbered over the whole model."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+            yield ".".join(parts), parameter
+
+
+@torch.no_grad()
+def initialise(chunks: list[Phi4Model], model: ModelConfig, seed: int, layout: Layout) -> None:
+    """Draw the initial weights: normal, output projections scaled by 1 / sqrt(2 L), norms one.
+
+    Source: the report is silent; the scaling is GPT-2's (Radford et al. 2019, section 2.3).
+    """
+    for name, parameter in global_parameters(chunks):
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        std = model.init_std
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std /= math.sqrt(2 * model.num_layers)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        whole = torch.empty(full_shape(parameter, layout.tp_size)).normal_(
+            0.0, std, generator=generator
+        )
+        parameter.copy_(shard(whole, parameter, layout))
+
+
+def full_shape(parameter: torch.nn.Parameter, tp_size: int) -> tuple[int, ...]:
+    """Shape of a parameter before it is split over the tensor ranks."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= tp_size
+    return tuple(shape)
+
+
+def shard(whole: torch.Tensor, parameter: torch.nn.Parameter, layout: Layout) -> torch.Tensor:
+    """This tensor rank's part of a whole tensor; SwiGLU's [gate | up] is split in each half."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    pieces = whole.chunk(layout.tp_size * parameter.partition_stride, dim=parameter.partition_dim)
+    return torch.cat(pieces[layout.tp_rank :: layout.tp_size], dim=parameter.partition_dim)
+
+
+def unshard(parameter: torch.Tensor, like: torch.nn.Parameter, layout: Layout) -> torch.Tensor:
+    """The whole tensor from this rank's part; inverse of `shard`, the same on every tensor rank.
+
+    Collectives: one all-gather over tp of the parameter's bytes.
+    """
+    if layout.tp_size == 1 or not getattr(like, "tensor_model_parallel", False):
+        return parameter
+    parts = [torch.empty_like(parameter) for _ in range(layout.tp_size)]
+    torch.distributed.all_gather(parts, parameter.contiguous(), group=layout.groups.tp)
+    sections = [part.chunk(like.partition_stride, dim=like.partition_dim) for part in parts]
+    ordered = [section[i] for i in range(like.partition_stride) for section in sections]
+    return torch.cat(ordered, dim=like.partition_dim)
+
+
+def seed_random_states(seed: int) -> None:
+    """Seed megatron-core's named random states (no op of Phi-4 draws from them)."""
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _pipeline(parallel: ParallelConfig, model: ModelConfig) -> dict[str, object]:
+    options: dict[str, object] = {
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": (
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        "overlap_p2p_comm": parallel.overlap_p2p,
+        "batch_p2p_comm": not parallel.overlap_p2p,
+    }
+    if parallel.layers_per_stage is not None and parallel.pipeline > 1:
+        stages = [["decoder"] * count for count in parallel.layers_per_stage]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        options["pipeline_model_parallel_layout"] = stages
+    return options
+
+
+def _recompute(recipe: Recipe) -> dict[str, object]:
+    granularity = recipe.recompute.granularity
+    if granularity == "none":
+        return {}
+    if granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }

@@ -1,0 +1,68 @@
+"""The one place where the implementation of each op is chosen.
+
+A choice is made at start, with its reason, and logged; nothing falls back later.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from phi4_kernels import dispatch, native
+from phi4_kernels.attention.op import HEAD_DIMS
+from phi4_kernels.errors import KernelError
+
+from phi4.config import KernelsConfig
+from phi4.errors import ConfigError
+
+_NATIVE = ("adamw", "grad_norm")
+"""Ops of the optimizer, whose kernels are csrc's."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An op, the implementation that serves it in this run, and why."""
+
+    op: str
+    implementation: str
+    reason: str
+
+    def describe(self) -> str:
+        """One line for the console."""
+        return f"{self.op}: {self.implementation} ({self.reason})"
+
+
+def choose(
+    kernels: KernelsConfig, device: torch.device, head_dim: int = HEAD_DIMS[0]
+) -> tuple[Choice, ...]:
+    """The implementation of every op on a device, for attention heads of this width.
+
+    Raises:
+        ConfigError: an implementation was named that does not exist or cannot run here.
+    """
+    choices = (_choose(op, asked, device) for op, asked in kernels.model_dump().items())
+    return tuple(_for_heads(choice, kernels, head_dim) for choice in choices)
+
+
+def _choose(op: str, asked: str, device: torch.device) -> Choice:
+    registered = native if op in _NATIVE else dispatch
+    try:
+        choice = registered.choose(op, asked, device)
+    except KernelError as error:
+        raise ConfigError(f"kernels.{op}={asked}: {error}") from error
+    return Choice(op, choice.implementation, choice.reason)
+
+
+def _for_heads(choice: Choice, kernels: KernelsConfig, head_dim: int) -> Choice:
+    """The choice, if attention's kernels take heads of this width; torch takes any."""
+    named = choice.implementation
+    if choice.op != "attention" or named == "torch" or head_dim in HEAD_DIMS:
+        return choice
+    widths = f"{named} takes head dims {', '.join(map(str, HEAD_DIMS))}, the model's is {head_dim}"
+    if kernels.attention != "auto":
+        raise ConfigError(f"kernels.attention={named}: {widths}; use auto or torch")
+    return Choice(choice.op, "torch", f"auto: {widths}")
+
+
+def implementation_of(op: str, choices: Sequence[Choice]) -> str:
+    """The chosen implementation of an op; torch where nothing was chosen."""
+    return next((choice.implementation for choice in choices if choice.op == op), "torch")

@@ -1,0 +1,143 @@
+"""A micro-batch on this rank's device: its context slice and its document boundaries.
+
+Document boundaries travel through megatron-core as `PackedSeqParams(qkv_format="sbhd")` over the
+rows flattened in row order, every row start a boundary. megatron's own `thd` form is never used:
+its RoPE and context split assume that documents divide by the context size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from phi4.config import ModelConfig
+from phi4.engine.layout import Layout
+from phi4.engine.model.document_ranges import Visible, visible_keys
+from phi4.engine.model.rope import RopeCache, rope_cos_sin
+
+# Shape legend: B rows, S local columns (a context slice), T = S * B tokens, D head dim, D2 half of
+# it, P positions.
+
+
+class HostBatch(Protocol):
+    """What the engine needs of a data batch (phi4.data.Batch); numpy arrays."""
+
+    tokens: np.ndarray  # [B, S_row] int64
+    labels: np.ndarray  # [B, S_row] int64
+    loss_mask: np.ndarray  # [B, S_row] float32
+    cu_seqlens: np.ndarray  # [documents + 1] int32, rows flattened
+    positions: np.ndarray  # [B, S_row] int64, restart at each document
+
+
+@dataclass
+class Documents(PackedSeqParams):
+    """PackedSeqParams with this rank's RoPE tables and attention ranges.
+
+    A dataclass of megatron-core's own kind, since it travels through its layers. RoPE has either
+    tables per token, or a cache to look up and positions.
+    """
+
+    cos_SBD: torch.Tensor | None = None
+    sin_SBD: torch.Tensor | None = None
+    rope_cache: RopeCache | None = None
+    positions_T: torch.Tensor | None = None
+    """int32, in the order of the flattened [S, B]."""
+    visible: Visible = ()
+    one_per_row: bool = False
+    """Every row is one document held whole by this rank."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch on the device; [B, S] are context slices."""
+
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    loss_mask_BS: torch.Tensor
+    documents: Documents
+
+
+class MicroBatches:
+    """The micro-batches of a step, placed on the device one by one.
+
+    A step's RoPE tables would fill gigabytes if they lived together. Every model chunk walks
+    through the batches for itself.
+    """
+
+    def __init__(
+        self, batches: Sequence[HostBatch], to_device: Callable[[HostBatch], MicroBatch]
+    ) -> None:
+        self._batches = batches
+        self._to_device = to_device
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return map(self._to_device, self._batches)
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """(rows of a micro-batch, tokens of a whole row)."""
+        return self._batches[0].tokens.shape
+
+
+def to_device(
+    batch: HostBatch,
+    layout: Layout,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rope_cache: RopeCache | None = None,
+) -> MicroBatch:
+    """Move this rank's slice of a host batch to the device.
+
+    Args:
+        batch: whole rows.
+        layout: says which slice is this rank's.
+        model: RoPE's base and width.
+        dtype: of the RoPE tables per token.
+        device: where to.
+        rope_cache: look RoPE up in this; without it RoPE gets tables per token.
+
+    Raises:
+        ValueError: the rows do not split over the context ranks, the labels' shape differs, or the
+            rows are longer than the cache.
+    """
+    num_rows, length = batch.tokens.shape
+    if length % layout.sequence_multiple:
+        raise ValueError(f"rows of {length} tokens; need a multiple of {layout.sequence_multiple}")
+    if rope_cache is not None and length > rope_cache.num_positions:
+        raise ValueError(f"rows of {length} tokens; RoPE has {rope_cache.num_positions} positions")
+
+    def slice_of(array: np.ndarray, to: torch.dtype) -> torch.Tensor:
+        local = layout.context_slice(torch.from_numpy(np.ascontiguousarray(array)))
+        return local.to(device=device, dtype=to, non_blocking=True)
+
+    if rope_cache is None:
+        cos, sin = rope_cos_sin(slice_of(batch.positions, torch.float32), model, dtype)
+        rotary = {"cos_SBD": cos, "sin_SBD": sin}
+    else:
+        positions_T = slice_of(batch.positions, torch.int32).t().flatten()
+        rotary = {"rope_cache": rope_cache, "positions_T": positions_T}
+    cu_seqlens = torch.from_numpy(np.asarray(batch.cu_seqlens, dtype=np.int32)).to(device)
+    documents = Documents(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=int(np.diff(batch.cu_seqlens).max()),
+        max_seqlen_kv=int(np.diff(batch.cu_seqlens).max()),
+        visible=visible_keys(batch.cu_seqlens, num_rows, length, layout, device),
+        one_per_row=len(batch.cu_seqlens) == num_rows + 1 and layout.cp_size == 1,
+        **rotary,
+    )
+    return MicroBatch(
+        tokens_BS=slice_of(batch.tokens, torch.int64),
+        labels_BS=slice_of(batch.labels, torch.int64),
+        loss_mask_BS=slice_of(batch.loss_mask, torch.float32),
+        documents=documents,
+    )

@@ -1,0 +1,1 @@
+"""The optimizer: AdamW with FusedAdam's contract under megatron-core's, and its groups."""

@@ -1,0 +1,161 @@
+"""manifest.json: size and sha256 of every file of a checkpoint, and what it belongs to.
+
+A checkpoint is read only once its files agree with its manifest. A manifest is not a signature:
+whoever can change a file can change its hash, so what is read is vetted as well.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import msgspec
+
+from phi4.config import Recipe, identity_hash
+from phi4.config.schema import key_kinds
+from phi4.errors import CheckpointError
+from phi4.rundir.names import MANIFEST_FILE
+
+FORMAT_VERSION = 2
+"""2 leaves out the empty records of layers that have no extra state."""
+_READ_VERSIONS = (1, 2)
+LAYOUT_KEYS = frozenset(
+    ("tensor", "pipeline", "virtual_pipeline", "context", "data", "distributed_optimizer", "cuda")
+)
+
+OptimizerFormat = Literal["full", "dp", "none"]
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class CheckpointManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a complete checkpoint contains."""
+
+    version: int = FORMAT_VERSION
+    step: int
+    optimizer_format: OptimizerFormat
+    layout: dict[str, int]
+    """Of the run that wrote it, by LAYOUT_KEYS."""
+    recipe_sha256: str
+    """Identity hash of the recipe."""
+    identity_keys_sha256: str = ""
+    """Hash of the names of the recipe's identity keys; recipe_sha256 means nothing to a phi4 with
+    other ones. Version 1 has none."""
+    data: dict[str, str]
+    """CheckpointManifest hash of every data source."""
+    files: dict[str, FileEntry]
+
+
+def read_manifest(directory: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: missing, not JSON of this form, of another version, or it lists files
+            outside of the checkpoint.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=CheckpointManifest)
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {MANIFEST_FILE}; it is not complete") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if manifest.version not in _READ_VERSIONS:
+        raise CheckpointError(
+            f"{path} has version {manifest.version}; this phi4 reads up to {FORMAT_VERSION}"
+        )
+    if manifest.layout.keys() != LAYOUT_KEYS:
+        raise CheckpointError(
+            f"{path} gives {', '.join(sorted(manifest.layout))} as the layout, expected "
+            f"{', '.join(sorted(LAYOUT_KEYS))}; take another checkpoint"
+        )
+    for name in manifest.files:
+        parts = PurePosixPath(name).parts
+        if name.startswith("/") or ".." in parts or "\0" in name or not parts:
+            raise CheckpointError(f"{path} lists {name!r}, which is not a file of the checkpoint")
+    return manifest
+
+
+def identity_keys_hash() -> str:
+    """sha256 of the names of the recipe's identity keys."""
+    names = sorted(name for name, kind in key_kinds().items() if kind == "identity")
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def check_recipe(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe) -> None:
+    """Check that a checkpoint's recipe is the one that its manifest was written for.
+
+    Raises:
+        CheckpointError: it is another training's.
+    """
+    comparable = manifest.identity_keys_sha256 == identity_keys_hash()
+    if comparable and manifest.recipe_sha256 != identity_hash(recipe):
+        raise CheckpointError(
+            f"the recipe in {checkpoint} is not the one that its {MANIFEST_FILE} was written for; "
+            "take another checkpoint"
+        )
+
+
+def hash_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Size and hash of the named files."""
+    return {name: FileEntry(*_size_and_hash(directory / name)) for name in names}
+
+
+def content_names(directory: Path) -> list[str]:
+    """Every file under a checkpoint but the manifest, sorted, relative."""
+    found = (path for path in directory.rglob("*") if path.is_file())
+    names = (str(path.relative_to(directory)) for path in found)
+    return sorted(name for name in names if name != MANIFEST_FILE)
+
+
+def verify_files(directory: Path, manifest: CheckpointManifest, names: Iterable[str]) -> list[str]:
+    """One line per named file that is missing, has another size or another hash."""
+    problems = []
+    for name in names:
+        expected, path = manifest.files[name], directory / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif not path.resolve().is_relative_to(directory.resolve()):
+            problems.append(f"{path} is a link to a file outside of the checkpoint")
+        elif path.stat().st_size != expected.bytes:
+            problems.append(f"{path} has {path.stat().st_size} bytes, expected {expected.bytes}")
+        elif _size_and_hash(path)[1] != expected.sha256:
+            problems.append(f"{path} has another sha256 than its manifest says")
+    return problems
+
+
+def read_verified(directory: Path, manifest: CheckpointManifest, name: str) -> bytes:
+    """The content of a small file, checked in memory, so that nobody can change it in between.
+
+    Raises:
+        CheckpointError: not listed, missing, or other than the manifest says.
+    """
+    path, expected = directory / name, manifest.files.get(name)
+    if expected is None:
+        raise CheckpointError(f"{directory / MANIFEST_FILE} does not list {name}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    content = path.read_bytes()
+    if FileEntry(len(content), hashlib.sha256(content).hexdigest()) != expected:
+        raise CheckpointError(f"{path} has another size or sha256 than its manifest says")
+    return content
+
+
+def manifest_hash(directory: Path) -> str:
+    """sha256 of the manifest; empty where there is none."""
+    path = directory / MANIFEST_FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _size_and_hash(path: Path) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()

@@ -1,0 +1,22 @@
+"""The names of what lies in a run's directory; no other file spells them.
+
+RUN/
+  config.toml            the recipe of the newest attempt
+  metrics.jsonl          one line per step
+  mlflow_run_id          the run in MLflow that this run is shown as
+  ledger.jsonl           what the data ledger counted, where a blend is weighed by loss tokens
+  attempts/0000001.json  every start of the run, and who owns it now
+  checkpoints/latest     the name of the newest checkpoint
+  checkpoints/step_0000100/{manifest.json, recipe.toml, state.json, ...}
+"""
+
+CONFIG_FILE = "config.toml"
+METRICS_FILE = "metrics.jsonl"
+MLFLOW_ID_FILE = "mlflow_run_id"
+LEDGER_FILE = "ledger.jsonl"
+ATTEMPTS_DIR = "attempts"
+CHECKPOINTS_DIR = "checkpoints"
+LATEST_FILE = "latest"
+MANIFEST_FILE = "manifest.json"
+RECIPE_FILE = "recipe.toml"
+STATE_FILE = "state.json"

@@ -1,0 +1,77 @@
+"""What a resumed run may change: `schedule` keys, recorded with the step, never `identity` keys."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from phi4.config import Recipe, changed_keys
+from phi4.errors import ConfigError
+from phi4.rundir.state import Change, RunState
+from phi4.train.schedule import decay_end, next_rate
+
+
+def with_changes(
+    state: RunState, old: Recipe, new: Recipe, *, allow: bool, say: Callable[[str], None]
+) -> RunState:
+    """The state of a run that goes on under another recipe.
+
+    Args:
+        state: as saved.
+        old: the recipe it was saved under.
+        new: the recipe asked for.
+        allow: whether `--change` was given.
+        say: takes a line about the learning rate where the change moves it: run.steps does without
+            naming it when optim.decay is 0.
+
+    Raises:
+        ConfigError: an identity key differs, or a schedule key does and allow is False.
+    """
+    changes = changed_keys(old, new)
+    if changes["identity"]:
+        raise ConfigError(
+            f"the run was started with {_listed(changes['identity'])}; it would be another "
+            "training: restore the value, or use another run.dir (run.init_from takes the weights)"
+        )
+    rates = _rate_change(state, old, new)
+    if changes["schedule"] and not allow:
+        consequence = f" ({rates})" if rates else ""
+        raise ConfigError(
+            f"the run was started with {_listed(changes['schedule'])}{consequence}; pass --change "
+            "to go on with the new value from this step"
+        )
+    if rates:
+        say(rates)
+    added = tuple(
+        Change(state.step, key, _as_json(before), _as_json(after))
+        for key, (before, after) in sorted(changes["schedule"].items())
+    )
+    return msgspec.structs.replace(state, history=state.history + added)
+
+
+def _rate_change(state: RunState, old: Recipe, new: Recipe) -> str | None:
+    """What becomes of the learning rate and of its decay, where either changes."""
+    before, after = (
+        next_rate(recipe, step=state.step, consumed_tokens=state.consumed_tokens)
+        for recipe in (old, new)
+    )
+    unit = new.optim.schedule_unit
+    old_end, new_end = decay_end(old), decay_end(new)
+    moved = unit == old.optim.schedule_unit and old_end != new_end
+    if before == after and not moved:
+        return None
+    line = f"learning rate of step {state.step + 1}: {before:.4g} before, {after:.4g} now"
+    if moved:
+        line += f"; the decay ended after {old_end:,} {unit}, now after {new_end:,}"
+        if new.optim.decay == 0:
+            line += f"; optim.decay={old_end} would leave it"
+    return line
+
+
+def _as_json(value: Any) -> Any:
+    """A key's value as JSON holds it: what a checkpoint reads back equals what was saved."""
+    return msgspec.json.decode(msgspec.json.encode(value))
+
+
+def _listed(changes: dict) -> str:
+    return ", ".join(f"{key}={old!r}, now {new!r}" for key, (old, new) in sorted(changes.items()))
