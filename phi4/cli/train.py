@@ -7,6 +7,7 @@ import typer
 
 from phi4.config import check, load_recipe
 from phi4.launch import WorkerEnvironment, join, on_ranks
+from phi4.stages import require_stage, stage_of
 
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
 Overrides = Annotated[
@@ -28,21 +29,22 @@ def train(
     """
     overrides = overrides or []
     recipe = load_recipe(recipe_path, overrides)
+    require_stage(recipe)
     check(recipe)
     parallel = recipe.parallel
     argv = ["train", str(recipe_path), *overrides, *(["--change"] if change else [])]
 
     def body(worker: WorkerEnvironment) -> None:
         from phi4.engine.platform import disconnect
-        from phi4.stages.pretrain import NextToken
         from phi4.train.session import run_training
 
-        check(recipe, worker.world_size)
+        stage = stage_of(recipe)
+        check(recipe, worker.world_size, [stage.violations])
         platform = join(worker, recipe.run.platform, recipe.run.threads)
         run_training(
             recipe,
             platform,
-            NextToken(),
+            stage.make_objective(recipe),
             allow_change=change,
             attempt=worker.attempt,
             job=worker.job,

@@ -14,6 +14,7 @@ from rich.table import Table
 from phi4.cli import verify_leak
 from phi4.config import Recipe, check, dump_toml, load_recipe
 from phi4.launch import WorkerEnvironment, on_ranks
+from phi4.stages import require_stage, stage_of
 
 if TYPE_CHECKING:
     from phi4.verify.layouts import LayoutCase
@@ -45,17 +46,22 @@ def parity(
 
     recipe = load_recipe(recipe_path, overrides or [])
     reference = reference_case(recipe)
+    require_stage(recipe)
     check(reference.recipe)
     possible, impossible = cases(recipe, names_of(layouts, tuple(LAYOUTS)))
     started_here = work_dir is None
     work_dir = work_dir or Path(mkdtemp(prefix="phi4-parity-"))
 
     def body(worker: WorkerEnvironment) -> None:
-        from phi4.stages.pretrain import NextToken
         from phi4.verify.parity import run_case
         from phi4.verify.ranks import run_in_turn
 
-        run = partial(run_case, objective=NextToken(), steps=steps, work_dir=work_dir)
+        run = partial(
+            run_case,
+            objective=stage_of(recipe).make_objective(recipe),
+            steps=steps,
+            work_dir=work_dir,
+        )
         run_in_turn([reference, *possible], worker.rank, run, kind="cpu", work_dir=work_dir)
 
     code = on_ranks(

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from phi4.config import check, load_recipe
 from phi4.launch import WorkerEnvironment, on_ranks
+from phi4.stages import require_stage, stage_of
 
 if TYPE_CHECKING:
     from phi4.verify.leak import LeakFindings
@@ -43,6 +44,7 @@ def leak(
 
     recipe = load_recipe(recipe_path, overrides or [])
     reference = leak_case(reference_case(recipe), recipe)
+    require_stage(recipe)
     check(reference.recipe)
     possible, impossible = cases(recipe, names_of(layouts, LEAK_LAYOUTS))
     kind, _ = choose_kind(recipe.run.platform)
@@ -52,11 +54,12 @@ def leak(
     work_dir = work_dir or Path(mkdtemp(prefix="phi4-leak-"))
 
     def body(worker: WorkerEnvironment) -> None:
-        from phi4.stages.pretrain import NextToken
         from phi4.verify.leak import run_leak
         from phi4.verify.ranks import run_in_turn
 
-        run = partial(run_leak, objective=NextToken(), work_dir=work_dir)
+        run = partial(
+            run_leak, objective=stage_of(recipe).make_objective(recipe), work_dir=work_dir
+        )
         run_in_turn(chosen, worker.rank, run, kind=kind, work_dir=work_dir)
 
     code = on_ranks(

@@ -5,7 +5,7 @@ what to change.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from phi4.config.schema import Recipe
 from phi4.errors import LayoutError
@@ -13,17 +13,19 @@ from phi4.errors import LayoutError
 Rule = Callable[[Recipe], Iterator[str]]
 
 
-def check(recipe: Recipe, world_size: int | None = None) -> None:
+def check(recipe: Recipe, world_size: int | None = None, stage_rules: Sequence[Rule] = ()) -> None:
     """Refuse a recipe that breaks any rule.
 
     Args:
         recipe: the resolved recipe.
         world_size: processes that were started, or None when they are still to be started.
+        stage_rules: what the stage asks besides.
 
     Raises:
         LayoutError: every violated rule, one line each.
     """
     found = violations(recipe, world_size)
+    found += [line for rule in stage_rules for line in rule(recipe)]
     if len(found) == 1:
         raise LayoutError(found[0])
     if found:

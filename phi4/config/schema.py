@@ -144,6 +144,8 @@ class KernelsConfig(Section):
 class RunConfig(Section):
     """Where a run lives and how long it goes."""
 
+    stage: str = key("identity", "pretrain", min_length=1)
+    """What is trained: one of phi4.stages.STAGES."""
     dir: str = key("free", "runs/default", min_length=1)
     name: str | None = key("free", None)
     """Shown in MLflow; the directory's name when None."""

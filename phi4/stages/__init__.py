@@ -1,0 +1,42 @@
+"""Stages: what a batch is and what its loss is; nothing about parallelism.
+
+`run.stage` of a recipe names one of STAGES; the module of that name defines it as `STAGE`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from phi4.config import Recipe
+from phi4.errors import ConfigError
+
+if TYPE_CHECKING:
+    from phi4.stages.stage import Stage
+
+STAGES = {
+    "pretrain": "Next-token prediction over a blend of sources.",
+    "midtrain": "Pretraining continued from trained weights, with longer rows.",
+}
+"""Every stage with a line about it. No stage is imported before a recipe asks for it: that would
+import torch and megatron-core."""
+
+
+def require_stage(recipe: Recipe) -> None:
+    """Refuse a recipe whose stage does not exist.
+
+    Raises:
+        ConfigError: names the stages there are.
+    """
+    if recipe.run.stage not in STAGES:
+        raise ConfigError(
+            f"run.stage={recipe.run.stage!r} is not a stage; use {' or '.join(STAGES)}"
+        )
+
+
+def stage_of(recipe: Recipe) -> "Stage":
+    """The stage that a recipe trains.
+
+    Raises:
+        ConfigError: as `require_stage`.
+    """
+    require_stage(recipe)
+    return import_module(f"phi4.stages.{recipe.run.stage}").STAGE

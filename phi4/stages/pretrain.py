@@ -3,6 +3,7 @@
 import torch
 
 from phi4.engine.objective import Loss, SegmentSum
+from phi4.stages.stage import Stage
 
 
 class NextToken:
@@ -19,3 +20,9 @@ class NextToken:
         """See `phi4.engine.objective.Objective`; sums in fp64."""
         loss_sum = -(log_probs_BS * loss_mask_BS).sum(dtype=torch.float64)
         return Loss(loss_sum, loss_mask_BS.sum(dtype=torch.float64))
+
+
+STAGE = Stage(
+    make_objective=lambda recipe: NextToken(),
+    source_kinds=frozenset(("stream", "windows")),
+)

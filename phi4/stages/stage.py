@@ -1,0 +1,35 @@
+"""What a stage of training is: its loss, the data that it takes, what it asks of a recipe."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from phi4.config import Recipe
+from phi4.config.rules import Rule
+from phi4.engine.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage, without anything about parallelism.
+
+    Attributes:
+        make_objective: its loss, for a recipe.
+        source_kinds: values of a source's `kind` that it can train on.
+        rules: what else it asks of a recipe; see `phi4.config.rules`.
+    """
+
+    make_objective: Callable[[Recipe], Objective]
+    source_kinds: frozenset[str]
+    rules: tuple[Rule, ...] = ()
+
+    def violations(self, recipe: Recipe) -> Iterator[str]:
+        """Everything that this stage refuses in a recipe, a line each."""
+        stage, accepted = recipe.run.stage, ", ".join(sorted(self.source_kinds))
+        for source in (*recipe.data.sources, *recipe.data.held_out):
+            if source.kind not in self.source_kinds:
+                yield (
+                    f"source {source.name!r} has kind={source.kind}, and run.stage={stage} takes "
+                    f"{accepted}; change the kind, or the stage"
+                )
+        for rule in self.rules:
+            yield from rule(recipe)

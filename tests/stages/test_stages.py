@@ -1,0 +1,74 @@
+"""`run.stage` picks the objective and what is asked of the recipe."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phi4.cli import main
+from phi4.config import Recipe, SourceConfig, check
+from phi4.errors import ConfigError, LayoutError
+from phi4.stages import STAGES, require_stage, stage_of
+from tests.support.engines import tiny_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def with_source(recipe: Recipe, **options: object) -> Recipe:
+    source = SourceConfig(name="s", path="s", **options)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": (source,)})})
+
+
+def refusal(recipe: Recipe) -> str:
+    with pytest.raises(LayoutError) as refused:
+        check(recipe, stage_rules=[stage_of(recipe).violations])
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_takes_a_source_and_has_an_objective(name: str) -> None:
+    recipe = tiny_recipe(f"run.stage={name}", "run.init_from=runs/other")
+    stage = stage_of(recipe)
+    for kind in stage.source_kinds:
+        check(with_source(recipe, kind=kind), stage_rules=[stage.violations])
+    assert callable(stage.make_objective(recipe))
+
+
+def test_stages_and_their_files_agree() -> None:
+    files = {path.stem for path in (ROOT / "phi4/stages").glob("*.py")}
+    assert files - {"__init__", "stage"} == STAGES.keys()
+
+
+def test_unknown_stage_is_one_line_with_the_stages_there_are(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    recipe = str(ROOT / "examples/recipes/tiny_pretrain.toml")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", recipe, "run.stage=pretraining"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == ("ConfigError: run.stage='pretraining' is not a stage; use pretrain or midtrain")
+    with pytest.raises(ConfigError):
+        require_stage(tiny_recipe("run.stage=stage"))
+
+
+def test_source_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = with_source(tiny_recipe(), kind="windows")
+    narrow = stage_of(recipe).__class__(
+        make_objective=lambda recipe: None, source_kinds=frozenset(("stream",))
+    )
+    monkeypatch.setattr("phi4.stages.pretrain.STAGE", narrow)
+    assert refusal(recipe) == (
+        "source 's' has kind=windows, and run.stage=pretrain takes stream; change the kind, or the "
+        "stage"
+    )
+
+
+def test_midtraining_needs_trained_weights() -> None:
+    assert "run.init_from is not set" in refusal(tiny_recipe("run.stage=midtrain"))
+
+
+def test_names_of_stages_are_known_without_torch() -> None:
+    script = "import sys, phi4.stages; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
