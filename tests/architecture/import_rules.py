@@ -1,36 +1,43 @@
-"""Who may import whom, read from the syntax trees: nothing is imported to be checked.
-
-Imports inside functions and under TYPE_CHECKING count: a cycle dodged is a cycle.
-"""
+"""Who may import whom, read from the syntax trees: nothing is imported to be checked."""
 
 import ast
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-LAYERS = (
+from tests.architecture.import_graph import Source, cycles, file_graph, package_of, read_sources
+from tests.architecture.sub_layers import Layers, depth_in, sub_layer_violations
+
+LAYERS: Layers = (
     ("__main__",),
     ("cli",),
-    ("verify", "launch"),
-    ("stages", "pts", "convert", "plan"),
+    ("serve", "evaluate", "pts", "synth", "verify"),
+    ("launch",),
+    ("sampling",),
+    ("plan",),
+    ("stages", "convert"),
     ("train",),
-    ("engine", "track"),
+    ("engine",),
+    ("track",),
     ("rundir",),
     ("data", "model"),
-    ("config",),
+    ("config", "oracles"),
     ("errors",),
 )
-"""Rooms of phi4/, top to bottom. A room imports rooms of lower layers only."""
+"""Packages of phi4/, top to bottom. A package imports packages of lower layers only."""
 
 KERNEL_USERS = ("engine", "verify", "cli")
-"""Rooms that may import phi4_kernels."""
+"""Packages that may import phi4_kernels."""
+
+SAMPLER_USERS = ("serve", "evaluate", "pts", "synth")
+"""Packages that reach a model through sampling, never through the engine."""
 
 ONLY_IN = {
     "megatron": "phi4/engine/",
     "transformer_engine": "phi4/engine/",
     "mlflow": "phi4/track/mlflow.py",
     "transformers": "phi4/convert/",
+    "fastapi": "phi4/serve/",
 }
 """Third parties that one place owns."""
 
@@ -38,10 +45,11 @@ KERNEL_PACKAGES = {"phi4_kernels", "torch", "triton", "numpy"} | set(sys.stdlib_
 KERNEL_PROVIDERS = "kernels/phi4_kernels/bench/providers/"
 """Competitors in the bench: any third party, but imported when asked for only."""
 
-RANK_FREE = ("phi4/data/", "phi4/rundir/", "phi4/track/", "phi4/model/")
-"""Rooms that are handed plain values and know no process group."""
+RANK_FREE = ("phi4/data/", "phi4/rundir/", "phi4/track/", "phi4/model/", "phi4/oracles/")
+"""Packages that are handed plain values and know no process group."""
 
-TORCH_FREE = ("phi4/rundir/", "phi4/launch/")
+TORCH_FREE = ("phi4/rundir/", "phi4/launch/", "phi4/oracles/")
+"""Packages that start in milliseconds, so without torch."""
 
 ENVIRONMENT_READERS = (
     "phi4/launch/",
@@ -53,127 +61,59 @@ ENVIRONMENT_READERS = (
 _ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 
 
-@dataclass(frozen=True)
-class Source:
-    """One parsed file."""
-
-    path: str
-    """Relative to the repository, with forward slashes."""
-    tree: ast.Module
-
-    @property
-    def module(self) -> str:
-        """Dotted name, `phi4.engine.step`."""
-        name = self.path.removeprefix("kernels/").removesuffix(".py").removesuffix("/__init__")
-        return name.replace("/", ".")
-
-    @property
-    def room(self) -> str:
-        """First name below the package, `engine`; empty for the package itself."""
-        return _room(self.module)
-
-
-@dataclass(frozen=True)
-class Import:
-    """One imported module, and where."""
-
-    module: str
-    line: int
-    lazy: bool
-    """Inside a function."""
-
-
-def read_sources(root: Path) -> list[Source]:
-    """Parse phi4/ and kernels/phi4_kernels/ under a root."""
-    files = sorted([*root.glob("phi4/**/*.py"), *root.glob("kernels/phi4_kernels/**/*.py")])
-    return [
-        Source(file.relative_to(root).as_posix(), ast.parse(file.read_text(encoding="utf-8")))
-        for file in files
-    ]
-
-
 def violations(root: Path) -> list[str]:
     """Every broken rule as `path:line: what`; empty for a sound tree."""
-    return [
+    sources = read_sources(root)
+    broken = [
         f"{source.path}:{line}: {text}"
-        for source in read_sources(root)
+        for source in sources
         for rule in RULES
         for line, text in rule(source)
     ]
+    # An import of two names breaks a rule once.
+    return list(dict.fromkeys([*broken, *sub_layer_violations(sources)]))
 
 
-def imports(source: Source) -> Iterator[Import]:
-    """All modules that a file imports. `from a import b` counts as `a.b`."""
-    lazy_lines = _lazy_lines(source.tree)
-    for node in ast.walk(source.tree):
-        for module in _imported(node, source):
-            yield Import(module, node.lineno, node.lineno in lazy_lines)
-
-
-def _imported(node: ast.AST, source: Source) -> list[str]:
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom):
-        base = node.module or ""
-        if node.level:
-            package = source.module.split(".")
-            keep = len(package) - node.level + source.path.endswith("__init__.py")
-            base = ".".join([*package[:keep], *([node.module] if node.module else [])])
-        return [f"{base}.{alias.name}" for alias in node.names]
-    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-        called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-        called = node.func.id if isinstance(node.func, ast.Name) else called
-        if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
-            return [node.args[0].value]
-    return []
-
-
-def _lazy_lines(tree: ast.Module) -> set[int]:
-    return {
-        line
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for line in range(node.lineno, node.end_lineno + 1)
-    }
-
-
-def _room(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else ""
-
-
-def _depth(room: str) -> int | None:
-    return next((depth for depth, rooms in enumerate(LAYERS) if room in rooms), None)
+def file_cycles(root: Path) -> list[str]:
+    """Files that import each other, as `a -> b -> a`."""
+    return cycles(file_graph(read_sources(root)))
 
 
 def layers(source: Source) -> Iterator[tuple[int, str]]:
-    """A room of phi4 imports lower layers only."""
+    """A package of phi4 imports lower layers only."""
     if source.module.split(".")[0] != "phi4":
         return
-    depth = _depth(source.room)
-    if depth is None and source.room:
-        yield 1, f"room {source.room!r} has no layer; give it one in LAYERS"
+    depth = depth_in(LAYERS, source.package)
+    if depth is None and source.package:
+        yield 1, f"package {source.package!r} has no layer; give it one in LAYERS"
         return
-    for found in imports(source):
-        # `from phi4 import __version__` is no room.
-        room = _room(found.module)
-        if found.module.split(".")[0] != "phi4" or room in ("", "__version__"):
+    for found in source.imports:
+        # `from phi4 import __version__` is no package.
+        package = package_of(found.module)
+        if found.module.split(".")[0] != "phi4" or package in ("", "__version__", source.package):
             continue
-        if room == source.room:
-            continue
-        below = _depth(room)
+        below = depth_in(LAYERS, package)
+        who = source.package or "phi4"
         if below is None:
-            yield found.line, f"imports {found.module}, a room without a layer"
+            yield found.line, f"imports {found.module}, a package without a layer"
         elif depth is None or below <= depth:
-            yield found.line, f"{source.room or 'phi4'} may not import {room}: not a lower layer"
+            yield found.line, f"{who} may not import {package}: not a lower layer"
+
+
+def sampler_users(source: Source) -> Iterator[tuple[int, str]]:
+    """What samples runs on any model, so it knows the Sampler and not the engine."""
+    if source.path.startswith("phi4/") and source.package in SAMPLER_USERS:
+        for found in source.imports:
+            if f"{found.module}.".startswith("phi4.engine."):
+                yield found.line, f"{source.package} may not import engine: use sampling.Sampler"
 
 
 def kernel_users(source: Source) -> Iterator[tuple[int, str]]:
     """Only the engine, the proofs and the command line import phi4_kernels."""
-    if source.path.startswith("phi4/") and source.room not in KERNEL_USERS:
-        for found in imports(source):
+    if source.path.startswith("phi4/") and source.package not in KERNEL_USERS:
+        for found in source.imports:
             if found.module.split(".")[0] == "phi4_kernels":
-                yield found.line, f"{source.room} may not import phi4_kernels"
+                yield found.line, f"{source.package} may not import phi4_kernels"
 
 
 def kernels_stand_alone(source: Source) -> Iterator[tuple[int, str]]:
@@ -181,7 +121,7 @@ def kernels_stand_alone(source: Source) -> Iterator[tuple[int, str]]:
     if not source.path.startswith("kernels/"):
         return
     provider = source.path.startswith(KERNEL_PROVIDERS)
-    for found in imports(source):
+    for found in source.imports:
         package = found.module.split(".")[0]
         if package in KERNEL_PACKAGES:
             continue
@@ -195,19 +135,19 @@ def owned_packages(source: Source) -> Iterator[tuple[int, str]]:
     """Some third parties have one owner."""
     if not source.path.startswith("phi4/"):
         return
-    for found in imports(source):
+    for found in source.imports:
         owner = ONLY_IN.get(found.module.split(".")[0])
         if owner and not source.path.startswith(owner):
             yield found.line, f"{found.module.split('.')[0]} is imported in {owner} only"
 
 
-def rank_free_rooms(source: Source) -> Iterator[tuple[int, str]]:
-    """data, track and model know no ranks, and no triton_impl.py communicates."""
+def rank_free_packages(source: Source) -> Iterator[tuple[int, str]]:
+    """Some packages know no ranks, and no triton_impl.py communicates."""
     triton = source.path.endswith("/triton_impl.py")
     if not triton and not source.path.startswith(RANK_FREE):
         return
-    who = "triton_impl.py" if triton else source.room
-    for found in imports(source):
+    who = "triton_impl.py" if triton else source.package
+    for found in source.imports:
         if found.module.startswith("torch.distributed"):
             yield found.line, f"{who} may not use torch.distributed"
     for node in ast.walk(source.tree):
@@ -215,12 +155,12 @@ def rank_free_rooms(source: Source) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"{who} may not use torch.distributed"
 
 
-def torch_free_rooms(source: Source) -> Iterator[tuple[int, str]]:
-    """A launcher and the run directory start in milliseconds, so without torch."""
+def torch_free_packages(source: Source) -> Iterator[tuple[int, str]]:
+    """What starts in milliseconds does not import torch."""
     if source.path.startswith(TORCH_FREE):
-        for found in imports(source):
+        for found in source.imports:
             if found.module.split(".")[0] == "torch":
-                yield found.line, f"{source.room} may not import torch"
+                yield found.line, f"{source.package} may not import torch"
 
 
 def environment(source: Source) -> Iterator[tuple[int, str]]:
@@ -239,10 +179,11 @@ def environment(source: Source) -> Iterator[tuple[int, str]]:
 Rule = Callable[[Source], Iterator[tuple[int, str]]]
 RULES: tuple[Rule, ...] = (
     layers,
+    sampler_users,
     kernel_users,
     kernels_stand_alone,
     owned_packages,
-    rank_free_rooms,
-    torch_free_rooms,
+    rank_free_packages,
+    torch_free_packages,
     environment,
 )

@@ -23,8 +23,8 @@ class Size(NamedTuple):
 def sizes(root: Path) -> tuple[list[Size], list[Size]]:
     """Sizes of all files and of all functions under a root, largest first."""
     files, functions = [], []
-    for room, limit in FUNCTION_LINES.items():
-        for path in sorted((root / room).glob("**/*.py")):
+    for folder, limit in FUNCTION_LINES.items():
+        for path in sorted((root / folder).glob("**/*.py")):
             text = path.read_text(encoding="utf-8")
             name = path.relative_to(root).as_posix()
             files.append(Size(text.count("\n"), FILE_LINES, name))
