@@ -11,18 +11,18 @@ Layers = tuple[tuple[str, ...], ...]
 
 SUB_LAYERS: Mapping[str, Layers] = {
     "phi4.data": (
-        ("screens", "decontaminate"),
-        ("quality",),
+        ("screens.decontaminate",),
+        ("screens",),
         ("tokenize", "stream", "demo"),
         ("files",),
-        ("vocabulary",),
+        ("vocabulary", "permutation"),
     ),
     "phi4.engine": (
-        ("checkpoint", "generation"),
+        ("checkpoint", "generate"),
         ("engine",),
-        ("step", "model.fake_ranks"),
+        ("step", "fake_ranks"),
         ("optimizer", "patches"),
-        ("model", "optimizer.adamw", "checkpoint.checkpoint_io", "agreement"),
+        ("model", "optimizer.adamw", "checkpoint_io", "agreement"),
         ("layout", "objective", "platform", "precision"),
         ("rendezvous",),
     ),
