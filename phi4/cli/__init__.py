@@ -2,10 +2,13 @@
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from importlib import import_module, metadata
+from typing import Annotated
 
 import typer
 
+from phi4 import __version__
+from phi4.cli.usage_errors import UsageErrorsGroup
 from phi4.errors import Phi4Error
 
 COMMANDS = {
@@ -19,7 +22,7 @@ GROUPS = {
     "model": "Phi-4's shape in numbers.",
     "convert": "Hugging Face checkpoints in and out.",
     "verify": "Proofs to run on this machine: parity, resume, leak.",
-    "bench": "Measure.",
+    "bench": "Benchmarks of the kernels.",
     "kernels": "Implementations of the ops and what is proven of them.",
 }
 
@@ -28,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `phi4`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        _app(arguments)(arguments)
+        _app(arguments)(arguments, prog_name="phi4")
     except Phi4Error as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(error.exit_code)
@@ -40,11 +43,13 @@ def _app(arguments: Sequence[str]) -> typer.Typer:
     Loading every command would import torch for `phi4 --help`.
     """
     app = typer.Typer(
+        cls=UsageErrorsGroup,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        help="The training system for Phi-4. Wrong input is one line and exit code 2.",
+        help="Train, inspect and convert Phi-4 models. Start with `phi4 demo`.",
     )
+    app.callback()(_options)
     asked = next((word for word in arguments if not word.startswith("-")), None)
     for name, text in (COMMANDS | GROUPS).items():
         if name != asked:
@@ -54,5 +59,33 @@ def _app(arguments: Sequence[str]) -> typer.Typer:
         if name in GROUPS:
             app.add_typer(module.app, name=name, help=text)
         else:
-            app.command(name, help=text)(getattr(module, name))
+            # Its own help is the docstring of its function.
+            app.command(name, short_help=text)(getattr(module, name))
     return app
+
+
+def _print_versions(asked: bool) -> None:
+    """phi4, and the two packages whose version decides what it can do; neither is imported."""
+    if not asked:
+        return
+    typer.echo(f"phi4 {__version__}")
+    for name in ("torch", "megatron-core"):
+        try:
+            typer.echo(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            typer.echo(f"{name} is not installed")
+    raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions of phi4, torch and megatron-core.",
+        ),
+    ] = False,
+) -> None:
+    """Options of `phi4` itself."""

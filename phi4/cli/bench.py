@@ -1,8 +1,8 @@
-"""`phi4 bench`: measurements on this machine."""
+"""`phi4 bench`: benchmarks on this machine."""
 
 import typer
 
-app = typer.Typer(help="Measure.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()

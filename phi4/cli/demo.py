@@ -33,7 +33,13 @@ def demo(
         Path | None, typer.Option("--json", help="Append the result as a row to this file.")
     ] = None,
 ) -> None:
-    """Train a small Phi-4 on this machine: TP2 x PP2, elsewhere, midtraining, text, parity."""
+    """Train a small Phi-4 on this machine, from corpus to text.
+
+    Builds a corpus from this Python's standard library, trains on four processes (tensor 2 x
+    pipeline 2), resumes with context 2, midtrains, generates text and compares three layouts with
+    one process. Each step is a `phi4` command that is printed first; the exit code is that of the
+    first one that fails.
+    """
     started = time.monotonic()
     data, run, midtrain = out / "data", out / "run", out / "midtrain"
     for earlier in (run, midtrain):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def generate(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A step_NNNNNNN directory, or a run whose latest is meant.")
+        Path, typer.Argument(help="A step_NNNNNNN directory, or a run directory (its latest).")
     ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     overrides: Annotated[
@@ -28,9 +28,13 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Sampling seed.")] = 0,
 ) -> None:
-    """Continue a prompt. The text goes to stdout as it is made, layout and platform to stderr."""
+    """Continue a prompt with a checkpoint, in any layout.
+
+    The text goes to stdout as it is made and ends with the document or the turn, at the latest
+    after --max-tokens. Platform and layout go to stderr.
+    """
     from phi4.engine.checkpoint import recipe_of
     from phi4.rundir.checkpoints import find_checkpoint
 

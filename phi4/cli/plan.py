@@ -41,7 +41,11 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
     host_memory: Annotated[int, typer.Option(min=1, help="GiB of one machine.")] = 2048,
 ) -> None:
-    """Bytes per GPU of a recipe, before it runs. Exit 2 when it exceeds the card."""
+    """Bytes per GPU of a recipe, before it runs.
+
+    The table shows every pipeline stage at its peak. Exit code 2 when one of them exceeds the card.
+    No GPU is needed: parameters are counted on the real model, built without memory.
+    """
     recipe = load_recipe(recipe_path, overrides or [])
     planned = make_plan(recipe, gpus, card_named(gpu), gpus_per_node)
     console = Console(width=150 if not sys.stdout.isatty() else None)

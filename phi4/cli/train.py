@@ -24,8 +24,11 @@ def train(
 ) -> None:
     """Train a recipe on this machine's processes, or as one rank of torchrun or srun.
 
-    A run goes on from its own newest checkpoint. One without takes weights from run.init_from and
-    the data ledger from data.continue_from, where the recipe names them.
+    A run resumes from its own newest checkpoint. A new run takes its weights from run.init_from and
+    its data ledger from data.continue_from, where the recipe names them.
+
+    Exit codes: 0 finished, 1 failed, 2 wrong input, 3 another run owns run.dir, 4 disk full,
+    128 + S ended by signal S. docs/faults.md says what a job script should do after each of them.
     """
     overrides = overrides or []
     recipe = load_recipe(recipe_path, overrides)
