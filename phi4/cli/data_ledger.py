@@ -1,4 +1,4 @@
-"""`phi4 data ledger` and `phi4 data why`: what a run was fed, from its checkpoints alone."""
+"""`phi4 data ledger` and `phi4 data trace`: what a run was fed, from its checkpoints alone."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ Show = Annotated[bool, typer.Option(help="Also print the text of the sample.")]
 def register(app: typer.Typer) -> None:
     """Add the commands to `phi4 data`."""
     app.command("ledger")(ledger)
-    app.command("why")(why)
+    app.command("trace")(trace)
 
 
 def ledger(run: Run) -> None:
@@ -50,8 +50,8 @@ def ledger(run: Run) -> None:
         typer.echo(f"{name:20} {count.drawn:>14,} {count.num_units:>14,} {epochs:>8.3f}")
 
 
-def why(run: Run, step: Step, sample: Sample, show: Show = False) -> None:
-    """Source, shard, document and offset behind a sample of a training step."""
+def trace(run: Run, step: Step, sample: Sample, show: Show = False) -> None:
+    """Trace a sample of a training step to its source, shard, document and offset."""
     history = read_history(run)
     state = history.state
     if step > state.step:

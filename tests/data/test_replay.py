@@ -185,12 +185,12 @@ def run(tmp_path: Path, ranks: Path) -> FakeRun:
     return run
 
 
-def test_why_names_what_each_step_was_fed(run: FakeRun) -> None:
+def test_trace_names_what_each_step_was_fed(run: FakeRun) -> None:
     tokenizer = load_tokenizer(run.recipe.tokenizer)
     for step, batches in enumerate(run.served, start=1):
         for sample, batch in enumerate(batches):
             printed = phi4_data(
-                "why", run.directory / "run", "--step", step, "--sample", sample, "--show"
+                "trace", run.directory / "run", "--step", step, "--sample", sample, "--show"
             )
             origins, text = printed.split("---\n")
             assert text == tokenizer.decode(batch.tokens[0]) + "\n"
@@ -198,8 +198,8 @@ def test_why_names_what_each_step_was_fed(run: FakeRun) -> None:
             assert origins.count("source '") >= batch.tokens.size // 8
 
 
-def test_why_locates_the_token_in_the_file(run: FakeRun) -> None:
-    printed = phi4_data("why", run.directory / "run", "--step", 1, "--sample", 2)
+def test_trace_locates_the_token_in_the_file(run: FakeRun) -> None:
+    printed = phi4_data("trace", run.directory / "run", "--step", 1, "--sample", 2)
     for line in printed.splitlines():
         found = re.search(r"token (\d+): .*, (\S+)\.bin, document (\d+), offset (\d+)", line)
         begin, prefix, document, offset = found.groups()
@@ -223,10 +223,10 @@ def test_files_may_move_and_the_stream_goes_on(run: FakeRun, tmp_path: Path) -> 
     assert len(run.state.data["blends"]) == blends
     tokenizer = load_tokenizer(run.recipe.tokenizer)
     for step, sample in ((8, 2), (6, 0)):
-        printed = phi4_data("why", run.directory / "run", "--step", step, "--sample", sample)
+        printed = phi4_data("trace", run.directory / "run", "--step", step, "--sample", sample)
         assert "elsewhere" in printed
     # A step of an earlier blend, before the files moved.
-    shown = phi4_data("why", run.directory / "run", "--step", 4, "--sample", 0, "--show")
+    shown = phi4_data("trace", run.directory / "run", "--step", 4, "--sample", 0, "--show")
     assert shown.endswith(tokenizer.decode(run.served[3][0].tokens[0]) + "\n")
 
 
@@ -247,7 +247,7 @@ def test_steps_of_a_blend_by_loss_tokens_are_found_again(
     skipped: list[int] = []
     monkeypatch.setattr(Ledger, "skip", skipping(skipped))
     for step, batches in enumerate(run.served, start=1):
-        printed = phi4_data("why", run.directory / "run", "--step", step, "--sample", 3, "--show")
+        printed = phi4_data("trace", run.directory / "run", "--step", step, "--sample", 3, "--show")
         assert printed.split("---\n")[1] == tokenizer.decode(batches[3].tokens[0]) + "\n"
     # With the record no draw is made twice; without it those since the checkpoint before are.
     assert skipped == ([0, 4, 0, 4, 0, 4] if record == "lost" else [0] * 6)
@@ -277,7 +277,7 @@ def test_ledger_shows_asked_drawn_and_epochs(run: FakeRun) -> None:
 )
 def test_what_the_run_never_served_is_refused(run: FakeRun, arguments, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        phi4_data("why", run.directory / "run", *arguments)
+        phi4_data("trace", run.directory / "run", *arguments)
 
 
 def test_a_directory_without_checkpoints_is_refused(tmp_path: Path) -> None:

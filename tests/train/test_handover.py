@@ -180,10 +180,10 @@ def _phi4_data(*arguments: object) -> str:
     return result.output
 
 
-def test_why_finds_the_tokens_of_steps_on_both_sides_of_a_resumption(served, root: Path) -> None:
+def test_trace_finds_the_tokens_of_steps_on_both_sides_of_a_resumption(served, root: Path) -> None:
     with chdir(root):
         for step, rows in enumerate(served[1], start=1):
-            printed = _phi4_data("why", "midtrain", "--step", step, "--sample", 5)
+            printed = _phi4_data("trace", "midtrain", "--step", step, "--sample", 5)
             for line in printed.splitlines():
                 found = re.search(
                     r"token (\d+): .*, (\S+)\.bin, document (\d+), offset (\d+)", line
