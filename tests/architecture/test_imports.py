@@ -144,7 +144,7 @@ def test_planted_import_within_a_package_is_found(
         tmp_path,
         {
             **{f"phi4/data/{name}/b.py": "" for name in ("files", "stream", "screens", "tokenize")},
-            **{f"phi4/engine/{name}.py": "" for name in ("engine", "model/fake_ranks")},
+            **{f"phi4/engine/{name}.py": "" for name in ("engine", "fake_ranks")},
             "phi4/engine/optimizer/b.py": "",
             **{f"kernels/phi4_kernels/{name}.py": "" for name in ("swiglu/op", "testing/rows")},
             "kernels/phi4_kernels/registry.py": "",
