@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from phi4_kernels import native, registry
+from phi4_kernels import cuda_library, registry
 
 REPORT = "ptxas.txt"
 _TORCH = Path(torch.__file__).parent
@@ -46,8 +46,8 @@ def build() -> Path:
         FileNotFoundError: nvcc is not on the path.
         RuntimeError: it fails; its output is the message.
     """
-    target = native.folder()
-    if (target / native.LIBRARY).exists():
+    target = cuda_library.folder()
+    if (target / cuda_library.LIBRARY).exists():
         return target
     if shutil.which("nvcc") is None:
         raise FileNotFoundError("nvcc is not on PATH; expected CUDA 12.8 or newer; install it")
@@ -57,9 +57,9 @@ def build() -> Path:
         tempfile.TemporaryDirectory(dir=target.parent, prefix="partial-") as scratch,
     ):
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if (target / native.LIBRARY).exists():
+        if (target / cuda_library.LIBRARY).exists():
             return target
-        units = [path for path in native.sources() if path.suffix in (".cu", ".cpp")]
+        units = [path for path in cuda_library.sources() if path.suffix in (".cu", ".cpp")]
         objects = [Path(scratch) / f"{unit.stem}{unit.suffix}.o" for unit in units]
         with ThreadPoolExecutor(2) as pool:
             reports = list(pool.map(_compile, units, objects))
@@ -67,7 +67,7 @@ def build() -> Path:
         done.mkdir()
         # Named, not located: the torch that loads the library has loaded its own before.
         torch_library = (f"-L{_TORCH / 'lib'}", "-ltorch_cpu")
-        output = str(done / native.LIBRARY)
+        output = str(done / cuda_library.LIBRARY)
         _nvcc("-shared", "-arch=sm_90a", *map(str, objects), *torch_library, "-o", output)
         (done / REPORT).write_text("".join(reports))
         done.rename(target)
@@ -76,9 +76,13 @@ def build() -> Path:
 
 def _compile(unit: Path, output: Path) -> str:
     torch_flags = (
-        (native.TORCH_TARGET, f"-I{_TORCH / 'include'}") if unit.name == "bindings.cpp" else ()
+        (cuda_library.TORCH_TARGET, f"-I{_TORCH / 'include'}")
+        if unit.name == "bindings.cpp"
+        else ()
     )
-    return _nvcc(*native.NVCC_FLAGS, "-Xptxas=-v", *torch_flags, "-c", str(unit), "-o", str(output))
+    return _nvcc(
+        *cuda_library.NVCC_FLAGS, "-Xptxas=-v", *torch_flags, "-c", str(unit), "-o", str(output)
+    )
 
 
 def _nvcc(*arguments: str) -> str:
@@ -145,7 +149,7 @@ def main() -> None:
     found = resources((target / REPORT).read_text())
     for name, numbers in sorted(found.items()):
         print(f"{name:<42}{numbers['registers']:>4} registers {numbers['stack_bytes']:>3} B stack")
-    print(target / native.LIBRARY)
+    print(target / cuda_library.LIBRARY)
     if arguments.budgets:
         write_budgets(found)
 

@@ -86,7 +86,7 @@ def compare(gpu: str) -> Iterator[dict]:
     Args:
         gpu: cuda, or cpu to try the script without a GPU.
     """
-    from phi4_kernels import native
+    from phi4_kernels import cuda_library
 
     half, tolerances = STEPS // 2, {"fp32": FP32_TOLERANCE, "bf16": BF16_TOLERANCE}
     with tempfile.TemporaryDirectory() as name:
@@ -104,7 +104,7 @@ def compare(gpu: str) -> Iterator[dict]:
         yield _row("saved on the GPU, resumed on the CPU", resumed, expected[half:], FP32_TOLERANCE)
         fp32 += in_process(gpu, "fp32", half, STEPS, root / "gpu")
         yield _row("fp32 on the GPU, saved and resumed there", fp32, expected, FP32_TOLERANCE)
-        if native.missing() is None:
+        if cuda_library.missing() is None:
             for dtype, tolerance in tolerances.items():
                 losses = in_process(gpu, dtype + OPTIMIZER, 0, STEPS, root / f"{dtype}_optimizer")
                 yield _row(f"{dtype} with the CUDA optimizer", losses, expected, tolerance)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from phi4_kernels import registry
+from phi4_kernels import cuda_library, registry
 from phi4_kernels.errors import DeviceError, ImplementationError
 
 CORRECTNESS_ROWS = registry.ROOT / "correctness.jsonl"
@@ -40,7 +40,8 @@ class Choice:
     implementation: str
     reason: str
 
-    def __str__(self) -> str:
+    def describe(self) -> str:
+        """One line for the log."""
         return f"{self.op}: {self.implementation} ({self.reason})"
 
 
@@ -60,17 +61,12 @@ def _read(path: Path) -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(line) for line in path.read_text().splitlines() if line)
 
 
-@cache
-def _rows() -> tuple[dict[str, Any], ...]:
-    return _read(CORRECTNESS_ROWS)
-
-
 def proof(op: str, implementation: str, capability: str) -> dict[str, Any] | None:
     """The newest row of this very source on this capability, if it is green."""
     digest = registry.source_digest(op, implementation)
     wanted = (op, implementation, capability, digest)
     keys = ("op", "implementation", "capability", "source")
-    rows = [row for row in _rows() if tuple(row[key] for key in keys) == wanted]
+    rows = [row for row in _read(CORRECTNESS_ROWS) if tuple(row[key] for key in keys) == wanted]
     return rows[-1] if rows and rows[-1]["green"] else None
 
 
@@ -98,13 +94,15 @@ def _automatic(op: str, device: torch.device) -> Choice:
     if device.type != "cuda":
         return Choice(op, "torch", f"auto: tensors are on {device.type}")
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    device_name = torch.cuda.get_device_name(device)
     for name in _PREFERENCE:
         if name not in registry.implementations(op):
             continue
         row = proof(op, name, capability)
-        if row and is_faster(op, name, device_name):
-            return Choice(op, name, f"auto: proven on {capability}, commit {row['commit']}")
+        if not row or not is_faster(op, name, torch.cuda.get_device_name(device)):
+            continue
+        if name == "cuda" and (reason := cuda_library.missing()):
+            return Choice(op, "torch", f"auto: {reason}")
+        return Choice(op, name, f"auto: proven on {capability}, commit {row['commit']}")
     return Choice(op, "torch", f"auto: no kernel of this source is proven on {capability}")
 
 
@@ -118,7 +116,7 @@ def choose(op: str, requested: str, device: torch.device) -> Choice:
         device: where the tensors are.
 
     Raises:
-        ImplementationError: no such op or implementation, or it cannot be imported.
+        ImplementationError: no such op or implementation, or it cannot be imported or loaded.
         DeviceError: the implementation cannot use this device.
     """
     if op not in registry.OPS:
@@ -127,7 +125,9 @@ def choose(op: str, requested: str, device: torch.device) -> Choice:
         choice = _automatic(op, device)
     else:
         choice = Choice(op, requested, _named_reason(op, requested, device))
-    _log.info("%s", choice)
+    if choice.implementation == "cuda":
+        cuda_library.load()
+    _log.info("%s", choice.describe())
     return choice
 
 
@@ -138,15 +138,18 @@ def _named_reason(op: str, name: str, device: torch.device) -> str:
     if device.type == "cuda":
         capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
         return "named" if proof(op, name, capability) else f"named; experimental on {capability}"
-    if name != "triton" or not interpreting():
-        raise DeviceError(
-            f"{op}: implementation {name!r} got tensors on {device.type}; expected cuda; move "
-            "them, use 'torch', or start with TRITON_INTERPRET=1 to interpret Triton on the CPU"
-        )
-    from phi4_kernels import interpreter
+    if name == "cuda" and device.type == "cpu":
+        return "named; host form of the kernel's arithmetic"
+    if name == "triton" and interpreting():
+        from phi4_kernels import interpreter
 
-    interpreter.repair()
-    return "named; interpreted on the CPU"
+        interpreter.repair()
+        return "named; interpreted on the CPU"
+    others = ", or start with TRITON_INTERPRET=1 to interpret Triton on the CPU"
+    raise DeviceError(
+        f"{op}: implementation {name!r} got tensors on {device.type}; expected cuda; move them, or "
+        f"use 'torch'{others if name == 'triton' else ''}"
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -180,11 +183,18 @@ def _status_of(op: str, name: str) -> dict[str, str]:
     row = {"op": op, "implementation": name, "device": "", "commit": "", "date": ""}
     if name == "torch":
         return row | {"state": "always available"}
-    past = [entry for entry in _rows() if (entry["op"], entry["implementation"]) == (op, name)]
+    rows = _read(CORRECTNESS_ROWS)
+    past = [entry for entry in rows if (entry["op"], entry["implementation"]) == (op, name)]
+    source = registry.source_digest(op, name)
+    current = [entry for entry in past if entry["source"] == source]
     if not past:
-        return row | {"state": "experimental: never executed on a GPU"}
-    last = past[-1]
-    row |= {key: last[key] for key in ("device", "commit", "date")}
-    if last["source"] != registry.source_digest(op, name):
-        return row | {"state": "experimental: changed since its last row"}
-    return row | {"state": "proven" if last["green"] else "experimental: last row is red"}
+        state = "experimental: never executed on a GPU"
+    elif not current:
+        state = "experimental: changed since its last row"
+    else:
+        state = "proven" if current[-1]["green"] else "experimental: last row is red"
+    if past:
+        last = (current or past)[-1]
+        row |= {key: last[key] for key in ("device", "commit", "date")}
+    reason = cuda_library.missing() if name == "cuda" else None
+    return row | {"state": f"{state}; {reason}" if reason else state}

@@ -1,11 +1,17 @@
-"""Registration of kernels as torch operators, for compile, fake tensors and opcheck."""
+"""Registration of kernels as torch operators, for compile, fake tensors and opcheck.
 
-from collections.abc import Callable
+csrc's own operators, `phi4_native::`, take a stream, which the library's ABI cannot read on a
+machine without CUDA. The public ones, `phi4::`, take none: they pass the stream that is current
+when they run, so that they can be captured, compiled and called on any device.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from phi4_kernels import registry
+from phi4_kernels import cuda_library, registry
 
 
 def register(op: str, step: str, schema: str, fake: Callable[..., Any]) -> Any:
@@ -34,6 +40,38 @@ def register(op: str, step: str, schema: str, fake: Callable[..., Any]) -> Any:
             return run(*inputs)
 
     return define(name, signature, launch, lambda *args: fake(*args[:-1]))
+
+
+def register_cuda(schema: str, fake: Callable[..., Any]) -> Any:
+    """Define `phi4::<schema>` over csrc's operator of that name and a last `int stream`.
+
+    Args:
+        schema: name, arguments and results in torch's schema language; the first argument is a
+            tensor or a list of them, whose device is used.
+        fake: makes outputs of the right shape, dtype and device without computing them.
+
+    Returns:
+        The operator's default overload. A call loads the library.
+    """
+    name = schema.partition("(")[0]
+
+    def launch(*args: Any) -> Any:
+        cuda_library.load()
+        first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+        with stream_of(first.device) as stream:
+            return getattr(torch.ops.phi4_native, name).default(*args, stream)
+
+    return define(name, schema.removeprefix(name), launch, fake)
+
+
+@contextmanager
+def stream_of(device: torch.device) -> Iterator[int]:
+    """Make a device current, and give its current stream as csrc takes it; 0 on the CPU."""
+    if device.type == "cpu":
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
 
 
 def define(name: str, signature: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -3,6 +3,9 @@
 An op is a folder: `op.py` (the public functions), `reference.py` (their definition),
 `<name>_impl.py` (one per implementation) and `cases.py`, whose `ENTRIES` describe every public
 function to the machinery. Naming the folder in OPS is all it takes to be tested, gated and timed.
+
+Implementations are of different kinds: `torch` always runs; `triton` and `gluon` are Python, which
+is interpreted or emulated on a CPU; `cuda` calls the library that is compiled from csrc.
 """
 
 import hashlib
@@ -19,9 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phi4_kernels import cuda_library
 from phi4_kernels.errors import ImplementationError
 
-OPS = ("attention", "cross_entropy", "rms_norm", "rope", "swiglu")
+OPS = (
+    "adamw",
+    "attention",
+    "cross_entropy",
+    "fp8_cast",
+    "grad_norm",
+    "rms_norm",
+    "rope",
+    "swiglu",
+)
 ROOT = Path(__file__).parent
 
 
@@ -86,15 +99,21 @@ class Entry:
 
 
 @cache
-def entries() -> dict[str, Entry]:
-    """All entries of all ops by name."""
-    modules = [importlib.import_module(f"phi4_kernels.{op}.cases") for op in OPS]
+def entries(implementation: str | None = None) -> dict[str, Entry]:
+    """All entries by name, or those of the ops that have an implementation of this name."""
+    ops = [op for op in OPS if implementation is None or implementation in implementations(op)]
+    modules = [importlib.import_module(f"phi4_kernels.{op}.cases") for op in ops]
     return {entry.name: entry for module in modules for entry in module.ENTRIES}
 
 
 def implementations(op: str) -> tuple[str, ...]:
     """Names of the implementations in the op's folder."""
     return tuple(sorted(path.stem.removesuffix("_impl") for path in folder(op).glob("*_impl.py")))
+
+
+def default_kernel(op: str) -> str:
+    """The implementation that gates and benchmark run of an op where none is named."""
+    return next(name for name in ("triton", "cuda", "torch") if name in implementations(op))
 
 
 @cache
@@ -126,11 +145,17 @@ def folder(op: str) -> Path:
 def source_digest(op: str, name: str) -> str:
     """Hash of the files that decide what an implementation computes: a row proves these alone.
 
-    A file `<name>_*.py` belongs to the implementation of that name, the others to all of them.
+    A file or folder `<name>_*` belongs to the implementation of that name, the others to all of
+    them. `cuda` is what csrc compiles to, all of it.
     """
+    if name == "cuda":
+        return cuda_library.digest()
     others = tuple(f"{other}_" for other in implementations(op) if other != name)
-    files = [path for path in sorted(folder(op).glob("*.py")) if not path.name.startswith(others)]
     digest = hashlib.sha256()
-    for path in (*files, ROOT / "launch.py", ROOT / "operators.py"):
+    for path in sorted(folder(op).rglob("*.py")):
+        parts = path.relative_to(folder(op)).parts
+        if not any(part.startswith(others) for part in parts):
+            digest.update(path.read_bytes())
+    for path in (ROOT / "launch.py", ROOT / "operators.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

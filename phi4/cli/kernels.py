@@ -17,12 +17,12 @@ def _group() -> None:
 @app.command()
 def status() -> None:
     """Every op and implementation, its state, and the GPU run that says so."""
-    from phi4_kernels import dispatch, native
+    from phi4_kernels import dispatch
 
     table = Table(title="`auto` takes what is proven on the GPU at hand; the rest runs when named")
     columns = ("op", "implementation", "state", "device", "commit", "date")
     for column in columns:
         table.add_column(column)
-    for row in dispatch.status() + native.status():
+    for row in dispatch.status():
         table.add_row(*(row[column] for column in columns))
     Console(width=140 if not sys.stdout.isatty() else None).print(table)

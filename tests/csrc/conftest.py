@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from phi4_kernels import native
+from phi4_kernels import cuda_library
 
 from tests.csrc.host_forms import HostForms, build_host_forms
 from tools import build_csrc
@@ -13,7 +13,7 @@ from tools import build_csrc
 @pytest.fixture(scope="session")
 def built() -> Path:
     """The folder of the library and ptxas's report."""
-    if shutil.which("nvcc") is None and native.missing():
+    if shutil.which("nvcc") is None and cuda_library.missing():
         pytest.skip("nvcc is not on PATH, and csrc is not built")
     return build_csrc.build()
 
@@ -21,8 +21,8 @@ def built() -> Path:
 @pytest.fixture(scope="session")
 def loaded(built: Path) -> Path:
     """The library, its operators defined."""
-    native.load()
-    return built / native.LIBRARY
+    cuda_library.load()
+    return built / cuda_library.LIBRARY
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,9 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> HostForms:
     """The host forms of the shipped arithmetic, built alone: a fifth of the library's time."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH, and the host forms are built")
-    return build_host_forms(native.SOURCES, "*", tmp_path_factory.mktemp("forms") / "forms.so")
+    return build_host_forms(
+        cuda_library.SOURCES, "*", tmp_path_factory.mktemp("forms") / "forms.so"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from phi4_kernels import dispatch, native
+from phi4_kernels import cuda_library, dispatch, registry
 from phi4_kernels.adamw.cases import with_fused_adam
 from phi4_kernels.adamw.optimizer import FusedAdam
 from phi4_kernels.bench import measure, report
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from phi4.cli.kernels import app
 
-CHECKS = [check for entry in native.entries().values() for check in gates.names(entry)]
+CHECKS = [check for entry in registry.entries("cuda").values() for check in gates.names(entry)]
 MACHINE = {"device": "H200", "capability": "9.0", "commit": "abc", "date": "2026-01-01"}
 
 
@@ -32,7 +32,7 @@ def test_torch_forms_obey_it_too(entry: str, case: str, dtype: str) -> None:
 
 def test_another_fused_adam_takes_the_whole_step() -> None:
     """What the bench runs of apex and transformer-engine, with ours in their place."""
-    entry = native.entries()["optimizer_step"]
+    entry = registry.entries("cuda")["optimizer_step"]
     inputs = entry.make(entry.proof_cases[0], torch.float32)
     eager = numerics.evaluate(entry.reference, inputs, None)
     truth = numerics.evaluate(entry.reference, numerics.converted(inputs, numerics.doubled), None)
@@ -45,7 +45,7 @@ def test_another_fused_adam_takes_the_whole_step() -> None:
     ("entry", "per_parameter"), [("adamw", 30), ("adamw_fp8", 31), ("optimizer_step", 34)]
 )
 def test_bytes_per_parameter(entry: str, per_parameter: int) -> None:
-    found = native.entries()[entry]
+    found = registry.entries("cuda")[entry]
     (case,) = found.bench_cases
     cost = found.cost(case, torch.float32)["forward"]
     size = case.sizes["rows"] * case.sizes["width"]
@@ -54,7 +54,7 @@ def test_bytes_per_parameter(entry: str, per_parameter: int) -> None:
 
 
 def test_cast_and_transpose_moves_four_bytes() -> None:
-    entry = native.entries()["fp8_cast_transpose"]
+    entry = registry.entries("cuda")["fp8_cast_transpose"]
     floors = [entry.cost(case, torch.bfloat16)["forward"] for case in entry.bench_cases]
     assert floors[0].bytes == 4 * 16384 * 5120
     assert round(floors[0].bytes / 4.3e12 * 1e6) == 78
@@ -63,7 +63,7 @@ def test_cast_and_transpose_moves_four_bytes() -> None:
 def test_floors_list_the_cuda_ops() -> None:
     page = report.floors("adamw")
     assert "optimizer_step" in page and "N * (26 + 2 * 4) B" in page and "swiglu" not in page
-    tasks = measure.passes(native.entries()["optimizer_step"], torch.bfloat16)
+    tasks = measure.passes(registry.entries("cuda")["optimizer_step"], torch.bfloat16)
     assert [task.dtype for task in tasks] == [torch.float32]
 
 
@@ -72,10 +72,11 @@ def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.device:
     """No rows, and a pretended GPU of capability 9.0."""
     monkeypatch.setattr(dispatch, "CORRECTNESS_ROWS", tmp_path / "correctness.jsonl")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H200")
     monkeypatch.setattr(rows, "machine", lambda: MACHINE)
-    native.choose.cache_clear()
+    dispatch.choose.cache_clear()
     yield torch.device("cuda", 0)
-    native.choose.cache_clear()
+    dispatch.choose.cache_clear()
 
 
 def _record(**result: object) -> None:
@@ -83,15 +84,19 @@ def _record(**result: object) -> None:
     rows.append(dispatch.CORRECTNESS_ROWS, rows.correctness("adamw", "cuda", found))
 
 
+def _status_of(op: str) -> dict[str, str]:
+    rows = {(row["op"], row["implementation"]): row for row in dispatch.status()}
+    return rows[op, "cuda"]
+
+
 def test_auto_takes_what_a_row_proves(loaded: Path, on_h200: torch.device) -> None:
-    states = {row["op"]: row["state"] for row in native.status()}
-    assert states["adamw"] == "experimental: never executed on a GPU"
+    assert _status_of("adamw")["state"] == "experimental: never executed on a GPU"
     _record()
-    assert str(native.choose("adamw", "auto", on_h200)) == (
+    assert dispatch.choose("adamw", "auto", on_h200).describe() == (
         "adamw: cuda (auto: proven on 9.0, commit abc)"
     )
-    assert native.choose("grad_norm", "auto", on_h200).implementation == "torch"
-    found = next(row for row in native.status() if row["op"] == "adamw")
+    assert dispatch.choose("grad_norm", "auto", on_h200).implementation == "torch"
+    found = _status_of("adamw")
     assert (found["state"], found["device"], found["commit"]) == ("proven", "H200", "abc")
 
 
@@ -102,22 +107,23 @@ def test_auto_takes_what_a_row_proves(loaded: Path, on_h200: torch.device) -> No
         ({"source": "0" * 16}, "experimental: changed since its last row"),
     ],
 )
-def test_a_later_row_withdraws_the_proof(
+def test_auto_leaves_what_no_row_proves(
     loaded: Path, on_h200: torch.device, change: dict, state: str
 ) -> None:
     _record()
     row = json.loads(dispatch.CORRECTNESS_ROWS.read_text())
+    dispatch.CORRECTNESS_ROWS.unlink()
     rows.append(dispatch.CORRECTNESS_ROWS, row | change)
-    assert native.choose("adamw", "auto", on_h200).implementation == "torch"
-    assert next(row for row in native.status() if row["op"] == "adamw")["state"] == state
+    assert dispatch.choose("adamw", "auto", on_h200).implementation == "torch"
+    assert _status_of("adamw")["state"] == state
 
 
 def test_phi4_kernels_status_lists_them(on_h200: torch.device) -> None:
     _record()
     shown = CliRunner().invoke(app, ["status"]).output
-    (line,) = (line for line in shown.splitlines() if "adamw" in line)
-    assert all(part in line for part in ("cuda", "H200", "abc", "2026-01-01"))
-    assert all(op in shown for op in native.OPS)
+    (line,) = (line for line in shown.splitlines() if "adamw" in line and "cuda" in line)
+    assert all(part in line for part in ("H200", "abc", "2026-01-01"))
+    assert all(op in shown for op in registry.OPS)
 
 
 def test_a_red_check_is_a_red_row(loaded: Path, on_h200: torch.device) -> None:
@@ -131,7 +137,7 @@ def test_the_command_runs_the_cuda_ops(
     options = command._parse(["numbers", "--op", "grad_norm"])
     assert command._numbers(options) == 0
     assert "grad_norm cuda: green, 8 checks" in capsys.readouterr().out
-    monkeypatch.setattr(native, "missing", lambda: "csrc is not built")
+    monkeypatch.setattr(cuda_library, "missing", lambda: "csrc is not built")
     assert command._numbers(options) == 0
     assert "grad_norm cuda: not run: csrc is not built" in capsys.readouterr().out
 
@@ -139,10 +145,10 @@ def test_the_command_runs_the_cuda_ops(
 def test_entries_name_what_runs_where_the_library_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(native, "BUILDS", tmp_path)
-    for cached in (native.load, native.choose):
+    monkeypatch.setattr(cuda_library, "BUILDS", tmp_path)
+    for cached in (cuda_library.load, dispatch.choose):
         cached.cache_clear()
     with pytest.raises(ImplementationError, match="csrc is not built"):
         gates.check_numbers("adamw", "cut", "fp32", "cuda", "cpu")
-    for cached in (native.load, native.choose):
+    for cached in (cuda_library.load, dispatch.choose):
         cached.cache_clear()

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from phi4_kernels import native
-from phi4_kernels.adamw import FP8Weight, FusedAdam, Hyper, Shard, adamw, reference
+from phi4_kernels import registry
+from phi4_kernels.adamw import FP8Weight, FusedAdam, Hyper, ParameterShard, adamw, reference
 from phi4_kernels.fp8_cast import cast_blocks, cast_tensor
 from phi4_kernels.grad_norm import clip_factor, square_sum
 from phi4_kernels.testing import error_rule, gates, numerics
@@ -15,7 +15,7 @@ from torch.library import opcheck
 pytestmark = pytest.mark.gpu
 
 CUDA = "cuda"
-ENTRIES = list(native.entries().values())
+ENTRIES = list(registry.entries("cuda").values())
 CHECKS = [check for entry in ENTRIES for check in gates.names(entry)]
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 REPEATS = 200
@@ -30,11 +30,11 @@ def expect_equal(ours: Tensor, expected: Tensor) -> None:
     )
 
 
-def make_shard(size: int, seed: int = 1, grad_dtype: torch.dtype = torch.float32) -> Shard:
+def make_shard(size: int, seed: int = 1, grad_dtype: torch.dtype = torch.float32) -> ParameterShard:
     draw = torch.Generator(CUDA).manual_seed(seed)
     param, exp_avg, root, grad = torch.randn(4, size, generator=draw, device=CUDA)
     weight = param.bfloat16()
-    return Shard(param, exp_avg, root.square(), grad.to(grad_dtype), weight)
+    return ParameterShard(param, exp_avg, root.square(), grad.to(grad_dtype), weight)
 
 
 @pytest.mark.parametrize(("entry", "case", "dtype"), CHECKS)
@@ -44,7 +44,7 @@ def test_kernels_obey_the_error_rule(entry: str, case: str, dtype: str) -> None:
 
 @pytest.mark.parametrize(("entry", "case", "dtype"), CHECKS)
 def test_kernels_equal_their_host_forms_in_every_bit(entry: str, case: str, dtype: str) -> None:
-    found, at = gates.entries()[entry], gates.DTYPES[dtype]
+    found, at = registry.entries()[entry], gates.DTYPES[dtype]
     (sizes,) = (known for known in found.proof_cases if known.name == case)
     there, _ = numerics.run(found, sizes, at, "cuda", CUDA)
     here, _ = numerics.run(found, sizes, at, "cuda", "cpu")
@@ -77,7 +77,7 @@ def test_a_thousand_steps_follow_the_reference(grad_dtype: torch.dtype) -> None:
         hyper = HYPER | {"lr": HYPER["lr"] * (1 + math.cos(step / 300)) / 2}
         grad = (torch.randn(size, generator=draw, device=CUDA) * scales).to(grad_dtype)
         scale = torch.rand((), generator=draw, device=CUDA)
-        shards = [Shard(*ours, grad, weight)]
+        shards = [ParameterShard(*ours, grad, weight)]
         adamw(shards, step, Hyper(**hyper), grad_scale=scale, implementation="cuda")
         eager = reference.adamw(*eager, grad, step, **hyper, grad_scale=scale)
         truth = reference.adamw(*truth, grad, step, **hyper, grad_scale=scale)
@@ -112,7 +112,7 @@ def test_an_overflow_flag_in_memory_stops_the_update() -> None:
 def test_ops_run_behind_what_the_current_stream_holds() -> None:
     grad, x = torch.zeros(100_000, device=CUDA), torch.zeros(130, 256, device=CUDA)
     param = torch.zeros(100_000, device=CUDA)
-    shard = Shard(param, torch.zeros_like(param), torch.zeros_like(param), grad)
+    shard = ParameterShard(param, torch.zeros_like(param), torch.zeros_like(param), grad)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -201,7 +201,7 @@ def test_an_update_waits_for_nothing() -> None:
 
 
 def test_ops_compile_without_a_break() -> None:
-    def step(shard: Shard, x: Tensor) -> tuple[Tensor, ...]:
+    def step(shard: ParameterShard, x: Tensor) -> tuple[Tensor, ...]:
         total = square_sum([shard.grad, x], implementation="cuda")
         scale = clip_factor(total, 1.0)
         adamw([shard], 3, Hyper(**HYPER), grad_scale=scale, implementation="cuda")
@@ -233,7 +233,7 @@ def test_over_2_to_the_31_elements() -> None:
     tail = make_shard(5, grad_dtype=torch.bfloat16)
     param, exp_avg, exp_avg_sq = (torch.zeros(size, device=CUDA) for _ in range(3))
     grad, weight = (torch.zeros(size, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
-    whole = Shard(param, exp_avg, exp_avg_sq, grad, weight)
+    whole = ParameterShard(param, exp_avg, exp_avg_sq, grad, weight)
     for large, small in zip(whole[:5], tail[:5], strict=True):
         large[-5:] = small
     total = square_sum([grad], implementation="cuda")
@@ -247,7 +247,7 @@ def test_over_2_to_the_31_elements() -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU is here; this needs two")
 def test_tensors_of_another_device_are_served_there() -> None:
-    here, there = make_shard(5000), Shard(*(t.to("cuda:1") for t in make_shard(5000)[:5]))
+    here, there = make_shard(5000), ParameterShard(*(t.to("cuda:1") for t in make_shard(5000)[:5]))
     assert torch.cuda.current_device() == 0
     for shard in (here, there):
         adamw([shard], 1, Hyper(**HYPER), implementation="cuda")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from phi4_kernels import native
+from phi4_kernels import cuda_library
 
 from tests.csrc import host_checks
 from tests.csrc.host_checks import FP8, HYPER
@@ -44,7 +44,7 @@ def build_copy(folder: Path, mistakes: dict[str, tuple[str, str]]) -> OnHost:
     """A build of csrc/ with texts of its files replaced."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH, and the kernels are compiled as C++")
-    sources = shutil.copytree(native.SOURCES, folder / "csrc")
+    sources = shutil.copytree(cuda_library.SOURCES, folder / "csrc")
     for name, (old, new) in mistakes.items():
         text = (sources / name).read_text()
         assert text.count(old) == 1, f"{old} cannot be planted in {name}"

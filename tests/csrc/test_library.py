@@ -1,6 +1,5 @@
 """The built library: what ptxas says of its kernels, and what torch sees of its ops on a CPU."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from phi4_kernels import native
+from phi4_kernels import cuda_library, dispatch, operators, registry
 from phi4_kernels.errors import ImplementationError
 from torch import Tensor
 from torch.library import opcheck
@@ -18,8 +17,7 @@ from torch.library import opcheck
 from tools import build_csrc
 
 CPU = torch.device("cpu")
-for _op in native.OPS:
-    importlib.import_module(f"phi4_kernels.{_op}")  # defines its public operator
+registry.entries("cuda")  # imports the ops, which defines their public operators
 
 
 def test_kernels_do_not_spill_and_keep_their_budget(built: Path) -> None:
@@ -74,7 +72,7 @@ def test_a_name_of_another_form_is_refused() -> None:
 def instructions(built: Path) -> dict[str, dict[str, int]]:
     """What the gate counts, by the mangled name of the kernel."""
     compiled = pytest.importorskip("phi4_kernels.testing.compiled")
-    sass = compiled.tool("cuobjdump", "--dump-sass", str(built / native.LIBRARY))
+    sass = compiled.tool("cuobjdump", "--dump-sass", str(built / cuda_library.LIBRARY))
     parts = [part.partition("\n") for part in sass.split("Function :")[1:]]
     return {name.strip(): compiled.count_instructions(code) for name, _, code in parts}
 
@@ -176,33 +174,37 @@ def test_the_other_bindings_refuse(loaded: Path, call: object, message: str) -> 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No build and no remembered choice."""
-    monkeypatch.setattr(native, "BUILDS", tmp_path)
-    for cached in (native.load, native.choose):
+    monkeypatch.setattr(cuda_library, "BUILDS", tmp_path)
+    for cached in (cuda_library.load, dispatch.choose):
         cached.cache_clear()
     yield tmp_path
-    for cached in (native.load, native.choose):
+    for cached in (cuda_library.load, dispatch.choose):
         cached.cache_clear()
+
+
+def _cuda_rows() -> list[dict[str, str]]:
+    return [row for row in dispatch.status() if row["implementation"] == "cuda"]
 
 
 def test_a_missing_library_says_why(fresh: Path) -> None:
     with pytest.raises(ImplementationError, match="csrc is not built; run `make csrc`"):
-        native.choose("adamw", "cuda", CPU)
-    assert all("not built" in row["state"] for row in native.status())
-    assert native.choose("adamw", "auto", CPU).implementation == "torch"
+        dispatch.choose("adamw", "cuda", CPU)
+    assert all("not built" in row["state"] for row in _cuda_rows())
+    assert dispatch.choose("adamw", "auto", CPU).implementation == "torch"
 
 
 def test_a_library_of_other_sources_is_not_loaded(fresh: Path) -> None:
     (fresh / "0123").mkdir()
-    (fresh / "0123" / native.LIBRARY).touch()
+    (fresh / "0123" / cuda_library.LIBRARY).touch()
     with pytest.raises(ImplementationError, match="csrc is built from other sources"):
-        native.choose("adamw", "cuda", CPU)
+        dispatch.choose("adamw", "cuda", CPU)
 
 
 def test_a_broken_library_says_so(fresh: Path) -> None:
-    native.folder().mkdir()
-    (native.folder() / native.LIBRARY).write_text("not a library")
+    cuda_library.folder().mkdir()
+    (cuda_library.folder() / cuda_library.LIBRARY).write_text("not a library")
     with pytest.raises(ImplementationError, match="cannot be loaded beside torch"):
-        native.choose("adamw", "cuda", CPU)
+        dispatch.choose("adamw", "cuda", CPU)
 
 
 def test_without_nvcc_the_build_says_so(
@@ -231,24 +233,24 @@ def test_an_op_runs_on_the_device_and_stream_that_are_current(
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     for index in (0, 1):
-        with native.on_device(torch.device("cuda", index)) as found:
+        with operators.stream_of(torch.device("cuda", index)) as found:
             seen.append((current[0], found))
-    with native.on_device(CPU) as found:
+    with operators.stream_of(CPU) as found:
         assert found == 0
     assert seen == [(0, 70), (1, 71)] and current == [0]
 
 
 def test_setup_builds_what_make_csrc_builds(built: Path) -> None:
-    root = native.SOURCES.parent
+    root = cuda_library.SOURCES.parent
     command = [sys.executable, str(root / "setup.py"), "-q", "build_csrc"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert str(built / native.LIBRARY) in done.stdout
+    assert str(built / cuda_library.LIBRARY) in done.stdout
 
 
 def test_unknown_implementations_are_refused() -> None:
-    with pytest.raises(ImplementationError, match="no implementation 'triton'"):
-        native.choose("adamw", "triton", CPU)
+    with pytest.raises(ImplementationError, match="no implementation 'triton'; there are cuda, "):
+        dispatch.choose("adamw", "triton", CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

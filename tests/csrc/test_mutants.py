@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from phi4_kernels import native
+from phi4_kernels import cuda_library
 from phi4_kernels.errors import GateError
 
 from tests.csrc import host_checks
@@ -64,11 +64,11 @@ CHECKS = {
 def test_mutants_are_caught(op: str, check: Callable[[HostForms], None], tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH, and mutants are built")
-    check(build_host_forms(native.SOURCES, op, tmp_path / "shipped.so"))
+    check(build_host_forms(cuda_library.SOURCES, op, tmp_path / "shipped.so"))
     survivors = []
     for name, (old, new) in MUTANTS[op].items():
         source = tmp_path / name.replace(" ", "-")
-        shutil.copytree(native.SOURCES, source)
+        shutil.copytree(cuda_library.SOURCES, source)
         texts = {
             path: path.read_text() for path in (source / "numerics.h", *source.glob(f"{op}/*.h"))
         }

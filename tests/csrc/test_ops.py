@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from phi4_kernels.adamw import FP8Weight, Hyper, Shard, adamw
+from phi4_kernels.adamw import FP8Weight, Hyper, ParameterShard, adamw
 from phi4_kernels.errors import DtypeError, KernelError, ShapeError
 from phi4_kernels.fp8_cast import cast_blocks, cast_tensor
 from phi4_kernels.fp8_cast import reference as cast_reference
@@ -17,9 +17,11 @@ HYPER = Hyper(lr=1e-2, weight_decay=0.1)
 E4M3 = torch.float8_e4m3fn
 
 
-def _shard(size: int, **changes: object) -> Shard:
+def _shard(size: int, **changes: object) -> ParameterShard:
     param = torch.randn(size, generator=torch.Generator().manual_seed(2))
-    return Shard(param, torch.zeros(size), torch.zeros(size), torch.ones(size))._replace(**changes)
+    return ParameterShard(param, torch.zeros(size), torch.zeros(size), torch.ones(size))._replace(
+        **changes
+    )
 
 
 @pytest.mark.parametrize("implementation", ["torch", "cuda"])
@@ -82,7 +84,7 @@ def test_fp8_weights_carry_the_delayed_scale(loaded: Path, implementation: str) 
 
 
 def test_ops_compile_without_a_break(loaded: Path) -> None:
-    def step(shard: Shard, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def step(shard: ParameterShard, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         total = square_sum([shard.grad, x], implementation="cuda")
         scale = clip_factor(total, 1.0)
         adamw([shard], 3, HYPER, grad_scale=scale, implementation="cuda")

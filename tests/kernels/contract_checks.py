@@ -5,19 +5,20 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from phi4_kernels import registry
 from phi4_kernels.attention import Ranges, attention, attention_backward, attention_forward
 from phi4_kernels.cross_entropy import summed_linear_cross_entropy
 from phi4_kernels.errors import KernelError
 from phi4_kernels.registry import Case, Entry, Inputs
 from phi4_kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_fp8
 from phi4_kernels.rope import QKVLayout, reference, rope_qkv, rope_tables
-from phi4_kernels.testing import gates, numerics
+from phi4_kernels.testing import numerics
 
 Gradients = tuple[torch.Tensor, ...] | None
 
 
 def _entry(name: str, case: str) -> tuple[Entry, Case]:
-    entry = gates.entries()[name]
+    entry = registry.entries()[name]
     return entry, next(known for known in entry.proof_cases if known.name == case)
 
 
@@ -76,7 +77,7 @@ def second_derivatives_are_right_or_refused(entry: str, case: str, implementatio
         return
     wide = numerics.converted(inputs, numerics.doubled)
     gradients = tuple(gradient.double() for gradient in gradients)
-    expected = _penalty(gates.entries()[entry].reference, wide, gradients)
+    expected = _penalty(registry.entries()[entry].reference, wide, gradients)
     for ours, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(
             ours.double(), truth, rtol=1e-3, atol=1e-3 * float(truth.abs().max())

@@ -12,7 +12,9 @@ SMALL = {
     "rope_qkv": "odd-heads-strided",
 }
 """Cases that are small and have side inputs, where the first one is or has not."""
-ENTRIES = {name: entry for name, entry in registry.entries().items() if "sharded" not in name}
+ENTRIES = {
+    name: entry for name, entry in registry.entries("triton").items() if "sharded" not in name
+}
 """Without the steps of cross-entropy, which are no public function and take dense vectors only."""
 CASES = [(name, SMALL.get(name, entry.proof_cases[0].name)) for name, entry in ENTRIES.items()]
 DIFFERENTIABLE = [case for case in CASES if ENTRIES[case[0]].differentiable]

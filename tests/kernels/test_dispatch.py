@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from phi4_kernels import dispatch, registry
-from phi4_kernels.errors import ImplementationError
+from phi4_kernels import cuda_library, dispatch, registry
+from phi4_kernels.errors import DeviceError, ImplementationError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -21,10 +21,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H200")
     dispatch.choose.cache_clear()
-    dispatch._rows.cache_clear()
     yield
     dispatch.choose.cache_clear()
-    dispatch._rows.cache_clear()
 
 
 def write_row(**changes: object) -> None:
@@ -43,7 +41,9 @@ def write_row(**changes: object) -> None:
 
 
 def test_auto_on_cpu_is_torch() -> None:
-    assert str(dispatch.choose("rope", "auto", CPU)) == "rope: torch (auto: tensors are on cpu)"
+    assert dispatch.choose("rope", "auto", CPU).describe() == (
+        "rope: torch (auto: tensors are on cpu)"
+    )
 
 
 def test_auto_without_a_row_is_torch() -> None:
@@ -143,7 +143,7 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_unknown_op_is_an_error() -> None:
-    with pytest.raises(ImplementationError, match="rms_norm, rope, swiglu"):
+    with pytest.raises(ImplementationError, match=f"there are {', '.join(registry.OPS)}"):
         dispatch.choose("softmax", "auto", CPU)
 
 
@@ -151,19 +151,14 @@ def test_status_lists_every_implementation() -> None:
     write_row()
     write_row(op="rope", source="0" * 16)
     states = {(row["op"], row["implementation"]): row["state"] for row in dispatch.status()}
-    assert states == {
-        ("attention", "gluon"): "experimental: never executed on a GPU",
-        ("attention", "torch"): "always available",
-        ("attention", "triton"): "experimental: never executed on a GPU",
-        ("cross_entropy", "torch"): "always available",
-        ("cross_entropy", "triton"): "experimental: never executed on a GPU",
-        ("rms_norm", "torch"): "always available",
-        ("rms_norm", "triton"): "experimental: never executed on a GPU",
-        ("rope", "torch"): "always available",
-        ("rope", "triton"): "experimental: changed since its last row",
-        ("swiglu", "torch"): "always available",
-        ("swiglu", "triton"): "proven",
-    }
+    every = [(op, name) for op in registry.OPS for name in registry.implementations(op)]
+    assert list(states) == every
+    assert {("adamw", "cuda"), ("attention", "gluon"), ("grad_norm", "torch")} <= states.keys()
+    assert states.pop(("rope", "triton")) == "experimental: changed since its last row"
+    assert states.pop(("swiglu", "triton")) == "proven"
+    for (_, name), state in states.items():
+        never = "experimental: never executed on a GPU"
+        assert state.startswith("always available" if name == "torch" else never)
 
 
 def test_calls_are_only_counted_inside() -> None:
@@ -196,3 +191,31 @@ def test_a_changed_source_has_another_digest(
     with (copy / "layout.py").open("a") as file:
         file.write("# edited")
     assert digest("rope", "torch") != before[1]
+    (copy / "triton_parts").mkdir()
+    (copy / "triton_parts" / "tables.py").write_text("# a folder of Triton's")
+    triton, torch_digest = digest("rope", "triton"), digest("rope", "torch")
+    (copy / "triton_parts" / "tables.py").write_text("# edited")
+    assert digest("rope", "triton") != triton and digest("rope", "torch") == torch_digest
+    (copy / "shared").mkdir()
+    (copy / "shared" / "angles.py").write_text("# a folder that both use")
+    assert digest("rope", "torch") != torch_digest
+
+
+def test_the_digest_of_a_cuda_kernel_is_that_of_csrc() -> None:
+    assert registry.source_digest("adamw", "cuda") == cuda_library.digest()
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_kernel_refuses_a_device_that_it_does_not_know(name: str) -> None:
+    op = {"cuda": "adamw", "triton": "rope"}[name]
+    with pytest.raises(DeviceError, match=f"{op}: implementation '{name}' got tensors on meta"):
+        dispatch.choose(op, name, torch.device("meta"))
+
+
+def test_auto_says_why_a_proven_cuda_kernel_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_library, "BUILDS", tmp_path)
+    prove("grad_norm", "cuda")
+    choice = dispatch.choose("grad_norm", "auto", GPU)
+    assert choice.implementation == "torch" and "csrc is not built" in choice.reason

@@ -9,8 +9,8 @@ from phi4_kernels.testing import gates, numerics, operators
 
 pytestmark = pytest.mark.gpu
 
-CHECKS = [check for entry in registry.entries().values() for check in gates.names(entry)]
-ENTRIES = list(registry.entries().values())
+CHECKS = [check for entry in registry.entries("triton").values() for check in gates.names(entry)]
+ENTRIES = list(registry.entries("triton").values())
 REPEATS = 1000
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from phi4_kernels import registry
 from phi4_kernels.bench.providers import function
 from phi4_kernels.cross_entropy import (
     LossOptions,
@@ -19,7 +20,7 @@ from phi4_kernels.errors import (
     GateError,
     KernelError,
 )
-from phi4_kernels.testing import gates, numerics
+from phi4_kernels.testing import numerics
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
 from tests.kernels import linear_cross_entropy_checks as checks
@@ -218,7 +219,9 @@ def test_only_the_total_is_differentiable() -> None:
 @pytest.mark.parametrize("name", ["sharded", "summed_linear"])
 def test_what_torch_is_timed_as_is_the_same_function(name: str) -> None:
     """A provider's gradients are checked on a GPU only when it is timed; this one's here too."""
-    entry = gates.entries()[{"sharded": "cross_entropy_sharded"}.get(name, f"{name}_cross_entropy")]
+    entry = registry.entries()[
+        {"sharded": "cross_entropy_sharded"}.get(name, f"{name}_cross_entropy")
+    ]
     inputs = entry.make(entry.proof_cases[0], torch.float32)
     found = numerics.evaluate(function("torch", entry), inputs, None)
     expected = numerics.evaluate(entry.reference, inputs, None)

@@ -32,7 +32,7 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize("entry", registry.entries())
+@pytest.mark.parametrize("entry", registry.entries("triton"))
 def test_operators_pass_opcheck(interpreted: InterpretedProcess, entry: str) -> None:
     case = registry.entries()[entry].proof_cases[0].name
     gate = "phi4_kernels.testing.gates:check_operators"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from phi4_kernels.adamw import op, reference
+from phi4_kernels.adamw.arguments import FP8Weight, Hyper, ParameterShard
 from phi4_kernels.fp8_cast import reference as fp8_reference
 from phi4_kernels.grad_norm import clip_factor, square_sum
 from phi4_kernels.registry import Case, Cost, Entry, Inputs
@@ -49,9 +50,9 @@ def _make_scaled(case: Case, dtype: torch.dtype) -> Inputs:
     return Inputs(inputs.tensors, inputs.constants | {"grad_scale": torch.tensor(0.37)})
 
 
-def _shards(cuts: Sequence[int], *tensors: Tensor) -> list[op.Shard]:
+def _shards(cuts: Sequence[int], *tensors: Tensor) -> list[ParameterShard]:
     parts = (torch.tensor_split(tensor.view(-1), list(cuts)) for tensor in tensors)
-    return [op.Shard(*shard) for shard in zip(*parts, strict=True)]
+    return [ParameterShard(*shard) for shard in zip(*parts, strict=True)]
 
 
 def _adamw(
@@ -65,7 +66,7 @@ def _adamw(
     implementation: str,
 ) -> tuple[Tensor, ...]:
     shards = _shards(cuts, param, exp_avg, exp_avg_sq, grad, weight)
-    hyper = op.Hyper(**_HYPER)
+    hyper = Hyper(**_HYPER)
     op.adamw(shards, _STEP, hyper, grad_scale=grad_scale, implementation=implementation)
     return param, exp_avg, exp_avg_sq, weight
 
@@ -91,14 +92,14 @@ def _adamw_fp8(implementation: str, **arguments: Any) -> tuple[Tensor, ...]:
     names = ("param", "exp_avg", "exp_avg_sq", "grad", "weight")
     data = torch.empty(param.shape, dtype=torch.float8_e4m3fn, device=param.device)
     shards = [
-        shard._replace(fp8=op.FP8Weight(part, param.new_full((), _FP8_SCALE), param.new_zeros(())))
+        shard._replace(fp8=FP8Weight(part, param.new_full((), _FP8_SCALE), param.new_zeros(())))
         for shard, part in zip(
             _shards(cuts, *(arguments[name] for name in names)),
             torch.tensor_split(data.view(-1), list(cuts)),
             strict=True,
         )
     ]
-    hyper = op.Hyper(**_HYPER)
+    hyper = Hyper(**_HYPER)
     scale = arguments["grad_scale"]
     op.adamw(shards, _STEP, hyper, grad_scale=scale, implementation=implementation)
     return param, data
@@ -154,7 +155,7 @@ def with_fused_adam(fused_adam: Any) -> Any:
     return run
 
 
-def _optimizer_of(fused_adam: Any, shards: list[op.Shard]) -> tuple[Any, list[Tensor]]:
+def _optimizer_of(fused_adam: Any, shards: list[ParameterShard]) -> tuple[Any, list[Tensor]]:
     parameters = [torch.nn.Parameter(shard.param) for shard in shards]
     hyper = {"lr": _HYPER["lr"], "betas": (_HYPER["beta1"], _HYPER["beta2"])}
     hyper |= {"eps": _HYPER["eps"], "weight_decay": _HYPER["weight_decay"]}

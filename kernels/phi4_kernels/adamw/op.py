@@ -6,62 +6,21 @@ device memory, so that a captured CUDA graph can be replayed with another learni
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from phi4_kernels import native
-from phi4_kernels.adamw import torch_impl
+from phi4_kernels import dispatch
+from phi4_kernels.adamw import cuda_impl, torch_impl
+from phi4_kernels.adamw.arguments import Hyper, ParameterShard, device_scalars
 from phi4_kernels.checks import expect_dtype, expect_same_device, expect_shape
 from phi4_kernels.errors import ShapeError
 
 _GRAD_DTYPES = (torch.float32, torch.bfloat16)
 
 
-class FP8Weight(NamedTuple):
-    """An e4m3 weight with a delayed scale: chosen before the step, from earlier steps' amax."""
-
-    data: Tensor
-    """[n], float8_e4m3fn, written."""
-    scale: Tensor
-    """[], fp32: multiplies the parameters. A scale per block is refused, see _check_fp8."""
-    amax: Tensor
-    """[], fp32: raised to max |param|, never lowered; zero it before the step."""
-
-
-class Shard(NamedTuple):
-    """A parameter shard with its gradient; flat, contiguous."""
-
-    param: Tensor
-    """[n], fp32, updated: the master weights."""
-    exp_avg: Tensor
-    """[n], fp32, updated."""
-    exp_avg_sq: Tensor
-    """[n], fp32, updated."""
-    grad: Tensor
-    """[n], fp32 or bf16."""
-    weight: Tensor | None = None
-    """[n], bf16: written with the new parameters, rounded to nearest even."""
-    fp8: FP8Weight | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hyper:
-    """Constants of the update."""
-
-    lr: float | Tensor
-    """A [] fp64 tensor on the shards' device is read when the kernel runs."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    """Decoupled: lr * weight_decay of the old parameter is taken off."""
-
-
 def adamw(
-    shards: Sequence[Shard],
+    shards: Sequence[ParameterShard],
     step: int | Tensor,
     hyper: Hyper,
     *,
@@ -79,35 +38,21 @@ def adamw(
         grad_scale: [], fp32, multiplies the gradients: the clip factor, the inverse loss scale, or
             their product.
         found_inf: [], fp32; where it is not 0 nothing is written. Read when the kernel runs.
-        implementation: see native.choose.
+        implementation: see dispatch.choose.
 
     Raises:
         DtypeError, ShapeError, DeviceError, ImplementationError: see errors. Nothing is written.
     """
     if not shards:
         return
-    scalars = _scalars(step, hyper, grad_scale, found_inf)
-    _check(shards, step, scalars)
-    if native.resolve("adamw", implementation, shards[0].param.device) == "torch":
-        torch_impl.adamw(shards, step, hyper, grad_scale, found_inf)
-    else:
-        _launch(shards, step, hyper, scalars)
-
-
-def _scalars(
-    step: int | Tensor, hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None
-) -> dict[str, tuple[Tensor | None, torch.dtype]]:
-    """What may lie in device memory, in the order of the operator's arguments."""
-    return {
-        "grad_scale": (grad_scale, torch.float32),
-        "found_inf": (found_inf, torch.float32),
-        "lr": (hyper.lr if isinstance(hyper.lr, Tensor) else None, torch.float64),
-        "step": (step if isinstance(step, Tensor) else None, torch.int64),
-    }
+    _check(shards, step, device_scalars(step, hyper, grad_scale, found_inf))
+    chosen = dispatch.resolve("adamw", implementation, shards[0].param.device)
+    run = cuda_impl.adamw if chosen == "cuda" else torch_impl.adamw
+    run(shards, step, hyper, grad_scale, found_inf)
 
 
 def _check(
-    shards: Sequence[Shard],
+    shards: Sequence[ParameterShard],
     step: int | Tensor,
     scalars: dict[str, tuple[Tensor | None, torch.dtype]],
 ) -> None:
@@ -123,7 +68,7 @@ def _check(
         raise ShapeError(f"adamw: step is {step}; expected at least 1, the number of this update")
 
 
-def _check_shard(shard: Shard, first: Shard) -> None:
+def _check_shard(shard: ParameterShard, first: ParameterShard) -> None:
     tensors = {"param": shard.param, "exp_avg": shard.exp_avg, "exp_avg_sq": shard.exp_avg_sq}
     for name, tensor in tensors.items():
         expect_dtype("adamw", name, tensor, (torch.float32,))
@@ -153,7 +98,7 @@ def _check_shard(shard: Shard, first: Shard) -> None:
         )
 
 
-def _check_fp8(shard: Shard) -> None:
+def _check_fp8(shard: ParameterShard) -> None:
     data, scale, amax = shard.fp8
     expect_dtype("adamw", "fp8", data, (torch.float8_e4m3fn,))
     if scale.dim() or amax.dim():
@@ -166,38 +111,3 @@ def _check_fp8(shard: Shard) -> None:
     for name, tensor in (("scale", scale), ("amax", amax)):
         expect_dtype("adamw", f"fp8 {name}", tensor, (torch.float32,))
     expect_same_device("adamw", param=shard.param, scale=scale, amax=amax)
-
-
-def _launch(
-    shards: Sequence[Shard],
-    step: int | Tensor,
-    hyper: Hyper,
-    scalars: dict[str, tuple[Tensor | None, torch.dtype]],
-) -> None:
-    fp8 = [shard.fp8 for shard in shards if shard.fp8 is not None]
-    _adamw(
-        [shard.param for shard in shards],
-        [shard.exp_avg for shard in shards],
-        [shard.exp_avg_sq for shard in shards],
-        [shard.grad for shard in shards],
-        [shard.weight for shard in shards if shard.weight is not None],
-        [weight.data for weight in fp8],
-        [weight.scale for weight in fp8],
-        [weight.amax for weight in fp8],
-        *(tensor for tensor, _ in scalars.values()),
-        0.0 if isinstance(hyper.lr, Tensor) else hyper.lr,
-        hyper.beta1,
-        hyper.beta2,
-        hyper.eps,
-        hyper.weight_decay,
-        1 if isinstance(step, Tensor) else step,
-    )
-
-
-_adamw = native.register(
-    "adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] grads, "
-    "Tensor(d!)[] weights, Tensor(e!)[] fp8_weights, Tensor[] fp8_scales, Tensor(f!)[] fp8_amaxes, "
-    "Tensor? grad_scale, Tensor? found_inf, Tensor? device_lr, Tensor? device_step, float lr, "
-    "float beta1, float beta2, float eps, float weight_decay, int step) -> ()",
-    lambda *args: None,
-)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi4_kernels.adamw.op import Hyper, Shard, adamw
+from phi4_kernels.adamw.arguments import Hyper, ParameterShard
+from phi4_kernels.adamw.op import adamw
 from phi4_kernels.errors import DtypeError, ImplementationError, ShapeError
 
 
@@ -32,7 +33,7 @@ class FusedAdam(torch.optim.Optimizer):
             graph may hold the step; an overflow is then skipped without a synchronisation.
         master_weights: bf16 parameters get an fp32 copy, `master_param` in their state; both are
             written in the same pass.
-        implementation: of the op; see native.choose.
+        implementation: of the op; see dispatch.choose.
 
     Raises:
         ImplementationError: an option that is not offered.
@@ -169,7 +170,7 @@ class FusedAdam(torch.optim.Optimizer):
                         for name, value in state_dict["state"][index].items()
                     }
 
-    def _shard(self, param: Tensor, weight: Tensor | None) -> Shard:
+    def _shard(self, param: Tensor, weight: Tensor | None) -> ParameterShard:
         if param.grad.is_sparse:
             raise ImplementationError("FusedAdam: got a sparse gradient; expected a dense one")
         state = self.state[param]
@@ -187,7 +188,7 @@ class FusedAdam(torch.optim.Optimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
                 state[name] = torch.zeros_like(master, memory_format=torch.contiguous_format)
-        return Shard(
+        return ParameterShard(
             _flat("param", master),
             _flat("exp_avg", state["exp_avg"]),
             _flat("exp_avg_sq", state["exp_avg_sq"]),
@@ -224,9 +225,9 @@ def _flat(name: str, tensor: Tensor) -> Tensor:
     return flat if flat.dim() == 1 else flat.view(-1)
 
 
-def _alike(shards: list[Shard]) -> list[list[Shard]]:
+def _alike(shards: list[ParameterShard]) -> list[list[ParameterShard]]:
     """Shards that one call of the op takes."""
-    kinds: dict[Any, list[Shard]] = {}
+    kinds: dict[Any, list[ParameterShard]] = {}
     for shard in shards:
         kind = (shard.weight is None, shard.grad.dtype, shard.param.device)
         kinds.setdefault(kind, []).append(shard)

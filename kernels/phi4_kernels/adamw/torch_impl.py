@@ -4,21 +4,18 @@ It too reads each gradient once, but where the gradient is scaled it writes it b
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from phi4_kernels.adamw.arguments import Hyper, ParameterShard
 from phi4_kernels.fp8_cast import reference as fp8_reference
-
-if TYPE_CHECKING:
-    from phi4_kernels.adamw.op import Hyper, Shard
 
 
 def adamw(
-    shards: "Sequence[Shard]",
+    shards: Sequence[ParameterShard],
     step: int | Tensor,
-    hyper: "Hyper",
+    hyper: Hyper,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from phi4_kernels import native, registry
+from phi4_kernels import cuda_library, registry
 from phi4_kernels.bench import ceilings, measure, report
 from phi4_kernels.bench.providers import PROVIDERS
 from phi4_kernels.errors import KernelError
-from phi4_kernels.testing import gates, rows
+from phi4_kernels.testing import rows
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -19,8 +19,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(prog="phi4 bench kernels", description=__doc__)
-    ops = (*registry.OPS, *native.OPS)
-    options.add_argument("--op", choices=ops, help="one op; all without it")
+    options.add_argument("--op", choices=registry.OPS, help="one op; all without it")
     options.add_argument(
         "--against",
         default="torch,compile",
@@ -49,9 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _untimed(options: argparse.Namespace) -> int:
     print("No GPU on this machine: nothing was timed.\n\nAnalytic floors, bf16, H200:\n")
     print(report.floors(options.op))
-    built = native.missing() or "csrc is built; `python tools/build_csrc.py` names its registers"
+    built = (
+        cuda_library.missing() or "csrc is built; `python tools/build_csrc.py` names its registers"
+    )
     print(f"CUDA ops: {built}")
-    if options.op in native.OPS:
+    if options.op and "triton" not in registry.implementations(options.op):
         return 0
     print("Compiled for sm_90:\n", flush=True)
     command = [sys.executable, "-m", "phi4_kernels.testing", "compile"]
@@ -68,7 +69,7 @@ def _timed(options: argparse.Namespace) -> int:
             f"--against {','.join(unknown)}: not known; expected some of {', '.join(PROVIDERS)}; "
             "fix the list"
         )
-    chosen = [entry for entry in gates.entries().values() if options.op in (None, entry.op)]
+    chosen = [entry for entry in registry.entries().values() if options.op in (None, entry.op)]
     for entry in chosen:
         measure.require_green(entry, _ours(entry, options))
     print(f"{len(chosen)} entries green; measuring ceilings")
@@ -87,7 +88,7 @@ def _timed(options: argparse.Namespace) -> int:
 
 
 def _ours(entry: registry.Entry, options: argparse.Namespace) -> str:
-    return options.implementation or ("cuda" if entry.op in native.OPS else "triton")
+    return options.implementation or registry.default_kernel(entry.op)
 
 
 def _line(row: dict) -> str:

@@ -9,7 +9,6 @@ import torch
 
 from phi4_kernels import registry
 from phi4_kernels.bench import ceilings, measure
-from phi4_kernels.testing import gates
 
 ROOT = registry.ROOT.parent.parent
 ROWS = ROOT / "benchmarks" / "kernels.jsonl"
@@ -59,7 +58,7 @@ def floors(op: str | None = None) -> str:
     """The analytic floors of all bench cases in bf16."""
     rates = ceilings.NOMINAL
     lines = []
-    for entry in gates.entries().values():
+    for entry in registry.entries().values():
         for task in measure.passes(entry, torch.bfloat16) if op in (None, entry.op) else ():
             cost = task.cost
             floor = cost.floor_seconds(rates.bytes_per_second, rates.flops_per_second)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from phi4_kernels.cross_entropy import linear_cases, op, reference
-from phi4_kernels.cross_entropy.op import Shard
+from phi4_kernels.cross_entropy.op import VocabularyShard
 from phi4_kernels.cross_entropy.options import LossOptions
 from phi4_kernels.registry import Case, Cost, Entry, Inputs
 from phi4_kernels.testing import draw
@@ -113,7 +113,9 @@ def _shards_in_place(
     """Forward and backward of all tensor ranks one after the other, with their exchange by hand."""
     name = op.dispatch.resolve("cross_entropy", implementation, logits.device)
     vocabulary, width = logits.shape[1], logits.shape[1] // num_ranks
-    shards = [Shard(None, num_ranks, rank * width, vocabulary) for rank in range(num_ranks)]
+    shards = [
+        VocabularyShard(None, num_ranks, rank * width, vocabulary) for rank in range(num_ranks)
+    ]
     pairs = list(zip(logits.split(width, dim=1), shards, strict=True))
     gathered = [op.run_statistics(part, targets, options, mine, name) for part, mine in pairs]
     losses, log_probs, normalizer = op.run_combine(

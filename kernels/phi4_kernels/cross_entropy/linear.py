@@ -26,7 +26,13 @@ from phi4_kernels.checks import (
 )
 from phi4_kernels.cross_entropy import chunks
 from phi4_kernels.cross_entropy.chunks import Gradients, Head, LinearLayout, Tokens
-from phi4_kernels.cross_entropy.op import CrossEntropy, Shard, check_tokens, check_values, flat
+from phi4_kernels.cross_entropy.op import (
+    CrossEntropy,
+    VocabularyShard,
+    check_tokens,
+    check_values,
+    flat,
+)
 from phi4_kernels.cross_entropy.options import PLAIN, LossOptions
 from phi4_kernels.cross_entropy.products import narrowed_in_place
 from phi4_kernels.errors import KernelError, ShapeError
@@ -152,7 +158,7 @@ def _prepared(
         expect_dtype(_OP, "main_grad", main_grad, (torch.float32,))
         expect_shape(_OP, "main_grad", main_grad, tuple(weight.shape), "pass weight's own buffer")
         expect_rows_in_place(_OP, "main_grad", main_grad, 1)
-    shard = Shard.of(layout.group, weight.shape[0])
+    shard = VocabularyShard.of(layout.group, weight.shape[0])
     outer, *inner = hidden.shape[:-1]
     shape = (outer * (shard.size if layout.sequence_parallel else 1), *inner)
     check_tokens(_OP, hidden, shape, targets, weights)

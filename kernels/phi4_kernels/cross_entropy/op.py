@@ -36,7 +36,7 @@ class CrossEntropy(NamedTuple):
     """Log-probability of the target, without any of them; 0 where the target is ignored."""
 
 
-class Shard(NamedTuple):
+class VocabularyShard(NamedTuple):
     """Which part of the vocabulary this rank holds."""
 
     group: dist.ProcessGroup | None
@@ -45,7 +45,7 @@ class Shard(NamedTuple):
     vocabulary: int
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None, width: int) -> "Shard":
+    def of(cls, group: dist.ProcessGroup | None, width: int) -> "VocabularyShard":
         """The shard of `width` columns on this rank of `group`; the whole without a group."""
         rank, size = (0, 1) if group is None else (group.rank(), group.size())
         return cls(group, size, rank * width, size * width)
@@ -89,7 +89,7 @@ def cross_entropy(
         2018); z-loss (PaLM, Chowdhery et al. 2022, section 5).
     """
     _check(logits, targets, weights)
-    shard = Shard.of(group, logits.shape[-1])
+    shard = VocabularyShard.of(group, logits.shape[-1])
     if dispatch.debug():
         check_values(targets, options, shard)
     name = dispatch.resolve("cross_entropy", implementation, logits.device)
@@ -130,7 +130,7 @@ def check_tokens(
     expect_same_device(op, logits=like, targets=targets, weights=weights)
 
 
-def check_values(targets: Tensor, options: LossOptions, shard: Shard) -> None:
+def check_values(targets: Tensor, options: LossOptions, shard: VocabularyShard) -> None:
     """Check ids, and that ranks hold equal shards; reads device memory.
 
     Collectives: one all-gather over shard.group of 8 bytes per rank.
@@ -155,7 +155,7 @@ def check_values(targets: Tensor, options: LossOptions, shard: Shard) -> None:
 
 
 def run_statistics(
-    logits: Tensor, targets: Tensor, options: LossOptions, shard: Shard, name: str
+    logits: Tensor, targets: Tensor, options: LossOptions, shard: VocabularyShard, name: str
 ) -> Tensor:
     """The all-gathered statistics of [T, V / P] logits: [P, T, 3 or 4], fp32.
 
@@ -175,7 +175,7 @@ def run_combine(
     targets: Tensor,
     weights: Tensor | None,
     options: LossOptions,
-    shard: Shard,
+    shard: VocabularyShard,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [T], log-probabilities [T] and what backward needs [T, 3], all fp32."""
@@ -191,7 +191,7 @@ def run_backward(
     normalizer: Tensor,
     gradients: tuple[Tensor | None, Tensor | None],
     options: LossOptions,
-    shard: Shard,
+    shard: VocabularyShard,
     name: str,
 ) -> None:
     """Overwrite logits [T, V / P] with their gradient, given those of losses and log_probs."""
@@ -218,7 +218,7 @@ class _CrossEntropy(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor | None,
         options: LossOptions,
-        shard: Shard,
+        shard: VocabularyShard,
         name: str,
     ) -> tuple[Tensor, Tensor]:
         rows = logits.detach().flatten(0, -2)

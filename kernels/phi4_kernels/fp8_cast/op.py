@@ -9,14 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phi4_kernels import native
+from phi4_kernels import dispatch
 from phi4_kernels.checks import expect_dtype, expect_same_device, expect_shape
 from phi4_kernels.errors import DtypeError, ShapeError
-from phi4_kernels.fp8_cast import reference
-from phi4_kernels.launch import ceil_div
+from phi4_kernels.fp8_cast import cuda_impl, reference, torch_impl
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-_TENSOR, _LINE, _TILE = range(3)
 
 
 class FP8Tensor(NamedTuple):
@@ -58,7 +56,7 @@ def cast_tensor(
         scale: [], fp32.
         dtype: float8_e4m3fn, or float8_e5m2 for gradients.
         columnwise: also give the transpose.
-        implementation: see native.choose.
+        implementation: see dispatch.choose.
 
     Raises:
         DtypeError, ShapeError, DeviceError, ImplementationError: see errors.
@@ -67,11 +65,9 @@ def cast_tensor(
     expect_shape("cast_tensor", "scale", scale, (), "pass one scale for the tensor")
     expect_dtype("cast_tensor", "scale", scale, (torch.float32,))
     expect_same_device("cast_tensor", x=x, scale=scale)
-    if native.resolve("fp8_cast", implementation, x.device) == "torch":
-        rowwise, amax = reference.cast_tensor(x, scale, dtype)
-        return FP8Tensor(rowwise, rowwise.t().contiguous() if columnwise else None, amax)
-    rowwise, transposed, _, _, amax = _launch(x, scale, _TENSOR, dtype, columnwise)
-    return FP8Tensor(rowwise, transposed if columnwise else None, amax)
+    chosen = dispatch.resolve("fp8_cast", implementation, x.device)
+    run = cuda_impl.cast_tensor if chosen == "cuda" else torch_impl.cast_tensor
+    return FP8Tensor(*run(x, scale, dtype, columnwise))
 
 
 def cast_blocks(
@@ -97,20 +93,9 @@ def cast_blocks(
         raise ShapeError(
             f"cast_blocks: block_rows is {block_rows}; expected 1 (activations) or 128 (weights)"
         )
-    if native.resolve("fp8_cast", implementation, x.device) == "torch":
-        rowwise, inverse = reference.cast_blocks(x, block_rows, dtype)
-        if not columnwise:
-            return FP8Blocks(rowwise, inverse, None, None)
-        return FP8Blocks(
-            rowwise, inverse, *reference.cast_blocks(x.t().contiguous(), block_rows, dtype)
-        )
-    scaling = _LINE if block_rows == 1 else _TILE
-    rowwise, transposed, inverse, inverse_t, _ = _launch(x, None, scaling, dtype, columnwise)
-    if not columnwise:
-        return FP8Blocks(rowwise, inverse, None, None)
-    return FP8Blocks(
-        rowwise, inverse, transposed, inverse_t if scaling == _LINE else inverse.t().contiguous()
-    )
+    chosen = dispatch.resolve("fp8_cast", implementation, x.device)
+    run = cuda_impl.cast_blocks if chosen == "cuda" else torch_impl.cast_blocks
+    return FP8Blocks(*run(x, block_rows, dtype, columnwise))
 
 
 def _check(op: str, x: Tensor, dtype: torch.dtype) -> None:
@@ -124,33 +109,3 @@ def _check(op: str, x: Tensor, dtype: torch.dtype) -> None:
             f"{op}: x has shape {tuple(x.shape)} and stride {x.stride()}; expected [R, C], "
             "contiguous; flatten it, or call contiguous() before"
         )
-
-
-def _launch(
-    x: Tensor, scale: Tensor | None, scaling: int, dtype: torch.dtype, columnwise: bool
-) -> tuple[Tensor, ...]:
-    return _fp8_cast(x, scale, scaling, dtype == torch.float8_e5m2, columnwise)
-
-
-def _fake_cast(
-    x: Tensor, scale: Tensor | None, scaling: int, e5m2: bool, columnwise: bool
-) -> tuple[Tensor, ...]:
-    rows, columns = x.shape
-    fp8 = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
-    down, across = ceil_div(rows, reference.BLOCK), ceil_div(columns, reference.BLOCK)
-    inverse = ((0, 0), (rows, across), (down, across))[scaling]
-    by_line = scaling == _LINE and columnwise
-    return (
-        x.new_empty((rows, columns), dtype=fp8),
-        x.new_empty((columns, rows) if columnwise else (0, 0), dtype=fp8),
-        x.new_empty(inverse, dtype=torch.float32),
-        x.new_empty((columns, down) if by_line else (0, 0), dtype=torch.float32),
-        x.new_empty((), dtype=torch.float32),
-    )
-
-
-_fp8_cast = native.register(
-    "fp8_cast(Tensor x, Tensor? scale, int scaling, bool e5m2, bool columnwise) -> "
-    "(Tensor rowwise, Tensor columnwise, Tensor inverse, Tensor inverse_columns, Tensor amax)",
-    _fake_cast,
-)

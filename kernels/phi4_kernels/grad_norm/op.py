@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from phi4_kernels import native
+from phi4_kernels import dispatch
 from phi4_kernels.checks import expect_dtype, expect_same_device
 from phi4_kernels.errors import ShapeError
+from phi4_kernels.grad_norm import cuda_impl, torch_impl
 
 
 def square_sum(tensors: Sequence[Tensor], *, implementation: str = "auto") -> Tensor:
@@ -20,7 +21,7 @@ def square_sum(tensors: Sequence[Tensor], *, implementation: str = "auto") -> Te
 
     Args:
         tensors: one or more, of one dtype (fp32 or bf16), contiguous; some may be empty.
-        implementation: see native.choose.
+        implementation: see dispatch.choose.
 
     Returns:
         [], fp64. NaN and infinities stay visible in it.
@@ -39,23 +40,9 @@ def square_sum(tensors: Sequence[Tensor], *, implementation: str = "auto") -> Te
                 "one; pass the flat gradient buffer"
             )
     expect_same_device("square_sum", **{f"tensor {i}": t for i, t in enumerate(tensors)})
-    if native.resolve("grad_norm", implementation, tensors[0].device) == "torch":
-        return _torch_square_sum(tensors)
-    return _square_sum(list(tensors))
-
-
-def _torch_square_sum(tensors: Sequence[Tensor]) -> Tensor:
-    """Accumulates in fp64 without copies in fp64 on a CUDA device."""
-    filled = [tensor.detach() for tensor in tensors if tensor.numel()]
-    if not filled:
-        return tensors[0].new_zeros((), dtype=torch.float64)
-    return torch.stack(torch._foreach_norm(filled, 2, torch.float64)).square().sum()
-
-
-_square_sum = native.register(
-    "square_sum(Tensor[] tensors) -> Tensor",
-    lambda tensors: tensors[0].new_empty((), dtype=torch.float64),
-)
+    chosen = dispatch.resolve("grad_norm", implementation, tensors[0].device)
+    run = cuda_impl.square_sum if chosen == "cuda" else torch_impl.square_sum
+    return run(tensors)
 
 
 def clip_factor(total: Tensor, max_norm: float, eps: float = 0.0) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from phi4_kernels import dispatch, native, registry
+from phi4_kernels import cuda_library, dispatch, registry
 from phi4_kernels.testing import rows
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
@@ -27,9 +27,9 @@ def _numbers(options: argparse.Namespace) -> int:
         print("--record needs a GPU: a row says what ran on it; nothing was recorded")
         return 2
     failures = 0
-    for op in [options.op] if options.op else (*registry.OPS, *native.OPS):
-        implementation = options.implementation or ("cuda" if op in native.OPS else "triton")
-        if implementation == "cuda" and (reason := native.missing()):
+    for op in [options.op] if options.op else registry.OPS:
+        implementation = options.implementation or registry.default_kernel(op)
+        if implementation == "cuda" and (reason := cuda_library.missing()):
             print(f"{op} cuda: not run: {reason}")
             failures += options.record
             continue
@@ -49,7 +49,7 @@ def _numbers(options: argparse.Namespace) -> int:
 
 def _run_numbers(op: str, implementation: str, on_gpu: bool) -> dict[str, Any]:
     arguments = {"op": op, "implementation": implementation, "device": "cuda" if on_gpu else "cpu"}
-    if on_gpu or op in native.OPS:
+    if on_gpu or implementation in ("cuda", "torch"):
         from phi4_kernels.testing import gates
 
         return gates.red_cases(**arguments)
@@ -88,6 +88,10 @@ def _compile(options: argparse.Namespace) -> int:
     return int(bool(broken))
 
 
+def _compiled_ops() -> list[str]:
+    return [op for op in registry.OPS if "triton" in registry.implementations(op)]
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m phi4_kernels.testing")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -98,9 +102,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     compiling.add_argument("--json", action="store_true", help="print resources, judge nothing")
     writing = commands.add_parser("budgets", help="write the budgets")
     writing.set_defaults(json=False)
-    numbers.add_argument("--op", choices=(*registry.OPS, *native.OPS))
-    compiling.add_argument("--op", choices=registry.OPS)
-    writing.add_argument("--op", choices=registry.OPS, help="leave the other ops' budgets")
+    numbers.add_argument("--op", choices=registry.OPS)
+    compiling.add_argument("--op", choices=_compiled_ops())
+    writing.add_argument("--op", choices=_compiled_ops(), help="leave the other ops' budgets")
     return parser.parse_args(arguments)
 
 

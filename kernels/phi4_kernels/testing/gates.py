@@ -4,15 +4,10 @@ from typing import Any
 
 import torch
 
-from phi4_kernels import native, registry
+from phi4_kernels import registry
 from phi4_kernels.testing import numerics, operators
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def entries() -> dict[str, registry.Entry]:
-    """All entries by name, of Triton's ops and of csrc's."""
-    return registry.entries() | native.entries()
 
 
 def names(entry: registry.Entry, implementation: str | None = None) -> list[tuple[str, str, str]]:
@@ -30,7 +25,7 @@ def names(entry: registry.Entry, implementation: str | None = None) -> list[tupl
 
 
 def _find(entry: str, case: str) -> tuple[registry.Entry, registry.Case]:
-    found = entries()[entry]
+    found = registry.entries()[entry]
     return found, next(known for known in found.proof_cases if known.name == case)
 
 
@@ -61,7 +56,7 @@ def red_cases(op: str, implementation: str, device: str) -> dict[str, Any]:
         num_checks, the worst margin, and the message of every red check by name.
     """
     red, worst, num_checks = {}, 0.0, 0
-    for entry in entries().values():
+    for entry in registry.entries().values():
         for check in names(entry, implementation) if entry.op == op else ():
             num_checks += 1
             try:

@@ -4,31 +4,16 @@ A choice is made at start, with its reason, and logged; nothing falls back later
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-from phi4_kernels import dispatch, native
+from phi4_kernels import dispatch
 from phi4_kernels.attention.op import HEAD_DIMS
+from phi4_kernels.dispatch import Choice
 from phi4_kernels.errors import KernelError
 
 from phi4.config import KernelsConfig
 from phi4.errors import ConfigError
-
-_NATIVE = ("adamw", "grad_norm")
-"""Ops of the optimizer, whose kernels are csrc's."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An op, the implementation that serves it in this run, and why."""
-
-    op: str
-    implementation: str
-    reason: str
-
-    def describe(self) -> str:
-        """One line for the console."""
-        return f"{self.op}: {self.implementation} ({self.reason})"
 
 
 def choose(
@@ -44,12 +29,10 @@ def choose(
 
 
 def _choose(op: str, asked: str, device: torch.device) -> Choice:
-    registered = native if op in _NATIVE else dispatch
     try:
-        choice = registered.choose(op, asked, device)
+        return dispatch.choose(op, asked, device)
     except KernelError as error:
         raise ConfigError(f"kernels.{op}={asked}: {error}") from error
-    return Choice(op, choice.implementation, choice.reason)
 
 
 def _for_heads(choice: Choice, kernels: KernelsConfig, head_dim: int) -> Choice:
@@ -60,7 +43,7 @@ def _for_heads(choice: Choice, kernels: KernelsConfig, head_dim: int) -> Choice:
     widths = f"{named} takes head dims {', '.join(map(str, HEAD_DIMS))}, the model's is {head_dim}"
     if kernels.attention != "auto":
         raise ConfigError(f"kernels.attention={named}: {widths}; use auto or torch")
-    return Choice(choice.op, "torch", f"auto: {widths}")
+    return replace(choice, implementation="torch", reason=f"auto: {widths}")
 
 
 def implementation_of(op: str, choices: Sequence[Choice]) -> str:

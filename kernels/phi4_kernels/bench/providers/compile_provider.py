@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from phi4_kernels import registry
 from phi4_kernels.bench.providers import losses
 from phi4_kernels.registry import Entry
-from phi4_kernels.testing import gates
 
 
 def _compiled(entry: Entry) -> Callable[..., Any]:
@@ -23,7 +23,7 @@ def _with_gradients(entry: Entry) -> Callable[..., Any]:
 
 
 # Attention's definition holds all scores: 43 GB in fp32 for 40 heads of 16,384 tokens.
-_SMALL = [name for name, entry in gates.entries().items() if entry.op != "attention"]
+_SMALL = [name for name, entry in registry.entries().items() if entry.op != "attention"]
 FUNCTIONS = dict.fromkeys(_SMALL, _compiled) | {
     "cross_entropy_sharded": _with_gradient,
     "summed_linear_cross_entropy": _with_gradients,

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from phi4_kernels import registry
 from phi4_kernels.bench.providers import documents, losses
 from phi4_kernels.registry import Entry
-from phi4_kernels.testing import gates
 
 
 def _eager(entry: Entry) -> Callable[..., Any]:
@@ -20,7 +20,7 @@ def _flash_attention(entry: Entry) -> Callable[..., Any]:
     return documents.sdpa(SDPBackend.FLASH_ATTENTION)
 
 
-FUNCTIONS = dict.fromkeys(gates.entries(), _eager) | {
+FUNCTIONS = dict.fromkeys(registry.entries(), _eager) | {
     "attention": _flash_attention,
     "cross_entropy": lambda entry: losses.of_logits(losses.torch_losses),
     "cross_entropy_sharded": lambda entry: losses.with_gradient(losses.torch_losses),
