@@ -60,7 +60,7 @@ part_loss_head() { timed cross_entropy; }
 part_memory() { timed rms_norm swiglu rope adamw grad_norm fp8_cast; }
 part_hopper() {
     within "$python" -m phi4_kernels.testing numbers --op attention --implementation gluon --record
-    within "$python" -m phi4_kernels.bench.challenge --op attention
+    within "$python" -m phi4_kernels.bench.speed_gate --op attention
     gpu_tests tests/kernels/test_gpu_gluon.py
 }
 part_csrc() { gpu_tests tests/csrc/test_gpu_ops.py; }

@@ -2,8 +2,8 @@
 
 python -m tools.prove leak
 
-`make prove-<name>` calls it. The tests run the smallest form of every proof here that its planted
-mistakes still turn red.
+`make prove-<name>` calls it. The tests run the smallest form of every proof here that its
+mutants still turn red.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """Which implementation runs an op: the caller's explicit choice, or `auto`, always with a reason.
 
 `auto` takes a kernel only on proof: a committed row of `correctness.jsonl` that is green on this
-compute capability for the very source that is installed. One that challenges another must also be
-faster on this very device by a committed row of `speed.jsonl`. Everything else is experimental and
+compute capability for the very source that is installed. An
+implementation behind the speed gate must also be faster than the one it would replace on this very
+device, by a committed row of `speed.jsonl`. Everything else is experimental and
 runs only when named. There is no fallback: a named implementation that cannot run is an error.
 """
 
@@ -26,8 +27,8 @@ from phi4_kernels.errors import DeviceError, ImplementationError
 CORRECTNESS_ROWS = registry.ROOT / "correctness.jsonl"
 SPEED_ROWS = registry.ROOT / "speed.jsonl"
 _PREFERENCE = ("gluon", "cuda", "triton")
-CHALLENGED = {"gluon": "triton"}
-"""Implementations that `auto` takes only where they are measured faster, and than which."""
+SPEED_GATED = {"gluon": "triton"}
+"""Implementations behind the speed gate, and the one that each has to beat."""
 _calls: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("phi4_kernels_calls", default=None)
 _log = logging.getLogger("phi4_kernels")
 
@@ -73,11 +74,11 @@ def proof(op: str, implementation: str, capability: str) -> dict[str, Any] | Non
 def is_faster(op: str, implementation: str, device_name: str) -> bool:
     """Whether the newest speed row of these very sources on this device says so.
 
-    True for an implementation that challenges no other.
+    True for an implementation that is not behind the speed gate.
     """
-    if implementation not in CHALLENGED:
+    if implementation not in SPEED_GATED:
         return True
-    against = CHALLENGED[implementation]
+    against = SPEED_GATED[implementation]
     wanted = {
         "op": op,
         "implementation": implementation,

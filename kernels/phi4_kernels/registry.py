@@ -54,7 +54,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class CallInputs:
     """Arguments of an entry's function by name; only `tensors` are differentiated."""
 
     tensors: dict[str, Tensor]
@@ -84,7 +84,7 @@ class Entry:
     """Called with the inputs and `implementation=`."""
     reference: Callable[..., Any]
     """Called with the inputs; dtype-generic; the definition of the function."""
-    make: Callable[[Case, torch.dtype], Inputs]
+    make: Callable[[Case, torch.dtype], CallInputs]
     proof_cases: tuple[Case, ...]
     """Small: for numerics under the interpreter and on a GPU."""
     shipped_cases: tuple[Case, ...]

@@ -11,7 +11,7 @@ from phi4_kernels.adamw.optimizer import FusedAdam
 from phi4_kernels.bench import measure, report
 from phi4_kernels.errors import ImplementationError
 from phi4_kernels.testing import __main__ as command
-from phi4_kernels.testing import error_rule, gates, numerics, rows
+from phi4_kernels.testing import error_rule, evidence_rows, gates, numerics
 from typer.testing import CliRunner
 
 from phi4.cli.kernels import app
@@ -73,7 +73,7 @@ def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.device:
     monkeypatch.setattr(dispatch, "CORRECTNESS_ROWS", tmp_path / "correctness.jsonl")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H200")
-    monkeypatch.setattr(rows, "machine", lambda: MACHINE)
+    monkeypatch.setattr(evidence_rows, "machine", lambda: MACHINE)
     dispatch.choose.cache_clear()
     yield torch.device("cuda", 0)
     dispatch.choose.cache_clear()
@@ -81,7 +81,9 @@ def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.device:
 
 def _record(**result: object) -> None:
     found = {"num_checks": 3, "worst_margin": 0.5, "red": {}} | result
-    rows.append(dispatch.CORRECTNESS_ROWS, rows.correctness("adamw", "cuda", found))
+    evidence_rows.append(
+        dispatch.CORRECTNESS_ROWS, evidence_rows.correctness("adamw", "cuda", found)
+    )
 
 
 def _status_of(op: str) -> dict[str, str]:
@@ -113,7 +115,7 @@ def test_auto_leaves_what_no_row_proves(
     _record()
     row = json.loads(dispatch.CORRECTNESS_ROWS.read_text())
     dispatch.CORRECTNESS_ROWS.unlink()
-    rows.append(dispatch.CORRECTNESS_ROWS, row | change)
+    evidence_rows.append(dispatch.CORRECTNESS_ROWS, row | change)
     assert dispatch.choose("adamw", "auto", on_h200).implementation == "torch"
     assert _status_of("adamw")["state"] == state
 

@@ -40,14 +40,14 @@ def build_on_host(sources: Path, target: Path) -> OnHost:
     return OnHost(target)
 
 
-def build_copy(folder: Path, mistakes: dict[str, tuple[str, str]]) -> OnHost:
+def build_copy(folder: Path, mutants: dict[str, tuple[str, str]]) -> OnHost:
     """A build of csrc/ with texts of its files replaced."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH, and the kernels are compiled as C++")
     sources = shutil.copytree(cuda_library.SOURCES, folder / "csrc")
-    for name, (old, new) in mistakes.items():
+    for name, (old, new) in mutants.items():
         text = (sources / name).read_text()
-        assert text.count(old) == 1, f"{old} cannot be planted in {name}"
+        assert text.count(old) == 1, f"{old} does not occur once in {name}"
         (sources / name).write_text(text.replace(old, new))
     return build_on_host(sources, folder / "kernels.so")
 
@@ -108,14 +108,14 @@ def test_fp8_cast(on_host: OnHost, x_dtype: torch.dtype, dtype: torch.dtype) -> 
     host_checks.casts(on_host, x_dtype, dtype)
 
 
-MISTAKES = {
+MUTANTS = {
     "launch.cuh": ("first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
     "fp8_cast/fp8_cast.cu": ("__syncthreads();\n    const int64_t row", "const int64_t row"),
 }
 
 
-def test_mistakes_in_launches_and_barriers_are_caught(forms: HostForms, tmp_path: Path) -> None:
-    wrong = build_copy(tmp_path, MISTAKES)
+def test_mutants_of_launches_and_barriers_are_caught(forms: HostForms, tmp_path: Path) -> None:
+    wrong = build_copy(tmp_path, MUTANTS)
     ours, expected = (_shards([4096, 5], 0, torch.float32, False) for _ in range(2))
     wrong.adamw_shards(ours, 3, HYPER)
     forms.adamw_shards(expected, 3, HYPER)

@@ -1,4 +1,4 @@
-"""Mistakes planted in the shipped arithmetic: each must be caught by the checks of its op."""
+"""Mutants of the shipped arithmetic: each must be caught by the checks of its op."""
 
 import shutil
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def test_mutants_are_caught(op: str, check: Callable[[HostForms], None], tmp_pat
             path: path.read_text() for path in (source / "numerics.h", *source.glob(f"{op}/*.h"))
         }
         hit = [path for path, text in texts.items() if old in text]
-        assert len(hit) == 1 and texts[hit[0]].count(old) == 1, f"{name}: cannot be planted"
+        assert len(hit) == 1 and texts[hit[0]].count(old) == 1, f"{name}: does not occur once"
         hit[0].write_text(texts[hit[0]].replace(old, new))
         try:
             check(build_host_forms(source, op, source.with_suffix(".so")))

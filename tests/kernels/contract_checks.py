@@ -9,7 +9,7 @@ from phi4_kernels import registry
 from phi4_kernels.attention import Ranges, attention, attention_backward, attention_forward
 from phi4_kernels.cross_entropy import summed_linear_cross_entropy
 from phi4_kernels.errors import KernelError
-from phi4_kernels.registry import Case, Entry, Inputs
+from phi4_kernels.registry import CallInputs, Case, Entry
 from phi4_kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_fp8
 from phi4_kernels.rope import QKVLayout, reference, rope_qkv, rope_tables
 from phi4_kernels.testing import numerics
@@ -54,7 +54,7 @@ def autocast_changes_nothing(entry: str, case: str, implementation: str) -> None
         numerics.expect_same_bits(entry, plain, numerics.evaluate(*problem, numerics.copied))
 
 
-def _penalty(function: Any, inputs: Inputs, gradients: Gradients) -> list[torch.Tensor]:
+def _penalty(function: Any, inputs: CallInputs, gradients: Gradients) -> list[torch.Tensor]:
     """Gradients of a loss that holds the first derivatives of `function`, squared."""
     leaves = {name: numerics.copied(x).requires_grad_() for name, x in inputs.tensors.items()}
     outputs = numerics.outputs_of(function(**leaves, **inputs.constants))

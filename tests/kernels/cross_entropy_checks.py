@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from phi4_kernels.cross_entropy import LossOptions, cross_entropy, reference
-from phi4_kernels.testing import draw, error_rule
+from phi4_kernels.testing import error_rule, random_inputs
 
 from tests.support.ranks import gloo_group
 
@@ -20,7 +20,9 @@ NAMES = ("losses", "log_probs", "gradient")
 def problem(dtype: torch.dtype, peaked: bool) -> dict[str, torch.Tensor]:
     """Logits at scales over six orders of magnitude, a fifth of the tokens ignored."""
     generator = torch.Generator().manual_seed(11)
-    logits = draw.rows((TOKENS, VOCABULARY), dtype, generator, high=30.0 if peaked else 1e3)
+    logits = random_inputs.rows(
+        (TOKENS, VOCABULARY), dtype, generator, high=30.0 if peaked else 1e3
+    )
     targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
     if peaked:
         targets[::2] = logits.argmax(-1)[::2]

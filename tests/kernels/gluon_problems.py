@@ -6,8 +6,8 @@ import torch
 from phi4_kernels.attention import Ranges, attention_backward, attention_forward, reference
 from phi4_kernels.errors import GateError
 from phi4_kernels.testing import error_rule
-from phi4_kernels.testing.gluon_emulator import emulating
-from phi4_kernels.testing.gluon_machine import Schedule
+from phi4_kernels.testing.gluon.emulator import emulating
+from phi4_kernels.testing.gluon.machine import Schedule
 from phi4_kernels.testing.poison import poisoned
 from torch import Tensor
 

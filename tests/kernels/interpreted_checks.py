@@ -7,7 +7,7 @@ from phi4_kernels import dispatch
 from phi4_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_fp8
 from phi4_kernels.rope import QKVLayout, rope_qkv, rope_tables
 from phi4_kernels.swiglu import swiglu, swiglu_backward, swiglu_fp8, swiglu_linear
-from phi4_kernels.testing import draw
+from phi4_kernels.testing import random_inputs
 
 FP8 = torch.float8_e4m3fn
 
@@ -19,8 +19,8 @@ def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
 def fp8_norm_equals_torch_casts(rows: int, hidden: int, columnwise: bool) -> None:
     """In fp32 both outputs come from one value, so torch's cast of ours must give our bits."""
     generator = torch.Generator().manual_seed(rows)
-    x = draw.rows((rows, hidden), torch.float32, generator)
-    residual = draw.rows((rows, hidden), torch.float32, generator)
+    x = random_inputs.rows((rows, hidden), torch.float32, generator)
+    residual = random_inputs.rows((rows, hidden), torch.float32, generator)
     weight, scale = torch.randn(hidden, generator=generator), torch.tensor(200.0)
     y, total = add_rms_norm(x, residual, weight, 1e-5, implementation="triton")
     out = rms_norm_fp8(
@@ -44,9 +44,11 @@ def fp8_norm_equals_torch_casts(rows: int, hidden: int, columnwise: bool) -> Non
 
 def fp8_swiglu_equals_torch_casts(rows: int, width: int, columnwise: bool) -> None:
     """As for the norm; an element's value does not depend on the tile, so columnwise too."""
-    gate_up = draw.rows((rows, 2 * width), torch.float32, torch.Generator().manual_seed(rows))
+    gate_up = random_inputs.rows(
+        (rows, 2 * width), torch.float32, torch.Generator().manual_seed(rows)
+    )
     product = swiglu(gate_up, implementation="triton")
-    scale = draw.saturating_scale(product)
+    scale = random_inputs.saturating_scale(product)
     out = swiglu_fp8(gate_up, scale, columnwise=columnwise, implementation="triton")
     assert _same(out.rowwise, (product * scale).clamp(-448, 448).to(FP8))
     assert out.amax == product.abs().max()
@@ -56,15 +58,15 @@ def fp8_swiglu_equals_torch_casts(rows: int, width: int, columnwise: bool) -> No
 def backward_functions_equal_autograd(hidden: int) -> None:
     """Callers that own their autograd get the gradient that autograd gets."""
     generator = torch.Generator().manual_seed(hidden)
-    x = draw.rows((6, hidden), torch.bfloat16, generator).requires_grad_()
-    dy = draw.rows((6, hidden), torch.bfloat16, generator)
+    x = random_inputs.rows((6, hidden), torch.bfloat16, generator).requires_grad_()
+    dy = random_inputs.rows((6, hidden), torch.bfloat16, generator)
     weight = torch.randn(hidden, generator=generator).requires_grad_()
     rms_norm(x, weight, 1e-5, implementation="triton").backward(dy)
     scale = torch.ones(())
     rstd = rms_norm_fp8(x.detach(), weight.detach(), 1e-5, scale, implementation="triton").rstd
     dx, dweight = rms_norm_backward(dy, x.detach(), weight.detach(), rstd, implementation="triton")
     assert _same(dx, x.grad) and _same(dweight, weight.grad)
-    gate_up = draw.rows((6, 2 * hidden), torch.bfloat16, generator).requires_grad_()
+    gate_up = random_inputs.rows((6, 2 * hidden), torch.bfloat16, generator).requires_grad_()
     out = swiglu(gate_up, implementation="triton")
     out.backward(dy)
     gradient, product = swiglu_backward(

@@ -24,8 +24,8 @@ from phi4_kernels.cross_entropy import (
     summed_linear_cross_entropy,
 )
 from phi4_kernels.errors import GateError
-from phi4_kernels.testing import draw, error_rule
-from phi4_kernels.testing.plant import planted
+from phi4_kernels.testing import error_rule, random_inputs
+from phi4_kernels.testing.mutants import mutant
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -49,7 +49,7 @@ def problem(dtype: torch.dtype, vocabulary: int, peaked: bool) -> dict[str, torc
     """[20, 24] hidden states, a weight, targets, and gradients of the per-token results."""
     tokens, width = 20, 24
     generator = torch.Generator().manual_seed(5)
-    hidden = draw.rows((tokens, width), dtype, generator, high=30.0 if peaked else 3.0)
+    hidden = random_inputs.rows((tokens, width), dtype, generator, high=30.0 if peaked else 3.0)
     weight = torch.randn(vocabulary, width, generator=generator) / math.sqrt(width)
     weight = weight.to(dtype)
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
@@ -150,17 +150,17 @@ def on_gloo_rank(rank: int, size: int) -> list[Results]:
         return [on_rank(rank, size, *case[:2], sequence=case[2]) for case in cases]
 
 
-def mistaken(rank: int, size: int) -> list[Results]:
+def mutants(rank: int, size: int) -> list[Results]:
     """Ranks that do not add the others' gradient of hidden, and ranks that round their own part."""
-    mistakes = []
+    found = []
     with gloo_group(rank, size):
         for kind, old, new in (
             (KINDS[1], "is_alone = self.shard.group is None or", "is_alone = True or"),
             (KINDS[0], "partial = wide_product(dlogits,", "partial = torch.mm(dlogits,"),
         ):
-            with planted("cross_entropy", "chunks.py", old, new):
-                mistakes.append(on_rank(rank, size, kind, "summed"))
-    return mistakes
+            with mutant("cross_entropy", "chunks.py", old, new):
+                found.append(on_rank(rank, size, kind, "summed"))
+    return found
 
 
 def count_collectives(rank: int, size: int) -> dict[str, list[tuple[str, int]]]:

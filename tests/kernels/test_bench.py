@@ -19,7 +19,7 @@ MACHINE = {"device": "H200", "driver": "580", "torch": "2.11", "triton": "3.6", 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure.rows, "machine", lambda: MACHINE)
+    monkeypatch.setattr(measure.evidence_rows, "machine", lambda: MACHINE)
 
 
 @pytest.mark.parametrize(

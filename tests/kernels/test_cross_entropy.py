@@ -1,4 +1,4 @@
-"""Cross-entropy beyond the gates: ranks, the collective, the gradient's place, planted mistakes."""
+"""Cross-entropy beyond the gates: ranks, the collective, the gradient's place, mutants."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ X, Y = torch.randn(3, 8), torch.tensor([0, 7, 3])
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[InterpretedProcess]:
-    """A process of its own: a planted mistake may write where it should not."""
+    """A process of its own: a mutant may write where it should not."""
     process = InterpretedProcess()
     yield process
     process.close()
@@ -213,7 +213,7 @@ def test_ids_are_checked_under_the_debug_switch(monkeypatch: pytest.MonkeyPatch)
         cross_entropy(X, torch.tensor([0, 8, -1]))
 
 
-MISTAKES = {
+MUTANTS = {
     "sum not rescaled": (
         "total * tl.exp(largest - higher) + tl.sum(tl.exp(x - higher[:, None]), axis=1)",
         "total + tl.sum(tl.exp(x - higher[:, None]), axis=1)",
@@ -272,9 +272,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_planted_mistake_turns_the_gate_red(process: InterpretedProcess, mistake: str) -> None:
-    old, new, (entry, case, dtype) = MISTAKES[mistake]
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_turns_the_gate_red(process: InterpretedProcess, mutant: str) -> None:
+    old, new, (entry, case, dtype) = MUTANTS[mutant]
     with pytest.raises(GateError, match="GateError"):
-        plant = ("cross_entropy", "triton_impl.py", old, new)
-        process.call(GATE, plant=plant, entry=entry, case=case, dtype=dtype)
+        change = ("cross_entropy", "triton_impl.py", old, new)
+        process.call(GATE, mutant=change, entry=entry, case=case, dtype=dtype)

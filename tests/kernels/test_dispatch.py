@@ -76,14 +76,14 @@ def write_speed(**changes: object) -> None:
         file.write(json.dumps(row | changes) + "\n")
 
 
-def test_auto_takes_a_challenger_that_is_proven_and_faster_here() -> None:
+def test_auto_takes_a_gated_kernel_that_is_proven_and_faster_here() -> None:
     prove("attention", "triton")
     prove("attention", "gluon")
     write_speed()
     assert dispatch.choose("attention", "auto", GPU).implementation == "gluon"
 
 
-def test_auto_leaves_a_faster_challenger_that_is_not_proven() -> None:
+def test_auto_leaves_a_faster_kernel_that_is_not_proven() -> None:
     prove("attention", "triton")
     write_speed()
     assert dispatch.choose("attention", "auto", GPU).implementation == "triton"
@@ -100,7 +100,7 @@ def test_auto_leaves_a_faster_challenger_that_is_not_proven() -> None:
         None,
     ],
 )
-def test_auto_leaves_a_challenger_that_is_not_faster_here(changes: dict | None) -> None:
+def test_auto_leaves_a_gated_kernel_that_is_not_faster_here(changes: dict | None) -> None:
     prove("attention", "triton")
     prove("attention", "gluon")
     if changes is not None:

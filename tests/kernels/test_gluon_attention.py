@@ -9,8 +9,8 @@ from phi4_kernels.attention import Ranges, attention_forward, once
 from phi4_kernels.attention.gluon_tiles import tiles
 from phi4_kernels.errors import DtypeError
 from phi4_kernels.testing import gates, numerics
-from phi4_kernels.testing.gluon_emulator import emulating
-from phi4_kernels.testing.gluon_machine import Schedule
+from phi4_kernels.testing.gluon.emulator import emulating
+from phi4_kernels.testing.gluon.machine import Schedule
 
 from tests.kernels import attention_checks
 from tests.kernels.gluon_problems import PROBLEMS, SCHEDULES, Problem, check, packed, run

@@ -1,15 +1,15 @@
 """The emulator of Gluon on Hopper: right where a protocol holds, red where one step is wrong.
 
-Each planted mistake is one of the kernel below, and each must be found in every schedule: what
+Each mutant is one of the kernel below, and each must be found in every schedule: what
 orders two accesses does not depend on which of them happened to come first.
 """
 
 import pytest
 import torch
 from phi4_kernels.errors import GateError
-from phi4_kernels.testing.gluon_emulator import emulating
-from phi4_kernels.testing.gluon_machine import ORDERS, Schedule
-from phi4_kernels.testing.gluon_values import Descriptor, Pointer, Value
+from phi4_kernels.testing.gluon.emulator import emulating
+from phi4_kernels.testing.gluon.machine import ORDERS, Schedule
+from phi4_kernels.testing.gluon.values import Descriptor, Pointer, Value
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -157,7 +157,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_mistake_is_found(fault: str, schedule: Schedule) -> None:
+def test_a_mutant_is_found(fault: str, schedule: Schedule) -> None:
     with pytest.raises(GateError, match=FAULTS[fault]):
         run(fault, schedule)
 

@@ -5,7 +5,7 @@ import torch
 from phi4_kernels import registry
 from phi4_kernels.rms_norm import rms_norm
 from phi4_kernels.swiglu import swiglu
-from phi4_kernels.testing import gates, numerics, operators
+from phi4_kernels.testing import gates, numerics, opcheck
 
 pytestmark = pytest.mark.gpu
 
@@ -21,7 +21,7 @@ def test_triton_obeys_the_error_rule(entry: str, case: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_operators_pass_opcheck(entry: registry.Entry) -> None:
-    assert operators.check(entry, entry.proof_cases[0], torch.bfloat16, "cuda")
+    assert opcheck.check(entry, entry.proof_cases[0], torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

@@ -31,7 +31,9 @@ def test_gluon_obeys_the_error_rule(entry: str, case: str, dtype: str) -> None:
 def results(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, ranges: Ranges) -> numerics.Results:
     run = partial(attention, ranges=ranges, implementation="gluon")
     leaves = {"q": q, "k": k, "v": v}
-    out = numerics.evaluate(lambda **inputs: run(**inputs).out, registry.Inputs(leaves), (dout,))
+    out = numerics.evaluate(
+        lambda **inputs: run(**inputs).out, registry.CallInputs(leaves), (dout,)
+    )
     return {name: tensor.clone() for name, tensor in out.items()}
 
 

@@ -39,7 +39,7 @@ def test_a_32_bit_address_is_caught() -> None:
     with pytest.raises(GateError):
         process.call(
             f"{CHECKS}:rows_far_apart_are_addressed_in_64_bits",
-            plant=(
+            mutant=(
                 "rms_norm",
                 "triton_impl.py",
                 "row = tl.program_id(0).to(tl.int64)",

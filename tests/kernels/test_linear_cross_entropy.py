@@ -1,4 +1,4 @@
-"""The projection with its cross-entropy beyond the gates: ranks, memory, contracts, mistakes."""
+"""The projection with its cross-entropy beyond the gates: ranks, memory, contracts, mutants."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,8 +11,8 @@ from phi4_kernels.bench.providers import function
 from phi4_kernels.cross_entropy import (
     LossOptions,
     chunks,
+    fp32_products,
     linear_cross_entropy,
-    products,
     reference,
     summed_linear_cross_entropy,
 )
@@ -56,7 +56,7 @@ def test_ranks_give_the_results_of_one_and_repeat(size: int) -> None:
 
 
 def test_a_gradient_that_is_not_summed_over_ranks_or_not_in_fp32_is_found() -> None:
-    not_summed, rounded = zip(*run_ranks(2, checks.mistaken), strict=True)
+    not_summed, rounded = zip(*run_ranks(2, checks.mutants), strict=True)
     with pytest.raises((GateError, AssertionError)):
         checks.expect_right(list(not_summed), checks.KINDS[1], "summed")
     with pytest.raises(GateError, match="sum the parts in fp32"):
@@ -113,10 +113,10 @@ def test_one_graph(interpreted: InterpretedProcess, implementation: str) -> None
 def test_narrowing_in_place_is_rounding(
     shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_BLOCK_ELEMENTS", 16)
+    monkeypatch.setattr(fp32_products, "_BLOCK_ELEMENTS", 16)
     total = torch.randn(shape)
     expected, pointer = total.to(dtype), total.data_ptr()
-    narrow = products.narrowed_in_place(total, dtype)
+    narrow = fp32_products.narrowed_in_place(total, dtype)
     assert torch.equal(narrow, expected)
     assert narrow.data_ptr() == pointer and narrow.is_contiguous()
 
@@ -126,10 +126,10 @@ def test_wide_products_pass_opcheck_and_equal_fp64(dtype: torch.dtype) -> None:
     left, right = torch.randn(3, 1100).to(dtype), torch.randn(1100, 5).to(dtype)
     exact = left.double() @ right.double()
     torch.testing.assert_close(
-        products.wide_product(left, right).double(), exact, rtol=0, atol=1e-4
+        fp32_products.wide_product(left, right).double(), exact, rtol=0, atol=1e-4
     )
     total = torch.ones(3, 5)
-    products.add_wide_product(total, left.t().contiguous(), right)
+    fp32_products.add_wide_product(total, left.t().contiguous(), right)
     torch.testing.assert_close(total.double(), 1 + exact, rtol=0, atol=1e-4)
     torch.library.opcheck(torch.ops.phi4.wide_product.default, (left, right))
     added = (total, left.t().contiguous(), right)
@@ -234,12 +234,12 @@ def _last_chunk_lost(self: chunks.Head, num_rows: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, num_rows - step, step))
 
 
-MISTAKES = {
+MUTANTS = {
     "the last chunk is lost": (chunks.Head, "spans", _last_chunk_lost, "summed"),
     "the last chunk's weight gradient alone": (
         chunks,
         "add_wide_product",
-        lambda total, left, right: total.copy_(products.wide_product(left.t(), right)),
+        lambda total, left, right: total.copy_(fp32_products.wide_product(left.t(), right)),
         "per token",
     ),
     "the first chunk's targets for all": (
@@ -258,9 +258,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_planted_mistake_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name, wrong, form = MISTAKES[mistake]
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_found(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, wrong, form = MUTANTS[mutant]
     genuine = chunks.run_combine
     kind = checks.KINDS[1]
     checks.expect_right([checks.on_rank(0, 1, kind, form, chunk=3)], kind, form)

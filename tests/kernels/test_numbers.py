@@ -9,7 +9,7 @@ from phi4_kernels.errors import GateError
 from phi4_kernels.testing import gates
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
-from tests.kernels.test_cross_entropy import MISTAKES as LOSS_MISTAKES
+from tests.kernels.test_cross_entropy import MUTANTS as LOSS_MUTANTS
 
 CHECKS = [check for entry in registry.entries("triton").values() for check in gates.names(entry)]
 GATE = "phi4_kernels.testing.gates:check_numbers"
@@ -20,8 +20,8 @@ def test_torch_obeys_the_error_rule(entry: str, case: str, dtype: str) -> None:
     assert gates.check_numbers(entry, case, dtype, "torch")
 
 
-# Every mistake is planted in the source of the shipped kernel and must turn a named check red.
-MISTAKES = {
+# Each changes the source of the shipped kernel and must turn the named check red.
+MUTANTS = {
     "a query sees the key after it": (
         "attention",
         "triton_impl.py",
@@ -223,15 +223,15 @@ MISTAKES = {
 }
 
 
-PLANTED = {mistake[3:] for mistake in MISTAKES.values()}
-PLANTED |= {mistake[2] for mistake in LOSS_MISTAKES.values()}
+MUTATED = {mutant[3:] for mutant in MUTANTS.values()}
+MUTATED |= {mutant[2] for mutant in LOSS_MUTANTS.values()}
 FIRST = {(entry.name, entry.proof_cases[0].name) for entry in registry.entries("triton").values()}
 
 
 def _marked(check: tuple[str, str, str]) -> ParameterSet:
-    """`make test` interprets bf16, fp32 for an entry's first case, and what a mistake needs."""
+    """`make test` interprets bf16, fp32 for an entry's first case, and what a mutant needs."""
     entry, case, dtype = check
-    brief = dtype == "bf16" or (dtype == "fp32" and (entry, case) in FIRST) or check in PLANTED
+    brief = dtype == "bf16" or (dtype == "fp32" and (entry, case) in FIRST) or check in MUTATED
     return pytest.param(*check, marks=() if brief else pytest.mark.slow)
 
 
@@ -244,23 +244,23 @@ def test_triton_obeys_the_error_rule(
 
 
 @pytest.fixture(scope="module")
-def planting() -> Iterator[InterpretedProcess]:
-    """A process of its own: a planted mistake may write where it should not."""
+def mutated() -> Iterator[InterpretedProcess]:
+    """A process of its own: a mutant may write where it should not."""
     process = InterpretedProcess()
     yield process
     process.close()
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_planted_mistake_turns_the_gate_red(planting: InterpretedProcess, mistake: str) -> None:
-    op, file, old, new, entry, case, dtype = MISTAKES[mistake]
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_turns_the_gate_red(mutated: InterpretedProcess, mutant: str) -> None:
+    op, file, old, new, entry, case, dtype = MUTANTS[mutant]
     with pytest.raises(GateError, match="GateError"):
-        planting.call(GATE, plant=(op, file, old, new), entry=entry, case=case, dtype=dtype)
+        mutated.call(GATE, mutant=(op, file, old, new), entry=entry, case=case, dtype=dtype)
 
 
-def test_a_sum_by_atomics_turns_the_program_orders_red(planting: InterpretedProcess) -> None:
+def test_a_sum_by_atomics_turns_the_program_orders_red(mutated: InterpretedProcess) -> None:
     cols = "block * BLOCK + tl.arange(0, BLOCK)"
-    plant = (
+    change = (
         "rms_norm",
         "triton_impl.py",
         "_store(share_ptr, b_dweight[block], block, WIDTH, BLOCK)",
@@ -269,4 +269,4 @@ def test_a_sum_by_atomics_turns_the_program_orders_red(planting: InterpretedProc
         "shares = torch.zeros((1, width)",
     )
     with pytest.raises(GateError, match="d_weight: two runs differ"):
-        planting.call(GATE, plant=plant, entry="rms_norm", case="fp32-weight", dtype="fp32")
+        mutated.call(GATE, mutant=change, entry="rms_norm", case="fp32-weight", dtype="fp32")

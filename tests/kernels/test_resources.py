@@ -125,18 +125,18 @@ COSTS = {
     ),
     "narrow": ("tl.load(ptr + cols).to", "tl.load(ptr + (cols ^ 1)).to", "wide_loads"),
 }
-PLANT = """
+SCRIPT = """
 import contextlib, dataclasses, json, sys
 from phi4_kernels import registry
 from phi4_kernels.testing import budgets, compiled
-from phi4_kernels.testing.plant import planted
+from phi4_kernels.testing.mutants import mutant
 
 entry = registry.entries()["rms_norm"]
 case = next(case for case in entry.shipped_cases if case.name == "w5120")
 entry = dataclasses.replace(entry, shipped_cases=(case,), dtypes=entry.dtypes[:1])
 known, complaints = budgets.load(), {}
 for name, (old, new, _) in {"nothing": ("", "", ""), **json.loads(sys.argv[1])}.items():
-    with planted("rms_norm", "triton_impl.py", old, new) if old else contextlib.nullcontext():
+    with mutant("rms_norm", "triton_impl.py", old, new) if old else contextlib.nullcontext():
         found, _ = compiled.compile_all([entry])
     complaints[name] = [t for k in found for t in budgets.laws(k, found[k])]
     complaints[name] += [t for k in found for t in budgets.over_budget(k, found[k], known[k])]
@@ -146,18 +146,18 @@ print(json.dumps(complaints))
 
 @pytest.fixture(scope="module")
 def complaints() -> dict[str, list[str]]:
-    command = [sys.executable, "-c", PLANT, json.dumps(COSTS)]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(COSTS)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("cost", COSTS)
-def test_a_planted_cost_turns_the_gate_red(complaints: dict[str, list[str]], cost: str) -> None:
+def test_a_costly_mutant_turns_the_gate_red(complaints: dict[str, list[str]], cost: str) -> None:
     assert COSTS[cost][2] in "\n".join(complaints[cost])
 
 
-def test_the_same_launch_without_a_planted_cost_is_green(complaints: dict[str, list[str]]) -> None:
+def test_the_same_launch_unchanged_is_green(complaints: dict[str, list[str]]) -> None:
     assert complaints["nothing"] == []
 
 

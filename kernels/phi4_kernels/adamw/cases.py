@@ -10,8 +10,8 @@ from phi4_kernels.adamw import op, reference
 from phi4_kernels.adamw.arguments import FP8Weight, Hyper, ParameterShard
 from phi4_kernels.fp8_cast import reference as fp8_reference
 from phi4_kernels.grad_norm import clip_factor, square_sum
-from phi4_kernels.registry import Case, Cost, Entry, Inputs
-from phi4_kernels.testing import draw
+from phi4_kernels.registry import CallInputs, Case, Cost, Entry
+from phi4_kernels.testing import random_inputs
 
 # One shard, shards that end inside a 16-byte access and inside a chunk of 4096, more shards than a
 # launch takes, an empty shard, nothing.
@@ -31,23 +31,23 @@ _MAX_NORM = 1.0
 _FP8_SCALE = 3.7
 
 
-def _make(case: Case, dtype: torch.dtype) -> Inputs:
+def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     generator = case.generator()
     shape = (case.sizes["rows"], case.sizes["width"])
-    param, exp_avg, root = (draw.rows(shape, torch.float32, generator) for _ in range(3))
+    param, exp_avg, root = (random_inputs.rows(shape, torch.float32, generator) for _ in range(3))
     tensors = {
         "param": param,
         "exp_avg": exp_avg,
         "exp_avg_sq": root.square(),
-        "grad": draw.rows(shape, dtype, generator),
+        "grad": random_inputs.rows(shape, dtype, generator),
         "weight": torch.zeros(shape, dtype=torch.bfloat16),
     }
-    return Inputs(tensors, {"cuts": case.sizes["cuts"]})
+    return CallInputs(tensors, {"cuts": case.sizes["cuts"]})
 
 
-def _make_scaled(case: Case, dtype: torch.dtype) -> Inputs:
+def _make_scaled(case: Case, dtype: torch.dtype) -> CallInputs:
     inputs = _make(case, dtype)
-    return Inputs(inputs.tensors, inputs.constants | {"grad_scale": torch.tensor(0.37)})
+    return CallInputs(inputs.tensors, inputs.constants | {"grad_scale": torch.tensor(0.37)})
 
 
 def _shards(cuts: Sequence[int], *tensors: Tensor) -> list[ParameterShard]:

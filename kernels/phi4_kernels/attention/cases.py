@@ -17,8 +17,8 @@ from torch import Tensor
 
 from phi4_kernels.attention import op, reference
 from phi4_kernels.attention.ranges import Ranges
-from phi4_kernels.registry import Case, Cost, Entry, Inputs
-from phi4_kernels.testing import draw
+from phi4_kernels.registry import CallInputs, Case, Cost, Entry
+from phi4_kernels.testing import random_inputs
 
 _FEWEST_KEYS = 4
 _DEFAULTS = {"causal": True, "high": 1.0, "spread": 1.0}
@@ -127,44 +127,46 @@ def _constants(case: Case) -> dict[str, Any]:
     return where | options | {"scale": sizes["dim"] ** -0.5}
 
 
-def _make(case: Case, dtype: torch.dtype) -> Inputs:
+def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     inputs = _drawn(case, dtype)
-    return Inputs(_spoiled(case, inputs.tensors), inputs.constants)
+    return CallInputs(_spoiled(case, inputs.tensors), inputs.constants)
 
 
-def _drawn(case: Case, dtype: torch.dtype) -> Inputs:
+def _drawn(case: Case, dtype: torch.dtype) -> CallInputs:
     sizes, dim = case.sizes, case.sizes["dim"]
     like = {"dtype": dtype, "generator": case.generator(), "strided": case.strided}
     of_queries = sizes["tokens"], sizes["heads"], dim
     of_keys = sizes["keys"], sizes["groups"], dim
     tensors = {
-        "q": draw.rows(of_queries, **like, high=sizes["high"]),
-        "k": draw.rows(of_keys, **like, low=1.0, high=1.0),
-        "v": draw.rows(of_keys, **like, low=1 / sizes["spread"], high=sizes["spread"]),
+        "q": random_inputs.rows(of_queries, **like, high=sizes["high"]),
+        "k": random_inputs.rows(of_keys, **like, low=1.0, high=1.0),
+        "v": random_inputs.rows(of_keys, **like, low=1 / sizes["spread"], high=sizes["spread"]),
     }
-    return Inputs(tensors, _constants(case))
+    return CallInputs(tensors, _constants(case))
 
 
-def _make_differentiated(case: Case, dtype: torch.dtype) -> Inputs:
+def _make_differentiated(case: Case, dtype: torch.dtype) -> CallInputs:
     inputs = _make(case, dtype)
     if case in _BENCH:
         return inputs
     kept = (_visible_keys(case) >= _FEWEST_KEYS).nonzero().squeeze(1)
-    return Inputs(inputs.tensors, inputs.constants | {"kept": kept})
+    return CallInputs(inputs.tensors, inputs.constants | {"kept": kept})
 
 
-def _make_part(case: Case, dtype: torch.dtype) -> Inputs:
+def _make_part(case: Case, dtype: torch.dtype) -> CallInputs:
     """Inputs of backward: the results are those of one causal range over all tokens."""
     inputs, tokens = _drawn(case, dtype), case.sizes["tokens"]
     whole = Ranges.of([0, tokens], [0], [tokens])
     scale = inputs.constants["scale"]
     tensors = inputs.tensors.values()
     out, lse = reference.attention_forward(*tensors, whole, causal=True, scale=scale)
-    high = draw.gradient_high(dtype)
-    dout = draw.rows(tuple(out.shape), dtype, case.generator(), high=high, strided=case.strided)
+    high = random_inputs.gradient_high(dtype)
+    dout = random_inputs.rows(
+        tuple(out.shape), dtype, case.generator(), high=high, strided=case.strided
+    )
     dout[: _FEWEST_KEYS - 1] = 0.0
     tensors = _spoiled(case, {"dout": dout} | inputs.tensors | {"out": out})
-    return Inputs(tensors, inputs.constants | {"lse": lse})
+    return CallInputs(tensors, inputs.constants | {"lse": lse})
 
 
 def _over_ranges(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -75,7 +75,7 @@ def attention(
     q = _for_implementation(q, name)
     where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
     longest = (ranges.max_queries, ranges.max_keys)
-    return Attention(*_Attention.apply(q, k, v, *where, *longest, causal, scale, name))
+    return Attention(*_AttentionFunction.apply(q, k, v, *where, *longest, causal, scale, name))
 
 
 @without_autocast
@@ -205,7 +205,7 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-class _Attention(torch.autograd.Function):
+class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

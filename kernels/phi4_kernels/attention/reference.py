@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phi4_kernels.attention.ranges import Ranges
-from phi4_kernels.numerics import widened
+from phi4_kernels.reference_arithmetic import widened
 
 # Shape legend: T queries, U keys, N query heads, K key-value heads, G = N / K, D head dim; M
 # queries and L keys of one range.
@@ -107,7 +107,7 @@ def attention_backward(
     return dq, dk, dv
 
 
-class _Attention(torch.autograd.Function):
+class _ReferenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, causal: bool, scale: float
@@ -129,4 +129,4 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, *, causal: bool, scale: float
 ) -> Tensor:
     """out [T, N, D], with the gradient of attention_backward."""
-    return _Attention.apply(q, k, v, ranges, causal, scale)
+    return _ReferenceAttention.apply(q, k, v, ranges, causal, scale)

@@ -11,7 +11,7 @@ from phi4_kernels import cuda_library, registry
 from phi4_kernels.bench import ceilings, measure, report
 from phi4_kernels.bench.providers import PROVIDERS
 from phi4_kernels.errors import KernelError
-from phi4_kernels.testing import rows
+from phi4_kernels.testing import evidence_rows
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -83,7 +83,7 @@ def _timed(options: argparse.Namespace) -> int:
             for row in measure.best_of_torch(measure.measure(task, found, rates)):
                 print(_line(row), flush=True)
                 if options.json:
-                    rows.append(options.json, row)
+                    evidence_rows.append(options.json, row)
     return 0
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from phi4_kernels.bench import providers, timing
 from phi4_kernels.bench.ceilings import Ceilings
 from phi4_kernels.errors import GateError, KernelError
-from phi4_kernels.registry import Case, Cost, Entry, Inputs
-from phi4_kernels.testing import error_rule, numerics, rows
+from phi4_kernels.registry import CallInputs, Case, Cost, Entry
+from phi4_kernels.testing import error_rule, evidence_rows, numerics
 
 NUM_SAMPLES = 50
 _POSSIBLE = 1.12
@@ -67,18 +67,18 @@ def _is_right(entry: Entry, run: Callable[..., Any]) -> bool:
     return True
 
 
-def _moved(inputs: Inputs) -> Inputs:
+def _moved(inputs: CallInputs) -> CallInputs:
     return numerics.converted(inputs, partial(numerics.copied, device="cuda"))
 
 
-def _drawn(task: Pass) -> Inputs:
+def _drawn(task: Pass) -> CallInputs:
     """Inputs drawn on the GPU: billions of numbers take the CPU minutes."""
     with torch.device("cuda"):
         return _moved(task.entry.make(task.case, task.dtype))
 
 
 def _prepared(
-    task: Pass, run: Callable[..., Any], sets: list[Inputs], stream: torch.cuda.Stream
+    task: Pass, run: Callable[..., Any], sets: list[CallInputs], stream: torch.cuda.Stream
 ) -> list[Callable[[], Any]]:
     """One call per input set: forward without autograd, or backward of a graph already built."""
     if task.mode == "forward":
@@ -87,12 +87,12 @@ def _prepared(
         return [_backward(run, inputs) for inputs in sets]
 
 
-def _forward(run: Callable[..., Any], inputs: Inputs) -> Any:
+def _forward(run: Callable[..., Any], inputs: CallInputs) -> Any:
     with torch.no_grad():
         return run(**inputs.tensors, **inputs.constants)
 
 
-def _backward(run: Callable[..., Any], inputs: Inputs) -> Callable[[], Any]:
+def _backward(run: Callable[..., Any], inputs: CallInputs) -> Callable[[], Any]:
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
     # The op may overwrite an activation but not a leaf; * 1 is outside what is timed.
     activations = {name: leaf * 1 for name, leaf in leaves.items()}
@@ -104,7 +104,7 @@ def _backward(run: Callable[..., Any], inputs: Inputs) -> Callable[[], Any]:
     )
 
 
-def _memory(task: Pass, run: Callable[..., Any], inputs: Inputs) -> dict[str, int]:
+def _memory(task: Pass, run: Callable[..., Any], inputs: CallInputs) -> dict[str, int]:
     """Peak bytes over the inputs, and bytes that autograd keeps besides them."""
     given = {tensor.data_ptr() for tensor in inputs.tensors.values()}
     saved: dict[int, int] = {}
@@ -192,7 +192,7 @@ def _row(
         "copy_bytes_per_second": round(ceilings.bytes_per_second),
         "matmul_flops_per_second": round(ceilings.flops_per_second),
         "num_samples": len(seconds),
-        **rows.machine(),
+        **evidence_rows.machine(),
     }
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from phi4_kernels.cross_entropy import linear_cases, op, reference
 from phi4_kernels.cross_entropy.op import VocabularyShard
 from phi4_kernels.cross_entropy.options import LossOptions
-from phi4_kernels.registry import Case, Cost, Entry, Inputs
-from phi4_kernels.testing import draw
+from phi4_kernels.registry import CallInputs, Case, Cost, Entry
+from phi4_kernels.testing import random_inputs
 
 _ALL_TERMS = {"label_smoothing": 0.1, "z_loss": 1e-4, "weighted": True}
 
@@ -63,18 +63,18 @@ def _targets(case: Case, logits: Tensor, generator: torch.Generator) -> Tensor:
     return targets
 
 
-def _make(case: Case, dtype: torch.dtype) -> Inputs:
+def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     generator = case.generator()
     shape = (case.sizes["tokens"], case.sizes["vocabulary"])
     high = 30.0 if case.sizes.get("peaked") else 1e3
-    logits = draw.rows(shape, dtype, generator, high=high, strided=case.strided)
+    logits = random_inputs.rows(shape, dtype, generator, high=high, strided=case.strided)
     constants: dict[str, Any] = {
         "targets": _targets(case, logits, generator),
         "options": _options(case),
     }
     if case.sizes.get("weighted"):
         constants["weights"] = 2 * torch.rand(shape[0], generator=generator)
-    return Inputs({"logits": logits}, constants)
+    return CallInputs({"logits": logits}, constants)
 
 
 def _copied(logits: Tensor) -> Tensor:
@@ -89,15 +89,15 @@ def _on_a_copy(logits: Tensor, targets: Tensor, options: LossOptions, **others: 
     return op.cross_entropy(_copied(logits), targets, options, **others)
 
 
-def _make_sharded(case: Case, dtype: torch.dtype) -> Inputs:
+def _make_sharded(case: Case, dtype: torch.dtype) -> CallInputs:
     inputs, generator = _make(case, dtype), case.generator()
-    tokens, high = case.sizes["tokens"], draw.gradient_high(dtype)
+    tokens, high = case.sizes["tokens"], random_inputs.gradient_high(dtype)
     incoming = {
-        name: draw.rows((tokens, 1), torch.float32, generator, high=high).squeeze(1)
+        name: random_inputs.rows((tokens, 1), torch.float32, generator, high=high).squeeze(1)
         for name in ("dlosses", "dlog_probs")
     }
     more = {"num_ranks": case.sizes.get("ranks", 1), **incoming}
-    return Inputs(inputs.tensors, inputs.constants | more)
+    return CallInputs(inputs.tensors, inputs.constants | more)
 
 
 def _shards_in_place(

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from phi4_kernels.cross_entropy.fp32_products import add_wide_product, wide_product
 from phi4_kernels.cross_entropy.op import VocabularyShard, run_backward, run_combine, run_statistics
 from phi4_kernels.cross_entropy.options import LossOptions
-from phi4_kernels.cross_entropy.products import add_wide_product, wide_product
 from phi4_kernels.errors import KernelError
 
 

@@ -26,6 +26,7 @@ from phi4_kernels.checks import (
 )
 from phi4_kernels.cross_entropy import chunks
 from phi4_kernels.cross_entropy.chunks import Gradients, Head, LinearLayout, Tokens
+from phi4_kernels.cross_entropy.fp32_products import narrowed_in_place
 from phi4_kernels.cross_entropy.op import (
     CrossEntropy,
     VocabularyShard,
@@ -34,7 +35,6 @@ from phi4_kernels.cross_entropy.op import (
     flat,
 )
 from phi4_kernels.cross_entropy.options import PLAIN, LossOptions
-from phi4_kernels.cross_entropy.products import narrowed_in_place
 from phi4_kernels.errors import KernelError, ShapeError
 
 _OP = "linear_cross_entropy"

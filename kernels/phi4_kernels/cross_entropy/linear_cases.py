@@ -9,9 +9,9 @@ from torch import Tensor
 from phi4_kernels.cross_entropy import linear, reference
 from phi4_kernels.cross_entropy.chunks import LinearLayout
 from phi4_kernels.cross_entropy.options import LossOptions
-from phi4_kernels.numerics import widened
-from phi4_kernels.registry import Case, Cost, Entry, Inputs
-from phi4_kernels.testing import draw
+from phi4_kernels.reference_arithmetic import widened
+from phi4_kernels.registry import CallInputs, Case, Cost, Entry
+from phi4_kernels.testing import random_inputs
 
 _ALL_TERMS = {"label_smoothing": 0.1, "z_loss": 1e-4, "weighted": True}
 
@@ -39,11 +39,11 @@ _BENCH = tuple(
 )
 
 
-def _make(case: Case, dtype: torch.dtype) -> Inputs:
+def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     """Hidden states at scales from 1e-3 to 10, so that some rows are peaked and none overflows."""
     generator, sizes = case.generator(), case.sizes
     tokens, width, vocabulary = sizes["tokens"], sizes["hidden"], sizes["vocabulary"]
-    hidden = draw.rows((tokens, width), dtype, generator, high=10.0, strided=case.strided)
+    hidden = random_inputs.rows((tokens, width), dtype, generator, high=10.0, strided=case.strided)
     weight = torch.randn((vocabulary, width), generator=generator) / math.sqrt(width)
     weight = weight.to(dtype)
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
@@ -55,7 +55,7 @@ def _make(case: Case, dtype: torch.dtype) -> Inputs:
     if sizes.get("weighted"):
         constants["weights"] = 2 * torch.rand(tokens, generator=generator)
     constants["chunk"] = sizes.get("chunk", 1024)
-    return Inputs({"hidden": hidden, "weight": weight}, constants)
+    return CallInputs({"hidden": hidden, "weight": weight}, constants)
 
 
 def _per_token(

@@ -93,7 +93,9 @@ def cross_entropy(
     if dispatch.debug():
         check_values(targets, options, shard)
     name = dispatch.resolve("cross_entropy", implementation, logits.device)
-    return CrossEntropy(*_CrossEntropy.apply(logits, targets, weights, options, shard, name))
+    return CrossEntropy(
+        *_CrossEntropyFunction.apply(logits, targets, weights, options, shard, name)
+    )
 
 
 def _check(logits: Tensor, targets: Tensor, weights: Tensor | None) -> None:
@@ -210,7 +212,7 @@ def flat(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.reshape(-1).contiguous()
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from phi4_kernels.cross_entropy.options import PLAIN, LossOptions
-from phi4_kernels.numerics import widened
+from phi4_kernels.reference_arithmetic import widened
 
 
 def cross_entropy(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from phi4_kernels.fp8_cast import op, reference
 from phi4_kernels.launch import ceil_div
-from phi4_kernels.registry import Case, Cost, Entry, Inputs
-from phi4_kernels.testing import draw
+from phi4_kernels.registry import CallInputs, Case, Cost, Entry
+from phi4_kernels.testing import random_inputs
 
 # Whole tiles of 128 x 128, tiles cut in either direction, widths that no pack of 4 divides.
 _PROOF = (
@@ -27,14 +27,16 @@ _BENCH = (
 )
 
 
-def _make(case: Case, dtype: torch.dtype) -> Inputs:
+def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     shape = (case.sizes["rows"], case.sizes["columns"])
-    return Inputs({"x": draw.rows(shape, dtype, case.generator())})
+    return CallInputs({"x": random_inputs.rows(shape, dtype, case.generator())})
 
 
-def _make_tensor(case: Case, dtype: torch.dtype) -> Inputs:
+def _make_tensor(case: Case, dtype: torch.dtype) -> CallInputs:
     inputs = _make(case, dtype)
-    return Inputs(inputs.tensors, {"scale": draw.saturating_scale(inputs.tensors["x"])})
+    return CallInputs(
+        inputs.tensors, {"scale": random_inputs.saturating_scale(inputs.tensors["x"])}
+    )
 
 
 def _tensor(x: Tensor, scale: Tensor, implementation: str, fp8: torch.dtype) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phi4_kernels.numerics import widened
+from phi4_kernels.reference_arithmetic import widened
 
 BLOCK = 128
 _SMALLEST = torch.finfo(torch.float32).smallest_normal

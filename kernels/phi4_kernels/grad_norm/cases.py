@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from phi4_kernels.grad_norm import op
-from phi4_kernels.numerics import widened
-from phi4_kernels.registry import Case, Cost, Entry, Inputs
-from phi4_kernels.testing import draw
+from phi4_kernels.reference_arithmetic import widened
+from phi4_kernels.registry import CallInputs, Case, Cost, Entry
+from phi4_kernels.testing import random_inputs
 
 # Around packs of 4 and chunks of 65536, more tensors than a launch takes, an empty one.
 _PROOF = (
@@ -20,14 +20,14 @@ _PROOF = (
 _BENCH = (Case("n134M", {"lengths": (78643200, 28311552, 27262976)}),)
 
 
-def _make(case: Case, dtype: torch.dtype) -> Inputs:
+def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     generator, lengths = case.generator(), case.sizes["lengths"]
-    scales = draw.row_scales(len(lengths), generator, 1e-3, 1e3).tolist()
+    scales = random_inputs.row_scales(len(lengths), generator, 1e-3, 1e3).tolist()
     tensors = {
         f"t{i}": (torch.randn(n, generator=generator) * scale).to(dtype)
         for i, (n, scale) in enumerate(zip(lengths, scales, strict=True))
     }
-    return Inputs(tensors)
+    return CallInputs(tensors)
 
 
 def _norm(implementation: str, **tensors: Tensor) -> Tensor:

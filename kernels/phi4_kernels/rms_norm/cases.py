@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi4_kernels.registry import Case, Cost, Entry, Inputs
+from phi4_kernels.registry import CallInputs, Case, Cost, Entry
 from phi4_kernels.rms_norm import op, reference
-from phi4_kernels.testing import draw
+from phi4_kernels.testing import random_inputs
 
 _EPS = 1e-5
 
@@ -30,32 +30,32 @@ _SHIPPED = tuple(
 _BENCH = tuple(Case(f"t{rows}-w5120", {"rows": rows, "hidden": 5120}) for rows in (4096, 16384))
 
 
-def _make(case: Case, dtype: torch.dtype, *, add: bool) -> Inputs:
+def _make(case: Case, dtype: torch.dtype, *, add: bool) -> CallInputs:
     generator = case.generator()
     shape = (case.sizes["rows"], case.sizes["hidden"])
     weight_dtype = torch.float32 if case.sizes.get("fp32_weight") else dtype
     noise = torch.randn(shape[1], generator=generator, dtype=torch.float64)
     tensors = {
-        "x": draw.rows(shape, dtype, generator, strided=case.strided),
+        "x": random_inputs.rows(shape, dtype, generator, strided=case.strided),
         "weight": (1 + 0.2 * noise).to(weight_dtype),
     }
     if add:
-        tensors["residual"] = draw.rows(shape, dtype, generator, strided=case.strided)
-    return Inputs(tensors, {"eps": _EPS})
+        tensors["residual"] = random_inputs.rows(shape, dtype, generator, strided=case.strided)
+    return CallInputs(tensors, {"eps": _EPS})
 
 
-def _make_norm(case: Case, dtype: torch.dtype) -> Inputs:
+def _make_norm(case: Case, dtype: torch.dtype) -> CallInputs:
     return _make(case, dtype, add=False)
 
 
-def _make_add(case: Case, dtype: torch.dtype) -> Inputs:
+def _make_add(case: Case, dtype: torch.dtype) -> CallInputs:
     return _make(case, dtype, add=True)
 
 
-def _make_fp8(case: Case, dtype: torch.dtype) -> Inputs:
+def _make_fp8(case: Case, dtype: torch.dtype) -> CallInputs:
     inputs = _make(case, dtype, add=case.sizes["rows"] % 2 == 1)
     # Values up to about 4 become up to 800: the largest saturate.
-    return Inputs(inputs.tensors, inputs.constants | {"scale": torch.tensor(200.0)})
+    return CallInputs(inputs.tensors, inputs.constants | {"scale": torch.tensor(200.0)})
 
 
 def _fp8(columnwise: bool) -> Any:

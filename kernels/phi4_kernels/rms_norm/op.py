@@ -26,8 +26,8 @@ from phi4_kernels.checks import (
     rows_of,
     vector,
 )
-from phi4_kernels.numerics import FP8
 from phi4_kernels.operators import register
+from phi4_kernels.reference_arithmetic import FP8
 from phi4_kernels.rms_norm import torch_impl
 
 
@@ -79,7 +79,7 @@ def rms_norm(
         weight = _SumGradient.apply(weight, grad_group)
     if name == "torch":
         return torch_impl.rms_norm(x, weight, eps)
-    return _RMSNorm.apply(x, weight, eps, name)
+    return _RMSNormFunction.apply(x, weight, eps, name)
 
 
 @without_autocast
@@ -114,7 +114,7 @@ def add_rms_norm(
         weight = _SumGradient.apply(weight, grad_group)
     if name == "torch":
         return torch_impl.add_rms_norm(x, residual, weight, eps)
-    return _AddRMSNorm.apply(x, residual, weight, eps, name)
+    return _AddRMSNormFunction.apply(x, residual, weight, eps, name)
 
 
 @without_autocast
@@ -208,7 +208,7 @@ def _optional_rows(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else rows_of(tensor)
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, name: str) -> Tensor:
         rows = rows_of(x)
@@ -226,7 +226,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx.view(dy.shape), dweight.to(weight.dtype), None, None
 
 
-class _AddRMSNorm(torch.autograd.Function):
+class _AddRMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, name: str

@@ -6,7 +6,7 @@ Half precision is computed in fp32 and rounded once, at the end; fp32 and fp64 s
 import torch
 from torch import Tensor
 
-from phi4_kernels.numerics import largest, quantized, widened
+from phi4_kernels.reference_arithmetic import largest, quantized, widened
 
 
 def inverse_root(x: Tensor, eps: float) -> Tensor:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from phi4_kernels.numerics import widened
+from phi4_kernels.reference_arithmetic import widened
 from phi4_kernels.rms_norm import reference
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi4_kernels.registry import Case, Cost, Entry, Inputs
+from phi4_kernels.registry import CallInputs, Case, Cost, Entry
 from phi4_kernels.rope import op, reference
 from phi4_kernels.rope.layout import QKVLayout
-from phi4_kernels.testing import draw
+from phi4_kernels.testing import random_inputs
 
 _BASE = 250_000.0
 _PHI4 = {"groups": 10, "queries": 4, "dim": 128}
@@ -58,7 +58,7 @@ def _layout(case: Case) -> QKVLayout:
     return QKVLayout(sizes["groups"], sizes["queries"], sizes["dim"], sizes["order"])
 
 
-def _make(case: Case, dtype: torch.dtype) -> Inputs:
+def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     generator, layout = case.generator(), _layout(case)
     tokens, where = case.sizes["tokens"], case.sizes["where"]
     num_positions = 16384 if where == "ids" else max(tokens, 1)
@@ -68,8 +68,8 @@ def _make(case: Case, dtype: torch.dtype) -> Inputs:
         constants["position_ids"] = torch.randint(num_positions, (tokens,), generator=generator)
     elif where is not None:
         constants["cu_seqlens"] = torch.tensor(where, dtype=torch.int32)
-    qkv = draw.rows((tokens, layout.width), dtype, generator, strided=case.strided)
-    return Inputs({"qkv": qkv}, constants)
+    qkv = random_inputs.rows((tokens, layout.width), dtype, generator, strided=case.strided)
+    return CallInputs({"qkv": qkv}, constants)
 
 
 def _in_place(qkv: Tensor, **arguments: Any) -> tuple[Tensor, ...]:

@@ -95,7 +95,7 @@ def rope_qkv(
     )
     name = dispatch.resolve("rope", implementation, qkv.device)
     tables = (cos.contiguous(), sin.contiguous())
-    return _RopeQKV.apply(qkv, layout, *tables, position_ids, cu_seqlens, name)
+    return _RopeQKVFunction.apply(qkv, layout, *tables, position_ids, cu_seqlens, name)
 
 
 def _check(qkv: Tensor, layout: QKVLayout, cos: Tensor, sin: Tensor) -> None:
@@ -171,7 +171,7 @@ def _check_ranges(
             )
 
 
-class _RopeQKV(torch.autograd.Function):
+class _RopeQKVFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

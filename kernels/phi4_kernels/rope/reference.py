@@ -8,7 +8,7 @@ angles, outside of the tables, gives NaN. Half precision is computed in fp32 and
 import torch
 from torch import Tensor
 
-from phi4_kernels.numerics import widened
+from phi4_kernels.reference_arithmetic import widened
 from phi4_kernels.rope.layout import QKVLayout
 
 

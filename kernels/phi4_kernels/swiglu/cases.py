@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi4_kernels.registry import Case, Cost, Entry, Inputs
+from phi4_kernels.registry import CallInputs, Case, Cost, Entry
 from phi4_kernels.swiglu import op, reference
-from phi4_kernels.testing import draw
+from phi4_kernels.testing import random_inputs
 
 # Blocks that divide the width and blocks with a tail, rows that fill a tile and rows that do not,
 # phi-4's width (35 * 512), and the empty and single row.
@@ -27,38 +27,38 @@ _SHIPPED = (Case("w17920", {"rows": 8, "width": 17920}), Case("w1792", {"rows": 
 _BENCH = tuple(Case(f"t{rows}-w17920", {"rows": rows, "width": 17920}) for rows in (4096, 16384))
 
 
-def _make(case: Case, dtype: torch.dtype) -> Inputs:
+def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     generator = case.generator()
     shape = (case.sizes["rows"], case.sizes["width"])
-    gate = draw.rows(shape, dtype, generator)
-    up = draw.rows(shape, dtype, generator, high=draw.gradient_high(dtype))
+    gate = random_inputs.rows(shape, dtype, generator)
+    up = random_inputs.rows(shape, dtype, generator, high=random_inputs.gradient_high(dtype))
     gate_up = torch.cat((gate, up), dim=1)
     if not case.strided:
-        return Inputs({"gate_up": gate_up})
+        return CallInputs({"gate_up": gate_up})
     wide = torch.full((shape[0], 2 * shape[1] + 8), torch.nan, dtype=dtype)
     wide[:, : 2 * shape[1]] = gate_up
-    return Inputs({"gate_up": wide[:, : 2 * shape[1]]})
+    return CallInputs({"gate_up": wide[:, : 2 * shape[1]]})
 
 
-def _make_linear(case: Case, dtype: torch.dtype) -> Inputs:
+def _make_linear(case: Case, dtype: torch.dtype) -> CallInputs:
     generator = case.generator()
     weight = torch.randn(24, case.sizes["width"], generator=generator, dtype=torch.float64)
     weight = (weight / case.sizes["width"] ** 0.5).to(dtype)
-    return Inputs(_make(case, dtype).tensors | {"weight": weight})
+    return CallInputs(_make(case, dtype).tensors | {"weight": weight})
 
 
-def _make_backward(case: Case, dtype: torch.dtype) -> Inputs:
+def _make_backward(case: Case, dtype: torch.dtype) -> CallInputs:
     gate_up = _make(case, dtype).tensors["gate_up"]
     shape = (case.sizes["rows"], case.sizes["width"])
-    high = draw.gradient_high(dtype)
-    dout = draw.rows(shape, dtype, case.generator(), high=high, strided=case.strided)
-    return Inputs({"dout": dout, "gate_up": gate_up})
+    high = random_inputs.gradient_high(dtype)
+    dout = random_inputs.rows(shape, dtype, case.generator(), high=high, strided=case.strided)
+    return CallInputs({"dout": dout, "gate_up": gate_up})
 
 
-def _make_fp8(case: Case, dtype: torch.dtype) -> Inputs:
+def _make_fp8(case: Case, dtype: torch.dtype) -> CallInputs:
     inputs = _make(case, dtype)
     product = reference.swiglu(inputs.tensors["gate_up"].double())
-    return Inputs(inputs.tensors, {"scale": draw.saturating_scale(product)})
+    return CallInputs(inputs.tensors, {"scale": random_inputs.saturating_scale(product)})
 
 
 def _backward(**arguments: Any) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from phi4_kernels.checks import (
     rows_of,
 )
 from phi4_kernels.errors import ShapeError
-from phi4_kernels.numerics import FP8
 from phi4_kernels.operators import register
+from phi4_kernels.reference_arithmetic import FP8
 from phi4_kernels.swiglu import torch_impl
 
 
@@ -56,7 +56,7 @@ def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
     if name == "torch":
         return torch_impl.swiglu(gate_up)
     rows = rows_of(gate_up)
-    return _SwiGLU.apply(rows, name).view(*gate_up.shape[:-1], width)
+    return _SwiGLUFunction.apply(rows, name).view(*gate_up.shape[:-1], width)
 
 
 @without_autocast
@@ -80,7 +80,7 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, *, implementation: str = "aut
     expect_shape("swiglu_linear", "weight", weight, (weight.shape[0], width), "[H, F]")
     expect_same_device("swiglu_linear", gate_up=gate_up, weight=weight)
     name = dispatch.resolve("swiglu", implementation, gate_up.device)
-    return _SwiGLULinear.apply(rows_of(gate_up), weight, name)
+    return _SwiGLULinearFunction.apply(rows_of(gate_up), weight, name)
 
 
 @without_autocast
@@ -160,7 +160,7 @@ def _backward(
     return _swiglu_backward(dout, gate_up, emit_product, name)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(gate_up)
@@ -174,7 +174,7 @@ class _SwiGLU(torch.autograd.Function):
         return _backward(rows_of(dout), gate_up, False, ctx.name)[0], None
 
 
-class _SwiGLULinear(torch.autograd.Function):
+class _SwiGLULinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weight: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(gate_up, weight)

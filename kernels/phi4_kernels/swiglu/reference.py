@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phi4_kernels.numerics import largest, quantized, widened
+from phi4_kernels.reference_arithmetic import largest, quantized, widened
 
 
 def _product(gate_up: Tensor) -> Tensor:

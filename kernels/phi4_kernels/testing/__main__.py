@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from phi4_kernels import cuda_library, dispatch, registry
-from phi4_kernels.testing import rows
+from phi4_kernels.testing import evidence_rows
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
 
@@ -43,7 +43,9 @@ def _numbers(options: argparse.Namespace) -> int:
         for name, message in result["red"].items():
             print(f"  {name}: {message}")
         if options.record:
-            rows.append(dispatch.CORRECTNESS_ROWS, rows.correctness(op, implementation, result))
+            evidence_rows.append(
+                dispatch.CORRECTNESS_ROWS, evidence_rows.correctness(op, implementation, result)
+            )
     return int(failures > 0)
 
 
@@ -55,7 +57,7 @@ def _run_numbers(op: str, implementation: str, on_gpu: bool) -> dict[str, Any]:
         return gates.red_cases(**arguments)
     if implementation == "gluon":
         from phi4_kernels.testing import gates
-        from phi4_kernels.testing.gluon_emulator import emulating
+        from phi4_kernels.testing.gluon.emulator import emulating
 
         with emulating():
             return gates.red_cases(**arguments)

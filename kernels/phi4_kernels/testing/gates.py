@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from phi4_kernels import registry
-from phi4_kernels.testing import numerics, operators
+from phi4_kernels.testing import numerics, opcheck
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -45,8 +45,8 @@ def check_numbers(
 
 
 def check_operators(entry: str, case: str, dtype: str) -> list[str]:
-    """torch's opcheck on the operators behind an entry; see operators.check."""
-    return operators.check(*_find(entry, case), DTYPES[dtype])
+    """torch's opcheck on the operators behind an entry; see opcheck.check."""
+    return opcheck.check(*_find(entry, case), DTYPES[dtype])
 
 
 def red_cases(op: str, implementation: str, device: str) -> dict[str, Any]:

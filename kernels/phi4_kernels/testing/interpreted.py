@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from phi4_kernels.errors import GateError
-from phi4_kernels.testing.plant import planted
+from phi4_kernels.testing import mutants
 
 
 class InterpretedProcess:
@@ -23,19 +23,19 @@ class InterpretedProcess:
     def __init__(self) -> None:
         self._child = _start()
 
-    def call(self, function: str, *, plant: tuple[str, ...] | None = None, **args: Any) -> Any:
+    def call(self, function: str, *, mutant: tuple[str, ...] | None = None, **args: Any) -> Any:
         """Run `module:function(**args)` there.
 
         Args:
             function: what to run; its result must be JSON.
-            plant: (op, file, old, new, ...), a mistake to run it under; see testing.plant.
+            mutant: (op, file, old, new, ...), what to change while it runs; see testing.mutants.
             args: JSON values.
 
         Raises:
             GateError: the function raised, or the process died.
         """
         try:
-            self._child.stdin.write(json.dumps([function, plant, args]) + "\n")
+            self._child.stdin.write(json.dumps([function, mutant, args]) + "\n")
             self._child.stdin.flush()
             answer = self._child.stdout.readline()
         except BrokenPipeError:
@@ -72,13 +72,13 @@ def _start() -> subprocess.Popen:
 
 
 def _answer(request: str) -> tuple[Any, str | None]:
-    name, plant, arguments = json.loads(request)
+    name, mutant, arguments = json.loads(request)
     module, _, function = name.partition(":")
     run = getattr(importlib.import_module(module), function)
     try:
-        if plant is None:
+        if mutant is None:
             return run(**arguments), None
-        with planted(*plant):
+        with mutants.mutant(*mutant):
             return run(**arguments), None
     except Exception as error:  # the caller is told, whatever it is
         return None, f"{type(error).__name__}: {error}"

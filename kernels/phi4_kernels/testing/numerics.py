@@ -10,8 +10,8 @@ from torch import Tensor
 
 from phi4_kernels import dispatch, interpreter
 from phi4_kernels.errors import GateError
-from phi4_kernels.registry import Case, Entry, Inputs
-from phi4_kernels.testing import draw, error_rule
+from phi4_kernels.registry import CallInputs, Case, Entry
+from phi4_kernels.testing import error_rule, random_inputs
 from phi4_kernels.testing.error_rule import Margin
 from phi4_kernels.testing.poison import poisoned
 
@@ -22,9 +22,9 @@ def _convert(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     return convert(value) if isinstance(value, Tensor) else value
 
 
-def converted(inputs: Inputs, convert: Callable[[Tensor], Tensor]) -> Inputs:
+def converted(inputs: CallInputs, convert: Callable[[Tensor], Tensor]) -> CallInputs:
     """The inputs with every tensor converted."""
-    return Inputs(
+    return CallInputs(
         {name: convert(tensor) for name, tensor in inputs.tensors.items()},
         {name: _convert(value, convert) for name, value in inputs.constants.items()},
     )
@@ -42,7 +42,7 @@ def outputs_of(result: Any) -> tuple[Tensor, ...]:
 
 def evaluate(
     function: Callable[..., Any],
-    inputs: Inputs,
+    inputs: CallInputs,
     gradients: tuple[Tensor, ...] | None,
     place: Callable[[Tensor], Tensor] = Tensor.clone,
 ) -> Results:
@@ -69,18 +69,18 @@ def evaluate(
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
-def incoming(entry: Entry, case: Case, inputs: Inputs) -> tuple[Tensor, ...] | None:
+def incoming(entry: Entry, case: Case, inputs: CallInputs) -> tuple[Tensor, ...] | None:
     """Random gradients of the entry's outputs, one per output; None without autograd."""
     if not entry.differentiable:
         return None
     outputs = outputs_of(entry.reference(**inputs.tensors, **inputs.constants))
     generator = case.generator()
     return tuple(
-        draw.rows(
+        random_inputs.rows(
             tuple(output.shape),
             output.dtype,
             generator,
-            high=draw.gradient_high(output.dtype),
+            high=random_inputs.gradient_high(output.dtype),
             strided=case.strided,
         )
         for output in outputs

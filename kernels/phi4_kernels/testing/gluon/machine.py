@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4_kernels.errors import GateError
-from phi4_kernels.testing.gluon_state import (
+from phi4_kernels.testing.gluon.state import (
     Access,
     Barrier,
     Copy,
@@ -37,7 +37,7 @@ class Schedule:
     seed: int = 0
 
 
-class _StoppedError(BaseException):
+class _ScheduleEndedError(BaseException):
     """Ends the threads of a failed machine."""
 
 
@@ -196,7 +196,7 @@ class Machine:
         try:
             if self._error is None:
                 function()
-        except _StoppedError:
+        except _ScheduleEndedError:
             pass
         except BaseException as error:
             self._error = self._error or error
@@ -211,7 +211,7 @@ class Machine:
         self._scheduler.release()
         me.baton.acquire()
         if self._error is not None:
-            raise _StoppedError
+            raise _ScheduleEndedError
         self._current = me
 
     def _next(self) -> None:

@@ -21,9 +21,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from phi4_kernels import dispatch, launch
 from phi4_kernels.dispatch import Choice
-from phi4_kernels.testing.gluon_language import KERNEL_MARK, replacements
-from phi4_kernels.testing.gluon_machine import Machine, Schedule
-from phi4_kernels.testing.gluon_values import Descriptor, Pointer, Value
+from phi4_kernels.testing.gluon.language import KERNEL_MARK, replacements
+from phi4_kernels.testing.gluon.machine import Machine, Schedule
+from phi4_kernels.testing.gluon.values import Descriptor, Pointer, Value
 
 
 def _rewritten(kernel: GluonJITFunction, machine: Machine) -> FunctionType:

@@ -1,10 +1,10 @@
-"""Plants a mistake in a file of an op: a gate that stays green on it is no gate.
+"""Mutants of an op, each a changed text in one of its files: every gate must turn red on them.
 
 A kernel is compiled, or interpreted, from the text of its file. Files of an implementation
 (`triton_*.py`, `gluon_*.py`) are therefore imported again, all of them together, with the changed
 one in place of the shipped one. The other files (`op.py`, `linear.py`, `torch_impl.py`, ...) hold
 plain functions, which callers have imported by name and which are registered with torch only once:
-there the mistake goes into the code objects of the living functions.
+there the change goes into the code objects of the living functions.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from phi4_kernels import registry
 
 
 @contextmanager
-def planted(op: str, file: str, *texts: str) -> Iterator[None]:
+def mutant(op: str, file: str, *texts: str) -> Iterator[None]:
     """Run `op` with texts of one of its files replaced.
 
     Args:
@@ -114,7 +114,7 @@ def _codes(code: CodeType) -> dict[str, CodeType]:
 
 
 def _without_lines(code: CodeType) -> CodeType:
-    """The code without its line numbers: a mistake may add or drop a line."""
+    """The code without its line numbers: a mutant may have a line more or less."""
     constants = (_without_lines(c) if isinstance(c, CodeType) else c for c in code.co_consts)
     return code.replace(co_firstlineno=1, co_linetable=b"", co_consts=tuple(constants))
 

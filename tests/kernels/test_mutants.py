@@ -1,4 +1,4 @@
-"""A mistake can be planted in every file of an op, reaches what runs, and is gone afterwards."""
+"""Every file of an op can be mutated; the mutant reaches what runs, and is gone afterwards."""
 
 import importlib
 
@@ -6,12 +6,16 @@ import pytest
 from phi4_kernels import attention, registry
 from phi4_kernels.errors import GateError
 from phi4_kernels.testing import gates
-from phi4_kernels.testing.plant import planted
+from phi4_kernels.testing.mutants import mutant
 
 # Plain functions: of torch's implementation, of a registered operator, of a class, of autograd.
 FUNCTIONS = {
     "torch_impl.py": ("losses * weights", "losses", "linear_cross_entropy"),
-    "products.py": ("wide = right.float()", "wide = 2 * right.float()", "linear_cross_entropy"),
+    "fp32_products.py": (
+        "wide = right.float()",
+        "wide = 2 * right.float()",
+        "linear_cross_entropy",
+    ),
     "chunks.py": (
         "step = max(1, self.layout.chunk_tokens // self.num_parts)\n",
         "step = max(1, self.layout.chunk_tokens // self.num_parts)\n        num_rows -= 1\n",
@@ -26,10 +30,10 @@ FUNCTIONS = {
 }
 
 
-def test_a_file_that_an_implementation_imports_can_be_planted() -> None:
+def test_a_file_that_an_implementation_imports_can_be_mutated() -> None:
     """That the kernels then compute something else is shown in test_numbers."""
     shipped, text = registry.implementation("attention", "triton"), "dweights - delta[:, None]"
-    with planted("attention", "triton_backward.py", text, "dweights"):
+    with mutant("attention", "triton_backward.py", text, "dweights"):
         other = registry.implementation("attention", "triton")
         assert text not in other.triton_backward._dq_block.src
         assert other.triton_backward.span is other.span is not shipped.span
@@ -39,11 +43,11 @@ def test_a_file_that_an_implementation_imports_can_be_planted() -> None:
 
 
 @pytest.mark.parametrize("file", FUNCTIONS)
-def test_every_file_of_plain_functions_can_be_planted(file: str) -> None:
+def test_every_file_of_plain_functions_can_be_mutated(file: str) -> None:
     old, new, entry = FUNCTIONS[file]
     case = {"cross_entropy": "v8200-all-terms", "linear_cross_entropy": "h32-v520-all-terms"}
     check = (entry, case[entry], "bf16", "torch")
-    with planted("cross_entropy", file, old, new), pytest.raises(GateError):
+    with mutant("cross_entropy", file, old, new), pytest.raises(GateError):
         gates.check_numbers(*check)
     assert gates.check_numbers(*check)
 
@@ -51,11 +55,11 @@ def test_every_file_of_plain_functions_can_be_planted(file: str) -> None:
 def test_a_text_that_is_absent_or_in_no_function_is_an_error() -> None:
     with (
         pytest.raises(ValueError, match="has no 'no such text'"),
-        planted("rope", "op.py", "no such text", ""),
+        mutant("rope", "op.py", "no such text", ""),
     ):
         pass
     with (
         pytest.raises(ValueError, match="no function of"),
-        planted("cross_entropy", "products.py", "_BLOCK_SUMMANDS = 512", "_BLOCK_SUMMANDS = 1"),
+        mutant("cross_entropy", "fp32_products.py", "_BLOCK_SUMMANDS = 512", "_BLOCK_SUMMANDS = 1"),
     ):
         pass

@@ -15,9 +15,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from phi4_kernels.errors import GateError
-from phi4_kernels.testing.gluon_machine import Machine
-from phi4_kernels.testing.gluon_state import Barrier, Product, Region
-from phi4_kernels.testing.gluon_values import Descriptor, Pointer, Value, plain, torch_dtype
+from phi4_kernels.testing.gluon.machine import Machine
+from phi4_kernels.testing.gluon.state import Barrier, Product, Region
+from phi4_kernels.testing.gluon.values import Descriptor, Pointer, Value, plain, torch_dtype
 
 KERNEL_MARK = "emulated:"
 """A name in the globals of emulated functions, by which their frames are known."""

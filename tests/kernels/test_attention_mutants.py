@@ -1,4 +1,4 @@
-"""Mistakes planted in the Triton kernels of attention: heads of other groups, and what is not
+"""Mutants of the Triton kernels of attention: heads of other groups, and what is not
 finite outside of a query's range."""
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ NEIGHBOURS = "tests.kernels.attention_checks:what_is_not_finite_stays_in_its_doc
 
 
 @pytest.fixture(scope="module")
-def planting() -> Iterator[InterpretedProcess]:
-    """A process of its own: a planted mistake may write where it should not."""
+def mutated() -> Iterator[InterpretedProcess]:
+    """A process of its own: a mutant may write where it should not."""
     process = InterpretedProcess()
     yield process
     process.close()
@@ -41,14 +41,12 @@ NOT_FINITE = {
 }
 
 
-@pytest.mark.parametrize("mistake", NOT_FINITE)
+@pytest.mark.parametrize("mutant", NOT_FINITE)
 def test_what_is_not_finite_is_held_to_its_document(
-    planting: InterpretedProcess, mistake: str
+    mutated: InterpretedProcess, mutant: str
 ) -> None:
     with pytest.raises(GateError, match="AssertionError"):
-        planting.call(
-            NEIGHBOURS, plant=("attention", *NOT_FINITE[mistake]), implementation="triton"
-        )
+        mutated.call(NEIGHBOURS, mutant=("attention", *NOT_FINITE[mutant]), implementation="triton")
 
 
 OF_HEAD, OF_ANOTHER = "head // group * stride_k_head", "head % (num_heads // group) * stride_k_head"
@@ -76,8 +74,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("mistake", CASES)
-def test_a_planted_mistake_turns_the_gate_red(planting: InterpretedProcess, mistake: str) -> None:
-    plant, (entry, case) = CASES[mistake]
+@pytest.mark.parametrize("mutant", CASES)
+def test_a_mutant_turns_the_gate_red(mutated: InterpretedProcess, mutant: str) -> None:
+    change, (entry, case) = CASES[mutant]
     with pytest.raises(GateError, match="error is"):
-        planting.call(GATE, plant=("attention", *plant), entry=entry, case=case, dtype="bf16")
+        mutated.call(GATE, mutant=("attention", *change), entry=entry, case=case, dtype="bf16")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from phi4_kernels.numerics import FP8_MAX, largest
+from phi4_kernels.reference_arithmetic import FP8_MAX, largest
 
 _GAP = 8
 

@@ -1,8 +1,8 @@
-"""Whether an implementation beats the one that it would replace, on this device.
+"""The speed gate: whether an implementation beats the one it would replace, on this device.
 
-    python -m phi4_kernels.bench.challenge --op attention
+    python -m phi4_kernels.bench.speed_gate --op attention
 
-Appends the row that `auto` asks for, see dispatch.is_faster: the challenger is taken only if it is
+Appends the row that `auto` asks for, see dispatch.is_faster: the candidate is taken only if it is
 faster in every pass of every bench case, timed interleaved, with the numbers of both green.
 """
 
@@ -18,32 +18,32 @@ from phi4_kernels.bench import ceilings, measure
 from phi4_kernels.bench.measure import Variant
 from phi4_kernels.errors import KernelError
 from phi4_kernels.registry import Entry
-from phi4_kernels.testing import rows
+from phi4_kernels.testing import evidence_rows
 
 
-def verdict(op: str, challenger: str, ratios: dict[str, float]) -> dict[str, Any]:
+def verdict(op: str, candidate: str, ratios: dict[str, float]) -> dict[str, Any]:
     """The row without the machine's columns.
 
     Args:
         op: both implementations'.
-        challenger: a key of dispatch.CHALLENGED.
+        candidate: the gated implementation, a key of dispatch.SPEED_GATED.
         ratios: its median time over that of the other, per pass.
     """
-    against = dispatch.CHALLENGED[challenger]
+    against = dispatch.SPEED_GATED[candidate]
     return {
         "op": op,
-        "implementation": challenger,
+        "implementation": candidate,
         "against": against,
-        "source": registry.source_digest(op, challenger),
+        "source": registry.source_digest(op, candidate),
         "against_source": registry.source_digest(op, against),
         "ratios": {name: round(ratio, 4) for name, ratio in ratios.items()},
         "faster": bool(ratios) and max(ratios.values()) < 1.0,
     }
 
 
-def ratios(entry: Entry, challenger: str) -> dict[str, float]:
-    """Median time of the challenger over that of the other, per case and pass, in bf16."""
-    names = (challenger, dispatch.CHALLENGED[challenger])
+def ratios(entry: Entry, candidate: str) -> dict[str, float]:
+    """Median time of the candidate over that of the other, per case and pass, in bf16."""
+    names = (candidate, dispatch.SPEED_GATED[candidate])
     for name in names:
         measure.require_green(entry, name)
     run = entry.timed or entry.function
@@ -61,10 +61,10 @@ def ratios(entry: Entry, challenger: str) -> dict[str, float]:
 
 
 def main() -> int:
-    """Run the contest; returns the exit status."""
-    options = argparse.ArgumentParser(prog="python -m phi4_kernels.bench.challenge")
+    """Run the gate; returns the exit status."""
+    options = argparse.ArgumentParser(prog="python -m phi4_kernels.bench.speed_gate")
     options.add_argument("--op", choices=registry.OPS, required=True)
-    options.add_argument("--implementation", choices=dispatch.CHALLENGED, default="gluon")
+    options.add_argument("--implementation", choices=dispatch.SPEED_GATED, default="gluon")
     chosen = options.parse_args()
     if not torch.cuda.is_available():
         print("no GPU on this machine: nothing was timed")
@@ -77,8 +77,8 @@ def main() -> int:
     except KernelError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    row = verdict(chosen.op, chosen.implementation, measured) | rows.machine()
-    rows.append(dispatch.SPEED_ROWS, row)
+    row = verdict(chosen.op, chosen.implementation, measured) | evidence_rows.machine()
+    evidence_rows.append(dispatch.SPEED_ROWS, row)
     print(f"{chosen.op}: {chosen.implementation} faster everywhere: {row['faster']}")
     return 0
 

@@ -1,4 +1,4 @@
-"""The contest between implementations: what its row says, and that `auto` reads it."""
+"""The speed gate between implementations: what its row says, and that `auto` reads it."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from phi4_kernels import dispatch
-from phi4_kernels.bench import challenge
+from phi4_kernels.bench import speed_gate
 
 
 @pytest.mark.parametrize(
@@ -18,16 +18,16 @@ from phi4_kernels.bench import challenge
         ({}, False),
     ],
 )
-def test_a_challenger_must_be_faster_everywhere(ratios: dict[str, float], faster: bool) -> None:
-    assert challenge.verdict("attention", "gluon", ratios)["faster"] is faster
+def test_a_candidate_must_be_faster_everywhere(ratios: dict[str, float], faster: bool) -> None:
+    assert speed_gate.verdict("attention", "gluon", ratios)["faster"] is faster
 
 
-def test_auto_reads_the_row_that_the_contest_writes(
+def test_auto_reads_the_row_that_the_speed_gate_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "speed.jsonl"
     monkeypatch.setattr(dispatch, "SPEED_ROWS", path)
-    row = challenge.verdict("attention", "gluon", {"t4096/forward": 0.8}) | {"device": "H200"}
+    row = speed_gate.verdict("attention", "gluon", {"t4096/forward": 0.8}) | {"device": "H200"}
     path.write_text(json.dumps(row) + "\n")
     assert dispatch.is_faster("attention", "gluon", "H200")
     assert not dispatch.is_faster("attention", "gluon", "H100")
@@ -37,6 +37,6 @@ def test_auto_reads_the_row_that_the_contest_writes(
 def test_without_a_gpu_nothing_is_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["challenge", "--op", "attention"])
-    assert challenge.main() == 2
+    monkeypatch.setattr("sys.argv", ["speed_gate", "--op", "attention"])
+    assert speed_gate.main() == 2
     assert "nothing was timed" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Mistakes planted in the Hopper kernels of attention: each must turn the emulated run red."""
+"""Mutants of the Hopper kernels of attention: each must turn the emulated run red."""
 
 import importlib
 import sys
@@ -18,7 +18,7 @@ FILES = ("gluon_rings", "gluon_forward", "gluon_dq", "gluon_dkdv")
 
 
 @contextmanager
-def planted(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
+def mutant(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
     """Copies of all kernels, one text of one file replaced."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -28,20 +28,20 @@ def planted(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
                 assert source.count(old) == 1, old
                 source = source.replace(old, new)
             for other in FILES:
-                source = source.replace(f"phi4_kernels.attention.{other} ", f"planted_{other} ")
-            (folder / f"planted_{name}.py").write_text(source)
-            patch.delitem(sys.modules, f"planted_{name}", raising=False)
+                source = source.replace(f"phi4_kernels.attention.{other} ", f"mutant_{other} ")
+            (folder / f"mutant_{name}.py").write_text(source)
+            patch.delitem(sys.modules, f"mutant_{name}", raising=False)
         importlib.invalidate_caches()
         for name, kernel in zip(FILES[1:], KERNELS, strict=True):
-            module = importlib.import_module(f"planted_{name}")
+            module = importlib.import_module(f"mutant_{name}")
             patch.setattr(gluon_impl, kernel, getattr(module, kernel))
         yield
 
 
-PLANTED = Problem(((300, 300, 5), (40, 0, 0), (130, 520, 3)))
+RAGGED = Problem(((300, 300, 5), (40, 0, 0), (130, 520, 3)))
 GROUPED = Problem(packed(5), num_heads=4, num_key_heads=2)
 """Heads n // 2 and n % 2 are different key heads."""
-MISTAKES = {
+MUTANTS = {
     "keys are not released": (
         "gluon_forward",
         "    release(k_ring, count, STAGES)\n    new_p",
@@ -158,7 +158,7 @@ MISTAKES = {
     ),
 }
 
-GROUP_MISTAKES = {
+GROUP_MUTANTS = {
     "forward": ("gluon_forward", "key + start, head // group", "key + start, head % (4 // group)"),
     "dq": ("gluon_dq", "key + start, head // group", "key + start, head % (4 // group)"),
     "dk and dv": (
@@ -169,23 +169,23 @@ GROUP_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", GROUP_MISTAKES)
+@pytest.mark.parametrize("name", GROUP_MUTANTS)
 def test_another_group_s_key_head_is_found(tmp_path: Path, name: str) -> None:
     with (
-        planted(tmp_path, *GROUP_MISTAKES[name]),
+        mutant(tmp_path, *GROUP_MUTANTS[name]),
         pytest.raises(GateError, match=r"error is|is .* off"),
     ):
         check(GROUPED, run(GROUPED))
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_planted_mistake_is_found(tmp_path: Path, name: str) -> None:
-    with planted(tmp_path, *MISTAKES[name]), pytest.raises(GateError):
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_found(tmp_path: Path, name: str) -> None:
+    with mutant(tmp_path, *MUTANTS[name]), pytest.raises(GateError):
         for schedule in SCHEDULES[:3]:
-            check(PLANTED, run(PLANTED, schedule))
+            check(RAGGED, run(RAGGED, schedule))
 
 
-def test_copies_without_a_mistake_are_green(tmp_path: Path) -> None:
-    with planted(tmp_path, "", "", ""):
-        for problem in (GROUPED, PLANTED):
+def test_unchanged_copies_are_green(tmp_path: Path) -> None:
+    with mutant(tmp_path, "", "", ""):
+        for problem in (GROUPED, RAGGED):
             check(problem, run(problem))
