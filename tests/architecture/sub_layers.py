@@ -32,9 +32,9 @@ SUB_LAYERS: Mapping[str, Layers] = {
         ("*",),
         ("testing",),
         ("testing.gluon",),
-        ("native",),
         ("dispatch", "operators"),
         ("autograd", "checks", "interpreter", "launch", "numerics", "registry"),
+        ("cuda_library",),
         ("errors",),
     ),
 }

@@ -14,10 +14,11 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from phi4_kernels.dispatch import Choice
 
 from phi4.config import ModelConfig, ParallelConfig, Recipe
 from phi4.engine.layout import Layout
-from phi4.engine.model.implementations import Choice, implementation_of
+from phi4.engine.model.implementations import implementation_of
 from phi4.engine.model.layer_spec import block_spec
 from phi4.engine.model.loss_head import LossHead
 from phi4.engine.model.micro_batch import MicroBatch

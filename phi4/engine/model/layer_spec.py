@@ -9,9 +9,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from phi4_kernels.dispatch import Choice
 
 from phi4.engine.model.attention import CoreAttention, Phi4SelfAttention
-from phi4.engine.model.implementations import Choice, implementation_of
+from phi4.engine.model.implementations import implementation_of
 from phi4.engine.model.layers import AddRMSNorm, Phi4Layer, RMSNorm, SwiGLU
 
 

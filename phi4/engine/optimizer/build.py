@@ -7,11 +7,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
+from phi4_kernels.dispatch import Choice
 
 from phi4.config import Recipe
 from phi4.engine.layout import Layout
 from phi4.engine.model.gpt import Phi4Model
-from phi4.engine.model.implementations import Choice, implementation_of
+from phi4.engine.model.implementations import implementation_of
 from phi4.engine.precision import torch_dtype
 
 
