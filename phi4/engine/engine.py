@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from phi4.config import Recipe
+from phi4.config.gradient_form import check_gradient_form
 from phi4.engine import step as steps
 from phi4.engine.layout import Layout, create_layout, destroy_layout
 from phi4.engine.model.gpt import (
@@ -20,8 +21,9 @@ from phi4.engine.model.gpt import (
     transformer_config,
     unshard,
 )
+from phi4.engine.model.host_batch import HostBatch, check_host_batches
 from phi4.engine.model.implementations import choose, implementation_of
-from phi4.engine.model.micro_batch import HostBatch, MicroBatches, to_device
+from phi4.engine.model.micro_batch import MicroBatches, to_device
 from phi4.engine.model.rope import RopeCache
 from phi4.engine.objective import Objective
 from phi4.engine.optimizer.build import build_optimizer, gather_parameters, wrap_data_parallel
@@ -79,7 +81,13 @@ class Engine:
         learning_rate: float,
         weight_decay: float | None = None,
     ) -> StepResult:
-        """One update over this data rank's micro-batches; see `step.train_step`."""
+        """One update over this data rank's micro-batches; see `step.train_step`.
+
+        Raises:
+            ConfigError: before any collective, when loss_head.form cannot serve the objective.
+            DataError: before any collective; see `check_host_batches`.
+        """
+        check_gradient_form(self.recipe.loss_head.form, objective.gradient)
         decay = self.recipe.optim.weight_decay if weight_decay is None else weight_decay
         with self.patches:
             self._set_training(True)
@@ -110,8 +118,13 @@ class Engine:
             return [self._whole_logits(piece) for piece in local]
 
     def to_device(self, batches: Sequence[HostBatch]) -> MicroBatches:
-        """Host batches as this rank's slices on its device, each when its turn comes."""
+        """Host batches as this rank's slices on its device, each when its turn comes.
+
+        Raises:
+            DataError: see `check_host_batches`.
+        """
         recipe = self.recipe
+        check_host_batches(batches, recipe.model.vocab_size)
         move = partial(
             to_device,
             layout=self.layout,

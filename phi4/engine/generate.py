@@ -10,20 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from phi4.data.stream.batch import Batch
 from phi4.engine.engine import Engine
 from phi4.errors import ConfigError
-
-
-class _Row:
-    """One document, padded, in the form the engine takes."""
-
-    def __init__(self, tokens: Sequence[int], length: int) -> None:
-        self.tokens = np.zeros((1, length), dtype=np.int64)
-        self.tokens[0, : len(tokens)] = tokens
-        self.labels = np.zeros_like(self.tokens)
-        self.loss_mask = np.zeros((1, length), dtype=np.float32)
-        self.cu_seqlens = np.array([0, length], dtype=np.int32)
-        self.positions = np.arange(length, dtype=np.int64)[None]
 
 
 def generate(
@@ -85,7 +74,7 @@ def _next_token(
     length = -(-len(tokens) // layout.sequence_multiple) * layout.sequence_multiple
     # Interleaved 1F1B takes micro-batches in groups as large as the pipeline.
     copies = layout.pp_size if layout.vpp_size > 1 else 1
-    logits = engine.logits([_Row(tokens, length)] * copies)
+    logits = engine.logits([_row(tokens, length)] * copies)
     choice = torch.zeros(1, dtype=torch.int64, device=engine.platform.device)
     if logits:
         scores_V = logits[0][0, len(tokens) - 1, : len(noise_V)].double().cpu()
@@ -95,3 +84,16 @@ def _next_token(
         choice += int(scores_V.argmax())
     dist.broadcast(choice, src=engine.platform.world_size - 1)
     return int(choice)
+
+
+def _row(tokens: list[int], length: int) -> Batch:
+    """One document, padded."""
+    padded = np.zeros((1, length), dtype=np.int64)
+    padded[0, : len(tokens)] = tokens
+    return Batch(
+        tokens=padded,
+        labels=np.zeros_like(padded),
+        loss_mask=np.zeros((1, length), dtype=np.float32),
+        cu_seqlens=np.array([0, length], dtype=np.int32),
+        positions=np.arange(length, dtype=np.int64)[None],
+    )

@@ -1,26 +1,112 @@
 """What a stage is to the engine: a loss over per-token log-probabilities.
 
-Stages know nothing of parallelism. The engine hands an objective this rank's slice of the tokens
-and `segment_sum`, which adds over tokens that context parallelism may have split.
+Stages know nothing of parallelism. The engine hands an objective this rank's columns of the rows
+(all of them without context parallelism), and `segment_sum` for sums over tokens that context
+parallelism may have split.
+
+How to write one. Everything that enters `Loss`, metrics included, is a sum, never a mean, and comes
+from one of two methods of `LossInputs`: `token_total` of a value per token, `segment_total` of a
+value per segment (or per pair of segments), made from `segment_sum`. Other reductions count twice
+or miss tokens when context ranks share a row. Direct preference optimisation, segment 2i chosen
+over segment 2i + 1, is:
+
+    class Preference:
+        metric_names = ("rewards/margins",)
+        gradient = "any"
+
+        def __call__(self, inputs: LossInputs, segment_sum: SegmentSum) -> Loss:
+            sums_N = segment_sum(inputs.log_probs_BS * inputs.loss_mask_BS)
+            rewards_N = 0.1 * (sums_N - inputs.segment_extras["reference"])
+            margins_P = rewards_N[0::2] - rewards_N[1::2]
+            num_pairs = inputs.segment_total(torch.ones_like(margins_P))
+            return Loss(
+                inputs.segment_total(-F.logsigmoid(margins_P)),
+                num_pairs,
+                {"rewards/margins": (inputs.segment_total(margins_P), num_pairs)},
+            )
+
+It may be called with a micro-batch that has no token that counts, or no segment; its sums are then
+0, and still part of autograd's graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-SegmentSum = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""(x [B, S], segment_ids [B, S] int64 in [0, n), n) -> sums [n] over all context ranks."""
+from phi4.config.gradient_form import GradientForm
+from phi4.errors import ConfigError
+
+# Shape legend: B rows, S columns of a context rank, N segments of the micro-batch, P any number of
+# values that are the same on every context rank.
+
+SegmentSum = Callable[[torch.Tensor], torch.Tensor]
+"""values [B, S] -> their sum in each segment [N], fp64, over all context ranks and with the
+gradient of all; tokens of no segment (id -1) are left out."""
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """One micro-batch as an objective sees it; a context rank has its columns of the rows.
+
+    Attributes:
+        log_probs_BS: fp32, of the labels.
+        loss_mask_BS: fp32, weight of each label.
+        segment_ids_BS: int64 in [0, num_segments), -1 for no segment; None when the batch has none.
+        num_segments: N.
+        alternative_log_probs_BS: fp32, of the second label of a position, 0 where there is none;
+            None when the batch has none.
+        alternative_mask_BS: bool, where there is a second label; None when the batch has none.
+        token_extras: the batch's, fp32 [B, S].
+        segment_extras: the batch's, [N, ...], the same on every context rank.
+        segment_share: 1 on the context rank that counts segments, 0 on the others.
+    """
+
+    log_probs_BS: torch.Tensor
+    loss_mask_BS: torch.Tensor
+    segment_ids_BS: torch.Tensor | None = None
+    num_segments: int = 0
+    alternative_log_probs_BS: torch.Tensor | None = None
+    alternative_mask_BS: torch.Tensor | None = None
+    token_extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    segment_extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    segment_share: float = 1.0
+
+    def token_total(self, values_BS: torch.Tensor) -> torch.Tensor:
+        """Sum of a value per token, fp64: this context rank's part.
+
+        Raises:
+            ConfigError: values are not [B, S].
+        """
+        if values_BS.shape != self.log_probs_BS.shape:
+            raise ConfigError(
+                f"token_total got values of shape {tuple(values_BS.shape)}; expected one per token "
+                f"{tuple(self.log_probs_BS.shape)}; use segment_total for sums of segments"
+            )
+        return values_BS.sum(dtype=torch.float64)
+
+    def segment_total(self, values_P: torch.Tensor) -> torch.Tensor:
+        """Sum of a value per segment, or per group of segments, fp64, counted on one context rank.
+
+        Raises:
+            ConfigError: values are not one-dimensional.
+        """
+        if values_P.dim() != 1:
+            raise ConfigError(
+                f"segment_total got values of shape {tuple(values_P.shape)}; expected [segments]; "
+                "use token_total for values per token"
+            )
+        return values_P.sum(dtype=torch.float64) * self.segment_share
 
 
 @dataclass(frozen=True)
 class Loss:
     """A micro-batch's part of the loss: the step minimises sum(loss_sum) / sum(weight_sum).
 
-    The sums run over all micro-batches, data ranks and context ranks. A loss made of segment sums
-    is the same on every context rank; its weight is counted as often, so the quotient is right.
+    The sums run over all micro-batches, data ranks and context ranks, so each is this rank's part:
+    see `LossInputs.token_total` and `LossInputs.segment_total`.
     """
 
     loss_sum: torch.Tensor
@@ -32,16 +118,24 @@ class Loss:
 class Objective(Protocol):
     """A stage's loss."""
 
-    metric_names: tuple[str, ...]
-    """Names of `Loss.metrics`; fixed, so that every rank reduces the same numbers."""
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of `Loss.metrics`; fixed, so that every rank reduces the same numbers."""
+        ...
 
-    def __call__(
-        self,
-        log_probs_BS: torch.Tensor,
-        loss_mask_BS: torch.Tensor,
-        segment_sum: SegmentSum,
-    ) -> Loss:
-        """Loss of one micro-batch from log-probabilities of its labels (fp32, context slice)."""
+    @property
+    def gradient(self) -> GradientForm:
+        """What the loss sum is of the log-probabilities; `loss_head.form` must be able to serve it.
+
+        See `phi4.config.gradient_form.check_gradient_form`.
+        """
+        ...
+
+    def __call__(self, inputs: LossInputs, segment_sum: SegmentSum) -> Loss:
+        """Loss of one micro-batch.
+
+        Every context rank calls `segment_sum` equally often and in the same order.
+        """
         ...
 
 
@@ -62,15 +156,31 @@ class _SumOverRanks(torch.autograd.Function):
         return total, None
 
 
-def make_segment_sum(context_group: dist.ProcessGroup) -> SegmentSum:
-    """`segment_sum` for these context ranks.
+def make_segment_sum(
+    segment_ids_BS: torch.Tensor | None, num_segments: int, context_group: dist.ProcessGroup
+) -> SegmentSum:
+    """`segment_sum` of one micro-batch.
 
-    Collectives (of the returned function): all-reduce of n numbers over the context group, forward
-    and backward.
+    Args:
+        segment_ids_BS: see `LossInputs`; None means that no token is in a segment.
+        num_segments: N.
+        context_group: ranks that share the rows.
+
+    Collectives (of the returned function): all-reduce of N fp64 numbers over the context group,
+    forward and backward; none without segments.
     """
 
-    def segment_sum(x: torch.Tensor, segment_ids: torch.Tensor, num_segments: int) -> torch.Tensor:
-        sums = x.new_zeros(num_segments).index_add(0, segment_ids.flatten(), x.flatten())
-        return sums if context_group.size() == 1 else _SumOverRanks.apply(sums, context_group)
+    def segment_sum(values_BS: torch.Tensor) -> torch.Tensor:
+        ids_BS = segment_ids_BS
+        if ids_BS is None:
+            ids_BS = torch.full(values_BS.shape, -1, device=values_BS.device)
+        # One place more: the id -1 is the last place. Unlike index_add this adds in one order on a
+        # GPU, too. What was a sum of hundreds in fp32 is looked at in differences.
+        places = values_BS.new_zeros(num_segments + 1, dtype=torch.float64)
+        values_T = values_BS.flatten().double()
+        sums_N = places.index_put((ids_BS.flatten(),), values_T, accumulate=True)[:-1]
+        if context_group.size() == 1 or num_segments == 0:
+            return sums_N
+        return _SumOverRanks.apply(sums_N, context_group)
 
     return segment_sum

@@ -17,7 +17,7 @@ from megatron.core.utils import get_model_config
 
 from phi4.engine.layout import Layout
 from phi4.engine.model.micro_batch import MicroBatch, MicroBatches
-from phi4.engine.objective import Loss, Objective, make_segment_sum
+from phi4.engine.objective import Loss, LossInputs, Objective, make_segment_sum
 from phi4.engine.optimizer.build import set_learning_rate
 from phi4.engine.patches import without_rewriting
 
@@ -184,10 +184,21 @@ def _device(chunks: Sequence[torch.nn.Module]) -> torch.device:
 def _loss_function(
     objective: Objective, totals: Totals, layout: Layout
 ) -> Callable[[torch.Tensor, MicroBatch], Loss]:
-    segment_sum = make_segment_sum(layout.groups.cp)
+    # Every context rank has all sums of segments: one of them counts.
+    segment_share = float(layout.cp_rank == 0)
 
     def loss_of(log_probs_BS: torch.Tensor, batch: MicroBatch) -> Loss:
-        loss = objective(log_probs_BS, batch.loss_mask_BS, segment_sum)
+        inputs = LossInputs(
+            log_probs_BS=log_probs_BS,
+            loss_mask_BS=batch.loss_mask_BS,
+            segment_ids_BS=batch.segment_ids_BS,
+            num_segments=batch.num_segments,
+            token_extras=batch.token_extras,
+            segment_extras=batch.segment_extras,
+            segment_share=segment_share,
+        )
+        segment_sum = make_segment_sum(batch.segment_ids_BS, batch.num_segments, layout.groups.cp)
+        loss = objective(inputs, segment_sum)
         totals.add(loss)
         return loss
 

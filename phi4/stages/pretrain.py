@@ -1,8 +1,7 @@
 """Pretraining: next-token loss over every token whose label counts."""
 
-import torch
-
-from phi4.engine.objective import Loss, SegmentSum
+from phi4.config.gradient_form import GradientForm
+from phi4.engine.objective import Loss, LossInputs, SegmentSum
 from phi4.stages.stage import Stage
 
 
@@ -13,13 +12,13 @@ class NextToken:
     """
 
     metric_names: tuple[str, ...] = ()
+    gradient: GradientForm = "masked_nll"
 
-    def __call__(
-        self, log_probs_BS: torch.Tensor, loss_mask_BS: torch.Tensor, segment_sum: SegmentSum
-    ) -> Loss:
-        """See `phi4.engine.objective.Objective`; sums in fp64."""
-        loss_sum = -(log_probs_BS * loss_mask_BS).sum(dtype=torch.float64)
-        return Loss(loss_sum, loss_mask_BS.sum(dtype=torch.float64))
+    def __call__(self, inputs: LossInputs, segment_sum: SegmentSum) -> Loss:
+        """See `phi4.engine.objective.Objective`."""
+        loss_mask_BS = inputs.loss_mask_BS
+        loss_sum = -inputs.token_total(inputs.log_probs_BS * loss_mask_BS)
+        return Loss(loss_sum, inputs.token_total(loss_mask_BS))
 
 
 STAGE = Stage(

@@ -50,10 +50,17 @@ class Squares:
     """Not linear in the log-probabilities, as DPO's loss is not."""
 
     metric_names = ()
+    gradient = "any"
 
-    def __call__(self, log_probs_BS, loss_mask_BS, segment_sum):
-        squares = log_probs_BS.square() * loss_mask_BS
-        return Loss(squares.sum(dtype=torch.float64), loss_mask_BS.sum(dtype=torch.float64))
+    def __call__(self, inputs, segment_sum):
+        squares_BS = inputs.log_probs_BS.square() * inputs.loss_mask_BS
+        return Loss(inputs.token_total(squares_BS), inputs.token_total(inputs.loss_mask_BS))
+
+
+class UndeclaredSquares(Squares):
+    """Says that it is what one pass serves."""
+
+    gradient = "masked_nll"
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +117,18 @@ def test_another_objective_is_right_with_recompute(pool: RankPool, truth: dict) 
         expect_equal(found, truth[Squares])
 
 
-def refused(rank: int, world_size: int) -> str:
+def refused(rank: int, world_size: int, objective: type) -> str:
     with engine_on(rank, tiny_recipe(*RECIPE, "loss_head.form=one_pass")) as engine:
         if engine is not None:
             try:
-                engine.train_step(batches_of(engine, 0), Squares(), learning_rate=LEARNING_RATE)
+                engine.train_step(batches_of(engine, 0), objective(), learning_rate=LEARNING_RATE)
             except ConfigError as error:
                 return str(error)
     return ""
 
 
-def test_another_objective_is_refused_in_one_pass(pool: RankPool) -> None:
-    text = pool.run(refused)[0]
+def test_a_wrongly_declared_objective_is_found_in_one_pass(pool: RankPool) -> None:
+    text = pool.run(refused, UndeclaredSquares)[0]
     assert text.startswith("loss_head.form=one_pass expects") and "\n" not in text
 
 

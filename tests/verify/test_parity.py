@@ -34,8 +34,8 @@ STEPS = 2
 class MeanOfMeans(NextToken):
     """The classic mistake: every micro-batch counts alike, however many tokens it has."""
 
-    def __call__(self, log_probs_BS, loss_mask_BS, segment_sum):
-        loss = super().__call__(log_probs_BS, loss_mask_BS, segment_sum)
+    def __call__(self, inputs, segment_sum):
+        loss = super().__call__(inputs, segment_sum)
         weight = loss.weight_sum.clamp_min(1.0)
         return Loss(loss.loss_sum / weight, weight / weight)
 

@@ -4,7 +4,8 @@ Boundaries and positions follow from the tokens alone, so every batch, served or
 by one function and a boundary can never disagree with the text.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,6 +21,14 @@ class Batch:
         cu_seqlens: [num_documents + 1] int32, where documents begin in the rows flattened in row
             order, closed by B * S; every row start is a boundary.
         positions: [B, S] int64, distance to the last boundary.
+        segment_ids: [B, S] int64, which segment each label counts for, in [0, num_segments), -1 for
+            none. Ids count within the batch; a segment is whatever an objective sums over, for
+            example one answer.
+        num_segments: N.
+        alternative_labels: [B, S] int64, a second label of the same position, -1 where there is
+            none: the rejected token of a pair that differs in one.
+        token_extras: name -> [B, S] float32, handed to the objective.
+        segment_extras: name -> [N, ...], handed to the objective: a reference's log-probabilities.
     """
 
     tokens: np.ndarray
@@ -27,6 +36,11 @@ class Batch:
     loss_mask: np.ndarray
     cu_seqlens: np.ndarray
     positions: np.ndarray
+    segment_ids: np.ndarray | None = None
+    num_segments: int = 0
+    alternative_labels: np.ndarray | None = None
+    token_extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    segment_extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def build_batch(
@@ -38,7 +52,7 @@ def build_batch(
     document_mask: bool = True,
     starts: np.ndarray | None = None,
 ) -> Batch:
-    """Derive boundaries and positions.
+    """Derive boundaries and positions; segments and extras are `dataclasses.replace`'s to add.
 
     Args:
         tokens: [B, S] integers.

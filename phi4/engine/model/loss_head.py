@@ -6,8 +6,9 @@ the recipe's choice (`loss_head.form`), and never changes by itself:
 * `logits`: all of a micro-batch, kept for backward, where their gradient takes their place.
 * `recompute`: some tokens' at a time, computed again in backward.
 * `one_pass`: some tokens' at a time, and in forward their gradients too. That needs the gradient of
-  the log-probabilities before there is a loss, so it serves only objectives whose loss sum is minus
-  the masked sum of log-probabilities; another one is an error on a CPU, NaN gradients on a GPU.
+  the log-probabilities before there is a loss, so it serves only objectives that declare it
+  (`Objective.gradient`); others are refused before the first step. One that declares it and has
+  another gives an error in backward on a CPU, and NaN gradients on a GPU, which cannot stop there.
 
 The last two add the weight's gradient to megatron-core's fp32 buffer themselves.
 """
@@ -65,7 +66,8 @@ class LossHead(ColumnParallelLinear):
             [B, S], fp32, the same on every tensor rank; and no bias.
 
         Raises:
-            ConfigError: in backward with one_pass on a CPU, when the objective is another one.
+            ConfigError: in backward with one_pass on a CPU, when the objective's gradient is not
+                what it declares.
 
         Collectives: of the parallel linear and one all-gather over tp, 12 bytes per token and rank;
             see phi4_kernels.cross_entropy.

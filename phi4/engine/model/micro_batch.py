@@ -5,9 +5,8 @@ rows flattened in row order, every row start a boundary. megatron's own `thd` fo
 its RoPE and context split assume that documents divide by the context size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,20 +15,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from phi4.config import ModelConfig
 from phi4.engine.layout import Layout
 from phi4.engine.model.document_ranges import Visible, visible_keys
+from phi4.engine.model.host_batch import HostBatch
 from phi4.engine.model.rope import RopeCache, rope_cos_sin
 
 # Shape legend: B rows, S local columns (a context slice), T = S * B tokens, D head dim, D2 half of
 # it, P positions.
-
-
-class HostBatch(Protocol):
-    """What the engine needs of a data batch (phi4.data.Batch); numpy arrays."""
-
-    tokens: np.ndarray  # [B, S_row] int64
-    labels: np.ndarray  # [B, S_row] int64
-    loss_mask: np.ndarray  # [B, S_row] float32
-    cu_seqlens: np.ndarray  # [documents + 1] int32, rows flattened
-    positions: np.ndarray  # [B, S_row] int64, restart at each document
 
 
 @dataclass
@@ -58,6 +48,10 @@ class MicroBatch:
     labels_BS: torch.Tensor
     loss_mask_BS: torch.Tensor
     documents: Documents
+    segment_ids_BS: torch.Tensor | None
+    num_segments: int
+    token_extras: Mapping[str, torch.Tensor]
+    segment_extras: Mapping[str, torch.Tensor]
 
 
 class MicroBatches:
@@ -140,4 +134,15 @@ def to_device(
         labels_BS=slice_of(batch.labels, torch.int64),
         loss_mask_BS=slice_of(batch.loss_mask, torch.float32),
         documents=documents,
+        segment_ids_BS=(
+            None if batch.segment_ids is None else slice_of(batch.segment_ids, torch.int64)
+        ),
+        num_segments=batch.num_segments,
+        token_extras={
+            name: slice_of(values, torch.float32) for name, values in batch.token_extras.items()
+        },
+        segment_extras={
+            name: torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+            for name, values in batch.segment_extras.items()
+        },
     )

@@ -1,0 +1,113 @@
+"""A data batch as the engine takes it, and what must hold before the first collective sees it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from phi4.errors import DataError
+
+# Shape legend: B rows, S columns of a whole row, N segments.
+
+
+class HostBatch(Protocol):
+    """What the engine needs of a data batch (phi4.data.stream.batch.Batch); numpy arrays."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[B, S] int64."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[B, S] int64."""
+        ...
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """[B, S] float32."""
+        ...
+
+    @property
+    def cu_seqlens(self) -> np.ndarray:
+        """[documents + 1] int32, rows flattened."""
+        ...
+
+    @property
+    def positions(self) -> np.ndarray:
+        """[B, S] int64, restart at each document."""
+        ...
+
+    @property
+    def segment_ids(self) -> np.ndarray | None:
+        """[B, S] int64 in [0, num_segments), -1 for no segment."""
+        ...
+
+    @property
+    def num_segments(self) -> int:
+        """N, of this micro-batch."""
+        ...
+
+    @property
+    def alternative_labels(self) -> np.ndarray | None:
+        """[B, S] int64, a second label of a position; -1 where there is none."""
+        ...
+
+    @property
+    def token_extras(self) -> Mapping[str, np.ndarray]:
+        """[B, S] float32 each."""
+        ...
+
+    @property
+    def segment_extras(self) -> Mapping[str, np.ndarray]:
+        """[N, ...] each."""
+        ...
+
+
+def check_host_batches(batches: Sequence[HostBatch], vocab_size: int) -> None:
+    """Check what an objective is given besides tokens, labels and their weights.
+
+    Raises:
+        DataError: an id, a label or a shape is out of range.
+    """
+    for batch in batches:
+        _check_segments(batch)
+        if batch.alternative_labels is not None:
+            _check_ids(
+                "alternative_labels", batch.alternative_labels, batch.tokens.shape, vocab_size
+            )
+        for name, values in batch.token_extras.items():
+            _check_shape(f"token_extras[{name!r}]", values.shape, batch.tokens.shape)
+
+
+def _check_segments(batch: HostBatch) -> None:
+    if batch.segment_ids is not None:
+        _check_ids("segment_ids", batch.segment_ids, batch.tokens.shape, batch.num_segments)
+    elif batch.num_segments:
+        raise DataError(
+            f"num_segments={batch.num_segments} in a batch without segment_ids; pass the segment "
+            "of each label, or num_segments=0"
+        )
+    for name, values in batch.segment_extras.items():
+        expected = (batch.num_segments, *values.shape[1:])
+        _check_shape(f"segment_extras[{name!r}]", values.shape, expected)
+
+
+def _check_ids(name: str, ids: np.ndarray, shape: tuple[int, ...], count: int) -> None:
+    _check_shape(name, ids.shape, shape)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise DataError(f"{name} is {ids.dtype}; expected integers; convert it to int64")
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (-1, -1)
+    if low < -1 or high >= count:
+        raise DataError(
+            f"{name} spans {low} to {high}; expected 0 to {count - 1}, or -1 for none; number "
+            "segments from 0 within a micro-batch, and take labels from the model's vocabulary"
+        )
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise DataError(
+            f"{name} has shape {found}; expected {expected}; pass one value per token, or per "
+            "segment for segment_extras"
+        )
