@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from phi4.config import Recipe
+from phi4.config.gradient_form import check_gradient_form
 from phi4.config.rules import Rule
 from phi4.engine.objective import Objective
+from phi4.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,5 +33,9 @@ class Stage:
                     f"source {source.name!r} has kind={source.kind}, and run.stage={stage} takes "
                     f"{accepted}; change the kind, or the stage"
                 )
+        try:
+            check_gradient_form(recipe.loss_head.form, self.make_objective(recipe).gradient)
+        except ConfigError as error:
+            yield str(error)
         for rule in self.rules:
             yield from rule(recipe)

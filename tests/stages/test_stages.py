@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,14 +56,21 @@ def test_unknown_stage_is_one_line_with_the_stages_there_are(
 
 def test_source_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = with_source(tiny_recipe(), kind="windows")
-    narrow = stage_of(recipe).__class__(
-        make_objective=lambda recipe: None, source_kinds=frozenset(("stream",))
-    )
+    narrow = replace(stage_of(recipe), source_kinds=frozenset(("stream",)))
     monkeypatch.setattr("phi4.stages.pretrain.STAGE", narrow)
     assert refusal(recipe) == (
         "source 's' has kind=windows, and run.stage=pretrain takes stream; change the kind, or the "
         "stage"
     )
+
+
+def test_loss_head_that_cannot_serve_the_objective_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = tiny_recipe("loss_head.form=one_pass")
+    check(recipe, stage_rules=[stage_of(recipe).violations])
+    monkeypatch.setattr("phi4.stages.pretrain.NextToken.gradient", "any")
+    assert "loss_head.form=one_pass" in refusal(recipe)
 
 
 def test_midtraining_needs_trained_weights() -> None:
