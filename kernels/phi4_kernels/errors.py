@@ -32,5 +32,9 @@ class ImplementationError(KernelError):
     """An implementation does not exist, cannot be imported or was never shipped for this size."""
 
 
+class UnavailableError(KernelError):
+    """A provider of the bench is not installed, or has no such op."""
+
+
 class GateError(KernelError):
     """A kernel failed a gate: wrong numbers, touched memory, or more resources than its budget."""

@@ -42,8 +42,11 @@ ONLY_IN = {
 """Third parties that one place owns."""
 
 KERNEL_PACKAGES = {"phi4_kernels", "torch", "triton", "numpy"} | set(sys.stdlib_module_names)
-KERNEL_PROVIDERS = "kernels/phi4_kernels/bench/providers/"
-"""Competitors in the bench: any third party, but imported when asked for only."""
+KERNEL_PROVIDERS = (
+    "kernels/phi4_kernels/bench/providers/",
+    "kernels/phi4_kernels/bench/roofline.py",
+)
+"""Competitors in the bench and its picture: any third party, but imported when asked for only."""
 
 RANK_FREE = ("phi4/data/", "phi4/rundir/", "phi4/track/", "phi4/model/", "phi4/oracles/")
 """Packages that are handed plain values and know no process group."""

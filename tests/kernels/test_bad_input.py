@@ -1,10 +1,12 @@
 """Wrong input is a typed error that names what was got, what is expected and what to change."""
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from phi4_kernels import errors
+from phi4_kernels import errors, registry
 from phi4_kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_fp8
 from phi4_kernels.rope import QKVLayout, rope_qkv, rope_tables
 from phi4_kernels.swiglu import swiglu, swiglu_backward, swiglu_linear
@@ -208,3 +210,23 @@ def test_every_message_has_a_remedy() -> None:
         with pytest.raises(errors.KernelError) as raised:
             call()
         assert str(raised.value).count(";") >= 1
+
+
+def _dropped_arguments(root: Path) -> list[str]:
+    """`file:line name` of functions that take *args or **kwargs and never read them."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            rest = {arg.arg for arg in (node.args.vararg, node.args.kwarg) if arg is not None}
+            read = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+            if rest - read:
+                found.append(f"{path.relative_to(root)}:{node.lineno} {node.name}")
+    return found
+
+
+def test_no_function_drops_arguments_that_it_does_not_know(tmp_path: Path) -> None:
+    assert _dropped_arguments(registry.ROOT) == []
+    (tmp_path / "a.py").write_text("def f(x, *_, **others):\n    return x\n")
+    assert _dropped_arguments(tmp_path) == ["a.py:1 f"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from phi4_kernels import registry
 from phi4_kernels.bench import ceilings, command, measure, report, timing
-from phi4_kernels.bench.providers import UnavailableError, function
-from phi4_kernels.errors import GateError
+from phi4_kernels.bench.providers import TABLE, attention, function
+from phi4_kernels.errors import GateError, KernelError, UnavailableError
 
 RATES = ceilings.Ceilings(4e12, 800e12)
 BENCHED = [
@@ -151,3 +151,30 @@ def test_an_absent_provider_says_why() -> None:
     with pytest.raises(UnavailableError, match="cudnn has no rms_norm"):
         function("cudnn", entry)
     assert function("torch", entry)(torch.ones(2, 4), torch.ones(4), 1e-5).shape == (2, 4)
+
+
+def test_a_provider_that_is_not_installed_is_named() -> None:
+    entry = registry.entries()["optimizer_step"]
+    with pytest.raises(UnavailableError, match=r"apex: No module named 'apex'.*install it"):
+        function("apex", entry)
+    with pytest.raises(UnavailableError, match=r"compile has no attention: .* 43 GB"):
+        function("compile", registry.entries()["attention"])
+
+
+def test_the_table_names_only_entries_that_exist() -> None:
+    assert {name for makers in TABLE.values() for name in makers} <= registry.entries().keys()
+
+
+def test_attention_by_document_is_the_entry_s_function_and_refuses_the_rest() -> None:
+    entry = registry.entries()["attention"]
+    documents = next(case for case in entry.proof_cases if case.name == "phi4-documents")
+    ranges = next(case for case in entry.proof_cases if case.name == "ranges")
+    inputs = entry.make(documents, torch.float32)
+    run = attention._by_document(torch.nn.attention.SDPBackend.MATH)
+    expected = entry.reference(**inputs.tensors, **inputs.constants)
+    torch.testing.assert_close(run(**inputs.tensors, **inputs.constants), expected)
+    with pytest.raises(TypeError, match="window"):
+        run(**inputs.tensors, **inputs.constants, window=64)
+    inputs = entry.make(ranges, torch.float32)
+    with pytest.raises(KernelError, match="expected packed documents"):
+        run(**inputs.tensors, **inputs.constants)

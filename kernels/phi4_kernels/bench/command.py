@@ -9,7 +9,7 @@ import torch
 
 from phi4_kernels import cuda_library, registry
 from phi4_kernels.bench import ceilings, measure, report
-from phi4_kernels.bench.providers import PROVIDERS
+from phi4_kernels.bench.providers import TABLE
 from phi4_kernels.errors import KernelError
 from phi4_kernels.testing import evidence_rows
 
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--against",
         default="torch,compile",
-        help=f"comma-separated: {', '.join(PROVIDERS)}; torch means the best of eager and compile",
+        help=f"comma-separated: {', '.join(TABLE)}; torch means the best of eager and compile",
     )
     options.add_argument("--implementation", help="of ours; triton, cuda for csrc's ops without it")
     options.add_argument("--dtype", choices=_DTYPES, default="bf16")
@@ -63,10 +63,10 @@ def _timed(options: argparse.Namespace) -> int:
     against = [name for name in options.against.split(",") if name]
     if "torch" in against and "compile" not in against:
         against.append("compile")
-    unknown = sorted(set(against) - set(PROVIDERS))
+    unknown = sorted(set(against) - set(TABLE))
     if unknown:
         raise KernelError(
-            f"--against {','.join(unknown)}: not known; expected some of {', '.join(PROVIDERS)}; "
+            f"--against {','.join(unknown)}: not known; expected some of {', '.join(TABLE)}; "
             "fix the list"
         )
     chosen = [entry for entry in registry.entries().values() if options.op in (None, entry.op)]

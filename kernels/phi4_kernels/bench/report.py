@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from phi4_kernels import registry
-from phi4_kernels.bench import ceilings, measure
+from phi4_kernels.bench import ceilings, measure, roofline
 
 ROOT = registry.ROOT.parent.parent
 ROWS = ROOT / "benchmarks" / "kernels.jsonl"
@@ -122,7 +122,5 @@ def write() -> list[Path]:
     PAGE.write_text(page(rows))
     if not rows:
         return [PAGE]
-    from phi4_kernels.bench.providers import pictures
-
-    pictures.roofline(latest(rows), PICTURE)
+    roofline.draw(latest(rows), PICTURE)
     return [PAGE, PICTURE]

@@ -230,7 +230,9 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable(_OP)
-    def backward(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dtotal: Tensor, dlosses: None, dlog_probs: None
+    ) -> tuple[Tensor | None, ...]:
         if ctx.overwritten:
             raise KernelError(
                 f"{_OP}: backward ran before; expected once, because the gradients are scaled in "

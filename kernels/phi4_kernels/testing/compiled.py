@@ -151,7 +151,7 @@ def _compiling(implementation: str) -> Iterator[dict[str, Any]]:
     chosen = partial(Choice, implementation=implementation, reason="compile only")
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(dispatch, "choose", lambda op, *_: chosen(op)),
+        mock.patch.object(dispatch, "choose", lambda op, requested, device: chosen(op)),
     ):
         yield kernels
 

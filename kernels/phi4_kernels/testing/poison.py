@@ -62,7 +62,7 @@ def poisoned() -> Iterator[Guard]:
     """Poison and guard all that `torch.empty` and `torch.empty_strided` allocate inside."""
     guard, builtin_strided = Guard(), torch.empty_strided
 
-    def empty(*size: Any, dtype: Any = None, device: Any = None, **others: Any) -> Tensor:
+    def empty(*size: Any, dtype: Any = None, device: Any = None) -> Tensor:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         layout = _EMPTY(shape, device="meta").stride()
         dtype = dtype or torch.get_default_dtype()

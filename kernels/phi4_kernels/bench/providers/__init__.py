@@ -1,47 +1,88 @@
-"""Other implementations to time against; each is imported only when it is asked for.
+"""Other implementations to time against: which provider has which entry, and how it is called.
 
-A provider module's FUNCTIONS make, per entry, what to call with the entry's inputs. The result is
+Third parties are imported inside functions, when a provider is asked for. A provider's result is
 held against the error rule like ours, and the row says whether it meets it.
 """
 
-import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from phi4_kernels.errors import KernelError
+from phi4_kernels.bench.providers import attention, layers, optimizers_and_casts, plain_torch
+from phi4_kernels.bench.providers import cross_entropy as loss
+from phi4_kernels.errors import UnavailableError
 from phi4_kernels.registry import Entry
 
-PROVIDERS = (
-    "torch",
-    "compile",
-    "torch-chunked",
-    "liger",
-    "te",
-    "cudnn",
-    "flash-attn",
-    "flash-attn-deterministic",
-    "flash-attn-3",
-    "flash-attn-3-deterministic",
-    "apex",
-)
-"""Names for `--against`. `torch` stands for the best of eager and compile."""
+Run = Callable[..., Any]
+"""Called with an entry's inputs, gives its outputs."""
+
+TABLE: dict[str, dict[str, Callable[[], Run]]] = {
+    "torch": {
+        "attention": attention.torch_flash,
+        "cross_entropy": partial(loss.of_logits, loss.torch_losses),
+        "cross_entropy_sharded": partial(loss.of_logits_with_gradient, loss.torch_losses),
+        "linear_cross_entropy": partial(loss.of_hidden, loss.torch_losses),
+        "summed_linear_cross_entropy": partial(loss.total_with_gradients, loss.torch_total),
+    },
+    "compile": {
+        "cross_entropy_sharded": partial(loss.of_logits_with_gradient, loss.compiled_losses),
+        "summed_linear_cross_entropy": partial(loss.total_with_gradients, loss.compiled_total),
+    },
+    "torch-chunked": {
+        "summed_linear_cross_entropy": partial(loss.total_with_gradients, loss.chunked_total)
+    },
+    "liger": {
+        "cross_entropy": partial(loss.of_logits, loss.liger_losses),
+        "cross_entropy_sharded": partial(loss.of_logits_with_gradient, loss.liger_losses),
+        "linear_cross_entropy": partial(loss.of_hidden, loss.liger_losses),
+        "summed_linear_cross_entropy": partial(loss.total_with_gradients, loss.liger_total),
+        "rms_norm": layers.liger_rms_norm,
+        "add_rms_norm": layers.liger_add_rms_norm,
+        "swiglu": layers.liger_swiglu,
+        "rope_qkv": layers.liger_rope_qkv,
+    },
+    "te": {
+        "cross_entropy": partial(loss.of_logits, loss.te_losses),
+        "cross_entropy_sharded": partial(loss.of_logits_with_gradient, loss.te_losses),
+        "rms_norm": layers.te_rms_norm,
+        "swiglu": layers.te_swiglu,
+        "optimizer_step": optimizers_and_casts.te_optimizer_step,
+        "fp8_cast_transpose": optimizers_and_casts.te_fp8_cast_transpose,
+    },
+    "cudnn": {"attention": attention.torch_cudnn},
+    "flash-attn": {
+        "attention": attention.flash_attn_2,
+        "rms_norm": layers.flash_attn_rms_norm,
+        "add_rms_norm": layers.flash_attn_add_rms_norm,
+        "swiglu": layers.flash_attn_swiglu,
+    },
+    "flash-attn-deterministic": {"attention": partial(attention.flash_attn_2, deterministic=True)},
+    "flash-attn-3": {"attention": attention.flash_attn_3},
+    "flash-attn-3-deterministic": {
+        "attention": partial(attention.flash_attn_3, deterministic=True)
+    },
+    "apex": {"optimizer_step": optimizers_and_casts.apex_optimizer_step},
+}
+"""By name for `--against`, then by entry. `torch` stands for the best of eager and compile."""
+
+OTHER_ENTRIES: dict[str, Callable[[Entry], Run]] = {
+    "torch": plain_torch.eager,
+    "compile": plain_torch.compiled,
+}
+"""What these providers run of the entries that the table does not name."""
 
 
-class UnavailableError(KernelError):
-    """The provider is not installed, or has no such op."""
-
-
-def function(provider: str, entry: Entry) -> Callable[..., Any]:
+def function(provider: str, entry: Entry) -> Run:
     """The provider's form of an entry.
 
     Raises:
-        UnavailableError: see there.
+        UnavailableError: it is not installed, or has no such op.
     """
-    module = provider.replace("-", "_")
     try:
-        found = importlib.import_module(f"phi4_kernels.bench.providers.{module}_provider")
-        return found.FUNCTIONS[entry.name](entry)
-    except KeyError:
-        raise UnavailableError(f"{provider} has no {entry.name}; expected one; drop it") from None
+        if entry.name in TABLE[provider]:
+            return TABLE[provider][entry.name]()
+        if provider in OTHER_ENTRIES:
+            return OTHER_ENTRIES[provider](entry)
     except ImportError as error:
         raise UnavailableError(f"{provider}: {error}; expected it installed; install it") from None
+    raise UnavailableError(f"{provider} has no {entry.name}; expected one; drop it")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 
-def roofline(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the newest rows of the device that was measured last.
 
     Args:
