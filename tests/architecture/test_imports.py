@@ -26,6 +26,10 @@ def test_packages_keep_the_rules() -> None:
     assert violations(ROOT) == []
 
 
+def test_no_files_import_each_other() -> None:
+    assert file_cycles(ROOT) == []
+
+
 @pytest.mark.parametrize(
     ("path", "text", "message"),
     [
