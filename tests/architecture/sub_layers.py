@@ -33,7 +33,7 @@ SUB_LAYERS: Mapping[str, Layers] = {
         ("testing",),
         ("testing.gluon",),
         ("dispatch", "operators"),
-        ("autograd", "checks", "interpreter", "launch", "numerics", "registry"),
+        ("autograd", "checks", "interpreter", "launch", "reference_arithmetic", "registry"),
         ("cuda_library",),
         ("errors",),
     ),
