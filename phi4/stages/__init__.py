@@ -28,7 +28,7 @@ def require_stage(recipe: Recipe) -> None:
     """
     if recipe.run.stage not in STAGES:
         raise ConfigError(
-            f"run.stage={recipe.run.stage!r} is not a stage; use {' or '.join(STAGES)}"
+            f"run.stage={recipe.run.stage!r} is not a stage; use one of {', '.join(STAGES)}"
         )
 
 

@@ -49,7 +49,8 @@ def test_unknown_stage_is_one_line_with_the_stages_there_are(
         main(["train", recipe, "run.stage=pretraining"])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line == ("ConfigError: run.stage='pretraining' is not a stage; use pretrain or midtrain")
+    names = ", ".join(STAGES)
+    assert line == f"ConfigError: run.stage='pretraining' is not a stage; use one of {names}"
     with pytest.raises(ConfigError):
         require_stage(tiny_recipe("run.stage=stage"))
 
