@@ -22,7 +22,7 @@ declare -A parts=(
     [engine]="ten steps on the GPU against the CPU, saved and resumed on either"
     [attention]="attention timed beside cuDNN and FlashAttention where they are installed"
     [loss_head]="cross-entropy and the chunked loss head timed"
-    [memory]="norms, SwiGLU, RoPE, AdamW, gradient norm and casts timed"
+    [memory]="every other op timed: norms, SwiGLU, RoPE, AdamW, gradient norm, casts"
     [hopper]="attention in Gluon: proven, then timed against Triton"
     [csrc]="tests marked gpu of the CUDA ops"
     [triton]="tests marked gpu of the Triton ops"
@@ -57,7 +57,10 @@ part_attention() {
         --against torch,cudnn,flash-attn,flash-attn-deterministic,flash-attn-3,flash-attn-3-deterministic
 }
 part_loss_head() { timed cross_entropy; }
-part_memory() { timed rms_norm swiglu rope adamw grad_norm fp8_cast; }
+part_memory() {
+    timed $("$python" -c 'from phi4_kernels.registry import OPS
+print(*(op for op in OPS if op not in ("attention", "cross_entropy")))')
+}
 part_hopper() {
     within "$python" -m phi4_kernels.testing numbers --op attention --implementation gluon --record
     within "$python" -m phi4_kernels.bench.speed_gate --op attention
