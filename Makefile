@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint gpu bench csrc budgets durations golden measured clean \
+.PHONY: help setup demo test test-all lint gpu bench csrc budgets durations golden measured picture clean \
 	prove-checkpoints prove-fresh
 
 export PYTHON ?= python3
@@ -68,6 +68,9 @@ durations: setup  ## record the CPU seconds of the test files, which order them
 
 measured: setup  ## fill README's table from the rows under benchmarks/
 	@.venv/bin/python -m tools.measured_table
+
+picture: setup  ## draw the packages and their imports into docs/architecture.md
+	@.venv/bin/python -m tools.package_picture
 
 golden: setup  ## write the golden losses of the recipes
 	@.venv/bin/python tools/golden_losses.py

@@ -9,11 +9,10 @@ from decimal import ROUND_CEILING, Context
 from pathlib import Path
 from typing import Any
 
+from tools.marked_block import replace_block
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-BEGIN = "<!-- measured: begin (generated from benchmarks/ by `make measured`) -->"
-END = "<!-- measured: end -->"
-
 Row = dict[str, Any]
 
 
@@ -102,16 +101,8 @@ def table(directory: Path) -> str:
 
 
 def with_table(readme: str, directory: Path) -> str:
-    """README's text with the table in its block.
-
-    Raises:
-        ValueError: the block's marks are missing.
-    """
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md has no block from {BEGIN} to {END}")
-    return f"{head}{begin}\n{table(directory)}\n{end}{tail}"
+    """README's text with the table in its block."""
+    return replace_block(readme, "measured", table(directory))
 
 
 def main() -> None:

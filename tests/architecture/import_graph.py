@@ -99,6 +99,11 @@ def cycles(graph: Graph) -> list[str]:
     return found
 
 
+def file_cycles(sources: Sequence[Source]) -> list[str]:
+    """Files that import each other, as `a -> b -> a`."""
+    return cycles(file_graph(sources))
+
+
 def without_shortcuts(graph: Graph) -> dict[str, set[str]]:
     """The transitive reduction of a graph without cycles: the same order in the fewest arrows."""
     return {

@@ -2,10 +2,9 @@
 
 import ast
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
-from tests.architecture.import_graph import Source, cycles, file_graph, package_of, read_sources
+from tests.architecture.import_graph import Source, package_of
 from tests.architecture.sub_layers import Layers, depth_in, sub_layer_violations
 
 LAYERS: Layers = (
@@ -64,9 +63,8 @@ ENVIRONMENT_READERS = (
 _ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
 
 
-def violations(root: Path) -> list[str]:
+def violations(sources: Sequence[Source]) -> list[str]:
     """Every broken rule as `path:line: what`; empty for a sound tree."""
-    sources = read_sources(root)
     broken = [
         f"{source.path}:{line}: {text}"
         for source in sources
@@ -75,11 +73,6 @@ def violations(root: Path) -> list[str]:
     ]
     # An import of two names breaks a rule once.
     return list(dict.fromkeys([*broken, *sub_layer_violations(sources)]))
-
-
-def file_cycles(root: Path) -> list[str]:
-    """Files that import each other, as `a -> b -> a`."""
-    return cycles(file_graph(read_sources(root)))
 
 
 def layers(source: Source) -> Iterator[tuple[int, str]]:

@@ -52,63 +52,71 @@ def depth_in(layers: Layers, name: str) -> int | None:
 
 def sub_layer_violations(sources: Sequence[Source]) -> list[str]:
     """Every import upward or sideways, as `path:line: what`, and every cycle of parts."""
-    return [line for package in SUB_LAYERS for line in _Package(package, sources).violations()]
+    return [line for package in SUB_LAYERS for line in Parts(package, sources).violations()]
 
 
-class _Package:
-    """The parts of one package.
+class Parts:
+    """The parts of one package and their imports of each other.
 
     Args:
-        name: dotted, a key of SUB_LAYERS.
+        package: dotted, a key of SUB_LAYERS.
         sources: all files.
     """
 
-    def __init__(self, name: str, sources: Sequence[Source]) -> None:
-        self.name = name
-        self.layers = SUB_LAYERS[name]
-        self.modules = {source.module for source in sources}
-        self.sources = [source for source in sources if self.holds(source.module)]
-        self.sub_packages = {
-            self.names(source.module)[0]: source
+    def __init__(self, package: str, sources: Sequence[Source]) -> None:
+        self.package = package
+        self.layers = SUB_LAYERS[package]
+        self.sources = [source for source in sources if source.module.startswith(f"{package}.")]
+        self._modules = {source.module for source in self.sources}
+        self._sub_packages = {
+            self._names(source.module)[0]: source
             for source in reversed(self.sources)
-            if len(self.names(source.module)) > 1 or source.path.endswith("/__init__.py")
+            if len(self._names(source.module)) > 1 or source.path.endswith("/__init__.py")
         }
 
-    def holds(self, module: str) -> bool:
-        return module.startswith(self.name + ".")
-
-    def names(self, module: str) -> list[str]:
-        return module.removeprefix(self.name + ".").split(".")
-
-    def part(self, module: str) -> str:
-        """The longest name with a layer that the module lies in, else its first name."""
-        names = self.names(module)
+    def part_of(self, module: str) -> str:
+        """The longest name with a layer that a module lies in, else its first name."""
+        names = self._names(module)
         prefixes = [".".join(names[:length]) for length in range(len(names), 0, -1)]
         named = (prefix for prefix in prefixes if depth_in(self.layers, prefix) is not None)
         return next(named, names[0])
 
     def depth(self, part: str) -> int | None:
+        """Layer of a part, 0 at the top; None where it has none."""
         depth = depth_in(self.layers, part)
-        if depth is None and part in self.sub_packages:
+        if depth is None and part in self._sub_packages:
             return depth_in(self.layers, "*")
         return depth
 
+    def graph(self) -> dict[str, set[str]]:
+        """Which part imports which other."""
+        graph: dict[str, set[str]] = {self.part_of(module): set() for module in self._modules}
+        for _, _, part, other in self._imports():
+            graph[part].add(other)
+        return graph
+
     def violations(self) -> Iterator[str]:
-        for name, source in sorted(self.sub_packages.items()):
+        """Sub-packages without a layer, imports that are not downward, and cycles."""
+        for name, source in sorted(self._sub_packages.items()):
             if self.depth(name) is None:
-                yield f"{source.path}:1: {self.name}.{name} has no layer; give it one in SUB_LAYERS"
-        graph: dict[str, set[str]] = {self.part(source.module): set() for source in self.sources}
+                text = f"{self.package}.{name} has no layer; give it one in SUB_LAYERS"
+                yield f"{source.path}:1: {text}"
+        for source, line, part, other in self._imports():
+            above, below = self.depth(part), self.depth(other)
+            if above is not None and below is not None and below <= above:
+                text = f"{part} may not import {other} of {self.package}: not a lower layer"
+                yield f"{source.path}:{line}: {text}"
+        for cycle in cycles(self.graph()):
+            yield f"parts of {self.package} import each other: {cycle}"
+
+    def _imports(self) -> Iterator[tuple[Source, int, str, str]]:
+        """File, line, its part and the other part that it imports."""
         for source in self.sources:
-            part = self.part(source.module)
-            above = self.depth(part)
+            part = self.part_of(source.module)
             for found in source.imports:
-                target = resolve(found.module, self.modules)
-                if target is None or not self.holds(target) or self.part(target) == part:
-                    continue
-                other = self.part(target)
-                graph[part].add(other)
-                below = self.depth(other)
-                if above is not None and below is not None and below <= above:
-                    text = f"{part} may not import {other} of {self.name}: not a lower layer"
-                    yield f"{source.path}:{found.line}: {text}"
-        yield from (f"parts of {self.name} import each other: {cycle}" for cycle in cycles(graph))
+                target = resolve(found.module, self._modules)
+                if target and self.part_of(target) != part:
+                    yield source, found.line, part, self.part_of(target)
+
+    def _names(self, module: str) -> list[str]:
+        return module.removeprefix(f"{self.package}.").split(".")

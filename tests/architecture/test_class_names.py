@@ -2,24 +2,24 @@
 
 import ast
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.architecture.import_graph import read_sources
-from tests.architecture.sizes import ROOT
+from tests.architecture.import_graph import Source, read_sources
 
 
-def shared_names(root: Path) -> list[str]:
+def shared_names(sources: Sequence[Source]) -> list[str]:
     """Names of top-level classes, private ones too, that several files define, with the files."""
     files: dict[str, list[str]] = defaultdict(list)
-    for source in read_sources(root):
+    for source in sources:
         for node in source.tree.body:
             if isinstance(node, ast.ClassDef):
                 files[node.name].append(source.path)
     return [f"{name}: {', '.join(paths)}" for name, paths in sorted(files.items()) if paths[1:]]
 
 
-def test_no_class_name_has_two_meanings() -> None:
-    assert shared_names(ROOT) == []
+def test_no_class_name_has_two_meanings(sources: Sequence[Source]) -> None:
+    assert shared_names(sources) == []
 
 
 def test_planted_namesakes_are_found(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_planted_namesakes_are_found(tmp_path: Path) -> None:
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    assert shared_names(tmp_path) == [
+    assert shared_names(read_sources(tmp_path)) == [
         "Plan: kernels/phi4_kernels/d.py, phi4/a.py",
         "_Run: phi4/a.py, phi4/b/c.py",
     ]

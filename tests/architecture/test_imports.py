@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.architecture.import_rules import file_cycles, violations
-
-ROOT = Path(__file__).parents[2]
+from tests.architecture.import_graph import Source, file_cycles, read_sources
+from tests.architecture.import_rules import violations
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -19,15 +19,15 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 def planted(root: Path, path: str, text: str) -> list[str]:
     write(root, {path: text})
-    return violations(root)
+    return violations(read_sources(root))
 
 
-def test_packages_keep_the_rules() -> None:
-    assert violations(ROOT) == []
+def test_packages_keep_the_rules(sources: Sequence[Source]) -> None:
+    assert violations(sources) == []
 
 
-def test_no_files_import_each_other() -> None:
-    assert file_cycles(ROOT) == []
+def test_no_files_import_each_other(sources: Sequence[Source]) -> None:
+    assert file_cycles(sources) == []
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_planted_import_within_a_package_is_found(
             "kernels/phi4_kernels/registry.py": "",
         },
     )
-    assert violations(tmp_path) == []
+    assert violations(read_sources(tmp_path)) == []
     found = planted(tmp_path, path, text)
     assert len(found) == 1
     assert message in found[0]
@@ -171,10 +171,10 @@ def test_planted_cycle_of_files_without_a_layer_is_found(tmp_path: Path) -> None
             "phi4/engine/objective.py": "",
         },
     )
-    assert violations(tmp_path) == []
+    assert violations(read_sources(tmp_path)) == []
     write(tmp_path, {"phi4/engine/session.py": "from phi4.engine.engine import Engine"})
     write(tmp_path, {"phi4/engine/engine.py": "import phi4.engine.step"})
-    assert violations(tmp_path) == [
+    assert violations(read_sources(tmp_path)) == [
         "parts of phi4.engine import each other: engine -> step -> session -> engine"
     ]
 
@@ -217,7 +217,7 @@ def test_planted_cycle_of_files_without_a_layer_is_found(tmp_path: Path) -> None
 )
 def test_planted_cycle_of_files_is_found(tmp_path: Path, files: dict[str, str], cycle: str) -> None:
     write(tmp_path, {f"phi4/{path}": text for path, text in files.items()})
-    assert file_cycles(tmp_path) == [cycle]
+    assert file_cycles(read_sources(tmp_path)) == [cycle]
 
 
 def test_files_in_one_order_are_no_cycle(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_files_in_one_order_are_no_cycle(tmp_path: Path) -> None:
             "phi4/q.py": "from phi4.p import f\nfrom phi4.p import a",
         },
     )
-    assert file_cycles(tmp_path) == []
+    assert file_cycles(read_sources(tmp_path)) == []
 
 
 def test_import_of_both_packages_is_lean(tmp_path: Path) -> None:
