@@ -1,5 +1,6 @@
 """The packages keep their layers, and every rule finds what breaks it."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.architecture.import_graph import Source, file_cycles, read_sources
-from tests.architecture.import_rules import violations
+from tests.architecture.import_rules import LAYERS, violations
+from tests.architecture.sizes import ROOT
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -24,6 +26,13 @@ def planted(root: Path, path: str, text: str) -> list[str]:
 
 def test_packages_keep_the_rules(sources: Sequence[Source]) -> None:
     assert violations(sources) == []
+
+
+def test_contributing_says_the_layers() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith("`cli` | "))
+    said = tuple(tuple(re.findall(r"`(\w+)`", layer)) for layer in line.split(" | "))
+    assert said == LAYERS[1:]
 
 
 def test_no_files_import_each_other(sources: Sequence[Source]) -> None:
