@@ -4,7 +4,7 @@ Every rank draws the whole global batch from its ledger and reads only its own r
 broadcast, all ranks hold the same state, and a checkpoint continues at any data-parallel size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import numpy as np
 
 from phi4.config import DataConfig, SourceConfig
 from phi4.data.stream.batch import Batch, build_batch
+from phi4.data.stream.kinds import open_source
 from phi4.data.stream.ledger import BlendEntry, Draws
 from phi4.data.stream.overlap import describe_overlaps
-from phi4.data.stream.sources import SourceManifest, read_source
-from phi4.data.stream.stream import Source, Stream
-from phi4.data.stream.units import ShardPool, UnitSource
-from phi4.data.stream.windows import WindowSource
+from phi4.data.stream.sources import read_source
+from phi4.data.stream.stream import Stream
+from phi4.data.stream.units import ShardPool
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import DataError, LayoutError
 
@@ -27,8 +27,8 @@ class Loader:
 
     Attributes:
         stream: where the batches are cut from.
-        notes: lines to show at the start: what was packed into rows and what was left out, by
-            source of windows, and which sources hold the same files.
+        notes: lines to show at the start: what each source says of itself, for example what was
+            packed into rows and what was left out, and which sources hold the same files.
     """
 
     def __init__(
@@ -44,7 +44,8 @@ class Loader:
             DataError: no source, a source is missing, damaged or from another tokenizer, or the
                 state does not belong to these sources.
         """
-        _check_names(data)
+        _require_weight(data.sources)
+        _require_own_names(data.sources)
         if data.sequence_length % data.unit_tokens:
             raise DataError(
                 f"data.sequence_length={data.sequence_length} is not a multiple of "
@@ -52,25 +53,44 @@ class Loader:
             )
         self._data = data
         self._tokenizer = tokenizer
+        self._seed = seed
         self._max_epochs = {source.name: source.max_epochs for source in data.sources}
         _make(data.cache_dir)
         self._manifests = {
             s.name: read_source(s.path, tokenizer, data.cache_dir) for s in data.sources
         }
-        sources = _cut(data, self._manifests, tokenizer)
-        whole_rows = any(source.whole_rows for source in sources)
+        pool = ShardPool(data.max_open_shards)
+        self._sources = [
+            open_source(config, self._manifests[config.name], pool, tokenizer, data)
+            for config in data.sources
+        ]
+        described = (source.describe() for source in self._sources)
+        self.notes = [*filter(None, described), *describe_overlaps(self._manifests)]
+        self.go_to(state)
+
+    def go_to(self, state: dict[str, Any] | None) -> None:
+        """Go on from a state of this loader or of an earlier one; None begins anew.
+
+        The sources stay open.
+
+        Raises:
+            DataError: the state does not belong to these sources.
+        """
+        data = self._data
+        whole_rows = any(source.whole_rows for source in self._sources)
         blend = BlendEntry(
             weights={source.name: source.weight for source in data.sources},
             drawn={},
             draw_units=data.sequence_length // data.unit_tokens if whole_rows else 1,
             weigh_by=data.weigh_by,
         )
-        self.notes = [
-            *(source.describe() for source in sources if source.whole_rows),
-            *describe_overlaps(self._manifests),
-        ]
         self.stream = Stream(
-            sources, blend, tokenizer, seed=seed, unit_tokens=data.unit_tokens, state=state
+            self._sources,
+            blend,
+            self._tokenizer,
+            seed=self._seed,
+            unit_tokens=data.unit_tokens,
+            state=state,
         )
 
     def next_step(
@@ -162,10 +182,8 @@ class HeldOut:
         Raises:
             DataError: as `Loader`.
         """
-        self._data = data.model_copy(update={"sources": data.held_out})
-        self._tokenizer = tokenizer
-        self._seed = seed
-        self._start = Loader(self._data, tokenizer, seed).state()
+        sources = data.model_copy(update={"sources": data.held_out})
+        self._loader = Loader(sources, tokenizer, seed)
 
     def batches(
         self,
@@ -178,6 +196,8 @@ class HeldOut:
     ) -> Iterator[list[Batch]]:
         """The first global batches of the held-out stream, one list of micro-batches for each.
 
+        One iteration at a time: each begins the stream anew.
+
         Args:
             num_batches: global batches.
             global_batch_size: rows of each, over all data-parallel ranks.
@@ -185,9 +205,9 @@ class HeldOut:
             dp_rank: which slice of the rows.
             dp_size: number of slices.
         """
-        loader = Loader(self._data, self._tokenizer, self._seed, self._start)
+        self._loader.go_to(None)
         for _ in range(num_batches):
-            yield loader.next_step(
+            yield self._loader.next_step(
                 global_batch_size=global_batch_size,
                 micro_batch_size=micro_batch_size,
                 dp_rank=dp_rank,
@@ -195,13 +215,29 @@ class HeldOut:
             )
 
 
-def _check_names(data: DataConfig) -> None:
-    if not any(source.weight for source in data.sources):
+def open_held_out(data: DataConfig, tokenizer: TokenizerFacts, seed: int) -> dict[str, HeldOut]:
+    """Every source of `data.held_out` on its own, by name.
+
+    Raises:
+        DataError: as `Loader`.
+    """
+    _require_own_names(data.held_out)
+    return {
+        source.name: HeldOut(data.model_copy(update={"held_out": (source,)}), tokenizer, seed)
+        for source in data.held_out
+    }
+
+
+def _require_weight(sources: Sequence[SourceConfig]) -> None:
+    if not any(source.weight for source in sources):
         raise DataError(
             "no data source with a weight above 0; name a .bin/.idx prefix under data.sources (or "
             "data.held_out), `phi4 data demo` writes some"
         )
-    names = [source.name for source in data.sources]
+
+
+def _require_own_names(sources: Sequence[SourceConfig]) -> None:
+    names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"two sources are named {name!r}; every source needs its own name")
@@ -216,29 +252,3 @@ def _make(cache_dir: str | None) -> None:
             f"data.cache_dir={cache_dir} cannot be made ({error.strerror}); name a directory that "
             "every rank can write to"
         ) from None
-
-
-def _cut(
-    data: DataConfig, manifests: Mapping[str, SourceManifest], tokenizer: TokenizerFacts
-) -> list[Source]:
-    pool = ShardPool(data.max_open_shards)
-    sources: list[Source] = []
-    for config in data.sources:
-        manifest = manifests[config.name]
-        if config.kind == "stream":
-            _check_conversations(config, manifest)
-            source = UnitSource(config.name, manifest, pool, tokenizer, data.unit_tokens)
-        else:
-            source = WindowSource(
-                config, manifest, pool, tokenizer, data.sequence_length, data.cache_dir
-            )
-        sources.append(source)
-    return sources
-
-
-def _check_conversations(source: SourceConfig, manifest: SourceManifest) -> None:
-    if source.overlong is None and any(shard.has_mask for shard in manifest.shards):
-        raise DataError(
-            f"source {source.name!r}: {manifest.path} holds conversations, which a stream cuts "
-            'anywhere; set kind="windows" to keep them whole, or overlong="cut" if that is meant'
-        )

@@ -6,18 +6,49 @@ unit, or one row in blends with a source of whole rows.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from phi4.data.permutation import permutation_key, permute
 from phi4.data.stream.ledger import BlendEntry, Draws, Ledger, SourceCount
-from phi4.data.stream.units import Rows, UnitSource
-from phi4.data.stream.windows import WindowSource
+from phi4.data.stream.units import Rows
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import DataError
 
-Source = UnitSource | WindowSource
+
+class Source(Protocol):
+    """What the stream draws from: pieces of a fixed size, numbered from 0.
+
+    Attributes:
+        name: as in the recipe.
+        content: sha256 that says what it holds and how that is cut.
+        num_units: pieces.
+        row_tokens: tokens in a piece.
+        whole_rows: whether a piece is a whole row; else a row may join several pieces.
+    """
+
+    name: str
+    content: str
+    num_units: int
+    row_tokens: int
+    whole_rows: bool
+
+    def describe(self) -> str:
+        """A line for the start of a run: what is served and what is left out; may be empty."""
+
+    def fill(self, unit: int, rows: Rows) -> None:
+        """Copy one piece into slices of [row_tokens]; what it does not fill is padding.
+
+        Raises:
+            DataError: an id is outside the vocabulary (names source, document, offset).
+        """
+
+    def loss_tokens(self, units: np.ndarray) -> np.ndarray:
+        """Labels of weight 1 in each piece, [n] int64, at least 1."""
+
+    def locate(self, unit: int, offset: int) -> str:
+        """Source, file, document and offset behind a token of a piece, in words."""
 
 
 class Stream:

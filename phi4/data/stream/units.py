@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from phi4.config import DataConfig, SourceConfig
 from phi4.data.files.token_file import TokenFile, check_ids
 from phi4.data.stream.sources import SourceManifest, SourceShard
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
@@ -83,7 +84,7 @@ class ShardPool:
 
 
 class UnitSource:
-    """An ordered list of shards under one name, addressed by unit.
+    """An ordered list of shards under one name, addressed by unit; a `Source`.
 
     Attributes:
         name: as in the recipe.
@@ -123,6 +124,33 @@ class UnitSource:
                 f"a unit has {unit_tokens} (data.unit_tokens), so every row would be padded; give "
                 'it more text, set kind="windows", or leave it out'
             )
+
+    @classmethod
+    def open(
+        cls,
+        config: SourceConfig,
+        manifest: SourceManifest,
+        pool: ShardPool,
+        tokenizer: TokenizerFacts,
+        data: DataConfig,
+    ) -> "UnitSource":
+        """As the recipe names it; see `kinds.OpenKind`.
+
+        Raises:
+            DataError: no shard fills a unit, or the shards hold conversations and the recipe does
+                not say that they may be cut.
+        """
+        if config.overlong is None and any(shard.has_mask for shard in manifest.shards):
+            raise DataError(
+                f"source {config.name!r}: {manifest.path} holds conversations, which a stream cuts "
+                'anywhere; set kind="windows" to keep them whole, or overlong="cut" if that is '
+                "meant"
+            )
+        return cls(config.name, manifest, pool, tokenizer, data.unit_tokens)
+
+    def describe(self) -> str:
+        """Nothing: every token is served."""
+        return ""
 
     def fill(self, unit: int, rows: Rows) -> None:
         """Copy one unit into [unit_tokens] slices; beyond a partial unit stands padding.

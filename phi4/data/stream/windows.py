@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from phi4.config import SourceConfig
+from phi4.config import DataConfig, SourceConfig
 from phi4.data.files.token_file import TokenFile, check_ids
 from phi4.data.stream.sources import SourceManifest
 from phi4.data.stream.units import Rows, ShardPool
@@ -18,7 +18,7 @@ from phi4.data.vocabulary.tokenizer import TokenizerFacts
 
 
 class WindowSource:
-    """Rows of whole documents under one name.
+    """Rows of whole documents under one name; a `Source`.
 
     Attributes:
         name: as in the recipe.
@@ -59,6 +59,22 @@ class WindowSource:
         self._shards = manifest.shards
         self._pool = pool
         self._tokenizer = tokenizer
+
+    @classmethod
+    def open(
+        cls,
+        config: SourceConfig,
+        manifest: SourceManifest,
+        pool: ShardPool,
+        tokenizer: TokenizerFacts,
+        data: DataConfig,
+    ) -> "WindowSource":
+        """As the recipe names it; see `kinds.OpenKind`.
+
+        Raises:
+            DataError: see `WindowTable`.
+        """
+        return cls(config, manifest, pool, tokenizer, data.sequence_length, data.cache_dir)
 
     def describe(self) -> str:
         """Documents, rows, and what became of documents that are no row's, in words."""
