@@ -121,10 +121,7 @@ class CheckpointDirectory:
             _remove(self.final)
         self.partial.rename(self.final)
         _sync_directory(self.root)
-        pointer = self.root / f".{LATEST_FILE}.partial"
-        write_durably(pointer, f"{self.final.name}\n".encode())
-        pointer.replace(self.root / LATEST_FILE)
-        _sync_directory(self.root)
+        _point_latest_at(self.final)
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep` checkpoints and the newest that any layout can load."""
@@ -134,6 +131,23 @@ class CheckpointDirectory:
         for old in complete:
             if old not in kept:
                 _remove(old)
+
+
+def remove_newer(root: Path, step: int) -> None:
+    """Make the newest checkpoint up to a step the newest of all; only the writer rank calls it.
+
+    `latest` points there before anything is removed, so a kill leaves one that can be loaded.
+    """
+    complete = complete_checkpoints(root)
+    kept = [path for path in complete if step_of(path) <= step]
+    if kept:
+        _point_latest_at(kept[-1])
+    for path in complete[len(kept) :]:
+        _remove(path)
+
+
+def _point_latest_at(checkpoint: Path) -> None:
+    replace_durably(checkpoint.parent / LATEST_FILE, f"{checkpoint.name}\n".encode())
 
 
 def _is_reshardable(checkpoint: Path) -> bool:
@@ -156,6 +170,14 @@ def write_durably(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Give a file new content, all of it or none, and wait until it is on the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    write_durably(partial, content)
+    partial.replace(path)
+    _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

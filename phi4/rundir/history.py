@@ -47,11 +47,14 @@ class RunHistory:
         return parse_recipe(tree, where=f"the recipe of step {step}")
 
     def units_since(self, step: int) -> int:
-        """Units of the stream that the steps from `step` to the newest checkpoint took."""
+        """Units of the stream from the first one of `step` to the newest checkpoint.
+
+        What roll backs skipped in between counts too.
+        """
         last = self.state.step
         changed = {change.step + 1 for change in self.state.history if step <= change.step < last}
         begins = sorted({step, *changed})
-        units = 0
+        units = sum(skip.units for skip in self.state.skips if skip.after_step >= step)
         for begin, end in zip(begins, [*begins[1:], last + 1], strict=True):
             then = self.recipe_at(begin)
             row_units = then.data.sequence_length // then.data.unit_tokens

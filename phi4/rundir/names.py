@@ -5,6 +5,7 @@ RUN/
   metrics.jsonl          one line per step
   mlflow_run_id          the run in MLflow that this run is shown as
   ledger.jsonl           what the data ledger counted, where a blend is weighed by loss tokens
+  roll_back.json         where the newest roll back went on from, and what data it skipped
   attempts/0000001.json  every start of the run, and who owns it now
   checkpoints/latest     the name of the newest checkpoint
   checkpoints/step_0000100/{manifest.json, recipe.toml, state.json, ...}
@@ -14,6 +15,7 @@ CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
 MLFLOW_ID_FILE = "mlflow_run_id"
 LEDGER_FILE = "ledger.jsonl"
+ROLL_BACK_FILE = "roll_back.json"
 ATTEMPTS_DIR = "attempts"
 CHECKPOINTS_DIR = "checkpoints"
 LATEST_FILE = "latest"

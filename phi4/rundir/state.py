@@ -26,6 +26,20 @@ class Change(msgspec.Struct, frozen=True):
     after: Any
 
 
+class Skip(msgspec.Struct, frozen=True):
+    """Data that a roll back skipped: it was drawn by steps that were undone."""
+
+    after_step: int
+    """The step that the run went back to; the next one begins behind the skipped data."""
+    last_undone: int
+    """Steps after_step + 1 up to this one were undone."""
+    units: int
+    """Units of the stream that were skipped."""
+    rows: int
+    """The same in rows of the recipe at that time."""
+    reason: str
+
+
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """Plain values, the same on every rank, saved in every checkpoint."""
 
@@ -36,6 +50,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     ledger_from: str = ""
     """Checkpoint whose ledger the run began with; empty for a run that began one."""
     history: tuple[Change, ...] = ()
+    skips: tuple[Skip, ...] = ()
 
     def to_json(self) -> str:
         """Text of state.json."""

@@ -44,14 +44,7 @@ class StepLog:
         self._path, self._say = path, say
         self._unwritten = b""
         self._last_step = -1
-        size = 0
-        if resume_step > 0:
-            for step, end in _steps(path):
-                if step > resume_step:
-                    break
-                self._last_step, size = step, end
-        # One system call: a kill leaves the file either as it was or as it should be.
-        os.ftruncate(self._file.fileno(), size)
+        self.rewind(resume_step)
 
     def start(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
         """The recipe lies beside the file."""
@@ -70,6 +63,30 @@ class StepLog:
                 if was_full
                 else f"{self._path}: no space on the disk; steps are kept in memory, free some"
             )
+
+    def rewind(self, step: int) -> None:
+        """Cut off what is recorded of later steps, for they happen again; 0 cuts everything.
+
+        Raises:
+            DataError: a line of the file is not a step's object.
+        """
+        self._last_step, size = -1, 0
+        if step > 0:
+            for found, end in _steps(self._path):
+                if found > step:
+                    break
+                self._last_step, size = found, end
+        # A line that the disk took in part goes on in memory.
+        behind = self._path.read_bytes()[size:] + self._unwritten if self._unwritten else b""
+        # One system call: a kill leaves the file either as it was or as it should be.
+        os.ftruncate(self._file.fileno(), size)
+        self._unwritten = b""
+        for line in behind.splitlines(keepends=True) if step > 0 else ():
+            found = _decoded(line, f"{self._path}, in memory")["step"]
+            if found > step:
+                break
+            self._last_step, self._unwritten = found, self._unwritten + line
+        self._write()
 
     def finish(self, status: str) -> None:
         """Close the file.

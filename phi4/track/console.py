@@ -62,7 +62,7 @@ class ConsoleTracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the step's loss, learning rate and speed, and how long the rest takes."""
-        is_news = "held_out_loss" in metrics or "skipped" in metrics
+        is_news = not _NEWS.isdisjoint(metrics)
         if self._bar:
             numbers = _numbers(metrics, _ON_THE_BAR)
             self._bar.update(self._bar.task_ids[0], completed=step, numbers=numbers)
@@ -76,6 +76,12 @@ class ConsoleTracker:
             self._last_line_at, self._unsaid = self._clock(), None
         else:
             self._unsaid = line
+
+    def rewind(self, step: int) -> None:
+        """Set the bar back; the line of an undone step is not shown any more."""
+        self._unsaid = None
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=step)
 
     def finish(self, status: Status) -> None:
         """Leave the terminal as it was."""
@@ -111,7 +117,12 @@ _TEXTS = {
     "learning_rate": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "skipped": "not finite: weights unchanged",
+    "rolled_back_from": "rolled back from step {:.0f}",
+    "skipped_rows": "{:,.0f} rows skipped",
 }
+_NEWS = {"held_out_loss", "skipped", "rolled_back_from"}
+"""What a log file never misses."""
+
 _IN_A_LINE = tuple(_TEXTS)
 _ON_THE_BAR = ("loss", "learning_rate", "tokens_per_second")
 

@@ -90,6 +90,13 @@ class MlflowTracker:
         except queue.Full:
             self._complain("it takes no more steps")
 
+    def rewind(self, step: int) -> None:
+        """Nothing: MLflow cannot forget a point.
+
+        It keeps those of undone steps and shows the later ones of the same steps beside them;
+        `rolled_back_from` of the next step tells where that begins.
+        """
+
     def finish(self, status: Status) -> None:
         """Send what is left and set the run's status, waiting no longer than the patience."""
         self._status = status

@@ -21,6 +21,9 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Once per step, steps increasing; an evaluation's results are among its step's metrics."""
 
+    def rewind(self, step: int) -> None:
+        """The run was rolled back: the steps after this one are undone and happen again."""
+
     def finish(self, status: Status) -> None:
         """Once, at the end, however the run ended."""
 
@@ -46,6 +49,12 @@ class Trackers:
         if self._record:
             self._record.log(step, metrics)
         self._show(lambda view: view.log(step, metrics))
+
+    def rewind(self, step: int) -> None:
+        """Cut the record, then tell the views."""
+        if self._record:
+            self._record.rewind(step)
+        self._show(lambda view: view.rewind(step))
 
     def finish(self, status: Status) -> None:
         """Finish all; the views also when the record fails."""

@@ -1,0 +1,90 @@
+"""A roll back on the disk: where the run goes on, and which data it never draws again.
+
+The run goes back to an earlier checkpoint and goes on behind all data that it had drawn. That
+checkpoint is not rewritten: `roll_back.json` holds the state that takes the place of its own. The
+roll back counts once this file is on the disk; what a kill leaves undone after it is done by the
+next start. The file stays, because a later start may have to fall back to that checkpoint again.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+from phi4.data.stream.ledger import parse_state
+from phi4.data.stream.replay import units_by_blend
+from phi4.errors import CheckpointError
+from phi4.rundir.checkpoints import checkpoints_dir, remove_newer, replace_durably
+from phi4.rundir.names import ROLL_BACK_FILE
+from phi4.rundir.state import RunState, Skip
+
+
+def continued_behind(
+    saved: RunState, drawn: RunState, *, row_units: int, reason: str = ""
+) -> RunState:
+    """A checkpoint's state, moved behind all data that was drawn after it.
+
+    Args:
+        saved: of the checkpoint.
+        drawn: of a later place of the same stream, whose steps after the checkpoint are undone.
+        row_units: units of a row.
+        reason: why they are; those of roll backs that are undone with them when empty.
+    """
+    kept = tuple(skip for skip in drawn.skips if skip.after_step <= saved.step)
+    folded = [skip for skip in drawn.skips if skip.after_step > saved.step]
+    units = _units_drawn(drawn) - _units_drawn(saved)
+    # Skips are only ever appended, so those of the checkpoint come first.
+    units -= sum(skip.units for skip in kept[len(saved.skips) :])
+    if units:
+        skip = Skip(
+            after_step=saved.step,
+            last_undone=max([drawn.step, *(skip.last_undone for skip in folded)]),
+            units=units,
+            rows=units // row_units,
+            reason=reason or "; ".join(skip.reason for skip in folded),
+        )
+        kept = (*kept, skip)
+    return msgspec.structs.replace(saved, data=drawn.data, skips=kept)
+
+
+def commit_roll_back(run_dir: Path, state: RunState) -> None:
+    """Make a roll back count, whatever happens next; only the writer rank calls it.
+
+    Args:
+        run_dir: of the run.
+        state: where it goes on; a checkpoint of its step exists.
+    """
+    replace_durably(run_dir / ROLL_BACK_FILE, state.to_json().encode())
+    remove_newer(checkpoints_dir(run_dir), state.step)
+
+
+def read_roll_back(run_dir: Path) -> RunState | None:
+    """The state that the newest roll back went on with; None without one.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = run_dir / ROLL_BACK_FILE
+    try:
+        return RunState.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); remove it to train on the data that was skipped"
+        ) from None
+
+
+def is_undone(saved: RunState, roll_back: RunState) -> bool:
+    """Whether a checkpoint is of steps that a roll back undid: it does not know of its skips."""
+    knows = saved.skips[: len(roll_back.skips)] == roll_back.skips
+    return saved.step > roll_back.step and not knows
+
+
+def follows_roll_back(state: RunState) -> bool:
+    """Whether no step was done since a roll back, so that no checkpoint holds this state yet."""
+    return bool(state.skips) and state.skips[-1].after_step == state.step
+
+
+def _units_drawn(state: RunState) -> int:
+    """Units of the stream before a place of it."""
+    return sum(units_by_blend(parse_state(state.data)))
