@@ -1,8 +1,9 @@
 """Held-out loss: the same documents at every evaluation, never trained on."""
 
+from collections.abc import Mapping
+
 from phi4.config import Recipe
 from phi4.data.stream.loader import HeldOut
-from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.train.hooks import Hook, Progress
@@ -12,23 +13,19 @@ class HeldOutLoss(Hook):
     """Measures `held_out_loss`, and `held_out_loss/NAME` for each source of `data.held_out`.
 
     The total weighs every token alike.
-
-    Raises:
-        DataError: a held-out source is missing or from another tokenizer.
     """
 
     def __init__(
-        self, recipe: Recipe, engine: Engine, objective: Objective, tokenizer: TokenizerFacts
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        objective: Objective,
+        sources: Mapping[str, HeldOut],
     ) -> None:
         self._recipe = recipe
         self._engine = engine
         self._objective = objective
-        self._sources = {
-            source.name: HeldOut(
-                recipe.data.model_copy(update={"held_out": (source,)}), tokenizer, recipe.run.seed
-            )
-            for source in recipe.data.held_out
-        }
+        self._sources = sources
 
     def measure(self, progress: Progress) -> dict[str, float]:
         """Evaluate when it is due."""

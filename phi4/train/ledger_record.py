@@ -3,25 +3,65 @@
 from pathlib import Path
 
 from phi4.config import Recipe
+from phi4.engine.agreement import decided_by_writer
+from phi4.engine.platform import Platform
 from phi4.rundir.ledger_log import counts_line
 from phi4.rundir.names import LEDGER_FILE
+from phi4.rundir.state import RunState
 from phi4.rundir.step_log import StepLog
-from phi4.train.hooks import Hook, Progress
+from phi4.train.hooks import CONTINUE, Continue, Hook, Progress
+from phi4.train.meter import roll_back_numbers
 
 
 class LedgerRecord(Hook):
-    """Writes the line of each step; one process of a run has this hook.
+    """Writes the line of each step, on the writer rank.
 
     Args:
         recipe: the run.
-        resume_step: the step that training goes on from; lines of later ones are cut off.
+        platform: this process.
     """
 
-    def __init__(self, recipe: Recipe, resume_step: int) -> None:
-        self._file = StepLog(Path(recipe.run.dir) / LEDGER_FILE, resume_step)
+    def __init__(self, recipe: Recipe, platform: Platform) -> None:
+        self._path = Path(recipe.run.dir) / LEDGER_FILE
+        self._platform = platform
+        self._file: StepLog | None = None
+        self._status = "finished"
 
-    def act(self, progress: Progress) -> None:
+    def start(self, state: RunState) -> None:
+        """Open the file and cut off the lines of later steps.
+
+        Raises:
+            DataError: a line of the file is damaged; on every rank.
+
+        Collectives: a broadcast of the outcome over all ranks.
+        """
+
+        def open_file() -> None:
+            self._file = StepLog(self._path, state.step)
+
+        decided_by_writer(self._platform, open_file)
+
+    def act(self, progress: Progress) -> Continue:
         """Write the counts of all sources."""
-        self._file.log(progress.step, counts_line(progress.state.data))
-        if progress.is_last:
-            self._file.finish("finished")
+        if self._file:
+            numbers = counts_line(progress.state.data) | roll_back_numbers(progress.state)
+            self._file.log(progress.step, numbers)
+        return CONTINUE
+
+    def rewind(self, state: RunState) -> None:
+        """Cut off the lines of undone steps."""
+        if self._file:
+            self._file.rewind(state.step)
+
+    def on_error(self, error: BaseException) -> None:
+        """Lines that the disk has no space for are lost with the run."""
+        self._status = "failed"
+
+    def close(self) -> None:
+        """Close the file.
+
+        Raises:
+            DiskFullError: a finished run's lines do not fit on the disk.
+        """
+        if self._file:
+            self._file.finish(self._status)

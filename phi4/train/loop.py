@@ -1,72 +1,99 @@
-"""The loop itself: batch, step, record, hooks, until the run is finished."""
+"""The loop itself: batch, step, record, hooks and what they decide, until the run ends."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
-from phi4.config import Recipe
 from phi4.data.stream.loader import Loader
-from phi4.engine.engine import Engine
-from phi4.engine.objective import Objective
 from phi4.rundir.state import RunState
-from phi4.train.hooks import Hook, Progress, Stopwatch
+from phi4.track import Status, Trackers
+from phi4.train.checkpointing import Checkpointer
+from phi4.train.hooks import Hook, Progress, RollBack, RunContext, SaveAndStop, running, strongest
+from phi4.train.meter import Stopwatch
+from phi4.train.roll_back import roll_back
 from phi4.train.schedule import next_rate, step_tokens
 
 
+@dataclass(frozen=True)
+class Ending:
+    """Where a run ended without an error, and as what."""
+
+    state: RunState
+    status: Status
+
+
 def train(
-    recipe: Recipe,
-    engine: Engine,
+    context: RunContext,
     loader: Loader,
-    objective: Objective,
     hooks: Sequence[Hook],
-    state: RunState,
-    *,
-    record: Callable[[int, dict[str, float]], None],
-) -> RunState:
-    """Train from `state` to `run.steps`.
+    checkpointer: Checkpointer,
+    trackers: Trackers,
+) -> Ending:
+    """Train from `context.state` to `run.steps`, or until a hook stops the run.
 
     Args:
-        recipe: the run.
-        engine: holds model and optimizer as of `state`.
-        loader: stands where `state.data` says.
-        objective: the stage's loss.
-        hooks: called by every rank in order.
-        state: completed steps.
-        record: takes (step, numbers) once per step; called on every rank.
+        context: the run.
+        loader: stands where `context.state.data` says.
+        hooks: called by every rank in order; started and closed here.
+        checkpointer: saves after the hooks' decisions.
+        trackers: take one record per step; silent on ranks other than the writer.
 
-    Collectives: those of `Engine.train_step` and of the hooks.
+    Raises:
+        Phi4Error: of the step, a hook or a save; the hooks were told, see `Hook`.
+
+    Collectives: those of `Engine.train_step`, of the hooks, of saves and of `roll_back`.
     """
-    batch = recipe.batch
+    state, total = context.state, context.recipe.run.steps
+    with running(hooks, state):
+        while state.step < total:
+            progress = _step(context, loader, state)
+            numbers: dict[str, float] = {}
+            for hook in hooks:
+                numbers |= hook.measure(progress)
+            trackers.log(progress.step, numbers)
+            decision = strongest([hook.act(progress) for hook in hooks])
+            if isinstance(decision, RollBack):
+                state = roll_back(context, progress.state, decision, rewind_records=trackers.rewind)
+                checkpointer.rewind()
+                for hook in hooks:
+                    hook.rewind(state)
+                continue
+            state = progress.state
+            stops = isinstance(decision, SaveAndStop) and not progress.is_last
+            checkpointer.save_when_due(progress, is_last=progress.is_last or stops)
+            if stops:
+                context.say(
+                    f"stopped after step {state.step} of {total}: {decision.reason}; the step is "
+                    "saved, and the same command goes on from it"
+                )
+                return Ending(state, decision.status)
+    return Ending(state, "finished")
+
+
+def _step(context: RunContext, loader: Loader, state: RunState) -> Progress:
+    """The step that follows a state."""
+    recipe, layout = context.recipe, context.engine.layout
+    watch = Stopwatch()
+    rate = next_rate(recipe, step=state.step, consumed_tokens=state.consumed_tokens)
+    batches = loader.next_step(
+        global_batch_size=recipe.batch.global_batch_size,
+        micro_batch_size=recipe.batch.micro_batch_size,
+        dp_rank=layout.dp_rank,
+        dp_size=layout.dp_size,
+    )
+    result = context.engine.train_step(batches, context.objective, learning_rate=rate)
     tokens = step_tokens(recipe)
-    layout = engine.layout
-    while state.step < recipe.run.steps:
-        watch = Stopwatch()
-        rate = next_rate(recipe, step=state.step, consumed_tokens=state.consumed_tokens)
-        batches = loader.next_step(
-            global_batch_size=batch.global_batch_size,
-            micro_batch_size=batch.micro_batch_size,
-            dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size,
-        )
-        result = engine.train_step(batches, objective, learning_rate=rate)
-        state = msgspec.structs.replace(
+    return Progress(
+        state=msgspec.structs.replace(
             state,
             step=state.step + 1,
             consumed_tokens=state.consumed_tokens + tokens,
             data=loader.state(),
-        )
-        progress = Progress(
-            state=state,
-            total_steps=recipe.run.steps,
-            step_tokens=tokens,
-            step_seconds=watch.lap(),
-            learning_rate=rate,
-            result=result,
-        )
-        numbers: dict[str, float] = {}
-        for hook in hooks:
-            numbers |= hook.measure(progress)
-        record(state.step, numbers)
-        for hook in hooks:
-            hook.act(progress)
-    return state
+        ),
+        total_steps=recipe.run.steps,
+        step_tokens=tokens,
+        step_seconds=watch.lap(),
+        learning_rate=rate,
+        result=result,
+    )

@@ -20,15 +20,11 @@ class Ownership(Hook):
     """Ends a run that no longer owns its directory; the first hook of a run.
 
     Args:
-        platform: this process.
         lease: on the writer rank; None on the others.
-        save_every: steps between checkpoints.
     """
 
-    def __init__(self, platform: Platform, lease: Lease | None, save_every: int) -> None:
-        self._platform = platform
+    def __init__(self, lease: Lease | None) -> None:
         self._lease = lease
-        self._save_every = save_every
 
     def measure(self, progress: Progress) -> dict[str, float]:
         """Nothing, and no record of the step where the directory was lost.
@@ -36,23 +32,24 @@ class Ownership(Hook):
         Raises:
             OwnershipError: on the writer rank.
         """
-        self._check()
-        return {}
-
-    def act(self, progress: Progress) -> None:
-        """Let no rank begin a checkpoint in a directory that was lost.
-
-        Raises:
-            OwnershipError: on every rank.
-
-        Collectives: a broadcast of the outcome over all ranks, when a save is due.
-        """
-        if progress.is_due(self._save_every):
-            decided_by_writer(self._platform, self._check)
-
-    def _check(self) -> None:
         if self._lease:
             self._lease.check()
+        return {}
+
+
+def require_ownership(platform: Platform, lease: Lease | None) -> None:
+    """Let no rank write checkpoints in a directory that was lost.
+
+    Args:
+        platform: this process.
+        lease: on the writer rank; None on the others.
+
+    Raises:
+        OwnershipError: on every rank.
+
+    Collectives: a broadcast of the outcome over all ranks.
+    """
+    decided_by_writer(platform, lambda: lease.check())
 
 
 @contextmanager

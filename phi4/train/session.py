@@ -19,21 +19,37 @@ from phi4.errors import CheckpointError, OwnershipError, TokenizerError
 from phi4.rundir import Lease
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint
 from phi4.rundir.names import CONFIG_FILE
+from phi4.rundir.roll_back import commit_roll_back, follows_roll_back
 from phi4.rundir.state import RunState, read_recipe
 from phi4.track import Trackers, open_trackers, recipe_params
-from phi4.train.checkpointing import (
-    Checkpointer,
-    first_state,
-    resume,
-)
+from phi4.train.checkpointing import Checkpointer
 from phi4.train.evaluation import HeldOutLoss
-from phi4.train.hooks import Hook, Meter
+from phi4.train.hooks import Hook, HookFactory, RunContext
 from phi4.train.ledger_record import LedgerRecord
 from phi4.train.loop import train
+from phi4.train.meter import Meter
 from phi4.train.ownership import Ownership, owned_run_dir
-from phi4.train.sources import open_loader, open_sources, opened_writer_first
+from phi4.train.resume import first_state, resume
+from phi4.train.sources import open_sources
 
 Say = Callable[[str], None]
+
+
+def _ledger_record(context: RunContext) -> Sequence[Hook]:
+    if context.recipe.data.weigh_by == "units":
+        return []
+    return [LedgerRecord(context.recipe, context.platform)]
+
+
+OWN_HOOKS: tuple[HookFactory, ...] = (
+    lambda context: [Ownership(context.lease)],
+    lambda context: [Meter()],
+    lambda context: [
+        HeldOutLoss(context.recipe, context.engine, context.objective, context.held_out)
+    ],
+    _ledger_record,
+)
+"""What every run does, in this order, before the hooks of its caller."""
 
 
 def run_training(
@@ -44,9 +60,11 @@ def run_training(
     allow_change: bool,
     attempt: int | None = None,
     job: str = "",
-    hooks: Sequence[Hook] = (),
+    hooks: Sequence[HookFactory] = (),
 ) -> RunState:
-    """Train a recipe to its last step, from its newest checkpoint where there is one.
+    """Train a recipe, from its newest checkpoint where there is one.
+
+    To its last step, or to one where a hook stops the run.
 
     Args:
         recipe: checked against the rules.
@@ -55,7 +73,7 @@ def run_training(
         allow_change: schedule keys may differ from the run's.
         attempt: the attempt whose lease on run.dir the launcher holds; None takes one here.
         job: Slurm job id, or empty.
-        hooks: called after the run's own.
+        hooks: what to make besides the run's own hooks, which are called before them.
 
     Raises:
         OwnershipError: another run owns run.dir, or took it over.
@@ -80,44 +98,45 @@ def _run(
     lease: Lease | None,
     allow_change: bool,
     say: Say,
-    hooks: Sequence[Hook],
+    hooks: Sequence[HookFactory],
 ) -> RunState:
     tokenizer = done_by_all(platform, partial(check_tokenizer, recipe))
     state = decided_by_writer(platform, partial(_fresh_state, recipe))
     # Before anything is built: a missing or foreign source is an error at once.
-    loader = open_sources(recipe, tokenizer, state, platform)
+    data = open_sources(recipe, tokenizer, state, platform)
+    source_hashes = data.loader.source_hashes()
     draws_weights = state is not None and recipe.run.init_from is None
     engine = Engine(recipe, platform, draws_weights=draws_weights)
     choices = (choice.describe() for choice in engine.choices)
-    for line in (platform.describe(), engine.layout.describe(), *choices, *loader.notes):
+    for line in (platform.describe(), engine.layout.describe(), *choices, *data.loader.notes):
         say(line)
     if state is None:
         state = resume(
-            recipe,
-            engine,
-            allow_change=allow_change,
-            say=say,
-            source_hashes=loader.source_hashes(),
+            recipe, engine, allow_change=allow_change, say=say, source_hashes=source_hashes
         )
-        loader = done_by_all(platform, partial(open_loader, recipe, tokenizer, state))
+        done_by_all(platform, partial(data.go_to, recipe, state))
     else:
         _begin(recipe, engine, state, say)
-    held_out = opened_writer_first(
-        platform, partial(HeldOutLoss, recipe, engine, objective, tokenizer)
+    context = RunContext(
+        recipe=recipe,
+        platform=platform,
+        engine=engine,
+        objective=objective,
+        tokenizer=tokenizer,
+        source_hashes=source_hashes,
+        held_out=data.held_out,
+        state=state,
+        lease=lease,
+        say=say,
     )
-    with _recorded(recipe, platform, lease, state.step, say) as (trackers, ledger):
-        own_hooks = [
-            Ownership(platform, lease, recipe.checkpoint.every),
-            Meter(),
-            held_out,
-            *ledger,
-            Checkpointer(recipe, engine, loader.source_hashes(), platform.ranks_per_host, say),
-        ]
-        state = train(
-            recipe, engine, loader, objective, [*own_hooks, *hooks], state, record=trackers.log
-        )
+    made = [hook for make in (*OWN_HOOKS, *hooks) for hook in make(context)]
+    checkpointer = Checkpointer(context)
+    trackers = _begin_record(context)
+    with _failure_recorded(trackers):
+        ending = train(context, data.loader, made, checkpointer, trackers)
+    trackers.finish(ending.status)
     engine.close()
-    return state
+    return ending.state
 
 
 def _fresh_state(recipe: Recipe) -> RunState | None:
@@ -159,32 +178,36 @@ def initialise_from(engine: Engine, place: Path, say: Say) -> None:
     say(f"initial weights from {checkpoint}")
 
 
-@contextmanager
-def _recorded(
-    recipe: Recipe, platform: Platform, lease: Lease | None, resume_step: int, say: Say
-) -> Iterator[tuple[Trackers, list[Hook]]]:
-    """The run's trackers, told how it ended, and on the writer the ledger's record.
+def _begin_record(context: RunContext) -> Trackers:
+    """The run's trackers, once this attempt begins to write.
 
-    What is recorded of steps after resume_step is cut off here: the attempt begins to write.
+    What is recorded of steps after the one it goes on from is cut off here.
 
     Collectives: a broadcast of the writer's outcome over all ranks.
     """
-    ledger: list[Hook] = []
-    opened = [open_trackers(recipe, resume_step=resume_step, is_writer=False)]
+    recipe, state = context.recipe, context.state
+    opened = [open_trackers(recipe, resume_step=state.step, is_writer=False)]
 
     def begin() -> None:
-        lease.begin()
-        config = Path(recipe.run.dir) / CONFIG_FILE
+        context.lease.begin()
+        run_dir = Path(recipe.run.dir)
+        if follows_roll_back(state):
+            # Whatever a kill left undone of it; and the state may be of a checkpoint before it.
+            commit_roll_back(run_dir, state)
+        config = run_dir / CONFIG_FILE
         config.write_text(dump_toml(recipe), encoding="utf-8")
-        if recipe.data.weigh_by != "units":
-            ledger.append(LedgerRecord(recipe, resume_step))
-        opened[:] = [open_trackers(recipe, resume_step=resume_step, is_writer=True, say=say)]
+        opened[:] = [open_trackers(recipe, resume_step=state.step, is_writer=True, say=context.say)]
         opened[0].start(recipe_params(recipe), [config])
 
-    decided_by_writer(platform, begin)
-    (trackers,) = opened
+    decided_by_writer(context.platform, begin)
+    return opened[0]
+
+
+@contextmanager
+def _failure_recorded(trackers: Trackers) -> Iterator[None]:
+    """Tell the trackers of a run that ends with an error."""
     try:
-        yield trackers, ledger
+        yield
     except OwnershipError:
         # The record and the run in MLflow are the new owner's now.
         raise
@@ -192,7 +215,6 @@ def _recorded(
         stopped = isinstance(error, KeyboardInterrupt)
         trackers.finish("interrupted" if stopped else "failed")
         raise
-    trackers.finish("finished")
 
 
 def check_tokenizer(recipe: Recipe) -> TokenizerFacts:

@@ -1,14 +1,16 @@
-"""Opening a run's data sources: the writer first, so what is kept beside the shards is made once.
+"""Opening a run's data sources: once, before anything is built, and the writer first.
 
 A thousand ranks that meet a new source at once would each read every shard's manifest and pack the
-same rows. What the writer finds wrong, every rank raises; a rank that fails alone is named.
+same rows, so the writer goes first and keeps both beside the shards. What the writer finds wrong,
+every rank raises; a rank that fails alone is named.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from phi4.config import Recipe
-from phi4.data.stream.loader import HeldOut, Loader
+from phi4.data.stream.loader import HeldOut, Loader, open_held_out
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.engine.agreement import decided_by_writer, done_by_all
 from phi4.engine.platform import Platform
@@ -17,38 +19,56 @@ from phi4.rundir.state import RunState
 Opened = TypeVar("Opened")
 
 
-def open_loader(recipe: Recipe, tokenizer: TokenizerFacts, state: RunState) -> Loader:
-    """A loader that goes on from a state to the run's last step.
+@dataclass(frozen=True)
+class RunData:
+    """The open sources of a run.
 
-    Raises:
-        DataError: a source is missing, damaged, not what the state's ledger counted, or would be
-            read more often than its `max_epochs`.
+    Attributes:
+        loader: serves `data.sources`.
+        held_out: sources of `data.held_out`, by name.
     """
-    loader = Loader(recipe.data, tokenizer, recipe.run.seed, state.data)
-    loader.require_epochs((recipe.run.steps - state.step) * recipe.batch.global_batch_size)
-    return loader
+
+    loader: Loader
+    held_out: Mapping[str, HeldOut]
+
+    def go_to(self, recipe: Recipe, state: RunState) -> None:
+        """Let the loader go on from a state to the run's last step.
+
+        Raises:
+            DataError: the state's ledger did not count these sources, or one would be read more
+                often than its `max_epochs`.
+        """
+        self.loader.go_to(state.data)
+        self.loader.require_epochs((recipe.run.steps - state.step) * recipe.batch.global_batch_size)
 
 
 def open_sources(
     recipe: Recipe, tokenizer: TokenizerFacts, state: RunState | None, platform: Platform
-) -> Loader:
-    """The run's loader, once the held-out sources were found as well.
+) -> RunData:
+    """The run's sources, open.
 
     Args:
         recipe: the run.
         tokenizer: whose ids the sources hold.
-        state: where the run begins; None where a checkpoint will tell, which leaves its ledger to
-            `open_loader`.
+        state: where the run begins; None where a checkpoint will tell, for `RunData.go_to`.
         platform: this process.
 
     Raises:
-        DataError: see `open_loader`.
+        DataError: a source is missing, damaged or from another tokenizer; or as `RunData.go_to`.
         PlatformError: a rank cannot read what the writer read.
 
     Collectives: a broadcast of the writer's outcome and an all-gather of the others' over all
     ranks.
     """
-    return opened_writer_first(platform, lambda: _open(recipe, tokenizer, state))
+
+    def open_all() -> RunData:
+        held_out = open_held_out(recipe.data, tokenizer, recipe.run.seed)
+        data = RunData(Loader(recipe.data, tokenizer, recipe.run.seed), held_out)
+        if state is not None:
+            data.go_to(recipe, state)
+        return data
+
+    return opened_writer_first(platform, open_all)
 
 
 def opened_writer_first(platform: Platform, open_it: Callable[[], Opened]) -> Opened:
@@ -62,11 +82,3 @@ def opened_writer_first(platform: Platform, open_it: Callable[[], Opened]) -> Op
     opened: list[Opened] = []
     decided_by_writer(platform, lambda: opened.append(open_it()))
     return done_by_all(platform, lambda: opened[0] if opened else open_it())
-
-
-def _open(recipe: Recipe, tokenizer: TokenizerFacts, state: RunState | None) -> Loader:
-    if recipe.data.held_out:
-        HeldOut(recipe.data, tokenizer, recipe.run.seed)
-    if state is None:
-        return Loader(recipe.data, tokenizer, recipe.run.seed)
-    return open_loader(recipe, tokenizer, state)

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import msgspec
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -21,14 +22,18 @@ from phi4.data.stream.loader import Loader
 from phi4.data.stream.replay import rewind
 from phi4.data.vocabulary.bpe import train_bpe
 from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
+from phi4.engine.platform import Platform
 from phi4.engine.step import StepResult
 from phi4.errors import CheckpointError, ConfigError, DataError
+from phi4.rundir.checkpoints import checkpoint_name, checkpoints_dir
 from phi4.rundir.names import LATEST_FILE, MANIFEST_FILE, RECIPE_FILE, STATE_FILE
-from phi4.rundir.state import RunState
+from phi4.rundir.roll_back import commit_roll_back, continued_behind
+from phi4.rundir.state import RunState, read_recipe, read_state
 from phi4.train.changes import with_changes
 from phi4.train.hooks import Progress
 from phi4.train.ledger_record import LedgerRecord
 
+ALONE = Platform("cpu", torch.device("cpu"), 0, 1, "test")
 SIZES = {"a": SourceCount(7), "b": SourceCount(9, whole_rows=True), "c": SourceCount(50)}
 WEIGHTS = st.dictionaries(st.sampled_from(sorted(SIZES)), st.sampled_from([0.2, 1.0]), min_size=1)
 RUN = {"seed": 1, "unit_tokens": 4}
@@ -125,16 +130,30 @@ class FakeRun:
         tokenizer = load_tokenizer(recipe.tokenizer)
         loader = Loader(recipe.data, tokenizer.facts, recipe.run.seed, self.state.data)
         size = recipe.batch.global_batch_size
-        record = LedgerRecord(recipe, self.state.step)
+        record = LedgerRecord(recipe, ALONE)
+        record.start(self.state)
         for step in range(self.state.step + 1, self.state.step + steps + 1):
             batches = loader.next_step(
                 global_batch_size=size, micro_batch_size=1, dp_rank=0, dp_size=1
             )
             self.served.append(batches)
-            record.act(_progress(RunState(step=step, data=loader.state())))
-        self.state = RunState(step=step, data=loader.state(), history=self.state.history)
+            self.state = msgspec.structs.replace(self.state, step=step, data=loader.state())
+            record.act(_progress(self.state))
+        record.close()
         if save:
             self._save()
+
+    def roll_back(self, step: int, reason: str) -> None:
+        """To the checkpoint of a step, behind all that was served."""
+        run, data = self.directory / "run", self.recipe.data
+        checkpoint = checkpoints_dir(run) / checkpoint_name(step)
+        saved, written = read_state(checkpoint), read_recipe(checkpoint)
+        saved = with_changes(saved, written, self.recipe, allow=True, say=[].append)
+        self.state = continued_behind(
+            saved, self.state, row_units=data.sequence_length // data.unit_tokens, reason=reason
+        )
+        commit_roll_back(run, self.state)
+        del self.served[step:]
 
     def _save(self) -> None:
         root = self.directory / "run" / "checkpoints"
@@ -266,6 +285,39 @@ def test_ledger_shows_asked_drawn_and_epochs(run: FakeRun) -> None:
     total = run.state.data["sources"]["mats"]
     epochs = total["drawn"] / total["num_units"]
     assert re.search(rf"mats +{total['drawn']} +{total['num_units']} +{epochs:.3f}", printed)
+
+
+@pytest.mark.parametrize("weigh_by", ["units", "loss_tokens"])
+def test_steps_around_roll_backs_are_found_again(
+    tmp_path: Path, ranks: Path, weigh_by: str
+) -> None:
+    """Two of them, the second one over a change of the batch and over the first one's end."""
+    run = FakeRun(tmp_path, ranks)
+    sources = [run.source("cats", "the cat", 0.3), run.source("mats", "a mat", 0.7)]
+    data = {"sequence_length": 16, "unit_tokens": 8, "weigh_by": weigh_by, "sources": sources}
+    run.train(2, data=data, batch={"global_batch_size": 4})
+    run.train(3, data=data, batch={"global_batch_size": 4})
+    run.roll_back(2, "spike")
+    run.train(1, data=data, batch={"global_batch_size": 4})
+    run.train(2, data=data, batch={"global_batch_size": 6})
+    run.roll_back(3, "NaN")
+    run.roll_back(3, "nothing was done since")
+    run.train(2, data=data, batch={"global_batch_size": 6})
+    tokenizer = load_tokenizer(run.recipe.tokenizer)
+    assert len(run.served) == run.state.step == 5
+    for step, batches in enumerate(run.served, start=1):
+        printed = phi4_data("why", run.directory / "run", "--step", step, "--sample", 1, "--show")
+        assert printed.split("---\n")[1] == tokenizer.decode(batches[1].tokens[0]) + "\n", step
+    shown = phi4_data("ledger", run.directory / "run")
+    assert "before this run" not in shown
+    assert "skipped 24 units (12 rows) after step 2: steps 3 to 5 were rolled back (spike)" in shown
+    assert "skipped 24 units (12 rows) after step 3: steps 4 to 5 were rolled back (NaN)" in shown
+    straight = Loader(run.recipe.data, tokenizer.facts, run.recipe.run.seed)
+    stream = straight.next_step(global_batch_size=48, micro_batch_size=1, dp_rank=0, dp_size=1)
+    expected = [*stream[:8], *stream[20:24], *stream[36:]]
+    rows = [row for batches in run.served for row in batches]
+    for row, of_stream in zip(rows, expected, strict=True):
+        assert np.array_equal(row.tokens, of_stream.tokens)
 
 
 @pytest.mark.parametrize(

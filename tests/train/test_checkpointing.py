@@ -7,8 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -19,8 +18,9 @@ from phi4.errors import DiskFullError, Phi4Error, PlatformError
 from phi4.rundir.names import RECIPE_FILE, STATE_FILE
 from phi4.rundir.state import RunState
 from phi4.stages.pretrain import NextToken
-from phi4.train.checkpointing import Checkpointer, resume
+from phi4.train.checkpointing import Checkpointer
 from phi4.train.hooks import Progress
+from phi4.train.resume import resume
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.hostile import read_index, sign, write_index
 from tests.support.ranks import RankPool
@@ -39,14 +39,17 @@ def _saves(outcomes: dict[int, Exception], *overrides: str) -> tuple[list[tuple[
             raise outcomes[step]
         return root / str(step)
 
+    context = Mock(recipe=recipe, say=said.append, source_hashes={})
     with (
+        patch(f"{CHECKPOINTING}.require_ownership"),
         patch(f"{CHECKPOINTING}.predicted_gather_bytes", return_value=1 << 50),
         patch(f"{CHECKPOINTING}.host_memory_bytes", return_value=1 << 30),
         patch(f"{CHECKPOINTING}.save_checkpoint", save),
     ):
-        hook = Checkpointer(recipe, SimpleNamespace(), {}, 1, said.append)
+        checkpointer = Checkpointer(context)
         for step in range(1, 61):
-            hook.act(Progress(RunState(step=step), 60, 1, 1.0, 0.1, None))
+            progress = Progress(RunState(step=step), 60, 1, 1.0, 0.1, None)
+            checkpointer.save_when_due(progress, is_last=progress.is_last)
     return tried, "\n".join(said)
 
 

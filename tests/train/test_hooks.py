@@ -4,7 +4,8 @@ import pytest
 
 from phi4.engine.step import StepResult
 from phi4.rundir.state import RunState
-from phi4.train.hooks import Meter, Progress
+from phi4.train.hooks import Progress
+from phi4.train.meter import Meter
 
 
 @pytest.mark.parametrize("updated", [True, False])

@@ -4,9 +4,11 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phi4.engine.platform import Platform
 from phi4.engine.step import StepResult
 from phi4.errors import DataError
 from phi4.rundir.ledger_log import recorded_counts
@@ -16,14 +18,18 @@ from phi4.train.hooks import Progress
 from phi4.train.ledger_record import LedgerRecord
 from tests.support.engines import tiny_recipe
 
+ALONE = Platform("cpu", torch.device("cpu"), 0, 1, "test")
+
 
 def write(run: Path, steps: range, resume_step: int = 0, factor: int = 1) -> None:
-    record = LedgerRecord(tiny_recipe(f"run.dir={run}"), resume_step)
+    record = LedgerRecord(tiny_recipe(f"run.dir={run}"), ALONE)
+    record.start(RunState(step=resume_step))
     for step in steps:
         drawn = factor * 10**step
         sources = {name: {"drawn": drawn, "loss_tokens": 7 * drawn} for name in ("web", "a/b")}
         state = RunState(step=step, data={"sources": sources})
         record.act(Progress(state, steps[-1], 1, 1.0, 1.0, Mock(spec=StepResult)))
+    record.close()
 
 
 def counts(step: int, factor: int = 1) -> dict[str, tuple[int, int]]:

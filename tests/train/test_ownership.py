@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, chdir
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -19,11 +19,12 @@ from phi4.engine.platform import Platform, connect, disconnect
 from phi4.errors import OwnershipError, Phi4Error
 from phi4.rundir import Lease, this_process
 from phi4.rundir.lease import take_lease
+from phi4.rundir.state import RunState
 from phi4.rundir.step_log import read_metrics
 from phi4.stages.pretrain import NextToken
 from phi4.track import Trackers
-from phi4.train.hooks import Hook, Progress
-from phi4.train.ownership import Ownership
+from phi4.train.checkpointing import Checkpointer
+from phi4.train.hooks import CONTINUE, Continue, Hook, HookFactory, Progress
 from phi4.train.session import run_training
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, gloo_group, rendezvous
@@ -58,12 +59,15 @@ class TakenOver(Hook):
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "attempts" / "0000001.json"
 
-    def act(self, progress: Progress) -> None:
+    def act(self, progress: Progress) -> Continue:
         if progress.step == 1:
             (self._path.with_name("0000002.json")).write_bytes(self._path.read_bytes())
+        return CONTINUE
 
 
-def outcome(rank: int, root: Path, overrides: tuple[str, ...], hooks: tuple[Hook, ...] = ()) -> str:
+def outcome(
+    rank: int, root: Path, overrides: tuple[str, ...], hooks: tuple[HookFactory, ...] = ()
+) -> str:
     """How a run of this rank ends."""
     recipe = tiny_recipe(*RECIPE, *overrides)
     size = recipe.parallel.model_parallel_size
@@ -105,8 +109,9 @@ FILE_SYSTEM_QUESTIONS = (
     "phi4.train.session.latest_checkpoint",
     "phi4.train.session.first_state",
     "phi4.train.session.read_recipe",
-    "phi4.train.checkpointing.read_recipe",
-    "phi4.train.checkpointing.read_state",
+    "phi4.train.resume.read_recipe",
+    "phi4.train.resume.read_state",
+    "phi4.train.resume.read_roll_back",
     "phi4.engine.checkpoint.search.complete_checkpoints",
     "phi4.engine.checkpoint.search.find_checkpoint",
     "phi4.engine.checkpoint.search.latest_checkpoint",
@@ -138,7 +143,7 @@ def lose(rank: int, world_size: int, root: Path) -> tuple[str, list[str]]:
         rendezvous()
         return "", []
     with patch.object(Trackers, "finish") as finish:
-        said = outcome(rank, root, ("run.dir=run",), (TakenOver(root / "run"),))
+        said = outcome(rank, root, ("run.dir=run",), (lambda _: [TakenOver(root / "run")],))
         return said, [str(call) for call in finish.mock_calls]
 
 
@@ -153,10 +158,13 @@ def test_owner_that_was_replaced_writes_nothing_more(pool, root) -> None:
 def stop_before_a_save(rank: int, world_size: int, run_dir: Path) -> str:
     platform = Platform("cpu", torch.device("cpu"), rank, world_size, "test")
     lease = Lease(run_dir, 1, this_process()) if rank == 0 else None
-    progress = Progress(None, 9, 1, 1.0, 0.0, None)
-    with gloo_group(rank, world_size), patch.object(Progress, "is_due", lambda *_: True):
+    context = Mock(recipe=tiny_recipe(), platform=platform, lease=lease)
+    progress = Progress(RunState(step=9), 9, 1, 1.0, 0.0, None)
+    with gloo_group(rank, world_size), ExitStack() as stack:
+        for question in ("predicted_gather_bytes", "host_memory_bytes"):
+            stack.enter_context(patch(f"phi4.train.checkpointing.{question}"))
         with pytest.raises(OwnershipError) as lost:
-            Ownership(platform, lease, 1).act(progress)
+            Checkpointer(context).save_when_due(progress, is_last=True)
         return str(lost.value)
 
 

@@ -1,0 +1,80 @@
+"""A roll back in memory: the engine back at an earlier checkpoint, the loader where it stands.
+
+What the undone steps consumed is skipped by not moving the loader: it stands behind that data, in
+whatever blend it was drawn.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from phi4.engine.agreement import decided_by_writer
+from phi4.engine.checkpoint import checkpoints_newest_first
+from phi4.errors import CheckpointError
+from phi4.rundir.checkpoints import checkpoints_dir, step_of
+from phi4.rundir.roll_back import commit_roll_back, continued_behind
+from phi4.rundir.state import RunState
+from phi4.train.hooks import RollBack, RunContext
+from phi4.train.ownership import require_ownership
+from phi4.train.resume import Restoring, newest_loaded
+
+
+def roll_back(
+    context: RunContext,
+    now: RunState,
+    asked: RollBack,
+    *,
+    rewind_records: Callable[[int], None],
+) -> RunState:
+    """Go back to the newest checkpoint that loads and is old enough; gives its state.
+
+    That state's ledger is the present one: the data of the undone steps is skipped. On the disk the
+    roll back counts before any record of the undone steps is cut, so a kill at any moment leaves
+    either the run as it was or one that goes on behind the skipped data.
+
+    Args:
+        context: of the run; fills its engine.
+        now: where the run stands.
+        asked: how far, and why.
+        rewind_records: called on the writer rank with the step that is gone back to.
+
+    Raises:
+        OwnershipError: the run directory was lost.
+        CheckpointError: no checkpoint is old enough, or none of them loads.
+        DiskFullError, PlatformError: the roll back cannot be written; it did not happen.
+
+    Collectives: those of `require_ownership` and `newest_loaded`; broadcasts of the candidates and
+    of the writer's outcome, over all ranks.
+    """
+    recipe, platform = context.recipe, context.platform
+    require_ownership(platform, context.lease)
+    checkpoint, saved = newest_loaded(
+        Restoring(recipe, context.engine, context.source_hashes, context.say, allow_change=True),
+        _old_enough(context, now, asked),
+    )
+    row_units = recipe.data.sequence_length // recipe.data.unit_tokens
+    state = continued_behind(saved, now, row_units=row_units, reason=asked.reason)
+
+    def commit() -> None:
+        commit_roll_back(Path(recipe.run.dir), state)
+        rewind_records(state.step)
+
+    decided_by_writer(platform, commit)
+    context.say(
+        f"rolled back from step {now.step} to {checkpoint}: {asked.reason}; "
+        f"{state.skips[-1].rows:,} rows are skipped"
+    )
+    return state
+
+
+def _old_enough(context: RunContext, now: RunState, asked: RollBack) -> list[Path]:
+    root, last = checkpoints_dir(context.recipe.run.dir), now.step - asked.steps
+    found = checkpoints_newest_first(context.platform, root)
+    candidates = [path for path in found if step_of(path) <= last]
+    if not candidates:
+        there = ", ".join(path.name for path in found) or "nothing"
+        raise CheckpointError(
+            f"a roll back of {asked.steps} steps from step {now.step} ({asked.reason}) needs a "
+            f"checkpoint of step {last} or before, {root} holds {there}; lower checkpoint.every or "
+            "raise checkpoint.keep, and start the run again from its newest checkpoint"
+        )
+    return candidates
