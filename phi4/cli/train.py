@@ -51,6 +51,7 @@ def train(
             allow_change=change,
             attempt=worker.attempt,
             job=worker.job,
+            hooks=stage.hooks,
         )
         disconnect()
 

@@ -8,6 +8,7 @@ from phi4.config.gradient_form import check_gradient_form
 from phi4.config.rules import Rule
 from phi4.engine.objective import Objective
 from phi4.errors import ConfigError
+from phi4.train.hooks import HookFactory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +19,13 @@ class Stage:
         make_objective: its loss, for a recipe.
         source_kinds: values of a source's `kind` that it can train on.
         rules: what else it asks of a recipe; see `phi4.config.rules`.
+        hooks: what it does around the steps besides; see `phi4.train.hooks`.
     """
 
     make_objective: Callable[[Recipe], Objective]
     source_kinds: frozenset[str]
     rules: tuple[Rule, ...] = ()
+    hooks: tuple[HookFactory, ...] = ()
 
     def violations(self, recipe: Recipe) -> Iterator[str]:
         """Everything that this stage refuses in a recipe, a line each."""

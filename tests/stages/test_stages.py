@@ -4,14 +4,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from phi4.cli import main
 from phi4.config import Recipe, SourceConfig, check
 from phi4.errors import ConfigError, LayoutError
+from phi4.rundir.names import METRICS_FILE
+from phi4.rundir.step_log import read_metrics
 from phi4.stages import STAGES, require_stage, stage_of
+from phi4.train.hooks import Hook, Progress
 from tests.support.engines import tiny_recipe
+from tests.support.in_process import phi4, write_recipe
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,6 +78,28 @@ def test_loss_head_that_cannot_serve_the_objective_is_refused(
     check(recipe, stage_rules=[stage_of(recipe).violations])
     monkeypatch.setattr("phi4.stages.pretrain.NextToken.gradient", "any")
     assert "loss_head.form=one_pass" in refusal(recipe)
+
+
+class Counted(Hook):
+    """Adds a number to the record."""
+
+    def measure(self, progress: Progress) -> dict[str, float]:
+        return {"counted": 7.0}
+
+
+def train_with_hook(rank: int, world_size: int, root: Path) -> list[dict[str, float]]:
+    from phi4.stages import pretrain
+
+    with patch.object(pretrain, "STAGE", replace(pretrain.STAGE, hooks=(lambda _: [Counted()],))):
+        code, printed = phi4(rank, world_size, root, ["train", "recipe.toml"])
+    assert code == 0, printed
+    return read_metrics(root / "run" / METRICS_FILE)
+
+
+def test_hooks_of_the_stage_run(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    [[line]] = run_ranks(1, train_with_hook, tmp_path)
+    assert line["counted"] == 7.0
 
 
 def test_midtraining_needs_trained_weights() -> None:
