@@ -97,7 +97,7 @@ def free_port() -> int:
 
 def answers(uri: str) -> bool:
     try:
-        return urlopen(f"{uri}/health", timeout=5).status == 200
+        return urlopen(f"{uri}/health", timeout=LONG_SECONDS).status == 200
     except OSError:
         return False
 
