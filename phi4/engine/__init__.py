@@ -1,6 +1,6 @@
 """The engine: megatron-core on CUDA over NCCL or on CPU over gloo, behind plain values.
 
-The only room that imports megatron.core or transformer_engine. Everything above it speaks of
+The only package that imports megatron.core or transformer_engine. Everything above it speaks of
 recipes, batches, objectives and step results.
 """
 
