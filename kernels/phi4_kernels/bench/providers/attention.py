@@ -11,7 +11,7 @@ from phi4_kernels.errors import KernelError
 
 
 @dataclass(frozen=True, slots=True)
-class _Documents:
+class _PackedDocuments:
     """Documents packed one after the other, and what attention does in each."""
 
     offsets: Tensor
@@ -22,7 +22,7 @@ class _Documents:
     scale: float
 
 
-_Attend = Callable[[Tensor, Tensor, Tensor, _Documents], Tensor]
+_Attend = Callable[[Tensor, Tensor, Tensor, _PackedDocuments], Tensor]
 """q [T, N, D], k and v [T, G, D] -> [T, N, D]."""
 
 
@@ -59,7 +59,7 @@ def _by_document(backend: Any) -> Callable[..., Tensor]:
     from torch.nn.attention import sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, documents: _Documents) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: _PackedDocuments) -> Tensor:
         parts = (x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q, k, v))
         options = {"is_causal": documents.causal, "scale": documents.scale, "enable_gqa": True}
         with sdpa_kernel(backend):
@@ -75,7 +75,7 @@ def _by_document(backend: Any) -> Callable[..., Tensor]:
 def _by_boundaries(function: Callable[..., Any], deterministic: bool) -> Callable[..., Tensor]:
     """FlashAttention's function over boundaries."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, documents: _Documents) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: _PackedDocuments) -> Tensor:
         result = function(
             q,
             k,
@@ -118,7 +118,7 @@ def _as_entry(attend: _Attend) -> Callable[..., Tensor]:
                 "attention: queries and keys of different tokens; expected packed documents; ask "
                 "this provider for another case"
             )
-        out = attend(q, k, v, _Documents(offsets, lengths, longest, causal, scale))
+        out = attend(q, k, v, _PackedDocuments(offsets, lengths, longest, causal, scale))
         return out if kept is None else out[kept]
 
     return run
