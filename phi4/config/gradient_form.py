@@ -24,5 +24,6 @@ def check_gradient_form(form: str, gradient: GradientForm) -> None:
     if form == "one_pass" and gradient != "masked_nll":
         raise ConfigError(
             "loss_head.form=one_pass computes the gradient of minus the masked sum of "
-            "log-probabilities, the objective has another; use recompute or logits"
+            "log-probabilities; the objective, or its alternative labels, need another; use "
+            "recompute or logits"
         )

@@ -4,14 +4,17 @@ Entering megatron-core always happens inside `Patches`; nothing outside this cla
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from phi4.config import Recipe
 from phi4.config.gradient_form import check_gradient_form
 from phi4.engine import step as steps
 from phi4.engine.layout import Layout, create_layout, destroy_layout
+from phi4.engine.model.alternatives import LabelLogProbs
 from phi4.engine.model.gpt import (
     build_chunks,
     global_parameters,
@@ -33,8 +36,26 @@ from phi4.engine.precision import torch_dtype
 from phi4.engine.step import StepResult
 
 
+@dataclass(frozen=True)
+class RowLogProbs:
+    """Log-probabilities of whole rows, on the host.
+
+    Attributes:
+        labels: [B, S] float32.
+        alternative_labels: [B, S] float32, 0 where there is none; None when the batch has none.
+    """
+
+    labels: np.ndarray
+    alternative_labels: np.ndarray | None
+
+    @classmethod
+    def of(cls, found: LabelLogProbs) -> "RowLogProbs":
+        """A copy on the host."""
+        return cls(*(None if rows_BS is None else rows_BS.cpu().numpy() for rows_BS in found))
+
+
 class Engine:
-    """A Phi-4 in a parallel layout: steps, evaluation, logits.
+    """A Phi-4 in a parallel layout: steps, evaluation, log-probabilities, logits.
 
     Args:
         recipe: checked against the rules and the world size.
@@ -87,7 +108,9 @@ class Engine:
             ConfigError: before any collective, when loss_head.form cannot serve the objective.
             DataError: before any collective; see `check_host_batches`.
         """
-        check_gradient_form(self.recipe.loss_head.form, objective.gradient)
+        has_alternatives = any(batch.alternative_labels is not None for batch in batches)
+        gradient = "any" if has_alternatives else objective.gradient
+        check_gradient_form(self.recipe.loss_head.form, gradient)
         decay = self.recipe.optim.weight_decay if weight_decay is None else weight_decay
         with self.patches:
             self._set_training(True)
@@ -116,6 +139,30 @@ class Engine:
             self._set_training(False)
             local = steps.logits(self.chunks, self.to_device(batches), self.layout)
             return [self._whole_logits(piece) for piece in local]
+
+    def log_probs(self, batches: Sequence[HostBatch]) -> list[RowLogProbs]:
+        """Log-probabilities of the labels per micro-batch, without gradients, in any layout.
+
+        Rows are packed, split and masked as in training. Every rank of a data replica gets the
+        same values of whole rows.
+
+        Args:
+            batches: this data rank's, of one shape; their loss masks do not matter.
+
+        Raises:
+            DataError: before any collective; see `check_host_batches`.
+
+        Collectives: those of `step.log_probs`.
+        """
+        if not batches:
+            return []
+        # Interleaved 1F1B takes micro-batches in groups as large as the pipeline.
+        group = self.layout.pp_size if self.layout.vpp_size > 1 else 1
+        filled = [*batches, *[batches[-1]] * (-len(batches) % group)]
+        with self.patches:
+            self._set_training(False)
+            found = steps.log_probs(self.chunks, self.to_device(filled), self.layout)
+        return [RowLogProbs.of(log_probs) for log_probs in found[: len(batches)]]
 
     def to_device(self, batches: Sequence[HostBatch]) -> MicroBatches:
         """Host batches as this rank's slices on its device, each when its turn comes.
@@ -176,16 +223,7 @@ class Engine:
     def _whole_logits(self, local_BSV: torch.Tensor) -> torch.Tensor:
         layout = self.layout
         if layout.tp_size > 1:
-            local_BSV = torch.cat(_all_gather(local_BSV, layout.groups.tp), dim=-1)
-        if layout.cp_size == 1:
-            return local_BSV
-        gathered = _all_gather(local_BSV, layout.groups.cp)
-        halves = [piece.chunk(2, dim=1) for piece in gathered]
-        ordered = [first for first, _ in halves] + [second for _, second in reversed(halves)]
-        return torch.cat(ordered, dim=1)
-
-
-def _all_gather(x: torch.Tensor, group) -> list[torch.Tensor]:
-    pieces = [torch.empty_like(x) for _ in range(group.size())]
-    torch.distributed.all_gather(pieces, x.contiguous(), group=group)
-    return pieces
+            pieces = [torch.empty_like(local_BSV) for _ in range(layout.tp_size)]
+            torch.distributed.all_gather(pieces, local_BSV.contiguous(), group=layout.groups.tp)
+            local_BSV = torch.cat(pieces, dim=-1)
+        return layout.context_gather(local_BSV)

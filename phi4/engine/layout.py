@@ -80,6 +80,19 @@ class Layout:
             return x_BS
         return torch.cat([x_BS[:, a:b] for a, b in self.context_chunks(x_BS.shape[1])], dim=1)
 
+    def context_gather(self, x_BS: torch.Tensor) -> torch.Tensor:
+        """Whole rows [B, S, ...] from this rank's columns; inverse of `context_slice`.
+
+        Collectives: one all-gather over cp of x_BS.
+        """
+        if self.cp_size == 1:
+            return x_BS
+        pieces = [torch.empty_like(x_BS) for _ in range(self.cp_size)]
+        torch.distributed.all_gather(pieces, x_BS.contiguous(), group=self.groups.cp)
+        halves = [piece.chunk(2, dim=1) for piece in pieces]
+        ordered = [first for first, _ in halves] + [second for _, second in reversed(halves)]
+        return torch.cat(ordered, dim=1)
+
 
 def context_chunks(length: int, cp_rank: int, cp_size: int) -> list[tuple[int, int]]:
     """See `Layout.context_chunks`."""

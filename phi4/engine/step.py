@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from phi4.engine.layout import Layout
+from phi4.engine.model.alternatives import LabelLogProbs
 from phi4.engine.model.micro_batch import MicroBatch, MicroBatches
 from phi4.engine.objective import Loss, LossInputs, Objective, make_segment_sum
 from phi4.engine.optimizer.build import set_learning_rate
@@ -122,25 +123,58 @@ def logits(
 
     Collectives: those of the forward schedule.
     """
-    outputs = run_schedule(chunks, batches, layout, None, None)
+    outputs = run_schedule(chunks, batches, layout, None, None, labelled=False)
     return outputs if layout.is_last_stage else []
+
+
+@torch.no_grad()
+def log_probs(
+    chunks: list[torch.nn.Module], batches: MicroBatches, layout: Layout
+) -> list[LabelLogProbs]:
+    """Log-probabilities of whole rows of each micro-batch, on every rank of a data replica.
+
+    Collectives: those of the forward schedule; per micro-batch on the last stage one all-gather
+    over cp, then one broadcast over pp, of 4 bytes per token; both again where the micro-batch has
+    alternative labels.
+    """
+    local = run_schedule(chunks, batches, layout, None, None)
+    if not layout.is_last_stage:
+        local = [None] * len(batches)
+    shape, device = batches.row_shape, _device(chunks)
+
+    def whole(local_BS: torch.Tensor | None) -> torch.Tensor:
+        rows_BS = torch.empty(shape, device=device)
+        if layout.is_last_stage:
+            rows_BS = layout.context_gather(local_BS).contiguous()
+        if layout.pp_size > 1:
+            dist.broadcast(rows_BS, group=layout.groups.pp, group_src=layout.pp_size - 1)
+        return rows_BS
+
+    found = []
+    for output, has_alternatives in zip(local, batches.have_alternatives, strict=True):
+        first_BS, second_BS = output or (None, None)
+        found.append(LabelLogProbs(whole(first_BS), whole(second_BS) if has_alternatives else None))
+    return found
 
 
 def run_schedule(
     chunks: list[torch.nn.Module],
     batches: MicroBatches,
     layout: Layout,
-    loss_of: Callable[[torch.Tensor, MicroBatch], Loss] | None,
+    loss_of: Callable[[LabelLogProbs, MicroBatch], Loss] | None,
     totals: Totals | None,
-) -> list[torch.Tensor]:
+    *,
+    labelled: bool = True,
+) -> list[LabelLogProbs] | list[torch.Tensor]:
     """megatron-core's pipeline schedule over the micro-batches.
 
     Args:
         chunks: this rank's model chunks.
         batches: micro-batches in order.
         layout: the rank grid.
-        loss_of: loss from the last chunk's log-probabilities; None collects its logits instead.
+        loss_of: loss from the last chunk's log-probabilities; None collects its outputs instead.
         totals: with gradients: supplies the weight sum they are divided by. None: forward only.
+        labelled: whether the last chunk's outputs are log-probabilities; else they are logits.
 
     Collectives: point-to-point over pp; those of the layers over tp and cp; with totals those of
     megatron-core's finalize_model_grads.
@@ -148,12 +182,13 @@ def run_schedule(
 
     def forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
         batch = next(iterator)
-        labels = batch.labels_BS if loss_of is not None else None
         with without_rewriting():
-            output = getattr(chunk, "module", chunk).run(batch, labels)
+            output = getattr(chunk, "module", chunk).run(batch, labelled=labelled)
         return output, partial(finish, batch)
 
-    def finish(batch: MicroBatch, output: torch.Tensor, non_loss_data: bool = False):
+    def finish(
+        batch: MicroBatch, output: LabelLogProbs | torch.Tensor, non_loss_data: bool = False
+    ):
         if loss_of is None:
             return output
         # The count that megatron-core adds up is an integer; ours may not be, see finalize.
@@ -183,16 +218,18 @@ def _device(chunks: Sequence[torch.nn.Module]) -> torch.device:
 
 def _loss_function(
     objective: Objective, totals: Totals, layout: Layout
-) -> Callable[[torch.Tensor, MicroBatch], Loss]:
+) -> Callable[[LabelLogProbs, MicroBatch], Loss]:
     # Every context rank has all sums of segments: one of them counts.
     segment_share = float(layout.cp_rank == 0)
 
-    def loss_of(log_probs_BS: torch.Tensor, batch: MicroBatch) -> Loss:
+    def loss_of(log_probs: LabelLogProbs, batch: MicroBatch) -> Loss:
         inputs = LossInputs(
-            log_probs_BS=log_probs_BS,
+            log_probs_BS=log_probs.labels_BS,
             loss_mask_BS=batch.loss_mask_BS,
             segment_ids_BS=batch.segment_ids_BS,
             num_segments=batch.num_segments,
+            alternative_log_probs_BS=log_probs.alternatives_BS,
+            alternative_mask_BS=batch.alternatives and batch.alternatives.mask_BS,
             token_extras=batch.token_extras,
             segment_extras=batch.segment_extras,
             segment_share=segment_share,

@@ -125,7 +125,7 @@ def kept_bytes(recipe: Recipe, rank: int = 0, documents_per_row: int = 2) -> int
         backend = sdpa_kernel([SDPBackend.MATH]) if unfused else nullcontext()
         (chunk,) = chunks
         with backend, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            log_probs = chunk.run(batch, batch.labels_BS)
+            log_probs = chunk.run(batch, labelled=True).labels_BS
         known = storages([*chunk.parameters(), *batch_tensors(batch), *range_tensors(batch)])
         assert log_probs.requires_grad
         return sum(size for pointer, size in kept.items() if pointer not in known)

@@ -18,6 +18,7 @@ from phi4_kernels.dispatch import Choice
 
 from phi4.config import ModelConfig, ParallelConfig, Recipe
 from phi4.engine.layout import Layout
+from phi4.engine.model.alternatives import LabelLogProbs
 from phi4.engine.model.implementations import implementation_of
 from phi4.engine.model.layer_spec import block_spec
 from phi4.engine.model.loss_head import LossHead
@@ -29,37 +30,35 @@ class Phi4Model(GPTModel):
     """One model chunk; the last one gives log-probabilities of the labels instead of a loss."""
 
     def _postprocess(
-        self,
-        *,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor | None,
-        loss_mask: torch.Tensor | None,
-        **others: object,
-    ) -> torch.Tensor:
-        """megatron-core's hook for what follows the layers; with labels, see `LossHead`."""
+        self, *, hidden_states: torch.Tensor, labels: MicroBatch | None, **others: object
+    ) -> torch.Tensor | LabelLogProbs:
+        """megatron-core's hook for what follows the layers; `labels` is what `run` passed."""
         if not self.post_process or labels is None:
-            return super()._postprocess(
-                hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **others
-            )
+            return super()._postprocess(hidden_states=hidden_states, labels=None, **others)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        return self.output_layer(hidden_states, weight, labels=labels, loss_mask=loss_mask)[0]
+        rows = labels.alternatives
+        if rows is not None:
+            hidden_states = rows.append(hidden_states)
+            return rows.split(self.output_layer(hidden_states, weight, labels=rows.labels_1X)[0])
+        log_probs_BS, _ = self.output_layer(
+            hidden_states, weight, labels=labels.labels_BS, loss_mask=labels.loss_mask_BS
+        )
+        return LabelLogProbs(log_probs_BS, None)
 
-    def run(self, batch: MicroBatch, labels: torch.Tensor | None) -> torch.Tensor:
+    def run(self, batch: MicroBatch, *, labelled: bool) -> torch.Tensor | LabelLogProbs:
         """Forward pass of this chunk.
 
+        Args:
+            batch: the micro-batch.
+            labelled: give the last chunk's log-probabilities of the labels instead of its logits.
+
         Returns:
-            hidden states for the next stage; on the last chunk log-probabilities [B, S], or logits
-            [B, S, V / tp] when labels is None.
+            hidden states for the next stage; on the last chunk log-probabilities, or logits
+            [B, S, V / tp].
         """
-        return self(
-            batch.tokens_BS,
-            None,
-            None,
-            labels=labels,
-            packed_seq_params=batch.documents,
-            loss_mask=batch.loss_mask_BS,
-        )
+        labels = batch if labelled else None
+        return self(batch.tokens_BS, None, None, labels=labels, packed_seq_params=batch.documents)
 
 
 def transformer_config(recipe: Recipe, *, frees_stage_outputs: bool) -> TransformerConfig:

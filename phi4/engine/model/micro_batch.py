@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from phi4.config import ModelConfig
 from phi4.engine.layout import Layout
+from phi4.engine.model.alternatives import AlternativeRows, alternative_rows
 from phi4.engine.model.document_ranges import Visible, visible_keys
 from phi4.engine.model.host_batch import HostBatch
 from phi4.engine.model.rope import RopeCache, rope_cos_sin
@@ -42,7 +43,7 @@ class Documents(PackedSeqParams):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch on the device; [B, S] are context slices."""
+    """One micro-batch on the device; [B, S] are context slices, segments are all there are."""
 
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
@@ -52,6 +53,7 @@ class MicroBatch:
     num_segments: int
     token_extras: Mapping[str, torch.Tensor]
     segment_extras: Mapping[str, torch.Tensor]
+    alternatives: AlternativeRows | None
 
 
 class MicroBatches:
@@ -78,6 +80,11 @@ class MicroBatches:
         """(rows of a micro-batch, tokens of a whole row)."""
         return self._batches[0].tokens.shape
 
+    @property
+    def have_alternatives(self) -> list[bool]:
+        """Whether each micro-batch has second labels."""
+        return [batch.alternative_labels is not None for batch in self._batches]
+
 
 def to_device(
     batch: HostBatch,
@@ -102,15 +109,17 @@ def to_device(
         ValueError: the rows do not split over the context ranks, the labels' shape differs, or the
             rows are longer than the cache.
     """
-    num_rows, length = batch.tokens.shape
+    length = batch.tokens.shape[1]
     if length % layout.sequence_multiple:
         raise ValueError(f"rows of {length} tokens; need a multiple of {layout.sequence_multiple}")
     if rope_cache is not None and length > rope_cache.num_positions:
         raise ValueError(f"rows of {length} tokens; RoPE has {rope_cache.num_positions} positions")
 
+    def local(array: np.ndarray) -> torch.Tensor:
+        return layout.context_slice(torch.from_numpy(np.ascontiguousarray(array)))
+
     def slice_of(array: np.ndarray, to: torch.dtype) -> torch.Tensor:
-        local = layout.context_slice(torch.from_numpy(np.ascontiguousarray(array)))
-        return local.to(device=device, dtype=to, non_blocking=True)
+        return local(array).to(device=device, dtype=to, non_blocking=True)
 
     if rope_cache is None:
         cos, sin = rope_cos_sin(slice_of(batch.positions, torch.float32), model, dtype)
@@ -118,25 +127,15 @@ def to_device(
     else:
         positions_T = slice_of(batch.positions, torch.int32).t().flatten()
         rotary = {"rope_cache": rope_cache, "positions_T": positions_T}
-    cu_seqlens = torch.from_numpy(np.asarray(batch.cu_seqlens, dtype=np.int32)).to(device)
-    documents = Documents(
-        qkv_format="sbhd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=int(np.diff(batch.cu_seqlens).max()),
-        max_seqlen_kv=int(np.diff(batch.cu_seqlens).max()),
-        visible=visible_keys(batch.cu_seqlens, num_rows, length, layout, device),
-        one_per_row=len(batch.cu_seqlens) == num_rows + 1 and layout.cp_size == 1,
-        **rotary,
-    )
+    segment_ids, second = batch.segment_ids, batch.alternative_labels
+    if second is not None:
+        second = alternative_rows(local(batch.labels), local(second), layout, device)
     return MicroBatch(
         tokens_BS=slice_of(batch.tokens, torch.int64),
         labels_BS=slice_of(batch.labels, torch.int64),
         loss_mask_BS=slice_of(batch.loss_mask, torch.float32),
-        documents=documents,
-        segment_ids_BS=(
-            None if batch.segment_ids is None else slice_of(batch.segment_ids, torch.int64)
-        ),
+        documents=_documents(batch, layout, device, rotary),
+        segment_ids_BS=None if segment_ids is None else slice_of(segment_ids, torch.int64),
         num_segments=batch.num_segments,
         token_extras={
             name: slice_of(values, torch.float32) for name, values in batch.token_extras.items()
@@ -145,4 +144,23 @@ def to_device(
             name: torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
             for name, values in batch.segment_extras.items()
         },
+        alternatives=second,
+    )
+
+
+def _documents(
+    batch: HostBatch, layout: Layout, device: torch.device, rotary: Mapping[str, object]
+) -> Documents:
+    num_rows, length = batch.tokens.shape
+    cu_seqlens = torch.from_numpy(np.asarray(batch.cu_seqlens, dtype=np.int32)).to(device)
+    longest = int(np.diff(batch.cu_seqlens).max())
+    return Documents(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        visible=visible_keys(batch.cu_seqlens, num_rows, length, layout, device),
+        one_per_row=len(batch.cu_seqlens) == num_rows + 1 and layout.cp_size == 1,
+        **rotary,
     )

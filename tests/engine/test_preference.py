@@ -1,0 +1,337 @@
+"""A preference over packed pairs trains alike in every layout, and each pair counts once.
+
+The loss mixes what could go wrong apart: sums of segments that context ranks share, a reference per
+segment, a weighted sum of tokens, and two labels at one position.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from phi4.data.stream.batch import Batch, build_batch
+from phi4.engine import engine as engine_module
+from phi4.engine import objective
+from phi4.engine.engine import Engine
+from phi4.engine.model.micro_batch import MicroBatch
+from phi4.engine.objective import Loss, LossInputs, SegmentSum
+from phi4.errors import ConfigError, DataError
+from phi4.stages.pretrain import NextToken
+from phi4.verify.parity import LEARNING_RATE, LOSS_TOLERANCE, PARAMETER_TOLERANCE
+from tests.support.engines import engine_on, tiny_recipe
+from tests.support.ranks import RankPool
+
+LENGTH, VOCABULARY, EOD = 32, 96, 0
+NUM_MICRO_BATCHES, NUM_ROWS = 4, 2
+WITHOUT_SEGMENTS = 1
+"""The micro-batch that has none; the first of a data rank where there are two."""
+STEPS = 2
+RECIPE = (
+    "model.num_layers=2",
+    f"batch.global_batch_size={NUM_MICRO_BATCHES * NUM_ROWS}",
+    "loss_head.chunk_tokens=12",
+)
+TP2, SP = "parallel.tensor=2", "parallel.sequence=true"
+PP2, CP2, DP2 = "parallel.pipeline=2", "parallel.context=2", "parallel.data=2"
+RING, CHUNKED = "parallel.context_attention=ring", "loss_head.form=recompute"
+SPLIT = (TP2, SP, CP2, RING, CHUNKED)
+VPP2 = ("parallel.virtual_pipeline=2", "parallel.overlap_p2p=true", "model.num_layers=4")
+LAYOUTS = {
+    "tp2xcp2+sp, ring, recompute": SPLIT,
+    "pp2xdp2": (PP2, DP2),
+}
+"""Every kind of split."""
+REST = {
+    "one process, recompute": (CHUNKED,),
+    "tp2": (TP2,),
+    "tp2, recompute": (TP2, CHUNKED),
+    "tp2+sp": (TP2, SP),
+    "pp2, full recompute": (PP2, "recompute.granularity=full"),
+    "pp2-vpp2": (PP2, *VPP2),
+    "cp2": (CP2,),
+    "cp2, ring": (CP2, RING),
+    "dp2": (DP2,),
+    "dp2, recompute": (DP2, CHUNKED),
+    "tp2xpp2+sp": (TP2, PP2, SP),
+    "pp2xcp2, ring": (PP2, CP2, RING),
+}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(4) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def truth(pool: RankPool) -> Callable[..., dict]:
+    """What one process finds, by the recipe and the loss."""
+    known: dict[tuple, dict] = {}
+
+    def of(layout: tuple[str, ...], **terms: bool) -> dict:
+        model = tuple(key for key in layout if key.startswith("model."))
+        case = (model, *terms.items())
+        if case not in known:
+            known[case] = pool.run(train, model, terms)[0]
+        return known[case]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)]
+)
+def test_a_preference_trains_alike_in_every_layout(layout, pool, truth):
+    overrides = (LAYOUTS | REST)[layout]
+    for found in pool.run(train, overrides, {}):
+        if found is not None:
+            check(found, truth(overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terms", [("pairs",), ("pairs", "likelihood"), ("pairs", "pivots")])
+@pytest.mark.parametrize("layout", [SPLIT, (PP2, DP2)], ids=LAYOUTS)
+def test_each_term_alone_trains_alike(layout, terms, pool, truth):
+    chosen = {term: term in terms for term in ("pairs", "likelihood", "pivots")}
+    for found in pool.run(train, layout, chosen):
+        if found is not None:
+            check(found, truth(layout, **chosen))
+
+
+def check(found: dict, exact: dict) -> None:
+    assert found["weights"] == [num_pairs()] * STEPS, f"{found['weights']} pairs count"
+    names = ("losses", "grad_norms", "margins")
+    for name, allowed in zip(names, (LOSS_TOLERANCE, PARAMETER_TOLERANCE, 1e-5), strict=True):
+        errors = np.abs(np.divide(found[name], exact[name]) - 1)
+        assert errors.max() <= allowed, f"{name} are off by {errors}"
+    for name, tensor in found["tensors"].items():
+        error = float((tensor - exact["tensors"][name]).norm() / exact["tensors"][name].norm())
+        assert error <= PARAMETER_TOLERANCE, f"{name} is off by {error:.1e}"
+
+
+def first_columns(whole: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(whole[:, : like.shape[1]])).to(like.dtype)
+
+
+def segments_not_cut(batch: Batch, placed: MicroBatch) -> MicroBatch:
+    if batch.segment_ids is None:
+        return placed
+    return replace(placed, segment_ids_BS=first_columns(batch.segment_ids, placed.segment_ids_BS))
+
+
+def extras_not_cut(batch: Batch, placed: MicroBatch) -> MicroBatch:
+    extras = {"share": first_columns(batch.token_extras["share"], placed.loss_mask_BS)}
+    return replace(placed, token_extras=extras)
+
+
+def none_is_the_first(batch: Batch, placed: MicroBatch) -> MicroBatch:
+    if batch.segment_ids is None:
+        return placed
+    return replace(placed, segment_ids_BS=placed.segment_ids_BS.clamp_min(0))
+
+
+def alternatives_one_late(batch: Batch, placed: MicroBatch) -> MicroBatch:
+    rows = placed.alternatives
+    if rows is None:
+        return placed
+    places_N = (rows.places_N + NUM_ROWS).clamp_max(placed.labels_BS.numel() - 1).unique()
+    found = replace(rows, places_N=places_N, slots_N=rows.slots_N[: len(places_N)])
+    return replace(placed, alternatives=found)
+
+
+def alternatives_of_the_neighbour(batch: Batch, placed: MicroBatch) -> MicroBatch:
+    """Tensor ranks append each other's rows."""
+    rows = placed.alternatives
+    return (
+        placed
+        if rows is None
+        else replace(placed, alternatives=replace(rows, appended_A=rows.appended_A.flip(0)))
+    )
+
+
+PLACED_WRONGLY = {
+    f.__name__: f
+    for f in (
+        segments_not_cut,
+        extras_not_cut,
+        none_is_the_first,
+        alternatives_one_late,
+        alternatives_of_the_neighbour,
+    )
+}
+MUTANTS = (*PLACED_WRONGLY, "every context rank counts", "no reduction in backward")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_found(mutant, pool, truth):
+    with pytest.raises(AssertionError, match=r"off by|pairs count"):
+        check(pool.run(train, SPLIT, {}, mutant)[0], truth(SPLIT))
+
+
+def test_one_pass_is_refused_before_the_first_step(pool):
+    for objective_name in ("preference", "pivots of next tokens"):
+        for text, changed in pool.run(refused_by_one_pass, objective_name)[:2]:
+            assert text.startswith("loss_head.form=one_pass computes") and "\n" not in text
+            assert not changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_segments": 1}, "segment_ids spans -1 to"),
+        ({"segment_ids": np.zeros((1, LENGTH), int)}, "segment_ids has shape (1, 32)"),
+        ({"segment_ids": np.zeros((NUM_ROWS, LENGTH))}, "segment_ids is float64"),
+        ({"segment_ids": None}, "in a batch without segment_ids"),
+        ({"alternative_labels": np.full((NUM_ROWS, LENGTH), 96)}, "alternative_labels spans 96"),
+        ({"token_extras": {"share": np.zeros(3)}}, "token_extras['share'] has shape (3,)"),
+        ({"segment_extras": {"r": np.zeros((1, 2))}}, "segment_extras['r'] has shape (1, 2)"),
+        ({"segment_extras": {"r": np.zeros(())}}, "segment_extras['r'] has shape ()"),
+    ],
+)
+def test_a_batch_that_disagrees_with_itself_is_refused(change, message):
+    batch = replace(pairs(0, 0), **change)
+    with pytest.raises(DataError) as caught:
+        engine_module.check_host_batches([batch], VOCABULARY)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["token_total", "segment_total"])
+def test_a_total_of_something_else_is_refused(method):
+    inputs = LossInputs(torch.zeros(2, 4), torch.ones(2, 4))
+    with pytest.raises(ConfigError, match=f"{method} got values of shape"):
+        getattr(inputs, method)(torch.ones(()))
+
+
+# What follows runs in the ranks.
+
+
+def pairs(step: int, index: int) -> Batch:
+    """A micro-batch of packed pairs, answers of any length, none at all in one of them."""
+    random = np.random.default_rng([step, index])
+    tokens = random.integers(1, VOCABULARY, (NUM_ROWS, LENGTH + 1))
+    starts = np.zeros((NUM_ROWS, LENGTH), dtype=bool)
+    segment_ids = np.full((NUM_ROWS, LENGTH), -1)
+    num_segments = 0
+    for row in range(NUM_ROWS):
+        for begin, end in ((0, 14 + index), (14 + index, LENGTH - index)):
+            answer = begin + random.integers(2, 6)
+            starts[row, begin] = True
+            segment_ids[row, answer:end] = num_segments
+            num_segments += 1
+    alternatives = random.integers(0, VOCABULARY, (NUM_ROWS, LENGTH))
+    # In one micro-batch most ranks have none.
+    columns = 3 if index == 0 else LENGTH
+    alternatives[random.random(alternatives.shape) < 0.8] = -1
+    alternatives[:, columns:] = -1
+    alternatives[0, 1] = 7
+    batch = build_batch(
+        tokens[:, :-1], tokens[:, 1:], np.ones((NUM_ROWS, LENGTH)), eod_id=EOD, starts=starts
+    )
+    share = random.random((NUM_ROWS, LENGTH)).astype(np.float32)
+    if index == WITHOUT_SEGMENTS:
+        nothing = {"token_extras": {"share": share * 0}, "segment_extras": {"ref": np.zeros(0)}}
+        return replace(batch, **nothing)
+    return replace(
+        batch,
+        segment_ids=segment_ids,
+        num_segments=num_segments,
+        alternative_labels=alternatives,
+        token_extras={"share": share},
+        segment_extras={"ref": random.normal(-40, 8, num_segments)},
+    )
+
+
+def num_pairs() -> float:
+    return sum(pairs(0, index).num_segments for index in range(NUM_MICRO_BATCHES)) / 2
+
+
+class Preference:
+    """Segment 2i over 2i + 1, more likely tokens of a share, pivots over their alternatives."""
+
+    metric_names = ("margins",)
+    gradient = "any"
+
+    def __init__(self, pairs: bool = True, likelihood: bool = True, pivots: bool = True) -> None:
+        self.terms = pairs, likelihood, pivots
+
+    def __call__(self, inputs: LossInputs, segment_sum: SegmentSum) -> Loss:
+        pairs, likelihood, pivots = self.terms
+        log_probs_BS = inputs.log_probs_BS
+        rewards_N = 0.1 * (segment_sum(log_probs_BS) - inputs.segment_extras["ref"])
+        margins_P = rewards_N[0::2] - rewards_N[1::2]
+        num_pairs = inputs.segment_total(torch.ones_like(margins_P))
+        loss = pairs * inputs.segment_total(-F.logsigmoid(margins_P))
+        if likelihood:
+            loss = loss - 0.05 * inputs.token_total(log_probs_BS * inputs.token_extras["share"])
+        if pivots and inputs.alternative_mask_BS is not None:
+            gaps_BS = log_probs_BS - inputs.alternative_log_probs_BS
+            chosen_BS = -F.logsigmoid(0.3 * gaps_BS) * inputs.alternative_mask_BS
+            loss = loss + inputs.token_total(chosen_BS)
+        return Loss(loss, num_pairs, {"margins": (inputs.segment_total(margins_P), num_pairs)})
+
+
+class ShareOfNextTokens(NextToken):
+    """Declares what one pass serves; a batch's second labels are refused all the same."""
+
+
+def train(
+    rank: int, world_size: int, layout: tuple[str, ...], terms: dict, mutant: str = ""
+) -> dict | None:
+    """Results of steps, and parameters after the last."""
+    with engine_on(rank, tiny_recipe(*RECIPE, *layout)) as engine, mutated(mutant):
+        if engine is None:
+            return None
+        results = [
+            engine.train_step(own(engine, step), Preference(**terms), learning_rate=LEARNING_RATE)
+            for step in range(STEPS)
+        ]
+        return {
+            "losses": [result.loss for result in results],
+            "grad_norms": [result.grad_norm for result in results],
+            "weights": [result.weight for result in results],
+            "margins": [result.metrics["margins"] for result in results],
+            "tensors": {name: tensor.clone() for name, tensor in engine.whole_parameters()},
+        }
+
+
+def own(engine: Engine, step: int) -> list[Batch]:
+    """This data rank's micro-batches."""
+    layout = engine.layout
+    return [pairs(step, i) for i in range(layout.dp_rank, NUM_MICRO_BATCHES, layout.dp_size)]
+
+
+def mutated(name: str):
+    if name == "every context rank counts":
+        total = lambda self, values_P: values_P.sum()  # noqa: E731
+        return mock.patch.object(LossInputs, "segment_total", total)
+    if name == "no reduction in backward":
+        backward = staticmethod(lambda ctx, grad: (grad, None))
+        return mock.patch.object(objective._SumOverRanks, "backward", backward)
+    kept = engine_module.to_device
+    change = PLACED_WRONGLY.get(name, lambda batch, placed: placed)
+    return mock.patch.object(
+        engine_module, "to_device", lambda batch, **options: change(batch, kept(batch, **options))
+    )
+
+
+def refused_by_one_pass(rank: int, world_size: int, objective_name: str) -> tuple[str, bool] | None:
+    """What a step says on two ranks, and whether it changed a parameter or reached the schedule."""
+    recipe = tiny_recipe(*RECIPE, TP2, "loss_head.form=one_pass")
+    with engine_on(rank, recipe) as engine:
+        if engine is None:
+            return None
+        before = [parameter.clone() for parameter in engine.bare_chunks[0].parameters()]
+        loss = Preference() if objective_name == "preference" else ShareOfNextTokens()
+        with mock.patch.object(engine_module.steps, "run_schedule") as schedule:
+            try:
+                engine.train_step(own(engine, 0), loss, learning_rate=LEARNING_RATE)
+            except ConfigError as error:
+                after = engine.bare_chunks[0].parameters()
+                same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+                return str(error), schedule.called or not same
+        return "", True
