@@ -47,6 +47,7 @@ def _app(arguments: Sequence[str]) -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
         help="Train, inspect and convert Phi-4 models. Start with `phi4 demo`.",
     )
     app.callback()(_options)
