@@ -7,14 +7,43 @@ lengths; rows that context ranks share go through `context_attention`.
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from phi4_kernels.attention import attention
 from phi4_kernels.rope import QKVLayout, rope_qkv
 
 from phi4.engine.model.context_attention import AllGatherAttention, RingAttention
+from phi4.engine.model.hook_arguments import refuse
 from phi4.engine.model.micro_batch import Documents
 
 # Shape legend: S local sequence, B rows, T = B * S tokens, N query heads and K key-value heads per
 # tensor rank, G = N / K, D head dim.
+
+_SELF_ATTENTION = dict.fromkeys(
+    (
+        "attention_mask",
+        "key_value_states",
+        "inference_context",
+        "rotary_pos_emb",
+        "rotary_pos_cos",
+        "rotary_pos_sin",
+        "rotary_pos_cos_sin",
+        "attention_bias",
+        "sequence_len_offset",
+        "inference_params",
+    )
+)
+"""Arguments of megatron-core's call that must be None; see `refuse`."""
+
+_CORE_ATTENTION = {
+    "attention_mask": None,
+    "attention_bias": None,
+    "attn_mask_type": AttnMaskType.causal,
+}
+_CORE_ATTENTION_INIT = {
+    "attn_mask_type": AttnMaskType.causal,
+    "attention_type": "self",
+    "cp_comm_type": None,
+}
 
 
 class Phi4SelfAttention(SelfAttention):
@@ -31,15 +60,18 @@ class Phi4SelfAttention(SelfAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
         *,
         packed_seq_params: Documents,
-        **_: object,
+        **others: object,
     ) -> tuple[torch.Tensor, None]:
         """[S, B, hidden] (S / tp under sequence parallelism) to the same shape, and no bias.
 
+        Raises:
+            ConfigError: another argument of megatron-core's asks for something; see `refuse`.
+
         Collectives: as the two parallel linears (gather in, reduce out over tp) and CoreAttention.
         """
+        refuse("self attention", others, _SELF_ATTENTION)
         qkv, _ = self.linear_qkv(hidden_states)
         q, k_SBKD, v_SBKD = self._rotate_and_split(qkv, packed_seq_params)
         attend = (
@@ -51,7 +83,7 @@ class Phi4SelfAttention(SelfAttention):
             q,
             k_SBKD,
             v_SBKD,
-            attention_mask,
+            None,
             attn_mask_type=self.attn_mask_type,
             packed_seq_params=packed_seq_params,
         )
@@ -119,6 +151,12 @@ class CoreAttention(torch.nn.Module):
         pg_collection=None,
     ) -> None:
         super().__init__()
+        given = {
+            "attn_mask_type": attn_mask_type,
+            "attention_type": attention_type,
+            "cp_comm_type": cp_comm_type,
+        }
+        refuse("core attention", given, _CORE_ATTENTION_INIT)
         self.context_group = pg_collection.cp
         self.scale = softmax_scale or config.kv_channels**-0.5
 
@@ -129,17 +167,20 @@ class CoreAttention(torch.nn.Module):
         v_SBKD: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
-        attn_mask_type=None,
-        attention_bias=None,
         packed_seq_params: Documents,
+        **others: object,
     ) -> torch.Tensor:
         """Attend within documents; [S, B, N * D].
 
         q is [S, B, N, D] or, not copied to be so, [S, B, K, G, D].
 
+        Raises:
+            ConfigError: a mask, a bias or a mask type other than causal; see `refuse`.
+
         Collectives: none without context parallelism, else those of `AllGatherAttention` or
         `RingAttention`.
         """
+        refuse("core attention", {"attention_mask": attention_mask, **others}, _CORE_ATTENTION)
         documents, options = packed_seq_params, {"scale": self.scale}
         if documents.one_per_row and self.implementation == "torch":
             # Rows as a batch need no copy into one sequence.

@@ -13,6 +13,36 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from phi4_kernels.rms_norm import add_rms_norm, rms_norm
 from phi4_kernels.swiglu import swiglu, swiglu_linear
 
+from phi4.engine.model.hook_arguments import refuse
+from phi4.engine.model.micro_batch import Documents
+
+_LAYER = dict.fromkeys(
+    (
+        "attention_mask",
+        "context",
+        "context_mask",
+        "rotary_pos_emb",
+        "rotary_pos_cos",
+        "rotary_pos_sin",
+        "rotary_pos_cos_sin",
+        "attention_bias",
+        "inference_context",
+        "inference_params",
+        "sequence_len_offset",
+        "padding_mask",
+    )
+)
+"""Arguments of megatron-core's call that must be None; see `refuse`."""
+
+_LINEAR = {
+    "bias": None,
+    "gradient_accumulation_fusion": False,
+    "allreduce_dgrad": False,
+    "sequence_parallel": False,
+    "tp_group": None,
+    "grad_output_buffer": None,
+}
+
 
 class RMSNorm(torch.nn.Module):
     """Root mean square norm whose weight gradient is summed over tensor ranks under SP.
@@ -68,11 +98,15 @@ class SwiGLU(MLP):
             tp_group=get_tensor_model_parallel_group(),
         )
 
-    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, **others: object) -> tuple[torch.Tensor, None]:
         """[S, B, hidden] to the same shape, and no bias.
+
+        Raises:
+            ConfigError: another argument of megatron-core's asks for something; see `refuse`.
 
         Collectives: as the two parallel linears (gather in, reduce out over tp).
         """
+        refuse("SwiGLU", others, {"per_token_scale": None})
         gate_up, _ = self.linear_fc1(hidden_states)
         if self.implementation == "torch":
             output, _ = self.linear_fc2(swiglu(gate_up, implementation="torch"))
@@ -89,9 +123,14 @@ class SwiGLULinear(RowParallelLinear):
         self.implementation = implementation
 
     def _forward_impl(
-        self, input: torch.Tensor, weight: torch.Tensor, *_: object, **__: object
+        self, input: torch.Tensor, weight: torch.Tensor, **others: object
     ) -> torch.Tensor:
-        """megatron-core's hook for the local product: [S, B, 2F / tp] to [S, B, hidden]."""
+        """megatron-core's hook for the local product: [S, B, 2F / tp] to [S, B, hidden].
+
+        Raises:
+            ConfigError: another argument of megatron-core's asks for something; see `refuse`.
+        """
+        refuse("SwiGLU's second linear", others, _LINEAR)
         rows = swiglu_linear(input.flatten(0, 1), weight, implementation=self.implementation)
         return rows.unflatten(0, input.shape[:2])
 
@@ -100,20 +139,17 @@ class Phi4Layer(TransformerLayer):
     """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        context: torch.Tensor | None = None,
-        *,
-        packed_seq_params=None,
-        **_: object,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[S, B, hidden] (S / tp under SP) to the same shape; context passes through."""
+        self, hidden_states: torch.Tensor, *, packed_seq_params: Documents, **others: object
+    ) -> tuple[torch.Tensor, None]:
+        """[S, B, hidden] (S / tp under SP) to the same shape, and no context.
+
+        Raises:
+            ConfigError: another argument of megatron-core's asks for something; see `refuse`.
+        """
+        refuse("layer", others, _LAYER)
         attended, _ = self.self_attention(
-            self.input_layernorm(hidden_states),
-            attention_mask,
-            packed_seq_params=packed_seq_params,
+            self.input_layernorm(hidden_states), packed_seq_params=packed_seq_params
         )
         normed, hidden_states = self.pre_mlp_layernorm(attended, hidden_states)
         transformed, _ = self.mlp(normed)
-        return hidden_states + transformed, context
+        return hidden_states + transformed, None

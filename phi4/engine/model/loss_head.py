@@ -24,9 +24,12 @@ from phi4_kernels.cross_entropy import (
 )
 
 from phi4.config import LossHeadConfig
+from phi4.engine.model.hook_arguments import refuse
 from phi4.errors import ConfigError
 
 # Shape legend: S positions, B rows, V vocabulary, H hidden, tp tensor ranks.
+
+_LABELLED = {"runtime_gather_output": None}
 
 
 class LossHead(ColumnParallelLinear):
@@ -58,7 +61,7 @@ class LossHead(ColumnParallelLinear):
         Args:
             input_: [S, B, H] (S / tp under SP).
             weight: of the embedding where it is tied to the output.
-            runtime_gather_output: see megatron-core.
+            runtime_gather_output: see megatron-core; None with labels.
             labels: [B, S], int64, global token ids in [0, V).
             loss_mask: [B, S], fp32; one_pass needs it where there is a gradient.
 
@@ -66,14 +69,15 @@ class LossHead(ColumnParallelLinear):
             [B, S], fp32, the same on every tensor rank; and no bias.
 
         Raises:
-            ConfigError: in backward with one_pass on a CPU, when the objective's gradient is not
-                what it declares.
+            ConfigError: runtime_gather_output with labels; in backward with one_pass on a CPU, when
+                the objective's gradient is not what it declares.
 
         Collectives: of the parallel linear and one all-gather over tp, 12 bytes per token and rank;
             see phi4_kernels.cross_entropy.
         """
         if labels is None:
             return super().forward(input_, weight, runtime_gather_output)
+        refuse("loss head", {"runtime_gather_output": runtime_gather_output}, _LABELLED)
         labels_SB = labels.t().contiguous()
         if self.settings.form == "logits":
             logits_SBV, _ = super().forward(input_, weight)
