@@ -1,9 +1,10 @@
-"""Logits, gradients and greedy text equal transformers' Phi3ForCausalLM in every layout."""
+"""Logits, log-probabilities, gradients and text equal transformers' Phi3ForCausalLM everywhere."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import Phi3ForCausalLM
@@ -11,11 +12,14 @@ from transformers import Phi3ForCausalLM
 from phi4.config import dump_toml
 from phi4.convert import read_hf
 from phi4.convert.checkpoint import export_checkpoint, import_hf
+from phi4.data.stream.batch import Batch
 from phi4.data.vocabulary.bpe import train_bpe
 from phi4.data.vocabulary.tokenizer import rank_file_bytes
 from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from phi4.engine.engine import RowLogProbs
 from phi4.engine.platform import connect, disconnect
 from tests.support.anchor import (
+    DOCUMENTS,
     MODEL,
     NEW_TOKENS,
     RANKS,
@@ -38,6 +42,28 @@ LAYOUTS = {
     "tp2xpp2": {"tensor": 2, "pipeline": 2},
     "tp2xpp2+sp": {"tensor": 2, "pipeline": 2, "sequence": True},
     "tp2xcp2+sp": {"tensor": 2, "context": 2, "sequence": True},
+}
+
+LOG_PROB_TOLERANCE = 1e-5
+TP2, PP2, CP2 = {"tensor": 2}, {"pipeline": 2}, {"context": 2}
+SP, RING = {"sequence": True}, {"context_attention": "ring"}
+VPP2 = {**PP2, "virtual_pipeline": 2, "overlap_p2p": True}
+ONE_PASS, CHUNKED = "one_pass", "recompute"
+SCORED = {
+    "tp2xcp2+sp, ring, one pass": (TP2 | CP2 | SP | RING, ONE_PASS),
+    "pp2-vpp2xcp2": (VPP2 | CP2, "logits"),
+}
+SCORED_TOO = {
+    "one process": ({}, "logits"),
+    "one process, recompute": ({}, CHUNKED),
+    "tp2": (TP2, "logits"),
+    "tp2+sp": (TP2 | SP, "logits"),
+    "tp2+sp, recompute": (TP2 | SP, CHUNKED),
+    "pp2, one pass": (PP2, ONE_PASS),
+    "cp2": (CP2, "logits"),
+    "dp2": ({"data": 2}, "logits"),
+    "pp4-vpp1": ({"pipeline": 4}, "logits"),
+    "tp2xpp2+sp": (TP2 | PP2 | SP, CHUNKED),
 }
 
 
@@ -110,6 +136,49 @@ def test_checkpoint_of_a_split_model_opens_in_transformers(pool, found, anchor, 
         assert torch.equal(opened(anchor.tokens[:, :-1]).logits, anchor.logits)
 
 
+@pytest.mark.parametrize(
+    "layout", [*SCORED, *(pytest.param(name, marks=pytest.mark.slow) for name in SCORED_TOO)]
+)
+def test_log_probs_are_those_of_transformers(layout, pool, anchor):
+    batches = scored_batches(anchor)
+    logits = (anchor.packed_logits, anchor.logits.flip(0), anchor.packed_logits.flip(0))
+    parallel, form = (SCORED | SCORED_TOO)[layout]
+    outcomes = pool.run(run_log_probs, anchor.directory, batches, parallel, form)
+    for found in outcomes:
+        for ours, batch, logits_BSV in zip(found or (), batches, logits, strict=bool(found)):
+            check_log_probs(ours, batch, torch.log_softmax(logits_BSV.double(), dim=-1).numpy())
+    assert outcomes[0]
+
+
+def check_log_probs(found: RowLogProbs, batch: Batch, truth_BSV: np.ndarray) -> None:
+    assert found.labels.dtype == np.float32
+    exact = np.take_along_axis(truth_BSV, batch.labels[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found.labels, exact, rtol=0, atol=LOG_PROB_TOLERANCE)
+    if batch.alternative_labels is None:
+        assert found.alternative_labels is None
+        return
+    second = batch.alternative_labels
+    exact = np.take_along_axis(truth_BSV, np.maximum(second, 0)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(
+        found.alternative_labels, np.where(second < 0, 0, exact), rtol=0, atol=LOG_PROB_TOLERANCE
+    )
+
+
+def scored_batches(anchor: Anchor) -> list[Batch]:
+    """Three, so that interleaved stages have to fill up; their order shows."""
+    random = np.random.default_rng(0)
+    packed, swapped = batch_of(anchor.tokens, DOCUMENTS), batch_of(anchor.tokens.flip(0))
+    second = random.integers(0, 512, packed.labels.shape)
+    second[random.random(second.shape) < 0.8] = -1
+    few = np.full_like(second, -1)
+    few[0, 2] = 5
+    return [
+        replace(packed, alternative_labels=second),
+        swapped,
+        replace(batch_of(anchor.tokens.flip(0), DOCUMENTS), alternative_labels=few),
+    ]
+
+
 # What follows runs in the ranks.
 
 
@@ -141,3 +210,15 @@ def run_layouts(
 def export(rank: int, world_size: int, checkpoint: Path, out: Path) -> None:
     if rank == 0:
         export_checkpoint(checkpoint, out, connect("cpu"))
+
+
+def run_log_probs(
+    rank: int, world_size: int, directory: Path, batches: list[Batch], parallel: dict, form: str
+) -> list[RowLogProbs] | None:
+    recipe = anchor_recipe(directory, parallel=parallel, loss_head={"form": form})
+    with engine_on(rank, recipe, trains=False) as engine:
+        if engine is None:
+            return None
+        engine.load_whole_parameters(dict(read_hf(directory)[1]()))
+        assert engine.log_probs([]) == []
+        return engine.log_probs(batches)

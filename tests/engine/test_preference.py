@@ -11,24 +11,20 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from phi4.data.stream.batch import Batch, build_batch
+from phi4.data.stream.batch import Batch
 from phi4.engine import engine as engine_module
 from phi4.engine import objective
 from phi4.engine.engine import Engine
 from phi4.engine.model.micro_batch import MicroBatch
-from phi4.engine.objective import Loss, LossInputs, SegmentSum
-from phi4.errors import ConfigError, DataError
+from phi4.engine.objective import LossInputs
+from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
 from phi4.verify.parity import LEARNING_RATE, LOSS_TOLERANCE, PARAMETER_TOLERANCE
 from tests.support.engines import engine_on, tiny_recipe
+from tests.support.preference import NUM_MICRO_BATCHES, NUM_ROWS, Preference, num_pairs, pairs
 from tests.support.ranks import RankPool
 
-LENGTH, VOCABULARY, EOD = 32, 96, 0
-NUM_MICRO_BATCHES, NUM_ROWS = 4, 2
-WITHOUT_SEGMENTS = 1
-"""The micro-batch that has none; the first of a data rank where there are two."""
 STEPS = 2
 RECIPE = (
     "model.num_layers=2",
@@ -180,99 +176,7 @@ def test_one_pass_is_refused_before_the_first_step(pool):
             assert not changed
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_segments": 1}, "segment_ids spans -1 to"),
-        ({"segment_ids": np.zeros((1, LENGTH), int)}, "segment_ids has shape (1, 32)"),
-        ({"segment_ids": np.zeros((NUM_ROWS, LENGTH))}, "segment_ids is float64"),
-        ({"segment_ids": None}, "in a batch without segment_ids"),
-        ({"alternative_labels": np.full((NUM_ROWS, LENGTH), 96)}, "alternative_labels spans 96"),
-        ({"token_extras": {"share": np.zeros(3)}}, "token_extras['share'] has shape (3,)"),
-        ({"segment_extras": {"r": np.zeros((1, 2))}}, "segment_extras['r'] has shape (1, 2)"),
-        ({"segment_extras": {"r": np.zeros(())}}, "segment_extras['r'] has shape ()"),
-    ],
-)
-def test_a_batch_that_disagrees_with_itself_is_refused(change, message):
-    batch = replace(pairs(0, 0), **change)
-    with pytest.raises(DataError) as caught:
-        engine_module.check_host_batches([batch], VOCABULARY)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("method", ["token_total", "segment_total"])
-def test_a_total_of_something_else_is_refused(method):
-    inputs = LossInputs(torch.zeros(2, 4), torch.ones(2, 4))
-    with pytest.raises(ConfigError, match=f"{method} got values of shape"):
-        getattr(inputs, method)(torch.ones(()))
-
-
 # What follows runs in the ranks.
-
-
-def pairs(step: int, index: int) -> Batch:
-    """A micro-batch of packed pairs, answers of any length, none at all in one of them."""
-    random = np.random.default_rng([step, index])
-    tokens = random.integers(1, VOCABULARY, (NUM_ROWS, LENGTH + 1))
-    starts = np.zeros((NUM_ROWS, LENGTH), dtype=bool)
-    segment_ids = np.full((NUM_ROWS, LENGTH), -1)
-    num_segments = 0
-    for row in range(NUM_ROWS):
-        for begin, end in ((0, 14 + index), (14 + index, LENGTH - index)):
-            answer = begin + random.integers(2, 6)
-            starts[row, begin] = True
-            segment_ids[row, answer:end] = num_segments
-            num_segments += 1
-    alternatives = random.integers(0, VOCABULARY, (NUM_ROWS, LENGTH))
-    # In one micro-batch most ranks have none.
-    columns = 3 if index == 0 else LENGTH
-    alternatives[random.random(alternatives.shape) < 0.8] = -1
-    alternatives[:, columns:] = -1
-    alternatives[0, 1] = 7
-    batch = build_batch(
-        tokens[:, :-1], tokens[:, 1:], np.ones((NUM_ROWS, LENGTH)), eod_id=EOD, starts=starts
-    )
-    share = random.random((NUM_ROWS, LENGTH)).astype(np.float32)
-    if index == WITHOUT_SEGMENTS:
-        nothing = {"token_extras": {"share": share * 0}, "segment_extras": {"ref": np.zeros(0)}}
-        return replace(batch, **nothing)
-    return replace(
-        batch,
-        segment_ids=segment_ids,
-        num_segments=num_segments,
-        alternative_labels=alternatives,
-        token_extras={"share": share},
-        segment_extras={"ref": random.normal(-40, 8, num_segments)},
-    )
-
-
-def num_pairs() -> float:
-    return sum(pairs(0, index).num_segments for index in range(NUM_MICRO_BATCHES)) / 2
-
-
-class Preference:
-    """Segment 2i over 2i + 1, more likely tokens of a share, pivots over their alternatives."""
-
-    metric_names = ("margins",)
-    gradient = "any"
-
-    def __init__(self, pairs: bool = True, likelihood: bool = True, pivots: bool = True) -> None:
-        self.terms = pairs, likelihood, pivots
-
-    def __call__(self, inputs: LossInputs, segment_sum: SegmentSum) -> Loss:
-        pairs, likelihood, pivots = self.terms
-        log_probs_BS = inputs.log_probs_BS
-        rewards_N = 0.1 * (segment_sum(log_probs_BS) - inputs.segment_extras["ref"])
-        margins_P = rewards_N[0::2] - rewards_N[1::2]
-        num_pairs = inputs.segment_total(torch.ones_like(margins_P))
-        loss = pairs * inputs.segment_total(-F.logsigmoid(margins_P))
-        if likelihood:
-            loss = loss - 0.05 * inputs.token_total(log_probs_BS * inputs.token_extras["share"])
-        if pivots and inputs.alternative_mask_BS is not None:
-            gaps_BS = log_probs_BS - inputs.alternative_log_probs_BS
-            chosen_BS = -F.logsigmoid(0.3 * gaps_BS) * inputs.alternative_mask_BS
-            loss = loss + inputs.token_total(chosen_BS)
-        return Loss(loss, num_pairs, {"margins": (inputs.segment_total(margins_P), num_pairs)})
 
 
 class ShareOfNextTokens(NextToken):

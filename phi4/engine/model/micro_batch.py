@@ -109,11 +109,7 @@ def to_device(
         ValueError: the rows do not split over the context ranks, the labels' shape differs, or the
             rows are longer than the cache.
     """
-    length = batch.tokens.shape[1]
-    if length % layout.sequence_multiple:
-        raise ValueError(f"rows of {length} tokens; need a multiple of {layout.sequence_multiple}")
-    if rope_cache is not None and length > rope_cache.num_positions:
-        raise ValueError(f"rows of {length} tokens; RoPE has {rope_cache.num_positions} positions")
+    _check_length(batch.tokens.shape[1], layout, rope_cache)
 
     def local(array: np.ndarray) -> torch.Tensor:
         return layout.context_slice(torch.from_numpy(np.ascontiguousarray(array)))
@@ -127,7 +123,7 @@ def to_device(
     else:
         positions_T = slice_of(batch.positions, torch.int32).t().flatten()
         rotary = {"rope_cache": rope_cache, "positions_T": positions_T}
-    segment_ids, second = batch.segment_ids, batch.alternative_labels
+    ids, second = batch.segment_ids, batch.alternative_labels
     if second is not None:
         second = alternative_rows(local(batch.labels), local(second), layout, device)
     return MicroBatch(
@@ -135,17 +131,22 @@ def to_device(
         labels_BS=slice_of(batch.labels, torch.int64),
         loss_mask_BS=slice_of(batch.loss_mask, torch.float32),
         documents=_documents(batch, layout, device, rotary),
-        segment_ids_BS=None if segment_ids is None else slice_of(segment_ids, torch.int64),
+        segment_ids_BS=None if ids is None else slice_of(ids, torch.int64),
         num_segments=batch.num_segments,
-        token_extras={
-            name: slice_of(values, torch.float32) for name, values in batch.token_extras.items()
-        },
+        token_extras={k: slice_of(v, torch.float32) for k, v in batch.token_extras.items()},
         segment_extras={
             name: torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
             for name, values in batch.segment_extras.items()
         },
         alternatives=second,
     )
+
+
+def _check_length(length: int, layout: Layout, rope_cache: RopeCache | None) -> None:
+    if length % layout.sequence_multiple:
+        raise ValueError(f"rows of {length} tokens; need a multiple of {layout.sequence_multiple}")
+    if rope_cache is not None and length > rope_cache.num_positions:
+        raise ValueError(f"rows of {length} tokens; RoPE has {rope_cache.num_positions} positions")
 
 
 def _documents(
