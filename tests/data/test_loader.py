@@ -3,6 +3,8 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,9 +16,12 @@ from phi4.config import DataConfig, SourceConfig
 from phi4.data.files.adopt import adopt
 from phi4.data.files.token_file import TokenFile
 from phi4.data.files.token_writer import TokenFileWriter
+from phi4.data.stream import windows
 from phi4.data.stream.batch import Batch
-from phi4.data.stream.loader import HeldOut, Loader
+from phi4.data.stream.kinds import KINDS, open_source
+from phi4.data.stream.loader import HeldOut, Loader, open_held_out
 from phi4.data.stream.sources import read_source
+from phi4.data.stream.stream import Source
 from phi4.data.stream.units import Rows, ShardPool, UnitSource
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import DataError, LayoutError
@@ -29,6 +34,9 @@ fixture_is_only_a_writer = settings(max_examples=40)
 def data_config(paths: dict[str, tuple[str, float]], *, unit: int = 4, row_units: int = 2, **other):
     sources = tuple(SourceConfig(name=n, path=p, weight=w) for n, (p, w) in paths.items())
     return DataConfig(sequence_length=unit * row_units, unit_tokens=unit, sources=sources, **other)
+
+
+ALONE = {"global_batch_size": 4, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1}
 
 
 def rows(batches: Sequence[Batch], field: str) -> np.ndarray:
@@ -288,21 +296,65 @@ def test_held_out_batches_repeat_and_do_not_depend_on_the_layout(
     held_out = tuple(SourceConfig(name=n, path=p) for n, (p, _) in two_sources.items())
     config = data_config({}, held_out=held_out)
     evaluation = HeldOut(config, facts, 7)
-    alone = {"global_batch_size": 4, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1}
-    first, second = (list(evaluation.batches(3, **alone)) for _ in range(2))
+    first, second = (list(evaluation.batches(3, **ALONE)) for _ in range(2))
     assert len(first) == 3
     joined = [rows(batches, "tokens") for batches in first]
     assert np.array_equal(joined, [rows(batches, "tokens") for batches in second])
     assert not np.array_equal(joined[0], joined[1])
     halves = [
         list(
-            evaluation.batches(3, **alone | {"micro_batch_size": 1, "dp_rank": rank, "dp_size": 2})
+            evaluation.batches(3, **ALONE | {"micro_batch_size": 1, "dp_rank": rank, "dp_size": 2})
         )
         for rank in range(2)
     ]
     for step_index in range(3):
         both = halves[0][step_index] + halves[1][step_index]
         assert np.array_equal(rows(both, "tokens"), joined[step_index])
+
+
+def test_sources_are_read_once_however_often_a_stream_begins(
+    two_sources, facts: TokenizerFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = tuple(
+        SourceConfig(name=n, path=p, kind="windows") for n, (p, _) in two_sources.items()
+    )
+    config = data_config(two_sources, held_out=held_out)
+    read, table = Mock(wraps=read_source), Mock(wraps=windows.WindowTable)
+    monkeypatch.setattr("phi4.data.stream.loader.read_source", read)
+    monkeypatch.setattr(windows, "WindowTable", table)
+    loader, evaluated = Loader(config, facts, 7), open_held_out(config, facts, 7)
+    assert list(evaluated) == ["a", "b"]
+    first, state = rows(step(loader, 4), "tokens"), loader.state()
+    then = rows(step(loader, 4), "tokens")
+    loader.go_to(state)
+    assert np.array_equal(rows(step(loader, 4), "tokens"), then)
+    loader.go_to(None)
+    assert np.array_equal(rows(step(loader, 4), "tokens"), first)
+    for _ in range(2):
+        for source in evaluated.values():
+            assert list(source.batches(2, **ALONE))
+    assert (read.call_count, table.call_count) == (4, 2)
+
+
+def test_two_held_out_sources_of_one_name_are_refused_together(
+    write_source, facts: TokenizerFacts
+) -> None:
+    twice = tuple(SourceConfig(name="s", path=write_source(f"s{i}", [9])) for i in range(2))
+    with pytest.raises(DataError, match="two sources are named 's'"):
+        open_held_out(DataConfig(held_out=twice), facts, 7)
+
+
+def test_every_kind_of_the_recipe_is_a_source(write_source, facts: TokenizerFacts) -> None:
+    assert set(KINDS) == set(get_args(SourceConfig.model_fields["kind"].annotation))
+    path = write_source("s", [9, 30])
+    data, pool = data_config({}), ShardPool(1)
+    for kind in KINDS:
+        config = SourceConfig(name="s", path=path, kind=kind)
+        source = open_source(config, read_source(path, facts), pool, facts, data)
+        # Attributes without a value are invisible to isinstance.
+        assert Source.__annotations__.keys() <= vars(source).keys() | vars(type(source)).keys()
+        methods = {name for name in vars(Source) if not name.startswith("_")}
+        assert all(callable(getattr(source, name)) for name in methods)
 
 
 def test_held_out_sources_are_required_for_evaluation(facts: TokenizerFacts) -> None:

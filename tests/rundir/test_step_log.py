@@ -114,6 +114,25 @@ def test_lines_that_a_full_disk_refuses_are_kept_and_written_in_order(tmp_path, 
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("room", [0, 10, 30, 60, 75, 10_000])
+@pytest.mark.parametrize("step", [0, 1, 2, 4])
+def test_undone_steps_are_cut_from_the_file_and_from_memory(tmp_path, monkeypatch, room, step):
+    """Whatever part of them a full disk had taken; a line has 22 bytes."""
+    metrics = StepLog(tmp_path / "metrics.jsonl", say=lambda _: None)
+    disk = FullDisk(metrics._file, room=room)
+    monkeypatch.setattr(metrics, "_file", disk)
+    for number in range(1, 5):
+        metrics.log(number, {"loss": 1.0})
+    metrics.rewind(step)
+    disk.room = 10_000
+    for number in range(step + 1, 4):
+        metrics.log(number, {"loss": 2.0})
+    metrics.finish("finished")
+    found = {line["step"]: line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")}
+    kept = dict.fromkeys(range(1, step + 1), 1.0)
+    assert found == kept | dict.fromkeys(range(step + 1, 4), 2.0)
+
+
 @pytest.mark.parametrize("status", ["finished", "failed"])
 def test_finished_run_whose_lines_do_not_fit_is_an_error(tmp_path, monkeypatch, status):
     metrics = StepLog(tmp_path / "metrics.jsonl", say=lambda _: None)
@@ -136,6 +155,9 @@ class FullDisk:
         written = self._file.write(content[: self.room])
         self.room -= written
         return written
+
+    def fileno(self) -> int:
+        return self._file.fileno()
 
     def close(self) -> None:
         self._file.close()

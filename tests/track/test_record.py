@@ -25,19 +25,24 @@ class Memory:
         self._note("start")
 
     def log(self, step, metrics):
-        self._note(f"log {step}")
+        self._note(f"log {step}{' again' if 'rolled_back_from' in metrics else ''}")
+
+    def rewind(self, step):
+        self._note(f"rewind {step}")
 
     def finish(self, status):
         self._note(f"finish {status}")
 
 
-WHOLE_RUN = ["start", "log 1", "log 2", "finish finished"]
+WHOLE_RUN = ["start", "log 1", "log 2", "rewind 1", "log 2 again", "finish finished"]
 
 
 def follow(trackers: Trackers) -> None:
     trackers.start({"run.seed": 1})
     trackers.log(1, {"loss": 1.0})
     trackers.log(2, {"loss": 1.0})
+    trackers.rewind(1)
+    trackers.log(2, {"loss": 1.0, "rolled_back_from": 2.0})
     trackers.finish("finished")
 
 
@@ -70,7 +75,11 @@ def test_recipe_without_mlflow_opens_file_and_console(tmp_path, capsys):
     tree = {"run": {"dir": str(tmp_path / "run"), "steps": 2}, "tracking": {"mlflow": False}}
     follow(open_trackers(parse_recipe(tree), resume_step=0, is_writer=True))
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
-    assert capsys.readouterr().out.startswith("step 1/2  loss 1.0000")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 1/2  loss 1.0000")
+    assert [line.split("  ")[-1] for line in lines if "rolled back" in line] == [
+        "rolled back from step 2"
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
