@@ -339,10 +339,26 @@ def test_damaged_checkpoints_are_passed_over_and_the_window_stays_skipped(
     pool.run(start, root, plan)
     assert not (checkpoints / "step_0000003").exists()
     shutil.rmtree(checkpoints / "step_0000002")
+    stopped, _ = pool.run(start, root, Plan("damaged", every, {3: SaveAndStop("here")}))
+    assert "skipping 32 rows (spike)" in stopped.said
     resumed, _ = pool.run(start, root, Plan("damaged", every))
+    assert "resumed from damaged/checkpoints/step_0000003 (step 3)" in resumed.said
     assert resumed.ended == "ended after step 6"
     (skip,) = read_state(checkpoints / "step_0000006").skips
     assert (skip.after_step, skip.last_undone, skip.rows) == (1, 5, 4 * ROWS)
+
+
+def test_start_after_a_kill_removes_what_the_roll_back_undid(pool: RankPool, root: Path) -> None:
+    """A save of an undone step would else count as newer than those of the steps that are done."""
+    broken = KILLS["before the older checkpoint is the newest"]
+    pool.run(start, root, Plan("leftover", (), BACK, broken))
+    checkpoints = root / "leftover/checkpoints"
+    assert (checkpoints / "latest").read_text() == "step_0000004\n"
+    pool.run(start, root, Plan("leftover", decisions={3: SaveAndStop("here")}))
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == [
+        "step_0000002",
+        "step_0000003",
+    ]
 
 
 def test_roll_back_beyond_the_oldest_checkpoint_names_what_there_is(
