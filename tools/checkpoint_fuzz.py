@@ -31,7 +31,7 @@ from phi4.errors import Phi4Error
 from phi4.rundir.manifest import check_recipe
 from phi4.rundir.state import read_recipe, read_state
 from phi4.stages.pretrain import NextToken
-from phi4.track.provenance import append_row, provenance
+from phi4.verify.measured_rows import append_row, provenance
 from tests.support.engines import batches_of, tiny_recipe
 from tests.support.hostile import ATTACKS, read_index, sign, write_index
 

@@ -136,7 +136,7 @@ def main() -> int:
     if arguments.gpu == "cuda" and not torch.cuda.is_available():
         print("torch finds no CUDA device; run this on a machine with a GPU", file=sys.stderr)
         return 2
-    from phi4.track.provenance import append_row
+    from phi4.verify.measured_rows import append_row
 
     device = torch.cuda.get_device_name() if arguments.gpu == "cuda" else platform.processor()
     passed = True

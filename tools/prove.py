@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from phi4.track import append_row
+from phi4.verify.measured_rows import append_row
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "proofs.jsonl"

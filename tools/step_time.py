@@ -31,7 +31,7 @@ from phi4.engine.engine import Engine
 from phi4.engine.platform import connect, disconnect
 from phi4.model.names import to_hf
 from phi4.stages.pretrain import NextToken
-from phi4.track.provenance import append_row, provenance
+from phi4.verify.measured_rows import append_row, provenance
 
 ATTENTION_BACKENDS = ("sdpa", "eager")
 LOSS_TOLERANCE = 1e-6

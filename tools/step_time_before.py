@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from phi4.track.provenance import append_row, provenance
+from phi4.verify.measured_rows import append_row, provenance
 from tools.step_time import ratio_interval
 
 ROOT = Path(__file__).resolve().parents[1]

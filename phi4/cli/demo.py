@@ -88,7 +88,7 @@ def demo(
     seconds = time.monotonic() - started
     gain = _conclude(data, run, picture, seconds)
     if json_file:
-        from phi4.track import append_row
+        from phi4.verify.measured_rows import append_row
 
         steps = {"steps": ALL_STEPS, "held_out_nats_below_unigram": round(gain, 3)}
         append_row(json_file, {"benchmark": "demo", "seconds": round(seconds), **steps})

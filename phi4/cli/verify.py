@@ -80,7 +80,7 @@ def parity(
 
 
 def _write_parity(results: Results, steps: int, json_file: Path) -> None:
-    from phi4.track import append_row
+    from phi4.verify.measured_rows import append_row
 
     worst = max((result for _, result in results), key=lambda result: result.parameter_error)
     row = {

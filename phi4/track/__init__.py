@@ -4,7 +4,6 @@ from phi4.track.build import open_trackers, recipe_params
 from phi4.track.console import ConsoleTracker
 from phi4.track.mlflow import MlflowTracker
 from phi4.track.plot import draw_losses
-from phi4.track.provenance import append_row, provenance
 from phi4.track.record import Status, Tracker, Trackers
 
 __all__ = [
@@ -13,9 +12,7 @@ __all__ = [
     "Status",
     "Tracker",
     "Trackers",
-    "append_row",
     "draw_losses",
     "open_trackers",
-    "provenance",
     "recipe_params",
 ]

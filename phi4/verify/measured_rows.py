@@ -1,4 +1,4 @@
-"""What a measured number needs beside it: commit, versions, and how busy the machine was."""
+"""Rows of measured results: each with its commit, versions, and how busy the machine was."""
 
 import json
 import os
