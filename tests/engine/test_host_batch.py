@@ -15,6 +15,9 @@ from tests.support.preference import LENGTH, NUM_ROWS, VOCABULARY, pairs
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"tokens": np.zeros((NUM_ROWS, 8))}, "tokens has shape (2, 8); expected (2, 32)"),
+        ({"labels": np.zeros((NUM_ROWS, 8))}, "labels has shape (2, 8)"),
+        ({"loss_mask": np.zeros(3)}, "loss_mask has shape (3,)"),
         ({"num_segments": 1}, "segment_ids spans -1 to"),
         ({"segment_ids": np.zeros((1, LENGTH), int)}, "segment_ids has shape (1, 32)"),
         ({"segment_ids": np.zeros((NUM_ROWS, LENGTH))}, "segment_ids is float64"),
@@ -26,9 +29,10 @@ from tests.support.preference import LENGTH, NUM_ROWS, VOCABULARY, pairs
     ],
 )
 def test_a_batch_that_disagrees_with_itself_is_refused(change, message):
-    batch = replace(pairs(0, 0), **change)
+    good = pairs(0, 0)
+    check_host_batches([good, pairs(0, 1)], VOCABULARY)
     with pytest.raises(DataError) as caught:
-        check_host_batches([batch], VOCABULARY)
+        check_host_batches([good, replace(good, **change)], VOCABULARY)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -65,19 +65,22 @@ class HostBatch(Protocol):
 
 
 def check_host_batches(batches: Sequence[HostBatch], vocab_size: int) -> None:
-    """Check what an objective is given besides tokens, labels and their weights.
+    """Check shapes, and the ids that objectives see. Token ids are the data's to check.
 
     Raises:
-        DataError: an id, a label or a shape is out of range.
+        DataError: an id or a shape is another; micro-batches of one call differ in shape, which
+            pipeline ranks that wait for a tensor would not notice.
     """
     for batch in batches:
+        shape = batches[0].tokens.shape
+        _check_shape("tokens", batch.tokens.shape, shape)
+        _check_shape("labels", batch.labels.shape, shape)
+        _check_shape("loss_mask", batch.loss_mask.shape, shape)
         _check_segments(batch)
         if batch.alternative_labels is not None:
-            _check_ids(
-                "alternative_labels", batch.alternative_labels, batch.tokens.shape, vocab_size
-            )
+            _check_ids("alternative_labels", batch.alternative_labels, shape, vocab_size)
         for name, values in batch.token_extras.items():
-            _check_shape(f"token_extras[{name!r}]", values.shape, batch.tokens.shape)
+            _check_shape(f"token_extras[{name!r}]", values.shape, shape)
 
 
 def _check_segments(batch: HostBatch) -> None:
@@ -108,6 +111,6 @@ def _check_ids(name: str, ids: np.ndarray, shape: tuple[int, ...], count: int) -
 def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found != expected:
         raise DataError(
-            f"{name} has shape {found}; expected {expected}; pass one value per token, or per "
-            "segment for segment_extras"
+            f"{name} has shape {found}; expected {expected}; pass rows of one shape, one value per "
+            "token of them, and for segment_extras one per segment"
         )

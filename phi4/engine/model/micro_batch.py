@@ -106,8 +106,7 @@ def to_device(
         rope_cache: look RoPE up in this; without it RoPE gets tables per token.
 
     Raises:
-        ValueError: the rows do not split over the context ranks, the labels' shape differs, or the
-            rows are longer than the cache.
+        ValueError: the rows do not split over the ranks, or are longer than the cache.
     """
     _check_length(batch.tokens.shape[1], layout, rope_cache)
 
