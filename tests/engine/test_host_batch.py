@@ -1,13 +1,14 @@
-"""A batch that disagrees with itself is refused on the host, a total of no such values too."""
+"""What an objective is given: checked on the host, and summed as it says."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from phi4.engine.model.host_batch import check_host_batches
-from phi4.engine.objective import LossInputs
+from phi4.engine.objective import LossInputs, make_segment_sum
 from phi4.errors import ConfigError, DataError
 from tests.support.preference import LENGTH, NUM_ROWS, VOCABULARY, pairs
 
@@ -41,3 +42,20 @@ def test_a_total_of_something_else_is_refused(method):
     inputs = LossInputs(torch.zeros(2, 4), torch.ones(2, 4))
     with pytest.raises(ConfigError, match=f"{method} got values of shape"):
         getattr(inputs, method)(torch.ones(()))
+
+
+@pytest.mark.parametrize("has_ids", [True, False])
+def test_a_segment_sum_leaves_out_tokens_of_no_segment(has_ids):
+    batch = pairs(0, 0)
+    count = batch.num_segments + 1 if has_ids else 0
+    values_BS = torch.rand(NUM_ROWS, LENGTH, requires_grad=True)
+    ids_BS = torch.from_numpy(batch.segment_ids) if has_ids else None
+    alone = SimpleNamespace(size=lambda: 1)
+    sums_N = make_segment_sum(ids_BS, count, alone)(values_BS)
+
+    exact = [float(values_BS.detach().double()[batch.segment_ids == i].sum()) for i in range(count)]
+    np.testing.assert_allclose(sums_N.detach(), exact, rtol=1e-14)
+    assert sums_N.dtype is torch.float64
+    sums_N.sum().backward()
+    expected = batch.segment_ids >= 0 if has_ids else np.zeros((NUM_ROWS, LENGTH))
+    np.testing.assert_array_equal(values_BS.grad, expected)

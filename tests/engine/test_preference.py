@@ -17,7 +17,8 @@ from phi4.engine import engine as engine_module
 from phi4.engine import objective
 from phi4.engine.engine import Engine
 from phi4.engine.model.micro_batch import MicroBatch
-from phi4.engine.objective import LossInputs
+from phi4.engine.objective import Loss, LossInputs, SegmentSum
+from phi4.engine.step import StepResult
 from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
 from phi4.verify.parity import LEARNING_RATE, LOSS_TOLERANCE, PARAMETER_TOLERANCE
@@ -96,6 +97,14 @@ def test_each_term_alone_trains_alike(layout, terms, pool, truth):
     for found in pool.run(train, layout, chosen):
         if found is not None:
             check(found, truth(layout, **chosen))
+
+
+@pytest.mark.parametrize("form", ["logits", "recompute"])
+def test_second_labels_have_the_gradient_of_a_pass_of_their_own(form, pool):
+    one, two = pool.run(run_pivots, form)[0]
+    assert one.loss == pytest.approx(two.loss, rel=LOSS_TOLERANCE)
+    assert one.grad_norm == pytest.approx(two.grad_norm, rel=LOSS_TOLERANCE)
+    assert one.weight == two.weight > 0
 
 
 def check(found: dict, exact: dict) -> None:
@@ -177,6 +186,37 @@ def test_one_pass_is_refused_before_the_first_step(pool):
 
 
 # What follows runs in the ranks.
+
+
+class Gaps:
+    """Pivots over their alternatives, these in the same pass or in one of their own, negated."""
+
+    metric_names = ()
+    gradient = "any"
+
+    def __call__(self, inputs: LossInputs, segment_sum: SegmentSum) -> Loss:
+        loss = inputs.token_total(inputs.log_probs_BS * inputs.loss_mask_BS)
+        weight = inputs.token_total(inputs.loss_mask_BS.clamp_min(0))
+        if inputs.alternative_mask_BS is not None:
+            loss = loss - inputs.token_total(inputs.alternative_log_probs_BS)
+        return Loss(loss, weight)
+
+
+def run_pivots(rank: int, world_size: int, form: str) -> tuple[StepResult, StepResult] | None:
+    """A step with second labels, and one with them as labels of a micro-batch of their own."""
+    with engine_on(rank, tiny_recipe(*RECIPE, f"loss_head.form={form}")) as engine:
+        if engine is None:
+            return None
+        batch = pairs(0, 3)
+        second = batch.alternative_labels
+        pivots = (second >= 0).astype(np.float32)
+        first = replace(batch, loss_mask=pivots)
+        alone = replace(first, alternative_labels=None)
+        other = replace(alone, labels=np.maximum(second, 0), loss_mask=-pivots)
+        return tuple(
+            engine.train_step(batches, Gaps(), learning_rate=0.0)
+            for batches in ([first], [alone, other])
+        )
 
 
 class ShareOfNextTokens(NextToken):
