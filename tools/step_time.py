@@ -88,7 +88,7 @@ class EngineLoop:
 
         forward = [(self.engine.bare_chunks[0], "run"), (schedules, "forward_step_calc_loss")]
         return {
-            "batch to tensors": [(self.engine, "place")],
+            "batch to tensors": [(self.engine, "to_device")],
             "forward": forward,
             "backward": [(schedules, "backward_step")],
             "zero gradients": [(self.engine.chunks[0], "zero_grad_buffer")],
