@@ -147,7 +147,11 @@ def remove_newer(root: Path, step: int) -> None:
 
 
 def _point_latest_at(checkpoint: Path) -> None:
-    replace_durably(checkpoint.parent / LATEST_FILE, f"{checkpoint.name}\n".encode())
+    root = checkpoint.parent
+    pointer = root / f".{LATEST_FILE}.partial"
+    write_durably(pointer, f"{checkpoint.name}\n".encode())
+    pointer.replace(root / LATEST_FILE)
+    _sync_directory(root)
 
 
 def _is_reshardable(checkpoint: Path) -> bool:
@@ -170,14 +174,6 @@ def write_durably(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def replace_durably(path: Path, content: bytes) -> None:
-    """Give a file new content, all of it or none, and wait until it is on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    write_durably(partial, content)
-    partial.replace(path)
-    _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

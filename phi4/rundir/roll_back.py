@@ -10,10 +10,11 @@ from pathlib import Path
 
 import msgspec
 
+from phi4.data.files.atomic_files import write_atomically
 from phi4.data.stream.ledger import parse_state
 from phi4.data.stream.replay import units_by_blend
 from phi4.errors import CheckpointError
-from phi4.rundir.checkpoints import checkpoints_dir, remove_newer, replace_durably
+from phi4.rundir.checkpoints import checkpoints_dir, remove_newer
 from phi4.rundir.names import ROLL_BACK_FILE
 from phi4.rundir.state import RunState, Skip
 
@@ -52,9 +53,18 @@ def commit_roll_back(run_dir: Path, state: RunState) -> None:
     Args:
         run_dir: of the run.
         state: where it goes on; a checkpoint of its step exists.
+
+    Raises:
+        DiskFullError: there is no space for the file; the roll back does not count.
+        OSError: the file system fails otherwise.
     """
-    replace_durably(run_dir / ROLL_BACK_FILE, state.to_json().encode())
+    write_atomically(run_dir / ROLL_BACK_FILE, state.to_json().encode())
     remove_newer(checkpoints_dir(run_dir), state.step)
+
+
+def forget_roll_back(run_dir: Path) -> None:
+    """A run begins anew where another one was; only the writer rank calls it."""
+    (run_dir / ROLL_BACK_FILE).unlink(missing_ok=True)
 
 
 def read_roll_back(run_dir: Path) -> RunState | None:

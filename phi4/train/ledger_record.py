@@ -9,7 +9,7 @@ from phi4.rundir.ledger_log import counts_line
 from phi4.rundir.names import LEDGER_FILE
 from phi4.rundir.state import RunState
 from phi4.rundir.step_log import StepLog
-from phi4.train.hooks import CONTINUE, Continue, Hook, Progress
+from phi4.train.hooks import CONTINUE, Decision, Hook, Progress
 from phi4.train.meter import roll_back_numbers
 
 
@@ -41,7 +41,7 @@ class LedgerRecord(Hook):
 
         decided_by_writer(self._platform, open_file)
 
-    def act(self, progress: Progress) -> Continue:
+    def act(self, progress: Progress) -> Decision:
         """Write the counts of all sources."""
         if self._file:
             numbers = counts_line(progress.state.data) | roll_back_numbers(progress.state)

@@ -40,7 +40,8 @@ def roll_back(
     Raises:
         OwnershipError: the run directory was lost.
         CheckpointError: no checkpoint is old enough, or none of them loads.
-        DiskFullError, PlatformError: the roll back cannot be written; it did not happen.
+        DiskFullError, PlatformError: the roll back cannot be written; unless its file was, it did
+            not happen.
 
     Collectives: those of `require_ownership` and `newest_loaded`; broadcasts of the candidates and
     of the writer's outcome, over all ranks.

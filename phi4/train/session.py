@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from phi4.config import Recipe, dump_toml
+from phi4.data.stream.loader import Loader
 from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer
 from phi4.engine.agreement import decided_by_writer, done_by_all
 from phi4.engine.checkpoint import find_checkpoint_together, load_checkpoint, verify_checkpoint
@@ -19,7 +20,7 @@ from phi4.errors import CheckpointError, OwnershipError, TokenizerError
 from phi4.rundir import Lease
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint
 from phi4.rundir.names import CONFIG_FILE
-from phi4.rundir.roll_back import commit_roll_back, follows_roll_back
+from phi4.rundir.roll_back import commit_roll_back, follows_roll_back, forget_roll_back
 from phi4.rundir.state import RunState, read_recipe
 from phi4.track import Trackers, open_trackers, recipe_params
 from phi4.train.checkpointing import Checkpointer
@@ -104,12 +105,10 @@ def _run(
     state = decided_by_writer(platform, partial(_fresh_state, recipe))
     # Before anything is built: a missing or foreign source is an error at once.
     data = open_sources(recipe, tokenizer, state, platform)
-    source_hashes = data.loader.source_hashes()
-    draws_weights = state is not None and recipe.run.init_from is None
-    engine = Engine(recipe, platform, draws_weights=draws_weights)
-    choices = (choice.describe() for choice in engine.choices)
-    for line in (platform.describe(), engine.layout.describe(), *choices, *data.loader.notes):
+    engine = _built_engine(recipe, platform, is_resumed=state is None, say=say)
+    for line in data.loader.notes:
         say(line)
+    source_hashes = data.loader.source_hashes()
     if state is None:
         state = resume(
             recipe, engine, allow_change=allow_change, say=say, source_hashes=source_hashes
@@ -129,13 +128,26 @@ def _run(
         lease=lease,
         say=say,
     )
-    made = [hook for make in (*OWN_HOOKS, *hooks) for hook in make(context)]
+    return _trained(context, data.loader, hooks)
+
+
+def _built_engine(recipe: Recipe, platform: Platform, *, is_resumed: bool, say: Say) -> Engine:
+    draws_weights = not is_resumed and recipe.run.init_from is None
+    engine = Engine(recipe, platform, draws_weights=draws_weights)
+    choices = (choice.describe() for choice in engine.choices)
+    for line in (platform.describe(), engine.layout.describe(), *choices):
+        say(line)
+    return engine
+
+
+def _trained(context: RunContext, loader: Loader, factories: Sequence[HookFactory]) -> RunState:
+    hooks = [hook for make in (*OWN_HOOKS, *factories) for hook in make(context)]
     checkpointer = Checkpointer(context)
     trackers = _begin_record(context)
     with _failure_recorded(trackers):
-        ending = train(context, data.loader, made, checkpointer, trackers)
+        ending = train(context, loader, hooks, checkpointer, trackers)
     trackers.finish(ending.status)
-    engine.close()
+    context.engine.close()
     return ending.state
 
 
@@ -191,7 +203,9 @@ def _begin_record(context: RunContext) -> Trackers:
     def begin() -> None:
         context.lease.begin()
         run_dir = Path(recipe.run.dir)
-        if follows_roll_back(state):
+        if state.step == 0:
+            forget_roll_back(run_dir)
+        elif follows_roll_back(state):
             # Whatever a kill left undone of it; and the state may be of a checkpoint before it.
             commit_roll_back(run_dir, state)
         config = run_dir / CONFIG_FILE
