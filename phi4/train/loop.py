@@ -48,10 +48,7 @@ def train(
     with running(hooks, state):
         while state.step < total:
             progress = _step(context, loader, state)
-            numbers: dict[str, float] = {}
-            for hook in hooks:
-                numbers |= hook.measure(progress)
-            trackers.log(progress.step, numbers)
+            _record(progress, hooks, trackers)
             decision = strongest([hook.act(progress) for hook in hooks])
             if isinstance(decision, RollBack):
                 state = roll_back(context, progress.state, decision, rewind_records=trackers.rewind)
@@ -69,6 +66,14 @@ def train(
                 )
                 return Ending(state, decision.status)
     return Ending(state, "finished")
+
+
+def _record(progress: Progress, hooks: Sequence[Hook], trackers: Trackers) -> None:
+    """What all hooks measure, as the step's one record."""
+    numbers: dict[str, float] = {}
+    for hook in hooks:
+        numbers |= hook.measure(progress)
+    trackers.log(progress.step, numbers)
 
 
 def _step(context: RunContext, loader: Loader, state: RunState) -> Progress:

@@ -28,8 +28,7 @@ def roll_back(
     """Go back to the newest checkpoint that loads and is old enough; gives its state.
 
     That state's ledger is the present one: the data of the undone steps is skipped. On the disk the
-    roll back counts before any record of the undone steps is cut, so a kill at any moment leaves
-    either the run as it was or one that goes on behind the skipped data.
+    roll back counts before any record of the undone steps is cut.
 
     Args:
         context: of the run; fills its engine.
@@ -46,10 +45,10 @@ def roll_back(
     Collectives: those of `require_ownership` and `newest_loaded`; broadcasts of the candidates and
     of the writer's outcome, over all ranks.
     """
-    recipe, platform = context.recipe, context.platform
-    require_ownership(platform, context.lease)
+    recipe, say = context.recipe, context.say
+    require_ownership(context.platform, context.lease)
     checkpoint, saved = newest_loaded(
-        Restoring(recipe, context.engine, context.source_hashes, context.say, allow_change=True),
+        Restoring(recipe, context.engine, context.source_hashes, say, allow_change=True),
         _old_enough(context, now, asked),
     )
     row_units = recipe.data.sequence_length // recipe.data.unit_tokens
@@ -59,10 +58,11 @@ def roll_back(
         commit_roll_back(Path(recipe.run.dir), state)
         rewind_records(state.step)
 
-    decided_by_writer(platform, commit)
-    context.say(
-        f"rolled back from step {now.step} to {checkpoint}: {asked.reason}; "
-        f"{state.skips[-1].rows:,} rows are skipped"
+    decided_by_writer(context.platform, commit)
+    rows = state.skips[-1].rows
+    say(
+        f"rolled back from step {now.step} to {checkpoint}: {asked.reason}; {rows:,} rows are "
+        "skipped"
     )
     return state
 
