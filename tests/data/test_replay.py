@@ -306,7 +306,7 @@ def test_steps_around_roll_backs_are_found_again(
     tokenizer = load_tokenizer(run.recipe.tokenizer)
     assert len(run.served) == run.state.step == 5
     for step, batches in enumerate(run.served, start=1):
-        printed = phi4_data("why", run.directory / "run", "--step", step, "--sample", 1, "--show")
+        printed = phi4_data("trace", run.directory / "run", "--step", step, "--sample", 1, "--show")
         assert printed.split("---\n")[1] == tokenizer.decode(batches[1].tokens[0]) + "\n", step
     shown = phi4_data("ledger", run.directory / "run")
     assert "before this run" not in shown

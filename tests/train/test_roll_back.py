@@ -289,7 +289,7 @@ def test_rolled_back_run_is_served_the_stream_without_the_window(
     in_force = [*outcome.served[:2], *outcome.served[5:]]
     with chdir(root):
         for step, rows in enumerate(in_force, start=1):
-            asked = ["why", "back", "--step", str(step), "--sample", "3", "--show"]
+            asked = ["trace", "back", "--step", str(step), "--sample", "3", "--show"]
             shown = CliRunner().invoke(app, asked, catch_exceptions=False).output
             text = bytes(rows[3].tolist()).decode(errors="replace")
             assert shown.split("---\n")[1] == f"{text}\n"
