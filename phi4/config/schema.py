@@ -130,7 +130,7 @@ class LossHeadConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Implementation of each op; `auto` says aloud what it chose and why."""
+    """Implementation of each op; `auto` logs its choice and the reason."""
 
     rope: Implementation = key("free", "auto")
     rms_norm: Implementation = key("free", "auto")

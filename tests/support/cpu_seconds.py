@@ -1,7 +1,9 @@
 """CPU seconds of every test, added up per package (`tests/<package>/`) and held against budgets.
 
 CPU time, not wall time, so that other work on the machine cannot turn a run red. The seconds of a
-test include its fixtures and the processes it started, whether they have ended or still run.
+test include its fixtures and the processes it started, whether they have ended or still run. They
+are seconds of a reference processor: a fixed loop that runs between the tests tells how much slower
+this one is, for a shared core takes up to twice as long for the same work.
 """
 
 import json
@@ -22,13 +24,26 @@ BUDGETS = ROOT / "tests" / "cpu_budgets.toml"
 MEASURED = ROOT / "tests" / "cpu_seconds.json"
 
 FAILING_FACTOR = 1.5
-"""A strict run fails beyond this multiple of a budget: processors and neighbours differ."""
+"""A strict run fails beyond this multiple of a budget: not all work slows down like the probe."""
 
 COLLECTION = "(collection)"
 """Stands for a package: what the test processes spend on importing the tests."""
 
+REFERENCE_SECONDS = 0.0126
+"""What `probe` takes on an AMD EPYC core of 2.6 GHz that nothing else uses."""
+_PROBE_STEPS = 300_000
+_SECONDS_BETWEEN_PROBES = 2.0
+
 _SCAN_SECONDS = 0.1
 _NUM_SLOWEST = 10
+
+
+def probe() -> float:
+    """CPU seconds of a fixed piece of work."""
+    begin, total = time.process_time(), 0
+    for number in range(_PROBE_STEPS):
+        total += number * number
+    return time.process_time() - begin
 
 
 class ProcessTreeClock:
@@ -78,16 +93,35 @@ class Budgets:
 
 
 class CpuMeter:
-    """Pytest plugin of a process that runs tests: notes the CPU seconds in every report."""
+    """Pytest plugin of a process that runs tests: notes the CPU seconds in every report.
+
+    They are divided by how much slower than the reference processor this one was lately.
+    """
 
     def __init__(self) -> None:
         self._clock = ProcessTreeClock()
+        self._slowdown = 1.0
+        self._unprobed_seconds = float("inf")
+
+    def slowdown(self, seconds: float) -> float:
+        """How much slower this processor is than the reference; probed now and then.
+
+        Args:
+            seconds: that were spent since the last call.
+        """
+        self._unprobed_seconds += seconds
+        if self._unprobed_seconds > _SECONDS_BETWEEN_PROBES:
+            self._slowdown = max(1.0, probe() / REFERENCE_SECONDS)
+            self._unprobed_seconds = 0.0
+            self._clock.lap()
+        return self._slowdown
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """What came before the first test."""
         seconds = time.process_time()
         self._clock.lap()
+        seconds /= self.slowdown(0.0)
         if hasattr(session.config, "workeroutput"):
             session.config.workeroutput["collection_cpu_seconds"] = seconds
 
@@ -95,7 +129,8 @@ class CpuMeter:
     def pytest_runtest_makereport(self) -> Iterator[None]:
         """A phase of a test is over: set-up, call or tear-down. The report travels to xdist."""
         report = yield
-        report.cpu_seconds = self._clock.lap()
+        seconds = self._clock.lap()
+        report.cpu_seconds = seconds / self.slowdown(seconds)
         return report
 
 

@@ -62,7 +62,27 @@ def finished(report: CpuReport, **spent: float) -> pytest.ExitCode:
     return session.exitstatus
 
 
-def test_seconds_belong_to_the_test_that_spent_them(pytester: pytest.Pytester) -> None:
+def probe_takes(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    monkeypatch.setattr(cpu_seconds, "probe", lambda: factor * cpu_seconds.REFERENCE_SECONDS)
+
+
+@pytest.mark.parametrize(("factor", "slowdown"), [(2.0, 2.0), (0.5, 1.0)])
+def test_a_slower_processor_counts_for_less_and_a_faster_one_for_no_more(
+    monkeypatch: pytest.MonkeyPatch, factor: float, slowdown: float
+) -> None:
+    meter = CpuMeter()
+    probe_takes(monkeypatch, factor)
+    assert meter.slowdown(0.1) == slowdown
+    # The next probe is due when enough was spent.
+    probe_takes(monkeypatch, 3.0)
+    assert meter.slowdown(0.1) == slowdown
+    assert meter.slowdown(5.0) == 3.0
+
+
+def test_seconds_belong_to_the_test_that_spent_them(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe_takes(monkeypatch, 1.0)
     pytester.makepyfile(test_it=WORKLOADS)
     report = report_of(strict=False)
     result = pytester.inline_run("-p", "no:cacheprovider", plugins=[CpuMeter(), report])
