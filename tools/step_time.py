@@ -210,10 +210,12 @@ def compare(pairs: int, documents_per_row: int = 1, num_key_value_heads: int = 2
         times = time_steps((ours, candidates[attention]), batches_of, pairs)
     engine_ms, transformers_ms = (np.median(times[..., 0], axis=0) * 1e3).round(2).tolist()
     ratio, *interval = ratio_interval(*times[..., 0].T)
+    cpu_ratio, *cpu_interval = ratio_interval(*times[..., 1].T)
     return {
         "ratio": ratio,
         "ratio_95": interval,
-        "cpu_ratio": ratio_interval(*times[..., 1].T)[0],
+        "cpu_ratio": cpu_ratio,
+        "cpu_ratio_95": cpu_interval,
         "engine_ms": engine_ms,
         "transformers_ms": transformers_ms,
         "attention": attention,

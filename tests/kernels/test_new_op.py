@@ -34,7 +34,7 @@ GATES = (
     "tests/architecture/test_sizes.py",
     "tests/architecture/test_packaging.py",
 )
-SELECTED = "stretch or status_lists or house_keeps or too_large or every_folder"
+SELECTED = "stretch or status_lists or keep_the_rules or too_large or every_folder"
 ASK = """
 import json, torch
 from phi4_kernels import dispatch, registry
