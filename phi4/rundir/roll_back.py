@@ -7,6 +7,7 @@ next start. The file stays, because a later start may have to fall back to that 
 """
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -86,13 +87,31 @@ def read_roll_back(run_dir: Path) -> RunState | None:
 
 def is_undone(saved: RunState, roll_back: RunState) -> bool:
     """Whether a checkpoint is of steps that a roll back undid: it does not know of its skips."""
-    knows = saved.skips[: len(roll_back.skips)] == roll_back.skips
-    return saved.step > roll_back.step and not knows
+    return saved.step > roll_back.step and not _knows(saved, roll_back)
+
+
+def ledger_of(run_dir: Path, saved: RunState) -> dict[str, Any] | None:
+    """The ledger that another run continues from a checkpoint of this one; None without one.
+
+    Where the checkpoint is the one that a roll back went to, or of a step that it undid, that is
+    the ledger behind the skipped data.
+
+    Raises:
+        CheckpointError: the roll back's file is damaged.
+    """
+    roll_back = read_roll_back(run_dir)
+    if roll_back is None or saved.step < roll_back.step or _knows(saved, roll_back):
+        return saved.data
+    return roll_back.data
 
 
 def follows_roll_back(state: RunState) -> bool:
     """Whether no step was done since a roll back, so that no checkpoint holds this state yet."""
     return bool(state.skips) and state.skips[-1].after_step == state.step
+
+
+def _knows(saved: RunState, roll_back: RunState) -> bool:
+    return saved.skips[: len(roll_back.skips)] == roll_back.skips
 
 
 def _units_drawn(state: RunState) -> int:

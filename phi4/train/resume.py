@@ -15,7 +15,7 @@ from phi4.engine.engine import Engine
 from phi4.errors import CheckpointError, DataError
 from phi4.rundir.checkpoints import checkpoints_dir, find_checkpoint
 from phi4.rundir.manifest import check_recipe
-from phi4.rundir.roll_back import continued_behind, is_undone, read_roll_back
+from phi4.rundir.roll_back import continued_behind, is_undone, ledger_of, read_roll_back
 from phi4.rundir.state import RunState, read_recipe, read_state
 from phi4.train.changes import with_changes
 
@@ -53,7 +53,7 @@ def first_state(recipe: Recipe) -> RunState:
     if recipe.data.continue_from is None:
         return RunState()
     checkpoint = find_checkpoint(Path(recipe.data.continue_from))
-    ledger = read_state(checkpoint).data
+    ledger = ledger_of(checkpoint.parent.parent, read_state(checkpoint))
     if ledger is None:
         raise CheckpointError(
             f"{checkpoint} has drawn no data, so data.continue_from has no ledger to go on with; "
