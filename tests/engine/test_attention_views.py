@@ -38,7 +38,7 @@ def test_queries_keys_and_values_are_views_of_qkv(monkeypatch: pytest.MonkeyPatc
     )
     cache = SimpleNamespace(cos_PD2=None, sin_PD2=None)
     documents = SimpleNamespace(
-        rope_cache=cache, positions_T=None, one_per_row=False, visible=((None,),)
+        rope_cache=cache, positions_T=None, one_per_row=False, cached=None, visible=((None,),)
     )
     qkv = torch.randn(LENGTH, 1, LAYOUT.width)
     parts = Phi4SelfAttention._rotate_and_split(layer, qkv, documents)

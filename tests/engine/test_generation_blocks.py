@@ -102,6 +102,33 @@ def test_a_full_pool_makes_wait_and_what_never_fits_is_refused():
         pool.admit(range(14), **ask)
 
 
+def test_known_blocks_that_a_request_takes_over_make_no_room_for_it():
+    pool = BlockPool(4, SIZE)
+    ask = {"num_samples": 1, "max_new_tokens": 1, "weights_key": "w"}
+    pool.end(admitted(pool, range(8)))
+    other = admitted(pool, range(50, 58))
+    assert pool.admit(range(9), **ask) is None
+    pool.end(other)
+    assert len(pool.admit(range(9), **ask).tokens) == 8
+
+
+def test_the_same_prompt_computed_twice_at_once_is_known_once():
+    pool = BlockPool(4, SIZE)
+    ask = {"num_samples": 1, "max_new_tokens": 1, "weights_key": "w"}
+    both = [pool.admit(range(8), **ask) for _ in range(2)]
+    for one in both:
+        pool.extend(one, range(8))
+    for one in both:
+        pool.publish(one)
+        pool.end(one)
+    again = pool.admit(range(9), **ask)
+    assert (len(again.tokens), pool.num_available) == (8, 1)
+    pool.end(again)
+    for first in (10, 30):
+        pool.end(admitted(pool, range(first, first + 16)))
+    assert (pool.num_in_use, pool.num_available) == (0, 4)
+
+
 def test_forks_elsewhere_and_growth_beyond_the_reserve_are_refused():
     pool = BlockPool(4, SIZE)
     first = admitted(pool, range(4), num_samples=2, max_new_tokens=2)

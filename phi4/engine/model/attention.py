@@ -157,6 +157,7 @@ class CoreAttention(torch.nn.Module):
             "cp_comm_type": cp_comm_type,
         }
         refuse("core attention", given, _CORE_ATTENTION_INIT)
+        self.layer_number = layer_number
         self.context_group = pg_collection.cp
         self.scale = softmax_scale or config.kv_channels**-0.5
 
@@ -172,7 +173,8 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Attend within documents; [S, B, N * D].
 
-        q is [S, B, N, D] or, not copied to be so, [S, B, K, G, D].
+        q is [S, B, N, D] or, not copied to be so, [S, B, K, G, D]. With a cache B is 1: the new
+        tokens of all sequences follow each other.
 
         Raises:
             ConfigError: a mask, a bias or a mask type other than causal; see `refuse`.
@@ -191,6 +193,10 @@ class CoreAttention(torch.nn.Module):
             )
             return out.permute(2, 0, 1, 3).flatten(2, 3)
         options["implementation"] = self.implementation
+        if documents.cached is not None:
+            q, k, v = (t.flatten(0, 1) for t in (q, k_SBKD, v_SBKD))
+            out_TND = documents.cached.attend(self.layer_number, q, k, v, **options)
+            return out_TND.flatten(1, 2).unsqueeze(1)
         if self.context_group.size() > 1:
             route = RingAttention if len(documents.visible) > 1 else AllGatherAttention
             out_SBND = route.apply(

@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from phi4.config import ModelConfig
 from phi4.engine.layout import Layout
 from phi4.engine.model.alternatives import AlternativeRows, alternative_rows
+from phi4.engine.model.cached_attention import CachedAttention
 from phi4.engine.model.document_ranges import Visible, visible_keys
 from phi4.engine.model.host_batch import HostBatch
 from phi4.engine.model.rope import RopeCache, rope_cos_sin
@@ -39,6 +40,8 @@ class Documents(PackedSeqParams):
     visible: Visible = ()
     one_per_row: bool = False
     """Every row is one document held whole by this rank."""
+    cached: CachedAttention | None = None
+    """Attention over keys of earlier tokens too, in the place of `visible`."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,7 @@ def to_device(
     def slice_of(array: np.ndarray, to: torch.dtype) -> torch.Tensor:
         return local(array).to(device=device, dtype=to, non_blocking=True)
 
-    if rope_cache is None:
-        cos, sin = rope_cos_sin(slice_of(batch.positions, torch.float32), model, dtype)
-        rotary = {"cos_SBD": cos, "sin_SBD": sin}
-    else:
-        positions_T = slice_of(batch.positions, torch.int32).t().flatten()
-        rotary = {"rope_cache": rope_cache, "positions_T": positions_T}
+    rotary = rotary_fields(slice_of(batch.positions, torch.int32), model, dtype, rope_cache)
     ids, second = batch.segment_ids, batch.alternative_labels
     if second is not None:
         second = alternative_rows(local(batch.labels), local(second), layout, device)
@@ -139,6 +137,26 @@ def to_device(
         },
         alternatives=second,
     )
+
+
+def rotary_fields(
+    positions_BS: torch.Tensor,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    rope_cache: RopeCache | None,
+) -> dict[str, object]:
+    """The fields of `Documents` that say how to rotate.
+
+    Args:
+        positions_BS: [B, S] int32, below the positions of the cache.
+        model: RoPE's base and width.
+        dtype: of the tables per token.
+        rope_cache: look RoPE up in this; without it RoPE gets tables per token.
+    """
+    if rope_cache is None:
+        cos, sin = rope_cos_sin(positions_BS.float(), model, dtype)
+        return {"cos_SBD": cos, "sin_SBD": sin}
+    return {"rope_cache": rope_cache, "positions_T": positions_BS.t().flatten()}
 
 
 def _check_length(length: int, layout: Layout, rope_cache: RopeCache | None) -> None:
