@@ -42,6 +42,14 @@ class WorkerError(Phi4Error):
     """A worker process died; the message carries the guilty rank and its traceback."""
 
 
+class SamplerError(Phi4Error):
+    """A model could not answer a request: its endpoint is gone, refuses, or answers nonsense."""
+
+    def __init__(self, message: str, request_id: int) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
 class OwnershipError(Phi4Error):
     """Another process owns the run directory, or took it over while this one was running."""
 
