@@ -1,17 +1,17 @@
 """`phi4 generate`: a checkpoint continues a prompt, live in any layout."""
 
-import codecs
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from phi4.config import Recipe, check
-from phi4.data.vocabulary.tokenizer import Tokenizer, load_tokenizer
+from phi4.data.vocabulary.tokenizer import load_tokenizer
 from phi4.launch import WorkerEnvironment, join, on_ranks
+from phi4.sampling.text import end_ids, text_pieces
 
 if TYPE_CHECKING:
     from phi4.engine.platform import Platform
@@ -62,19 +62,6 @@ def generate(
     raise typer.Exit(on_ranks(argv, body, num_workers=num_workers, work_dir=logs))
 
 
-def text_pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text of ids as they come; a character that tokens split waits for its last byte.
-
-    Joined, the pieces are `tokenizer.decode` of all ids.
-    """
-    token_bytes = {token_id: token for token, token_id in tokenizer.mergeable_ranks.items()}
-    token_bytes |= {token_id: name.encode() for name, token_id in tokenizer.special_tokens.items()}
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token_id in ids:
-        yield decoder.decode(token_bytes[token_id])
-    yield decoder.decode(b"", final=True)
-
-
 def _continuation(
     recipe: Recipe, checkpoint: Path, platform: "Platform", prompt: str, **options: float
 ) -> Iterator[str]:
@@ -89,7 +76,7 @@ def _continuation(
     engine = open_checkpoint(recipe, checkpoint, platform)
     if platform.is_writer:
         typer.echo(f"{platform.describe()}\n{engine.layout.describe()}", err=True)
-    stop_ids = frozenset((tokenizer.eod_id, tokenizer.im_end_id))
+    stop_ids = end_ids(tokenizer)
     tokens = generate_tokens(
         engine,
         tokenizer.encode(prompt),
@@ -98,6 +85,6 @@ def _continuation(
         **options,
     )
     yield prompt
-    yield from text_pieces(tokenizer, (token for token in tokens if token not in stop_ids))
+    yield from text_pieces(tokenizer, tokens, stop_ids)
     yield "\n"
     engine.close()

@@ -10,11 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from phi4.cli import main
-from phi4.cli.generate import text_pieces
 from phi4.config import dump_toml
 from phi4.data.stream.batch import build_batch
 from phi4.data.vocabulary.bpe import train_bpe
@@ -128,21 +125,6 @@ def test_impossible_calls_are_refused(pool, prompt, change, message):
 
     assert error is ConfigError
     assert message in text
-
-
-@given(st.data())
-def test_pieces_join_to_the_decoded_text(tokenizer, data):
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=40))
-
-    assert "".join(text_pieces(tokenizer, ids)) == tokenizer.decode(ids)
-
-
-@given(st.text(max_size=40))
-def test_no_piece_of_a_text_holds_part_of_a_character(tokenizer, text):
-    pieces = list(text_pieces(tokenizer, tokenizer.encode(text)))
-
-    assert "".join(pieces) == text
-    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
 
 def test_command_streams_text_to_stdout_and_says_the_layout(pool, checkpoint):

@@ -117,12 +117,24 @@ class Tokenizer:
         """
         ids = [int(i) for i in ids]
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
-            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise TokenizerError(
-                f"cannot decode token id {wrong}; this tokenizer has ids 0 to "
-                f"{self.vocab_size - 1}; use the tokenizer that encoded the text"
-            )
+            raise self._foreign(next(i for i in ids if not 0 <= i < self.vocab_size))
         return self._encoding.decode(ids)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of a token, which may be part of a character; a special token's are its name.
+
+        Raises:
+            TokenizerError: the id is outside the vocabulary.
+        """
+        if not 0 <= token_id < self.vocab_size:
+            raise self._foreign(token_id)
+        return self._encoding.decode_single_token_bytes(token_id)
+
+    def _foreign(self, token_id: int) -> TokenizerError:
+        return TokenizerError(
+            f"cannot decode token id {token_id}; this tokenizer has ids 0 to "
+            f"{self.vocab_size - 1}; use the tokenizer that encoded the text"
+        )
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:

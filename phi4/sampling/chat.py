@@ -1,0 +1,88 @@
+"""Conversations in id space, as the prompts of requests.
+
+The decision: an answer goes into the next prompt as the ids that were drawn, never as text that is
+encoded again. So a conversation's prompts are prefixes of each other, whose keys and values a
+sampler computes once, and `<|im_end|>` that somebody typed stays text.
+"""
+
+from collections.abc import Sequence
+
+from phi4.data.vocabulary.chat import Conversation, Message, Role, encode_chat
+from phi4.data.vocabulary.tokenizer import Tokenizer
+from phi4.errors import DataError
+
+
+def chat_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of some turns and of the header that the assistant goes on from."""
+    return tuple(encode_chat(Conversation(tuple(messages)), tokenizer, True).ids)
+
+
+def next_prompt(
+    prompt: Sequence[int], answer: Sequence[int], message: Message, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """The prompt of the turn after next: the answer, closed, and what is said to it.
+
+    Args:
+        prompt: ids from `chat_prompt` or this function.
+        answer: the ids that were drawn for it, with or without the one that ended them.
+        message: the new turn.
+        tokenizer: of the ids.
+    """
+    ended = bool(answer) and answer[-1] in (tokenizer.im_end_id, tokenizer.eod_id)
+    said = answer[:-1] if ended else answer
+    return (*prompt, *said, tokenizer.im_end_id, *chat_prompt((message,), tokenizer))
+
+
+def read_chat_prompt(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[Message, ...]:
+    """The turns of a `chat_prompt`, for a server that is handed messages.
+
+    Raises:
+        DataError: the ids are none, or a turn holds what has no text.
+    """
+    header = chat_prompt((), tokenizer)
+    if tuple(ids[len(ids) - len(header) :]) != header:
+        raise DataError(
+            "the prompt is no conversation: it does not end with the header of an assistant turn; "
+            "make it with chat_prompt"
+        )
+    rest, messages = list(ids[: len(ids) - len(header)]), []
+    while rest:
+        if tokenizer.im_end_id not in rest:
+            raise DataError("the prompt's last turn has no end; make it with chat_prompt")
+        end = rest.index(tokenizer.im_end_id)
+        messages.append(_read_turn(rest[:end], tokenizer))
+        rest = rest[end + 1 :]
+    return tuple(messages)
+
+
+def _read_turn(ids: list[int], tokenizer: Tokenizer) -> Message:
+    for role in Role:
+        header = [tokenizer.im_start_id, *tokenizer.encode(role), tokenizer.im_sep_id]
+        if ids[: len(header)] == header:
+            return Message(role, plain_text(ids[len(header) :], tokenizer))
+    raise DataError(
+        f"the prompt has a turn without a role that phi-4 knows ({', '.join(Role)}); make it with "
+        "chat_prompt"
+    )
+
+
+def plain_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Text that encodes ids without loss.
+
+    Raises:
+        DataError: a special token is among them, or their bytes are no text.
+    """
+    special = set(tokenizer.special_tokens.values()).intersection(ids)
+    if special:
+        name = tokenizer.bytes_of(min(special)).decode()
+        raise DataError(
+            f"the special token {name} cannot be written as text; leave it out, or use an endpoint "
+            "that takes token ids"
+        )
+    try:
+        return b"".join(map(tokenizer.bytes_of, ids)).decode()
+    except UnicodeDecodeError:
+        raise DataError(
+            "the ids are not UTF-8 and cannot be written as text; use an endpoint that takes token "
+            "ids"
+        ) from None
