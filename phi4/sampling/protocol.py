@@ -126,7 +126,7 @@ class PromptScored:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class TokenDrawn:
     """A sample grew by one token."""
 
     request_id: int
@@ -154,7 +154,7 @@ class Completion:
     matched: int | bytes | None = None
 
 
-Event = PromptScored | Drawn | Completion
+Event = PromptScored | TokenDrawn | Completion
 
 
 class Sampler(Protocol):
