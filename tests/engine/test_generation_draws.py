@@ -67,14 +67,35 @@ def test_log_probs_are_the_models_and_the_drawn_distributions(name):
 
 def test_temperature_zero_takes_the_most_probable_and_the_lower_of_equals():
     greedy = Draw(0, temperature=0.0)
-    rows = [greedy, replace(greedy, forbidden=frozenset({1, 4})), replace(greedy, forced=3)]
     biased = replace(greedy, logit_bias={6: 20.0})
-    drawn = draw(LOGITS.expand(4, -1), [*rows, biased])
+    rows = [greedy, replace(greedy, forbidden=frozenset({1, 4})), biased]
+    drawn = draw(LOGITS.expand(3, -1), rows)
 
-    assert [one.token for one in drawn] == [1, 2, 3, 6]
+    assert [one.token for one in drawn] == [1, 2, 6]
     assert {one.sampled_log_prob for one in drawn} == {0.0}
-    assert drawn[2].log_prob == pytest.approx(math.log(PROBABILITIES[3]), abs=1e-6)
     assert draw(torch.zeros(1, 50), [greedy])[0].token == 0
+
+
+def test_forced_tokens_are_scored_as_if_they_had_been_drawn():
+    changes = ({}, {"top_k": 2}, {"temperature": 0.0}, {"temperature": 0.0, "forced": 1})
+    drawn = draw(LOGITS.expand(4, -1), [replace(Draw(0, forced=3), **one) for one in changes])
+
+    assert [one.token for one in drawn] == [3, 3, 3, 1]
+    assert drawn[0].log_prob == pytest.approx(math.log(PROBABILITIES[3]), abs=1e-6)
+    assert [one.sampled_log_prob for one in drawn[1:]] == [-math.inf, -math.inf, 0.0]
+    assert drawn[0].sampled_log_prob == pytest.approx(drawn[0].log_prob, abs=1e-12)
+
+
+def test_ids_beyond_the_tokenizers_are_not_drawn():
+    rows = [Draw(0, temperature=0.0), *(Draw(seed) for seed in range(200))]
+    drawn = draw(LOGITS.flip(0).expand(201, -1), rows, num_ids=4)
+
+    assert drawn[0].token == 2
+    assert {one.token for one in drawn} == {0, 1, 2, 3}
+    kept = sum(PROBABILITIES[3:])
+    for one in drawn[1:]:
+        difference = one.sampled_log_prob - one.log_prob
+        assert difference == pytest.approx(-math.log(kept), abs=1e-6)
 
 
 def test_top_log_probs_are_ordered_and_equal_ones_ascend():
@@ -101,7 +122,7 @@ ROWS = st.builds(
     sample=st.integers(0, 200),
     position=st.integers(0, 20000),
     temperature=st.sampled_from((0.0, 0.3, 1.0, 2.5)),
-    top_k=st.none() | st.integers(1, 12),
+    top_k=st.integers(0, 12),
     top_p=st.sampled_from((1.0, 0.37, 0.81)),
     min_p=st.sampled_from((0.0, 0.13)),
     logit_bias=st.dictionaries(st.integers(0, 8), st.floats(-5, 5), max_size=2),

@@ -39,7 +39,7 @@ def kept_probabilities(logits: Sequence[float], row: Draw) -> dict[int, float]:
     peak = max(allowed.values())
     kept = _normalised({i: math.exp((x - peak) / row.temperature) for i, x in allowed.items()})
     least = row.min_p * max(kept.values())
-    ranked = sorted(kept, key=lambda i: (-kept[i], i))[: row.top_k]
+    ranked = sorted(kept, key=lambda i: (-kept[i], i))[: row.top_k or None]
     nucleus, mass, target = [], 0.0, row.top_p * sum(kept[i] for i in ranked)
     for i in ranked:
         if nucleus and mass >= target and row.top_p < 1:
@@ -56,18 +56,16 @@ def reference_draw(logits: Sequence[float], row: Draw) -> Drawn:
     log_probs = [x - total for x in logits]
     ranked = sorted(range(len(logits)), key=lambda i: (-log_probs[i], i))
     top = tuple((i, log_probs[i]) for i in ranked[: row.num_top])
-    sampled = 0.0
-    if row.forced is not None:
-        token = row.forced
-    elif row.temperature == 0:
+    if row.temperature == 0:
         scores = [x + row.logit_bias.get(i, 0.0) for i, x in enumerate(logits)]
-        token = max(
-            (i for i in range(len(logits)) if i not in row.forbidden), key=scores.__getitem__
-        )
+        allowed = [i for i in range(len(logits)) if i not in row.forbidden]
+        kept = {max(allowed, key=scores.__getitem__): 1.0}
     else:
-        kept, noise = kept_probabilities(logits, row), noise_of(row, len(logits))
-        token = max(kept, key=lambda i: math.log(kept[i]) + noise[i])
-        sampled = math.log(kept[token])
+        kept = kept_probabilities(logits, row)
+    noise = noise_of(row, len(logits))
+    token = max(kept, key=lambda i: math.log(kept[i]) + noise[i])
+    token = token if row.forced is None else row.forced
+    sampled = math.log(kept[token]) if token in kept else -math.inf
     return Drawn(token, log_probs[token], sampled, top)
 
 

@@ -24,7 +24,7 @@ class Draw:
     Attributes:
         seed, sample, position: key of the noise; see `noise.stream_key`.
         temperature: 0 takes the most probable token.
-        top_k: keep the k most probable; None keeps all.
+        top_k: keep the k most probable; 0 keeps all.
         top_p: in (0, 1], keep the fewest most probable tokens whose mass reaches it.
         min_p: in [0, 1], keep tokens at least this fraction as probable as the most probable.
         logit_bias: added to the logits of these ids.
@@ -37,7 +37,7 @@ class Draw:
     sample: int = 0
     position: int = 0
     temperature: float = 1.0
-    top_k: int | None = None
+    top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -52,8 +52,8 @@ class Drawn(NamedTuple):
     Attributes:
         token: its id.
         log_prob: under the model as it is, without bias or temperature.
-        sampled_log_prob: under the distribution that it was drawn from; 0 where there was no
-            choice (forced, or temperature 0).
+        sampled_log_prob: under the distribution that the row's parameters make, of which
+            temperature 0 leaves one token; -inf for a forced token outside of it.
         top: (id, log_prob) of the most probable tokens of the model, most probable first.
     """
 
@@ -63,26 +63,33 @@ class Drawn(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-def draw(logits_RV: torch.Tensor, rows: Sequence[Draw]) -> list[Drawn]:
+def draw(logits_RV: torch.Tensor, rows: Sequence[Draw], num_ids: int | None = None) -> list[Drawn]:
     """Choose a token per row.
 
     Args:
         logits_RV: of the model, any float dtype; computed with in fp64.
         rows: one per row; ids in them are within [0, V), and something may be drawn.
+        num_ids: only ids below it are drawn; V without it.
     """
     if not rows:
         return []
     log_probs_RV = torch.log_softmax(logits_RV.double(), dim=-1)
-    scores_RV = _adjusted(log_probs_RV, rows)
-    tokens_R, sampled_R = scores_RV.argmax(-1), torch.zeros(len(rows), dtype=torch.float64)
-    drawn = [i for i, row in enumerate(rows) if row.temperature > 0 and row.forced is None]
-    if drawn:
-        tokens, sampled_R[drawn] = _sampled(scores_RV[drawn], [rows[i] for i in drawn])
-        tokens_R[drawn] = tokens
-    for i, row in enumerate(rows):
-        if row.forced is not None:
-            tokens_R[i] = row.forced
-    chosen_R = log_probs_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
+    scores_RV = _adjusted(log_probs_RV, rows, num_ids)
+    best_R = scores_RV.argmax(-1)
+    tokens_R, sampled_R = best_R.clone(), torch.zeros_like(log_probs_RV[:, 0])
+    forced = [i for i, row in enumerate(rows) if row.forced is not None]
+    if forced:
+        forced_ids = [rows[i].forced for i in forced]
+        tokens_R[forced] = torch.tensor(forced_ids, device=tokens_R.device)
+        sampled_R.masked_fill_(tokens_R != best_R, -torch.inf)
+    warm = [i for i, row in enumerate(rows) if row.temperature > 0]
+    if warm:
+        kept_RV, drawn_R = _sampled(scores_RV[warm], [rows[i] for i in warm])
+        is_free = [rows[i].forced is None for i in warm]
+        drawn_R = drawn_R.where(torch.tensor(is_free, device=drawn_R.device), tokens_R[warm])
+        tokens_R[warm] = drawn_R
+        sampled_R[warm] = _at(kept_RV, drawn_R)
+    chosen_R = _at(log_probs_RV, tokens_R)
     pairs = zip(log_probs_RV, rows, strict=True)
     tops = (most_probable(log_probs_V, row.num_top) for log_probs_V, row in pairs)
     return list(map(Drawn, tokens_R.tolist(), chosen_R.tolist(), sampled_R.tolist(), tops))
@@ -99,29 +106,34 @@ def most_probable(log_probs_V: torch.Tensor, count: int) -> tuple[tuple[int, flo
     return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:count])
 
 
-def _adjusted(log_probs_RV: torch.Tensor, rows: Sequence[Draw]) -> torch.Tensor:
-    """With bias, and -inf for forbidden ids; the argument itself where no row has either."""
-    if not any(row.logit_bias or row.forbidden for row in rows):
+def _adjusted(
+    log_probs_RV: torch.Tensor, rows: Sequence[Draw], num_ids: int | None
+) -> torch.Tensor:
+    """With bias, and -inf for ids that are not drawn; the argument itself without either."""
+    num_ids = log_probs_RV.shape[-1] if num_ids is None else num_ids
+    changed = num_ids < log_probs_RV.shape[-1] or any(r.logit_bias or r.forbidden for r in rows)
+    if not changed:
         return log_probs_RV
     scores_RV = log_probs_RV.clone()
+    scores_RV[:, num_ids:] = -torch.inf
     for scores_V, row in zip(scores_RV, rows, strict=True):
         for token, bias in row.logit_bias.items():
             scores_V[token] += bias
-        scores_V[sorted(row.forbidden)] = -torch.inf
+        if row.forbidden:
+            scores_V[sorted(row.forbidden)] = -torch.inf
     return scores_RV
 
 
 def _sampled(scores_RV: torch.Tensor, rows: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [R] drawn at a temperature, and their log-probabilities [R] on the host."""
-    device = scores_RV.device
-    temperature_R1 = _column([row.temperature for row in rows], device)
+    """Log-probabilities [R, V] at a temperature and truncated, and tokens [R] drawn by them."""
+    temperature_R1 = _column([row.temperature for row in rows], scores_RV.device)
     # The maximum becomes 0 first, so that a low temperature cannot overflow it.
     peak_R1 = scores_RV.max(-1, keepdim=True).values
     tempered_RV = torch.log_softmax((scores_RV - peak_R1) / temperature_R1, dim=-1)
     kept_RV = torch.log_softmax(truncated(tempered_RV, rows), dim=-1)
     keys = [stream_key(row.seed, row.sample, row.position) for row in rows]
-    tokens_R = (kept_RV + gumbel(keys, scores_RV.shape[-1], device)).argmax(-1)
-    return tokens_R, kept_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1).cpu()
+    noise_RV = gumbel(keys, scores_RV.shape[-1], scores_RV.device)
+    return kept_RV, (kept_RV + noise_RV).argmax(-1)
 
 
 def truncated(tempered_RV: torch.Tensor, rows: Sequence[Draw]) -> torch.Tensor:
@@ -130,7 +142,7 @@ def truncated(tempered_RV: torch.Tensor, rows: Sequence[Draw]) -> torch.Tensor:
     least_R1 = _column([row.min_p for row in rows], device).log()
     least_R1 = least_R1 + tempered_RV.max(-1, keepdim=True).values
     kept_RV = tempered_RV.masked_fill(tempered_RV < least_R1, -torch.inf)
-    ranked = [i for i, row in enumerate(rows) if row.top_p < 1 or row.top_k is not None]
+    ranked = [i for i, row in enumerate(rows) if row.top_p < 1 or row.top_k]
     if not ranked:
         return kept_RV
     ordered_QV, ids_QV = tempered_RV[ranked].sort(dim=-1, descending=True, stable=True)
@@ -148,3 +160,7 @@ def truncated(tempered_RV: torch.Tensor, rows: Sequence[Draw]) -> torch.Tensor:
 
 def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
+
+
+def _at(values_RV: torch.Tensor, tokens_R: torch.Tensor) -> torch.Tensor:
+    return values_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
