@@ -90,6 +90,20 @@ class BlockPool:
         """How many sequences hold a block."""
         return self._references[block]
 
+    def check_fits(self, num_tokens: int, num_samples: int, max_new_tokens: int) -> None:
+        """Refuse what not even an empty pool could hold.
+
+        Raises:
+            ConfigError: it could not.
+        """
+        _, needed = self._needed(num_tokens, num_samples, max_new_tokens)
+        if needed > self.num_blocks:
+            raise ConfigError(
+                f"{num_samples} samples of {num_tokens} + {max_new_tokens} tokens need {needed} "
+                f"cache blocks of {self.block_tokens} tokens, the cache has {self.num_blocks}; ask "
+                "for fewer samples or tokens, or give the cache more memory"
+            )
+
     def admit(
         self,
         prompt: Sequence[int],
@@ -97,6 +111,7 @@ class BlockPool:
         num_samples: int,
         max_new_tokens: int,
         weights_key: Hashable,
+        reuses: bool = True,
     ) -> CachedSequence | None:
         """A sequence that already holds the known beginning of the prompt, or None: wait.
 
@@ -107,23 +122,16 @@ class BlockPool:
             num_samples: this sequence and those that `fork` will make of it.
             max_new_tokens: of each sample; the last one is not cached.
             weights_key: of the weights that the keys and values are computed with.
+            reuses: False computes all of the prompt, whose logits may be wanted.
 
         Raises:
-            ConfigError: not even an empty pool could hold it.
+            ConfigError: see `check_fits`.
         """
-        size, num_tokens = self.block_tokens, len(prompt)
-        max_blocks = -(-(num_tokens + max(max_new_tokens - 1, 0)) // size)
-        num_full = num_tokens // size
-        copies = 1 if num_samples > 1 and num_tokens % size else 0
-        needed = max_blocks + (num_samples - 1) * (max_blocks - num_full) + copies
-        if needed > self.num_blocks:
-            raise ConfigError(
-                f"{num_samples} samples of {num_tokens} + {max_new_tokens} tokens need {needed} "
-                f"cache blocks of {size} tokens, the cache has {self.num_blocks}; ask for fewer "
-                "samples or tokens, or give the cache more memory"
-            )
+        num_tokens = len(prompt)
+        max_blocks, needed = self._needed(num_tokens, num_samples, max_new_tokens)
+        self.check_fits(num_tokens, num_samples, max_new_tokens)
         root: Hashable = ("weights", weights_key)
-        found = self._known(prompt, root)
+        found = self._known(prompt, root) if reuses else []
         num_revived = sum(entry.block in self._idle for entry in found)
         if needed - len(found) > self.num_available - num_revived:
             return None
@@ -134,7 +142,7 @@ class BlockPool:
             num_prompt_tokens=num_tokens,
             max_blocks=max_blocks,
             parent=found[-1].serial if found else root,
-            tokens=list(prompt[: len(found) * size]),
+            tokens=list(prompt[: len(found) * self.block_tokens]),
             blocks=[entry.block for entry in found],
             num_published=len(found),
             num_reserved=needed - len(found),
@@ -219,6 +227,15 @@ class BlockPool:
         """Where positions [start, end) lie, counted in tokens from the first block's begin."""
         size, blocks = self.block_tokens, sequence.blocks
         return [blocks[i // size] * size + i % size for i in range(start, end)]
+
+    def _needed(self, num_tokens: int, num_samples: int, max_new_tokens: int) -> tuple[int, int]:
+        """Blocks of one sample at its longest, and of a request when no prefix is known."""
+        size = self.block_tokens
+        max_blocks = -(-(num_tokens + max(max_new_tokens - 1, 0)) // size)
+        num_full = num_tokens // size
+        # The last one of those who share a partial block writes in place, but is not known before.
+        copies = 1 if num_samples > 1 and num_tokens % size else 0
+        return max_blocks, max_blocks + (num_samples - 1) * (max_blocks - num_full) + copies
 
     def _known(self, prompt: Sequence[int], parent: Hashable) -> list[_Entry]:
         found, size = [], self.block_tokens

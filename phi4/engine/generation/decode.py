@@ -35,11 +35,13 @@ class StepRow:
         tokens: new ids, at least one.
         slots: of all its tokens up to and including the new ones.
         draws: one per token to draw after the last new one; empty in the middle of a prompt.
+        scored: of the first new tokens, one each, how to score what follows them: forced draws.
     """
 
     tokens: Sequence[int]
     slots: Sequence[int]
     draws: Sequence[Draw] = ()
+    scored: Sequence[Draw] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Decoder:
         engine: in a layout of tensor and pipeline (virtual too) ranks; each data replica decodes
             for itself.
         num_blocks, block_tokens: of the cache, on every rank.
+        num_ids: only ids below it are drawn; the model's vocabulary without it.
 
     Raises:
         LayoutError: sequence or context parallelism is on.
@@ -64,7 +67,9 @@ class Decoder:
     Collectives: on entering, the parameter gathers of an engine that trains.
     """
 
-    def __init__(self, engine: Engine, num_blocks: int, block_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, num_blocks: int, block_tokens: int, num_ids: int | None = None
+    ) -> None:
         parallel = engine.recipe.parallel
         for name, wrong in (("sequence", parallel.sequence), ("context", parallel.context > 1)):
             if wrong:
@@ -72,7 +77,7 @@ class Decoder:
                     f"parallel.{name}={getattr(parallel, name)} cannot decode with a cache, whose "
                     "steps have single tokens; generate with tensor and pipeline ranks only"
                 )
-        self._engine = engine
+        self._engine, self._num_ids = engine, num_ids
         self._model, self._layout = engine.recipe.model, engine.layout
         self._device = engine.platform.device
         self._dtype = torch_dtype(engine.recipe.precision)
@@ -104,23 +109,28 @@ class Decoder:
         self._contexts.close()
 
     def run(self, step: Step) -> list[list[Drawn]]:
-        """One pass, and the tokens that its rows draw, by row, on every rank of the replica.
+        """One pass: for every row its scored tokens, then its drawn ones, on every rank.
 
-        Collectives: see `logits`; one broadcast over pp of 24 bytes per drawn token and 16 per
-            reported top token.
+        Collectives: see `logits`; one broadcast over pp of 24 bytes per drawn or scored token and
+            16 per reported top token.
         """
-        draws = [one for row in step.rows for one in row.draws]
-        copies = [len(row.draws) for row in step.rows]
+        draws = [one for row in step.rows for one in (*row.scored, *row.draws)]
         logits_RV = self.logits(step)
         drawn: list[Drawn] = []
         if draws and logits_RV is not None:
-            counts = torch.tensor([count for count in copies if count], device=self._device)
-            drawn = draw(logits_RV.repeat_interleave(counts, dim=0), draws)
-        drawn_in_order = iter(self._shared(drawn, draws))
-        return [[next(drawn_in_order) for _ in range(count)] for count in copies]
+            counts = [
+                count for row in step.rows for count in (*[1] * len(row.scored), len(row.draws))
+            ]
+            counts_R = torch.tensor([count for count in counts if count], device=self._device)
+            drawn = draw(logits_RV.repeat_interleave(counts_R, dim=0), draws, self._num_ids)
+        in_order = iter(self._shared(drawn, draws))
+        return [
+            [next(in_order) for _ in range(len(row.scored) + len(row.draws))] for row in step.rows
+        ]
 
     def logits(self, step: Step) -> torch.Tensor | None:
-        """Cache the new tokens; logits [R, V] after the last one of every row that draws.
+        """Cache the new tokens; logits [R, V] after those that are scored, and after the last one
+        of every row that draws.
 
         Returns:
             None except on the last stage.
@@ -144,11 +154,11 @@ class Decoder:
             for row in rows
             for position in range(len(row.slots) - len(row.tokens), len(row.slots))
         ]
-        ends, end = [], 0
+        wanted, start = [], 0
         for row in rows:
-            end += len(row.tokens)
-            if row.draws:
-                ends.append(end - 1)
+            wanted += range(start, start + len(row.scored))
+            start += len(row.tokens)
+            wanted += [start - 1] if row.draws else []
         positions_1T = torch.tensor([positions], dtype=torch.int32, device=device)
         cache_rows = [CacheRow(len(row.tokens), row.slots) for row in rows]
         documents = Documents(
@@ -158,7 +168,7 @@ class Decoder:
         )
         tokens = [token for row in rows for token in row.tokens]
         tokens_1T = torch.tensor([tokens], dtype=torch.int64, device=device)
-        index_R = torch.tensor(ends, dtype=torch.int64, device=device)
+        index_R = torch.tensor(wanted, dtype=torch.int64, device=device)
         return tokens_1T, documents, LogitsAt(index_R)
 
     def _through_stages(
