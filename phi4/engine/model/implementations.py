@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 from phi4_kernels import dispatch
-from phi4_kernels.attention.op import HEAD_DIMS
+from phi4_kernels.attention.arguments import HEAD_DIMS
 from phi4_kernels.dispatch import Choice
 from phi4_kernels.errors import KernelError
 
