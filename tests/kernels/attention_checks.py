@@ -93,14 +93,20 @@ def equals_the_definition(
 
 
 def decoding_does_not_depend_on_the_batch() -> None:
-    """A sequence alone gives the bits that it gives between others, longer and shorter ones."""
-    q, k, v, _ = (x.bfloat16() for x in _inputs([5, 600], [2, 1], 64))
-    offsets, starts, ends = [0, 1, 3, 4, 5], [0, 270, 580, 581], [270, 560, 581, 600]
-    batch = attention_decode(q, k, v, Ranges.of(offsets, starts, ends), implementation="triton")
+    """A sequence alone gives the bits that it gives beside one of more parts, and `max_keys` that
+    is too small costs time, not keys."""
+    q, k, v, _ = (x.bfloat16() for x in _inputs([4, 811], [1, 1], 64))
+    ranges = Ranges.of([0, 1, 3, 4], [0, 1, 291], [1, 291, 811])
+    batch = attention_decode(q, k, v, ranges, implementation="triton")
+    own = q[1:3], k[1:291], v[1:291]
     alone = Ranges.of([0, 2], [0], [290])
-    single = attention_decode(q[1:3], k[270:560], v[270:560], alone, implementation="triton")
+    single = attention_decode(*own, alone, implementation="triton")
     for among, one in zip(batch, single, strict=True):
         assert torch.equal(among[1:3], one)
+    short = Ranges(alone.q_offsets, alone.k_starts, alone.k_ends, 2, 1)
+    found = attention_decode(*own, short, implementation="triton")
+    for ours, wanted in zip(found, single, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=1e-3)
 
 
 def a_key_that_is_not_finite_reaches_only_queries_that_see_it() -> None:

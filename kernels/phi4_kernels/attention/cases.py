@@ -74,16 +74,17 @@ _SHIPPED = tuple(
     packed(f"d{dim}-up-to-{longest}", [8], **head_sizes(4, 1, dim), longest=longest)
     for dim, longest in ((64, 512), (64, 4096), (96, 4096), (128, 1), (128, 512), (128, 4096))
 )
-# Decoding. Parts are of 256 keys: none, one, a full one, two and three of them, queries that see no
-# key of a range's last part, group sizes 1, 4 and 20 (more rows than a tile has), more queries than
-# keys, a peak that the first part or the second holds.
+# Decoding. Parts are of 256 keys: none, one, a full one, two and three of them; scores far apart
+# from part to part; queries that see no key of a range's last part; groups of 1, 4 and 20 heads,
+# the last more than a tile has rows; more queries than keys.
 _DECODED = (
+    cached("peaked", 2, [530], **_SMALL, **_WIDE, high=1e3),
     apart(
         "unequal-lengths",
         [1, 2, 3, 4],
         [1, 301, 303],
         [301, 301, 559],
-        **head_sizes(4, 2, 64),
+        **_SMALL,
         **_WIDE,
         longest=1,
         longest_keys=300,
@@ -101,7 +102,6 @@ _DECODED = (
     cached("phi4-heads", 1, [40], **head_sizes(40, 10, 64)),
     replace(cached("group-of-1", 1, [70, 1], **head_sizes(2, 2, 96), **_WIDE), strided=True),
     cached("group-of-20", 1, [67], **head_sizes(20, 1, 128)),
-    cached("peaked", 2, [530], **_SMALL, **_WIDE, high=1e3),
     packed("empty", [], **_SMALL),
 )
 _DECODED_SHIPPED = tuple(
