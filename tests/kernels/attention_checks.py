@@ -193,6 +193,13 @@ def queries_are_read_by_group() -> None:
 
     for first, second in zip(run(flat=True), run(flat=False), strict=True):
         assert torch.equal(first, second)
+    q, k, v = qkv[:, :, :group], qkv[:, :, group], qkv[:, :, group + 1]
+    decoded = (
+        attention_decode(shaped, k, v, ranges, implementation="triton")
+        for shaped in (q, q.flatten(1, 2))
+    )
+    for first, second in zip(*decoded, strict=True):
+        assert torch.equal(first, second)
 
 
 def one_graph_holds_attention(implementation: str) -> None:
