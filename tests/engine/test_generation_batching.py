@@ -2,17 +2,19 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
+from phi4.engine.generation.decode import Step
 from phi4.engine.generation.generator import CacheSize, Generator
-from phi4.engine.generation.scheduler import PromptScored, SampleEnded, StepLimits, TokenDrawn
+from phi4.engine.generation.scheduler import StepLimits
 from phi4.errors import ConfigError
 from tests.support.engines import engine_on, tiny_recipe
+from tests.support.generation import Asked, collect, finished
 from tests.support.markov import VOCAB_SIZE, make_markov, markov_recipe, table
 from tests.support.ranks import RankPool
 
@@ -21,26 +23,6 @@ LAYOUTS = {
     "pp2": ("parallel.pipeline=2",),
 }
 LIMITS = StepLimits(tokens=24, scored_tokens=7)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request."""
-
-    prompt: Sequence[int]
-    n: int = 1
-    max_tokens: int = 5
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
-    forced: Sequence[int] = ()
-    forbidden_first: frozenset[int] = frozenset()
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop_ids: frozenset[int] = frozenset()
-    num_top_log_probs: int = 0
-    prompt_log_probs: bool = False
 
 
 def mixed_requests() -> list[Asked]:
@@ -86,7 +68,7 @@ def test_tokens_do_not_depend_on_the_batch(pool, alone, disturbed):
     found, stats = pool.run(run_together, (), mixed_requests(), disturbed)[0]
 
     check_same(found, alone)
-    assert stats == {"in use": 0, "waited": True, "missing": 0}
+    assert stats == {"in use": 0, "waited": True, "missing": 0, "most": LIMITS}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -118,7 +100,10 @@ def test_requests_do_what_they_ask(alone):
         assert len(one["prompt"]) == (len(request.prompt) - 1) * request.prompt_log_probs
 
 
-@pytest.mark.parametrize("layout", ["one process", *LAYOUTS])
+@pytest.mark.parametrize(
+    "layout",
+    ["one process", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS)],
+)
 def test_a_model_of_known_probabilities_is_drawn_and_scored_as_it_is(pool, layout):
     log_probs_VV, prompt = table(), [3, 9, 9, 30, 1, 17]
     request = Asked(prompt, n=200, max_tokens=20, seed=5, prompt_log_probs=True)
@@ -185,43 +170,8 @@ def test_impossible_requests_are_refused_before_anything_is_queued(pool):
 # What follows runs in the ranks.
 
 
-def collect(events, num_requests: int) -> list[dict]:
-    """What every request got, samples in order."""
-    tokens: list[dict] = [{} for _ in range(num_requests)]
-    ends: list[dict] = [{} for _ in range(num_requests)]
-    prompts: list[list] = [[] for _ in range(num_requests)]
-    for event in events:
-        match event:
-            case TokenDrawn(i, sample, drawn):
-                assert sample not in ends[i]
-                tokens[i].setdefault(sample, []).append(drawn)
-            case SampleEnded(i, sample, reason):
-                assert sample not in ends[i]
-                ends[i][sample] = reason
-            case PromptScored(i, scored):
-                assert not tokens[i]
-                prompts[i] = [one.log_prob for one in scored]
-    return [
-        {
-            "tokens": [[one.token for one in t[s]] for s in sorted(t)],
-            "log_probs": [one.log_prob for s in sorted(t) for one in t[s]],
-            "sampled": [one.sampled_log_prob for s in sorted(t) for one in t[s]],
-            "ends": [e[s] for s in sorted(e)],
-            "prompt": p,
-        }
-        for t, e, p in zip(tokens, ends, prompts, strict=True)
-    ]
-
-
 def generator_of(engine, num_blocks: int = 60) -> Generator:
     return Generator(engine, CacheSize(num_blocks, 4), "weights", limits=LIMITS)
-
-
-def finished(generator: Generator) -> list:
-    events = []
-    while not generator.is_idle:
-        events += generator.step()
-    return events
 
 
 def run_alone(rank: int, world_size: int, requests: list[Asked]):
@@ -248,6 +198,14 @@ def run_together(
             if not generator.leads:
                 generator.follow()
                 return "followed"
+            sizes, run = [], generator._decoder.run
+
+            def counted(step: Step):
+                tokens = sum(len(row.tokens) for row in step.rows)
+                sizes.append((tokens, sum(len(row.scored) for row in step.rows)))
+                return run(step)
+
+            generator._decoder.run = counted
             order, neighbours = list(range(len(requests))), []
             if disturbed:
                 random.Random(1).shuffle(order)
@@ -269,6 +227,7 @@ def run_together(
                 "in use": generator.pool.num_in_use,
                 "waited": waited,
                 "missing": expected - ends,
+                "most": StepLimits(*map(max, zip(*sizes, strict=True))),
             }
             by_request = dict(zip(order, ids, strict=True))
             return [found[by_request[i]] for i in range(len(requests))], stats

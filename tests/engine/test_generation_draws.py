@@ -132,7 +132,7 @@ ROWS = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.lists(ROWS, min_size=1, max_size=6), st.integers(0, 1000))
 def test_batch_equals_the_definition_row_by_row(rows, number):
     generator = torch.Generator().manual_seed(number)
@@ -145,7 +145,7 @@ def test_batch_equals_the_definition_row_by_row(rows, number):
         assert [token for token, _ in found.top] == [token for token, _ in expected.top]
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.lists(ROWS, min_size=2, max_size=12), st.randoms(use_true_random=False))
 def test_a_row_has_the_same_bits_in_any_batch(rows, random):
     logits_RV = torch.randn(len(rows), 1003, generator=torch.Generator().manual_seed(len(rows)))

@@ -2,10 +2,11 @@
 
 Not the training schedule: a pass goes from stage to stage by explicit sends, through all chunks of
 all stages in their order, and the last stage draws. Every rank makes the same passes, from the same
-`Step`; sequence and context parallelism are off, since a step may have one token.
+`Step`. A step may have one token, so rows are never split: sequence parallelism is switched off for
+the while, and every context rank is a replica of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -22,7 +23,6 @@ from phi4.engine.model.micro_batch import Documents, rotary_fields
 from phi4.engine.optimizer.build import gather_parameters
 from phi4.engine.patches import without_rewriting
 from phi4.engine.precision import torch_dtype
-from phi4.errors import LayoutError
 
 # Shape legend: T new tokens of all rows, R tokens whose logits are wanted, V vocabulary, H hidden.
 
@@ -56,13 +56,9 @@ class Decoder:
     """An engine's model with a key-value cache. A context: the model is in evaluation inside.
 
     Args:
-        engine: in a layout of tensor and pipeline (virtual too) ranks; each data replica decodes
-            for itself.
+        engine: in any layout; each data and each context rank is a replica that decodes for itself.
         num_blocks, block_tokens: of the cache, on every rank.
         num_ids: only ids below it are drawn; the model's vocabulary without it.
-
-    Raises:
-        LayoutError: sequence or context parallelism is on.
 
     Collectives: on entering, the parameter gathers of an engine that trains.
     """
@@ -70,13 +66,6 @@ class Decoder:
     def __init__(
         self, engine: Engine, num_blocks: int, block_tokens: int, num_ids: int | None = None
     ) -> None:
-        parallel = engine.recipe.parallel
-        for name, wrong in (("sequence", parallel.sequence), ("context", parallel.context > 1)):
-            if wrong:
-                raise LayoutError(
-                    f"parallel.{name}={getattr(parallel, name)} cannot decode with a cache, whose "
-                    "steps have single tokens; generate with tensor and pipeline ranks only"
-                )
         self._engine, self._num_ids = engine, num_ids
         self._model, self._layout = engine.recipe.model, engine.layout
         self._device = engine.platform.device
@@ -101,6 +90,9 @@ class Decoder:
             for chunk, training in zip(engine.chunks, before, strict=True):
                 contexts.callback(chunk.train, training)
                 chunk.eval()
+            for owner, name in _splits(engine.bare_chunks):
+                contexts.callback(setattr, owner, name, True)
+                setattr(owner, name, False)
             contexts.enter_context(torch.no_grad())
             self._contexts = contexts.pop_all()
         return self
@@ -221,3 +213,13 @@ class Decoder:
             Drawn(*head, tuple((int(next(left)), next(left)) for _ in range(count)))
             for head, count in zip(heads, tops, strict=True)
         ]
+
+
+def _splits(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[object, str]]:
+    """The switches of megatron-core, as (object, attribute), that split rows over tensor ranks."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            for owner in (module, getattr(module, "config", None)):
+                for name in ("sequence_parallel", "reduce_scatter_embeddings"):
+                    if getattr(owner, name, False) is True:
+                        yield owner, name

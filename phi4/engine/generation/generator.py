@@ -1,8 +1,9 @@
 """The generation engine's face: requests in, events out, on all ranks of a replica.
 
-The first rank of a replica leads: it is given requests and cancels them. Before every step it sends
-what it was told since the last one to the others, and all ranks then take the same step: a cancel
-that arrives in between cannot make ranks differ.
+A replica is the tensor and pipeline ranks of one data and context rank. Its first rank leads: it is
+given requests and cancels them. Before every step it sends what it was told since the last one to
+the others, and all ranks then take the same step: a cancel that arrives in between cannot make
+ranks differ.
 """
 
 from collections.abc import Hashable
@@ -56,9 +57,6 @@ class Generator:
         weights_key: of the engine's weights; requests share prefixes under one key only.
         limits: of a step.
         num_ids: only ids below it are taken and drawn; the model's vocabulary without it.
-
-    Raises:
-        LayoutError: see `Decoder`.
     """
 
     def __init__(

@@ -1,0 +1,63 @@
+"""Requests to the generation engine, and what they got."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from phi4.engine.generation.generator import Generator
+from phi4.engine.generation.scheduler import Event, PromptScored, SampleEnded, TokenDrawn
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request."""
+
+    prompt: Sequence[int]
+    n: int = 1
+    max_tokens: int = 5
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    forced: Sequence[int] = ()
+    forbidden_first: frozenset[int] = frozenset()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_ids: frozenset[int] = frozenset()
+    num_top_log_probs: int = 0
+    prompt_log_probs: bool = False
+
+
+def collect(events: Sequence[Event], num_requests: int) -> list[dict]:
+    """What every request got, samples in order."""
+    tokens: list[dict] = [{} for _ in range(num_requests)]
+    ends: list[dict] = [{} for _ in range(num_requests)]
+    prompts: list[list] = [[] for _ in range(num_requests)]
+    for event in events:
+        match event:
+            case TokenDrawn(i, sample, drawn):
+                assert sample not in ends[i]
+                tokens[i].setdefault(sample, []).append(drawn)
+            case SampleEnded(i, sample, reason):
+                assert sample not in ends[i]
+                ends[i][sample] = reason
+            case PromptScored(i, scored):
+                assert not tokens[i]
+                prompts[i] = [one.log_prob for one in scored]
+    return [
+        {
+            "tokens": [[one.token for one in t[s]] for s in sorted(t)],
+            "log_probs": [one.log_prob for s in sorted(t) for one in t[s]],
+            "sampled": [one.sampled_log_prob for s in sorted(t) for one in t[s]],
+            "ends": [e[s] for s in sorted(e)],
+            "prompt": p,
+        }
+        for t, e, p in zip(tokens, ends, prompts, strict=True)
+    ]
+
+
+def finished(generator: Generator) -> list[Event]:
+    """Everything that happens until the generator is idle."""
+    events: list[Event] = []
+    while not generator.is_idle:
+        events += generator.step()
+    return events
