@@ -1,5 +1,6 @@
 """Attention over cached keys equals attention over whole sequences."""
 
+import numpy as np
 import pytest
 import torch
 from phi4_kernels.attention import Ranges, attention_forward
@@ -76,5 +77,5 @@ def test_samples_that_share_a_prompt_write_behind_copies_of_it():
 def test_rows_with_one_new_token_come_first_and_memory_is_counted():
     cache = make_cache(2)
     with pytest.raises(ValueError, match="must come before"):
-        StepAttention(cache, [CacheRow(2, [0, 1]), CacheRow(1, [2])], CPU)
+        StepAttention(cache, [CacheRow(2, np.arange(2)), CacheRow(1, np.arange(3))], CPU)
     assert cache.num_bytes == 2 * 2 * (2 * SIZE) * GROUPS * DIM * 4

@@ -18,6 +18,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from phi4.errors import ConfigError
 
 
@@ -223,10 +225,13 @@ class BlockPool:
         self._entries.clear()
         self._keys.clear()
 
-    def slots(self, sequence: CachedSequence, start: int, end: int) -> list[int]:
-        """Where positions [start, end) lie, counted in tokens from the first block's begin."""
-        size, blocks = self.block_tokens, sequence.blocks
-        return [blocks[i // size] * size + i % size for i in range(start, end)]
+    def slots(self, sequence: CachedSequence, start: int, end: int) -> np.ndarray:
+        """Where positions [start, end) lie, int64, in tokens from the beginning of the cache."""
+        size = self.block_tokens
+        first = start // size
+        blocks = np.array(sequence.blocks[first : -(-end // size)], dtype=np.int64)
+        slots = (blocks[:, None] * size + np.arange(size)).reshape(-1)
+        return slots[start - first * size : end - first * size]
 
     def _needed(self, num_tokens: int, num_samples: int, max_new_tokens: int) -> tuple[int, int]:
         """Blocks of one sample at its longest, and of a request when no prefix is known."""

@@ -7,6 +7,7 @@ slots of every row are gathered before attention.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from phi4_kernels.attention import Ranges, attention_forward
 
@@ -22,11 +23,11 @@ class CacheRow:
 
     Attributes:
         num_new: tokens that this pass computes, the last ones of `slots`.
-        slots: of all its tokens up to those, in order.
+        slots: int64, of all its tokens up to those, in order.
     """
 
     num_new: int
-    slots: Sequence[int]
+    slots: np.ndarray
 
 
 class KeyValueCache:
@@ -92,9 +93,8 @@ class StepAttention:
         num_single = sum(row.num_new == 1 for row in rows)
         if any(row.num_new != 1 for row in rows[:num_single]):
             raise ValueError("rows with one new token must come before those with several")
-        new = [slot for row in rows for slot in row.slots[-row.num_new :]]
         self._cache = cache
-        self._new_T = torch.tensor(new, dtype=torch.int64, device=device)
+        self._new_T = _joined([row.slots[-row.num_new :] for row in rows], device)
         parts = (rows[:num_single], False), (rows[num_single:], True)
         self._parts = [_Part(part, causal, device) for part, causal in parts if part]
 
@@ -134,10 +134,13 @@ class _Part:
     def __init__(self, rows: Sequence[CacheRow], causal: bool, device: torch.device) -> None:
         self.causal = causal
         self.num_queries = sum(row.num_new for row in rows)
-        slots = [slot for row in rows for slot in row.slots]
-        self.slots_U = torch.tensor(slots, dtype=torch.int64, device=device)
+        self.slots_U = _joined([row.slots for row in rows], device)
         queries, keys = [0], [0]
         for row in rows:
             queries.append(queries[-1] + row.num_new)
             keys.append(keys[-1] + len(row.slots))
         self.ranges = Ranges.of(queries, keys[:-1], keys[1:], device)
+
+
+def _joined(slots: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(slots)).to(device, non_blocking=True)

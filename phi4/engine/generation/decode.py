@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -33,13 +34,13 @@ class StepRow:
 
     Attributes:
         tokens: new ids, at least one.
-        slots: of all its tokens up to and including the new ones.
+        slots: int64, of all its tokens up to and including the new ones.
         draws: one per token to draw after the last new one; empty in the middle of a prompt.
         scored: of the first new tokens, one each, how to score what follows them: forced draws.
     """
 
     tokens: Sequence[int]
-    slots: Sequence[int]
+    slots: np.ndarray
     draws: Sequence[Draw] = ()
     scored: Sequence[Draw] = ()
 
