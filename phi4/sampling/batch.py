@@ -13,10 +13,10 @@ from phi4.errors import SamplerError
 from phi4.sampling.protocol import (
     Completion,
     Event,
-    PromptScored,
     PromptToken,
     Request,
     Sampler,
+    ScoredPrompt,
 )
 
 MAX_OPEN = 1024
@@ -86,7 +86,7 @@ def answers(
             yield request
 
     for index, event in events(sampler, noted(), max_open):
-        if isinstance(event, PromptScored):
+        if isinstance(event, ScoredPrompt):
             prompts[index] = event.tokens
         elif isinstance(event, Completion):
             ended[index].append(event)

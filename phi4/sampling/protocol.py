@@ -118,7 +118,7 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True)
-class PromptScored:
+class ScoredPrompt:
     """The log-probs of a prompt, before the first token of its samples."""
 
     request_id: int
@@ -126,7 +126,7 @@ class PromptScored:
 
 
 @dataclass(frozen=True)
-class TokenDrawn:
+class NewToken:
     """A sample grew by one token."""
 
     request_id: int
@@ -154,7 +154,7 @@ class Completion:
     matched: int | bytes | None = None
 
 
-Event = PromptScored | TokenDrawn | Completion
+Event = ScoredPrompt | NewToken | Completion
 
 
 class Sampler(Protocol):

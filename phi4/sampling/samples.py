@@ -1,7 +1,7 @@
 """A sample that grows: the one place that decides when it has ended."""
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
-from phi4.sampling.protocol import Completion, Drawn, Event, FinishReason, Request, Token
+from phi4.sampling.protocol import Completion, Event, FinishReason, NewToken, Request, Token
 from phi4.sampling.text import StopStrings
 
 
@@ -29,7 +29,7 @@ class OpenSample:
         """What one more token makes happen: it is drawn, and it may be the last one."""
         self.ids.append(token.id)
         self._tokens.append(token)
-        happened: list[Event] = [Drawn(self._request_id, self.index, token)]
+        happened: list[Event] = [NewToken(self._request_id, self.index, token)]
         matched = self._matched(token.id)
         if matched is not None:
             happened.append(self.end(FinishReason.STOP, matched))

@@ -18,9 +18,9 @@ from phi4.sampling.protocol import (
     Event,
     FinishReason,
     ModelLimits,
-    PromptScored,
     PromptToken,
     Request,
+    ScoredPrompt,
     Token,
 )
 from phi4.sampling.samples import OpenSample
@@ -126,7 +126,7 @@ class ScriptedSampler:
         happened: list[Event] = []
         request = self._unscored.pop(request_id, None)
         if request is not None:
-            happened.append(PromptScored(request_id, self._score(request_id, request)))
+            happened.append(ScoredPrompt(request_id, self._score(request_id, request)))
         for sample in samples:
             if sample.request.max_tokens == 0:
                 happened.append(sample.end(FinishReason.LENGTH))

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.sampling.protocol import (
     Completion,
-    Drawn,
     Event,
     FinishReason,
-    PromptScored,
+    NewToken,
     Request,
     Sampler,
+    ScoredPrompt,
 )
 
 
@@ -40,7 +40,7 @@ def drawn_ids(happened: Iterable[Event]) -> list[list[int]]:
 
 def check_events(request: Request, happened: list[Event], tokenizer: Tokenizer) -> None:
     """The law of a request's events: order, ends, forced tokens, stops, lengths."""
-    scored = [event for event in happened if isinstance(event, PromptScored)]
+    scored = [event for event in happened if isinstance(event, ScoredPrompt)]
     assert len(scored) == request.prompt_log_probs and happened[: len(scored)] == scored
     for event in scored:
         assert tuple(token.id for token in event.tokens) == request.prompt
@@ -52,7 +52,7 @@ def check_events(request: Request, happened: list[Event], tokenizer: Tokenizer) 
             event for event in happened[len(scored) :] if event.sample == completion.sample
         ]
         assert of_sample[-1] is completion
-        assert all(isinstance(event, Drawn) for event in of_sample[:-1])
+        assert all(isinstance(event, NewToken) for event in of_sample[:-1])
         assert tuple(event.token for event in of_sample[:-1]) == completion.tokens
         _check_completion(request, completion, tokenizer)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi4.errors import ConfigError, SamplerError
-from phi4.sampling.protocol import Completion, FinishReason, PromptScored, Request
+from phi4.sampling.protocol import Completion, FinishReason, Request, ScoredPrompt
 from phi4.sampling.scripted import AnswerTable, ScriptedSampler
 from phi4.sampling.text import completion_text, end_ids, text_pieces
 from tests.sampling.conformance import check_events, completions, drawn_ids, run
@@ -139,7 +139,7 @@ def test_prompt_is_scored_without_a_sample_token(sampler, tokenizer) -> None:
     request = Request(prompt=(0, 2, 2, 5), max_tokens=0, **fields)
     happened = run(sampler, request)[0]
     check_events(request, happened, tokenizer)
-    [scored] = [event for event in happened if isinstance(event, PromptScored)]
+    [scored] = [event for event in happened if isinstance(event, ScoredPrompt)]
     assert [token.log_prob for token in scored.tokens] == pytest.approx(
         [None, math.log(0.3), math.log(0.6), -math.inf]
     )
