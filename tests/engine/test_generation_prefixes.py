@@ -110,7 +110,8 @@ def run_reload(rank: int, world_size: int):
                 generator.submit(request)
                 found.append(collect(finished(generator), index + 1)[index]["tokens"])
                 initialise(engine.bare_chunks, recipe.model, 99, engine.layout)
-                generator.reload(99)
+                # Even under the key of the old ones.
+                generator.reload(0)
         with Generator(engine, CacheSize(60, 4), 0) as generator:
             generator.submit(request)
             return *found, collect(finished(generator), 1)[0]["tokens"]

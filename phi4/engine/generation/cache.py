@@ -117,8 +117,8 @@ class StepAttention:
         outputs = [
             attention_forward(
                 q_part,
-                keys_PKD[part.slots_U],
-                values_PKD[part.slots_U],
+                keys_PKD.index_select(0, part.slots_U),
+                values_PKD.index_select(0, part.slots_U),
                 part.ranges,
                 causal=part.causal,
                 **options,

@@ -84,12 +84,11 @@ class Decoder:
 
     def __enter__(self) -> "Decoder":
         engine = self._engine
-        before = [chunk.training for chunk in engine.chunks]
         with ExitStack() as contexts:
             contexts.enter_context(engine.patches)
             gather_parameters(engine.chunks)
-            for chunk, training in zip(engine.chunks, before, strict=True):
-                contexts.callback(chunk.train, training)
+            for chunk in engine.chunks:
+                # Nothing puts this back: every call of the engine sets the mode that it needs.
                 chunk.eval()
             for owner, name in _splits(engine.bare_chunks):
                 contexts.callback(setattr, owner, name, True)
