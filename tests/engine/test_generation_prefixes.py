@@ -46,6 +46,13 @@ def test_many_requests_leave_no_block_and_no_memory_behind(pool):
     assert late_bytes < 1.05 * early_bytes
 
 
+def test_one_sample_of_several_can_be_cancelled(pool):
+    found, whole = pool.run(run_cancelled_sample)[0]
+
+    assert found["ends"] == ["length", "cancelled", "length"]
+    assert found["tokens"] == [whole[0], whole[1][:2], whole[2]]
+
+
 TRAINED = {
     "pp2-vpp2": ("pipeline=2", "virtual_pipeline=2", "overlap_p2p=true"),
     "tp2+sp": ("tensor=2", "sequence=true"),
@@ -115,6 +122,20 @@ def run_reload(rank: int, world_size: int):
         with Generator(engine, CacheSize(60, 4), 0) as generator:
             generator.submit(request)
             return *found, collect(finished(generator), 1)[0]["tokens"]
+
+
+def run_cancelled_sample(rank: int, world_size: int):
+    with engine_on(rank, tiny_recipe(SHALLOW), trains=False) as engine:
+        if engine is None:
+            return None
+        with Generator(engine, CacheSize(60, 4), "weights") as generator:
+            request = Asked(PREFIX, n=3, max_tokens=6)
+            generator.submit(request)
+            events = [*generator.step(), *generator.step()]
+            generator.cancel(0, sample=1)
+            events += finished(generator)
+            generator.submit(request)
+            return collect(events, 1)[0], collect(finished(generator), 2)[1]["tokens"]
 
 
 def run_many(rank: int, world_size: int, count: int):
