@@ -68,6 +68,15 @@ def test_reader_that_leaves_cancels_the_rest(sampler) -> None:
         assert len(list(answers(sampler, lengths(2, 2)))) == 2
 
 
+def test_requests_that_nobody_reads_are_not_drawn_to_their_end(tokenizer) -> None:
+    asked = []
+    sampler = ScriptedSampler(lambda ids: asked.append(ids) or {1: 1.0}, tokenizer)
+    reading = events(sampler, lengths(50, 50))
+    next(reading)
+    reading.close()
+    assert len(asked) == 2
+
+
 def test_failed_request_ends_the_others(sampler) -> None:
     failing = Request(prompt=(99,), max_tokens=9)
     read = []
