@@ -1,6 +1,5 @@
 """Attention over ranges of queries and keys."""
 
-from phi4_kernels.attention.decoding import attention_decode
 from phi4_kernels.attention.op import (
     Attention,
     Ranges,
@@ -9,11 +8,4 @@ from phi4_kernels.attention.op import (
     attention_forward,
 )
 
-__all__ = [
-    "Attention",
-    "Ranges",
-    "attention",
-    "attention_backward",
-    "attention_decode",
-    "attention_forward",
-]
+__all__ = ["Attention", "Ranges", "attention", "attention_backward", "attention_forward"]
