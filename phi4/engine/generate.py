@@ -32,7 +32,7 @@ def generate(
         prompt: token ids, at least one.
         max_tokens: at most this many new tokens.
         temperature: 0 takes the most likely token.
-        seed: of the draws; the same seed gives the same text in every layout.
+        seed: sampling seed; the same seed gives the same text in every layout.
         vocab_size: ids of the tokenizer, none beyond them is drawn; the model's when None.
         stop_ids: end after one of these; it is yielded.
 

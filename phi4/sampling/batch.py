@@ -45,7 +45,7 @@ def events(
 ) -> Iterator[tuple[int, Event]]:
     """Yield what happens, each event with the index of its request, until all have ended.
 
-    Whoever stops reading cancels the rest. The sampler has no other user meanwhile.
+    A caller that stops reading cancels the rest. The sampler has no other user meanwhile.
 
     Raises:
         ConfigError: a request is impossible. The first `max_open` are looked at before any output.

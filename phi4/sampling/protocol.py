@@ -31,7 +31,7 @@ class Request:
         top_p: the smallest set of likeliest tokens whose probabilities add up to this; 1 keeps all.
         top_k: the k likeliest tokens; 0 keeps all.
         min_p: tokens at least this fraction as likely as the likeliest; 0 keeps all.
-        seed: of the draws, below 2^63.
+        seed: sampling seed, below 2^63.
         forced: the first new tokens. They are not drawn, but get log-probs like any other.
         forbidden_first: ids that the first new token is not.
         logit_bias: added to the logits of these ids at every position.

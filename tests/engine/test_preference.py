@@ -251,8 +251,7 @@ def own(engine: Engine, step: int) -> list[Batch]:
 
 def mutated(name: str):
     if name == "every context rank counts":
-        total = lambda self, values_P: values_P.sum()  # noqa: E731
-        return mock.patch.object(LossInputs, "segment_total", total)
+        return mock.patch.object(LossInputs, "segment_total", lambda _, values_P: values_P.sum())
     if name == "no reduction in backward":
         backward = staticmethod(lambda ctx, grad: (grad, None))
         return mock.patch.object(objective._SumOverRanks, "backward", backward)

@@ -93,7 +93,10 @@ def blind(rank: int, world_size: int, root: Path, hidden: str) -> str:
         briefly = partial(wait_until_visible, seconds=0.2)
         stack.enter_context(patch("phi4.train.ownership.wait_until_visible", briefly))
         if rank == 1:
-            sees = lambda path, **_: hidden not in str(path) and exists(path)  # noqa: E731
+
+            def sees(path: Path, **_: object) -> bool:
+                return hidden not in str(path) and exists(path)
+
             stack.enter_context(patch.object(Path, "exists", sees))
         return outcome(rank, root, (TWO_STAGES, "run.dir=run"))
 

@@ -2,7 +2,8 @@
 
 A block holds the keys and values of `block_tokens` consecutive tokens in every layer. Sequences
 share blocks by reference count: samples of one prompt, and requests whose prompts begin alike. Only
-a block that one sequence holds is written; whoever writes behind a shared one gets a copy first.
+a block that one sequence holds is written; a sequence that appends to a shared one gets a copy
+first.
 
 A request is admitted when the pool can hold it at its longest, samples included, and that number is
 reserved. So an admitted request never runs out of blocks, and nothing has to be taken back from it;
