@@ -38,10 +38,10 @@ def test_queries_keys_and_values_are_views_of_qkv(monkeypatch: pytest.MonkeyPatc
     )
     cache = SimpleNamespace(cos_PD2=None, sin_PD2=None)
     documents = SimpleNamespace(
-        rope_cache=cache, positions_T=None, one_per_row=False, cached=None, visible=((None,),)
+        rope_cache=cache, positions_T=None, one_per_row=False, visible=((None,),)
     )
     qkv = torch.randn(LENGTH, 1, LAYOUT.width)
-    parts = Phi4SelfAttention._rotate_and_split(layer, qkv, documents)
+    parts = Phi4SelfAttention.rotate_and_split(layer, qkv, documents)
     core = SimpleNamespace(
         implementation="triton", context_group=SimpleNamespace(size=lambda: 1), scale=1.0
     )

@@ -9,9 +9,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from phi4.engine.generation.decode import Step
 from phi4.engine.generation.generator import CacheSize, Generator
 from phi4.engine.generation.scheduler import StepLimits
+from phi4.engine.generation.steps import Step
 from phi4.errors import ConfigError
 from tests.support.engines import engine_on, tiny_recipe
 from tests.support.generation import Asked, collect, finished
@@ -198,14 +198,14 @@ def run_together(
             if not generator.leads:
                 generator.follow()
                 return "followed"
-            sizes, run = [], generator._decoder.run
+            sizes, begin = [], generator._decoder.begin
 
             def counted(step: Step):
                 tokens = sum(len(row.tokens) for row in step.rows)
                 sizes.append((tokens, sum(len(row.scored) for row in step.rows)))
-                return run(step)
+                return begin(step)
 
-            generator._decoder.run = counted
+            generator._decoder.begin = counted
             order, neighbours = list(range(len(requests))), []
             if disturbed:
                 random.Random(1).shuffle(order)

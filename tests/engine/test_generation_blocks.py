@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from phi4.engine.generation.blocks import BlockCopy, BlockPool, CachedSequence
+from phi4.engine.generation.blocks import BlockCopy, BlockPool, CachedSequence, slots_of
 from phi4.errors import ConfigError
 
 SIZE, NUM_BLOCKS = 4, 14
@@ -199,14 +199,14 @@ class Pool(RuleBasedStateMachine):
             for i in range(SIZE):
                 if copy.source * SIZE + i in self.written:
                     self.written[copy.target * SIZE + i] = self.written[copy.source * SIZE + i]
-        slots = self.pool.slots(sequence, start, len(sequence.tokens))
+        slots = slots_of(sequence.blocks, SIZE, start, len(sequence.tokens))
         for position, slot in enumerate(slots, start):
             assert self.pool.references(slot // SIZE) == 1
             self.written[slot] = sequence.tokens[: position + 1]
         self.pool.publish(sequence)
 
     def check(self, sequence):
-        slots = self.pool.slots(sequence, 0, len(sequence.tokens))
+        slots = slots_of(sequence.blocks, SIZE, 0, len(sequence.tokens))
         for position, slot in enumerate(slots):
             assert self.written[slot] == sequence.tokens[: position + 1]
 

@@ -1,16 +1,19 @@
 """Attention over cached keys equals attention over whole sequences."""
 
-import numpy as np
+from types import SimpleNamespace
+
 import pytest
 import torch
 from phi4_kernels.attention import Ranges, attention_forward
 
 from phi4.engine.generation.blocks import BlockPool
-from phi4.engine.generation.cache import CacheRow, KeyValueCache, StepAttention
+from phi4.engine.generation.cache import KeyValueCache, StepAttention
+from phi4.engine.generation.steps import StepRow
 
 SIZE, HEADS, GROUPS, DIM = 4, 4, 2, 16
 CPU, LAYER = torch.device("cpu"), 7
 OPTIONS = {"scale": 0.3, "implementation": "torch"}
+CORE = SimpleNamespace(layer_number=LAYER, **OPTIONS)
 
 
 def make_cache(num_blocks: int) -> KeyValueCache:
@@ -41,12 +44,12 @@ def test_chunks_of_several_sequences_equal_whole_sequences(chunk):
             start, end = len(one.tokens), min(len(one.tokens) + chunk, length)
             pool.extend(one, range(start, end))
             if start < end:
-                rows.append((CacheRow(end - start, pool.slots(one, 0, end)), i, start, end))
-        rows.sort(key=lambda row: row[0].num_new > 1)
-        step = StepAttention(cache, [row for row, *_ in rows], CPU)
+                rows.append((StepRow(range(start, end), start, one.blocks), i, start, end))
+        rows.sort(key=lambda row: len(row[0].tokens) > 1)
+        step = StepAttention(cache, [row for row, *_ in rows])
         new = [torch.cat([tensors[i][j][a:b] for _, i, a, b in rows]) for j in range(3)]
-        out = step.attend(LAYER, *new, **OPTIONS)
-        parts = out.split([row.num_new for row, *_ in rows])
+        out = step.attend(CORE, *new)
+        parts = out.split([len(row.tokens) for row, *_ in rows])
         for (_, i, _, _), part in zip(rows, parts, strict=True):
             found[i].append(part)
 
@@ -60,14 +63,13 @@ def test_samples_that_share_a_prompt_write_behind_copies_of_it():
     prompt, ends = drawn(6, 0), [drawn(3, seed) for seed in (1, 2, 3)]
     first = pool.admit(range(6), num_samples=3, max_new_tokens=4, weights_key=0)
     pool.extend(first, range(6))
-    slots = pool.slots(first, 0, 6)
-    StepAttention(cache, [CacheRow(6, slots)], CPU).attend(LAYER, *prompt, **OPTIONS)
+    StepAttention(cache, [StepRow(range(6), 0, first.blocks)]).attend(CORE, *prompt)
     samples = [first, pool.fork(first), pool.fork(first)]
     for i in range(3):
         cache.copy([copy for one in samples if (copy := pool.extend(one, [i])) is not None])
-        rows = [CacheRow(1, pool.slots(one, 0, 7 + i)) for one in samples]
+        rows = [StepRow([i], 6 + i, one.blocks) for one in samples]
         new = [torch.cat([end[j][i : i + 1] for end in ends]) for j in range(3)]
-        out = StepAttention(cache, rows, CPU).attend(LAYER, *new, **OPTIONS)
+        out = StepAttention(cache, rows).attend(CORE, *new)
         for row, end in enumerate(ends):
             both = [torch.cat((a, b[: i + 1])) for a, b in zip(prompt, end, strict=True)]
             torch.testing.assert_close(out[row], whole(*both)[-1], rtol=1e-5, atol=1e-6)
@@ -77,5 +79,5 @@ def test_samples_that_share_a_prompt_write_behind_copies_of_it():
 def test_rows_with_one_new_token_come_first_and_memory_is_counted():
     cache = make_cache(2)
     with pytest.raises(ValueError, match="must come before"):
-        StepAttention(cache, [CacheRow(2, np.arange(2)), CacheRow(1, np.arange(3))], CPU)
+        StepAttention(cache, [StepRow([1, 2], 0, [0]), StepRow([1], 2, [1])])
     assert cache.num_bytes == 2 * 2 * (2 * SIZE) * GROUPS * DIM * 4

@@ -8,8 +8,9 @@ from transformers import Phi3ForCausalLM
 
 from phi4.convert import read_hf
 from phi4.engine.generation.blocks import BlockPool
-from phi4.engine.generation.decode import Decoder, Step, StepRow
+from phi4.engine.generation.decode import Decoder
 from phi4.engine.generation.draws import Draw
+from phi4.engine.generation.steps import Step, StepRow
 from tests.support.anchor import Anchor, anchor_recipe, make_anchor
 from tests.support.engines import engine_on
 from tests.support.ranks import RankPool
@@ -87,8 +88,7 @@ def run_greedy(rank: int, world_size: int, directory, parallel: dict, prompts: l
         if engine is None:
             return None
         engine.load_whole_parameters(dict(read_hf(directory)[1]()))
-        with Decoder(engine, num_blocks=40, block_tokens=SIZE) as decoder:
-            return greedy(decoder, prompts)
+        return greedy(Decoder(engine, num_blocks=40, block_tokens=SIZE), prompts)
 
 
 def greedy(decoder: Decoder, prompts: list[list[int]]):
@@ -105,7 +105,7 @@ def greedy(decoder: Decoder, prompts: list[list[int]]):
             tokens = texts[i][start : start + CHUNK]
             copies.append(pool.extend(held[i], tokens))
             draws = (GREEDY,) if len(held[i].tokens) == len(texts[i]) else ()
-            rows[i] = StepRow(tokens, pool.slots(held[i], 0, start + len(tokens)), draws)
+            rows[i] = StepRow(tokens, start, tuple(held[i].blocks), draws)
         order = sorted(active, key=lambda i: len(rows[i].tokens) > 1)
         assert not any(copies)
         drawn = decoder.run(Step([rows[i] for i in order]))

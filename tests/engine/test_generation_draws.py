@@ -1,7 +1,6 @@
 """Draws: exact supports and log-probabilities, frequencies, and independence of the batch."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ SUPPORTS = {
 @pytest.mark.parametrize("name", SUPPORTS)
 def test_draws_have_exactly_the_support_and_its_frequencies(name):
     row, support = SUPPORTS[name]
-    rows = [replace(row, position=i) for i in range(NUM_DRAWS)]
+    rows = [row._replace(position=i) for i in range(NUM_DRAWS)]
     drawn = draw(LOGITS.expand(NUM_DRAWS, -1), rows)
     expected = kept_probabilities(LOGITS.double().tolist(), row)
 
@@ -67,8 +66,8 @@ def test_log_probs_are_the_models_and_the_drawn_distributions(name):
 
 def test_temperature_zero_takes_the_most_probable_and_the_lower_of_equals():
     greedy = Draw(0, temperature=0.0)
-    biased = replace(greedy, logit_bias={6: 20.0})
-    rows = [greedy, replace(greedy, forbidden=frozenset({1, 4})), biased]
+    biased = greedy._replace(logit_bias={6: 20.0})
+    rows = [greedy, greedy._replace(forbidden=frozenset({1, 4})), biased]
     drawn = draw(LOGITS.expand(3, -1), rows)
 
     assert [one.token for one in drawn] == [1, 2, 6]
@@ -78,7 +77,7 @@ def test_temperature_zero_takes_the_most_probable_and_the_lower_of_equals():
 
 def test_forced_tokens_are_scored_as_if_they_had_been_drawn():
     changes = ({}, {"top_k": 2}, {"temperature": 0.0}, {"temperature": 0.0, "forced": 1})
-    drawn = draw(LOGITS.expand(4, -1), [replace(Draw(0, forced=3), **one) for one in changes])
+    drawn = draw(LOGITS.expand(4, -1), [Draw(0, forced=3)._replace(**one) for one in changes])
 
     assert [one.token for one in drawn] == [3, 3, 3, 1]
     assert drawn[0].log_prob == pytest.approx(math.log(PROBABILITIES[3]), abs=1e-6)

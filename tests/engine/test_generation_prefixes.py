@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from phi4.engine.generation.decode import Step
 from phi4.engine.generation.generator import CacheSize, Generator
+from phi4.engine.generation.steps import Step
 from phi4.engine.model.gpt import initialise
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
@@ -90,14 +90,14 @@ def run_prefix(rank: int, world_size: int):
         if engine is None:
             return None
         with Generator(engine, CacheSize(100, 4), "weights") as generator:
-            computed, in_use, run = [], [], generator._decoder.run
+            computed, in_use, begin = [], [], generator._decoder.begin
 
             def counted(step: Step):
                 computed.append(sum(len(row.tokens) for row in step.rows))
                 in_use.append(generator.pool.num_in_use)
-                return run(step)
+                return begin(step)
 
-            generator._decoder.run = counted
+            generator._decoder.begin = counted
             found = []
             for _ in range(2):
                 generator.submit(Asked(PREFIX, n=30, max_tokens=5))

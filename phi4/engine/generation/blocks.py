@@ -60,6 +60,20 @@ class CachedSequence:
     ended: bool = False
 
 
+def slots_of(blocks: Sequence[int], block_tokens: int, start: int, end: int) -> np.ndarray:
+    """Where positions [start, end) of a sequence lie, int64, in tokens from the cache's beginning.
+
+    Args:
+        blocks: of the sequence, in order.
+        block_tokens: tokens of a block.
+        start, end: positions within the blocks.
+    """
+    first = start // block_tokens
+    held = np.array(blocks[first : -(-end // block_tokens)], dtype=np.int64)
+    slots = (held[:, None] * block_tokens + np.arange(block_tokens)).reshape(-1)
+    return slots[start - first * block_tokens : end - first * block_tokens]
+
+
 class BlockPool:
     """The blocks of one cache.
 
@@ -225,14 +239,6 @@ class BlockPool:
         self._idle.clear()
         self._entries.clear()
         self._keys.clear()
-
-    def slots(self, sequence: CachedSequence, start: int, end: int) -> np.ndarray:
-        """Where positions [start, end) lie, int64, in tokens from the beginning of the cache."""
-        size = self.block_tokens
-        first = start // size
-        blocks = np.array(sequence.blocks[first : -(-end // size)], dtype=np.int64)
-        slots = (blocks[:, None] * size + np.arange(size)).reshape(-1)
-        return slots[start - first * size : end - first * size]
 
     def _needed(self, num_tokens: int, num_samples: int, max_new_tokens: int) -> tuple[int, int]:
         """Blocks of one sample at its longest, and of a request when no prefix is known."""

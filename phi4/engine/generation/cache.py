@@ -5,29 +5,17 @@ slots of every row are gathered before attention.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from phi4_kernels.attention import Ranges, attention_forward
 
-from phi4.engine.generation.blocks import BlockCopy
+from phi4.engine.generation.blocks import BlockCopy, slots_of
+from phi4.engine.generation.steps import StepRow
+from phi4.engine.model.attention import CoreAttention
 
 # Shape legend: P slots, T new tokens, U keys of all rows, N query heads and K key-value heads per
 # tensor rank, D head dim.
-
-
-@dataclass(frozen=True)
-class CacheRow:
-    """One sequence in a forward pass.
-
-    Attributes:
-        num_new: tokens that this pass computes, the last ones of `slots`.
-        slots: int64, of all its tokens up to those, in order.
-    """
-
-    num_new: int
-    slots: np.ndarray
 
 
 class KeyValueCache:
@@ -52,7 +40,7 @@ class KeyValueCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.block_tokens = block_tokens
+        self.block_tokens, self.device = block_tokens, device
         shape = (num_blocks * block_tokens, num_heads, head_dim)
         self.keys = {i: torch.zeros(shape, dtype=dtype, device=device) for i in layer_numbers}
         self.values = {i: torch.zeros(shape, dtype=dtype, device=device) for i in layer_numbers}
@@ -62,6 +50,10 @@ class KeyValueCache:
         """Memory of all keys and values."""
         tensors = (*self.keys.values(), *self.values.values())
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def of_layer(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer."""
+        return self.keys[layer_number], self.values[layer_number]
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copy blocks in every layer; no block is both a source and a target."""
@@ -75,72 +67,80 @@ class KeyValueCache:
 class StepAttention:
     """`CachedAttention` of one forward pass.
 
-    Rows with one new token come first: such a token sees all keys of its row, which needs no causal
-    mask, and rows of one length are one call of the torch implementation.
+    Rows with one new token come first: such a token sees all keys of its row, so these rows need no
+    causal mask and are one call.
 
     Args:
         cache: holds all earlier tokens of the rows, and gets the new ones.
         rows: in the order of the new tokens; those with one new token first.
-        device: of the cache.
+        alone: one call per row.
 
     Raises:
         ValueError: a row with one new token follows one with several.
     """
 
-    def __init__(
-        self, cache: KeyValueCache, rows: Sequence[CacheRow], device: torch.device
-    ) -> None:
-        num_single = sum(row.num_new == 1 for row in rows)
-        if any(row.num_new != 1 for row in rows[:num_single]):
+    def __init__(self, cache: KeyValueCache, rows: Sequence[StepRow], alone: bool = False) -> None:
+        num_single = sum(len(row.tokens) == 1 for row in rows)
+        if any(len(row.tokens) > 1 for row in rows[:num_single]):
             raise ValueError("rows with one new token must come before those with several")
         self._cache = cache
-        self._new_T = _joined([row.slots[-row.num_new :] for row in rows], device)
-        parts = (rows[:num_single], False), (rows[num_single:], True)
-        self._parts = [_Part(part, causal, device) for part, causal in parts if part]
+        size, device = cache.block_tokens, cache.device
+        # Of a row with one token without the array that `slots_of` makes.
+        new = [row.blocks[-1] * size + row.start % size for row in rows[:num_single]]
+        longer = [slots_of(row.blocks, size, row.start, row.end) for row in rows[num_single:]]
+        self._new_T = _on_device(np.concatenate((np.array(new, dtype=np.int64), *longer)), device)
+        singles = [[row] for row in rows[:num_single]] if alone else [rows[:num_single]]
+        parts = [(part, False) for part in singles] + [(rows[num_single:], True)]
+        self._parts = [_Part(part, causal, size, device) for part, causal in parts if part]
 
     def attend(
-        self,
-        layer_number: int,
-        q_TND: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
-        *,
-        scale: float,
-        implementation: str,
+        self, core: CoreAttention, q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
     ) -> torch.Tensor:
         """See `CachedAttention.attend`."""
-        keys_PKD, values_PKD = self._cache.keys[layer_number], self._cache.values[layer_number]
+        keys_PKD, values_PKD = self._cache.of_layer(core.layer_number)
         keys_PKD.index_copy_(0, self._new_T, k_TKD)
         values_PKD.index_copy_(0, self._new_T, v_TKD)
-        options = {"scale": scale, "implementation": implementation}
+        if len(self._parts) == 1:
+            return self._parts[0].attend(core, q_TND, keys_PKD, values_PKD)
         queries = q_TND.split([part.num_queries for part in self._parts])
         outputs = [
-            attention_forward(
-                q_part,
-                keys_PKD.index_select(0, part.slots_U),
-                values_PKD.index_select(0, part.slots_U),
-                part.ranges,
-                causal=part.causal,
-                **options,
-            ).out
-            for part, q_part in zip(self._parts, queries, strict=True)
+            part.attend(core, q, keys_PKD, values_PKD)
+            for part, q in zip(self._parts, queries, strict=True)
         ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return torch.cat(outputs)
 
 
 class _Part:
     """Rows that one call of the attention op serves."""
 
-    def __init__(self, rows: Sequence[CacheRow], causal: bool, device: torch.device) -> None:
-        self.causal = causal
-        self.num_queries = sum(row.num_new for row in rows)
-        self.slots_U = _joined([row.slots for row in rows], device)
+    def __init__(
+        self, rows: Sequence[StepRow], causal: bool, block_tokens: int, device: torch.device
+    ) -> None:
+        self.num_queries = sum(len(row.tokens) for row in rows)
+        self._causal = causal
+        held = [slots_of(row.blocks, block_tokens, 0, row.end) for row in rows]
+        self._slots_U = _on_device(np.concatenate(held), device)
         queries, keys = [0], [0]
         for row in rows:
-            queries.append(queries[-1] + row.num_new)
-            keys.append(keys[-1] + len(row.slots))
-        self.ranges = Ranges.of(queries, keys[:-1], keys[1:], device)
+            queries.append(queries[-1] + len(row.tokens))
+            keys.append(keys[-1] + row.end)
+        self._ranges = Ranges.of(queries, keys[:-1], keys[1:], device)
+
+    def attend(
+        self,
+        core: CoreAttention,
+        q_TND: torch.Tensor,
+        keys_PKD: torch.Tensor,
+        values_PKD: torch.Tensor,
+    ) -> torch.Tensor:
+        """[T, N, D]."""
+        keys = keys_PKD.index_select(0, self._slots_U)
+        values = values_PKD.index_select(0, self._slots_U)
+        options = {"scale": core.scale, "implementation": core.implementation}
+        return attention_forward(
+            q_TND, keys, values, self._ranges, causal=self._causal, **options
+        ).out
 
 
-def _joined(slots: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(slots)).to(device, non_blocking=True)
+def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

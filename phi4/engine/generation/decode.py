@@ -1,225 +1,230 @@
-"""Forward passes over new tokens with cached keys, through the model's own chunks.
+"""Forward passes over new tokens with cached keys, through all stages of the model.
 
-Not the training schedule: a pass goes from stage to stage by explicit sends, through all chunks of
-all stages in their order, and the last stage draws. Every rank makes the same passes, from the same
-`Step`. A step may have one token, so rows are never split: sequence parallelism is switched off for
-the while, and every context rank is a replica of its own.
+Not the training schedule: hidden states go from stage to stage by explicit sends, and the last
+stage draws. A stage that has sent its part of a step may begin the next one, so as many steps are
+under way as there are stages. Every rank begins and ends the same steps in the same order; so a
+step that reads or writes a block of the cache comes after all those that were begun before it.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import product
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from phi4.engine.engine import Engine
-from phi4.engine.generation.blocks import BlockCopy
-from phi4.engine.generation.cache import CacheRow, KeyValueCache, StepAttention
-from phi4.engine.generation.draws import Draw, Drawn, draw
-from phi4.engine.model.gpt import LogitsAt
-from phi4.engine.model.micro_batch import Documents, rotary_fields
+from phi4.engine.generation.cache import KeyValueCache, StepAttention
+from phi4.engine.generation.chunk_forward import ChunkForward
+from phi4.engine.generation.draws import Drawn, draw
+from phi4.engine.generation.steps import Step, tiles
+from phi4.engine.model.micro_batch import Documents
+from phi4.engine.model.rope import rope_cos_sin
 from phi4.engine.optimizer.build import gather_parameters
-from phi4.engine.patches import without_rewriting
 from phi4.engine.precision import torch_dtype
+from phi4.errors import LayoutError
 
 # Shape legend: T new tokens of all rows, R tokens whose logits are wanted, V vocabulary, H hidden.
 
-
-@dataclass(frozen=True)
-class StepRow:
-    """One sequence's part of a step.
-
-    Attributes:
-        tokens: new ids, at least one.
-        slots: int64, of all its tokens up to and including the new ones.
-        draws: one per token to draw after the last new one; empty in the middle of a prompt.
-        scored: of the first new tokens, one each, how to score what follows them: forced draws.
-    """
-
-    tokens: Sequence[int]
-    slots: np.ndarray
-    draws: Sequence[Draw] = ()
-    scored: Sequence[Draw] = ()
+_MAX_INVARIANT_TP = 2
+"""The sum of two ranks does not depend on where in a message a value is; of more it may."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """What every rank does in one pass; rows with one new token come first."""
+@dataclass
+class Running:
+    """A step that this rank has begun: what it has drawn, and messages that must stay alive."""
 
-    rows: Sequence[StepRow]
-    copies: Sequence[BlockCopy] = ()
+    step: Step
+    drawn: list[Drawn] = field(default_factory=list)
+    sent: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list)
 
 
 class Decoder:
-    """An engine's model with a key-value cache. A context: the model is in evaluation inside.
+    """An engine's model with a key-value cache.
 
     Args:
         engine: in any layout; each data and each context rank is a replica that decodes for itself.
         num_blocks, block_tokens: of the cache, on every rank.
         num_ids: only ids below it are drawn; the model's vocabulary without it.
+        batch_invariant: compute in passes of one size, so that no bit of a result depends on what
+            else is in a step. Costs one attention call per token.
 
-    Collectives: on entering, the parameter gathers of an engine that trains.
+    Attributes:
+        max_running: how many steps may be under way.
+
+    Raises:
+        LayoutError: batch_invariant on more than two tensor ranks.
+
+    Collectives: see `read_weights`.
     """
 
     def __init__(
-        self, engine: Engine, num_blocks: int, block_tokens: int, num_ids: int | None = None
+        self,
+        engine: Engine,
+        num_blocks: int,
+        block_tokens: int,
+        num_ids: int | None = None,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
-        self._engine, self._num_ids = engine, num_ids
-        self._model, self._layout = engine.recipe.model, engine.layout
+        layout = engine.layout
+        if batch_invariant and layout.tp_size > _MAX_INVARIANT_TP:
+            raise LayoutError(
+                f"batch_invariant with parallel.tensor={layout.tp_size}: the order of sums over "
+                f"tensor ranks is fixed for at most {_MAX_INVARIANT_TP}; use fewer"
+            )
+        self._engine, self._num_ids, self._batch_invariant = engine, num_ids, batch_invariant
+        self._model, self._layout = engine.recipe.model, layout
         self._device = engine.platform.device
         self._dtype = torch_dtype(engine.recipe.precision)
+        positions_1S = torch.arange(self._model.max_position_embeddings, device=self._device)[None]
+        self._rotary = rope_cos_sin(positions_1S.float(), self._model, self._dtype)
+        self._chunks = [ChunkForward(chunk, layout) for chunk in engine.bare_chunks]
+        self._spare_block = num_blocks
         self.cache = KeyValueCache(
             [layer.layer_number for chunk in engine.bare_chunks for layer in chunk.decoder.layers],
-            num_blocks,
+            num_blocks + batch_invariant,
             block_tokens,
-            self._model.num_key_value_heads // self._layout.tp_size,
+            self._model.num_key_value_heads // layout.tp_size,
             self._model.head_dim,
             self._dtype,
             self._device,
         )
-        self._contexts = ExitStack()
+        # Virtual chunks visit a stage more than once, and a stage would wait for itself.
+        self.max_running = layout.pp_size if layout.vpp_size == 1 else 1
+        self.read_weights()
 
-    def __enter__(self) -> "Decoder":
-        engine = self._engine
-        with ExitStack() as contexts:
-            contexts.enter_context(engine.patches)
-            gather_parameters(engine.chunks)
-            for chunk in engine.chunks:
-                # Nothing puts this back: every call of the engine sets the mode that it needs.
-                chunk.eval()
-            for owner, name in _splits(engine.bare_chunks):
-                contexts.callback(setattr, owner, name, True)
-                setattr(owner, name, False)
-            contexts.enter_context(torch.no_grad())
-            self._contexts = contexts.pop_all()
-        return self
+    def read_weights(self) -> None:
+        """Take the weights as they are now; again after every change of them.
 
-    def __exit__(self, *_: object) -> None:
-        self._contexts.close()
+        Collectives: on an engine that trains, the parameter gathers that are outstanding, over data
+            and context ranks.
+        """
+        with self._engine.patches:
+            gather_parameters(self._engine.chunks)
 
     def run(self, step: Step) -> list[list[Drawn]]:
-        """One pass: for every row its scored tokens, then its drawn ones, on every rank.
+        """Begin and end one step."""
+        return self.end(self.begin(step))
 
-        Collectives: see `logits`; one broadcast over pp of 24 bytes per drawn or scored token and
-            16 per reported top token.
+    @torch.inference_mode()
+    def begin(self, step: Step) -> Running:
+        """Do this rank's part of a step, and draw on the last stage.
+
+        Collectives: per stage border, virtual chunk and pass one send over pp of the hidden states
+            [T, H]; those of `ChunkForward` over tp; see `end`.
         """
-        draws = [one for row in step.rows for one in (*row.scored, *row.draws)]
-        logits_RV = self.logits(step)
-        drawn: list[Drawn] = []
-        if draws and logits_RV is not None:
-            counts = [
-                count for row in step.rows for count in (*[1] * len(row.scored), len(row.draws))
-            ]
-            counts_R = torch.tensor([count for count in counts if count], device=self._device)
-            drawn = draw(logits_RV.repeat_interleave(counts_R, dim=0), draws, self._num_ids)
-        in_order = iter(self._shared(drawn, draws))
+        self.cache.copy(step.copies)
+        running = Running(step)
+        passes = tiles(step, self._spare_block) if self._batch_invariant else (step,)
+        for one in passes:
+            logits_RV = self._logits(one, running)
+            if logits_RV is not None:
+                running.drawn += draw(logits_RV, one.draws, self._num_ids)
+        if self._layout.is_last_stage and self._layout.pp_size > 1 and step.draws:
+            values = _packed(running.drawn).to(self._device)
+            group, source = self._layout.groups.pp, self._layout.pp_rank
+            work = dist.broadcast(values, group=group, group_src=source, async_op=True)
+            running.sent.append((work, values))
+        return running
+
+    def end(self, running: Running) -> list[list[Drawn]]:
+        """What a step has drawn: for every row its scored tokens, then its drawn ones.
+
+        Collectives: one broadcast over pp of 24 bytes per drawn or scored token and 16 per reported
+            top token, which the last stage has begun.
+        """
+        step, layout = running.step, self._layout
+        drawn, draws = running.drawn, step.draws
+        if draws and not layout.is_last_stage:
+            tops = [min(one.num_top, self._model.vocab_size) for one in draws]
+            size = 3 * len(draws) + 2 * sum(tops)
+            values = torch.empty(size, dtype=torch.float64, device=self._device)
+            dist.broadcast(values, group=layout.groups.pp, group_src=layout.pp_size - 1)
+            drawn = _unpacked(values, tops)
+        for work, _ in running.sent:
+            work.wait()
+        in_order = iter(drawn)
         return [
             [next(in_order) for _ in range(len(row.scored) + len(row.draws))] for row in step.rows
         ]
 
-    def logits(self, step: Step) -> torch.Tensor | None:
-        """Cache the new tokens; logits [R, V] after those that are scored, and after the last one
-        of every row that draws.
-
-        Returns:
-            None except on the last stage.
-
-        Collectives: per stage border and virtual chunk one send over pp of the hidden states
-            [T, 1, H]; those of the layers over tp; on the last stage one all-gather over tp of the
-            logits.
-        """
-        with without_rewriting():
-            self.cache.copy(step.copies)
-            tokens_1T, documents, logits_at = self._inputs(step)
-            output = self._through_stages(tokens_1T, documents, logits_at)
-        if output is None or not len(logits_at.index_R):
+    def _logits(self, step: Step, running: Running) -> torch.Tensor | None:
+        """Cache the new tokens of one pass; the logits of its draws [R, V] on the last stage."""
+        hidden_TH = self._through_stages(step, running)
+        if hidden_TH is None or not step.draws:
             return None
-        return self._whole_vocabulary(output[0])
+        token_of = _tokens_of_draws(step)
+        if self._batch_invariant:
+            # Of all tokens, so that this product has one size too.
+            return _rows(self._chunks[-1].logits(hidden_TH), token_of)
+        wanted = sorted(set(token_of))
+        logits = self._chunks[-1].logits(_rows(hidden_TH, wanted))
+        return _rows(logits, [bisect_left(wanted, token) for token in token_of])
 
-    def _inputs(self, step: Step) -> tuple[torch.Tensor, Documents, LogitsAt]:
-        rows, device = step.rows, self._device
-        positions = [
-            position
-            for row in rows
-            for position in range(len(row.slots) - len(row.tokens), len(row.slots))
-        ]
-        wanted, start = [], 0
-        for row in rows:
-            wanted += range(start, start + len(row.scored))
-            start += len(row.tokens)
-            wanted += [start - 1] if row.draws else []
-        positions_1T = torch.tensor([positions], dtype=torch.int32, device=device)
-        cache_rows = [CacheRow(len(row.tokens), row.slots) for row in rows]
-        documents = Documents(
-            qkv_format="sbhd",
-            cached=StepAttention(self.cache, cache_rows, device),
-            **rotary_fields(positions_1T, self._model, self._dtype, self._engine.rope_cache),
-        )
-        tokens = [token for row in rows for token in row.tokens]
-        tokens_1T = torch.tensor([tokens], dtype=torch.int64, device=device)
-        index_R = torch.tensor(wanted, dtype=torch.int64, device=device)
-        return tokens_1T, documents, LogitsAt(index_R)
-
-    def _through_stages(
-        self, tokens_1T: torch.Tensor, documents: Documents, logits_at: LogitsAt
-    ) -> torch.Tensor | None:
-        """The last chunk's logits on the last stage, elsewhere None."""
-        layout, chunks, hidden = self._layout, self._engine.bare_chunks, None
-        shape = (tokens_1T.shape[1], 1, self._model.hidden_size)
-        visits = list(product(range(len(chunks)), range(layout.pp_size)))
+    def _through_stages(self, step: Step, running: Running) -> torch.Tensor | None:
+        """Hidden states [T, H] behind the last chunk on the last stage, elsewhere None."""
+        layout, hidden_TH = self._layout, None
+        tokens_T, rotary, attention = self._inputs(step)
+        visits = list(product(range(len(self._chunks)), range(layout.pp_size)))
         for visit, (index, stage) in enumerate(visits):
             if stage != layout.pp_rank:
                 continue
-            if visit:
-                if layout.pp_size > 1:
-                    hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
-                    source = visits[visit - 1][1]
-                    dist.recv(hidden, group=layout.groups.pp, group_src=source)
-                chunks[index].set_input_tensor(hidden)
-            hidden = chunks[index].decode(tokens_1T, documents, logits_at)
+            if visit and layout.pp_size > 1:
+                shape = (len(tokens_T), self._model.hidden_size)
+                hidden_TH = torch.empty(shape, dtype=self._dtype, device=self._device)
+                dist.recv(hidden_TH, group=layout.groups.pp, group_src=visits[visit - 1][1])
+            hidden_TH = self._chunks[index](tokens_T, hidden_TH, rotary, attention)
             if visit + 1 < len(visits) and layout.pp_size > 1:
                 target = visits[visit + 1][1]
-                dist.send(hidden.contiguous(), group=layout.groups.pp, group_dst=target)
-        return hidden if layout.is_last_stage else None
+                work = dist.isend(hidden_TH, group=layout.groups.pp, group_dst=target)
+                running.sent.append((work, hidden_TH))
+        return hidden_TH if layout.is_last_stage else None
 
-    def _whole_vocabulary(self, local_RV: torch.Tensor) -> torch.Tensor:
-        layout = self._layout
-        if layout.tp_size == 1:
-            return local_RV
-        pieces = [torch.empty_like(local_RV) for _ in range(layout.tp_size)]
-        dist.all_gather(pieces, local_RV.contiguous(), group=layout.groups.tp)
-        return torch.cat(pieces, dim=-1)
-
-    def _shared(self, drawn: list[Drawn], draws: Sequence[Draw]) -> list[Drawn]:
-        """What the last stage has drawn, on all stages."""
-        layout = self._layout
-        if layout.pp_size == 1 or not draws:
-            return drawn
-        tops = [min(one.num_top, self._model.vocab_size) for one in draws]
-        values = torch.empty(3 * len(draws) + 2 * sum(tops), dtype=torch.float64)
-        if drawn:
-            flat = [value for one in drawn for value in one[:3]]
-            flat += [value for one in drawn for pair in one.top for value in pair]
-            values = torch.tensor(flat, dtype=torch.float64)
-        values = values.to(self._device)
-        dist.broadcast(values, group=layout.groups.pp, group_src=layout.pp_size - 1)
-        # Ids are exact in fp64.
-        left = iter(values.tolist())
-        heads = [(int(next(left)), next(left), next(left)) for _ in draws]
-        return [
-            Drawn(*head, tuple((int(next(left)), next(left)) for _ in range(count)))
-            for head, count in zip(heads, tops, strict=True)
-        ]
+    def _inputs(self, step: Step) -> tuple[torch.Tensor, Documents, StepAttention]:
+        rows, device = step.rows, self._device
+        positions = [position for row in rows for position in range(row.start, row.end)]
+        positions_T = torch.tensor(positions, dtype=torch.int32, device=device)
+        if self._engine.rope_cache is None:
+            cos_SBD, sin_SBD = (table.index_select(0, positions_T) for table in self._rotary)
+            rotary = Documents(qkv_format="sbhd", cos_SBD=cos_SBD, sin_SBD=sin_SBD)
+        else:
+            cache = self._engine.rope_cache
+            rotary = Documents(qkv_format="sbhd", rope_cache=cache, positions_T=positions_T)
+        tokens = [token for row in rows for token in row.tokens]
+        tokens_T = torch.tensor(tokens, dtype=torch.int64, device=device)
+        return tokens_T, rotary, StepAttention(self.cache, rows, self._batch_invariant)
 
 
-def _splits(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[object, str]]:
-    """The switches of megatron-core, as (object, attribute), that split rows over tensor ranks."""
-    for chunk in chunks:
-        for module in chunk.modules():
-            for owner in (module, getattr(module, "config", None)):
-                for name in ("sequence_parallel", "reduce_scatter_embeddings"):
-                    if getattr(owner, name, False) is True:
-                        yield owner, name
+def _tokens_of_draws(step: Step) -> list[int]:
+    """Which of the step's tokens each draw follows; ascending."""
+    tokens, start = [], 0
+    for row in step.rows:
+        tokens += range(start, start + len(row.scored))
+        start += len(row.tokens)
+        tokens += [start - 1] * len(row.draws)
+    return tokens
+
+
+def _rows(x: torch.Tensor, indices: list[int]) -> torch.Tensor:
+    """Some rows of x, ascending and perhaps repeated; x itself where they are all of it."""
+    if indices == list(range(len(x))):
+        return x
+    return x[torch.tensor(indices, device=x.device)]
+
+
+def _packed(drawn: Sequence[Drawn]) -> torch.Tensor:
+    """As fp64, in which ids are exact."""
+    values = [value for one in drawn for value in one[:3]]
+    values += [value for one in drawn for pair in one.top for value in pair]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _unpacked(values: torch.Tensor, tops: Sequence[int]) -> list[Drawn]:
+    left = iter(values.tolist())
+    heads = [(int(next(left)), next(left), next(left)) for _ in tops]
+    return [
+        Drawn(*head, tuple((int(next(left)), next(left)) for _ in range(count)))
+        for head, count in zip(heads, tops, strict=True)
+    ]

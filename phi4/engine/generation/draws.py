@@ -7,7 +7,7 @@ min_p. Tokens of equal probability are taken by ascending id.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,7 @@ from phi4.engine.generation.noise import gumbel, stream_key
 # Shape legend: R rows, V vocabulary, Q rows that need a sort.
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """How one row's next token is chosen.
 
     Attributes:
@@ -40,7 +39,7 @@ class Draw:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = MappingProxyType({})
     forbidden: frozenset[int] = frozenset()
     forced: int | None = None
     num_top: int = 0

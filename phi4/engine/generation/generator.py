@@ -1,43 +1,21 @@
 """The generation engine's face: requests in, events out, on all ranks of a replica.
 
 A replica is the tensor and pipeline ranks of one data and context rank. Its first rank leads: it is
-given requests and cancels them. Before every step it sends what it was told since the last one to
-the others, and all ranks then take the same step: a cancel that arrives in between cannot make
-ranks differ.
+given requests and cancels them. At the beginning of every step it tells the others what it was told
+since the last one, and all ranks then plan the same step: a cancel that arrives in between cannot
+make ranks differ.
 """
 
+from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from phi4.engine.engine import Engine
 from phi4.engine.generation.blocks import BlockPool
-from phi4.engine.generation.decode import Decoder
+from phi4.engine.generation.decode import Decoder, Running
+from phi4.engine.generation.orders import Cancel, Close, Order, OrderRelay, Reload, Submit
 from phi4.engine.generation.request import GenerationRequest, check_request
 from phi4.engine.generation.scheduler import Event, Scheduler, StepLimits
-
-
-@dataclass(frozen=True)
-class _Submit:
-    request_id: int
-    request: GenerationRequest
-
-
-@dataclass(frozen=True)
-class _Cancel:
-    request_id: int
-    sample: int | None
-
-
-@dataclass(frozen=True)
-class _Reload:
-    weights_key: Hashable
-
-
-@dataclass(frozen=True)
-class _Close:
-    pass
 
 
 @dataclass(frozen=True)
@@ -49,7 +27,9 @@ class CacheSize:
 
 
 class Generator:
-    """Continuous batching over one engine. A context, entered by all ranks of the replica.
+    """Continuous batching over one engine. All ranks of the replica make one.
+
+    A context too: leaving it closes it on the leader.
 
     Args:
         engine: see `Decoder`.
@@ -57,6 +37,9 @@ class Generator:
         weights_key: of the engine's weights; requests share prefixes under one key only.
         limits: of a step.
         num_ids: only ids below it are taken and drawn; the model's vocabulary without it.
+        batch_invariant: see `Decoder`; a chunk of a prompt is then computed in passes too.
+
+    Collectives: those of `Decoder`.
     """
 
     def __init__(
@@ -67,30 +50,37 @@ class Generator:
         *,
         limits: StepLimits | None = None,
         num_ids: int | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         model = engine.recipe.model
-        self._decoder = Decoder(engine, size.num_blocks, size.block_tokens, num_ids)
+        self._decoder = Decoder(
+            engine, size.num_blocks, size.block_tokens, num_ids, batch_invariant=batch_invariant
+        )
         self._num_ids = num_ids or model.vocab_size
         self._max_positions = model.max_position_embeddings
-        self._group = engine.layout.groups.mp
-        self.leads = self._group.rank() == 0
+        self._relay = OrderRelay(engine.layout, engine.platform.device)
+        self.leads = engine.layout.groups.mp.rank() == 0
         self.pool = BlockPool(size.num_blocks, size.block_tokens)
-        self._scheduler = Scheduler(self.pool, limits or StepLimits(), weights_key)
-        self._told: list[_Submit | _Cancel | _Reload | _Close] = []
+        self._scheduler = Scheduler(
+            self.pool, limits or StepLimits(), weights_key, self._decoder.max_running
+        )
+        self._running: deque[Running] = deque()
+        self._orders: list[Order] = []
         self._num_requests = 0
         self._closed = False
 
     def __enter__(self) -> "Generator":
-        self._decoder.__enter__()
         return self
 
-    def __exit__(self, *details: object) -> None:
-        self._decoder.__exit__(*details)
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        # After an error the ranks may not agree; then the process ends, and its launcher tells.
+        if self.leads and error_type is None:
+            self.close()
 
     @property
     def is_idle(self) -> bool:
         """Whether a step would do nothing."""
-        return not self._told and self._scheduler.is_idle
+        return not self._orders and self._scheduler.is_idle
 
     def submit(self, request: GenerationRequest) -> int:
         """Queue a request, on the leader; its id: 0, 1, 2 and so on.
@@ -100,38 +90,47 @@ class Generator:
         """
         check_request(request, self._num_ids, self._max_positions)
         self.pool.check_fits(len(request.prompt), request.n, request.max_tokens)
-        self._told.append(_Submit(self._num_requests, request))
+        self._orders.append(Submit(self._num_requests, request))
         self._num_requests += 1
         return self._num_requests - 1
 
     def cancel(self, request_id: int, sample: int | None = None) -> None:
         """End a sample, or the unfinished ones of a request, on the leader; see `Scheduler`."""
-        self._told.append(_Cancel(request_id, sample))
+        self._orders.append(Cancel(request_id, sample))
 
     def reload(self, weights_key: Hashable) -> None:
         """Forget all prefixes, on the leader, after the weights have changed on all ranks.
 
         Raises:
             ValueError: requests are under way.
+
+        Collectives: in the next step those of `Decoder.read_weights`, in which replicas meet.
         """
         if not self.is_idle:
             raise ValueError("weights changed while requests are under way; finish or cancel them")
-        self._told.append(_Reload(weights_key))
+        self._orders.append(Reload(weights_key))
 
     def step(self) -> list[Event]:
-        """Compute the next tokens; what happened since the last step, the same on all ranks.
+        """Begin a step, and end the earliest one when as many are under way as there are stages.
 
-        Collectives: one broadcast of what the leader was told over the replica's ranks; those of
-            `Decoder.run`.
+        Returns:
+            What has happened since the last call, the same on all ranks.
+
+        Collectives: those of `OrderRelay` and `Decoder`.
         """
-        told = [self._told]
-        self._told = []
-        if self._group.size() > 1:
-            dist.broadcast_object_list(told, group=self._group, group_src=0)
-        for one in told[0]:
-            self._apply(one)
+        orders, self._orders = self._orders, []
+        events: list[Event] = []
+        for order in self._relay.pass_on(orders):
+            events += self._apply(order)
+        if self._closed:
+            return events
         step = self._scheduler.plan()
-        return self._scheduler.finish(self._decoder.run(step) if step.rows else ())
+        if step.rows:
+            self._running.append(self._decoder.begin(step))
+        is_full = len(self._running) == self._decoder.max_running
+        if self._running and (is_full or not step.rows):
+            events += self._scheduler.finish(self._decoder.end(self._running.popleft()))
+        return events
 
     def follow(self) -> None:
         """Take the leader's steps until it closes, on the other ranks."""
@@ -139,17 +138,26 @@ class Generator:
             self.step()
 
     def close(self) -> None:
-        """Let the other ranks return from `follow`, on the leader."""
-        self._told.append(_Close())
+        """Let the other ranks return from `follow`, on the leader; steps under way are ended.
+
+        Without further requests. A second call does nothing.
+        """
+        if self._closed:
+            return
+        self._orders.append(Close())
         self.step()
 
-    def _apply(self, told: _Submit | _Cancel | _Reload | _Close) -> None:
-        match told:
-            case _Submit(request_id, request):
+    def _apply(self, order: Order) -> list[Event]:
+        match order:
+            case Submit(request_id, request):
                 self._scheduler.submit(request_id, request)
-            case _Cancel(request_id, sample):
-                self._scheduler.cancel(request_id, sample)
-            case _Reload(weights_key):
+            case Cancel(request_id, sample):
+                return self._scheduler.cancel(request_id, sample)
+            case Reload(weights_key):
+                self._decoder.read_weights()
                 self._scheduler.reload(weights_key)
-            case _Close():
+            case Close():
                 self._closed = True
+                while self._running:
+                    self._scheduler.finish(self._decoder.end(self._running.popleft()))
+        return []

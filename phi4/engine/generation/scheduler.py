@@ -4,6 +4,9 @@ A step has a budget of tokens. Samples that are being drawn come first, one toke
 have waited longest before others; what is left of the budget goes to prompts, in chunks, in the
 order of submission. A request waits until the pool has room for all of it, and does not overtake.
 Every rank runs the same scheduler on the same requests, so no plan has to be sent.
+
+Several steps may be planned before the first of them is finished. A sample is in one of them at
+most, since its next token depends on the last one; the chunks of a prompt may be in several.
 """
 
 from collections import deque
@@ -12,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from phi4.engine.generation.blocks import BlockCopy, BlockPool, CachedSequence
-from phi4.engine.generation.decode import Step, StepRow
 from phi4.engine.generation.draws import Draw, Drawn
 from phi4.engine.generation.request import GenerationRequest
+from phi4.engine.generation.steps import Step, StepRow
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PromptScored:
     """The scores of a prompt's tokens from the second one on."""
 
@@ -27,7 +30,7 @@ class PromptScored:
     tokens: Sequence[Drawn]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenDrawn:
     """A sample grew by one token."""
 
@@ -36,7 +39,7 @@ class TokenDrawn:
     drawn: Drawn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SampleEnded:
     """A sample ended; every one of a request does, exactly once."""
 
@@ -61,7 +64,7 @@ class StepLimits:
     scored_tokens: int = 64
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Sample:
     """A sample that is being drawn; before its first token, the prompt of all samples."""
 
@@ -72,6 +75,7 @@ class _Sample:
     num_drawn: int = 0
     last: int = 0
     scores: list[Drawn] = field(default_factory=list)
+    is_planned: bool = False
 
     def draw(self, sample: int) -> Draw:
         """How its next token is chosen."""
@@ -92,6 +96,16 @@ class _Sample:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """One row of a planned step."""
+
+    sample: _Sample
+    row: StepRow
+    copy: BlockCopy | None
+    ends_prompt: bool = False
+
+
 class Scheduler:
     """The requests of one replica.
 
@@ -99,20 +113,23 @@ class Scheduler:
         pool: the blocks of the cache.
         limits: of a step.
         weights_key: of the model's weights; see `BlockPool.admit`.
+        max_planned: how many steps are planned before the first of them is finished.
     """
 
-    def __init__(self, pool: BlockPool, limits: StepLimits, weights_key: Hashable) -> None:
+    def __init__(
+        self, pool: BlockPool, limits: StepLimits, weights_key: Hashable, max_planned: int = 1
+    ) -> None:
         self._pool, self._limits, self._weights_key = pool, limits, weights_key
+        self._max_planned = max_planned
         self._waiting: deque[tuple[int, GenerationRequest]] = deque()
         self._prompts: deque[_Sample] = deque()
         self._samples: deque[_Sample] = deque()
-        self._planned: list[_Sample] = []
-        self._cancelled: list[Event] = []
+        self._planned: deque[Sequence[_Planned]] = deque()
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to compute and nothing to report."""
-        return not (self._waiting or self._prompts or self._samples or self._cancelled)
+        """Whether there is nothing to compute and no step to finish."""
+        return not (self._waiting or self._prompts or self._samples or self._planned)
 
     def submit(self, request_id: int, request: GenerationRequest) -> None:
         """Queue a request that `check_request` has accepted.
@@ -123,29 +140,27 @@ class Scheduler:
         self._pool.check_fits(len(request.prompt), request.n, request.max_tokens)
         self._waiting.append((request_id, request))
 
-    def cancel(self, request_id: int, sample: int | None = None) -> None:
+    def cancel(self, request_id: int, sample: int | None = None) -> list[Event]:
         """End one sample that is being drawn, or without it all unfinished ones of a request.
 
-        The next `finish` reports them. What has ended already is left alone.
-
-        Raises:
-            ValueError: a planned step has not been finished.
+        What has ended already is left alone. Blocks are free at once: a planned step that still
+        writes to them comes before any that uses them for something else.
         """
-        self._check_nothing_planned()
+        events: list[Event] = []
         if sample is None:
-            waiting = [entry for entry in self._waiting if entry[0] == request_id]
-            for entry in waiting:
+            for entry in [entry for entry in self._waiting if entry[0] == request_id]:
                 self._waiting.remove(entry)
-                self._report_cancelled(request_id, range(entry[1].n))
+                events += _cancelled(request_id, range(entry[1].n))
             for prompt in [one for one in self._prompts if one.request_id == request_id]:
                 self._prompts.remove(prompt)
                 self._pool.end(prompt.sequence)
-                self._report_cancelled(request_id, range(prompt.request.n))
+                events += _cancelled(request_id, range(prompt.request.n))
         for one in [one for one in self._samples if one.request_id == request_id]:
             if sample in (None, one.index):
                 self._samples.remove(one)
                 self._pool.end(one.sequence)
-                self._report_cancelled(request_id, (one.index,))
+                events += _cancelled(request_id, (one.index,))
+        return events
 
     def reload(self, weights_key: Hashable) -> None:
         """Forget all prefixes: the weights are others now."""
@@ -153,19 +168,55 @@ class Scheduler:
         self._pool.forget()
 
     def plan(self) -> Step:
-        """The next step; without rows when there is nothing to compute.
+        """The next step; without rows when there is nothing that can be computed yet.
 
         Raises:
-            ValueError: the last step has not been finished.
+            ValueError: max_planned steps have not been finished.
         """
-        self._check_nothing_planned()
-        budget, scored_budget = self._limits.tokens, self._limits.scored_tokens
-        rows: list[tuple[_Sample, StepRow, BlockCopy | None]] = []
-        for _ in range(min(budget, len(self._samples))):
-            sample = self._samples.popleft()
-            self._samples.append(sample)
-            rows.append(self._row(sample, [sample.last], [sample.draw(sample.index)], ()))
-        budget -= len(rows)
+        if len(self._planned) == self._max_planned:
+            raise ValueError(f"{self._max_planned} planned steps have not been finished")
+        planned = self._next_tokens()
+        budget = self._limits.tokens - len(planned)
+        planned += self._chunks(budget)
+        planned.sort(key=lambda one: (len(one.row.tokens) > 1, one.row.end))
+        if planned:
+            self._planned.append(planned)
+        return Step([one.row for one in planned], [one.copy for one in planned if one.copy])
+
+    def finish(self, drawn: Sequence[Sequence[Drawn]]) -> list[Event]:
+        """What happened in the earliest planned step.
+
+        Args:
+            drawn: its results by row, as `Decoder.end` returns them.
+        """
+        events: list[Event] = []
+        for one, results in zip(self._planned.popleft(), drawn, strict=True):
+            sample = one.sample
+            sample.is_planned = False
+            if sample.sequence.ended:
+                continue
+            self._pool.publish(sample.sequence)
+            if sample.num_drawn:
+                events += self._grown(sample, results[0])
+            else:
+                events += self._prompt_computed(one, results)
+        return events
+
+    def _next_tokens(self) -> list[_Planned]:
+        """Rows of samples, their share of them when several steps are under way."""
+        share = -(-len(self._samples) // self._max_planned)
+        count = min(self._limits.tokens, share)
+        chosen = [sample for sample in self._samples if not sample.is_planned][:count]
+        taken = set(chosen)
+        self._samples = deque([one for one in self._samples if one not in taken] + chosen)
+        for sample in chosen:
+            sample.is_planned = True
+        return [self._row(one, [one.last], [one.draw(one.index)], ()) for one in chosen]
+
+    def _chunks(self, budget: int) -> list[_Planned]:
+        """Rows of prompts, as long as there is a budget of tokens."""
+        scored_budget = self._limits.scored_tokens
+        planned = []
         for prompt in self._admitted():
             if budget <= 0:
                 break
@@ -174,31 +225,9 @@ class Scheduler:
                 count = min(count, scored_budget)
                 scored_budget -= count
             if count:
-                rows.append(self._chunk(prompt, count))
+                planned.append(self._chunk(prompt, count))
             budget -= count
-        rows.sort(key=lambda entry: (len(entry[1].tokens) > 1, len(entry[1].slots)))
-        self._planned = [sample for sample, _, _ in rows]
-        return Step([row for _, row, _ in rows], [copy for _, _, copy in rows if copy])
-
-    def finish(self, drawn: Sequence[Sequence[Drawn]]) -> list[Event]:
-        """What happened: the results of the planned step by row, and cancelled samples.
-
-        Args:
-            drawn: as `Decoder.run` returns them.
-        """
-        planned, self._planned = self._planned, []
-        events, self._cancelled = self._cancelled, []
-        for sample, results in zip(planned, drawn, strict=True):
-            self._pool.publish(sample.sequence)
-            if sample.num_drawn:
-                events += self._grown(sample, results[0])
-            else:
-                events += self._prompt_computed(sample, results)
-        return events
-
-    def _check_nothing_planned(self) -> None:
-        if self._planned:
-            raise ValueError("the last planned step has not been finished")
+        return planned
 
     def _admitted(self) -> Sequence[_Sample]:
         """Prompts to compute, those that now fit included."""
@@ -217,7 +246,7 @@ class Scheduler:
             self._prompts.append(_Sample(request_id, request, 0, sequence))
         return tuple(self._prompts)
 
-    def _chunk(self, prompt: _Sample, count: int) -> tuple[_Sample, StepRow, BlockCopy | None]:
+    def _chunk(self, prompt: _Sample, count: int) -> _Planned:
         request, start = prompt.request, len(prompt.sequence.tokens)
         tokens = request.prompt[start : start + count]
         is_last = start + count == len(request.prompt)
@@ -227,7 +256,7 @@ class Scheduler:
             num_top = request.num_top_log_probs
             following = request.prompt[start + 1 : start + count + 1]
             scored = [Draw(0, temperature=0.0, forced=i, num_top=num_top) for i in following]
-        return self._row(prompt, tokens, draws, scored)
+        return self._row(prompt, tokens, draws, scored, ends_prompt=is_last)
 
     def _row(
         self,
@@ -235,18 +264,21 @@ class Scheduler:
         tokens: Sequence[int],
         draws: Sequence[Draw],
         scored: Sequence[Draw],
-    ) -> tuple[_Sample, StepRow, BlockCopy | None]:
+        *,
+        ends_prompt: bool = False,
+    ) -> _Planned:
+        start = len(sample.sequence.tokens)
         copy = self._pool.extend(sample.sequence, tokens)
-        slots = self._pool.slots(sample.sequence, 0, len(sample.sequence.tokens))
-        return sample, StepRow(tokens, slots, draws, scored), copy
+        row = StepRow(tokens, start, tuple(sample.sequence.blocks), draws, scored)
+        return _Planned(sample, row, copy, ends_prompt)
 
-    def _prompt_computed(self, prompt: _Sample, results: Sequence[Drawn]) -> list[Event]:
+    def _prompt_computed(self, chunk: _Planned, results: Sequence[Drawn]) -> list[Event]:
         """After a chunk; at the prompt's end its samples begin."""
-        request, events = prompt.request, []
-        is_last = len(prompt.sequence.tokens) == len(request.prompt)
-        num_drawn = request.n if is_last and request.max_tokens else 0
-        prompt.scores += results[: len(results) - num_drawn]
-        if not is_last:
+        prompt, events = chunk.sample, []
+        request = prompt.request
+        num_scored = len(chunk.row.scored)
+        prompt.scores += results[:num_scored]
+        if not chunk.ends_prompt:
             return events
         self._prompts.remove(prompt)
         if request.prompt_log_probs:
@@ -262,7 +294,7 @@ class Scheduler:
         for i, sequence in enumerate(sequences):
             sample = _Sample(prompt.request_id, request, i, sequence)
             self._samples.append(sample)
-            events += self._grown(sample, results[len(results) - num_drawn + i])
+            events += self._grown(sample, results[num_scored + i])
         return events
 
     def _grown(self, sample: _Sample, drawn: Drawn) -> list[Event]:
@@ -277,5 +309,6 @@ class Scheduler:
             events.append(SampleEnded(sample.request_id, sample.index, reason))
         return events
 
-    def _report_cancelled(self, request_id: int, samples: Sequence[int]) -> None:
-        self._cancelled += [SampleEnded(request_id, i, "cancelled") for i in samples]
+
+def _cancelled(request_id: int, samples: Sequence[int]) -> list[Event]:
+    return [SampleEnded(request_id, i, "cancelled") for i in samples]

@@ -73,7 +73,7 @@ class Phi4SelfAttention(SelfAttention):
         """
         refuse("self attention", others, _SELF_ATTENTION)
         qkv, _ = self.linear_qkv(hidden_states)
-        q, k_SBKD, v_SBKD = self._rotate_and_split(qkv, packed_seq_params)
+        q, k_SBKD, v_SBKD = self.rotate_and_split(qkv, packed_seq_params)
         attend = (
             self._checkpointed_attention_forward
             if self.checkpoint_core_attention and self.training
@@ -90,7 +90,7 @@ class Phi4SelfAttention(SelfAttention):
         output, _ = self.linear_proj(context)
         return output, None
 
-    def _rotate_and_split(
+    def rotate_and_split(
         self, qkv: torch.Tensor, documents: Documents
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [S, B, N, D], or [S, B, K, G, D] of a kernel, and k and v [S, B, K, D].
@@ -173,8 +173,7 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Attend within documents; [S, B, N * D].
 
-        q is [S, B, N, D] or, not copied to be so, [S, B, K, G, D]. With a cache B is 1: the new
-        tokens of all sequences follow each other.
+        q is [S, B, N, D] or, not copied to be so, [S, B, K, G, D].
 
         Raises:
             ConfigError: a mask, a bias or a mask type other than causal; see `refuse`.
@@ -193,10 +192,6 @@ class CoreAttention(torch.nn.Module):
             )
             return out.permute(2, 0, 1, 3).flatten(2, 3)
         options["implementation"] = self.implementation
-        if documents.cached is not None:
-            q, k, v = (t.flatten(0, 1) for t in (q, k_SBKD, v_SBKD))
-            out_TND = documents.cached.attend(self.layer_number, q, k, v, **options)
-            return out_TND.flatten(1, 2).unsqueeze(1)
         if self.context_group.size() > 1:
             route = RingAttention if len(documents.visible) > 1 else AllGatherAttention
             out_SBND = route.apply(

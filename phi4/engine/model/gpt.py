@@ -7,7 +7,6 @@ then sliced, on the CPU: the same seed gives the same model on every platform an
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,26 +22,17 @@ from phi4.engine.model.alternatives import LabelLogProbs
 from phi4.engine.model.implementations import implementation_of
 from phi4.engine.model.layer_spec import block_spec
 from phi4.engine.model.loss_head import LossHead
-from phi4.engine.model.micro_batch import Documents, MicroBatch
+from phi4.engine.model.micro_batch import MicroBatch
 from phi4.engine.precision import torch_dtype
-
-
-@dataclass(frozen=True)
-class LogitsAt:
-    """Which tokens' logits are wanted: indices [R] into the new tokens."""
-
-    index_R: torch.Tensor
 
 
 class Phi4Model(GPTModel):
     """One model chunk; the last one gives log-probabilities of the labels instead of a loss."""
 
     def _postprocess(
-        self, *, hidden_states: torch.Tensor, labels: MicroBatch | LogitsAt | None, **others: object
+        self, *, hidden_states: torch.Tensor, labels: MicroBatch | None, **others: object
     ) -> torch.Tensor | LabelLogProbs:
         """megatron-core's hook for what follows the layers; `labels` is what our callers passed."""
-        if self.post_process and isinstance(labels, LogitsAt):
-            hidden_states, labels = hidden_states[labels.index_R], None
         if not self.post_process or labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=None, **others)
         tied = self.share_embeddings_and_output_weights
@@ -69,16 +59,6 @@ class Phi4Model(GPTModel):
         """
         labels = batch if labelled else None
         return self(batch.tokens_BS, None, None, labels=labels, packed_seq_params=batch.documents)
-
-    def decode(
-        self, tokens_1T: torch.Tensor, documents: Documents, logits_at: LogitsAt
-    ) -> torch.Tensor:
-        """Forward pass of this chunk over new tokens, whose documents have a cache.
-
-        Returns:
-            hidden states [T, 1, H] for the next stage; on the last chunk logits [1, R, V / tp].
-        """
-        return self(tokens_1T, None, None, labels=logits_at, packed_seq_params=documents)
 
 
 def transformer_config(recipe: Recipe, *, frees_stage_outputs: bool) -> TransformerConfig:

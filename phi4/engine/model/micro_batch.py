@@ -15,7 +15,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from phi4.config import ModelConfig
 from phi4.engine.layout import Layout
 from phi4.engine.model.alternatives import AlternativeRows, alternative_rows
-from phi4.engine.model.cached_attention import CachedAttention
 from phi4.engine.model.document_ranges import Visible, visible_keys
 from phi4.engine.model.host_batch import HostBatch
 from phi4.engine.model.rope import RopeCache, rope_cos_sin
@@ -40,8 +39,6 @@ class Documents(PackedSeqParams):
     visible: Visible = ()
     one_per_row: bool = False
     """Every row is one document held whole by this rank."""
-    cached: CachedAttention | None = None
-    """Attention over keys of earlier tokens too, in the place of `visible`."""
 
 
 @dataclass(frozen=True)
