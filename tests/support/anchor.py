@@ -1,8 +1,4 @@
-"""The outside anchor: what transformers' Phi3ForCausalLM computes, and the checks against it.
-
-Weights are far from initial ones (matrices at std 0.1, norm weights 0.5 to 1.5), so that no wrong
-norm, rotation or head order hides behind small numbers.
-"""
+"""The outside anchor: what transformers' Phi3ForCausalLM computes, and the checks against it."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +16,7 @@ from phi4.engine.generate import generate
 from phi4.engine.model.gpt import global_parameters, unshard
 from phi4.model.names import to_megatron
 from phi4.stages.pretrain import NextToken
-from tests.support.hugging_face import phi3_config
+from tests.support.hugging_face import drawn_phi3
 
 MODEL = ModelConfig(
     num_layers=4,
@@ -101,14 +97,8 @@ def check_gradients(found: Tensors, anchor: Anchor) -> None:
 
 def make_anchor(directory: Path) -> Anchor:
     """Draw a model, save it as transformers does, and compute everything with it."""
-    reference = Phi3ForCausalLM(phi3_config(MODEL, bos_token_id=1, eos_token_id=2)).eval()
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            else:
-                parameter.normal_(0, 0.1, generator=generator)
+    reference = drawn_phi3(MODEL, generator)
     reference.save_pretrained(directory)
     tokens = torch.randint(3, MODEL.vocab_size, (NUM_ROWS, LENGTH + 1), generator=generator)
     logits = reference(tokens[:, :-1]).logits

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from phi4.config import Recipe, check, parse_recipe, with_overrides
 from phi4.data.stream.batch import Batch
+from phi4.engine.checkpoint import open_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.patches import Patches
 from phi4.engine.platform import connect, disconnect
@@ -39,16 +41,27 @@ def tiny_recipe(*overrides: str) -> Recipe:
 
 @contextmanager
 def engine_on(
-    rank: int, recipe: Recipe, *, trains: bool = True, patches: Patches | None = None
+    rank: int,
+    recipe: Recipe,
+    *,
+    trains: bool = True,
+    patches: Patches | None = None,
+    checkpoint: Path | None = None,
 ) -> Iterator[Engine | None]:
-    """Inside a rank: the recipe's engine, or None on a rank that its layout does not need."""
+    """Inside a rank: the recipe's engine, or None on a rank that its layout does not need.
+
+    With a checkpoint it holds those weights, and neither `trains` nor `patches` counts.
+    """
     world_size = recipe.parallel.model_parallel_size * recipe.parallel.data
     meeting = rendezvous()
     if rank >= world_size:
         yield None
         return
     platform = connect("cpu", rank=rank, world_size=world_size, rendezvous=meeting)
-    engine = Engine(recipe, platform, trains=trains, patches=patches)
+    if checkpoint:
+        engine = open_checkpoint(recipe, checkpoint, platform)
+    else:
+        engine = Engine(recipe, platform, trains=trains, patches=patches)
     yield engine
     engine.close()
     disconnect()

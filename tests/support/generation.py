@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from phi4.engine.generation.draws import Drawn
 from phi4.engine.generation.generator import Generator
 from phi4.engine.generation.scheduler import Event, PromptScored, SampleEnded, TokenDrawn
 
@@ -31,7 +32,7 @@ def collect(events: Sequence[Event], num_requests: int) -> list[dict]:
     """What every request got, samples in order."""
     tokens: list[dict] = [{} for _ in range(num_requests)]
     ends: list[dict] = [{} for _ in range(num_requests)]
-    prompts: list[list] = [[] for _ in range(num_requests)]
+    prompts: list[Sequence[Drawn]] = [() for _ in range(num_requests)]
     for event in events:
         match event:
             case TokenDrawn(i, sample, drawn):
@@ -42,14 +43,16 @@ def collect(events: Sequence[Event], num_requests: int) -> list[dict]:
                 ends[i][sample] = reason
             case PromptScored(i, scored):
                 assert not tokens[i]
-                prompts[i] = [one.log_prob for one in scored]
+                prompts[i] = scored
     return [
         {
             "tokens": [[one.token for one in t[s]] for s in sorted(t)],
             "log_probs": [one.log_prob for s in sorted(t) for one in t[s]],
             "sampled": [one.sampled_log_prob for s in sorted(t) for one in t[s]],
+            "tops": [one.top for s in sorted(t) for one in t[s]],
             "ends": [e[s] for s in sorted(e)],
-            "prompt": p,
+            "prompt": [one.log_prob for one in p],
+            "prompt_tops": [one.top for one in p],
         }
         for t, e, p in zip(tokens, ends, prompts, strict=True)
     ]
@@ -61,3 +64,15 @@ def finished(generator: Generator) -> list[Event]:
     while not generator.is_idle:
         events += generator.step()
     return events
+
+
+def generate(generator: Generator, requests: Sequence[Asked]) -> list[list[Event]]:
+    """What every step reports until all requests are finished, on every rank of the replica."""
+    if generator.leads:
+        for request in requests:
+            generator.submit(request)
+    steps, ended, expected = [], 0, sum(request.n for request in requests)
+    while ended < expected:
+        steps.append(generator.step())
+        ended += sum(isinstance(event, SampleEnded) for event in steps[-1])
+    return steps

@@ -1,8 +1,9 @@
-"""transformers' configuration of a model of ours."""
+"""transformers' form of a model of ours."""
 
 from typing import Any
 
-from transformers import Phi3Config
+import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi4.config import ModelConfig
 
@@ -22,3 +23,19 @@ def phi3_config(model: ModelConfig, **settings: Any) -> Phi3Config:
         rope_theta=model.rope_theta,
         **{"pad_token_id": 0} | settings,
     )
+
+
+def drawn_phi3(model: ModelConfig, generator: torch.Generator) -> Phi3ForCausalLM:
+    """A model in evaluation whose weights are far from initial ones.
+
+    Matrices have std 0.1 and norm weights lie between 0.5 and 1.5, so that no wrong norm, rotation
+    or head order hides behind small numbers.
+    """
+    drawn = Phi3ForCausalLM(phi3_config(model, bos_token_id=1, eos_token_id=2)).eval()
+    with torch.no_grad():
+        for parameter in drawn.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0, 0.1, generator=generator)
+    return drawn
