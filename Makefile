@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint gpu bench csrc budgets durations golden measured picture clean \
+.PHONY: help setup demo test test-all lint gpu bench bench-generation csrc budgets durations golden measured picture clean \
 	prove-checkpoints prove-fresh
 
 export PYTHON ?= python3
@@ -54,6 +54,9 @@ gpu:  ## on a machine with one GPU: kernels proven and timed, the engine against
 
 bench: setup  ## kernel benches against their floors: make bench ARGS="--op rms_norm"
 	@.venv/bin/python -m phi4_kernels.bench $(ARGS)
+
+bench-generation: setup  ## time generation beside transformers, about 10 minutes on one thread
+	@OMP_NUM_THREADS=1 .venv/bin/python -m tools.generation_time --json benchmarks/generation.jsonl
 
 csrc: setup  ## build the CUDA ops for sm_90a where nvcc is installed
 	@.venv/bin/python tools/build_csrc.py

@@ -48,6 +48,32 @@ def _step_time(row: Row) -> tuple[str, str]:
     return "step time, one process, one thread (`tools/step_time.py`)", result
 
 
+def _decode_step(row: Row) -> tuple[str, str]:
+    parts = []
+    for rows, step in row["step"].items():
+        low, high = step["cpu_ratio_95"]
+        parts.append(f"{step['cpu_ratio']:.2f} x at batch {rows} ({low:.2f} to {high:.2f})")
+    result = f"{', '.join(parts)}; {row['pairs']} interleaved pairs"
+    return (
+        "CPU time of a decode step over transformers' `generate` (`make bench-generation`)",
+        result,
+    )
+
+
+def _samples(row: Row) -> tuple[str, str]:
+    parts = [
+        f"{case['cpu_speedup']:.1f} times faster with {num_new} new tokens each "
+        f"({case['kv_bytes'] / 1e6:.1f} MB of keys and values instead of "
+        f"{case['kv_bytes_of_separate_sequences'] / 1e6:.1f})"
+        for num_new, case in row["samples"].items()
+    ]
+    what = (
+        f"{row['num_samples']} samples of a {row['prefix_tokens']}-token prompt beside "
+        "transformers' `num_return_sequences`"
+    )
+    return what, f"{', '.join(parts)}, in CPU time"
+
+
 def _start_up(row: Row) -> tuple[str, str]:
     result = f"{row['seconds']:.2f} s and {row['resident_mb']:.0f} MB above the imports"
     return f"first batch of {row['what']} (`tools/data_startup.py`)", result
@@ -79,6 +105,8 @@ FACTS: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], tuple[str, str]]]
         lambda row: row["documents_per_row"] == 1 and row["num_key_value_heads"] == 2,
         _step_time,
     ),
+    ("generation.jsonl", lambda row: True, _decode_step),
+    ("generation.jsonl", lambda row: True, _samples),
     ("data_startup.jsonl", lambda row: row["case"] == "blend", _start_up),
     ("data_startup.jsonl", lambda row: row["case"] == "throughput", _loader),
     ("data_tokenize.jsonl", lambda row: row["cores_used"] == row["machine_cores"], _tokenize),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -46,6 +46,7 @@ batch.global_batch_size=8 batch.micro_batch_size=2 optim.learning_rate=1e-3 opti
 precision.dtype=fp32
 """
 
+Input = TypeVar("Input")
 Step = Callable[[Sequence[Batch]], float]
 """One optimizer step over host batches; returns the mean loss."""
 
@@ -97,6 +98,17 @@ class EngineLoop:
         }
 
 
+def phi3_of(engine: Engine, attention: str) -> Phi3ForCausalLM:
+    """transformers' model with an engine's present weights and an attention back-end of theirs."""
+    model = engine.recipe.model
+    settings = hf_config(model, dtype="fp32", bos_id=0, eos_id=0, pad_id=1)
+    # transformers trains no embedding of a pad token, and every id here is a word.
+    config = Phi3Config(**settings | {"pad_token_id": None}, attn_implementation=attention)
+    phi3 = Phi3ForCausalLM(config)
+    phi3.load_state_dict(dict(to_hf(*item, model) for item in engine.whole_parameters()))
+    return phi3
+
+
 class TransformersLoop:
     """Theirs: Phi3ForCausalLM and torch's fused AdamW, from an engine's present weights.
 
@@ -107,12 +119,8 @@ class TransformersLoop:
     """
 
     def __init__(self, engine: Engine, attention: str, packed: bool) -> None:
-        model, optim = engine.recipe.model, engine.recipe.optim
-        settings = hf_config(model, dtype="fp32", bos_id=0, eos_id=0, pad_id=1)
-        # transformers trains no embedding of a pad token, and every id here is a word.
-        config = Phi3Config(**settings | {"pad_token_id": None}, attn_implementation=attention)
-        self.model = Phi3ForCausalLM(config).train()
-        self.model.load_state_dict(dict(to_hf(*item, model) for item in engine.whole_parameters()))
+        optim = engine.recipe.optim
+        self.model = phi3_of(engine, attention).train()
         self.parameters = list(self.model.parameters())
         matrices = [p for p in self.parameters if p.dim() > 1]
         norms = [p for p in self.parameters if p.dim() == 1]
@@ -178,16 +186,16 @@ def both_sides(
 
 
 def time_steps(
-    steps: Sequence[Step], batches_of: Callable[[int], list[Batch]], rounds: int
+    steps: Sequence[Callable[[Input], object]], inputs_of: Callable[[int], Input], rounds: int
 ) -> np.ndarray:
     """Seconds [rounds, steps, (wall, CPU)]; every other round runs the steps backwards."""
     times = np.empty((rounds, len(steps), 2))
     sides = range(len(steps))
     for index in range(rounds):
-        batches = batches_of(index)
+        inputs = inputs_of(index)
         for side in reversed(sides) if index % 2 else sides:
             start = time.perf_counter(), time.process_time()
-            steps[side](batches)
+            steps[side](inputs)
             end = time.perf_counter(), time.process_time()
             times[index, side] = np.subtract(end, start)
     return times
