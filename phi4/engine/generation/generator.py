@@ -29,7 +29,7 @@ class CacheSize:
 class Generator:
     """Continuous batching over one engine. All ranks of the replica make one.
 
-    A context too: leaving it closes it on the leader.
+    A context too: the leader closes it on leaving, and the others follow until then.
 
     Args:
         engine: see `Decoder`.
@@ -74,8 +74,12 @@ class Generator:
 
     def __exit__(self, error_type: type | None, *_: object) -> None:
         # After an error the ranks may not agree; then the process ends, and its launcher tells.
-        if self.leads and error_type is None:
+        if error_type is not None:
+            return
+        if self.leads:
             self.close()
+        else:
+            self.follow()
 
     @property
     def is_idle(self) -> bool:
