@@ -91,7 +91,7 @@ def is_faster(op: str, implementation: str, device_name: str) -> bool:
     return bool(rows) and rows[-1]["faster"]
 
 
-def _automatic(op: str, device: torch.device) -> Choice:
+def _automatic(op: str, device: torch.device, step: str | None) -> Choice:
     if device.type != "cuda":
         return Choice(op, "torch", f"auto: tensors are on {device.type}")
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
@@ -101,6 +101,8 @@ def _automatic(op: str, device: torch.device) -> Choice:
         row = proof(op, name, capability)
         if not row or not is_faster(op, name, torch.cuda.get_device_name(device)):
             continue
+        if not registry.provides(op, name, step):
+            continue
         if name == "cuda" and (reason := cuda_library.missing()):
             return Choice(op, "torch", f"auto: {reason}")
         return Choice(op, name, f"auto: proven on {capability}, commit {row['commit']}")
@@ -108,32 +110,38 @@ def _automatic(op: str, device: torch.device) -> Choice:
 
 
 @cache
-def choose(op: str, requested: str, device: torch.device) -> Choice:
+def choose(op: str, requested: str, device: torch.device, step: str | None = None) -> Choice:
     """Decide once per process, and log the decision once.
 
     Args:
         op: one of registry.OPS.
         requested: `auto` or the name of an implementation.
         device: where the tensors are.
+        step: function of an implementation's module that not every implementation has.
 
     Raises:
-        ImplementationError: no such op or implementation, or it cannot be imported or loaded.
+        ImplementationError: no such op or implementation, or it cannot be imported or loaded, or it
+            has no such step.
         DeviceError: the implementation cannot use this device.
     """
     if op not in registry.OPS:
         raise ImplementationError(f"no op {op!r}; there are {', '.join(registry.OPS)}")
     if requested == "auto":
-        choice = _automatic(op, device)
+        choice = _automatic(op, device, step)
     else:
-        choice = Choice(op, requested, _named_reason(op, requested, device))
+        choice = Choice(op, requested, _named_reason(op, requested, device, step))
     if choice.implementation == "cuda":
         cuda_library.load()
     _log.info("%s", choice.describe())
     return choice
 
 
-def _named_reason(op: str, name: str, device: torch.device) -> str:
-    registry.implementation(op, name)
+def _named_reason(op: str, name: str, device: torch.device, step: str | None) -> str:
+    if not registry.provides(op, name, step):
+        others = [other for other in registry.implementations(op) if other != name]
+        raise ImplementationError(
+            f"{op}: implementation {name!r} has no {step!r}; use one of {', '.join(others)}"
+        )
     if name == "torch":
         return "named"
     if device.type == "cuda":
@@ -154,12 +162,12 @@ def _named_reason(op: str, name: str, device: torch.device) -> str:
 
 
 @torch.compiler.assume_constant_result
-def resolve(op: str, requested: str, device: torch.device) -> str:
+def resolve(op: str, requested: str, device: torch.device, step: str | None = None) -> str:
     """Name of the implementation that runs this call; counts it for `count_calls`.
 
     torch.compile calls it while it traces and keeps the answer, so compiled calls are not counted.
     """
-    choice = choose(op, requested, device)
+    choice = choose(op, requested, device, step)
     if (calls := _calls.get()) is not None:
         calls[op, choice.implementation] += 1
     return choice.implementation

@@ -94,6 +94,8 @@ class Entry:
     """Per timed pass: `forward`, and `backward` where there is one."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     differentiable: bool = True
+    step: str | None = None
+    """Function of an implementation's module that it runs, if not every implementation has it."""
     timed: Callable[..., Any] | None = None
     """What the benchmark's forward calls instead, where `function` does more than the op."""
 
@@ -134,6 +136,21 @@ def implementation(op: str, name: str) -> ModuleType:
             f"{op}: implementation {name!r} cannot be imported ({error}); install what it "
             "needs, or use 'torch'"
         ) from error
+
+
+def provides(op: str, name: str, step: str | None) -> bool:
+    """Whether an implementation has a step that not all of the op's need have; None: any has it.
+
+    Raises:
+        ImplementationError: see implementation.
+    """
+    module = implementation(op, name)
+    return step is None or hasattr(module, step)
+
+
+def runs(entry: Entry, name: str) -> bool:
+    """Whether the entry's op has an implementation of this name that runs the entry."""
+    return name in implementations(entry.op) and provides(entry.op, name, entry.step)
 
 
 def folder(op: str) -> Path:

@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from phi4_kernels.attention import Ranges, attention, reference
+from phi4_kernels.attention import Ranges, attention, attention_decode, reference
 from torch import Tensor
 
 _SIDES = ("offsets", "starts", "ends")
@@ -84,8 +84,42 @@ def equals_the_definition(
     options = {"causal": causal, "scale": 64**-0.5}
     out, lse = reference.attention_forward(q, k, v, ranges, **options)
     truth = reference.attention_backward(dout, q, k, v, out, lse, ranges, **options)
-    for mine, exact in zip(ours, (out, lse, *truth), strict=True):
+    wanted = (out, lse, *truth)
+    if causal:
+        ours += attention_decode(*inputs[:3], ranges, implementation="triton")
+        wanted += (out, lse)
+    for mine, exact in zip(ours, wanted, strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=2e-5)
+
+
+def decoding_does_not_depend_on_the_batch() -> None:
+    """A sequence alone gives the bits that it gives beside one of more parts, and `max_keys` that
+    is too small costs time, not keys."""
+    q, k, v, _ = (x.bfloat16() for x in _inputs([4, 811], [1, 1], 64))
+    ranges = Ranges.of([0, 1, 3, 4], [0, 1, 291], [1, 291, 811])
+    batch = attention_decode(q, k, v, ranges, implementation="triton")
+    own = q[1:3], k[1:291], v[1:291]
+    alone = Ranges.of([0, 2], [0], [290])
+    single = attention_decode(*own, alone, implementation="triton")
+    for among, one in zip(batch, single, strict=True):
+        assert torch.equal(among[1:3], one)
+    short = Ranges(alone.q_offsets, alone.k_starts, alone.k_ends, 2, 1)
+    found = attention_decode(*own, short, implementation="triton")
+    for ours, wanted in zip(found, single, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=1e-3)
+
+
+def a_key_that_is_not_finite_reaches_only_queries_that_see_it() -> None:
+    """Of two queries the first does not see the last key, whatever that holds."""
+    q, k, v, _ = (x.bfloat16() for x in _inputs([2, 40], [2, 1], 64))
+    ranges = Ranges.of([0, 2], [0], [40])
+    before, _ = attention_decode(q, k, v, ranges, implementation="triton")
+    for tensor in (k, v):
+        spoiled = tensor.clone()
+        spoiled[-1, :, 3] = torch.nan
+        parts = (spoiled, v) if tensor is k else (k, spoiled)
+        after, _ = attention_decode(q, *parts, ranges, implementation="triton")
+        assert torch.equal(after[0], before[0]) and not after[1].isfinite().all()
 
 
 def long_documents_never_meet(dtype: str) -> None:
@@ -158,6 +192,13 @@ def queries_are_read_by_group() -> None:
         return [out.detach(), *torch.autograd.grad(out.cos().sum(), leaf)]
 
     for first, second in zip(run(flat=True), run(flat=False), strict=True):
+        assert torch.equal(first, second)
+    q, k, v = qkv[:, :, :group], qkv[:, :, group], qkv[:, :, group + 1]
+    decoded = (
+        attention_decode(shaped, k, v, ranges, implementation="triton")
+        for shaped in (q, q.flatten(1, 2))
+    )
+    for first, second in zip(*decoded, strict=True):
         assert torch.equal(first, second)
 
 

@@ -64,6 +64,17 @@ def test_what_is_not_finite_stays_in_its_document(interpreted: InterpretedProces
     interpreted.call(check, implementation="triton")
 
 
+@pytest.mark.parametrize(
+    "check",
+    [
+        "decoding_does_not_depend_on_the_batch",
+        "a_key_that_is_not_finite_reaches_only_queries_that_see_it",
+    ],
+)
+def test_decoding(interpreted: InterpretedProcess, check: str) -> None:
+    interpreted.call(f"{CHECKS}:{check}")
+
+
 def test_queries_are_read_by_group(interpreted: InterpretedProcess) -> None:
     interpreted.call(f"{CHECKS}:queries_are_read_by_group")
 

@@ -83,6 +83,18 @@ def test_auto_takes_a_gated_kernel_that_is_proven_and_faster_here() -> None:
     assert dispatch.choose("attention", "auto", GPU).implementation == "gluon"
 
 
+def test_auto_leaves_a_faster_kernel_that_has_no_such_step() -> None:
+    prove("attention", "triton")
+    prove("attention", "gluon")
+    write_speed()
+    assert dispatch.choose("attention", "auto", GPU, "decode").implementation == "triton"
+
+
+def test_a_named_kernel_without_the_step_is_an_error() -> None:
+    with pytest.raises(ImplementationError, match=r"'gluon' has no 'decode'; use one of torch, tr"):
+        dispatch.choose("attention", "gluon", GPU, "decode")
+
+
 def test_auto_leaves_a_faster_kernel_that_is_not_proven() -> None:
     prove("attention", "triton")
     write_speed()

@@ -1,5 +1,6 @@
 """Attention over ranges of queries and keys."""
 
+from phi4_kernels.attention.decoding import attention_decode
 from phi4_kernels.attention.op import (
     Attention,
     Ranges,
@@ -8,4 +9,11 @@ from phi4_kernels.attention.op import (
     attention_forward,
 )
 
-__all__ = ["Attention", "Ranges", "attention", "attention_backward", "attention_forward"]
+__all__ = [
+    "Attention",
+    "Ranges",
+    "attention",
+    "attention_backward",
+    "attention_decode",
+    "attention_forward",
+]

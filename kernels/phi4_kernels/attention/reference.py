@@ -76,6 +76,13 @@ def attention_forward(
     return out, lse
 
 
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out [T, N, D], lse [T, N]); see decoding.attention_decode."""
+    return attention_forward(q, k, v, ranges, causal=True, scale=scale)
+
+
 def attention_backward(
     dout: Tensor,
     q: Tensor,

@@ -225,6 +225,23 @@ def forward(
     return out, lse
 
 
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_starts: Tensor,
+    k_ends: Tensor,
+    max_queries: int,
+    max_keys: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See decoding.attention_decode."""
+    # A single query sees all of its range: one block instead of a rectangle and a square.
+    causal = max_queries > 1
+    return forward(q, k, v, q_offsets, k_starts, k_ends, max_queries, max_keys, causal, scale)
+
+
 def backward(
     dout: Tensor,
     q: Tensor,

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phi4_kernels import launch
-from phi4_kernels.attention import triton_backward
+from phi4_kernels.attention import triton_backward, triton_decode
 from phi4_kernels.attention.once import once
 from phi4_kernels.attention.triton_tiles import (
     Tile,
@@ -57,6 +57,8 @@ DKDV: dict[str, Ladder] = {
     "half": (Tile(512, 32, 4, rows=64), Tile(2**31, 32, 8, rows=128, num_stages=3)),
     "float": (Tile(2**31, 16, 8, rows=32, border_stages=2),),
 }
+
+decode = triton_decode.decode
 
 _MAX_STRIDE = 2**24
 _LOG2_E = 1.4426950408889634

@@ -115,7 +115,7 @@ def span(lows_ptr, highs_ptr, tokens, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _count(edges_ptr, tokens, num_ranges, steps, STRICT: tl.constexpr):
+def count(edges_ptr, tokens, num_ranges, steps, STRICT: tl.constexpr):
     """How many of the ascending edges are <= each token, or < it."""
     low = tokens * 0
     high = low + num_ranges
@@ -132,7 +132,7 @@ def _count(edges_ptr, tokens, num_ranges, steps, STRICT: tl.constexpr):
 @triton.jit
 def _long_range(starts_ptr, ends_ptr, tokens, num_ranges, steps, ROWS: tl.constexpr):
     """Whether each token lies in a range of ROWS tokens or more, and where that starts."""
-    index = _count(starts_ptr, tokens, num_ranges, steps, False) - 1
+    index = count(starts_ptr, tokens, num_ranges, steps, False) - 1
     start = tl.load(starts_ptr + index, mask=index >= 0, other=0)
     end = tl.load(ends_ptr + index, mask=index >= 0, other=0)
     return (tokens < end) & (end - start >= ROWS), start
@@ -183,7 +183,7 @@ def _tiles_kernel(
     mask = tokens < num_tokens
 
     # Bounds: the range that holds a token is the last one that starts at or before it.
-    index = _count(starts_ptr, tokens, num_ranges, steps, False) - 1
+    index = count(starts_ptr, tokens, num_ranges, steps, False) - 1
     known = index >= 0
     end = tl.load(ends_ptr + index, mask=known, other=0)
     low = tl.load(other_starts_ptr + index, mask=known, other=0)
@@ -199,7 +199,7 @@ def _tiles_kernel(
 
     # Tiles: a long range's own, what follows a long range, and elsewhere every ROWS tokens.
     in_long, start = _long_range(starts_ptr, ends_ptr, tokens, num_ranges, steps, ROWS)
-    ended = _count(ends_ptr, tokens, num_ranges, steps, True)
+    ended = count(ends_ptr, tokens, num_ranges, steps, True)
     last_start = tl.load(starts_ptr + ended, mask=ended < num_ranges, other=0)
     last_end = tl.load(ends_ptr + ended, mask=ended < num_ranges, other=-1)
     follows_long = (last_end == tokens) & (last_end - last_start >= ROWS)

@@ -72,7 +72,7 @@ def main() -> int:
     measured: dict[str, float] = {}
     try:
         for entry in registry.entries().values():
-            if entry.op == chosen.op and entry.bench_cases:
+            if entry.op == chosen.op and registry.runs(entry, chosen.implementation):
                 measured |= ratios(entry, chosen.implementation)
     except KernelError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

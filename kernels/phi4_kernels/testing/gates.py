@@ -14,6 +14,8 @@ def names(entry: registry.Entry, implementation: str | None = None) -> list[tupl
     """(entry, case, dtype) of every numeric check of an entry, or of one implementation of it."""
     taken = entry.dtypes
     if implementation in registry.implementations(entry.op):
+        if not registry.runs(entry, implementation):
+            return []
         module = registry.implementation(entry.op, implementation)
         taken = getattr(module, "DTYPES", entry.dtypes)
     return [

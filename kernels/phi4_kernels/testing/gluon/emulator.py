@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from phi4_kernels import dispatch, launch
+from phi4_kernels import dispatch, launch, registry
 from phi4_kernels.dispatch import Choice
 from phi4_kernels.testing.gluon.language import KERNEL_MARK, replacements
 from phi4_kernels.testing.gluon.machine import Machine, Schedule
@@ -85,10 +85,11 @@ def emulating(schedule: Schedule | None = None, num_processors: int = 2) -> Iter
     """
     genuine = dispatch.choose
 
-    def choose(op: str, requested: str, device: torch.device) -> Choice:
-        if requested == "gluon" and device.type == "cpu":
+    def choose(op: str, requested: str, device: torch.device, step: str | None = None) -> Choice:
+        is_ours = requested == "gluon" and registry.provides(op, "gluon", step)
+        if is_ours and device.type == "cpu":
             return Choice(op, "gluon", "named; emulated on the CPU")
-        return genuine(op, requested, device)
+        return genuine(op, requested, device, step)
 
     def run(self: GluonJITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         _run(schedule or Schedule(), self, *args, grid=grid, **options)

@@ -1,0 +1,141 @@
+"""How a case of attention says where its queries and keys are, and what is drawn for it."""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.attention.ranges import Ranges
+from phi4_kernels.registry import CallInputs, Case
+from phi4_kernels.testing import random_inputs
+
+_DEFAULTS = {"causal": True, "high": 1.0, "spread": 1.0}
+
+
+def packed(name: str, lengths: Sequence[int], *, strided: bool = False, **sizes: Any) -> Case:
+    """Packed documents."""
+    tokens = sum(lengths)
+    offsets = [0, *(sum(lengths[: i + 1]) for i in range(len(lengths)))]
+    where = {"offsets": offsets, "starts": offsets[:-1], "ends": offsets[1:]}
+    mine = {"tokens": tokens, "keys": tokens, "lengths": tuple(lengths), **where, **_DEFAULTS}
+    return Case(name, mine | {"longest": max(lengths, default=0)} | sizes, strided)
+
+
+def apart(name: str, offsets: list[int], starts: list[int], ends: list[int], **sizes: Any) -> Case:
+    """Queries and keys apart, with a token outside at the end of both; what lies outside is NaN, as
+    memory may be that nobody has written."""
+    where = {"offsets": offsets, "starts": starts, "ends": ends, "lengths": None, "longest": 64}
+    return Case(
+        name, {"tokens": offsets[-1] + 1, "keys": ends[-1] + 1, **where, **_DEFAULTS} | sizes
+    )
+
+
+def cached(name: str, queries: int, lengths: Sequence[int], **sizes: Any) -> Case:
+    """A batch of sequences in a cache, one after the other, each with as many new queries."""
+    ends = list(accumulate(lengths))
+    where = {
+        "tokens": queries * len(lengths),
+        "keys": ends[-1],
+        "offsets": [queries * index for index in range(len(lengths) + 1)],
+        "starts": [0, *ends[:-1]],
+        "ends": ends,
+        "lengths": None,
+    }
+    longest = {"longest": queries, "longest_keys": max(lengths)}
+    return Case(name, where | longest | _DEFAULTS | sizes)
+
+
+def head_sizes(heads: int, groups: int, dim: int) -> dict[str, int]:
+    """The sizes of heads: query heads, key heads, head dim."""
+    return {"heads": heads, "groups": groups, "dim": dim}
+
+
+def visible_keys(case: Case) -> Tensor:
+    """[T]: how many keys each query sees."""
+    counts = torch.zeros(case.sizes["tokens"], dtype=torch.int64)
+    offsets, starts, ends = (case.sizes[name] for name in ("offsets", "starts", "ends"))
+    for (first, last), k_start, k_end in zip(pairwise(offsets), starts, ends, strict=True):
+        after = torch.arange(last - first).flip(0) if case.sizes["causal"] else 0
+        counts[first:last] = k_end - k_start - after
+    return counts.clamp_(min=0)
+
+
+def outside(case: Case) -> tuple[Tensor, Tensor]:
+    """Queries and keys that lie in no range."""
+    offsets, starts, ends = (case.sizes[name] for name in ("offsets", "starts", "ends"))
+    queries = torch.ones(case.sizes["tokens"], dtype=torch.bool)
+    keys = torch.ones(case.sizes["keys"], dtype=torch.bool)
+    queries[offsets[0] : offsets[-1]] = False
+    for start, end in zip(starts, ends, strict=True):
+        keys[start:end] = False
+    return queries, keys
+
+
+def spoiled(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with NaN in all tokens outside of the ranges."""
+    queries, keys = outside(case)
+    for name, tensor in tensors.items():
+        tensor[keys if name in ("k", "v") else queries] = torch.nan
+    return tensors
+
+
+def _constants(case: Case) -> dict[str, Any]:
+    sizes = case.sizes
+    where = {
+        name: torch.tensor(sizes[name], dtype=torch.int32) for name in ("offsets", "starts", "ends")
+    }
+    names = ("longest", "longest_keys", "causal", "lengths")
+    options = {name: sizes[name] for name in names if name in sizes}
+    return where | options | {"scale": sizes["dim"] ** -0.5}
+
+
+def drawn(case: Case, dtype: torch.dtype) -> CallInputs:
+    """q, k and v of a case, with rows at its scales, and where its ranges are."""
+    sizes, dim = case.sizes, case.sizes["dim"]
+    like = {"dtype": dtype, "generator": case.generator(), "strided": case.strided}
+    of_queries = sizes["tokens"], sizes["heads"], dim
+    of_keys = sizes["keys"], sizes["groups"], dim
+    tensors = {
+        "q": random_inputs.rows(of_queries, **like, high=sizes["high"]),
+        "k": random_inputs.rows(of_keys, **like, low=1.0, high=1.0),
+        "v": random_inputs.rows(of_keys, **like, low=1 / sizes["spread"], high=sizes["spread"]),
+    }
+    return CallInputs(tensors, _constants(case))
+
+
+def over_ranges(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its ranges as tensors of their own, so that the lab can place them."""
+
+    def run(
+        *tensors: Tensor,
+        offsets: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        longest: int,
+        longest_keys: int | None = None,
+        lengths: tuple[int, ...] | None,
+        kept: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        named = {name: others.pop(name) for name in _TENSORS if name in others}
+        most_keys = longest if longest_keys is None else longest_keys
+        ranges = Ranges(offsets, starts, ends, longest, most_keys)
+        result = function(*tensors, **named, ranges=ranges, **others)
+        return result if kept is None else result[kept]
+
+    return run
+
+
+_TENSORS = ("dout", "q", "k", "v", "out", "lse")
+
+
+def finite(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """With 0 for the lse of -inf of a query without keys: no rule compares infinities."""
+
+    def run(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = function(*args, **options)
+        return out, torch.where(lse == -torch.inf, 0.0, lse)
+
+    return run
