@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from phi4_kernels.attention import Ranges, attention, attention_decode, reference
+from phi4_kernels.attention import BlockTable, Ranges, attention, attention_decode, reference
 from torch import Tensor
 
 _SIDES = ("offsets", "starts", "ends")
@@ -84,41 +84,54 @@ def equals_the_definition(
     options = {"causal": causal, "scale": 64**-0.5}
     out, lse = reference.attention_forward(q, k, v, ranges, **options)
     truth = reference.attention_backward(dout, q, k, v, out, lse, ranges, **options)
-    wanted = (out, lse, *truth)
-    if causal:
-        ours += attention_decode(*inputs[:3], ranges, implementation="triton")
-        wanted += (out, lse)
+    slots = [range(*pair) for pair in zip(*where[1:], strict=True)]
+    lengths, queries = [len(row) for row in slots], [b - a for a, b in pairwise(where[0])]
+    table = BlockTable.of(slots, lengths, 1, queries)
+    table = BlockTable(ranges.q_offsets, table.blocks, table.lengths, 1, table.max_length)
+    ours += attention_decode(*inputs[:3], table, causal=causal, implementation="triton")
+    wanted = (out, lse, *truth, out, lse)
     for mine, exact in zip(ours, wanted, strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=2e-5)
 
 
+def _cache(num_blocks: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of blocks of 16 slots, and one key head."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_blocks * 16, 1, 64)
+    return tuple(torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
+
+
 def decoding_does_not_depend_on_the_batch() -> None:
-    """A sequence alone gives the bits that it gives beside one of more parts, and `max_keys` that
-    is too small costs time, not keys."""
-    q, k, v, _ = (x.bfloat16() for x in _inputs([4, 811], [1, 1], 64))
-    ranges = Ranges.of([0, 1, 3, 4], [0, 1, 291], [1, 291, 811])
-    batch = attention_decode(q, k, v, ranges, implementation="triton")
-    own = q[1:3], k[1:291], v[1:291]
-    alone = Ranges.of([0, 2], [0], [290])
-    single = attention_decode(*own, alone, implementation="triton")
+    """A sequence alone, its blocks elsewhere, gives the bits that it gives beside one of more
+    parts, and a `max_length` that is too small costs time, not keys."""
+    named = {"implementation": "triton"}
+    q, *_ = (x.bfloat16() for x in _inputs([4, 1], [1, 1], 64))
+    cache, order = _cache(60, 0), torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    others, mine = order[:41].tolist(), order[41:].tolist()
+    table = BlockTable.of([others[:1], mine, others[1:]], [1, 290, 520], 16, [1, 2, 1])
+    batch = attention_decode(q, *cache, table, **named)
+    own = [x.unflatten(0, (-1, 16))[mine].flatten(0, 1) for x in cache]
+    alone = BlockTable.of([range(19)], [290], 16, [2])
+    single = attention_decode(q[1:3], *own, alone, **named)
     for among, one in zip(batch, single, strict=True):
         assert torch.equal(among[1:3], one)
-    short = Ranges(alone.q_offsets, alone.k_starts, alone.k_ends, 2, 1)
-    found = attention_decode(*own, short, implementation="triton")
+    short = BlockTable(alone.q_offsets, alone.blocks, alone.lengths, 16, 1)
+    found = attention_decode(q[1:3], *own, short, **named)
     for ours, wanted in zip(found, single, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=1e-3)
 
 
 def a_key_that_is_not_finite_reaches_only_queries_that_see_it() -> None:
     """Of two queries the first does not see the last key, whatever that holds."""
-    q, k, v, _ = (x.bfloat16() for x in _inputs([2, 40], [2, 1], 64))
-    ranges = Ranges.of([0, 2], [0], [40])
-    before, _ = attention_decode(q, k, v, ranges, implementation="triton")
-    for tensor in (k, v):
+    q, *_ = (x.bfloat16() for x in _inputs([2, 1], [2, 1], 64))
+    keys, values = _cache(3, 0)
+    table = BlockTable.of([[2, 0, 1]], [40], 16, [2])
+    before, _ = attention_decode(q, keys, values, table, implementation="triton")
+    for tensor in (keys, values):
         spoiled = tensor.clone()
-        spoiled[-1, :, 3] = torch.nan
-        parts = (spoiled, v) if tensor is k else (k, spoiled)
-        after, _ = attention_decode(q, *parts, ranges, implementation="triton")
+        spoiled[16 + 7, :, 3] = torch.nan
+        parts = (spoiled, values) if tensor is keys else (keys, spoiled)
+        after, _ = attention_decode(q, *parts, table, implementation="triton")
         assert torch.equal(after[0], before[0]) and not after[1].isfinite().all()
 
 
@@ -194,8 +207,9 @@ def queries_are_read_by_group() -> None:
     for first, second in zip(run(flat=True), run(flat=False), strict=True):
         assert torch.equal(first, second)
     q, k, v = qkv[:, :, :group], qkv[:, :, group], qkv[:, :, group + 1]
+    table = BlockTable.of([[0], [1]], [4, 4], 4, [4, 5])
     decoded = (
-        attention_decode(shaped, k, v, ranges, implementation="triton")
+        attention_decode(shaped, k, v, table, implementation="triton")
         for shaped in (q, q.flatten(1, 2))
     )
     for first, second in zip(*decoded, strict=True):

@@ -1,5 +1,6 @@
 """Attention over ranges of queries and keys."""
 
+from phi4_kernels.attention.block_table import BlockTable
 from phi4_kernels.attention.decoding import attention_decode
 from phi4_kernels.attention.op import (
     Attention,
@@ -11,6 +12,7 @@ from phi4_kernels.attention.op import (
 
 __all__ = [
     "Attention",
+    "BlockTable",
     "Ranges",
     "attention",
     "attention_backward",

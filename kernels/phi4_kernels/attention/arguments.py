@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from phi4_kernels import dispatch
+from phi4_kernels.attention.block_table import BlockTable
 from phi4_kernels.attention.ranges import Ranges
 from phi4_kernels.checks import FLOAT_DTYPES, expect_dtype, expect_same_device, expect_shape
 from phi4_kernels.errors import KernelError, ShapeError
@@ -25,7 +26,9 @@ class Attention(NamedTuple):
     """[T, N], fp32: log of the sum of exp(scale * q.k), natural; -inf where a query sees no key."""
 
 
-def checked(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float | None) -> float:
+def checked(
+    q: Tensor, k: Tensor, v: Tensor, where: Ranges | BlockTable, scale: float | None
+) -> float:
     """The scale to use, after all checks that do not depend on the implementation."""
     expect_dtype("attention", "q", q, FLOAT_DTYPES)
     for title, tensor in (("q", q), ("k", k), ("v", v)):
@@ -52,10 +55,10 @@ def checked(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, scale: float | None
         expect_shape(
             "attention", "q", q, (q.shape[0], k.shape[1], *q.shape[2:]), "its groups are k's heads"
         )
-    expect_same_device("attention", q=q, k=k, v=v, ranges=ranges.q_offsets)
+    expect_same_device("attention", q=q, k=k, v=v, q_offsets=where.q_offsets)
     on_host = q.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_host or dispatch.debug():
-        ranges.validate(q.shape[0], k.shape[0])
+        where.validate(q.shape[0], k.shape[0])
     scale = head_dim**-0.5 if scale is None else scale
     if not 0 < scale < float("inf"):
         raise KernelError(

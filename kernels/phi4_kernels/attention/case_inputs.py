@@ -1,7 +1,7 @@
 """How a case of attention says where its queries and keys are, and what is drawn for it."""
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,21 +30,6 @@ def apart(name: str, offsets: list[int], starts: list[int], ends: list[int], **s
     return Case(
         name, {"tokens": offsets[-1] + 1, "keys": ends[-1] + 1, **where, **_DEFAULTS} | sizes
     )
-
-
-def cached(name: str, queries: int, lengths: Sequence[int], **sizes: Any) -> Case:
-    """A batch of sequences in a cache, one after the other, each with as many new queries."""
-    ends = list(accumulate(lengths))
-    where = {
-        "tokens": queries * len(lengths),
-        "keys": ends[-1],
-        "offsets": [queries * index for index in range(len(lengths) + 1)],
-        "starts": [0, *ends[:-1]],
-        "ends": ends,
-        "lengths": None,
-    }
-    longest = {"longest": queries, "longest_keys": max(lengths)}
-    return Case(name, where | longest | _DEFAULTS | sizes)
 
 
 def head_sizes(heads: int, groups: int, dim: int) -> dict[str, int]:
@@ -86,7 +71,7 @@ def _constants(case: Case) -> dict[str, Any]:
     where = {
         name: torch.tensor(sizes[name], dtype=torch.int32) for name in ("offsets", "starts", "ends")
     }
-    names = ("longest", "longest_keys", "causal", "lengths")
+    names = ("longest", "causal", "lengths")
     options = {name: sizes[name] for name in names if name in sizes}
     return where | options | {"scale": sizes["dim"] ** -0.5}
 
@@ -114,14 +99,12 @@ def over_ranges(function: Callable[..., Any]) -> Callable[..., Any]:
         starts: Tensor,
         ends: Tensor,
         longest: int,
-        longest_keys: int | None = None,
         lengths: tuple[int, ...] | None,
         kept: Tensor | None = None,
         **others: Any,
     ) -> Any:
         named = {name: others.pop(name) for name in _TENSORS if name in others}
-        most_keys = longest if longest_keys is None else longest_keys
-        ranges = Ranges(offsets, starts, ends, longest, most_keys)
+        ranges = Ranges(offsets, starts, ends, longest, longest)
         result = function(*tensors, **named, ranges=ranges, **others)
         return result if kept is None else result[kept]
 

@@ -7,16 +7,14 @@ entry leaves out queries of fewer than 4 keys. `attention_forward` leaves out no
 from 1e-3 to 1e3 and a peaked case; tests of the op hold the gradients of tiny documents.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from phi4_kernels.attention import decoding, op, reference
+from phi4_kernels.attention.cache_inputs import cached, drawn_cache, over_table
 from phi4_kernels.attention.case_inputs import (
     apart,
-    cached,
     drawn,
     finite,
     head_sizes,
@@ -75,40 +73,26 @@ _SHIPPED = tuple(
     for dim, longest in ((64, 512), (64, 4096), (96, 4096), (128, 1), (128, 512), (128, 4096))
 )
 # Decoding. Parts are of 256 keys: none, one, a full one, two and three of them; scores far apart
-# from part to part; queries that see no key of a range's last part; groups of 1, 4 and 20 heads,
-# the last more than a tile has rows; more queries than keys.
+# from part to part; queries that see no key of a sequence's last part; groups of 1, 4 and 20 heads,
+# the last more than a tile has rows; more queries than keys; blocks smaller than a tile's keys,
+# larger, and of no power of two; blocks that two sequences share.
 _DECODED = (
-    cached("peaked", 2, [530], **_SMALL, **_WIDE, high=1e3),
-    apart(
-        "unequal-lengths",
-        [1, 2, 3, 4],
-        [1, 301, 303],
-        [301, 301, 559],
-        **_SMALL,
-        **_WIDE,
-        longest=1,
-        longest_keys=300,
+    cached("peaked", [2], [530], **_SMALL, **_WIDE, high=1e3),
+    cached("unequal-lengths", [1, 1, 1], [300, 0, 256], **_SMALL, **_WIDE, block_tokens=64),
+    cached("few-queries", [3, 0, 2], [257, 4, 1], **head_sizes(4, 1, 64), **_WIDE),
+    cached("phi4-heads", [1], [40], **head_sizes(40, 10, 64)),
+    cached(
+        "group-of-1", [1, 1], [70, 1], **head_sizes(2, 2, 96), **_WIDE, block_tokens=5, strided=True
     ),
-    apart(
-        "few-queries",
-        [0, 3, 3, 5],
-        [0, 257, 270],
-        [257, 261, 271],
-        **head_sizes(4, 1, 64),
-        **_WIDE,
-        longest=3,
-        longest_keys=257,
-    ),
-    cached("phi4-heads", 1, [40], **head_sizes(40, 10, 64)),
-    replace(cached("group-of-1", 1, [70, 1], **head_sizes(2, 2, 96), **_WIDE), strided=True),
-    cached("group-of-20", 1, [67], **head_sizes(20, 1, 128)),
-    packed("empty", [], **_SMALL),
+    cached("group-of-20", [1], [67], **head_sizes(20, 1, 128)),
+    cached("shared-prompt", [3, 1], [33, 40], **_SMALL, shared=2, causal=False),
+    cached("empty", [], [], **_SMALL),
 )
 _DECODED_SHIPPED = tuple(
-    cached(f"d{dim}", 1, [300, 8], **head_sizes(40, 10, dim)) for dim in (64, 96, 128)
+    cached(f"d{dim}", [1, 1], [300, 8], **head_sizes(40, 10, dim)) for dim in (64, 96, 128)
 )
 _DECODED_BENCH = tuple(
-    cached(f"{sequences}-of-{keys}", 1, [keys] * sequences, **_PHI4)
+    cached(f"{sequences}-of-{keys}", [1] * sequences, [keys] * sequences, **_PHI4)
     for sequences, keys in ((1, 4096), (1, 16384), (16, 1024), (64, 4096))
 )
 # Log-uniform in length from 64 to 4096 tokens, in no order: 64 documents in 63,174 tokens.
@@ -169,9 +153,8 @@ def _cost(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
 
 def _decode_cost(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
     """One query per sequence: it meets every key."""
-    tokens, keys, heads, groups, dim = (
-        case.sizes[name] for name in ("tokens", "keys", "heads", "groups", "dim")
-    )
+    heads, groups, dim = (case.sizes[name] for name in ("heads", "groups", "dim"))
+    tokens, keys = sum(case.sizes["queries"]), sum(case.sizes["lengths"])
     formula = (
         f"T * (2 * {heads} * {dim} * {dtype.itemsize} + {heads} * 4) B "
         f"+ {keys} * 2 * {groups} * {dim} * {dtype.itemsize} B"
@@ -179,10 +162,6 @@ def _decode_cost(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
     moved = tokens * (2 * heads * dim * dtype.itemsize + heads * 4)
     moved += keys * 2 * groups * dim * dtype.itemsize
     return {"forward": Cost(moved, 2 * 2 * keys * heads * dim, formula)}
-
-
-def _decode(function: Callable[..., Any]) -> Callable[..., Any]:
-    return over_ranges(finite(lambda *args, causal, **options: function(*args, **options)))
 
 
 ENTRIES = (
@@ -224,9 +203,9 @@ ENTRIES = (
     Entry(
         op="attention",
         name="attention_decode",
-        function=_decode(decoding.attention_decode),
-        reference=_decode(reference.attention_decode),
-        make=_make,
+        function=over_table(finite(decoding.attention_decode)),
+        reference=over_table(finite(reference.attention_decode)),
+        make=drawn_cache,
         proof_cases=_DECODED,
         shipped_cases=_DECODED_SHIPPED,
         bench_cases=_DECODED_BENCH,

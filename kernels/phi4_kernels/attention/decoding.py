@@ -1,7 +1,7 @@
-"""Decoding: attention of a few new queries per range to the keys before them, forward only.
+"""Decoding: attention of a few new queries per sequence to cached keys, forward only.
 
-The definition is `attention_forward` with causal ranges. It has a form of its own because its work
-is not: a range has too few queries to fill a tile, and too many keys for one program.
+It has a form of its own because its work is not that of `attention`: a sequence has too few queries
+to fill a tile, too many keys for one program, and keys that lie in blocks of a cache.
 """
 
 import torch
@@ -15,55 +15,61 @@ from phi4_kernels.attention.arguments import (
     fake_forward,
     for_implementation,
 )
-from phi4_kernels.attention.ranges import Ranges
+from phi4_kernels.attention.block_table import BlockTable
 from phi4_kernels.autograd import without_autocast
 from phi4_kernels.operators import register
 
-# Shape legend: T queries, U keys, N query heads, K key-value heads, D head dim.
+# Shape legend: T queries, P slots, N query heads, K key-value heads, D head dim.
 
 
 @without_autocast
 def attention_decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Ranges,
+    keys: Tensor,
+    values: Tensor,
+    table: BlockTable,
     *,
+    causal: bool = True,
     scale: float | None = None,
     implementation: str = "auto",
 ) -> Attention:
-    """`attention_forward` with causal ranges, for ranges of few queries and many keys.
+    """softmax(scale * q k^T) v over the cached keys of each query's sequence.
 
-    Any ranges are right, but the keys are read once per 16 pairs of a query and a head of its
-    group. In Triton the bits of a range do not depend on the other ranges of the call.
+    Any number of queries is right, but the keys are read once per 16 pairs of a query and a head of
+    its group. In Triton the bits of a sequence do not depend on the others of the call.
 
     Args:
-        q, k, v, scale: as for attention.
-        ranges: as for attention; `max_keys` sets how many programs share a range's keys. With it
-            the buffers grow: fp32, ceil(max_keys / 256) * T * N * (D + 2).
+        q: [T, N, D] or by group [T, K, N / K, D], as for attention.
+        keys, values: [P, K, D], the whole cache; Triton reads the sequences' blocks in place.
+        table: which slots hold the keys of each sequence. On a GPU the buffers grow with
+            `max_length`: fp32, ceil(max_length / 256) * T * N * (D + 2).
+        causal: the last query of a sequence sees all of its keys, the one before it one key fewer;
+            else every query sees all of them, as the samples of one prompt see the prompt's.
+        scale: as for attention.
         implementation: see dispatch.choose; `gluon` has no such form.
 
     Returns:
-        out and lse, without a gradient.
+        out and lse, without a gradient. Results over parts of the keys merge by their lse.
 
     Raises:
-        DtypeError, ShapeError, DeviceError, ImplementationError, PositionError: as for attention.
+        DtypeError, ShapeError, DeviceError, ImplementationError: see errors.
+        PositionError: the table leaves the queries or the cache. A table on a GPU is only checked
+            under PHI4_KERNELS_DEBUG=1.
     """
-    scale = checked(q, k, v, ranges, scale)
+    scale = checked(q, keys, values, table, scale)
     name = dispatch.resolve("attention", implementation, q.device, "decode")
     check_head_dim(q, name)
     q = for_implementation(q, name)
-    where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
+    where = (table.q_offsets, table.blocks, table.lengths, table.block_tokens, table.max_length)
     with torch.no_grad():
-        return Attention(
-            *_decode(q, k, v, *where, ranges.max_queries, ranges.max_keys, scale, name)
-        )
+        return Attention(*_decode(q, keys, values, *where, causal, scale, name))
 
 
 _decode = register(
     "attention",
     "decode",
-    "attention_decode(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_starts, "
-    "Tensor k_ends, SymInt max_queries, SymInt max_keys, float scale) -> (Tensor out, Tensor lse)",
+    "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor q_offsets, Tensor blocks, "
+    "Tensor lengths, SymInt block_tokens, SymInt max_length, bool causal, float scale) "
+    "-> (Tensor out, Tensor lse)",
     lambda q, *others: fake_forward(q),
 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phi4_kernels.attention.once import once
 from phi4_kernels.checks import expect_same_device, vector
 from phi4_kernels.errors import PositionError, ShapeError
 
@@ -96,23 +97,27 @@ class Ranges:
 
     def validate(self, num_queries: int | None = None, num_keys: int | None = None) -> None:
         """Raise PositionError unless all is in order and within the given sizes; synchronises."""
-        offsets = self.q_offsets.tolist()
-        keys = list(zip(self.k_starts.tolist(), self.k_ends.tolist(), strict=True))
+        spans = once((self.q_offsets, self.k_starts, self.k_ends), ("spans",), self._spans)
+        for (name, first, last), limit in zip(spans, (num_queries, num_keys), strict=True):
+            if first < 0 or (limit is not None and last > limit):
+                raise PositionError(
+                    f"Ranges: {name} span {first} to {last}; expected within 0 to "
+                    f"{'...' if limit is None else limit}; fix the boundaries or pass all tokens"
+                )
+
+    def _spans(self) -> list[tuple[str, int, int]]:
+        """Name, start and end of the stretches of queries and keys; 0 and 0 without ranges."""
+        keys = zip(self.k_starts.tolist(), self.k_ends.tolist(), strict=True)
         edges = [edge for pair in keys for edge in pair]
-        for name, values, limit in (
-            ("q_offsets", offsets, num_queries),
-            ("key ranges", edges, num_keys),
-        ):
+        spans = []
+        for name, values in (("q_offsets", self.q_offsets.tolist()), ("key ranges", edges)):
             if values != sorted(values):
                 raise PositionError(
                     f"Ranges: {name} run {_first_descent(values)}; expected ascending, without "
                     "overlap; sort the documents"
                 )
-            if values and (values[0] < 0 or (limit is not None and values[-1] > limit)):
-                raise PositionError(
-                    f"Ranges: {name} span {values[0]} to {values[-1]}; expected within 0 to "
-                    f"{'...' if limit is None else limit}; fix the boundaries or pass all tokens"
-                )
+            spans.append((name, values[0], values[-1]) if values else (name, 0, 0))
+        return spans
 
 
 def _first_descent(values: list[int]) -> str:

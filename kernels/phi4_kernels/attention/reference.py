@@ -6,11 +6,13 @@ Source: Dao 2023 (FlashAttention-2), algorithms 1 and 2, without tiles.
 """
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from phi4_kernels.attention.block_table import BlockTable
 from phi4_kernels.attention.ranges import Ranges
 from phi4_kernels.reference_arithmetic import widened
 
@@ -77,10 +79,18 @@ def attention_forward(
 
 
 def attention_decode(
-    q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, *, scale: float
+    q: Tensor, keys: Tensor, values: Tensor, table: BlockTable, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out [T, N, D], lse [T, N]); see decoding.attention_decode."""
-    return attention_forward(q, k, v, ranges, causal=True, scale=scale)
+    lengths, slots = table.lengths.tolist(), []
+    for length, blocks in zip(lengths, table.blocks.tolist(), strict=True):
+        tokens = range(length)
+        size = table.block_tokens
+        slots += [blocks[token // size] * size + token % size for token in tokens]
+    ends = list(accumulate(lengths, initial=0))
+    ranges = Ranges.of(table.q_offsets.tolist(), ends[:-1], ends[1:], q.device)
+    k, v = keys[slots], values[slots]
+    return attention_forward(q, k, v, ranges, causal=causal, scale=scale)
 
 
 def attention_backward(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from phi4_kernels.attention.once import once
+
 # Shape legend: T queries, U keys, N query heads, K key-value heads, D head dim; B blocks of one
 # shape, M queries and L keys of a block.
 
@@ -54,7 +56,8 @@ def _cut(x: Tensor, start: int, count: int, length: int) -> Tensor:
 
 def _blocks_of(q_start: int, q_end: int, k_start: int, k_end: int, causal: bool) -> list[_Blocks]:
     num_queries, num_keys = q_end - q_start, k_end - k_start
-    if not causal:
+    # A single query sees all of its range.
+    if not causal or num_queries == 1:
         blocks = [_Blocks(q_start, k_start, num_queries, num_keys, False)]
     else:
         # The queries that see a key, and the keys that all of these see.
@@ -67,11 +70,19 @@ def _blocks_of(q_start: int, q_end: int, k_start: int, k_end: int, causal: bool)
     return [block for block in blocks if block.num_queries and block.num_keys]
 
 
-def _plan(q_offsets: Tensor, k_starts: Tensor, k_ends: Tensor, causal: bool) -> list[_Blocks]:
-    """The blocks of all ranges, adjacent ones of one shape together."""
+_Plan = list[_Blocks]
+
+
+def _plan(q_offsets: Tensor, k_starts: Tensor, k_ends: Tensor, causal: bool) -> _Plan:
+    """The blocks of all ranges, adjacent ones of one shape together; made once."""
+    where = q_offsets, k_starts, k_ends
+    return once(where, ("torch", causal), lambda: _blocks(*where, causal))
+
+
+def _blocks(q_offsets: Tensor, k_starts: Tensor, k_ends: Tensor, causal: bool) -> _Plan:
     queries = pairwise(q_offsets.tolist())
     keys = zip(k_starts.tolist(), k_ends.tolist(), strict=True)
-    plan: list[_Blocks] = []
+    plan: _Plan = []
     for of_queries, of_keys in zip(queries, keys, strict=True):
         for block in _blocks_of(*of_queries, *of_keys, causal):
             if plan and block.continues(plan[-1]):
@@ -213,9 +224,13 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See op.attention_forward."""
+    return _forward(q, k, v, _plan(q_offsets, k_starts, k_ends, causal), scale)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan, scale: float) -> tuple[Tensor, Tensor]:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
-    for blocks in _plan(q_offsets, k_starts, k_ends, causal):
+    for blocks in plan:
         part = _attend(blocks.queries(q), blocks.keys(k), blocks.keys(v), blocks.causal, scale)
         here = blocks.queries(out), blocks.queries(lse)
         for target, values in zip(
@@ -227,19 +242,33 @@ def forward(
 
 def decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
     q_offsets: Tensor,
-    k_starts: Tensor,
-    k_ends: Tensor,
-    max_queries: int,
-    max_keys: int,
+    blocks: Tensor,
+    lengths: Tensor,
+    block_tokens: int,
+    max_length: int,
+    causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See decoding.attention_decode."""
-    # A single query sees all of its range: one block instead of a rectangle and a square.
-    causal = max_queries > 1
-    return forward(q, k, v, q_offsets, k_starts, k_ends, max_queries, max_keys, causal, scale)
+    """See decoding.attention_decode; the keys are copied side by side."""
+
+    def gather() -> tuple[Tensor, _Plan]:
+        ends = lengths.cumsum(0)
+        plan = _blocks(q_offsets, ends - lengths, ends, causal)
+        return _slots(blocks, lengths, block_tokens), plan
+
+    settings = ("torch", "decode", block_tokens, causal)
+    slots, plan = once((q_offsets, blocks, lengths), settings, gather)
+    return _forward(q, keys.index_select(0, slots), values.index_select(0, slots), plan, scale)
+
+
+def _slots(blocks: Tensor, lengths: Tensor, block_tokens: int) -> Tensor:
+    """[U], int64: the slots of all keys, one sequence after the other."""
+    within = torch.arange(block_tokens, device=blocks.device)
+    slots = (blocks.long().unsqueeze(-1) * block_tokens + within).flatten(1)
+    return slots[torch.arange(slots.shape[1], device=blocks.device) < lengths.unsqueeze(1)]
 
 
 def backward(

@@ -1,0 +1,144 @@
+"""Where the keys of each sequence lie in a cache that is handed out in blocks.
+
+A cache holds the keys of all sequences, [P, K, D], and a slot is the place of one token. Blocks
+are runs of `block_tokens` slots, in no order; sequences may share them. Attention reads them in
+place, so that nothing is copied when a sequence grows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.attention.once import once
+from phi4_kernels.checks import expect_dtype, expect_same_device, vector
+from phi4_kernels.errors import PositionError, ShapeError
+
+# Shape legend: n sequences, B columns of a table, P slots.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockTable:
+    """Queries [q_offsets[i], q_offsets[i + 1]) belong to sequence i, the last ones of its tokens.
+
+    Key j of sequence i is in slot `blocks[i, j // block_tokens] * block_tokens + j % block_tokens`.
+    Queries outside of all sequences are allowed: they see nothing.
+
+    Make one per step: implementations derive from it once what all layers need, as from Ranges.
+    """
+
+    q_offsets: Tensor
+    """[n + 1], int32, ascending; 0 to n where every sequence has one query."""
+    blocks: Tensor
+    """[n, B], int32: numbers of blocks; those behind a sequence's last key are not read."""
+    lengths: Tensor
+    """[n], int32: keys of each sequence, at most B * block_tokens."""
+    block_tokens: int
+    """Slots of a block; Triton compiles its kernel for each size anew."""
+    max_length: int
+    """At least the keys of the longest sequence. It decides how many programs share them on a GPU,
+    where one that is too small costs time, not keys."""
+
+    def __post_init__(self) -> None:
+        expect_dtype("BlockTable", "blocks", self.blocks, (torch.int32,))
+        if self.blocks.dim() != 2:
+            raise ShapeError(
+                f"BlockTable: blocks has shape {tuple(self.blocks.shape)}; expected [sequences, "
+                "blocks]; pad the rows to one length"
+            )
+        if self.block_tokens < 1:
+            raise ShapeError(
+                f"BlockTable: block_tokens is {self.block_tokens}; expected 1 or more; pass the "
+                "cache's"
+            )
+        num_sequences = self.blocks.shape[0]
+        sides = (
+            ("q_offsets", num_sequences + 1, "one offset per row of blocks and the end"),
+            ("lengths", num_sequences, "one length per row of blocks"),
+        )
+        for name, length, remedy in sides:
+            side = vector("BlockTable", name, getattr(self, name), length, (torch.int32,), remedy)
+            object.__setattr__(self, name, side)
+        object.__setattr__(self, "blocks", self.blocks.contiguous())
+        expect_same_device(
+            "BlockTable", q_offsets=self.q_offsets, blocks=self.blocks, lengths=self.lengths
+        )
+        # A tensor object of this table alone, by which implementations know it; see once.py.
+        object.__setattr__(self, "q_offsets", self.q_offsets.view(-1))
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        block_tokens: int,
+        num_queries: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> "BlockTable":
+        """A table of host values, on `device` or torch's default.
+
+        Args:
+            blocks: numbers of each sequence's blocks, in the order of its keys.
+            lengths: keys of each sequence.
+            block_tokens: slots of a block.
+            num_queries: of each sequence; 1 without it.
+            device: where the cache is.
+
+        Raises:
+            ShapeError: the lists do not belong together.
+            PositionError: a number is negative, or a sequence has more keys than slots.
+        """
+        width = max(map(len, blocks), default=0)
+        rows = [[*row, *[0] * (width - len(row))] for row in blocks]
+        counts = [1] * len(rows) if num_queries is None else num_queries
+        like = {"dtype": torch.int32, "device": "cpu"}
+        offsets = torch.tensor(list(accumulate(counts, initial=0)), **like)
+        padded = torch.tensor(rows, **like).view(len(rows), width)
+        host = torch.tensor(list(lengths), **like)
+        longest = int(host.max()) if host.numel() else 0
+        device = torch.get_default_device() if device is None else device
+        parts = (offsets, padded, host)
+        cls(*parts, block_tokens, longest).validate()
+        return cls(*(part.to(device) for part in parts), block_tokens, longest)
+
+    def validate(self, num_queries: int | None = None, num_slots: int | None = None) -> None:
+        """Raise PositionError unless all is in order and within the given sizes; synchronises."""
+        last_query, last_block = once(
+            (self.q_offsets, self.blocks, self.lengths), ("span",), self._span
+        )
+        if num_queries is not None and last_query > num_queries:
+            raise PositionError(
+                f"BlockTable: q_offsets end at {last_query}; expected at most {num_queries}; pass "
+                "all queries"
+            )
+        if num_slots is not None and (last_block + 1) * self.block_tokens > num_slots:
+            raise PositionError(
+                f"BlockTable: blocks name block {last_block}; expected blocks of "
+                f"{self.block_tokens} slots within {num_slots}; pass the whole cache"
+            )
+
+    def _span(self) -> tuple[int, int]:
+        """The end of the last sequence's queries, and the highest block that holds a key; -1
+        without any."""
+        offsets, lengths = self.q_offsets, self.lengths
+        if offsets[0] < 0 or (offsets.diff() < 0).any():
+            raise PositionError(
+                f"BlockTable: q_offsets are {offsets.tolist()}; expected ascending from 0 or more; "
+                "count the queries of the sequences in order"
+            )
+        num_slots = self.blocks.shape[1] * self.block_tokens
+        if ((lengths < 0) | (lengths > num_slots)).any():
+            raise PositionError(
+                f"BlockTable: lengths are {lengths.tolist()}; expected 0 to {num_slots}, the slots "
+                "of a row of blocks; append blocks"
+            )
+        columns = torch.arange(self.blocks.shape[1], device=self.blocks.device)
+        used = self.blocks[columns * self.block_tokens < lengths.unsqueeze(1)]
+        if (used < 0).any():
+            raise PositionError(
+                f"BlockTable: a key lies in block {int(used.min())}; expected 0 or more; fill the "
+                "rows up to the last key"
+            )
+        return int(offsets[-1]), int(used.max()) if used.numel() else -1

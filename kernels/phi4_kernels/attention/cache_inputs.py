@@ -1,0 +1,104 @@
+"""How a case of decoding lays its sequences out in a cache, and what is drawn for it.
+
+Blocks lie in no order, between blocks of nobody. What no sequence may read is NaN: those blocks,
+the slots behind a sequence's last key, and a query at the end that belongs to no sequence. The
+entries of a table behind a sequence's last block name no block.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi4_kernels.attention.block_table import BlockTable
+from phi4_kernels.launch import ceil_div
+from phi4_kernels.registry import CallInputs, Case
+from phi4_kernels.testing import random_inputs
+
+_DEFAULTS = {"block_tokens": 16, "shared": 0, "causal": True, "high": 1.0, "spread": 1.0}
+_NO_BLOCK = 2**31 - 1
+_SPARE_BLOCKS = 2
+
+
+def cached(name: str, queries: Sequence[int], lengths: Sequence[int], **sizes: Any) -> Case:
+    """Sequences of so many queries and keys each, of which the first `shared` blocks are the same;
+    `strided` leaves gaps between rows."""
+    strided = sizes.pop("strided", False)
+    where = {"queries": tuple(queries), "lengths": tuple(lengths)}
+    return Case(name, where | _DEFAULTS | sizes, strided)
+
+
+def _blocks(case: Case) -> tuple[Tensor, int]:
+    """The table, a column wider than the longest sequence needs, and how many blocks there are."""
+    sizes = case.sizes
+    counts = [ceil_div(length, sizes["block_tokens"]) for length in sizes["lengths"]]
+    total = sum(counts) + _SPARE_BLOCKS
+    numbers = torch.randperm(total, generator=case.generator(), dtype=torch.int32)
+    blocks = torch.full((len(counts), max(counts, default=0) + 1), _NO_BLOCK, dtype=torch.int32)
+    for row, part in zip(blocks, numbers.split([*counts, _SPARE_BLOCKS]), strict=False):
+        row[: len(part)] = part
+    shared = sizes["shared"]
+    blocks[:, :shared] = blocks[:1, :shared]
+    return blocks, total
+
+
+def _held(blocks: Tensor, lengths: Sequence[int], block_tokens: int, total: int) -> Tensor:
+    """[P], bool: the slots that hold a key."""
+    held = torch.zeros(total, block_tokens, dtype=torch.bool)
+    for row, length in zip(blocks.tolist(), lengths, strict=True):
+        for key in range(length):
+            held[row[key // block_tokens], key % block_tokens] = True
+    return held.flatten()
+
+
+def drawn_cache(case: Case, dtype: torch.dtype) -> CallInputs:
+    """q, keys and values of a case, and its table."""
+    sizes = case.sizes
+    blocks, total = _blocks(case)
+    offsets = list(accumulate(sizes["queries"], initial=0))
+    like = {"dtype": dtype, "generator": case.generator(), "strided": case.strided}
+    of_queries = offsets[-1] + 1, sizes["heads"], sizes["dim"]
+    of_keys = total * sizes["block_tokens"], sizes["groups"], sizes["dim"]
+    spread = {"low": 1 / sizes["spread"], "high": sizes["spread"]}
+    tensors = {
+        "q": random_inputs.rows(of_queries, **like, high=sizes["high"]),
+        "keys": random_inputs.rows(of_keys, **like, low=1.0, high=1.0),
+        "values": random_inputs.rows(of_keys, **like, **spread),
+    }
+    held = _held(blocks, sizes["lengths"], sizes["block_tokens"], total)
+    tensors["q"][-1] = torch.nan
+    for name in ("keys", "values"):
+        tensors[name][~held] = torch.nan
+    constants = {
+        "offsets": torch.tensor(offsets, dtype=torch.int32),
+        "blocks": blocks,
+        "lengths": torch.tensor(sizes["lengths"], dtype=torch.int32),
+        "block_tokens": sizes["block_tokens"],
+        "longest": max(sizes["lengths"], default=0),
+        "causal": sizes["causal"],
+        "scale": sizes["dim"] ** -0.5,
+    }
+    return CallInputs(tensors, constants)
+
+
+def over_table(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its table as tensors of their own, so that the lab can place them."""
+
+    def run(
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        offsets: Tensor,
+        blocks: Tensor,
+        lengths: Tensor,
+        block_tokens: int,
+        longest: int,
+        **others: Any,
+    ) -> Any:
+        table = BlockTable(offsets, blocks, lengths, block_tokens, longest)
+        return function(q, keys, values, table, **others)
+
+    return run
