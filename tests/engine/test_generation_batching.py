@@ -2,27 +2,53 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
-import torch
 
 from phi4.engine.generation.generator import CacheSize, Generator
 from phi4.engine.generation.scheduler import StepLimits
 from phi4.engine.generation.steps import Step
 from phi4.errors import ConfigError
 from tests.support.engines import engine_on, tiny_recipe
-from tests.support.generation import Asked, collect, finished
-from tests.support.markov import VOCAB_SIZE, make_markov, markov_recipe, table
-from tests.support.ranks import RankPool
+from tests.support.generation import Asked, collect, finished, steps_of
+from tests.support.ranks import RankPool, run_ranks
 
 LAYOUTS = {
     "tp2": ("parallel.tensor=2",),
     "pp2": ("parallel.pipeline=2",),
+    "tp2xpp2": ("parallel.tensor=2", "parallel.pipeline=2"),
 }
+BLOCK_TOKENS = 4
 LIMITS = StepLimits(tokens=24, scored_tokens=7)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What surrounds the 24 requests.
+
+    Attributes:
+        shuffled: they are submitted in another order.
+        num_cancelled: neighbours that are submitted before them and cancelled one by one.
+        num_rounds: so many times they are submitted, each after the last has finished.
+        num_blocks: of the cache.
+    """
+
+    shuffled: bool = False
+    num_cancelled: int = 0
+    num_rounds: int = 1
+    num_blocks: int = 60
+
+
+TOO_FEW_BLOCKS = {
+    "together": Case(),
+    "shuffled": Case(shuffled=True),
+    "with cancelled neighbours": Case(num_cancelled=8),
+}
+AGAIN = Case(num_rounds=2, num_blocks=400)
+"""Every prefix of the first round is still known in the second."""
 
 
 def mixed_requests() -> list[Asked]:
@@ -63,28 +89,48 @@ def alone(pool) -> list[dict]:
     return pool.run(run_alone, mixed_requests())[0]
 
 
-@pytest.mark.parametrize("disturbed", [False, True])
-def test_tokens_do_not_depend_on_the_batch(pool, alone, disturbed):
-    found, stats = pool.run(run_together, (), mixed_requests(), disturbed)[0]
+@pytest.mark.parametrize("case", TOO_FEW_BLOCKS)
+def test_tokens_do_not_depend_on_the_batch(pool, alone, case):
+    (found,), stats = pool.run(run_together, (), mixed_requests(), TOO_FEW_BLOCKS[case])[0]
 
     check_same(found, alone)
-    assert stats == {"in use": 0, "waited": True, "missing": 0, "most": LIMITS}
+    assert stats.waited
+    assert stats.largest_step == LIMITS
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_do_not_depend_on_known_prefixes(pool, alone):
+    (found, again), stats = pool.run(run_together, (), mixed_requests(), AGAIN)[0]
+
+    check_same(found, alone)
+    check_same(again, alone)
+    computed = 0
+    for request, one in zip(mixed_requests(), alone, strict=True):
+        length = len(request.prompt)
+        # The last prompt token is always computed, and all of them where they are scored.
+        known = 0 if request.prompt_log_probs else (length - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        computed += length - known + sum(len(tokens) - 1 for tokens in one["tokens"])
+    assert stats.computed_tokens[1] == computed < stats.computed_tokens[0]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", pytest.param("tp2xpp2", marks=pytest.mark.slow)])
 def test_tokens_do_not_depend_on_the_layout(pool, alone, layout):
-    outcomes = pool.run(run_together, LAYOUTS[layout], mixed_requests(), True)
+    run = partial(run_ranks, 4) if layout == "tp2xpp2" else pool.run
+    disturbed = Case(shuffled=True, num_cancelled=8)
+    outcomes = run(run_together, LAYOUTS[layout], mixed_requests(), disturbed)
 
-    check_same(outcomes[0][0], alone)
-    assert outcomes[1] == "followed"
+    (found,), stats = outcomes[0]
+    check_same(found, alone)
+    assert stats.waited
+    assert set(outcomes[1:]) == {"followed"}
 
 
-def check_same(found: list[dict], alone: list[dict]) -> None:
+def check_same(found: list[dict], alone: list[dict], tolerance: float = 1e-5) -> None:
+    """The same tokens and ends, and log-probabilities within the tolerance."""
     for one, other in zip(found, alone, strict=True):
         assert one["tokens"] == other["tokens"]
         assert one["ends"] == other["ends"]
         for name in ("log_probs", "sampled", "prompt"):
-            assert one[name] == pytest.approx(other[name], abs=1e-5)
+            assert one[name] == pytest.approx(other[name], rel=0, abs=tolerance)
 
 
 def test_requests_do_what_they_ask(alone):
@@ -98,43 +144,6 @@ def test_requests_do_what_they_ask(alone):
                 tuple(tokens[:2]) == tuple(request.forced[: len(tokens)])[:2] or not request.forced
             )
         assert len(one["prompt"]) == (len(request.prompt) - 1) * request.prompt_log_probs
-
-
-@pytest.mark.parametrize(
-    "layout",
-    ["one process", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS)],
-)
-def test_a_model_of_known_probabilities_is_drawn_and_scored_as_it_is(pool, layout):
-    log_probs_VV, prompt = table(), [3, 9, 9, 30, 1, 17]
-    request = Asked(prompt, n=200, max_tokens=20, seed=5, prompt_log_probs=True)
-    warm = replace(request, n=20, temperature=0.6, seed=6, forbidden_first=frozenset({4}))
-    found = pool.run(run_markov, LAYOUTS.get(layout, ()), log_probs_VV, [request, warm])[0]
-
-    pairs = list(pairwise(prompt))
-    expected = [float(log_probs_VV[a, b]) for a, b in pairs]
-    assert found[0]["prompt"] == pytest.approx(expected, abs=1e-5)
-    for one, temperature in zip(found, (1.0, 0.6), strict=True):
-        tempered_VV = (log_probs_VV / temperature).log_softmax(-1)
-        texts = [[prompt[-1], *tokens] for tokens in one["tokens"]]
-        pairs = [pair for text in texts for pair in pairwise(text)]
-        expected = [float(log_probs_VV[a, b]) for a, b in pairs]
-        assert one["log_probs"] == pytest.approx(expected, abs=1e-5)
-        later = [i for i in range(len(pairs)) if i % 20]
-        expected = [float(tempered_VV[pairs[i]]) for i in later]
-        assert [one["sampled"][i] for i in later] == pytest.approx(expected, abs=1e-5)
-    assert 4 not in {tokens[0] for tokens in found[1]["tokens"]}
-    later = [pair for tokens in found[0]["tokens"] for pair in pairwise(tokens)]
-    check_frequencies(later, log_probs_VV)
-
-
-def check_frequencies(pairs: Sequence[tuple[int, int]], log_probs_VV: torch.Tensor) -> None:
-    """Next tokens over all draws, each with its own expectation and variance."""
-    probabilities_NV = log_probs_VV.exp()[[a for a, _ in pairs]]
-    expected_V = probabilities_NV.sum(0)
-    sigma_V = (probabilities_NV * (1 - probabilities_NV)).sum(0).sqrt()
-    counts_V = torch.bincount(torch.tensor([b for _, b in pairs]), minlength=VOCAB_SIZE)
-    assert len(pairs) == 3800
-    assert bool(((counts_V - expected_V).abs() <= 4 * sigma_V).all())
 
 
 WRONG = {
@@ -170,8 +179,23 @@ def test_impossible_requests_are_refused_before_anything_is_queued(pool):
 # What follows runs in the ranks.
 
 
+@dataclass(frozen=True)
+class Stats:
+    """How a generator went about it.
+
+    Attributes:
+        waited: whether a request waited for blocks after a step.
+        largest_step: the most tokens, and scored tokens, of a step.
+        computed_tokens: by round.
+    """
+
+    waited: bool
+    largest_step: StepLimits
+    computed_tokens: tuple[int, ...]
+
+
 def generator_of(engine, num_blocks: int = 60) -> Generator:
-    return Generator(engine, CacheSize(num_blocks, 4), "weights", limits=LIMITS)
+    return Generator(engine, CacheSize(num_blocks, BLOCK_TOKENS), "weights", limits=LIMITS)
 
 
 def run_alone(rank: int, world_size: int, requests: list[Asked]):
@@ -187,67 +211,63 @@ def run_alone(rank: int, world_size: int, requests: list[Asked]):
 
 
 def run_together(
-    rank: int, world_size: int, layout: tuple[str, ...], requests: list[Asked], disturbed: bool
+    rank: int, world_size: int, layout: tuple[str, ...], requests: list[Asked], case: Case
 ):
-    """All at once in a pool that they do not fit into; disturbed also by ones that are cancelled,
-    in another order and with prefixes that are known already."""
+    """What the requests get in every round of the case."""
     with engine_on(rank, tiny_recipe("model.num_layers=4", *layout), trains=False) as engine:
         if engine is None:
             return None
-        with generator_of(engine) as generator:
+        with generator_of(engine, case.num_blocks) as generator:
             if not generator.leads:
                 generator.follow()
                 return "followed"
-            sizes, begin = [], generator._decoder.begin
+            order = list(range(len(requests)))
+            if case.shuffled:
+                random.Random(1).shuffle(order)
+            begin, steps = generator._decoder.begin, []
 
-            def counted(step: Step):
-                tokens = sum(len(row.tokens) for row in step.rows)
-                sizes.append((tokens, sum(len(row.scored) for row in step.rows)))
+            def recorded(step: Step):
+                steps.append(step)
                 return begin(step)
 
-            generator._decoder.begin = counted
-            order, neighbours = list(range(len(requests))), []
-            if disturbed:
-                random.Random(1).shuffle(order)
-                others = [replace(requests[i], n=2, seed=77) for i in order[:8]]
-                neighbours = [generator.submit(other) for other in others]
-            ids = [generator.submit(requests[i]) for i in order]
-            events, waited = [], False
-            for neighbour in neighbours:
-                events += generator.step()
-                generator.cancel(neighbour)
-            while not generator.is_idle:
-                events += generator.step()
-                waited |= bool(generator._scheduler._waiting)
+            generator._decoder.begin = recorded
+            found, computed, waited = [], [], False
+            for _ in range(case.num_rounds):
+                by_request, has_waited = one_round(generator, requests, order, case.num_cancelled)
+                found.append([by_request[i] for i in range(len(requests))])
+                waited |= has_waited
+                computed.append(sum(map(num_new, steps)) - sum(computed))
+                assert generator.pool.num_in_use == 0
             generator.close()
-            found = collect(events, len(neighbours) + len(ids))
-            ends = sum(len(one["ends"]) for one in found)
-            expected = 2 * len(neighbours) + sum(request.n for request in requests)
-            stats = {
-                "in use": generator.pool.num_in_use,
-                "waited": waited,
-                "missing": expected - ends,
-                "most": StepLimits(*map(max, zip(*sizes, strict=True))),
-            }
-            by_request = dict(zip(order, ids, strict=True))
-            return [found[by_request[i]] for i in range(len(requests))], stats
+            scored = [sum(len(row.scored) for row in step.rows) for step in steps]
+            largest = StepLimits(max(map(num_new, steps)), max(scored))
+            return found, Stats(waited, largest, tuple(computed))
 
 
-def run_markov(rank: int, world_size: int, layout, log_probs_VV, requests: list[Asked]):
-    with engine_on(rank, markov_recipe(*layout), trains=False) as engine:
-        if engine is None:
-            return None
-        make_markov(engine, log_probs_VV)
-        size, limits = CacheSize(1400, 4), StepLimits(256, 4)
-        with Generator(engine, size, "weights", limits=limits) as generator:
-            if not generator.leads:
-                generator.follow()
-                return None
-            for request in requests:
-                generator.submit(request)
-            found = collect(finished(generator), len(requests))
-            generator.close()
-            return found
+def num_new(step: Step) -> int:
+    return sum(len(row.tokens) for row in step.rows)
+
+
+def one_round(
+    generator: Generator, requests: list[Asked], order: list[int], num_cancelled: int
+) -> tuple[dict[int, dict], bool]:
+    """What each request gets, by its index, and whether any waited."""
+    # Long enough to be under way still, or to wait, when they are cancelled.
+    unending = {"n": 2, "max_tokens": 20, "seed": 77, "forced": (), "stop_ids": frozenset()}
+    neighbours = [generator.submit(replace(requests[i], **unending)) for i in order[:num_cancelled]]
+    ids = {i: generator.submit(requests[i]) for i in order}
+    events, waited = [], False
+    for neighbour in neighbours:
+        events += generator.step()
+        generator.cancel(neighbour)
+    for found in steps_of(generator):
+        events += found
+        waited |= bool(generator._scheduler._waiting)
+    got = collect(events, max(ids.values()) + 1)
+    cancelled = [got[i] for i in neighbours]
+    assert all(one["ends"] == ["cancelled"] * 2 for one in cancelled)
+    assert any(one["tokens"] for one in cancelled) or not neighbours
+    return {i: got[request_id] for i, request_id in ids.items()}, waited
 
 
 def run_refused(rank: int, world_size: int, requests: list[Asked]):

@@ -1,6 +1,6 @@
 """Requests to the generation engine, and what they got."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from phi4.engine.generation.draws import Drawn
@@ -58,12 +58,19 @@ def collect(events: Sequence[Event], num_requests: int) -> list[dict]:
     ]
 
 
+def steps_of(generator: Generator) -> Iterator[list[Event]]:
+    """What each step reports until the generator is idle."""
+    num_silent = 0
+    while not generator.is_idle:
+        events = generator.step()
+        num_silent = 0 if events else num_silent + 1
+        assert num_silent < 100, "requests are under way, and no step gets anywhere"
+        yield events
+
+
 def finished(generator: Generator) -> list[Event]:
     """Everything that happens until the generator is idle."""
-    events: list[Event] = []
-    while not generator.is_idle:
-        events += generator.step()
-    return events
+    return [event for events in steps_of(generator) for event in events]
 
 
 def generate(generator: Generator, requests: Sequence[Asked]) -> list[list[Event]]:
