@@ -224,7 +224,7 @@ def test_many_requests_share_few_connections(tokenizer) -> None:
         ("text", {"stop_ids": frozenset((65,))}, "cannot stop at ids that are no ends"),
         ("text", {"prompt": (65, 262)}, "special token <|dummy_0|>"),
         ("chat", {"prompt": (65,)}, "the prompt is no conversation"),
-        ("ids", {"n": 0}, "n=0 asks for no sample"),
+        ("ids", {"n": 0}, "n=0; expected at least 1"),
     ],
 )
 def test_what_an_endpoint_lacks_is_refused_by_name(tokenizer, form, fields, message: str) -> None:

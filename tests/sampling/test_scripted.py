@@ -61,7 +61,7 @@ def shares(*ids: int, temperature: float = 1.0) -> dict[int, float]:
         ({}, shares(1, 2, 3, 4)),
         ({"temperature": 2.0}, shares(1, 2, 3, 4, temperature=2)),
         ({"temperature": 0.0}, {1: 1.0}),
-        ({"temperature": 1e-30}, {1: 1.0}),
+        ({"temperature": 1e-6}, {1: 1.0}),
         ({"top_k": 2}, shares(1, 2)),
         ({"top_k": 99}, shares(1, 2, 3, 4)),
         ({"top_p": 0.49}, {1: 1.0}),
@@ -74,6 +74,7 @@ def shares(*ids: int, temperature: float = 1.0) -> dict[int, float]:
         ({"temperature": 2.0, "top_p": 0.68}, shares(1, 2, 3, temperature=2)),
         ({"min_p": 0.29}, shares(1, 2, 3)),
         ({"min_p": 0.31}, shares(1, 2)),
+        ({"min_p": 1.0}, {1: 1.0}),
         ({"min_p": 0.31, "temperature": 2.0}, shares(1, 2, 3, 4, temperature=2)),
         ({"forbidden_first": frozenset((1, 4))}, shares(2, 3)),
         ({"forbidden_first": frozenset((1,)), "temperature": 0.0}, {2: 1.0}),
@@ -330,7 +331,7 @@ def test_script_that_fails_ends_its_own_request_only(tokenizer, said, message: s
 def test_impossible_request_is_refused_and_not_queued(sampler) -> None:
     with pytest.raises(ConfigError, match="exceed the model's 64"):
         sampler.submit(Request(prompt=(0,), max_tokens=64))
-    with pytest.raises(ConfigError, match="n=0"):
+    with pytest.raises(ConfigError, match="n=0; expected at least 1"):
         sampler.submit(Request(prompt=(0,), max_tokens=1, n=0))
     assert not sampler.step()
 

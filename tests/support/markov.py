@@ -16,9 +16,9 @@ from tests.support.engines import tiny_recipe
 VOCAB_SIZE = 32
 
 
-def markov_recipe(*overrides: str) -> Recipe:
+def markov_recipe(*overrides: str, vocab_size: int = VOCAB_SIZE) -> Recipe:
     """Hidden size and vocabulary are equal, so that a token is a direction."""
-    sizes = (f"model.hidden_size={VOCAB_SIZE}", f"model.vocab_size={VOCAB_SIZE}")
+    sizes = (f"model.hidden_size={vocab_size}", f"model.vocab_size={vocab_size}")
     return tiny_recipe(*sizes, "model.num_layers=4", *overrides)
 
 
@@ -35,14 +35,15 @@ def make_markov(engine: Engine, log_probs_VV: torch.Tensor) -> None:
 
 
 def _weights(engine: Engine, log_probs_VV: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    vocab_size = engine.recipe.model.vocab_size
     for name, parameter in global_parameters(engine.bare_chunks):
         whole = torch.zeros(full_shape(parameter, engine.layout.tp_size))
         if parameter.dim() == 1:
             whole.fill_(1.0)
         elif name.startswith("embedding"):
-            whole = torch.eye(VOCAB_SIZE)
+            whole = torch.eye(vocab_size)
         elif name.startswith("output_layer"):
             # The final norm divides a one-hot vector by this.
-            scale = (1 / VOCAB_SIZE + engine.recipe.model.rms_norm_eps) ** 0.5
+            scale = (1 / vocab_size + engine.recipe.model.rms_norm_eps) ** 0.5
             whole = (log_probs_VV.T * scale).float()
         yield name, whole

@@ -118,7 +118,7 @@ class BlockPool:
             raise ConfigError(
                 f"{num_samples} samples of {num_tokens} + {max_new_tokens} tokens need {needed} "
                 f"cache blocks of {self.block_tokens} tokens, the cache has {self.num_blocks}; ask "
-                "for fewer samples or tokens, or give the cache more memory"
+                f"for less, or for a cache of {needed * self.block_tokens} tokens"
             )
 
     def admit(

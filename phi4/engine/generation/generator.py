@@ -14,8 +14,9 @@ from phi4.engine.engine import Engine
 from phi4.engine.generation.blocks import BlockPool
 from phi4.engine.generation.decode import Decoder, Running
 from phi4.engine.generation.orders import Cancel, Close, Order, OrderRelay, Reload, Submit
-from phi4.engine.generation.request import GenerationRequest, check_request
 from phi4.engine.generation.scheduler import Event, Scheduler, StepLimits
+from phi4.errors import ConfigError
+from phi4.model.generation_request import GenerationRequest, check_generation_request
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,16 @@ class Generator:
         num_ids: only ids below it are taken and drawn; the model's vocabulary without it.
         batch_invariant: see `Decoder`; a chunk of a prompt is then computed in passes too.
 
+    Raises:
+        ConfigError: num_ids exceeds the model's vocabulary.
+        LayoutError: see `Decoder`.
+
+    Attributes:
+        leads: whether this is the rank that is given requests.
+        pool: the blocks of the cache.
+        num_ids: as above.
+        max_sequence_tokens: longest sequence of the model.
+
     Collectives: those of `Decoder`.
     """
 
@@ -53,11 +64,16 @@ class Generator:
         batch_invariant: bool = False,
     ) -> None:
         model = engine.recipe.model
+        if (num_ids or 0) > model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {num_ids} ids, model.vocab_size={model.vocab_size}; use the "
+                "tokenizer of the training"
+            )
         self._decoder = Decoder(
             engine, size.num_blocks, size.block_tokens, num_ids, batch_invariant=batch_invariant
         )
-        self._num_ids = num_ids or model.vocab_size
-        self._max_positions = model.max_position_embeddings
+        self.num_ids = num_ids or model.vocab_size
+        self.max_sequence_tokens = model.max_position_embeddings
         self._relay = OrderRelay(engine.layout, engine.platform.device)
         self.leads = engine.layout.groups.mp.rank() == 0
         self.pool = BlockPool(size.num_blocks, size.block_tokens)
@@ -92,7 +108,7 @@ class Generator:
         Raises:
             ConfigError: the request is impossible; nothing is queued then.
         """
-        check_request(request, self._num_ids, self._max_positions)
+        check_generation_request(request, self.num_ids, self.max_sequence_tokens)
         self.pool.check_fits(len(request.prompt), request.n, request.max_tokens)
         self._orders.append(Submit(self._num_requests, request))
         self._num_requests += 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from phi4.engine.generation.request import GenerationRequest
+from phi4.model.generation_request import GenerationRequest
 from phi4.engine.layout import Layout
 
 

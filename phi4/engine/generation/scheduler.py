@@ -16,8 +16,8 @@ from typing import Literal
 
 from phi4.engine.generation.blocks import BlockCopy, BlockPool, CachedSequence
 from phi4.engine.generation.draws import Draw, Drawn
-from phi4.engine.generation.request import GenerationRequest
 from phi4.engine.generation.steps import Step, StepRow
+from phi4.model.generation_request import GenerationRequest
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -132,7 +132,7 @@ class Scheduler:
         return not (self._waiting or self._prompts or self._samples or self._planned)
 
     def submit(self, request_id: int, request: GenerationRequest) -> None:
-        """Queue a request that `check_request` has accepted.
+        """Queue a request that `check_generation_request` has accepted.
 
         Raises:
             ConfigError: the cache could never hold it.

@@ -1,4 +1,8 @@
-"""A request as the generation engine takes it, and what must hold before it is queued."""
+"""A request for new tokens in ids, and what holds for every one that a model can answer.
+
+The decision: the rules stand below both the generation engine and `phi4.sampling`, so that there is
+one set of them, and a client of an endpoint checks its requests without loading an engine.
+"""
 
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -9,9 +13,14 @@ from phi4.errors import ConfigError
 MIN_TEMPERATURE = 1e-6
 """Below it, and above 0, a temperature is a mistake: 0 is exact and asks for the same."""
 
+MAX_BIAS = 1e6
+"""Beyond every logit, and finite in fp32 when divided by `MIN_TEMPERATURE`."""
+
+_END_OF_SEEDS = 1 << 63
+
 
 class GenerationRequest(Protocol):
-    """What the engine needs of a request (phi4.sampling.protocol.Request); plain values."""
+    """What an engine needs of a request; `phi4.sampling.protocol.Request` is one."""
 
     @property
     def prompt(self) -> Sequence[int]:
@@ -50,7 +59,7 @@ class GenerationRequest(Protocol):
 
     @property
     def seed(self) -> int:
-        """Of the draws, 64 bits."""
+        """Of the draws, from 0 to 2^63 - 1."""
         ...
 
     @property
@@ -84,32 +93,44 @@ class GenerationRequest(Protocol):
         ...
 
 
-def check_request(request: GenerationRequest, num_ids: int, max_positions: int) -> None:
-    """Check a request against the model.
+def check_generation_request(
+    request: GenerationRequest, vocab_size: int, max_sequence_tokens: int | None
+) -> None:
+    """Refuse what no model of this size can answer.
 
     Args:
         request: any.
-        num_ids: ids of the tokenizer.
-        max_positions: longest sequence of the model.
+        vocab_size: ids that may be taken and drawn.
+        max_sequence_tokens: longest sequence of the model; None where only the model knows.
 
     Raises:
-        ConfigError: something is out of range; the first one found.
+        ConfigError: the first fault, in one line.
     """
+    _check_lengths(request, max_sequence_tokens)
+    for name in ("prompt", "forced", "forbidden_first", "logit_bias", "stop_ids"):
+        _check_ids(name, getattr(request, name), vocab_size)
+    if len(set(request.forbidden_first)) >= vocab_size:
+        raise ConfigError(f"forbidden_first holds all {vocab_size} ids; leave one to draw")
+    _check_distribution(request)
+    top = request.num_top_log_probs
+    _check("num_top_log_probs", top, 0 <= top <= vocab_size, f"0 to {vocab_size}, the vocabulary")
+
+
+def _check_lengths(request: GenerationRequest, max_sequence_tokens: int | None) -> None:
     if not request.prompt:
         raise ConfigError("the prompt has no token; give at least one")
-    _check_ids("prompt", request.prompt, num_ids)
-    _check_ids("forced", request.forced, num_ids)
-    _check_ids("forbidden_first", request.forbidden_first, num_ids)
-    _check_ids("logit_bias", request.logit_bias, num_ids)
-    least = 0 if request.prompt_log_probs else 1
     _check("n", request.n, request.n >= 1, "at least 1")
+    least = 0 if request.prompt_log_probs else 1
     _check("max_tokens", request.max_tokens, least <= request.max_tokens, f"at least {least}")
     length = len(request.prompt) + request.max_tokens
-    if length > max_positions:
+    if max_sequence_tokens is not None and length > max_sequence_tokens:
         raise ConfigError(
             f"a prompt of {len(request.prompt)} tokens and {request.max_tokens} new ones exceed "
-            f"the model's {max_positions}; shorten the prompt or lower max_tokens"
+            f"the model's {max_sequence_tokens}; shorten the prompt or lower max_tokens"
         )
+
+
+def _check_distribution(request: GenerationRequest) -> None:
     temperature = request.temperature
     is_warm = MIN_TEMPERATURE <= temperature < math.inf
     expected = f"0, or {MIN_TEMPERATURE:g} and more"
@@ -117,13 +138,11 @@ def check_request(request: GenerationRequest, num_ids: int, max_positions: int) 
     _check("top_p", request.top_p, 0 < request.top_p <= 1, "above 0 and at most 1")
     _check("top_k", request.top_k, request.top_k >= 0, "a count, or 0 for all")
     _check("min_p", request.min_p, 0 <= request.min_p <= 1, "0 to 1")
-    _check("seed", request.seed, -(2**63) <= request.seed < 2**64, "a number of 64 bits")
-    top = request.num_top_log_probs
-    _check("num_top_log_probs", top, 0 <= top <= num_ids, f"0 to {num_ids}")
+    is_seed = 0 <= request.seed < _END_OF_SEEDS
+    _check("seed", request.seed, is_seed, "a number of 64 bits, 0 to 2^63 - 1")
     for token, bias in request.logit_bias.items():
-        _check(f"logit_bias[{token}]", bias, math.isfinite(bias), "a finite number")
-    if len(set(request.forbidden_first)) >= num_ids:
-        raise ConfigError(f"forbidden_first holds all {num_ids} ids; leave one to draw")
+        within = abs(bias) <= MAX_BIAS
+        _check(f"logit_bias[{token}]", bias, within, f"{-MAX_BIAS:.0f} to {MAX_BIAS:.0f}")
 
 
 def _check(name: str, found: float, holds: bool, expected: str) -> None:
@@ -135,6 +154,6 @@ def _check_ids(name: str, ids: Sequence[int] | Set[int] | Mapping[int, float], c
     wrong = [token for token in ids if not 0 <= token < count]
     if wrong:
         raise ConfigError(
-            f"{name} has the token id {wrong[0]}; expected 0 to {count - 1}; use the tokenizer of "
-            "the training"
+            f"{name} has the token id {wrong[0]}; expected 0 to {count - 1}; use the "
+            "model's own tokenizer"
         )

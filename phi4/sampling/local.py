@@ -1,0 +1,136 @@
+"""A sampler over the generation engine of this process, and of the ranks that share its model.
+
+The decision: the engine knows ids only, so a stop string ends a sample here and is a cancel there.
+Whatever the engine still says of a sample that has ended is dropped.
+"""
+
+from collections.abc import Sequence
+
+from phi4.data.vocabulary.tokenizer import Tokenizer
+from phi4.engine.generation.draws import Drawn
+from phi4.engine.generation.generator import Generator
+from phi4.engine.generation.scheduler import Event as EngineEvent
+from phi4.engine.generation.scheduler import PromptScored, SampleEnded, TokenDrawn
+from phi4.errors import ConfigError
+from phi4.sampling.checks import check_request
+from phi4.sampling.protocol import (
+    Alternative,
+    Completion,
+    Event,
+    FinishReason,
+    ModelLimits,
+    PromptToken,
+    Request,
+    ScoredPrompt,
+    Token,
+)
+from phi4.sampling.samples import OpenSample
+
+
+class LocalSampler:
+    """A `Sampler` on the leading rank of a generator; the other ranks call `Generator.follow`.
+
+    Args:
+        generator: entered; only this sampler submits to it.
+        tokenizer: of the model, with as many ids as the generator draws from.
+
+    Raises:
+        ConfigError: the generator was made for another number of ids.
+    """
+
+    def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
+        if generator.num_ids != tokenizer.vocab_size:
+            raise ConfigError(
+                f"the generator draws from {generator.num_ids} ids, the tokenizer has "
+                f"{tokenizer.vocab_size}; make the generator with num_ids={tokenizer.vocab_size}"
+            )
+        self.limits = ModelLimits(generator.num_ids, generator.max_sequence_tokens)
+        self._generator = generator
+        self._tokenizer = tokenizer
+        self._open: dict[int, dict[int, OpenSample]] = {}
+        self._closed = False
+
+    def submit(self, request: Request) -> int:
+        """See `Sampler.submit`.
+
+        Raises:
+            ConfigError: the request is impossible, or the cache could never hold it.
+        """
+        check_request(request, self.limits)
+        request_id = self._generator.submit(request)
+        self._open[request_id] = {
+            index: OpenSample(request_id, index, request, self._tokenizer)
+            for index in range(request.n)
+        }
+        return request_id
+
+    def step(self) -> Sequence[Event]:
+        """See `Sampler.step`.
+
+        Collectives: those of `Generator.step`, unless there is nothing to do.
+        """
+        if self._generator.is_idle:
+            return []
+        happened: list[Event] = []
+        for event in self._generator.step():
+            happened += self._events(event)
+        return happened
+
+    def cancel(self, request_id: int) -> None:
+        """See `Sampler.cancel`."""
+        if request_id in self._open:
+            self._generator.cancel(request_id)
+
+    def close(self) -> None:
+        """See `Sampler.close`; the other ranks return from `Generator.follow`.
+
+        Collectives: those of `Generator.step`.
+        """
+        if self._closed:
+            return
+        for request_id in self._open:
+            self._generator.cancel(request_id)
+        self._open.clear()
+        self._generator.close()
+        self._closed = True
+
+    def _events(self, event: EngineEvent) -> list[Event]:
+        samples = self._open.get(event.request_id, {})
+        match event:
+            case PromptScored(request_id, scores):
+                prompt = next(iter(samples.values())).request.prompt
+                return [ScoredPrompt(request_id, _scored(prompt, scores))]
+            case TokenDrawn(request_id, index, drawn) if index in samples:
+                happened = samples[index].add(_token(drawn, samples[index].request))
+                ended = happened[-1]
+                if isinstance(ended, Completion):
+                    self._forget(request_id, index)
+                    if isinstance(ended.matched, bytes):
+                        self._generator.cancel(request_id, index)
+                return happened
+            case SampleEnded(request_id, index, reason) if index in samples:
+                return [self._forget(request_id, index).end(FinishReason(reason))]
+        return []
+
+    def _forget(self, request_id: int, index: int) -> OpenSample:
+        samples = self._open[request_id]
+        sample = samples.pop(index)
+        if not samples:
+            del self._open[request_id]
+        return sample
+
+
+def _scored(prompt: Sequence[int], scores: Sequence[Drawn]) -> tuple[PromptToken, ...]:
+    """The first token is before anything that could predict it."""
+    rest = (PromptToken(one.token, one.log_prob, _alternatives(one)) for one in scores)
+    return PromptToken(prompt[0], None), *rest
+
+
+def _token(drawn: Drawn, request: Request) -> Token:
+    if not request.log_probs:
+        return Token(drawn.token)
+    return Token(drawn.token, drawn.log_prob, drawn.sampled_log_prob, _alternatives(drawn))
+
+
+def _alternatives(drawn: Drawn) -> tuple[Alternative, ...]:
+    return tuple(Alternative(token_id, log_prob) for token_id, log_prob in drawn.top)
