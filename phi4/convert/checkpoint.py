@@ -21,7 +21,7 @@ from phi4.config import (
     dump_toml,
     with_overrides,
 )
-from phi4.convert.hf import read_hf, write_hf
+from phi4.convert.hf import HuggingFaceModel, read_hf, write_hf
 from phi4.data.vocabulary.tokenizer import load_tokenizer
 from phi4.engine.checkpoint import open_checkpoint, recipe_of, save_checkpoint
 from phi4.engine.engine import Engine
@@ -86,29 +86,44 @@ def import_hf(
         ConfigError: an override is wrong or changes the model, or as `read_hf`.
         LayoutError: the recipe breaks a rule.
     """
-    model, stream, dtype = read_hf(hf_dir)
-    recipe = with_overrides(_recipe(model, dtype, root), overrides)
-    if recipe.model != model:
-        raise ConfigError(f"overrides change [model], which {hf_dir}/config.json says; remove them")
+    found = read_hf(hf_dir)
+    recipe = hf_recipe(found, hf_dir, root, overrides)
     check(recipe, platform.world_size)
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise CheckpointError(f"{root} exists and is not empty; name a new directory")
     engine = Engine(recipe, platform, trains=False, draws_weights=False)
-    engine.load_whole_parameters(dict(stream()))
+    engine.read_parameters(found.stream())
     files = {RECIPE_FILE: dump_toml(recipe), STATE_FILE: RunState().to_json()}
     checkpoint = save_checkpoint(engine, root, 0, form="none", keep=1, files=files, data={})
     engine.close()
     return checkpoint
 
 
-def _recipe(model: ModelConfig, dtype: Dtype, root: Path) -> Recipe:
-    phi4 = ModelConfig()
+def hf_recipe(
+    found: HuggingFaceModel, hf_dir: Path, run_dir: Path, overrides: Sequence[str] = ()
+) -> Recipe:
+    """The recipe of a Phi3-shape directory's model, with overrides; its rules are not checked.
+
+    Args:
+        found: from `read_hf`.
+        hf_dir: names it in an error.
+        run_dir: the recipe's run.dir.
+        overrides: of everything but the model.
+
+    Raises:
+        ConfigError: an override is wrong or changes the model.
+    """
+    model, phi4 = found.config, ModelConfig()
     length = min(DataConfig().sequence_length, model.max_position_embeddings)
-    return Recipe(
+    recipe = Recipe(
         model=model,
         # Only phi-4's own vocabulary is known by its size; another one has to be named.
         tokenizer=TokenizerConfig(kind="phi4" if model.vocab_size == phi4.vocab_size else "bpe"),
         data=DataConfig(sequence_length=length, unit_tokens=length),
-        precision=PrecisionConfig(dtype=dtype),
-        run=RunConfig(dir=str(root)),
+        precision=PrecisionConfig(dtype=found.dtype),
+        run=RunConfig(dir=str(run_dir)),
     )
+    changed = with_overrides(recipe, overrides)
+    if changed.model != model:
+        raise ConfigError(f"overrides change [model], which {hf_dir}/config.json says; remove them")
+    return changed

@@ -1,4 +1,4 @@
-"""`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` from tiktoken ranks.
+"""Hugging Face's tokenizer files from tiktoken ranks, and ranks from a `tokenizer.json`.
 
 tiktoken keeps only ranks, Hugging Face wants pairs. The pair of a token is what is left of it when
 all merges of a lower rank are done; in a vocabulary that byte-pair encoding made these are always
@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from phi4.data.vocabulary.tokenizer import SPLIT_PATTERN, Tokenizer
+from phi4.data.vocabulary.tokenizer import SPLIT_PATTERN, Tokenizer, tokenizer_of_ranks
 from phi4.errors import TokenizerError
 
 CHAT_TEMPLATE = (
@@ -61,7 +61,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_tokens: int) -> N
             the tokenizer's own.
     """
     fast = fast_tokenizer(tokenizer)
-    _probe(fast, tokenizer)
+    _probe(fast, tokenizer, "try another version of the tokenizers package")
     fast.save(str(directory / "tokenizer.json"), pretty=True)
     config = tokenizer_config(tokenizer, max_tokens)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -142,7 +142,51 @@ def _parts_below(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> list[by
     return parts
 
 
-def _probe(fast: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
+def read_tokenizer(hf_dir: Path) -> Tokenizer:
+    """The tokenizer of a directory's tokenizer.json, whose merges give the ids of its ranks.
+
+    Raises:
+        TokenizerError: the file is missing or damaged, is no byte-level BPE with phi-4's added
+            tokens, or gives the probe text other ids than its ranks do.
+    """
+    path = hf_dir / "tokenizer.json"
+    fast, vocabulary, added = _parsed(path)
+    try:
+        ranks = {_bytes(text): i for text, i in vocabulary.items() if text not in added}
+    except KeyError:
+        raise TokenizerError(
+            f"{path} has tokens that are not written in bytes; only byte-level BPE is read"
+        ) from None
+    tokenizer = tokenizer_of_ranks(ranks, str(path))
+    for name, token_id in added.items():
+        expected = tokenizer.special_tokens.get(name, "no such token")
+        if expected != token_id:
+            raise TokenizerError(
+                f"{path} has the added token {name} with id {token_id}, phi-4 has {expected}; only "
+                "phi-4's added tokens are read"
+            )
+    _probe(fast, tokenizer, "this is no tokenizer of phi-4")
+    return tokenizer
+
+
+def _parsed(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int], dict[str, int]]:
+    """What the file is to `tokenizers`, and the ids of its tokens and of its added tokens."""
+    try:
+        content = path.read_bytes()
+        # What the package cannot read is found first, by an exception without a type of its own.
+        fast, raw = tokenizers.Tokenizer.from_buffer(content), json.loads(content)
+        added = {token["content"]: token["id"] for token in raw["added_tokens"]}
+        return fast, raw["model"]["vocab"], added
+    except OSError as error:
+        raise TokenizerError(
+            f"{path} cannot be read ({error.strerror}); copy it from where the model is from"
+        ) from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:100]
+        raise TokenizerError(f"{path} is no tokenizer ({reason}); copy it again") from None
+
+
+def _probe(fast: tokenizers.Tokenizer, tokenizer: Tokenizer, remedy: str) -> None:
     got, expected = fast.encode(PROBE).ids, tokenizer.encode(PROBE)
     if got != expected:
         at = next(
@@ -151,7 +195,7 @@ def _probe(fast: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
         )
         raise TokenizerError(
             f"tokenizer.json would give {got[at : at + 3]} from token {at} of the probe text, "
-            f"expected {expected[at : at + 3]}; try another version of the tokenizers package"
+            f"expected {expected[at : at + 3]}; {remedy}"
         )
 
 
@@ -168,3 +212,10 @@ _ALPHABET = _byte_alphabet()
 
 def _text(token: bytes) -> str:
     return "".join(_ALPHABET[byte] for byte in token)
+
+
+_BYTE_OF = {character: byte for byte, character in enumerate(_ALPHABET)}
+
+
+def _bytes(text: str) -> bytes:
+    return bytes(_BYTE_OF[character] for character in text)

@@ -3,7 +3,7 @@
 Entering megatron-core always happens inside `Patches`; nothing outside this class needs to know.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -192,11 +192,27 @@ class Engine:
         for name, parameter in global_parameters(self.bare_chunks):
             yield name, unshard(parameter.detach(), parameter, self.layout)
 
-    @torch.no_grad()
-    def load_whole_parameters(self, whole: dict[str, torch.Tensor]) -> None:
+    def load_whole_parameters(self, whole: Mapping[str, torch.Tensor]) -> None:
         """Fill this stage's parameters from whole tensors by global name; missing names raise."""
-        for name, parameter in global_parameters(self.bare_chunks):
-            parameter.copy_(shard(whole[name], parameter, self.layout))
+        self.read_parameters(whole.items())
+
+    @torch.no_grad()
+    def read_parameters(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Fill this stage's parameters from a stream of whole tensors, none of which is kept.
+
+        Args:
+            stream: (global name, whole tensor), in any order; those of other stages are skipped.
+
+        Raises:
+            KeyError: the stream lacks parameters of this stage.
+        """
+        waiting = dict(global_parameters(self.bare_chunks))
+        for name, tensor in stream:
+            parameter = waiting.pop(name, None)
+            if parameter is not None:
+                parameter.copy_(shard(tensor, parameter, self.layout))
+        if waiting:
+            raise KeyError(f"no weights for {', '.join(sorted(waiting))}")
         if self.optimizer is not None:
             with self.patches:
                 self.optimizer.reload_model_params()

@@ -1,2 +1,1 @@
-"""Phi-4 on paper: its shape in numbers (`shape`), the names of its tensors (`names`) and what it
-can be asked (`generation_request`)."""
+"""Phi-4 on paper: its shape, the names of its tensors, and what it can be asked."""

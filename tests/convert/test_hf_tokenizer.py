@@ -13,6 +13,7 @@ from phi4.convert.hf_tokenizer import (
     PROBE,
     fast_tokenizer,
     merges_from_ranks,
+    read_tokenizer,
     tokenizer_config,
     write_tokenizer,
 )
@@ -122,3 +123,51 @@ def test_export_is_refused_when_the_ids_would_differ(tmp_path, tokenizer):
     with pytest.raises(TokenizerError, match="from token 0 of the probe text, expected"):
         write_tokenizer(tmp_path, Foreign(tokenizer.mergeable_ranks), 64)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_written_tokenizer_is_read_as_the_one_that_was_written(tokenizer, tmp_path):
+    write_tokenizer(tmp_path, tokenizer, 64)
+    found = read_tokenizer(tmp_path)
+
+    assert found.fingerprint == tokenizer.fingerprint
+
+
+def test_phi4_tokenizer_is_read_as_the_one_that_was_written(phi4_fast, phi4_tokenizer):
+    assert read_tokenizer(phi4_fast[0]).fingerprint == phi4_tokenizer.fingerprint
+
+
+def _without_digits(raw):
+    split = raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    split["Regex"] = split["Regex"].replace("{1,3}", "{1,2}")
+
+
+DAMAGES = {
+    "no such token": lambda raw: raw["added_tokens"][0].update(content="<|other|>"),
+    "phi-4 has 937; only": lambda raw: raw["added_tokens"][9].update(id=1034),
+    "ids are not 0 to": lambda raw: raw["model"].update(
+        vocab={text: i + (i > 600) for text, i in raw["model"]["vocab"].items()}
+    ),
+    "not written in bytes": lambda raw: raw["model"].update(
+        vocab={text.replace("Ġ", "▁"): i for text, i in raw["model"]["vocab"].items()}, merges=[]
+    ),
+    "no tokenizer of phi-4": _without_digits,
+    "is no tokenizer (": lambda raw: raw.pop("model"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_foreign_tokenizer_is_refused_in_one_line(tokenizer, tmp_path, message):
+    write_tokenizer(tmp_path, tokenizer, 64)
+    path = tmp_path / "tokenizer.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    DAMAGES[message](raw)
+    path.write_text(json.dumps(raw), encoding="utf-8")
+
+    with pytest.raises(TokenizerError) as caught:
+        read_tokenizer(tmp_path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read"):
+        read_tokenizer(tmp_path)

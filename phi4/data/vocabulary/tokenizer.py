@@ -176,6 +176,20 @@ def rank_file_bytes(ranks: dict[bytes, int]) -> bytes:
     )
 
 
+def tokenizer_of_ranks(ranks: dict[bytes, int], origin: str) -> Tokenizer:
+    """The tokenizer of ranks from elsewhere.
+
+    Args:
+        ranks: token bytes to id.
+        origin: names them in an error.
+
+    Raises:
+        TokenizerError: ids have gaps or repeat, or a single byte is missing.
+    """
+    _check_ranks(ranks, origin)
+    return Tokenizer(ranks)
+
+
 @lru_cache(maxsize=1)
 def _parsed(content: bytes, origin: str) -> Tokenizer:
     """The last one is kept: several steps of a command ask for it, and it takes 0.2 s to build."""
@@ -239,6 +253,11 @@ def _parse_ranks(content: bytes, origin: str) -> dict[bytes, int]:
                 f"tokenizer ranks {origin}, line {number}: expected base64 and a number; "
                 "give a file in tiktoken's format"
             ) from None
+    _check_ranks(ranks, origin)
+    return ranks
+
+
+def _check_ranks(ranks: dict[bytes, int], origin: str) -> None:
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise TokenizerError(
             f"tokenizer ranks {origin}: ids are not 0 to {len(ranks) - 1} without gap or repeat; "
@@ -250,4 +269,3 @@ def _parse_ranks(content: bytes, origin: str) -> dict[bytes, int]:
             f"tokenizer ranks {origin}: {missing} of the 256 single bytes are missing, so some "
             "text could not be encoded; give a byte-level vocabulary"
         )
-    return ranks

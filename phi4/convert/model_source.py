@@ -1,0 +1,103 @@
+"""Where a model to generate with comes from: a checkpoint of a run, or a Hugging Face directory.
+
+The decision: both are found and checked before any process starts, and opened by each rank in the
+layout of the recipe; every rank keeps its own shard and no rank ever holds the whole model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from phi4.config import Recipe, check, with_overrides
+from phi4.convert.checkpoint import hf_recipe
+from phi4.convert.hf import HuggingFaceModel, read_hf
+from phi4.convert.hf_tokenizer import read_tokenizer
+from phi4.data.vocabulary.tokenizer import Tokenizer, load_tokenizer
+from phi4.engine.checkpoint import open_checkpoint, recipe_of
+from phi4.engine.engine import Engine
+from phi4.engine.platform import Platform
+from phi4.errors import ConfigError, LayoutError
+from phi4.rundir.checkpoints import find_checkpoint
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on disk.
+
+    Attributes:
+        path: a `step_NNNNNNN` directory, or a Hugging Face directory.
+        recipe: lays it out; one replica of it.
+        hugging_face: what the directory holds; None for a checkpoint.
+    """
+
+    path: Path
+    recipe: Recipe
+    hugging_face: HuggingFaceModel | None
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's own tokenizer.
+
+        Raises:
+            TokenizerError: see `load_tokenizer` and `read_tokenizer`.
+            ConfigError: it has more ids than the model.
+        """
+        if self.hugging_face is None:
+            tokenizer = load_tokenizer(self.recipe.tokenizer)
+        else:
+            tokenizer = read_tokenizer(self.path)
+        num_ids, vocab_size = tokenizer.vocab_size, self.recipe.model.vocab_size
+        if num_ids > vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {num_ids} ids, model.vocab_size={vocab_size}; use the "
+                "tokenizer of the training"
+            )
+        return tokenizer
+
+    def open(self, platform: Platform) -> Engine:
+        """An engine without optimizer that holds this rank's part of the weights.
+
+        Raises:
+            CheckpointError: a file is incomplete or damaged, or has non-finite values.
+
+        Collectives: those of building the engine; of a checkpoint, those of `open_checkpoint`.
+        """
+        if self.hugging_face is None:
+            return open_checkpoint(self.recipe, self.path, platform)
+        engine = Engine(self.recipe, platform, trains=False, draws_weights=False)
+        engine.read_parameters(self.hugging_face.stream())
+        return engine
+
+
+def find_model(place: Path, overrides: Sequence[str] = ()) -> ModelSource:
+    """The model of a run directory (its newest checkpoint), of a step or of Hugging Face's format.
+
+    Args:
+        place: a directory; one with a config.json is Hugging Face's.
+        overrides: of the recipe; without them the model is on one process.
+
+    Raises:
+        CheckpointError: there is no model, or it is not Phi-4's architecture.
+        ConfigError: an override is wrong or would change the model.
+        LayoutError: the layout breaks a rule, or has more than one replica.
+    """
+    _refuse_replicas(overrides)
+    if (place / "config.json").is_file():
+        found = read_hf(place)
+        recipe = hf_recipe(found, place, place, overrides)
+        check(recipe)
+        return ModelSource(place, recipe, found)
+    checkpoint = find_checkpoint(place)
+    return ModelSource(checkpoint, recipe_of(checkpoint, overrides), None)
+
+
+def _refuse_replicas(overrides: Sequence[str]) -> None:
+    """Before other rules of the layout, which would speak of rows that nobody trains."""
+    layout = [override for override in overrides if override.startswith("parallel.")]
+    parallel = with_overrides(Recipe(), layout).parallel
+    for name in ("data", "context"):
+        degree = getattr(parallel, name)
+        if degree != 1:
+            raise LayoutError(
+                f"parallel.{name}={degree}, but one replica generates; expected 1: split the model "
+                "by parallel.tensor and parallel.pipeline"
+            )
