@@ -28,6 +28,8 @@ _POLL_SECONDS = 0.05
 # machine more may pass, but SIGKILL never is a consequence of what a peer did.
 _NOTICE_SECONDS = 0.25
 
+_ENDED_BY_CTRL_C = (128 + signal.SIGINT, -signal.SIGINT)
+
 _LOG_LINES = 20
 _LOG_BYTES = 16_384
 
@@ -55,6 +57,7 @@ def run_workers(
     work_dir: Path,
     env: Mapping[str, str] = MappingProxyType({}),
     grace_seconds: float = 5.0,
+    interactive: bool = False,
     command: Sequence[str] = (sys.executable, "-m", "phi4"),
 ) -> int:
     """Run `command argv` once per rank on this machine, to the end of all or of the first to fail.
@@ -70,6 +73,8 @@ def run_workers(
         work_dir: the run's directory.
         env: added to the workers' environment; the rank variables win over it.
         grace_seconds: what the others get to note how the run ended.
+        interactive: rank 0 reads this process's stdin, and SIGINT is its own affair: it is passed
+            on to it, and ends the run only if rank 0 ends by it.
         command: what is run; a parameter for programs other than phi4.
 
     Returns:
@@ -81,11 +86,15 @@ def run_workers(
     guard = _start_reaper(run_dir)
     workers: list[_Worker] = []
     try:
-        with _received_signals() as received:
+        with _received_signals(workers if interactive else None) as received:
             for rank in range(num_workers):
+                stdin = None if interactive and rank == 0 else subprocess.DEVNULL
                 ranks = _rank_environment(rank, num_workers, run_dir)
-                workers.append(_start([*command, *argv], rank, work_dir, {**env, **ranks}))
+                workers.append(_start([*command, *argv], rank, work_dir, {**env, **ranks}, stdin))
             _watch(workers, received)
+            # The second is of a rank that had not yet reached `report_errors`.
+            if interactive and workers[0].process.returncode in _ENDED_BY_CTRL_C:
+                received.append(signal.SIGINT)
             _stop(workers, received, grace_seconds)
             reports = read_reports(run_dir)
     finally:
@@ -119,11 +128,13 @@ def _rank_environment(rank: int, num_workers: int, run_dir: Path) -> dict[str, s
     }
 
 
-def _start(command: Sequence[str], rank: int, work_dir: Path, env: Mapping[str, str]) -> _Worker:
+def _start(
+    command: Sequence[str], rank: int, work_dir: Path, env: Mapping[str, str], stdin: int | None
+) -> _Worker:
     # A killed rank must not take its last lines with it, and one that crashes says where.
     defaults = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     environment = {**defaults, **os.environ, **env}
-    options = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    options = {"env": environment, "stdin": stdin, "start_new_session": True}
     if rank == 0:
         return _Worker(rank, subprocess.Popen(command, **options), None, 0)
     log = work_dir / "logs" / f"rank_{rank}.log"
@@ -134,13 +145,24 @@ def _start(command: Sequence[str], rank: int, work_dir: Path, env: Mapping[str, 
 
 
 @contextmanager
-def _received_signals() -> Iterator[list[int]]:
-    """The signals that ask for an end, as they arrive; ignored ones (nohup) stay ignored."""
+def _received_signals(workers: Sequence[_Worker] | None) -> Iterator[list[int]]:
+    """The signals that ask for an end, as they arrive; ignored ones (nohup) stay ignored.
+
+    Args:
+        workers: SIGINT goes to the first of these and is not noted, once that is there.
+    """
     received: list[int] = []
     previous = {}
+
+    def note(number: int, _: object) -> None:
+        if number == signal.SIGINT and workers:
+            workers[0].process.send_signal(number)
+        else:
+            received.append(number)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            previous[number] = signal.signal(number, lambda got, _: received.append(got))
+            previous[number] = signal.signal(number, note)
     try:
         yield received
     finally:

@@ -29,6 +29,7 @@ def on_ranks(
     num_workers: int,
     work_dir: Path,
     owns_work_dir: bool = False,
+    interactive: bool = False,
 ) -> int:
     """Run `body` on every rank; in the process that the user started, wait for them all.
 
@@ -40,6 +41,7 @@ def on_ranks(
         owns_work_dir: hold the lease of work_dir, a run directory, before anything is written into
             it and until all ranks ended; the body gets the attempt's number. Under torchrun and
             srun, where no process of ours outlives the ranks, that is left to the body.
+        interactive: rank 0 reads stdin and decides what Ctrl-C ends; see `run_workers`.
 
     Returns:
         Exit code; 0 when all ranks returned.
@@ -55,7 +57,13 @@ def on_ranks(
             if num_workers == 1:
                 return _run_body(body, owner)
             env = {} if owner.attempt is None else {"PHI4_ATTEMPT": str(owner.attempt)}
-            return run_workers(argv, num_workers=num_workers, work_dir=work_dir, env=env)
+            return run_workers(
+                argv,
+                num_workers=num_workers,
+                work_dir=work_dir,
+                env=env,
+                interactive=interactive,
+            )
     if starter == "torchrun" and worker.world_size == 1 < num_workers:
         raise LayoutError(
             f"torchrun started one process, the layout needs {num_workers}; "

@@ -18,9 +18,10 @@ import signal, sys
 from pathlib import Path
 from phi4.launch import run_workers
 signal.signal(signal.SIGINT, signal.default_int_handler)
-script, num_workers, work_dir, grace = sys.argv[1:]
+script, num_workers, work_dir, grace, mode = sys.argv[1:]
 sys.exit(run_workers([script], num_workers=int(num_workers), work_dir=Path(work_dir),
-                     grace_seconds=float(grace), command=[sys.executable]))
+                     grace_seconds=float(grace), interactive=mode == "interactive",
+                     command=[sys.executable]))
 """
 
 PROLOGUE = """
@@ -84,11 +85,14 @@ Launcher = Callable[..., Launch]
 def launch(tmp_path: Path) -> Iterator[Launcher]:
     started: list[Launch] = []
 
-    def start(script: str, num_workers: int, grace: float = 2.0, **streams: int) -> Launch:
+    def start(
+        script: str, num_workers: int, grace: float = 2.0, mode: str = "", **streams: int
+    ) -> Launch:
         path = tmp_path / "script.py"
         path.write_text(PROLOGUE + textwrap.dedent(script))
         work = str(tmp_path / "work")
-        command = [sys.executable, "-c", DRIVER, str(path), str(num_workers), work, str(grace)]
+        arguments = [str(path), str(num_workers), work, str(grace), mode]
+        command = [sys.executable, "-c", DRIVER, *arguments]
         environment = {**os.environ, "TEST_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
         environment.pop("OMP_NUM_THREADS", None)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}

@@ -217,6 +217,53 @@ def test_workers_that_ignore_signals_are_killed_after_the_grace(launch):
     assert not run.survivors()
 
 
+def test_interactive_rank_0_reads_stdin_and_decides_what_ctrl_c_ends(launch):
+    run = launch(
+        """
+        with report_errors():
+            try:
+                note(f"started_{rank}")
+                if rank:
+                    assert sys.stdin.read() == ""
+                    await_note("end")
+                time.sleep(0 if rank else 100_000)
+            except KeyboardInterrupt:
+                print("heard", sys.stdin.readline().strip())
+                note("end")
+        """,
+        num_workers=2,
+        mode="interactive",
+        stdin=subprocess.PIPE,
+    )
+    run.pid_in("started_0"), run.pid_in("started_1")
+    run.process.stdin.write("a line\nanother\n")
+    run.process.stdin.flush()
+    run.process.send_signal(signal.SIGINT)
+    stdout, stderr = run.output()
+    assert (run.process.returncode, stdout, stderr) == (0, "heard a line\n", "")
+    assert not run.survivors() and not run.leftovers()
+
+
+@pytest.mark.parametrize("begin", ["with report_errors():", "if True:"])
+def test_interactive_rank_0_that_ends_by_ctrl_c_ends_the_run(launch, begin):
+    run = launch(
+        f"""
+        {begin}
+            note(f"started_{{rank}}")
+            time.sleep(100_000)
+        """,
+        num_workers=2,
+        mode="interactive",
+        grace=ENDLESS_SECONDS,
+    )
+    run.pid_in("started_0"), run.pid_in("started_1")
+    run.process.send_signal(signal.SIGINT)
+    _, stderr = run.output()
+    assert run.process.returncode == 130
+    assert stderr.endswith("interrupted by SIGINT; all 2 workers are stopped\n")
+    assert not run.survivors()
+
+
 def test_second_ctrl_c_does_not_wait_for_the_grace(launch):
     run = launch(STUBBORN, num_workers=1, grace=ENDLESS_SECONDS)
     run.pid_in("started_0")
