@@ -13,7 +13,8 @@ from phi4.errors import Phi4Error
 
 COMMANDS = {
     "train": "Train a recipe; resumes where it stopped.",
-    "generate": "Continue a prompt with a checkpoint, in any layout.",
+    "generate": "Continue texts, or answer conversations, with a model in any layout.",
+    "chat": "Talk with a model in the terminal.",
     "plan": "Bytes per GPU of a recipe, before it runs.",
     "demo": "Train a small Phi-4 on this machine, from corpus to text.",
 }

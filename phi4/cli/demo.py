@@ -73,7 +73,6 @@ def demo(
         "What it writes.",
         "generate",
         midtrain,
-        "--prompt",
         "def ",
         "--max-tokens",
         60,

@@ -1,90 +1,139 @@
-"""`phi4 generate`: a checkpoint continues a prompt, live in any layout."""
+"""`phi4 generate`: a model continues texts or answers conversations, in any layout."""
 
-import os
-import tempfile
+import re
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from phi4.config import Recipe, check
-from phi4.data.vocabulary.tokenizer import load_tokenizer
-from phi4.launch import WorkerEnvironment, join, on_ranks
-from phi4.sampling.text import end_ids, text_pieces
+from phi4.cli.completions import Asking, print_finished, print_json, print_live
+from phi4.cli.model_ranks import CheckpointPath, on_model_ranks
+from phi4.cli.prompts import STDIN, Prompt, PromptReader
+from phi4.cli.sampling_options import (
+    CacheTokens,
+    MaxTokens,
+    MinP,
+    SamplingOptions,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
+from phi4.errors import ConfigError, DataError
+from phi4.sampling.protocol import ModelLimits, Sampler
 
-if TYPE_CHECKING:
-    from phi4.engine.platform import Platform
+_OVERRIDE = re.compile(r"[a-z_]+\.[a-z_0-9]+=")
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[PROMPT]... [SECTION.KEY=VALUE]...",
+        help="Texts to continue. A word that begins like parallel.tensor=2 is an override of the "
+        "recipe; a prompt that looks so goes into --prompts.",
+        show_default=False,
+    ),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help='More prompts, one JSON object a line: {"prompt": "text"} or {"messages": '
+        '[{"role": "user", "content": "text"}]}. - is stdin.',
+    ),
+]
+IsChat = Annotated[
+    bool, typer.Option("--chat", help="Every prompt is a user's turn; print the answer.")
+]
+System = Annotated[
+    str | None, typer.Option(help="System turn of conversations without one; needs --chat.")
+]
+Samples = Annotated[int, typer.Option("--n", min=1, help="Samples of every prompt.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per finished sample.")]
+WithLogProbs = Annotated[
+    bool, typer.Option("--log-probs", help="Print the log-prob of every token; needs --json.")
+]
 
 
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A step_NNNNNNN directory, or a run directory (its latest).")
-    ],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="section.key=value, for example parallel.tensor=2; else one process."),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Sampling seed.")] = 0,
+    checkpoint: CheckpointPath,
+    words: Words = None,
+    prompts: PromptsFile = None,
+    chat: IsChat = False,
+    system: System = None,
+    n: Samples = 1,
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    as_json: AsJson = False,
+    log_probs: WithLogProbs = False,
+    cache_tokens: CacheTokens = None,
 ) -> None:
-    """Continue a prompt with a checkpoint, in any layout.
+    """Continue texts, or answer conversations, with a model in any layout of one replica.
 
-    The text goes to stdout as it is made and ends with the document or the turn, at the latest
-    after --max-tokens. Platform and layout go to stderr.
+    A sample ends with its document or turn, at a --stop, at the latest after --max-tokens. A single
+    sample is printed as it is made. Of several, each is printed when it is finished, below a line
+    `==> prompt I, sample J: REASON <==`; REASON is stop or length, I and J count from 0, first the
+    PROMPTs and then the lines of the file. A continued text is printed with its beginning.
+
+    With --json a sample is an object with index (I), sample (J), text (only what is new),
+    finish_reason, tokens (ids) and log_probs (of the model itself, whatever the temperature).
+
+    Overrides lay the model out, for example parallel.tensor=2 parallel.pipeline=2: four processes.
+    What is printed does not depend on the layout. Platform, layout and cache go to stderr.
     """
-    from phi4.engine.checkpoint import recipe_of
-    from phi4.rundir.checkpoints import find_checkpoint
+    from phi4.convert.model_source import find_model
 
-    # The workers get the checkpoint itself: `latest` of a live run may move on between them.
-    found = find_checkpoint(checkpoint)
-    recipe = recipe_of(found, overrides or [])
+    texts = [word for word in words or () if not _OVERRIDE.match(word)]
+    overrides = [word for word in words or () if _OVERRIDE.match(word)]
+    if not texts and prompts is None:
+        raise ConfigError("there is no prompt; give PROMPT or --prompts FILE")
+    if log_probs and not as_json:
+        raise ConfigError("--log-probs has no place in plain text; add --json")
+    if system is not None and not chat:
+        raise ConfigError("--system begins conversations, and the prompts are texts; add --chat")
+    if prompts not in (None, STDIN) and not prompts.is_file():
+        raise DataError(f"--prompts={prompts} is no file; give JSON Lines, or - for stdin")
+    source = find_model(checkpoint, overrides)
+    tokenizer = source.tokenizer()
+    options = SamplingOptions(max_tokens, temperature, top_p, top_k, min_p, seed, tuple(stop or ()))
+    asking = Asking(options, tokenizer, n, log_probs)
+    reader = PromptReader(tokenizer, chat, system)
+    limits = ModelLimits(tokenizer.vocab_size, source.recipe.model.max_position_embeddings)
+    # Whatever is wrong with these is said before processes start and weights are read.
+    for prompt in reader.of_texts(texts) if texts else [Prompt("options", (0,), "")]:
+        asking.request(prompt, limits)
 
-    def body(worker: WorkerEnvironment) -> None:
-        from phi4.engine.platform import disconnect
+    def use(sampler: Sampler) -> None:
+        of_file = reader.of_file(prompts) if prompts else ()
+        _print(sampler, asking, chain(reader.of_texts(texts), of_file), as_json)
 
-        check(recipe, worker.world_size)
-        platform = join(worker, recipe.run.platform, recipe.run.threads)
-        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-        for piece in _continuation(recipe, found, platform, prompt, **options):
-            if platform.is_writer:
-                typer.echo(piece, nl=False)
-        disconnect()
-
+    flags = {"--chat": chat, "--json": as_json, "--log-probs": log_probs}
+    values = {"--prompts": prompts, "--system": system, "--n": n, "--cache-tokens": cache_tokens}
     argv = [
-        *("generate", str(found), *(overrides or []), f"--prompt={prompt}"),
-        *(f"--max-tokens={max_tokens}", f"--temperature={temperature}", f"--seed={seed}"),
+        "generate",
+        *(flag for flag, is_set in flags.items() if is_set),
+        *(f"{name}={value}" for name, value in values.items() if value is not None),
+        *options.arguments(),
+        *("--", str(source.path), *overrides, *texts),
     ]
-    num_workers = recipe.parallel.model_parallel_size * max(recipe.parallel.data, 1)
-    logs = Path(tempfile.gettempdir()) / f"phi4-generate-{os.getpid()}"
-    raise typer.Exit(on_ranks(argv, body, num_workers=num_workers, work_dir=logs))
+    code = on_model_ranks(argv, source, cache_tokens, use, interactive=prompts == STDIN)
+    raise typer.Exit(code)
 
 
-def _continuation(
-    recipe: Recipe, checkpoint: Path, platform: "Platform", prompt: str, **options: float
-) -> Iterator[str]:
-    """The prompt and what follows it, to the end of a document or turn, closed by a newline.
-
-    Collectives: those of building the engine, of loading and of every token.
-    """
-    from phi4.engine.checkpoint import open_checkpoint
-    from phi4.engine.generate import generate as generate_tokens
-
-    tokenizer = load_tokenizer(recipe.tokenizer)
-    engine = open_checkpoint(recipe, checkpoint, platform)
-    if platform.is_writer:
-        typer.echo(f"{platform.describe()}\n{engine.layout.describe()}", err=True)
-    stop_ids = end_ids(tokenizer)
-    tokens = generate_tokens(
-        engine,
-        tokenizer.encode(prompt),
-        vocab_size=tokenizer.vocab_size,
-        stop_ids=stop_ids,
-        **options,
-    )
-    yield prompt
-    yield from text_pieces(tokenizer, tokens, stop_ids)
-    yield "\n"
-    engine.close()
+def _print(sampler: Sampler, asking: Asking, prompts: Iterator[Prompt], as_json: bool) -> None:
+    first = list(islice(prompts, 2))
+    if not first:
+        raise DataError("there is no prompt in --prompts; write one JSON object a line")
+    if as_json:
+        print_json(sampler, asking, chain(first, prompts))
+    elif len(first) == asking.n == 1:
+        print_live(sampler, asking, first[0])
+    else:
+        print_finished(sampler, asking, chain(first, prompts))

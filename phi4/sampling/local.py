@@ -67,9 +67,12 @@ class LocalSampler:
     def step(self) -> Sequence[Event]:
         """See `Sampler.step`.
 
-        Collectives: those of `Generator.step`, unless there is nothing to do.
+        A call now and then, also when there is nothing to do, keeps the other ranks from taking
+        this one for dead.
+
+        Collectives: those of `Generator.step`, until the sampler is closed.
         """
-        if self._generator.is_idle:
+        if self._closed:
             return []
         happened: list[Event] = []
         for event in self._generator.step():

@@ -18,7 +18,7 @@ SUB_LAYERS: Mapping[str, Layers] = {
         ("vocabulary", "permutation"),
     ),
     "phi4.engine": (
-        ("checkpoint", "generate", "generation"),
+        ("checkpoint", "generation"),
         ("engine",),
         ("step", "fake_ranks"),
         ("optimizer", "patches"),

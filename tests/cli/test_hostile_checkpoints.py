@@ -15,7 +15,7 @@ COMMANDS = {
     "continue_from": [
         *("train", "recipe.toml", "run.dir=new", "run.init_from=run", "data.continue_from=run"),
     ],
-    "generate": ["generate", "run", "--prompt=a", "--max-tokens=2"],
+    "generate": ["generate", "run", "a", "--max-tokens=2"],
     "to_hf": ["convert", "to-hf", "run", "exported"],
 }
 FORMATS = {"full": (), "dp": ("parallel.distributed_optimizer=true",)}

@@ -12,10 +12,10 @@ from transformers import Phi3ForCausalLM
 from phi4.config import ModelConfig, Recipe, parse_recipe
 from phi4.data.stream.batch import Batch
 from phi4.engine.engine import Engine
-from phi4.engine.generate import generate
 from phi4.engine.model.gpt import global_parameters, unshard
 from phi4.model.names import to_megatron
 from phi4.stages.pretrain import NextToken
+from tests.support.greedy import greedy
 from tests.support.hugging_face import drawn_phi3
 
 MODEL = ModelConfig(
@@ -135,7 +135,7 @@ def measure(engine: Engine, tokens: torch.Tensor) -> Found:
     prompt = tokens[0, :PROMPT_TOKENS].tolist()
     return Found(
         logits=last(engine.logits([batch_of(tokens)])),
-        greedy=list(generate(engine, prompt, max_tokens=NEW_TOKENS, temperature=0.0, seed=0)),
+        greedy=greedy(engine, prompt, NEW_TOKENS),
         gradients=_gradients(engine, tokens),
         packed_logits=last(engine.logits([batch_of(tokens, DOCUMENTS)])),
     )

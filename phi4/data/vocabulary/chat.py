@@ -172,6 +172,15 @@ def read_preference(row: Mapping[str, object]) -> PreferencePair:
     return pair
 
 
+def read_messages(value: object, place: str) -> tuple[Message, ...]:
+    """Turns of a row that is to be answered: a list of `{"role", "content"}`.
+
+    Raises:
+        DataError: it is no such list, or a role is unknown.
+    """
+    return _turns(value, place, None)
+
+
 def _header(role: Role, tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.im_start_id, *tokenizer.encode(role), tokenizer.im_sep_id]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from phi4.model.generation_request import GenerationRequest
 from phi4.engine.layout import Layout
+from phi4.model.generation_request import GenerationRequest
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""What a command is to continue or answer: texts and conversations, of its arguments or a file."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from phi4.data.files.jsonl import open_lines, parse_row, read_lines, reading
+from phi4.data.vocabulary.chat import Message, Role, read_messages
+from phi4.data.vocabulary.tokenizer import Tokenizer
+from phi4.errors import DataError
+from phi4.sampling.chat import chat_prompt
+
+STDIN = Path("-")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        place: where it was given, for errors.
+        ids: token ids.
+        text: that the answer continues; empty for a conversation.
+    """
+
+    place: str
+    ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """Prompts from what a user gives.
+
+    Attributes:
+        tokenizer: of the model.
+        chat: a text is a user's turn and not the begin of a text.
+        system: begins every conversation that has no system turn; None for nothing.
+    """
+
+    tokenizer: Tokenizer
+    chat: bool
+    system: str | None
+
+    def of_texts(self, texts: Sequence[str]) -> Iterator[Prompt]:
+        """One prompt a text."""
+        for number, text in enumerate(texts):
+            yield self._of_text(text, f"prompt {number}")
+
+    def of_file(self, path: Path) -> Iterator[Prompt]:
+        """One prompt a line of a JSON Lines file or of stdin; empty lines are skipped.
+
+        Raises:
+            DataError: the file cannot be read, or a line is no prompt.
+        """
+        opened = nullcontext(sys.stdin.buffer) if path == STDIN else open_lines(path)
+        with reading(path), opened as lines:
+            for number, (line, num_bytes) in enumerate(read_lines(lines), start=1):
+                if line.strip():
+                    yield self._of_line(line, num_bytes, f"{path}:{number}")
+
+    def _of_line(self, line: bytes, num_bytes: int, place: str) -> Prompt:
+        try:
+            row = parse_row(line, num_bytes)
+            if "messages" in row and "prompt" not in row:
+                return self._of_messages(read_messages(row["messages"], "messages"), place)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
+        if "messages" in row or not isinstance(row.get("prompt"), str):
+            raise DataError(
+                f'{place}: expected {{"prompt": "text"}} or {{"messages": [...]}}, got the keys '
+                f"{', '.join(sorted(row)) or 'none'}"
+            )
+        return self._of_text(row["prompt"], place)
+
+    def _of_text(self, text: str, place: str) -> Prompt:
+        if self.chat:
+            return self._of_messages((Message(Role.USER, text),), place)
+        return Prompt(place, tuple(self.tokenizer.encode(text)), text)
+
+    def _of_messages(self, messages: tuple[Message, ...], place: str) -> Prompt:
+        if self.system is not None and messages[0].role is not Role.SYSTEM:
+            messages = (Message(Role.SYSTEM, self.system), *messages)
+        return Prompt(place, chat_prompt(messages, self.tokenizer), "")

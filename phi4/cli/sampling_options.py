@@ -1,0 +1,95 @@
+"""The options of every command that samples, and the request that they make of a prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated
+
+import typer
+
+from phi4.data.vocabulary.tokenizer import Tokenizer
+from phi4.sampling.protocol import Request
+from phi4.sampling.text import end_ids
+
+MaxTokens = Annotated[
+    int, typer.Option(min=1, help="New tokens of a sample at most; it ends earlier by itself.")
+]
+Temperature = Annotated[
+    float, typer.Option(help="Divides the logits; 0 takes the likeliest token every time.")
+]
+TopP = Annotated[
+    float, typer.Option(help="Draw from the likeliest tokens that together have this probability.")
+]
+TopK = Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0: from all.")]
+MinP = Annotated[
+    float,
+    typer.Option(help="Draw from tokens that are at least this fraction as likely as the first."),
+]
+Seed = Annotated[
+    int,
+    typer.Option(help="Draws depend on it, on sample and position, and on nothing else."),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End a sample before this text; may be given several times."),
+]
+CacheTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens whose keys and values are kept, of all samples together; by default twice the "
+        "model's longest sequence and at least 16,384.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How new tokens are drawn, as a command was asked; see `phi4.sampling.protocol.Request`."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    stop: tuple[str, ...]
+
+    def request(
+        self,
+        prompt: Sequence[int],
+        tokenizer: Tokenizer,
+        *,
+        n: int = 1,
+        max_tokens: int | None = None,
+        log_probs: bool = False,
+    ) -> Request:
+        """What is asked of a model after a prompt.
+
+        Args:
+            prompt: token ids.
+            tokenizer: of the ids; a sample ends with either of its end tokens.
+            n: samples.
+            max_tokens: fewer than the option says.
+            log_probs: whether new tokens carry theirs.
+        """
+        return Request(
+            prompt=tuple(prompt),
+            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
+            n=n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            seed=self.seed,
+            stop_ids=end_ids(tokenizer),
+            # Arguments that are not UTF-8 are stopped at as the bytes that they are.
+            stop_strings=tuple(text.encode(errors="surrogateescape") for text in self.stop),
+            log_probs=log_probs,
+        )
+
+    def arguments(self) -> list[str]:
+        """The options on a command line."""
+        plain = [field.name for field in fields(self) if field.name != "stop"]
+        options = [f"--{name.replace('_', '-')}={getattr(self, name)}" for name in plain]
+        return [*options, *(f"--stop={text}" for text in self.stop)]
