@@ -85,8 +85,9 @@ def run_workers(
     run_dir = Path(tempfile.mkdtemp(prefix="phi4-run-"))
     guard = _start_reaper(run_dir)
     workers: list[_Worker] = []
-    try:
-        with _received_signals(workers if interactive else None) as received:
+    # Around the end too: one Ctrl-C more must not keep processes alive.
+    with _received_signals(workers if interactive else None) as received:
+        try:
             for rank in range(num_workers):
                 stdin = None if interactive and rank == 0 else subprocess.DEVNULL
                 ranks = _rank_environment(rank, num_workers, run_dir)
@@ -97,14 +98,14 @@ def run_workers(
                 received.append(signal.SIGINT)
             _stop(workers, received, grace_seconds)
             reports = read_reports(run_dir)
-    finally:
-        reaper.sweep(str(run_dir))
-        for worker in workers:
-            worker.process.wait()
-        guard.kill()
-        guard.communicate()
-        shutil.rmtree(run_dir, ignore_errors=True)
-    return _conclude(workers, reports, received)
+        finally:
+            reaper.sweep(str(run_dir))
+            for worker in workers:
+                worker.process.wait()
+            guard.kill()
+            guard.communicate()
+            shutil.rmtree(run_dir, ignore_errors=True)
+        return _conclude(workers, reports, received)
 
 
 def _start_reaper(run_dir: Path) -> subprocess.Popen:
