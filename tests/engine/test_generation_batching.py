@@ -34,12 +34,14 @@ class Case:
         num_cancelled: neighbours that are submitted before them and cancelled one by one.
         num_rounds: so many times they are submitted, each after the last has finished.
         num_blocks: of the cache.
+        exact: whether the generator is batch_invariant.
     """
 
     shuffled: bool = False
     num_cancelled: int = 0
     num_rounds: int = 1
     num_blocks: int = 60
+    exact: bool = False
 
 
 TOO_FEW_BLOCKS = {
@@ -86,7 +88,7 @@ def pool() -> Iterator[RankPool]:
 @pytest.fixture(scope="module")
 def alone(pool) -> list[dict]:
     """Every request by itself, each with an empty cache."""
-    return pool.run(run_alone, mixed_requests())[0]
+    return pool.run(run_alone, (), mixed_requests(), False)[0]
 
 
 @pytest.mark.parametrize("case", TOO_FEW_BLOCKS)
@@ -122,6 +124,23 @@ def test_tokens_do_not_depend_on_the_layout(pool, alone, layout):
     check_same(found, alone)
     assert stats.waited
     assert set(outcomes[1:]) == {"followed"}
+
+
+@pytest.mark.parametrize(
+    "layout", ["one process", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS)]
+)
+def test_no_bit_depends_on_the_batch_or_on_known_prefixes(pool, layout):
+    run = partial(run_ranks, 4) if layout == "tp2xpp2" else pool.run
+    overrides, requests = LAYOUTS.get(layout, ()), mixed_requests()
+    alone = run(run_alone, overrides, requests, True)[0]
+    case = replace(AGAIN, shuffled=True, num_cancelled=8, exact=True)
+    rounds, _ = run(run_together, overrides, requests, case)[0]
+
+    for found in rounds:
+        check_same(found, alone, tolerance=0.0)
+    if layout == "pp2":
+        # Stages change no sum; tensor ranks do.
+        check_same(alone, pool.run(run_alone, (), requests, True)[0], tolerance=0.0)
 
 
 def check_same(found: list[dict], alone: list[dict], tolerance: float = 1e-5) -> None:
@@ -194,19 +213,23 @@ class Stats:
     computed_tokens: tuple[int, ...]
 
 
-def generator_of(engine, num_blocks: int = 60) -> Generator:
-    return Generator(engine, CacheSize(num_blocks, BLOCK_TOKENS), "weights", limits=LIMITS)
+def generator_of(engine, num_blocks: int = 60, exact: bool = False) -> Generator:
+    size = CacheSize(num_blocks, BLOCK_TOKENS)
+    return Generator(engine, size, "weights", limits=LIMITS, batch_invariant=exact)
 
 
-def run_alone(rank: int, world_size: int, requests: list[Asked]):
-    with engine_on(rank, tiny_recipe("model.num_layers=4"), trains=False) as engine:
+def run_alone(
+    rank: int, world_size: int, layout: tuple[str, ...], requests: list[Asked], exact: bool
+):
+    with engine_on(rank, tiny_recipe("model.num_layers=4", *layout), trains=False) as engine:
         if engine is None:
             return None
         found = []
         for request in requests:
-            with generator_of(engine) as generator:
-                generator.submit(request)
-                found += collect(finished(generator), 1)
+            with generator_of(engine, exact=exact) as generator:
+                if generator.leads:
+                    generator.submit(request)
+                    found += collect(finished(generator), 1)
         return found
 
 
@@ -217,7 +240,7 @@ def run_together(
     with engine_on(rank, tiny_recipe("model.num_layers=4", *layout), trains=False) as engine:
         if engine is None:
             return None
-        with generator_of(engine, case.num_blocks) as generator:
+        with generator_of(engine, case.num_blocks, case.exact) as generator:
             if not generator.leads:
                 generator.follow()
                 return "followed"

@@ -55,7 +55,24 @@ def test_keys_in_blocks_are_keys_in_a_row(
     paged = BlockTable.of(blocks, lengths, SIZE, queries)
     found = attention_decode(q, keys, values, paged, causal=causal, **TORCH)
     for ours, theirs in zip(found, wanted, strict=True):
-        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_sequences_of_one_query_are_padded_to_batches_that_do_not_mix() -> None:
+    lengths, rows = [1, 2, 3, 12, 11], [[4], [3, 0], [7, 1], [5, 9, 2], [6, 8, 10]]
+    q, keys, values = drawn(len(lengths))
+    table = BlockTable.of(rows, lengths, SIZE)
+    where = table.q_offsets, table.blocks, table.lengths
+    assert [one.rows for one in torch_impl._padded(*where, SIZE)] == [slice(0, 3), slice(3, 5)]
+    keys[rows[3][0] * SIZE] = torch.nan
+    found = attention_decode(q, keys, values, table, **TORCH)
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        slots = [row[key // SIZE] * SIZE + key % SIZE for key in range(length)]
+        ranges = Ranges.of([0, 1], [0], [length])
+        wanted = attention_forward(q[i : i + 1], keys[slots], values[slots], ranges, **TORCH)
+        torch.testing.assert_close(found.out[i], wanted.out[0], equal_nan=True)
+        torch.testing.assert_close(found.lse[i], wanted.lse[0], equal_nan=True)
+    assert found.out[[0, 1, 2, 4]].isfinite().all()
 
 
 def test_samples_read_their_prompt_once_and_merge() -> None:
@@ -93,13 +110,14 @@ def derivations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_all_layers_share_one_validation_and_one_plan(derivations: list[str]) -> None:
     q, keys, values = drawn(3)
-    ranges, table = Ranges.of([0, 3], [0], [9]), BlockTable.of([[1, 0]], [7], SIZE, [3])
+    ranges = Ranges.of([0, 3], [0], [9])
     derivations.clear()
     for _ in range(3):
         leaf = q.clone().requires_grad_()
         attention(leaf, keys, values, ranges, **TORCH).out.sum().backward()
     assert sorted(derivations) == ["_blocks", "_spans"]
     derivations.clear()
+    table = BlockTable.of([[1, 0]], [7], SIZE, [3])
     for _ in range(3):
         attention_decode(q, keys, values, table, **TORCH)
     assert sorted(derivations) == ["_blocks", "_span"]

@@ -15,7 +15,7 @@ from phi4.engine.engine import Engine
 from phi4.engine.model.gpt import global_parameters, unshard
 from phi4.model.names import to_megatron
 from phi4.stages.pretrain import NextToken
-from tests.support.greedy import greedy
+from tests.support.generation import greedy
 from tests.support.hugging_face import drawn_phi3
 
 MODEL = ModelConfig(

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from phi4.engine.engine import Engine
 from phi4.engine.generation.draws import Drawn
-from phi4.engine.generation.generator import Generator
+from phi4.engine.generation.generator import CacheSize, Generator
 from phi4.engine.generation.scheduler import Event, PromptScored, SampleEnded, TokenDrawn
 
 
@@ -83,3 +84,13 @@ def generate(generator: Generator, requests: Sequence[Asked]) -> list[list[Event
         steps.append(generator.step())
         ended += sum(isinstance(event, SampleEnded) for event in steps[-1])
     return steps
+
+
+def greedy(engine: Engine, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """New tokens at temperature 0, on every rank; every data and context rank is a replica."""
+    size = CacheSize(-(-(len(prompt) + num_tokens) // 16), 16)
+    request = Asked(prompt, max_tokens=num_tokens, temperature=0.0)
+    with Generator(engine, size, "weights") as generator:
+        steps = generate(generator, [request])
+    [found] = collect([event for events in steps for event in events], 1)
+    return found["tokens"][0]

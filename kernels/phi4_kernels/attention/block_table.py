@@ -96,18 +96,18 @@ class BlockTable:
         like = {"dtype": torch.int32, "device": "cpu"}
         offsets = torch.tensor(list(accumulate(counts, initial=0)), **like)
         padded = torch.tensor(rows, **like).view(len(rows), width)
-        host = torch.tensor(list(lengths), **like)
-        longest = int(host.max()) if host.numel() else 0
-        device = torch.get_default_device() if device is None else device
-        parts = (offsets, padded, host)
-        cls(*parts, block_tokens, longest).validate()
+        longest = max(lengths, default=0)
+        table = cls(offsets, padded, torch.tensor(list(lengths), **like), block_tokens, longest)
+        table._spans(offsets.tolist(), rows, list(lengths))
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type == "cpu":
+            return table
+        parts = table.q_offsets, table.blocks, table.lengths
         return cls(*(part.to(device) for part in parts), block_tokens, longest)
 
     def validate(self, num_queries: int | None = None, num_slots: int | None = None) -> None:
         """Raise PositionError unless all is in order and within the given sizes; synchronises."""
-        last_query, last_block = once(
-            (self.q_offsets, self.blocks, self.lengths), ("span",), self._span
-        )
+        last_query, last_block = self._spans()
         if num_queries is not None and last_query > num_queries:
             raise PositionError(
                 f"BlockTable: q_offsets end at {last_query}; expected at most {num_queries}; pass "
@@ -119,26 +119,35 @@ class BlockTable:
                 f"{self.block_tokens} slots within {num_slots}; pass the whole cache"
             )
 
-    def _span(self) -> tuple[int, int]:
+    def _spans(self, *host: list) -> tuple[int, int]:
+        """`_span` of q_offsets, blocks and lengths, or of their values on the host; made once."""
+        parts = self.q_offsets, self.blocks, self.lengths
+        return once(
+            parts, ("span",), lambda: self._span(*(host or [part.tolist() for part in parts]))
+        )
+
+    def _span(
+        self, offsets: list[int], blocks: list[list[int]], lengths: list[int]
+    ) -> tuple[int, int]:
         """The end of the last sequence's queries, and the highest block that holds a key; -1
         without any."""
-        offsets, lengths = self.q_offsets, self.lengths
-        if offsets[0] < 0 or (offsets.diff() < 0).any():
+        if offsets[0] < 0 or sorted(offsets) != offsets:
             raise PositionError(
-                f"BlockTable: q_offsets are {offsets.tolist()}; expected ascending from 0 or more; "
+                f"BlockTable: q_offsets are {offsets}; expected ascending from 0 or more; "
                 "count the queries of the sequences in order"
             )
         num_slots = self.blocks.shape[1] * self.block_tokens
-        if ((lengths < 0) | (lengths > num_slots)).any():
+        if min(lengths, default=0) < 0 or max(lengths, default=0) > num_slots:
             raise PositionError(
-                f"BlockTable: lengths are {lengths.tolist()}; expected 0 to {num_slots}, the slots "
+                f"BlockTable: lengths are {lengths}; expected 0 to {num_slots}, the slots "
                 "of a row of blocks; append blocks"
             )
-        columns = torch.arange(self.blocks.shape[1], device=self.blocks.device)
-        used = self.blocks[columns * self.block_tokens < lengths.unsqueeze(1)]
-        if (used < 0).any():
+        counts = (-(-length // self.block_tokens) for length in lengths)
+        used = [row[:count] for row, count in zip(blocks, counts, strict=True) if count]
+        lowest = min(map(min, used), default=0)
+        if lowest < 0:
             raise PositionError(
-                f"BlockTable: a key lies in block {int(used.min())}; expected 0 or more; fill the "
+                f"BlockTable: a key lies in block {lowest}; expected 0 or more; fill the "
                 "rows up to the last key"
             )
-        return int(offsets[-1]), int(used.max()) if used.numel() else -1
+        return offsets[-1], max(map(max, used), default=-1)

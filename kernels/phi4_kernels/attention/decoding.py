@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from phi4_kernels import dispatch
+from phi4_kernels.attention import torch_impl
 from phi4_kernels.attention.arguments import (
     Attention,
     check_head_dim,
@@ -62,6 +63,9 @@ def attention_decode(
     q = for_implementation(q, name)
     where = (table.q_offsets, table.blocks, table.lengths, table.block_tokens, table.max_length)
     with torch.no_grad():
+        if name == "torch" and not torch.compiler.is_compiling():
+            # An operator's call costs more than PyTorch's attention of a single query.
+            return Attention(*torch_impl.decode(q, keys, values, *where, causal, scale))
         return Attention(*_decode(q, keys, values, *where, causal, scale, name))
 
 

@@ -113,13 +113,18 @@ def _is_flash(q: Tensor) -> bool:
     return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """q [B, N, M, D], k and v [B, K, L, D] to out [B, N, M, D] and lse [B, N, M], fp32."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, added: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """q [B, N, M, D], k and v [B, K, L, D] to out [B, N, M, D] and lse [B, N, M], fp32.
+
+    On a CPU `added`, broadcast to [B, N, M, L] and fp32, is added to the scores.
+    """
     if q.device.type == "cpu":
         # In half precision it takes a coarse exp: its lse errs by 1e-5.
         wide = tuple(x.float() for x in (q, k, v))
         run = _aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = run(*wide, 0.0, causal, scale=scale)
+        out, lse = run(*wide, 0.0, causal, attn_mask=added, scale=scale)
         # It hides a NaN in q: such a query gets a finite result.
         marks = wide[0].mul(0.0).sum(-1)
         return out.add_(marks.unsqueeze(-1)), lse.add_(marks)
@@ -259,15 +264,75 @@ def decode(
         plan = _blocks(q_offsets, ends - lengths, ends, causal)
         return _slots(blocks, lengths, block_tokens), plan
 
-    settings = ("torch", "decode", block_tokens, causal)
-    slots, plan = once((q_offsets, blocks, lengths), settings, gather)
+    where = q_offsets, blocks, lengths
+    if q.device.type == "cpu" and q.shape[0] == lengths.numel():
+        settings = ("torch", "decode padded", block_tokens)
+        batches = once(where, settings, lambda: _padded(*where, block_tokens))
+        if batches:
+            return _decode_padded(q, keys, values, batches, scale)
+    slots, plan = once(where, ("torch", "decode", block_tokens, causal), gather)
     return _forward(q, keys.index_select(0, slots), values.index_select(0, slots), plan, scale)
+
+
+class _Padded(NamedTuple):
+    """Neighbouring sequences of one query each, filled up to the longest."""
+
+    rows: slice
+    slots: Tensor
+    """[B, L], int64; filled up with the first key of the sequence: another one may be NaN."""
+    unseen: Tensor | None
+    """[B, 1, 1, L], fp32: minus infinity for those keys; None without any."""
+
+
+def _padded(q_offsets: Tensor, blocks: Tensor, lengths: Tensor, block_tokens: int) -> list[_Padded]:
+    """Batches at most twice as large as their keys; none unless every sequence has one query."""
+    counts = lengths.tolist()
+    if min(counts, default=0) < 1 or q_offsets.tolist() != list(range(len(counts) + 1)):
+        return []
+    starts, first, longest, total = [0], 0, 0, 0
+    for row, count in enumerate(counts):
+        longest, total = max(longest, count), total + count
+        if (row + 1 - first) * longest > 2 * total:
+            starts.append(row)
+            first, longest, total = row, count, count
+    slots = _slots_of_blocks(blocks, block_tokens)
+    batches = []
+    for start, end in pairwise((*starts, len(counts))):
+        longest = max(counts[start:end])
+        unseen = torch.arange(longest) >= lengths[start:end].unsqueeze(1)
+        mask = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None, None]
+        keys = slots[start:end, :longest]
+        keys = keys.where(~unseen, keys[:, :1]).contiguous()
+        batches.append(_Padded(slice(start, end), keys, mask if unseen.any() else None))
+    return batches
+
+
+def _decode_padded(
+    q: Tensor, keys: Tensor, values: Tensor, batches: list[_Padded], scale: float
+) -> tuple[Tensor, Tensor]:
+    """The query heads of a group are as many queries of its key head."""
+    num_heads, dim = keys.shape[1:]
+    grouped = q if q.dim() == 4 else q.reshape(q.shape[0], num_heads, -1, dim)
+    parts = []
+    for batch in batches:
+        shape = (*batch.slots.shape, num_heads, dim)
+        slots = batch.slots.view(-1)
+        k = keys.index_select(0, slots).view(shape).transpose(1, 2)
+        v = values.index_select(0, slots).view(shape).transpose(1, 2)
+        parts.append(_attend(grouped[batch.rows], k, v, False, scale, batch.unseen))
+    out, lse = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return out.reshape(q.shape[0], -1, dim).to(q.dtype), lse.reshape(q.shape[0], -1)
+
+
+def _slots_of_blocks(blocks: Tensor, block_tokens: int) -> Tensor:
+    """[n, B * block_tokens], int64."""
+    within = torch.arange(block_tokens, device=blocks.device)
+    return (blocks.long().unsqueeze(-1) * block_tokens + within).flatten(1)
 
 
 def _slots(blocks: Tensor, lengths: Tensor, block_tokens: int) -> Tensor:
     """[U], int64: the slots of all keys, one sequence after the other."""
-    within = torch.arange(block_tokens, device=blocks.device)
-    slots = (blocks.long().unsqueeze(-1) * block_tokens + within).flatten(1)
+    slots = _slots_of_blocks(blocks, block_tokens)
     return slots[torch.arange(slots.shape[1], device=blocks.device) < lengths.unsqueeze(1)]
 
 

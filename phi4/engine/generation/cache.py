@@ -1,14 +1,14 @@
 """Keys and values of this rank's layers in blocks, and attention over them.
 
-A slot is the place of one token. The torch implementation reads keys that lie side by side, so the
-slots of every row are gathered before attention.
+A slot is the place of one token. Rows with one new token read their keys through a table of their
+blocks; of longer rows, which are few, the keys are copied side by side before attention.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from phi4_kernels.attention import Ranges, attention_forward
+from phi4_kernels.attention import BlockTable, Ranges, attention_decode, attention_forward
 
 from phi4.engine.generation.blocks import BlockCopy, slots_of
 from phi4.engine.generation.steps import StepRow
@@ -86,12 +86,15 @@ class StepAttention:
         self._cache = cache
         size, device = cache.block_tokens, cache.device
         # Of a row with one token without the array that `slots_of` makes.
-        new = [row.blocks[-1] * size + row.start % size for row in rows[:num_single]]
+        new = [row.blocks[row.start // size] * size + row.start % size for row in rows[:num_single]]
         longer = [slots_of(row.blocks, size, row.start, row.end) for row in rows[num_single:]]
         self._new_T = _on_device(np.concatenate((np.array(new, dtype=np.int64), *longer)), device)
         singles = [[row] for row in rows[:num_single]] if alone else [rows[:num_single]]
-        parts = [(part, False) for part in singles] + [(rows[num_single:], True)]
-        self._parts = [_Part(part, causal, size, device) for part, causal in parts if part]
+        self._parts: list[_Singles | _Chunks] = [
+            _Singles(one, size, device) for one in singles if one
+        ]
+        if num_single < len(rows):
+            self._parts.append(_Chunks(rows[num_single:], size, device))
 
     def attend(
         self, core: CoreAttention, q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
@@ -110,14 +113,31 @@ class StepAttention:
         return torch.cat(outputs)
 
 
-class _Part:
-    """Rows that one call of the attention op serves."""
+class _Singles:
+    """Rows with one new token each, whose keys are read where they are."""
 
-    def __init__(
-        self, rows: Sequence[StepRow], causal: bool, block_tokens: int, device: torch.device
-    ) -> None:
+    def __init__(self, rows: Sequence[StepRow], block_tokens: int, device: torch.device) -> None:
+        self.num_queries = len(rows)
+        blocks, lengths = [row.blocks for row in rows], [row.end for row in rows]
+        self._table = BlockTable.of(blocks, lengths, block_tokens, device=device)
+
+    def attend(
+        self,
+        core: CoreAttention,
+        q_RND: torch.Tensor,
+        keys_PKD: torch.Tensor,
+        values_PKD: torch.Tensor,
+    ) -> torch.Tensor:
+        """[R, N, D]."""
+        options = {"scale": core.scale, "implementation": core.implementation}
+        return attention_decode(q_RND, keys_PKD, values_PKD, self._table, **options).out
+
+
+class _Chunks:
+    """Rows with several new tokens, whose keys are gathered."""
+
+    def __init__(self, rows: Sequence[StepRow], block_tokens: int, device: torch.device) -> None:
         self.num_queries = sum(len(row.tokens) for row in rows)
-        self._causal = causal
         held = [slots_of(row.blocks, block_tokens, 0, row.end) for row in rows]
         self._slots_U = _on_device(np.concatenate(held), device)
         queries, keys = [0], [0]
@@ -137,9 +157,7 @@ class _Part:
         keys = keys_PKD.index_select(0, self._slots_U)
         values = values_PKD.index_select(0, self._slots_U)
         options = {"scale": core.scale, "implementation": core.implementation}
-        return attention_forward(
-            q_TND, keys, values, self._ranges, causal=self._causal, **options
-        ).out
+        return attention_forward(q_TND, keys, values, self._ranges, **options).out
 
 
 def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -6,8 +6,7 @@ token the module calls cost more CPU time than the products. Tests hold it to th
 pass and to transformers.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,13 +15,14 @@ from phi4_kernels.rms_norm import add_rms_norm, rms_norm
 from phi4_kernels.swiglu import swiglu, swiglu_linear
 
 from phi4.engine.layout import Layout
-from phi4.engine.model.attention import CoreAttention
+from phi4.engine.model.attention import CoreAttention, Phi4SelfAttention
 from phi4.engine.model.gpt import Phi4Model
-from phi4.engine.model.layers import RMSNorm, SwiGLU
+from phi4.engine.model.layers import AddRMSNorm, Phi4Layer, RMSNorm
 from phi4.engine.model.micro_batch import Documents
 
-# Shape legend: T new tokens, H hidden, N query heads and K key-value heads per tensor rank, D head
-# dim, R tokens whose logits are wanted, V vocabulary, F feed-forward width per tensor rank.
+# Shape legend: T new tokens, H hidden, Q width of queries, keys and values, N query heads and K
+# key-value heads per tensor rank, D head dim, R tokens whose logits are wanted, V vocabulary, F
+# feed-forward width per tensor rank.
 
 
 class CachedAttention(Protocol):
@@ -45,17 +45,46 @@ class CachedAttention(Protocol):
         ...
 
 
+class _Layer(NamedTuple):
+    """What a layer computes with, looked up once: a lookup through modules costs a microsecond."""
+
+    input_norm: RMSNorm
+    attention: Phi4SelfAttention
+    core: CoreAttention
+    qkv: torch.Tensor
+    out: torch.Tensor
+    norm: AddRMSNorm
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    swiglu: str
+
+    @classmethod
+    def of(cls, layer: Phi4Layer) -> "_Layer":
+        attention, mlp = layer.self_attention, layer.mlp
+        return cls(
+            input_norm=layer.input_layernorm,
+            attention=attention,
+            core=attention.core_attention,
+            qkv=attention.linear_qkv.weight,
+            out=attention.linear_proj.weight,
+            norm=layer.pre_mlp_layernorm,
+            gate_up=mlp.linear_fc1.weight,
+            down=mlp.linear_fc2.weight,
+            swiglu=mlp.implementation,
+        )
+
+
 class ChunkForward:
     """One chunk of a model, in whatever layout it was built.
 
     Args:
-        chunk: of an engine; its weights are read at every call, so they may change in between.
+        chunk: of an engine; its parameters may get other values in between.
         layout: of the engine.
     """
 
     def __init__(self, chunk: Phi4Model, layout: Layout) -> None:
         self._chunk = chunk
-        self._layers: Sequence[torch.nn.Module] = tuple(chunk.decoder.layers)
+        self._layers = [_Layer.of(layer) for layer in chunk.decoder.layers]
         self._group, self._tp_size = layout.groups.tp, layout.tp_size
 
     def __call__(
@@ -108,28 +137,20 @@ class ChunkForward:
         return self._summed(rows_TH)
 
     def _through(
-        self,
-        layer: torch.nn.Module,
-        hidden_TH: torch.Tensor,
-        rotary: Documents,
-        cached: CachedAttention,
+        self, layer: _Layer, hidden_TH: torch.Tensor, rotary: Documents, cached: CachedAttention
     ) -> torch.Tensor:
         """x + attention(norm(x)), then x + mlp(norm(x)): see `Phi4Layer`."""
-        attention, norm, mlp = layer.self_attention, layer.pre_mlp_layernorm, layer.mlp
-        normed_TH = _normed(layer.input_layernorm, hidden_TH)
-        qkv = F.linear(normed_TH, attention.linear_qkv.weight).unsqueeze(1)
-        q, k, v = (x.squeeze(1) for x in attention.rotate_and_split(qkv, rotary))
-        out_TND = cached.attend(attention.core_attention, q, k, v)
-        attended_TH = F.linear(out_TND.flatten(1), attention.linear_proj.weight)
+        normed_TH = _normed(layer.input_norm, hidden_TH)
+        qkv_T1Q = F.linear(normed_TH, layer.qkv).unsqueeze(1)
+        q, k, v = (x.squeeze(1) for x in layer.attention.rotate_and_split(qkv_T1Q, rotary))
+        out_TND = cached.attend(layer.core, q, k, v)
+        attended_TH = self._summed(F.linear(out_TND.flatten(1), layer.out))
+        norm = layer.norm
+        options = {"implementation": norm.implementation}
         normed_TH, hidden_TH = add_rms_norm(
-            self._summed(attended_TH),
-            hidden_TH,
-            norm.weight,
-            norm.eps,
-            implementation=norm.implementation,
+            attended_TH, hidden_TH, norm.weight, norm.eps, **options
         )
-        gate_up_T2F = F.linear(normed_TH, mlp.linear_fc1.weight)
-        return hidden_TH + self._summed(_down(mlp, gate_up_T2F))
+        return hidden_TH + self._summed(_mlp(layer, normed_TH))
 
     def _summed(self, partial: torch.Tensor) -> torch.Tensor:
         if self._tp_size > 1:
@@ -141,8 +162,8 @@ def _normed(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
     return rms_norm(x, norm.weight, norm.eps, implementation=norm.implementation)
 
 
-def _down(mlp: SwiGLU, gate_up_T2F: torch.Tensor) -> torch.Tensor:
-    weight = mlp.linear_fc2.weight
-    if mlp.implementation == "torch":
-        return F.linear(swiglu(gate_up_T2F, implementation="torch"), weight)
-    return swiglu_linear(gate_up_T2F, weight, implementation=mlp.implementation)
+def _mlp(layer: _Layer, normed_TH: torch.Tensor) -> torch.Tensor:
+    gate_up_T2F = F.linear(normed_TH, layer.gate_up)
+    if layer.swiglu == "torch":
+        return F.linear(swiglu(gate_up_T2F, implementation="torch"), layer.down)
+    return swiglu_linear(gate_up_T2F, layer.down, implementation=layer.swiglu)

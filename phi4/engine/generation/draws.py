@@ -89,15 +89,15 @@ def draw(logits_RV: torch.Tensor, rows: Sequence[Draw], num_ids: int | None = No
         tokens_R[warm] = drawn_R
         sampled_R[warm] = _at(kept_RV, drawn_R)
     chosen_R = _at(log_probs_RV, tokens_R)
-    pairs = zip(log_probs_RV, rows, strict=True)
-    tops = (most_probable(log_probs_V, row.num_top) for log_probs_V, row in pairs)
+    tops = [
+        most_probable(log_probs_RV[i], row.num_top) if row.num_top else ()
+        for i, row in enumerate(rows)
+    ]
     return list(map(Drawn, tokens_R.tolist(), chosen_R.tolist(), sampled_R.tolist(), tops))
 
 
 def most_probable(log_probs_V: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
     """(id, log_prob) of the `count` most probable tokens, equal ones by ascending id."""
-    if not count:
-        return ()
     least = log_probs_V.topk(min(count, len(log_probs_V))).values[-1]
     # topk leaves the order of equal values open.
     ids = (log_probs_V >= least).nonzero().squeeze(1)

@@ -180,4 +180,5 @@ class Generator:
                 self._closed = True
                 while self._running:
                     self._scheduler.finish(self._decoder.end(self._running.popleft()))
+                self._relay.finish()
         return []

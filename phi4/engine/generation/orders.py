@@ -80,6 +80,12 @@ class OrderRelay:
         payload = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self._device)
         return pickle.loads(self._passed(payload).cpu().numpy().tobytes())
 
+    def finish(self) -> None:
+        """Wait until everything has arrived: a message that is dropped before may never do so."""
+        while self._sent:
+            work, _ = self._sent.pop()
+            work.wait()
+
     def _passed(self, message: torch.Tensor) -> torch.Tensor:
         """The leader's message, in the place of this rank's."""
         tp, pp, rank = self._layout.groups.tp, self._layout.groups.pp, self._layout.pp_rank

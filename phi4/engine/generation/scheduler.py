@@ -12,7 +12,7 @@ most, since its next token depends on the last one; the chunks of a prompt may b
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from phi4.engine.generation.blocks import BlockCopy, BlockPool, CachedSequence
 from phi4.engine.generation.draws import Draw, Drawn
@@ -96,8 +96,7 @@ class _Sample:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Planned:
+class _Planned(NamedTuple):
     """One row of a planned step."""
 
     sample: _Sample
