@@ -9,6 +9,7 @@ import select
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import typer
 
@@ -22,6 +23,7 @@ from phi4.sampling.text import TextStream
 
 MARKER = "> "
 
+_NUM_SEEDS = 1 << 63
 _KEEP_ALIVE_SECONDS = 60.0
 """Far below the time after which ranks that wait for the leader take it for dead."""
 
@@ -49,6 +51,7 @@ class Dialogue:
         """Begin a new conversation."""
         self._prompt: tuple[int, ...] = ()
         self._answer: tuple[int, ...] = ()
+        self._num_answers = 0
 
     def say(
         self, text: str, show: Callable[[str], None], is_stopped: Callable[[], bool]
@@ -74,7 +77,9 @@ class Dialogue:
                 "new conversation with /reset"
             )
         max_tokens = min(self._options.max_tokens, num_left)
-        request = self._options.request(prompt, self._tokenizer, max_tokens=max_tokens)
+        # The same noise in every answer would make them alike.
+        options = replace(self._options, seed=(self._options.seed + self._num_answers) % _NUM_SEEDS)
+        request = options.request(prompt, self._tokenizer, max_tokens=max_tokens)
         request_id = self.sampler.submit(request)
         stream = TextStream(self._tokenizer, request.stop_ids, request.stop_strings)
         while True:
@@ -84,6 +89,7 @@ class Dialogue:
                 elif isinstance(event, Completion):
                     show(stream.finish())
                     self._prompt = prompt
+                    self._num_answers += 1
                     self._answer = tuple(token.id for token in event.tokens)
                     return event.finish_reason
             if is_stopped():

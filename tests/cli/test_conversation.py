@@ -84,6 +84,12 @@ def test_reset_begins_anew_and_exit_leaves_the_rest_unread(capsys) -> None:
     assert capsys.readouterr().out == "yes\nyes\n"
 
 
+def test_every_answer_has_a_seed_of_its_own() -> None:
+    sampler = Listening("yes")
+    talk(sampler, b"a\nb\n/reset\nc\n", seed=2**63 - 1)
+    assert [request.seed for request in sampler.asked] == [2**63 - 1, 0, 2**63 - 1]
+
+
 def test_answer_that_is_cut_or_stopped_stays_as_far_as_it_came(capsys) -> None:
     sampler = Listening("long answer")
     talk(sampler, b"a\nb\n", max_tokens=4)
