@@ -1,7 +1,12 @@
-"""The samples of a command: requests of its prompts, and what is printed of them."""
+"""The samples of a command: requests of its prompts, and what is printed of them.
+
+What iterates over a sampler's events closes them, so that whatever ends the printing cancels the
+requests, before the sampler itself is closed.
+"""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,37 +67,42 @@ def print_live(sampler: Sampler, asking: Asking, prompt: Prompt) -> None:
     request = asking.request(prompt, sampler.limits)
     stream = TextStream(asking.tokenizer, request.stop_ids, request.stop_strings)
     shown = prompt.text
-    for _, event in events(sampler, [request]):
-        if isinstance(event, NewToken):
-            typer.echo(shown + stream.feed(event.token.id), nl=False)
-            shown = ""
+    with closing(events(sampler, [request])) as happened:
+        for _, event in happened:
+            if isinstance(event, NewToken):
+                typer.echo(shown + stream.feed(event.token.id), nl=False)
+                shown = ""
     typer.echo(stream.finish())
 
 
 def print_finished(sampler: Sampler, asking: Asking, prompts: Iterable[Prompt]) -> None:
     """Samples as they end, each below a line that names it."""
-    for index, prompt, request, completion in _finished(sampler, asking, prompts):
-        text = prompt.text + completion_text(asking.tokenizer, request, completion)
-        name = f"prompt {index}, sample {completion.sample}: {completion.finish_reason}"
-        typer.echo(f"==> {name} <==\n{text}")
+    with closing(_finished(sampler, asking, prompts)) as samples:
+        for index, prompt, request, completion in samples:
+            text = prompt.text + completion_text(asking.tokenizer, request, completion)
+            name = f"prompt {index}, sample {completion.sample}: {completion.finish_reason}"
+            typer.echo(f"==> {name} <==\n{text}")
 
 
 def print_json(sampler: Sampler, asking: Asking, prompts: Iterable[Prompt]) -> None:
     """Samples as they end, each an object on a line of its own."""
-    for index, _, request, completion in _finished(sampler, asking, prompts):
-        row: dict[str, object] = {
-            "index": index,
-            "sample": completion.sample,
-            "text": completion_text(asking.tokenizer, request, completion),
-            "finish_reason": completion.finish_reason,
-            "tokens": [token.id for token in completion.tokens],
-        }
-        if asking.log_probs:
-            row["log_probs"] = [token.log_prob for token in completion.tokens]
-        typer.echo(json.dumps(row))
+    with closing(_finished(sampler, asking, prompts)) as samples:
+        for index, _, request, completion in samples:
+            row: dict[str, object] = {
+                "index": index,
+                "sample": completion.sample,
+                "text": completion_text(asking.tokenizer, request, completion),
+                "finish_reason": completion.finish_reason,
+                "tokens": [token.id for token in completion.tokens],
+            }
+            if asking.log_probs:
+                row["log_probs"] = [token.log_prob for token in completion.tokens]
+            typer.echo(json.dumps(row))
 
 
-def _finished(sampler: Sampler, asking: Asking, prompts: Iterable[Prompt]) -> Iterator[_Finished]:
+def _finished(
+    sampler: Sampler, asking: Asking, prompts: Iterable[Prompt]
+) -> Generator[_Finished, None, None]:
     asked: dict[int, tuple[Prompt, Request]] = {}
     num_left: dict[int, int] = {}
 
@@ -102,9 +112,10 @@ def _finished(sampler: Sampler, asking: Asking, prompts: Iterable[Prompt]) -> It
             asked[index], num_left[index] = (prompt, request), request.n
             yield request
 
-    for index, event in events(sampler, requests()):
-        if isinstance(event, Completion):
-            yield _Finished(index, *asked[index], event)
-            num_left[index] -= 1
-            if not num_left[index]:
-                del asked[index], num_left[index]
+    with closing(events(sampler, requests())) as happened:
+        for index, event in happened:
+            if isinstance(event, Completion):
+                yield _Finished(index, *asked[index], event)
+                num_left[index] -= 1
+                if not num_left[index]:
+                    del asked[index], num_left[index]

@@ -1,6 +1,7 @@
 """A model on the processes that its layout needs, and a sampler over it on the leading one."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def on_model_ranks(
         interactive: as in `phi4.launch.on_ranks`.
 
     Returns:
-        Exit code; 0 when `use` returned.
+        Exit code; 0 when `use` returned, or the reader of stdout went away.
     """
 
     def body(worker: WorkerEnvironment) -> None:
@@ -95,7 +96,11 @@ def _sample(
     with generator:
         if generator.leads:
             sampler = LocalSampler(generator, tokenizer)
-            use(sampler)
+            try:
+                use(sampler)
+            except BrokenPipeError:
+                # Whoever read the output has enough, as `head` has; Python's last flush goes here.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             # Not after an error: the launcher ends the others, which may wait in mid-step.
             sampler.close()
         else:

@@ -4,7 +4,7 @@ The decision: requests are read as they are needed, so a million of them cost no
 the few that are open.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -42,7 +42,7 @@ class Answer:
 
 def events(
     sampler: Sampler, requests: Iterable[Request], max_open: int = MAX_OPEN
-) -> Iterator[tuple[int, Event]]:
+) -> Generator[tuple[int, Event], None, None]:
     """Yield what happens, each event with the index of its request, until all have ended.
 
     A caller that stops reading cancels the rest. The sampler has no other user meanwhile.
@@ -69,7 +69,9 @@ def events(
         while num_left:
             # The reader has left, or is told of the failure that came first.
             with suppress(SamplerError):
-                _step(sampler, num_left)
+                if not _step(sampler, num_left):
+                    # A sampler that was closed meanwhile says no more.
+                    break
 
 
 def answers(

@@ -261,6 +261,17 @@ def test_four_processes_print_what_one_prints(generate, run, exported, form, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",)])
+def test_reader_that_leaves_ends_the_command_quietly(run, tokenizer, layout) -> None:
+    words = [*PHI4, "generate", run, "def", "--n=40", "--json", *DRAWN, *layout]
+    written = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert written.stdout.read(1) == b"{"
+    written.stdout.close()
+    err = written.stderr.read().decode()
+    assert (written.wait(LONG_SECONDS), len(err.splitlines())) == (0, 3), err
+
+
+@pytest.mark.slow
 def test_ctrl_c_in_a_chat_of_two_processes_fails_nothing(run, tokenizer) -> None:
     chat = subprocess.Popen(
         [*PHI4, "chat", run, "parallel.tensor=2", "--max-tokens=50", "--temperature=1"],

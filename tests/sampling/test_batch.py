@@ -68,6 +68,13 @@ def test_reader_that_leaves_cancels_the_rest(sampler) -> None:
         assert len(list(answers(sampler, lengths(2, 2)))) == 2
 
 
+def test_reader_that_leaves_a_closed_sampler_does_not_wait_for_it(sampler) -> None:
+    reading = events(sampler, lengths(5, 5))
+    next(reading)
+    sampler.close()
+    reading.close()
+
+
 def test_requests_that_nobody_reads_are_not_drawn_to_their_end(tokenizer) -> None:
     asked = []
     sampler = ScriptedSampler(lambda ids: asked.append(ids) or {1: 1.0}, tokenizer)
