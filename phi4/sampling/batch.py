@@ -104,6 +104,10 @@ def _step(sampler: Sampler, num_left: dict[int, int]) -> list[Event]:
     except SamplerError as error:
         num_left.pop(error.request_id, None)
         raise
+    except BaseException:
+        # Interrupted in the middle of a step, or broken: it can take no other one.
+        num_left.clear()
+        raise
     for event in happened:
         if isinstance(event, Completion):
             num_left[event.request_id] -= 1

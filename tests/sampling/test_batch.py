@@ -75,6 +75,24 @@ def test_reader_that_leaves_a_closed_sampler_does_not_wait_for_it(sampler) -> No
     reading.close()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_sampler_that_was_interrupted_in_a_step_is_not_asked_for_more(
+    sampler, monkeypatch, error
+) -> None:
+    reading = events(sampler, lengths(5, 5))
+    next(reading)
+    calls = []
+
+    def step() -> None:
+        calls.append(1)
+        raise error("in the middle")
+
+    monkeypatch.setattr(sampler, "step", step)
+    with pytest.raises(error, match="in the middle"):
+        list(reading)
+    assert len(calls) == 1
+
+
 def test_requests_that_nobody_reads_are_not_drawn_to_their_end(tokenizer) -> None:
     asked = []
     sampler = ScriptedSampler(lambda ids: asked.append(ids) or {1: 1.0}, tokenizer)
