@@ -26,7 +26,7 @@ def cached(name: str, queries: Sequence[int], lengths: Sequence[int], **sizes: A
     """Sequences of so many queries and keys each, of which the first `shared` blocks are the same;
     `strided` leaves gaps between rows."""
     strided = sizes.pop("strided", False)
-    where = {"queries": tuple(queries), "lengths": tuple(lengths)}
+    where = {"tokens": sum(queries), "queries": tuple(queries), "lengths": tuple(lengths)}
     return Case(name, where | _DEFAULTS | sizes, strided)
 
 
@@ -59,7 +59,7 @@ def drawn_cache(case: Case, dtype: torch.dtype) -> CallInputs:
     blocks, total = _blocks(case)
     offsets = list(accumulate(sizes["queries"], initial=0))
     like = {"dtype": dtype, "generator": case.generator(), "strided": case.strided}
-    of_queries = offsets[-1] + 1, sizes["heads"], sizes["dim"]
+    of_queries = sizes["tokens"] + 1, sizes["heads"], sizes["dim"]
     of_keys = total * sizes["block_tokens"], sizes["groups"], sizes["dim"]
     spread = {"low": 1 / sizes["spread"], "high": sizes["spread"]}
     tensors = {

@@ -154,7 +154,7 @@ def _cost(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
 def _decode_cost(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
     """One query per sequence: it meets every key."""
     heads, groups, dim = (case.sizes[name] for name in ("heads", "groups", "dim"))
-    tokens, keys = sum(case.sizes["queries"]), sum(case.sizes["lengths"])
+    tokens, keys = case.sizes["tokens"], sum(case.sizes["lengths"])
     formula = (
         f"T * (2 * {heads} * {dim} * {dtype.itemsize} + {heads} * 4) B "
         f"+ {keys} * 2 * {groups} * {dim} * {dtype.itemsize} B"
