@@ -37,7 +37,7 @@ def drawn_tables(draw: st.DrawFn) -> tuple[list[list[int]], list[int], list[int]
     return blocks, lengths, [draw(st.sampled_from((0, 1, 1, 3))) for _ in blocks]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(drawn_tables(), st.booleans())
 def test_keys_in_blocks_are_keys_in_a_row(
     table: tuple[list[list[int]], list[int], list[int]], causal: bool

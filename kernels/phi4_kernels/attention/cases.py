@@ -80,7 +80,7 @@ _DECODED = (
     cached("peaked", [2], [530], **_SMALL, **_WIDE, high=1e3),
     cached("unequal-lengths", [1, 1, 1], [300, 0, 256], **_SMALL, **_WIDE, block_tokens=64),
     cached("few-queries", [3, 0, 2], [257, 4, 1], **head_sizes(4, 1, 64), **_WIDE),
-    cached("phi4-heads", [1], [40], **head_sizes(40, 10, 64)),
+    cached("groups-of-4", [1], [40], **head_sizes(8, 2, 64)),
     cached(
         "group-of-1", [1, 1], [70, 1], **head_sizes(2, 2, 96), **_WIDE, block_tokens=5, strided=True
     ),
