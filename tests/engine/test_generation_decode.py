@@ -13,14 +13,11 @@ import pytest
 import torch
 from transformers import Phi3ForCausalLM
 
-from phi4.config import ModelConfig, dump_toml
-from phi4.convert import read_hf
-from phi4.engine.checkpoint import save_checkpoint
-from phi4.engine.generation.generator import CacheSize, Generator
-from phi4.engine.generation.scheduler import StepLimits, TokenDrawn
+from phi4.config import ModelConfig, Recipe
+from phi4.engine.generation.scheduler import TokenDrawn
 from tests.support.anchor import MODEL, anchor_recipe
-from tests.support.engines import engine_on
-from tests.support.generation import Asked, collect, generate
+from tests.support.decoding_ranks import run, run_scored, save
+from tests.support.generation import Asked, collect
 from tests.support.hugging_face import drawn_phi3
 from tests.support.ranks import RankPool
 
@@ -60,7 +57,6 @@ LAYOUTS_TOO = {
 }
 WRITTEN = {"pipeline": 3, "layers_per_stage": (1, 3, 2)}
 """The layout of the checkpoint; no other one is its."""
-BLOCK_TOKENS = 8
 LEAST_MARGIN = 1e-4
 """Of the largest logit, between the first and the second: a hundred times what fp32 rounds off."""
 
@@ -89,7 +85,12 @@ def reference_of(tmp_path_factory) -> Callable[[Form], Reference]:
 def checkpoint(pool, reference_of, tmp_path_factory) -> Path:
     """The full form's model as a training layout writes it."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return pool.run(save, reference_of(FULL).directory, root)[0]
+    directory = reference_of(FULL).directory
+    return pool.run(save, recipe_of(FULL, directory, WRITTEN), directory, root)[0]
+
+
+def recipe_of(form: Form, directory: Path, parallel: dict, **sections: dict) -> Recipe:
+    return anchor_recipe(directory, model=form.model.model_dump(), parallel=parallel, **sections)
 
 
 def make_reference(form: Form, directory: Path) -> Reference:
@@ -124,9 +125,13 @@ def test_greedy_tokens_of_a_mixed_batch_are_those_of_transformers(
 ):
     form, parallel = (LAYOUTS | LAYOUTS_TOO)[layout]
     reference = reference_of(form)
-    sources = [None] if form is SMALL else [None, request.getfixturevalue("checkpoint")]
-    for source in sources:
-        outcomes = pool.run(run_greedy, form, reference, parallel, source)
+    requests = [
+        Asked(prompt, max_tokens=form.num_new, temperature=0.0, num_top_log_probs=2)
+        for prompt in reference.prompts
+    ]
+    recipe = recipe_of(form, reference.directory, parallel)
+    for source in [None] if form is SMALL else [None, request.getfixturevalue("checkpoint")]:
+        outcomes = pool.run(run, recipe, reference.directory, source, requests, form.step_tokens)
         steps = outcomes[0]
 
         assert all(other == steps for other in outcomes if other is not None)
@@ -144,7 +149,19 @@ def test_greedy_tokens_of_a_mixed_batch_are_those_of_transformers(
 @pytest.mark.parametrize("parallel", [ONE, TP2_PP2], ids=["one process", "tp2xpp2"])
 def test_bf16_is_as_close_to_fp32_as_transformers_bf16(parallel, pool, reference_of):
     reference = reference_of(FULL)
-    found = pool.run(run_scored, FULL, reference, parallel)[0]
+    requests = [
+        Asked(
+            prompt,
+            max_tokens=FULL.num_new,
+            forced=greedy,
+            num_top_log_probs=FULL.model.vocab_size,
+            prompt_log_probs=True,
+        )
+        for prompt, greedy in zip(reference.prompts, reference.greedy, strict=True)
+    ]
+    directory = reference.directory
+    recipe = recipe_of(FULL, directory, parallel, precision={"dtype": "bf16"})
+    found = pool.run(run_scored, recipe, directory, None, requests, FULL.step_tokens)[0]
     exact = log_probs_of(reference, torch.float32)
     theirs = divergence(exact, log_probs_of(reference, torch.bfloat16))
 
@@ -166,84 +183,3 @@ def divergence(exact: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     exact_TV, found_TV = torch.cat(exact), torch.cat(found)
     assert exact_TV.shape == found_TV.shape
     return float((exact_TV.exp() * (exact_TV - found_TV)).sum(-1).mean())
-
-
-# What follows runs in the ranks.
-
-
-def save(rank: int, world_size: int, directory: Path, root: Path) -> Path | None:
-    recipe = anchor_recipe(directory, model=FULL.model.model_dump(), parallel=WRITTEN)
-    files = {"recipe.toml": dump_toml(recipe)}
-    with engine_on(rank, recipe, trains=False) as engine:
-        if engine is None:
-            return None
-        engine.load_whole_parameters(dict(read_hf(directory)[1]()))
-        return save_checkpoint(engine, root, 0, form="none", keep=1, files=files, data={})
-
-
-def run_greedy(
-    rank: int,
-    world_size: int,
-    form: Form,
-    reference: Reference,
-    parallel: dict,
-    checkpoint: Path | None,
-):
-    """What every step reports, from the checkpoint or the Hugging Face directory."""
-    recipe = recipe_of(form, reference, parallel)
-    with engine_on(rank, recipe, trains=False, checkpoint=checkpoint) as engine:
-        if engine is None:
-            return None
-        if checkpoint is None:
-            engine.load_whole_parameters(dict(read_hf(reference.directory)[1]()))
-        with generator_of(engine, form) as generator:
-            return generate(
-                generator,
-                [
-                    Asked(prompt, max_tokens=form.num_new, temperature=0.0, num_top_log_probs=2)
-                    for prompt in reference.prompts
-                ],
-            )
-
-
-def run_scored(rank: int, world_size: int, form: Form, reference: Reference, parallel: dict):
-    """bf16 log-probabilities [T - 1, V] after every token but the last of each reference text."""
-    recipe = recipe_of(form, reference, parallel, precision={"dtype": "bf16"})
-    with engine_on(rank, recipe, trains=False) as engine:
-        if engine is None:
-            return None
-        engine.load_whole_parameters(dict(read_hf(reference.directory)[1]()))
-        with generator_of(engine, form) as generator:
-            requests = [
-                Asked(
-                    prompt,
-                    max_tokens=form.num_new,
-                    forced=greedy,
-                    num_top_log_probs=form.model.vocab_size,
-                    prompt_log_probs=True,
-                )
-                for prompt, greedy in zip(reference.prompts, reference.greedy, strict=True)
-            ]
-            events = [event for events in generate(generator, requests) for event in events]
-        if not generator.leads:
-            return None
-        found = collect(events, len(requests))
-        return [in_order(one["prompt_tops"] + one["tops"]) for one in found]
-
-
-def in_order(tops: list[tuple[tuple[int, float], ...]]) -> torch.Tensor:
-    """Log-probabilities by id [T, V] of (id, log-probability) pairs by rank."""
-    pairs_TV2 = torch.tensor(tops, dtype=torch.float64)
-    ids_TV, values_TV = pairs_TV2.unbind(-1)
-    return torch.empty_like(values_TV).scatter_(1, ids_TV.long(), values_TV)
-
-
-def recipe_of(form: Form, reference: Reference, parallel: dict, **sections: dict):
-    model = form.model.model_dump()
-    return anchor_recipe(reference.directory, model=model, parallel=parallel, **sections)
-
-
-def generator_of(engine, form: Form) -> Generator:
-    num_blocks = sum(-(-(length + form.num_new) // BLOCK_TOKENS) for length in form.lengths)
-    limits = StepLimits(form.step_tokens, form.step_tokens)
-    return Generator(engine, CacheSize(num_blocks, BLOCK_TOKENS), "weights", limits=limits)

@@ -1,7 +1,7 @@
 """A model of known probabilities is drawn from and scored as it is, through the whole engine."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -71,7 +71,7 @@ def test_draws_have_exactly_the_support_and_its_frequencies(pool, layout):
         kept = kept_probabilities(log_probs, draw_of(request, is_first=True))
         assert (len(kept) < VOCAB_SIZE - len(request.forbidden_first)) == (name in TRUNCATED)
         tokens = [token for (token,) in one["tokens"]]
-        check_counts(tokens, [kept] * NUM_DRAWS)
+        check_counts(tokens, [PROMPT[-1]] * NUM_DRAWS, {PROMPT[-1]: kept})
         check_close(one["log_probs"], [log_probs[token] for token in tokens])
         check_close(one["sampled"], [math.log(kept[token]) for token in tokens])
 
@@ -85,11 +85,11 @@ def test_every_token_of_a_text_is_drawn_and_scored_by_the_one_before(pool, layou
     rows = log_probs_VV.tolist()
     check_close(found[0]["prompt"], [rows[a][b] for a, b in pairwise(PROMPT)])
     for request, one in zip(requests, found, strict=True):
-        kept = [kept_probabilities(row, draw_of(request)) for row in rows]
+        kept = {a: kept_probabilities(row, draw_of(request)) for a, row in enumerate(rows)}
         texts = [[PROMPT[-1], *tokens] for tokens in one["tokens"]]
         pairs = [pair for text in texts for pair in pairwise(text)]
         assert len(pairs) == request.n * 20
-        check_counts([b for _, b in pairs], [kept[a] for a, _ in pairs])
+        check_counts([b for _, b in pairs], [a for a, _ in pairs], kept)
         check_close(one["log_probs"], [rows[a][b] for a, b in pairs])
         check_close(one["sampled"], [math.log(kept[a][b]) for a, b in pairs])
         for (last, _), top in zip(pairs, one["tops"], strict=True):
@@ -111,17 +111,24 @@ def draw_of(request: Asked, is_first: bool = False) -> Draw:
     )
 
 
-def check_counts(tokens: Sequence[int], kept: Sequence[dict[int, float]]) -> None:
-    """Independent draws, each from its own {id: probability}: supports, and counts to 4 sigma."""
-    assert all(token in one for token, one in zip(tokens, kept, strict=True))
-    probabilities_NV = torch.zeros(len(kept), VOCAB_SIZE, dtype=torch.float64)
-    for probabilities_V, one in zip(probabilities_NV, kept, strict=True):
-        probabilities_V[list(one)] = torch.tensor(list(one.values()), dtype=torch.float64)
+def check_counts(
+    tokens: Sequence[int], contexts: Sequence[int], kept: Mapping[int, dict[int, float]]
+) -> None:
+    """Independent draws, each from the {id: probability} kept after its context.
+
+    No token is outside of its support, and counts are within 4 sigma.
+    """
+    assert all(token in kept[context] for token, context in zip(tokens, contexts, strict=True))
+    probabilities_VV = torch.zeros(VOCAB_SIZE, VOCAB_SIZE, dtype=torch.float64)
+    for context, one in kept.items():
+        ids = list(one)
+        probabilities_VV[context, ids] = torch.tensor([one[i] for i in ids], dtype=torch.float64)
+    probabilities_NV = probabilities_VV[contexts]
     expected_V = probabilities_NV.sum(0)
     sigma_V = (probabilities_NV * (1 - probabilities_NV)).sum(0).sqrt()
     counts_V = torch.bincount(torch.tensor(tokens), minlength=VOCAB_SIZE)
     assert bool(((counts_V - expected_V).abs() <= 4 * sigma_V).all())
-    # 4 sigma below 16 expected draws is none at all.
+    # With fewer expected draws, none at all is within 4 sigma.
     assert bool((counts_V > 0)[expected_V > 16].all())
 
 
