@@ -1,7 +1,7 @@
 """Attention over ranges of queries and keys."""
 
 from phi4_kernels.attention.block_table import BlockTable
-from phi4_kernels.attention.decoding import attention_decode
+from phi4_kernels.attention.decoding import attention_decode, plan_decode
 from phi4_kernels.attention.op import (
     Attention,
     Ranges,
@@ -18,4 +18,5 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_forward",
+    "plan_decode",
 ]

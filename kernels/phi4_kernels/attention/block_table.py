@@ -93,12 +93,13 @@ class BlockTable:
         width = max(map(len, blocks), default=0)
         rows = [[*row, *[0] * (width - len(row))] for row in blocks]
         counts = [1] * len(rows) if num_queries is None else num_queries
+        offsets, lengths = list(accumulate(counts, initial=0)), list(lengths)
         like = {"dtype": torch.int32, "device": "cpu"}
-        offsets = torch.tensor(list(accumulate(counts, initial=0)), **like)
         padded = torch.tensor(rows, **like).view(len(rows), width)
         longest = max(lengths, default=0)
-        table = cls(offsets, padded, torch.tensor(list(lengths), **like), block_tokens, longest)
-        table._spans(offsets.tolist(), rows, list(lengths))
+        parts = torch.tensor(offsets, **like), padded, torch.tensor(lengths, **like)
+        table = cls(*parts, block_tokens, longest)
+        table._spans(offsets, rows, lengths)
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type == "cpu":
             return table

@@ -4,6 +4,8 @@ It has a form of its own because its work is not that of `attention`: a sequence
 to fill a tile, too many keys for one program, and keys that lie in blocks of a cache.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,6 @@ from phi4_kernels.operators import register
 # Shape legend: T queries, P slots, N query heads, K key-value heads, D head dim.
 
 
-@without_autocast
 def attention_decode(
     q: Tensor,
     keys: Tensor,
@@ -57,16 +58,54 @@ def attention_decode(
         PositionError: the table leaves the queries or the cache. A table on a GPU is only checked
             under PHI4_KERNELS_DEBUG=1.
     """
+    options = {"causal": causal, "scale": scale, "implementation": implementation}
+    return plan_decode(q, keys, values, table, **options)(q, keys, values)
+
+
+def plan_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: BlockTable,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> Callable[[Tensor, Tensor, Tensor], Attention]:
+    """`attention_decode` for all layers of a step: checks and choices are made once.
+
+    On a step of few queries they cost more than the attention.
+
+    Args:
+        q, keys, values: of one layer.
+        table, causal, scale, implementation: as for attention_decode.
+
+    Returns:
+        A function of q, keys and values that are like these in shape, strides, dtype and device,
+        which it does not check. It runs without a gradient and without autocast.
+
+    Raises:
+        As attention_decode.
+    """
     scale = checked(q, keys, values, table, scale)
     name = dispatch.resolve("attention", implementation, q.device, "decode")
     check_head_dim(q, name)
-    q = for_implementation(q, name)
-    where = (table.q_offsets, table.blocks, table.lengths, table.block_tokens, table.max_length)
-    with torch.no_grad():
-        if name == "torch" and not torch.compiler.is_compiling():
-            # An operator's call costs more than PyTorch's attention of a single query.
-            return Attention(*torch_impl.decode(q, keys, values, *where, causal, scale))
-        return Attention(*_decode(q, keys, values, *where, causal, scale, name))
+    where = (table.q_offsets, table.blocks, table.lengths, table.block_tokens)
+    if name == "torch" and not torch.compiler.is_compiling():
+        # An operator's call costs more than PyTorch's attention of a single query.
+        attend = torch_impl.decode_plan(q, *where, causal, scale)
+    else:
+        rest = (*where, table.max_length, causal, scale, name)
+
+        def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return _decode(for_implementation(q, name), keys, values, *rest)
+
+    @without_autocast
+    def run(q: Tensor, keys: Tensor, values: Tensor) -> Attention:
+        with torch.no_grad():
+            return Attention(*attend(q, keys, values))
+
+    return run
 
 
 _decode = register(

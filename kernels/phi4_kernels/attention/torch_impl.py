@@ -5,8 +5,10 @@ Adjacent blocks of one shape are one batched call, so rows that are one document
 cost without ranges. Boundaries are read on the host: on a GPU that waits for the device.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -126,8 +128,10 @@ def _attend(
         run = _aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = run(*wide, 0.0, causal, attn_mask=added, scale=scale)
         # It hides a NaN in q: such a query gets a finite result.
-        marks = wide[0].mul(0.0).sum(-1)
-        return out.add_(marks.unsqueeze(-1)), lse.add_(marks)
+        if not math.isfinite(wide[0].sum()):
+            marks = wide[0].mul(0.0).sum(-1)
+            out, lse = out.add_(marks.unsqueeze(-1)), lse.add_(marks)
+        return out, lse
     if _is_flash(q):
         return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -258,6 +262,20 @@ def decode(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See decoding.attention_decode; the keys are copied side by side."""
+    where = q_offsets, blocks, lengths
+    return decode_plan(q, *where, block_tokens, causal, scale)(q, keys, values)
+
+
+def decode_plan(
+    q: Tensor,
+    q_offsets: Tensor,
+    blocks: Tensor,
+    lengths: Tensor,
+    block_tokens: int,
+    causal: bool,
+    scale: float,
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """See decoding.plan_decode."""
 
     def gather() -> tuple[Tensor, _Plan]:
         ends = lengths.cumsum(0)
@@ -269,8 +287,14 @@ def decode(
         settings = ("torch", "decode padded", block_tokens)
         batches = once(where, settings, lambda: _padded(*where, block_tokens))
         if batches:
-            return _decode_padded(q, keys, values, batches, scale)
+            return partial(_decode_padded, batches=batches, scale=scale)
     slots, plan = once(where, ("torch", "decode", block_tokens, causal), gather)
+    return partial(_decode_gathered, slots=slots, plan=plan, scale=scale)
+
+
+def _decode_gathered(
+    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, plan: _Plan, scale: float
+) -> tuple[Tensor, Tensor]:
     return _forward(q, keys.index_select(0, slots), values.index_select(0, slots), plan, scale)
 
 
@@ -279,9 +303,14 @@ class _Padded(NamedTuple):
 
     rows: slice
     slots: Tensor
-    """[B, L], int64; filled up with the first key of the sequence: another one may be NaN."""
+    """[B * L], int64: of the keys, L per sequence."""
     unseen: Tensor | None
-    """[B, 1, 1, L], fp32: minus infinity for those keys; None without any."""
+    """[B, 1, 1, L], fp32: minus infinity for keys that only fill up; None without any."""
+
+    def gathered(self, cache: Tensor) -> Tensor:
+        """[P, K, D] to [B, K, L, D]."""
+        shape = (self.rows.stop - self.rows.start, -1, *cache.shape[1:])
+        return cache.index_select(0, self.slots).view(shape).transpose(1, 2)
 
 
 def _padded(q_offsets: Tensor, blocks: Tensor, lengths: Tensor, block_tokens: int) -> list[_Padded]:
@@ -296,15 +325,20 @@ def _padded(q_offsets: Tensor, blocks: Tensor, lengths: Tensor, block_tokens: in
             starts.append(row)
             first, longest, total = row, count, count
     slots = _slots_of_blocks(blocks, block_tokens)
-    batches = []
-    for start, end in pairwise((*starts, len(counts))):
-        longest = max(counts[start:end])
-        unseen = torch.arange(longest) >= lengths[start:end].unsqueeze(1)
-        mask = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None, None]
-        keys = slots[start:end, :longest]
-        keys = keys.where(~unseen, keys[:, :1]).contiguous()
-        batches.append(_Padded(slice(start, end), keys, mask if unseen.any() else None))
-    return batches
+    rows = [slice(*pair) for pair in pairwise((*starts, len(counts)))]
+    return [_padded_batch(one, slots[one], counts[one]) for one in rows]
+
+
+def _padded_batch(rows: slice, slots: Tensor, lengths: list[int]) -> _Padded:
+    longest = max(lengths)
+    slots = slots[:, :longest]
+    if min(lengths) == longest:
+        return _Padded(rows, slots.flatten(), None)
+    unseen = torch.arange(longest) >= torch.tensor(lengths).unsqueeze(1)
+    # What fills up is the sequence's own first key: what else lies in a block may be NaN.
+    slots = slots.where(~unseen, slots[:, :1])
+    mask = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None, None]
+    return _Padded(rows, slots.flatten(), mask)
 
 
 def _decode_padded(
@@ -313,13 +347,12 @@ def _decode_padded(
     """The query heads of a group are as many queries of its key head."""
     num_heads, dim = keys.shape[1:]
     grouped = q if q.dim() == 4 else q.reshape(q.shape[0], num_heads, -1, dim)
-    parts = []
-    for batch in batches:
-        shape = (*batch.slots.shape, num_heads, dim)
-        slots = batch.slots.view(-1)
-        k = keys.index_select(0, slots).view(shape).transpose(1, 2)
-        v = values.index_select(0, slots).view(shape).transpose(1, 2)
-        parts.append(_attend(grouped[batch.rows], k, v, False, scale, batch.unseen))
+    parts = [
+        _attend(
+            grouped[one.rows], one.gathered(keys), one.gathered(values), False, scale, one.unseen
+        )
+        for one in batches
+    ]
     out, lse = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     return out.reshape(q.shape[0], -1, dim).to(q.dtype), lse.reshape(q.shape[0], -1)
 

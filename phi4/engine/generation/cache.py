@@ -4,11 +4,11 @@ A slot is the place of one token. Rows with one new token read their keys throug
 blocks; of longer rows, which are few, the keys are copied side by side before attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from phi4_kernels.attention import BlockTable, Ranges, attention_decode, attention_forward
+from phi4_kernels.attention import Attention, BlockTable, Ranges, attention_forward, plan_decode
 
 from phi4.engine.generation.blocks import BlockCopy, slots_of
 from phi4.engine.generation.steps import StepRow
@@ -120,6 +120,7 @@ class _Singles:
         self.num_queries = len(rows)
         blocks, lengths = [row.blocks for row in rows], [row.end for row in rows]
         self._table = BlockTable.of(blocks, lengths, block_tokens, device=device)
+        self._run: Callable[..., Attention] | None = None
 
     def attend(
         self,
@@ -129,8 +130,12 @@ class _Singles:
         values_PKD: torch.Tensor,
     ) -> torch.Tensor:
         """[R, N, D]."""
-        options = {"scale": core.scale, "implementation": core.implementation}
-        return attention_decode(q_RND, keys_PKD, values_PKD, self._table, **options).out
+        tensors = q_RND, keys_PKD, values_PKD
+        if self._run is None:
+            # Layers are alike, so the first one's plan is that of all.
+            options = {"scale": core.scale, "implementation": core.implementation}
+            self._run = plan_decode(*tensors, self._table, **options)
+        return self._run(*tensors).out
 
 
 class _Chunks:
