@@ -81,3 +81,23 @@ def test_rows_with_one_new_token_come_first_and_memory_is_counted():
     with pytest.raises(ValueError, match="must come before"):
         StepAttention(cache, [StepRow([1, 2], 0, [0]), StepRow([1], 2, [1])])
     assert cache.num_bytes == 2 * 2 * (2 * SIZE) * GROUPS * DIM * 4
+
+
+def test_rows_that_share_blocks_get_what_they_get_alone():
+    generator = torch.Generator().manual_seed(0)
+    cache = make_cache(200)
+    for kept in (cache.keys[LAYER], cache.values[LAYER]):
+        kept.copy_(torch.randn(kept.shape, generator=generator))
+    prefix, other = tuple(range(40)), tuple(range(50, 110))
+    rows = [StepRow([1], 161 + i % 2, (*prefix, 41 + i)) for i in range(6)]
+    rows.insert(3, StepRow([1], 165, (*prefix[:30], *range(120, 132))))
+    rows += [StepRow([1], 9, (140, 141, 142))]
+    rows += [StepRow([1], 240, (*other, 150 + i)) for i in range(4)]
+    new = [torch.cat([part[:1]] * len(rows)) * 0.5 for part in drawn(1, 1)]
+    new = [part + torch.randn(part.shape, generator=generator) for part in new]
+    together, alone = (StepAttention(cache, rows, flag) for flag in (False, True))
+
+    assert [len(part._parts) for part in together._parts] == [2]
+    assert all(len(part._parts) == 1 for part in alone._parts)
+    found, expected = together.attend(CORE, *new), alone.attend(CORE, *new)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -4,7 +4,8 @@ A slot is the place of one token. Rows with one new token read their keys throug
 blocks; of longer rows, which are few, the keys are copied side by side before attention.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, groupby, takewhile
 
 import numpy as np
 import torch
@@ -64,6 +65,10 @@ class KeyValueCache:
             blocks[[copy.target for copy in copies]] = blocks[[copy.source for copy in copies]]
 
 
+_LEAST_SAVED_TOKENS = 512
+"""Keys that need not be read, from which on a second call and a merge are worth it."""
+
+
 class StepAttention:
     """`CachedAttention` of one forward pass.
 
@@ -91,7 +96,7 @@ class StepAttention:
         self._new_T = _on_device(np.concatenate((np.array(new, dtype=np.int64), *longer)), device)
         singles = [[row] for row in rows[:num_single]] if alone else [rows[:num_single]]
         self._parts: list[_Singles | _Chunks] = [
-            _Singles(one, size, device) for one in singles if one
+            _Singles(one, size, device, shares=not alone) for one in singles if one
         ]
         if num_single < len(rows):
             self._parts.append(_Chunks(rows[num_single:], size, device))
@@ -114,13 +119,32 @@ class StepAttention:
 
 
 class _Singles:
-    """Rows with one new token each, whose keys are read where they are."""
+    """Rows with one new token each, whose keys are read where they are.
 
-    def __init__(self, rows: Sequence[StepRow], block_tokens: int, device: torch.device) -> None:
+    What neighbouring rows share is attended for all of them at once, as one sequence with several
+    queries, and merged with what each has of its own. 100 samples of a prompt so read it once.
+    """
+
+    def __init__(
+        self, rows: Sequence[StepRow], block_tokens: int, device: torch.device, shares: bool
+    ) -> None:
         self.num_queries = len(rows)
-        blocks, lengths = [row.blocks for row in rows], [row.end for row in rows]
-        self._table = BlockTable.of(blocks, lengths, block_tokens, device=device)
-        self._run: Callable[..., Attention] | None = None
+        groups = list(_groups(rows, block_tokens)) if shares else [(len(rows), 0)]
+        skipped = [num_shared for num_rows, num_shared in groups for _ in range(num_rows)]
+        blocks = [row.blocks[n:] for row, n in zip(rows, skipped, strict=True)]
+        lengths = [row.end - n * block_tokens for row, n in zip(rows, skipped, strict=True)]
+        own = BlockTable.of(blocks, lengths, block_tokens, device=device)
+        self._parts = [_Planned(own, causal=True)]
+        if any(skipped):
+            starts = accumulate((num_rows for num_rows, _ in groups), initial=0)
+            shared = BlockTable.of(
+                [rows[i].blocks[:n] for i, (_, n) in zip(starts, groups, strict=False)],
+                [n * block_tokens for _, n in groups],
+                block_tokens,
+                [num_rows for num_rows, _ in groups],
+                device,
+            )
+            self._parts.append(_Planned(shared, causal=False))
 
     def attend(
         self,
@@ -130,12 +154,40 @@ class _Singles:
         values_PKD: torch.Tensor,
     ) -> torch.Tensor:
         """[R, N, D]."""
-        tensors = q_RND, keys_PKD, values_PKD
+        found = [part.attend(core, q_RND, keys_PKD, values_PKD) for part in self._parts]
+        if len(found) == 1:
+            return found[0].out
+        total_RN = torch.logaddexp(*(part.lse for part in found))
+        weighted = [part.out * (part.lse - total_RN).exp().unsqueeze(-1) for part in found]
+        return sum(weighted).to(q_RND.dtype)
+
+
+class _Planned:
+    """Attention through one table; layers are alike, so the first one's plan is that of all."""
+
+    def __init__(self, table: BlockTable, *, causal: bool) -> None:
+        self._table, self._causal = table, causal
+        self._run: Callable[..., Attention] | None = None
+
+    def attend(self, core: CoreAttention, *tensors: torch.Tensor) -> Attention:
         if self._run is None:
-            # Layers are alike, so the first one's plan is that of all.
             options = {"scale": core.scale, "implementation": core.implementation}
-            self._run = plan_decode(*tensors, self._table, **options)
-        return self._run(*tensors).out
+            self._run = plan_decode(*tensors, self._table, causal=self._causal, **options)
+        return self._run(*tensors)
+
+
+def _groups(rows: Sequence[StepRow], block_tokens: int) -> Iterator[tuple[int, int]]:
+    """(rows, shared blocks) of neighbours that begin with the same block.
+
+    Shared blocks are full: a row writes to the last of its blocks, which it has alone.
+    """
+    for _, neighbours in groupby(rows, key=lambda row: row.blocks[0]):
+        blocks = [row.blocks for row in neighbours]
+        # All lists lie between the least and the greatest, so what these share all share.
+        pairs = zip(min(blocks), max(blocks), strict=False)
+        num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        saved_tokens = (len(blocks) - 1) * num_shared * block_tokens
+        yield len(blocks), num_shared if saved_tokens >= _LEAST_SAVED_TOKENS else 0
 
 
 class _Chunks:

@@ -177,7 +177,8 @@ class Scheduler:
         planned = self._next_tokens()
         budget = self._limits.tokens - len(planned)
         planned += self._chunks(budget)
-        planned.sort(key=lambda one: (len(one.row.tokens) > 1, one.row.end))
+        # Samples of a prompt side by side, so that they read it once.
+        planned.sort(key=lambda one: (len(one.row.tokens) > 1, one.row.end, one.row.blocks[0]))
         if planned:
             self._planned.append(planned)
         return Step([one.row for one in planned], [one.copy for one in planned if one.copy])
