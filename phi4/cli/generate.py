@@ -55,6 +55,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per 
 WithLogProbs = Annotated[
     bool, typer.Option("--log-probs", help="Print the log-prob of every token; needs --json.")
 ]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="Compute in passes of one size: log-probs have the same bits whatever else is asked.",
+    ),
+]
 
 
 def generate(
@@ -74,6 +81,7 @@ def generate(
     as_json: AsJson = False,
     log_probs: WithLogProbs = False,
     cache_tokens: CacheTokens = None,
+    batch_invariant: BatchInvariant = False,
 ) -> None:
     """Continue texts, or answer conversations, with a model in any layout of one replica.
 
@@ -114,7 +122,12 @@ def generate(
         of_file = reader.of_file(prompts) if prompts else ()
         _print(sampler, asking, chain(reader.of_texts(texts), of_file), as_json)
 
-    flags = {"--chat": chat, "--json": as_json, "--log-probs": log_probs}
+    flags = {
+        "--chat": chat,
+        "--json": as_json,
+        "--log-probs": log_probs,
+        "--batch-invariant": batch_invariant,
+    }
     values = {"--prompts": prompts, "--system": system, "--n": n, "--cache-tokens": cache_tokens}
     argv = [
         "generate",
@@ -123,7 +136,8 @@ def generate(
         *options.arguments(),
         *("--", str(source.path), *overrides, *texts),
     ]
-    code = on_model_ranks(argv, source, cache_tokens, use, interactive=prompts == STDIN)
+    how = {"batch_invariant": batch_invariant, "interactive": prompts == STDIN}
+    code = on_model_ranks(argv, source, cache_tokens, use, **how)
     raise typer.Exit(code)
 
 

@@ -38,6 +38,7 @@ def on_model_ranks(
     cache_tokens: int | None,
     use: Callable[["Sampler"], None],
     *,
+    batch_invariant: bool = False,
     interactive: bool = False,
 ) -> int:
     """Load a model on all ranks of its layout and use it on the leading one.
@@ -47,6 +48,7 @@ def on_model_ranks(
         source: the model.
         cache_tokens: room for keys and values; None for the default.
         use: called with the sampler on the leading rank. The others follow until it returns.
+        batch_invariant: as in `phi4.engine.generation.decode.Decoder`.
         interactive: as in `phi4.launch.on_ranks`.
 
     Returns:
@@ -58,7 +60,7 @@ def on_model_ranks(
 
         check(source.recipe, worker.world_size)
         platform = join(worker, source.recipe.run.platform, source.recipe.run.threads)
-        _sample(source, platform, cache_tokens, use)
+        _sample(source, platform, cache_tokens, batch_invariant, use)
         disconnect()
 
     return on_ranks(
@@ -74,6 +76,7 @@ def _sample(
     source: "ModelSource",
     platform: "Platform",
     cache_tokens: int | None,
+    batch_invariant: bool,
     use: Callable[["Sampler"], None],
 ) -> None:
     """One rank's part.
@@ -92,8 +95,8 @@ def _sample(
     if platform.is_writer:
         cache = f"cache: {num_tokens:,} tokens, {format_bytes(cache_bytes)} over all processes"
         typer.echo(f"{platform.describe()}\n{engine.layout.describe()}\n{cache}", err=True)
-    generator = Generator(engine, size, str(source.path), num_ids=tokenizer.vocab_size)
-    with generator:
+    options = {"num_ids": tokenizer.vocab_size, "batch_invariant": batch_invariant}
+    with Generator(engine, size, str(source.path), **options) as generator:
         if generator.leads:
             sampler = LocalSampler(generator, tokenizer)
             try:

@@ -107,6 +107,16 @@ def test_hugging_face_directory_gives_the_tokens_of_transformers(
     assert [row["tokens"] for row in rows(*words)] == [row["tokens"] for row in found]
 
 
+def test_batch_invariant_log_probs_have_the_same_bits_in_every_batch(rows) -> None:
+    words = ("--max-tokens=6", "--log-probs", "--batch-invariant")
+    together = rows(BEGIN, "naïve", "def", *words)
+    [alone] = rows("naïve", *words)
+    assert alone["log_probs"] == together[1]["log_probs"]
+    rounded = rows(BEGIN, "naïve", "def", *words[:2])
+    assert [row["tokens"] for row in rounded] == [row["tokens"] for row in together]
+    assert [row["log_probs"] for row in rounded] != [row["log_probs"] for row in together]
+
+
 def test_samples_of_several_prompts_are_named(generate, rows, tmp_path) -> None:
     file = write_rows(tmp_path / "p.jsonl", {"prompt": "naïve", "id": 7}, {"prompt": "return"})
     words = ("def", f"--prompts={file}", "--n=2", *DRAWN)
