@@ -226,11 +226,9 @@ class Engine:
         """Of every position that a row may have, where RoPE looks them up."""
         if implementation_of("rope", self.choices) == "torch":
             return None
-        recipe, multiple = self.recipe, self.layout.sequence_multiple
+        recipe = self.recipe
         longest = max(recipe.data.sequence_length, recipe.model.max_position_embeddings)
-        # Generation pads its rows to what the layout needs.
-        num_positions = -(-longest // multiple) * multiple
-        return RopeCache.up_to(num_positions, recipe.model, self.platform.device)
+        return RopeCache.up_to(longest, recipe.model, self.platform.device)
 
     def _set_training(self, training: bool) -> None:
         for chunk in self.chunks:

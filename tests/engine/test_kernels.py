@@ -15,17 +15,19 @@ from unittest import mock
 
 import pytest
 import torch
-from phi4_kernels import dispatch
+from phi4_kernels import dispatch, registry
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
 from phi4.config import KernelsConfig
+from phi4.engine.generation.generator import CacheSize, Generator
 from phi4.engine.model import attention, layers
-from phi4.engine.model.implementations import choose
+from phi4.engine.model.implementations import choose, decoding_implementation
 from phi4.engine.model.rope import RopeCache, rope_cos_sin
 from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
 from phi4.verify.parity import LEARNING_RATE, LOSS_TOLERANCE, PARAMETER_TOLERANCE
 from tests.support.engines import batches_of, engine_on, tiny_recipe
+from tests.support.generation import Asked, collect, generate
 from tests.support.ranks import run_ranks
 
 OPS = ("rope", "rms_norm", "swiglu", "attention", "cross_entropy")
@@ -57,17 +59,22 @@ NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in L
 
 
 @pytest.fixture(scope="module")
-def compared() -> Iterator[Callable[..., list[dict]]]:
-    """(layout, fault) -> what each rank found."""
+def interpreting() -> Iterator[InterpretedProcess]:
     # Triton decides when it is imported whether it interprets, so this process cannot.
     process = InterpretedProcess()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def compared(interpreting) -> Callable[..., list[dict]]:
+    """(layout, fault) -> what each rank found."""
 
     @cache
     def measure(layout: str, fault: str = "") -> list[dict]:
-        return process.call(f"{__name__}:compare", overrides=LAYOUTS[layout], fault=fault)
+        return interpreting.call(f"{__name__}:compare", overrides=LAYOUTS[layout], fault=fault)
 
-    yield measure
-    process.close()
+    return measure
 
 
 @pytest.mark.parametrize("layout", NAMES)
@@ -98,6 +105,16 @@ def test_every_call_of_the_ops_is_the_kernel(compared, layout):
             # they meet where a document goes on.
             assert calls.pop("attention triton") > 6 * expected.pop("attention triton")
         assert calls == {op: count for op, count in expected.items() if count}
+
+
+@pytest.mark.parametrize("exact", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_generation_on_triton_equals_torch(interpreting, exact):
+    found, expected, calls = interpreting.call(f"{__name__}:generate_on_both", exact=exact)
+    assert found["tokens"] == expected["tokens"]
+    assert found["ends"] == expected["ends"] == ["length"] * 2
+    assert found["log_probs"] == pytest.approx(expected["log_probs"], abs=1e-5)
+    assert found["prompt"] == pytest.approx(expected["prompt"], abs=1e-5)
+    assert set(calls) == {f"{op} triton" for op in OPS if op != "cross_entropy"}
 
 
 @pytest.mark.parametrize(
@@ -162,6 +179,13 @@ def test_angles_by_position_are_the_angles_of_the_tables_per_token():
         assert torch.equal(per_token.transpose(0, 1), by_position[positions_BS].repeat(1, 1, 2))
 
 
+def test_every_implementation_of_attention_has_one_that_decodes():
+    chosen = {name: decoding_implementation(name) for name in registry.implementations("attention")}
+
+    assert chosen == {"gluon": "triton", "torch": "torch", "triton": "triton"}
+    assert all(registry.provides("attention", name, "decode") for name in chosen.values())
+
+
 # What follows runs in the interpreting process and its ranks.
 
 
@@ -169,6 +193,28 @@ def compare(overrides: list[str], fault: str) -> list[dict]:
     """What each rank found."""
     parallel = tiny_recipe(*RECIPE, *overrides).parallel
     return run_ranks(parallel.model_parallel_size, run_both, overrides, fault)
+
+
+def generate_on_both(exact: bool) -> tuple[dict, dict, list[str]]:
+    """What a request gets on Triton and on torch, and which kernels were called."""
+    return run_ranks(1, run_generation, exact)[0]
+
+
+def run_generation(rank: int, world_size: int, exact: bool) -> tuple[dict, dict, list[str]]:
+    with dispatch.count_calls() as calls:
+        found = generated(rank, "triton", exact)
+    return found, generated(rank, "torch", exact), [" ".join(key) for key in calls]
+
+
+def generated(rank: int, implementation: str, exact: bool) -> dict:
+    asked = [f"kernels.{op}={implementation}" for op in OPS]
+    request = Asked((5, 17, 3, 80), n=2, max_tokens=2, prompt_log_probs=True)
+    size = CacheSize(12, 16)
+    with (
+        engine_on(rank, tiny_recipe(*RECIPE, *asked), trains=False) as engine,
+        Generator(engine, size, 0, batch_invariant=exact) as generator,
+    ):
+        return collect([e for step in generate(generator, [request]) for e in step], 1)[0]
 
 
 def run_both(rank: int, world_size: int, overrides: list[str], fault: str) -> dict:

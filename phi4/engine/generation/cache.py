@@ -14,6 +14,7 @@ from phi4_kernels.attention import Attention, BlockTable, Ranges, attention_forw
 from phi4.engine.generation.blocks import BlockCopy, slots_of
 from phi4.engine.generation.steps import StepRow
 from phi4.engine.model.attention import CoreAttention
+from phi4.engine.model.implementations import decoding_implementation
 
 # Shape legend: P slots, T new tokens, U keys of all rows, N query heads and K key-value heads per
 # tensor rank, D head dim.
@@ -129,12 +130,13 @@ class _Singles:
         self, rows: Sequence[StepRow], block_tokens: int, device: torch.device, shares: bool
     ) -> None:
         self.num_queries = len(rows)
+        shares = shares and len({row.blocks[0] for row in rows}) < len(rows)
         groups = list(_groups(rows, block_tokens)) if shares else [(len(rows), 0)]
         skipped = [num_shared for num_rows, num_shared in groups for _ in range(num_rows)]
         blocks = [row.blocks[n:] for row, n in zip(rows, skipped, strict=True)]
         lengths = [row.end - n * block_tokens for row, n in zip(rows, skipped, strict=True)]
         own = BlockTable.of(blocks, lengths, block_tokens, device=device)
-        self._parts = [_Planned(own, causal=True)]
+        self._parts = [_TableAttention(own, causal=True)]
         if any(skipped):
             starts = accumulate((num_rows for num_rows, _ in groups), initial=0)
             shared = BlockTable.of(
@@ -144,7 +146,7 @@ class _Singles:
                 [num_rows for num_rows, _ in groups],
                 device,
             )
-            self._parts.append(_Planned(shared, causal=False))
+            self._parts.append(_TableAttention(shared, causal=False))
 
     def attend(
         self,
@@ -162,7 +164,7 @@ class _Singles:
         return sum(weighted).to(q_RND.dtype)
 
 
-class _Planned:
+class _TableAttention:
     """Attention through one table; layers are alike, so the first one's plan is that of all."""
 
     def __init__(self, table: BlockTable, *, causal: bool) -> None:
@@ -171,8 +173,9 @@ class _Planned:
 
     def attend(self, core: CoreAttention, *tensors: torch.Tensor) -> Attention:
         if self._run is None:
-            options = {"scale": core.scale, "implementation": core.implementation}
-            self._run = plan_decode(*tensors, self._table, causal=self._causal, **options)
+            implementation = decoding_implementation(core.implementation)
+            options = {"causal": self._causal, "scale": core.scale}
+            self._run = plan_decode(*tensors, self._table, implementation=implementation, **options)
         return self._run(*tensors)
 
 

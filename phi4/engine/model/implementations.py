@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from phi4_kernels import dispatch
+from phi4_kernels import dispatch, registry
 from phi4_kernels.attention.arguments import HEAD_DIMS
 from phi4_kernels.dispatch import Choice
 from phi4_kernels.errors import KernelError
@@ -49,3 +49,11 @@ def _for_heads(choice: Choice, kernels: KernelsConfig, head_dim: int) -> Choice:
 def implementation_of(op: str, choices: Sequence[Choice]) -> str:
     """The chosen implementation of an op; torch where nothing was chosen."""
     return next((choice.implementation for choice in choices if choice.op == op), "torch")
+
+
+def decoding_implementation(attention: str) -> str:
+    """What attends to a cache's blocks under the chosen implementation of attention.
+
+    Gluon has no such form; Triton, which runs wherever Gluon does, has.
+    """
+    return attention if registry.provides("attention", attention, "decode") else "triton"

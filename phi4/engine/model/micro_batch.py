@@ -116,7 +116,7 @@ def to_device(
     def slice_of(array: np.ndarray, to: torch.dtype) -> torch.Tensor:
         return local(array).to(device=device, dtype=to, non_blocking=True)
 
-    rotary = rotary_fields(slice_of(batch.positions, torch.int32), model, dtype, rope_cache)
+    rotary = _rotary_fields(slice_of(batch.positions, torch.int32), model, dtype, rope_cache)
     ids, second = batch.segment_ids, batch.alternative_labels
     if second is not None:
         second = alternative_rows(local(batch.labels), local(second), layout, device)
@@ -136,7 +136,7 @@ def to_device(
     )
 
 
-def rotary_fields(
+def _rotary_fields(
     positions_BS: torch.Tensor,
     model: ModelConfig,
     dtype: torch.dtype,
