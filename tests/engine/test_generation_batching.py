@@ -123,6 +123,7 @@ def test_tokens_do_not_depend_on_the_layout(pool, alone, layout):
     (found,), stats = outcomes[0]
     check_same(found, alone)
     assert stats.waited
+    assert stats.most_under_way == (2 if "pp2" in layout else 1)
     assert set(outcomes[1:]) == {"followed"}
 
 
@@ -206,11 +207,13 @@ class Stats:
         waited: whether a request waited for blocks after a step.
         largest_step: the most tokens, and scored tokens, of a step.
         computed_tokens: by round.
+        most_under_way: steps that had been begun and not ended, at the most.
     """
 
     waited: bool
     largest_step: StepLimits
     computed_tokens: tuple[int, ...]
+    most_under_way: int
 
 
 def generator_of(engine, num_blocks: int = 60, exact: bool = False) -> Generator:
@@ -247,10 +250,11 @@ def run_together(
             order = list(range(len(requests)))
             if case.shuffled:
                 random.Random(1).shuffle(order)
-            begin, steps = generator._decoder.begin, []
+            begin, steps, under_way = generator._decoder.begin, [], []
 
             def recorded(step: Step):
                 steps.append(step)
+                under_way.append(len(generator._running) + 1)
                 return begin(step)
 
             generator._decoder.begin = recorded
@@ -264,7 +268,7 @@ def run_together(
             generator.close()
             scored = [sum(len(row.scored) for row in step.rows) for step in steps]
             largest = StepLimits(max(map(num_new, steps)), max(scored))
-            return found, Stats(waited, largest, tuple(computed))
+            return found, Stats(waited, largest, tuple(computed), max(under_way))
 
 
 def num_new(step: Step) -> int:
