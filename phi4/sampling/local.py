@@ -4,6 +4,8 @@ The decision: the engine knows ids only, so a stop string ends a sample here and
 Whatever the engine still says of a sample that has ended is dropped.
 """
 
+import math
+from collections import deque
 from collections.abc import Sequence
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
@@ -11,7 +13,7 @@ from phi4.engine.generation.draws import Drawn
 from phi4.engine.generation.generator import Generator
 from phi4.engine.generation.scheduler import Event as EngineEvent
 from phi4.engine.generation.scheduler import PromptScored, SampleEnded, TokenDrawn
-from phi4.errors import ConfigError
+from phi4.errors import ConfigError, SamplerError
 from phi4.sampling.checks import check_request
 from phi4.sampling.protocol import (
     Alternative,
@@ -48,6 +50,8 @@ class LocalSampler:
         self._generator = generator
         self._tokenizer = tokenizer
         self._open: dict[int, dict[int, OpenSample]] = {}
+        self._coming: deque[EngineEvent] = deque()
+        self._happened: list[Event] = []
         self._closed = False
 
     def submit(self, request: Request) -> int:
@@ -70,13 +74,26 @@ class LocalSampler:
         A call now and then, also when there is nothing to do, keeps the other ranks from taking
         this one for dead.
 
+        Raises:
+            SamplerError: the model gives a request NaN for probabilities.
+
         Collectives: those of `Generator.step`, until the sampler is closed.
         """
         if self._closed:
             return []
-        happened: list[Event] = []
-        for event in self._generator.step():
-            happened += self._events(event)
+        self._coming += self._generator.step()
+        while self._coming:
+            event = self._coming.popleft()
+            if event.request_id in self._open and _has_nan(event):
+                del self._open[event.request_id]
+                self._generator.cancel(event.request_id)
+                raise SamplerError(
+                    "the model's probabilities are NaN: its weights have diverged, or its numbers "
+                    "overflow; use an earlier checkpoint, or another precision",
+                    event.request_id,
+                )
+            self._happened += self._events(event)
+        happened, self._happened = self._happened, []
         return happened
 
     def cancel(self, request_id: int) -> None:
@@ -94,6 +111,8 @@ class LocalSampler:
         for request_id in self._open:
             self._generator.cancel(request_id)
         self._open.clear()
+        self._coming.clear()
+        self._happened.clear()
         self._generator.close()
         self._closed = True
 
@@ -121,6 +140,15 @@ class LocalSampler:
         if not samples:
             del self._open[request_id]
         return sample
+
+
+def _has_nan(event: EngineEvent) -> bool:
+    match event:
+        case TokenDrawn(drawn=drawn):
+            return math.isnan(drawn.log_prob)
+        case PromptScored(tokens=tokens):
+            return any(math.isnan(one.log_prob) for one in tokens)
+    return False
 
 
 def _scored(prompt: Sequence[int], scores: Sequence[Drawn]) -> tuple[PromptToken, ...]:

@@ -183,3 +183,11 @@ def test_noise_differs_between_seeds_samples_and_positions():
         "0x6e789e6aa1b965f4",
     ]
     assert stream_key(-1, 0, 0) == stream_key(2**64 - 1, 0, 0)
+
+
+def test_nan_has_as_many_most_probable_tokens_as_are_asked_for():
+    logits_RV = torch.full((2, 8), torch.nan)
+    logits_RV[1, 3] = 0.0
+    for one in draw(logits_RV, [Draw(0, num_top=5)] * 2):
+        assert len(one.top) == 5
+        assert all(value != value for _, value in one.top)

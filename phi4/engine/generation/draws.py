@@ -99,8 +99,8 @@ def draw(logits_RV: torch.Tensor, rows: Sequence[Draw], num_ids: int | None = No
 def most_probable(log_probs_V: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
     """(id, log_prob) of the `count` most probable tokens, equal ones by ascending id."""
     least = log_probs_V.topk(min(count, len(log_probs_V))).values[-1]
-    # topk leaves the order of equal values open.
-    ids = (log_probs_V >= least).nonzero().squeeze(1)
+    # topk leaves the order of equal values open. As many also where all of them are NaN.
+    ids = (~(log_probs_V < least)).nonzero().squeeze(1)
     pairs = zip(ids.tolist(), log_probs_V[ids].tolist(), strict=True)
     return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:count])
 
