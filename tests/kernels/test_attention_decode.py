@@ -13,7 +13,8 @@ from phi4_kernels.attention import (
     attention,
     attention_decode,
     attention_forward,
-    torch_impl,
+    torch_blocks,
+    torch_decode,
 )
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def test_sequences_of_one_query_are_padded_to_batches_that_do_not_mix() -> None:
     q, keys, values = drawn(len(lengths))
     table = BlockTable.of(rows, lengths, SIZE)
     where = table.q_offsets, table.blocks, table.lengths
-    assert [one.rows for one in torch_impl._padded(*where, SIZE)] == [slice(0, 3), slice(3, 5)]
+    assert [one.rows for one in torch_decode._padded(*where, SIZE)] == [slice(0, 3), slice(3, 5)]
     keys[rows[3][0] * SIZE] = torch.nan
     found = attention_decode(q, keys, values, table, **TORCH)
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -103,8 +104,10 @@ def derivations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(owner, name, counted)
 
-    for owner, name in ((Ranges, "_spans"), (BlockTable, "_span"), (torch_impl, "_blocks")):
-        count(owner, name)
+    count(Ranges, "_spans")
+    count(BlockTable, "_span")
+    for module in (torch_blocks, torch_decode):
+        count(module, "blocks_of")
     return calls
 
 
@@ -115,12 +118,12 @@ def test_all_layers_share_one_validation_and_one_plan(derivations: list[str]) ->
     for _ in range(3):
         leaf = q.clone().requires_grad_()
         attention(leaf, keys, values, ranges, **TORCH).out.sum().backward()
-    assert sorted(derivations) == ["_blocks", "_spans"]
+    assert sorted(derivations) == ["_spans", "blocks_of"]
     derivations.clear()
     table = BlockTable.of([[1, 0]], [7], SIZE, [3])
     for _ in range(3):
         attention_decode(q, keys, values, table, **TORCH)
-    assert sorted(derivations) == ["_blocks", "_span"]
+    assert sorted(derivations) == ["_span", "blocks_of"]
 
 
 def test_a_table_that_is_written_again_is_derived_again() -> None:

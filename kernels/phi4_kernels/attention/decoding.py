@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from phi4_kernels import dispatch
-from phi4_kernels.attention import torch_impl
+from phi4_kernels.attention import torch_decode
 from phi4_kernels.attention.arguments import (
     Attention,
     check_head_dim,
@@ -93,7 +93,7 @@ def plan_decode(
     where = (table.q_offsets, table.blocks, table.lengths, table.block_tokens)
     if name == "torch" and not torch.compiler.is_compiling():
         # An operator's call costs more than PyTorch's attention of a single query.
-        attend = torch_impl.decode_plan(q, *where, causal, scale)
+        attend = torch_decode.decode_plan(q, *where, causal, scale)
     else:
         rest = (*where, table.max_length, causal, scale, name)
 
