@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 # Before torch and mlflow are imported: they read these once.
@@ -52,6 +53,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the plugins of tests/support."""
+    # A shell starts what it runs in the background with SIGINT ignored, and so would every process
+    # of a test be. Workers of pytest-xdist run this in the main thread, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", f"error:::{OUR_MODULES}")
     strict = os.environ.get("PHI4_STRICT_SKIPS") == "1"
     if strict:

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -67,14 +67,6 @@ def prompt_of(*turns: str, system: str | None = None) -> tuple[int, ...]:
 
 def prompts(sampler: Listening) -> Sequence[tuple[int, ...]]:
     return [request.prompt for request in sampler.asked]
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Ctrl-C counts, also where tests began with SIGINT ignored, as in the background."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
 
 
 def test_every_prompt_begins_with_the_one_before(capsys) -> None:
