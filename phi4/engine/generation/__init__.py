@@ -1,1 +1,1 @@
-"""Generation: draws, key-value blocks and batched decoding over the model's own chunks."""
+"""Generation: draws, key-value blocks and batched decoding over the model's own weights."""

@@ -47,12 +47,6 @@ class KeyValueCache:
         self.keys = {i: torch.zeros(shape, dtype=dtype, device=device) for i in layer_numbers}
         self.values = {i: torch.zeros(shape, dtype=dtype, device=device) for i in layer_numbers}
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all keys and values."""
-        tensors = (*self.keys.values(), *self.values.values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
     def of_layer(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer."""
         return self.keys[layer_number], self.values[layer_number]

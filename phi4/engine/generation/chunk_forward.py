@@ -116,10 +116,8 @@ class ChunkForward:
         Collectives: one all-gather over tp of the logits.
         """
         chunk = self._chunk
-        weight = chunk.output_layer.weight
-        if weight is None:
-            weight = chunk.shared_embedding_or_output_weight()
-        local_RV = F.linear(_normed(chunk.decoder.final_layernorm, hidden_RH), weight)
+        normed_RH = _normed(chunk.decoder.final_layernorm, hidden_RH)
+        local_RV = F.linear(normed_RH, chunk.output_layer.weight)
         if self._tp_size == 1:
             return local_RV
         pieces = [torch.empty_like(local_RV) for _ in range(self._tp_size)]

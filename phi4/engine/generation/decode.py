@@ -78,8 +78,7 @@ class Decoder:
         self._model, self._layout = engine.recipe.model, layout
         self._device = engine.platform.device
         self._dtype = torch_dtype(engine.recipe.precision)
-        positions_1S = torch.arange(self._model.max_position_embeddings, device=self._device)[None]
-        self._rotary = rope_cos_sin(positions_1S.float(), self._model, self._dtype)
+        self._rotary = () if engine.rope_cache else self._rotary_tables()
         self._chunks = [ChunkForward(chunk, layout) for chunk in engine.bare_chunks]
         self._spare_block = num_blocks
         self.cache = KeyValueCache(
@@ -103,10 +102,6 @@ class Decoder:
         """
         with self._engine.patches:
             gather_parameters(self._engine.chunks)
-
-    def run(self, step: Step) -> list[list[Drawn]]:
-        """Begin and end one step."""
-        return self.end(self.begin(step))
 
     @torch.inference_mode()
     def begin(self, step: Step) -> Running:
@@ -182,11 +177,16 @@ class Decoder:
                 running.sent.append((work, hidden_TH))
         return hidden_TH if layout.is_last_stage else None
 
+    def _rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [P, 1, D] of all P positions, for RoPE that gets tables per token."""
+        positions_1P = torch.arange(self._model.max_position_embeddings, device=self._device)[None]
+        return rope_cos_sin(positions_1P.float(), self._model, self._dtype)
+
     def _inputs(self, step: Step) -> tuple[torch.Tensor, Documents, StepAttention]:
         rows, device = step.rows, self._device
         positions = [position for row in rows for position in range(row.start, row.end)]
         positions_T = torch.tensor(positions, dtype=torch.int32, device=device)
-        if self._engine.rope_cache is None:
+        if self._rotary:
             cos_SBD, sin_SBD = (table.index_select(0, positions_T) for table in self._rotary)
             rotary = Documents(qkv_format="sbhd", cos_SBD=cos_SBD, sin_SBD=sin_SBD)
         else:
