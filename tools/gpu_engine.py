@@ -7,6 +7,7 @@ and msgspec.
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -122,6 +123,12 @@ def _row(case: str, losses: list[float], expected: list[float], tolerance: float
     }
 
 
+def commit_of_copy() -> dict[str, str]:
+    """PHI4_COMMIT as a column of a row, where it names the commit of a copy without .git."""
+    commit = os.environ.get("PHI4_COMMIT")
+    return {"commit": commit} if commit else {}
+
+
 def main() -> int:
     """Run all comparisons, or one case in a child; 0 when all passed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -141,7 +148,7 @@ def main() -> int:
     device = torch.cuda.get_device_name() if arguments.gpu == "cuda" else platform.processor()
     passed = True
     for row in compare(arguments.gpu):
-        append_row(arguments.out, {"device": device, **row})
+        append_row(arguments.out, {"device": device, **commit_of_copy(), **row})
         verdict = "ok" if row["passed"] else "FAILED"
         print(f"{row['case']}: error {row['largest_relative_error']:.1e} {verdict}", flush=True)
         passed = passed and row["passed"]

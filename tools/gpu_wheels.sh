@@ -10,5 +10,5 @@ mkdir -p "$directory"
     --python-version "${PYTHON_VERSION:-3.12}" --implementation cp \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
     "megatron-core==0.16.1" "$("$pip" freeze | grep "^pydantic==")" "$("$pip" freeze | grep '^pydantic_core==')" \
-    annotated-types typing-inspection tomli-w msgspec
+    annotated-types typing-inspection tomli-w msgspec psutil
 du -sh "$directory"

@@ -23,10 +23,10 @@ def provenance() -> dict[str, Any]:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append a row with its provenance to a file of JSON lines."""
+    """Append a row with its provenance, where it does not name its own, to a JSON Lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({**row, **provenance()}) + "\n")
+        stream.write(json.dumps({**provenance(), **row}) + "\n")
 
 
 def _version(name: str) -> str | None:

@@ -1,6 +1,6 @@
 """Command line of the proofs.
 
-    python -m phi4_kernels.testing numbers [--op OP] [--implementation NAME] [--record]
+    python -m phi4_kernels.testing numbers [--op OP] [--implementation NAME] [--jobs N] [--record]
     python -m phi4_kernels.testing compile [--op OP] [--json]
     python -m phi4_kernels.testing budgets [--op OP]
 
@@ -33,7 +33,7 @@ def _numbers(options: argparse.Namespace) -> int:
             print(f"{op} cuda: not run: {reason}")
             failures += options.record
             continue
-        result = _run_numbers(op, implementation, on_gpu)
+        result = _run_numbers(op, implementation, on_gpu, options.jobs)
         failures += len(result["red"])
         state = "red" if result["red"] else "green"
         print(
@@ -49,12 +49,12 @@ def _numbers(options: argparse.Namespace) -> int:
     return int(failures > 0)
 
 
-def _run_numbers(op: str, implementation: str, on_gpu: bool) -> dict[str, Any]:
+def _run_numbers(op: str, implementation: str, on_gpu: bool, jobs: int) -> dict[str, Any]:
     arguments = {"op": op, "implementation": implementation, "device": "cuda" if on_gpu else "cpu"}
     if on_gpu or implementation in ("cuda", "torch"):
         from phi4_kernels.testing import gates
 
-        return gates.red_cases(**arguments)
+        return gates.red_cases(**arguments, jobs=jobs)
     if implementation == "gluon":
         from phi4_kernels.testing import gates
         from phi4_kernels.testing.gluon.emulator import emulating
@@ -100,6 +100,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     numbers = commands.add_parser("numbers", help="the error rule on every case")
     numbers.add_argument("--implementation", help="triton, or cuda for csrc's ops, without it")
     numbers.add_argument("--record", action="store_true", help="append correctness rows")
+    numbers.add_argument(
+        "--jobs", type=int, default=1, help="processes that share the checks, where none interprets"
+    )
     compiling = commands.add_parser("compile", help="resources against the budgets")
     compiling.add_argument("--json", action="store_true", help="print resources, judge nothing")
     writing = commands.add_parser("budgets", help="write the budgets")

@@ -1,6 +1,7 @@
 """Append-only rows of evidence: what was run, on what, from which commit."""
 
 import json
+import os
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
@@ -24,11 +25,14 @@ def _output(*command: str) -> str:
 
 @cache
 def machine() -> dict[str, str]:
-    """Device, driver, versions, commit: the columns that every row carries."""
+    """Device, driver, versions, commit: the columns that every row carries.
+
+    PHI4_COMMIT names the commit where the copy has no .git.
+    """
     import triton
 
     dirty = "+" if _output("git", "status", "--porcelain", "--", ".") else ""
-    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    commit = _output("git", "rev-parse", "--short=12", "HEAD") or os.environ.get("PHI4_COMMIT")
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name(),

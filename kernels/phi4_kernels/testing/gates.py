@@ -1,5 +1,8 @@
 """The gates by name: what the tests, the command line and the benchmark run, in any process."""
 
+import multiprocessing
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,10 +10,14 @@ import torch
 from phi4_kernels import registry
 from phi4_kernels.testing import numerics, opcheck
 
+Check = tuple[str, str, str]
+"""Names of an entry, of one of its cases and of a dtype."""
+_CHECKS_PER_PROCESS = 12
+_CHECK_SECONDS = 120
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def names(entry: registry.Entry, implementation: str | None = None) -> list[tuple[str, str, str]]:
+def names(entry: registry.Entry, implementation: str | None = None) -> list[Check]:
     """(entry, case, dtype) of every numeric check of an entry, or of one implementation of it."""
     taken = entry.dtypes
     if implementation in registry.implementations(entry.op):
@@ -51,20 +58,52 @@ def check_operators(entry: str, case: str, dtype: str) -> list[str]:
     return opcheck.check(*_find(entry, case), DTYPES[dtype])
 
 
-def red_cases(op: str, implementation: str, device: str) -> dict[str, Any]:
+def red_cases(op: str, implementation: str, device: str, jobs: int = 1) -> dict[str, Any]:
     """Run all numeric checks of an op.
+
+    Args:
+        op: one of registry.OPS.
+        implementation: of the op's.
+        device: cpu or cuda.
+        jobs: processes that share the checks; compilation on one core is most of the time on a GPU.
 
     Returns:
         num_checks, the worst margin, and the message of every red check by name.
     """
-    red, worst, num_checks = {}, 0.0, 0
-    for entry in registry.entries().values():
-        for check in names(entry, implementation) if entry.op == op else ():
-            num_checks += 1
-            try:
-                margins = check_numbers(*check, implementation, device)
-            except Exception as error:  # any failure is red, and the others are still worth knowing
-                red["/".join(check)] = f"{type(error).__name__}: {error}"
-            else:
-                worst = max(worst, *margins.values())
-    return {"num_checks": num_checks, "worst_margin": worst, "red": red}
+    ops = [entry for entry in registry.entries().values() if entry.op == op]
+    checks = [check for entry in ops for check in names(entry, implementation)]
+    run = partial(_outcome, implementation, device)
+    if jobs == 1:
+        outcomes = [run(check) for check in checks]
+    else:
+        outcomes = _shared(run, checks, jobs)
+    red = {
+        "/".join(check): outcome
+        for check, outcome in zip(checks, outcomes, strict=True)
+        if isinstance(outcome, str)
+    }
+    worst = max((outcome for outcome in outcomes if isinstance(outcome, float)), default=0.0)
+    return {"num_checks": len(checks), "worst_margin": worst, "red": red}
+
+
+def _shared(run: Callable[[Check], float | str], checks: list[Check], jobs: int) -> list:
+    """Outcomes from spawned processes, each for a few checks: a fault on a device stays in one."""
+    spawned = multiprocessing.get_context("spawn")
+    with spawned.Pool(min(jobs, len(checks) or 1), maxtasksperchild=_CHECKS_PER_PROCESS) as pool:
+        waiting = [pool.apply_async(run, (check,)) for check in checks]
+        return [_awaited(result) for result in waiting]
+
+
+def _awaited(result: Any) -> float | str:
+    try:
+        return result.get(_CHECK_SECONDS)
+    except multiprocessing.TimeoutError:
+        return f"no result within {_CHECK_SECONDS} s: it hangs, or its process died"
+
+
+def _outcome(implementation: str, device: str, check: Check) -> float | str:
+    """The worst margin of a green check, the message of a red one."""
+    try:
+        return max(check_numbers(*check, implementation, device).values(), default=0.0)
+    except Exception as error:  # any failure is red, and the others are still worth knowing
+        return f"{type(error).__name__}: {error}"
