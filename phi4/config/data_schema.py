@@ -19,6 +19,9 @@ class TokenizerConfig(Section):
     """Expected hash of a bpe rank file; phi4's own is built in."""
 
 
+SourceKind = Literal["stream", "windows", "conversations", "pairs", "pivots"]
+
+
 class SourceConfig(Section):
     """One named source of the blend."""
 
@@ -31,9 +34,11 @@ class SourceConfig(Section):
     max_epochs: float = key("schedule", 0.0, ge=0)
     """The source may be read so many times, counted from the beginning of the ledger; 0 sets no
     limit."""
-    kind: Literal["stream", "windows"] = key("schedule", "stream")
+    kind: SourceKind = key("schedule", "stream")
     """stream: cut into units wherever documents end. windows: documents are kept whole up to
-    sequence_length and packed best-fit into rows, for long documents and for chat records."""
+    sequence_length and packed best-fit into rows. conversations: windows of chat records, never
+    begun inside one. pairs: two answers to one prompt, in one row. pivots: trajectories with pairs
+    of tokens at some of their positions."""
     min_tokens: NonNegative = key("schedule", 0)
     """Shorter documents are left out; windows only."""
     max_tokens: NonNegative = key("schedule", 0)
@@ -43,6 +48,9 @@ class SourceConfig(Section):
     truncate: the beginning is kept. drop: they are left out. None cuts text and refuses to cut
     conversations (documents with a loss mask): an answer without its question teaches the wrong
     thing. Streams only cut. The counts are shown at the start of a run."""
+    max_response_tokens: NonNegative = key("schedule", 0)
+    """Both answers of a pair end after so many tokens that the loss covers; 0 keeps them whole;
+    pairs only."""
 
 
 Sources = Annotated[tuple[SourceConfig, ...], Strict(False)]
@@ -69,5 +77,8 @@ class DataConfig(Section):
     cache_dir: str | None = key("free", None, min_length=1)
     """Where the manifests of sources of many shards and the tables of window rows are kept. None
     keeps them beside the shards; where that cannot be written, every rank makes them again."""
+    reference_cache: str | None = key("free", None, min_length=1)
+    """Directory that `phi4 dpo cache-ref` wrote: the reference model's log-probabilities of the
+    answers of pairs and pivots."""
     max_open_shards: Positive = key("free", 1024)
     """Shards that are mapped at once; each takes addresses, not memory."""

@@ -129,6 +129,26 @@ class LossHeadConfig(Section):
     """More tokens are faster on a GPU, and take 2 * vocab_size / tensor bytes each in bf16."""
 
 
+class DpoConfig(Section):
+    """The loss of run.stage=dpo; the report leaves all of it open."""
+
+    loss: Literal["sigmoid", "sigmoid_norm", "ipo", "hinge"] = key("schedule", "sigmoid")
+    """sigmoid: Rafailov et al. 2023, equation 7. sigmoid_norm: each answer's log-ratio is divided
+    by its number of tokens. ipo: Azar et al. 2023, equation 17, divided likewise. hinge: Zhao et
+    al. 2023."""
+    beta: float = key("schedule", 0.1, gt=0)
+    """How strongly the policy is held to the reference."""
+    label_smoothing: float = key("schedule", 0.0, ge=0, lt=0.5)
+    """Share of pairs that are taken to be labelled the wrong way round; sigmoid only."""
+    sft_weight: float = key("schedule", 0.0, ge=0)
+    """Weight of the mean negative log-probability of the chosen answers' tokens."""
+    reference: str | None = key("identity", None, min_length=1)
+    """Checkpoint or run that the log-probabilities of data.reference_cache are of; None is
+    run.init_from."""
+    gate: bool = key("free", True)
+    """Whether a run checks reference, packing and layout on a batch before its first step."""
+
+
 class KernelsConfig(Section):
     """Implementation of each op; `auto` logs its choice and the reason."""
 
@@ -207,6 +227,7 @@ class Recipe(Section):
     precision: PrecisionConfig = PrecisionConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     loss_head: LossHeadConfig = LossHeadConfig()
+    dpo: DpoConfig = DpoConfig()
     kernels: KernelsConfig = KernelsConfig()
     run: RunConfig = RunConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

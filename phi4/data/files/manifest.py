@@ -6,17 +6,26 @@ checksums, in a few lines of JSON that checkpoints can quote by hash.
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
 
 from phi4.errors import DataError
 
+FileKind = Literal["documents", "pairs", "pivots"]
+"""What a document of a pair of files is. documents: one text or conversation. pairs: two
+sequences, prompt with the chosen and with the rejected answer. pivots: four sequences, a
+trajectory, positions in it, and the chosen and the rejected id that may follow each of them."""
+
 
 class ShardManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Facts about one `.bin/.idx` pair."""
 
     format_version: int = 1
+    kind: FileKind = "documents"
+    chat_template_sha256: str | None = None
+    """Of the chat format that answers were written in; None for text and for given ids."""
     tokenizer_fingerprint: str
     vocab_size: int
     num_documents: int

@@ -75,6 +75,12 @@ class TokenFile:
         start = int(self.pointers[first]) // self.tokens.itemsize
         return self.tokens[start : start + int(self.lengths[first:last].sum())]
 
+    def sequences(self, index: int) -> list[np.ndarray]:
+        """Tokens of each sequence of one document."""
+        first, last = (int(self.document_bounds[index + i]) for i in (0, 1))
+        ends = np.cumsum(self.lengths[first:last])
+        return np.split(self.document(index), ends[:-1])
+
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, [num_documents] int64."""
         ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
@@ -223,16 +229,18 @@ def check_ids(ids: np.ndarray, vocab_size: int, locate: Callable[[int], str]) ->
         )
 
 
-def index_bytes(lengths: np.ndarray) -> bytes:
-    """The `.idx` of int32 documents that are one sequence each.
+def index_bytes(lengths: np.ndarray, sequences_per_document: int = 1) -> bytes:
+    """The `.idx` of int32 documents that have the same number of sequences each.
 
     Args:
-        lengths: [num_documents], int32, tokens per document.
+        lengths: [num_sequences], int32, tokens per sequence.
+        sequences_per_document: divides num_sequences.
     """
+    num_documents = lengths.size // sequences_per_document
     ends = 4 * np.cumsum(lengths, dtype=np.int64)
-    header = _HEADER.pack(_MAGIC, 1, _INT32_CODE, lengths.size, lengths.size + 1)
+    header = _HEADER.pack(_MAGIC, 1, _INT32_CODE, lengths.size, num_documents + 1)
     pointers = ends - 4 * lengths.astype(np.int64)
-    bounds = np.arange(lengths.size + 1, dtype=np.int64)
+    bounds = np.arange(num_documents + 1, dtype=np.int64) * sequences_per_document
     columns = (lengths.astype("<i4"), pointers.astype("<i8"), bounds.astype("<i8"))
     return header + b"".join(column.tobytes() for column in columns)
 

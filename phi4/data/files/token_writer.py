@@ -16,6 +16,7 @@ import numpy as np
 
 from phi4.data.files.atomic_files import HashedFile, write_atomically
 from phi4.data.files.manifest import (
+    FileKind,
     ShardManifest,
     encode_manifest,
     length_histogram,
@@ -28,6 +29,7 @@ from phi4.errors import DataError
 LIST_SUFFIX = ".list"
 """A source under such a name is a file that lists its pairs."""
 
+_SEQUENCES = {"documents": 1, "pairs": 2, "pivots": 4}
 _BLOCK_BYTES = 1 << 20
 
 
@@ -48,12 +50,20 @@ class TokenFileWriter:
         *,
         num_rejected: int = 0,
         shuffle_seed: int | None = None,
+        kind: FileKind = "documents",
+        chat_template_sha256: str | None = None,
     ) -> None:
         """Name the pair and what its manifest says beside the counts."""
         self.prefix = str(prefix)
         self.manifest: ShardManifest | None = None
         self._tokenizer = tokenizer
-        self._notes = {"num_rejected": num_rejected, "shuffle_seed": shuffle_seed}
+        self._notes = {
+            "kind": kind,
+            "chat_template_sha256": chat_template_sha256,
+            "num_rejected": num_rejected,
+            "shuffle_seed": shuffle_seed,
+        }
+        self._sequences = _SEQUENCES[kind]
         self._lengths = array("i")
         self._num_tokens = 0
 
@@ -67,7 +77,7 @@ class TokenFileWriter:
     @property
     def num_documents(self) -> int:
         """Documents added so far."""
-        return len(self._lengths)
+        return len(self._lengths) // self._sequences
 
     def add(self, document: np.ndarray, learnt: np.ndarray | None = None) -> None:
         """Append one document.
@@ -85,7 +95,8 @@ class TokenFileWriter:
 
         Args:
             tokens: [n] ids.
-            lengths: tokens of each document, sum n.
+            lengths: tokens of each document, sum n; of each of its sequences where a document has
+                several, see `FileKind`.
             learnt: as in `add`.
         """
         self._content.write(np.ascontiguousarray(tokens, dtype="<i4").data)
@@ -120,16 +131,18 @@ class TokenFileWriter:
 
     def _finish(self) -> None:
         lengths = np.array(self._lengths, dtype=np.int32)
-        index = index_bytes(lengths)
+        index = index_bytes(lengths, self._sequences)
         self.manifest = ShardManifest(
             tokenizer_fingerprint=self._tokenizer.fingerprint,
             vocab_size=self._tokenizer.vocab_size,
-            num_documents=lengths.size,
+            num_documents=self.num_documents,
             num_tokens=self._num_tokens,
             bin_sha256=self._content.finish(),
             idx_sha256=hashlib.sha256(index).hexdigest(),
             mask_sha256=self._mask.finish() if self._mask else None,
-            length_histogram=length_histogram(lengths),
+            length_histogram=length_histogram(
+                lengths.reshape(-1, self._sequences).sum(axis=1, dtype=np.int64)
+            ),
             **self._notes,
         )
         # Without its old manifest a half-replaced pair cannot pass for a complete one.

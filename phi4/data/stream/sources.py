@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from phi4.data.files.atomic_files import write_atomically
-from phi4.data.files.manifest import encode_manifest, manifest_path, read_manifest
+from phi4.data.files.manifest import FileKind, encode_manifest, manifest_path, read_manifest
 from phi4.data.files.token_file import TokenFile
 from phi4.data.files.token_writer import LIST_SUFFIX
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
@@ -26,7 +26,8 @@ class SourceShard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_documents: int
     num_tokens: int
     has_mask: bool
-    """Some of its tokens are not learnt: it holds conversations."""
+    """Some of its tokens are not learnt: it holds conversations or pairs."""
+    kind: FileKind = "documents"
     manifest_sha256: str
     manifest_mtime_ns: int
 
@@ -161,6 +162,7 @@ def _read_shards(path: str, prefixes: list[str]) -> SourceManifest:
                 num_documents=manifest.num_documents,
                 num_tokens=manifest.num_tokens,
                 has_mask=manifest.mask_sha256 is not None,
+                kind=manifest.kind,
                 manifest_sha256=hashlib.sha256(manifest_path(prefix).read_bytes()).hexdigest(),
                 manifest_mtime_ns=written,
             )

@@ -17,6 +17,41 @@ from phi4.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
+class PairColumns:
+    """Which pairs stand in rows, and where; a pair stands wholly in one.
+
+    Segments 2i and 2i + 1 are the chosen and the rejected side of a row's pair i. The rejected side
+    of a pivot is the second label of its position and no segment.
+    """
+
+    segment_ids: np.ndarray
+    """[n, S] int32, the segment that each label counts for, -1 for none."""
+    alternatives: np.ndarray
+    """[n, S] int64, the second label of a position, -1 for none."""
+    reference: np.ndarray
+    """[n, S, 2] float64, at index i log-probabilities of both sides of pair i; NaN without a
+    reference cache."""
+    num_pairs: np.ndarray
+    """[n] int64."""
+
+    @staticmethod
+    def empty(num_rows: int, num_tokens: int) -> "PairColumns":
+        """Rows without pairs."""
+        shape = (num_rows, num_tokens)
+        return PairColumns(
+            np.full(shape, -1, np.int32),
+            np.full(shape, -1, np.int64),
+            np.full((*shape, 2), np.nan),
+            np.zeros(num_rows, np.int64),
+        )
+
+    def rows(self, place: slice) -> "PairColumns":
+        """Some rows, a view."""
+        columns = (self.segment_ids, self.alternatives, self.reference, self.num_pairs)
+        return PairColumns(*(column[place] for column in columns))
+
+
+@dataclass(frozen=True, eq=False)
 class Rows:
     """What a batch is built from; [n, S] each. Sources fill slices of it."""
 
@@ -26,14 +61,17 @@ class Rows:
     """float32, 1 where the label is learnt, else 0."""
     starts: np.ndarray
     """bool, where a piece begins that has nothing to do with what stands before it."""
+    pairs: PairColumns | None = None
+    """Only of blends with a source of pairs, whose pieces are whole rows."""
 
     @staticmethod
-    def empty(num_rows: int, num_tokens: int) -> "Rows":
+    def empty(num_rows: int, num_tokens: int, *, have_pairs: bool = False) -> "Rows":
         """Rows whose content is still undefined; nothing starts in them."""
         shape = (num_rows, num_tokens)
         # One block: an allocator that got it back once keeps its pages for the next one.
         tokens, labels = np.empty((2, *shape), dtype=np.int64)
-        return Rows(tokens, labels, np.empty(shape, np.float32), np.zeros(shape, dtype=bool))
+        pairs = PairColumns.empty(*shape) if have_pairs else None
+        return Rows(tokens, labels, np.empty(shape, np.float32), np.zeros(shape, bool), pairs)
 
     def pad(self, begin: int, pad_id: int) -> None:
         """Make the rest of a cut padding that weighs nothing."""
@@ -43,12 +81,14 @@ class Rows:
     def as_rows(self, num_tokens: int) -> "Rows":
         """The same tokens in rows of another length, a view."""
         columns = (self.tokens, self.labels, self.weights, self.starts)
-        return Rows(*(column.reshape(-1, num_tokens) for column in columns))
+        return Rows(*(column.reshape(-1, num_tokens) for column in columns), self.pairs)
 
     def cut(self, row: int, begin: int, num_tokens: int) -> "Rows":
         """A view of part of one row, [num_tokens] each."""
         place = (row, slice(begin, begin + num_tokens))
-        return Rows(self.tokens[place], self.labels[place], self.weights[place], self.starts[place])
+        columns = (self.tokens, self.labels, self.weights, self.starts)
+        pairs = None if self.pairs is None else self.pairs.rows(slice(row, row + 1))
+        return Rows(*(column[place] for column in columns), pairs)
 
 
 class ShardPool:
