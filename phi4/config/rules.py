@@ -195,6 +195,16 @@ def _sources(recipe: Recipe) -> Iterator[str]:
                 f"source {source.name!r} selects documents by min_tokens, max_tokens or overlong, "
                 'and a stream is cut wherever they end; set kind="windows"'
             )
+        if source.kind in ("pairs", "pivots") and (selects or source.overlong):
+            yield (
+                f"source {source.name!r} selects documents by min_tokens, max_tokens or overlong, "
+                f"which has no effect on {source.kind}; select rows with `phi4 data pairs`"
+            )
+        if source.max_response_tokens and source.kind != "pairs":
+            yield (
+                f"source {source.name!r}: max_response_tokens={source.max_response_tokens} has no "
+                f'effect on kind={source.kind}; remove it, or use kind="pairs"'
+            )
         if 0 < source.max_tokens < source.min_tokens:
             yield (
                 f"source {source.name!r}: min_tokens={source.min_tokens} exceeds "

@@ -73,7 +73,8 @@ def test_every_value_of_every_key_can_be_an_override(key: str, data: st.DataObje
 def test_null_resets_every_key_that_may_be_unset(null: str) -> None:
     tree = {
         "tokenizer": {"path": "a", "sha256": "0" * 64},
-        "data": {"continue_from": "a", "cache_dir": "a"},
+        "data": {"continue_from": "a", "cache_dir": "a", "reference_cache": "a"},
+        "dpo": {"reference": "a"},
         "parallel": {"layers_per_stage": [40]},
         "run": {"name": "a", "init_from": "a"},
         "tracking": {"uri": "a"},

@@ -122,6 +122,14 @@ BROKEN = {
         ['data.sources=[{name="a", path="x", min_tokens=9}]'],
         "source 'a' selects documents by min_tokens, max_tokens or overlong, and a stream is cut",
     ),
+    "pairs are selected before training": (
+        ['data.sources=[{name="a", path="x", kind="pairs", max_tokens=9}]'],
+        "source 'a' selects documents by min_tokens, max_tokens or overlong, which has no effect",
+    ),
+    "only answers of pairs are shortened": (
+        ['data.held_out=[{name="a", path="x", kind="pivots", max_response_tokens=5}]'],
+        "source 'a': max_response_tokens=5 has no effect on kind=pivots",
+    ),
     "document bounds leave documents": (
         [
             'data.held_out=[{name="a", path="x", kind="windows", min_tokens=9, max_tokens=8}]',

@@ -25,6 +25,7 @@ from phi4.data.stream.stream import Source
 from phi4.data.stream.units import Rows, ShardPool, UnitSource
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import DataError, LayoutError
+from tests.data.preferences import write_conversations, write_pairs, write_pivots
 
 EOD, PAD = 0, 1
 SECOND_SOURCE = 1_000_000
@@ -344,11 +345,19 @@ def test_two_held_out_sources_of_one_name_are_refused_together(
         open_held_out(DataConfig(held_out=twice), facts, 7)
 
 
-def test_every_kind_of_the_recipe_is_a_source(write_source, facts: TokenizerFacts) -> None:
+def test_every_kind_of_the_recipe_is_a_source(
+    write_source, facts: TokenizerFacts, tmp_path: Path
+) -> None:
     assert set(KINDS) == set(get_args(SourceConfig.model_fields["kind"].annotation))
-    path = write_source("s", [9, 30])
-    data, pool = data_config({}), ShardPool(1)
+    paths = {
+        "conversations": write_conversations(tmp_path / "chats", [[1, 1, 0]]),
+        "pairs": write_pairs(tmp_path / "pairs", 1),
+        "pivots": write_pivots(tmp_path / "pivots", 1),
+    }
+    plain = write_source("s", [9, 30])
+    data, pool = data_config({}).model_copy(update={"sequence_length": 32}), ShardPool(9)
     for kind in KINDS:
+        path = paths.get(kind, plain)
         config = SourceConfig(name="s", path=path, kind=kind)
         source = open_source(config, read_source(path, facts), pool, facts, data)
         # Attributes without a value are invisible to isinstance.

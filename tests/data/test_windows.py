@@ -256,7 +256,7 @@ def test_tables_and_manifests_are_kept_where_the_recipe_says(
 
 def test_rank_that_cannot_keep_its_table_says_so(write_source, facts: TokenizerFacts) -> None:
     path = write_source("s", [9, 14, 3])
-    with patch("phi4.data.stream.window_table.os.access", return_value=False):
+    with patch("phi4.data.stream.kept_table.os.access", return_value=False):
         (note,) = Loader(windows(path, 8), facts, 5).notes
     assert note.endswith("nothing can be written beside the shards: set data.cache_dir")
     assert not list(Path(path).parent.glob("*.npy"))

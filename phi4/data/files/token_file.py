@@ -9,7 +9,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -75,11 +75,35 @@ class TokenFile:
         start = int(self.pointers[first]) // self.tokens.itemsize
         return self.tokens[start : start + int(self.lengths[first:last].sum())]
 
-    def sequences(self, index: int) -> list[np.ndarray]:
-        """Tokens of each sequence of one document."""
+    def sequences(self, index: int, values: np.ndarray | None = None) -> list[np.ndarray]:
+        """Tokens of each sequence of one document, or what stands beside them.
+
+        Args:
+            index: of the document.
+            values: [num_tokens], such as the loss mask; None for the tokens.
+        """
         first, last = (int(self.document_bounds[index + i]) for i in (0, 1))
-        ends = np.cumsum(self.lengths[first:last])
-        return np.split(self.document(index), ends[:-1])
+        begin = int(self.pointers[first]) // self.tokens.itemsize
+        ends = begin + np.cumsum(self.lengths[first:last], dtype=np.int64)
+        values = self.tokens if values is None else values
+        return [values[a:b] for a, b in pairwise([begin, *ends.tolist()])]
+
+    def num_loss_labels(self, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Labels that the loss covers in stretches of tokens.
+
+        Args:
+            begins: [n] first tokens, ascending.
+            sizes: [n] labels, each the token that follows; at least 1.
+
+        Returns:
+            [n] int64.
+        """
+        if self.learnt is None or not sizes.size:
+            return sizes
+        # Sums of all stretches between consecutive bounds; every other one is asked for.
+        bounds = np.stack([begins + 1, begins + 1 + sizes], axis=1).reshape(-1)
+        bounds = bounds if bounds[-1] < self.num_tokens else bounds[:-1]
+        return np.add.reduceat(self.learnt, bounds, dtype=np.int64)[::2]
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, [num_documents] int64."""

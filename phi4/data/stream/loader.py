@@ -15,6 +15,7 @@ from phi4.data.stream.batch import Batch, build_batch
 from phi4.data.stream.kinds import open_source
 from phi4.data.stream.ledger import BlendEntry, Draws
 from phi4.data.stream.overlap import describe_overlaps
+from phi4.data.stream.pair_batch import with_pairs
 from phi4.data.stream.sources import read_source
 from phi4.data.stream.stream import Stream
 from phi4.data.stream.units import ShardPool
@@ -117,8 +118,12 @@ class Loader:
         draws = self.stream.next_draws(global_batch_size * row_draws, self._max_epochs)
         num_draws = draws.source.size
         own = slice(dp_rank * num_draws // dp_size, (dp_rank + 1) * num_draws // dp_size)
-        source, ordinal = draws.source[own], draws.ordinal[own]
-        return self._batches(source, ordinal, micro_batch_size)
+        return self._batches(
+            draws.source[own],
+            draws.ordinal[own],
+            micro_batch_size,
+            self.stream.chosen_tokens_per_pair(draws),
+        )
 
     def require_epochs(self, num_rows: int) -> None:
         """Refuse now what `next_step` would refuse after some of the rows that are still to come.
@@ -140,7 +145,8 @@ class Loader:
     def row(self, index: int) -> Batch:
         """Row `index` of the stream from here, [1, S]; the ledger stays where it is."""
         draws = self._row_draws(index)
-        return self._batches(draws.source, draws.ordinal, 1)[0]
+        tokens_per_pair = self.stream.chosen_tokens_per_pair(draws)
+        return self._batches(draws.source, draws.ordinal, 1, tokens_per_pair)[0]
 
     def describe_row(self, index: int) -> list[str]:
         """Where the pieces of that row come from, a line each."""
@@ -156,11 +162,13 @@ class Loader:
         draws = self.stream.peek((index + 1) * row_draws)
         return Draws(draws.source[-row_draws:], draws.ordinal[-row_draws:], None)
 
-    def _batches(self, source: np.ndarray, ordinal: np.ndarray, num_rows: int) -> list[Batch]:
+    def _batches(
+        self, source: np.ndarray, ordinal: np.ndarray, num_rows: int, tokens_per_pair: float
+    ) -> list[Batch]:
         """Draws as batches of so many rows; all are read at once, in the order of the files."""
         rows = self.stream.read(source, ordinal).as_rows(self._data.sequence_length)
         places = [slice(i, i + num_rows) for i in range(0, len(rows.tokens), num_rows)]
-        return [
+        batches = [
             build_batch(
                 rows.tokens[place],
                 rows.labels[place],
@@ -170,6 +178,13 @@ class Loader:
                 starts=rows.starts[place],
             )
             for place in places
+        ]
+        if rows.pairs is None:
+            return batches
+        pairs = (rows.pairs.rows(place) for place in places)
+        return [
+            with_pairs(batch, columns, tokens_per_pair)
+            for batch, columns in zip(batches, pairs, strict=True)
         ]
 
 

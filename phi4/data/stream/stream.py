@@ -26,6 +26,7 @@ class Source(Protocol):
         num_units: pieces.
         row_tokens: tokens in a piece.
         whole_rows: whether a piece is a whole row; else a row may join several pieces.
+        has_pairs: whether pieces hold pairs: it is a `PairedSource`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Source(Protocol):
     num_units: int
     row_tokens: int
     whole_rows: bool
+    has_pairs: bool
 
     def describe(self) -> str:
         """A line for the start of a run: what is served and what is left out; may be empty."""
@@ -49,6 +51,13 @@ class Source(Protocol):
 
     def locate(self, unit: int, offset: int) -> str:
         """Source, file, document and offset behind a token of a piece, in words."""
+
+
+class PairedSource(Source, Protocol):
+    """A source whose pieces hold pairs; `fill` takes rows with `pairs`."""
+
+    def pair_counts(self, units: np.ndarray) -> np.ndarray:
+        """Pairs, and loss tokens of their chosen sides, in each piece, [n, 2] int64."""
 
 
 class Stream:
@@ -141,7 +150,8 @@ class Stream:
         Raises:
             DataError: an id is outside the vocabulary.
         """
-        rows = Rows.empty(source.size, self.draw_tokens)
+        have_pairs = any(item.has_pairs for item in self._sources)
+        rows = Rows.empty(source.size, self.draw_tokens, have_pairs=have_pairs)
         for index, item in enumerate(self._sources):
             chosen = np.flatnonzero(source == index)
             units = self._units(item, ordinal[chosen])
@@ -151,6 +161,16 @@ class Stream:
                 begin = part * item.row_tokens
                 item.fill(int(units[draw, part]), rows.cut(chosen[draw], begin, item.row_tokens))
         return rows
+
+    def chosen_tokens_per_pair(self, draws: Draws) -> float:
+        """Mean number of loss tokens on the chosen side of a pair over some draws; 1 without."""
+        counts = np.zeros(2, dtype=np.int64)
+        for index, item in enumerate(self._sources):
+            if item.has_pairs:
+                units = self._units(item, draws.ordinal[draws.source == index])
+                counts += item.pair_counts(units.reshape(-1)).sum(axis=0)
+        pairs, tokens = counts.tolist()
+        return tokens / pairs if pairs else 1.0
 
     def describe(self, source: int, ordinal: int) -> list[str]:
         """Where each document of one draw begins, in words."""
@@ -165,7 +185,7 @@ class Stream:
 
     def _begins(self, item: Source, unit: int) -> list[int]:
         """Where documents begin in a unit, padding left out."""
-        rows = Rows.empty(1, item.row_tokens)
+        rows = Rows.empty(1, item.row_tokens, have_pairs=item.has_pairs)
         cut = rows.cut(0, 0, item.row_tokens)
         item.fill(unit, cut)
         begins = cut.starts.copy()

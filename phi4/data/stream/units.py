@@ -50,6 +50,11 @@ class PairColumns:
         columns = (self.segment_ids, self.alternatives, self.reference, self.num_pairs)
         return PairColumns(*(column[place] for column in columns))
 
+    def stretch(self, place: slice) -> "PairColumns":
+        """Some tokens of every row, a view; the pairs are still those of the whole rows."""
+        ids, alternatives = self.segment_ids[:, place], self.alternatives[:, place]
+        return PairColumns(ids, alternatives, self.reference, self.num_pairs)
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -88,6 +93,13 @@ class Rows:
         place = (row, slice(begin, begin + num_tokens))
         columns = (self.tokens, self.labels, self.weights, self.starts)
         pairs = None if self.pairs is None else self.pairs.rows(slice(row, row + 1))
+        return Rows(*(column[place] for column in columns), pairs)
+
+    def stretch(self, begin: int, num_tokens: int) -> "Rows":
+        """A view of part of a cut, [num_tokens] each."""
+        place = slice(begin, begin + num_tokens)
+        columns = (self.tokens, self.labels, self.weights, self.starts)
+        pairs = None if self.pairs is None else self.pairs.stretch(place)
         return Rows(*(column[place] for column in columns), pairs)
 
 
@@ -132,9 +144,11 @@ class UnitSource:
         row_tokens: labels per unit.
         num_units: units of all shards; the last one of a shard may be partial.
         whole_rows: False, a row may join several units.
+        has_pairs: False.
     """
 
     whole_rows = False
+    has_pairs = False
 
     def __init__(
         self,

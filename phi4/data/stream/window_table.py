@@ -1,27 +1,22 @@
 """The table behind a window source: which pieces of which documents make up each of its rows.
 
-It depends on nothing but the shards' content, the row length and the bounds, so it is computed once
-and kept beside the shards, or in `data.cache_dir`, under a name that those define; where that
-directory cannot be written, every start computes it. Processes that meet a new source at once would
-each compute it: let one go first.
+It depends on nothing but the shards' content, the row length and the bounds, and is kept under a
+name that those define; see `kept_table`.
 """
 
 import hashlib
-import os
-from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 
 from phi4.config import SourceConfig
-from phi4.data.files.atomic_files import write_atomically
 from phi4.data.files.token_file import TokenFile
+from phi4.data.stream.kept_table import kept_table
 from phi4.data.stream.packing import best_fit
 from phi4.data.stream.sources import SourceManifest
 from phi4.data.stream.units import ShardPool
 from phi4.errors import DataError
 
-_NUM_COUNTS = 8
+_NUM_COUNTS = 9
 
 
 class WindowTable:
@@ -36,6 +31,7 @@ class WindowTable:
         num_overlong: documents within the bounds that are longer than a row.
         num_overlong_chats: those of them that have a loss mask.
         num_left_out: labels of documents within the bounds that no row holds.
+        num_without_loss: documents within the bounds whose loss mask covers no token.
         is_kept: whether the next start finds the table.
         row_loss: [num_rows] int64, labels of weight 1 in each row.
     """
@@ -63,21 +59,19 @@ class WindowTable:
         """
         overlong = source.overlong or "cut"
         bounds = f"{source.min_tokens} {source.max_tokens}"
-        key = f"2 {manifest.content_hash} {row_tokens} {bounds} {overlong}"
+        key = f"3 {manifest.content_hash} {row_tokens} {bounds} {overlong}"
         self.content = hashlib.sha256(key.encode()).hexdigest()
-        directory = Path(cache_dir or Path(manifest.shards[0].prefix).parent)
-        kept = directory / f"{self.content[:16]}.windows.npy"
-        self.is_kept = os.access(directory, os.W_OK) or kept.exists()
-        if kept.exists():
-            flat = np.load(kept, mmap_mode="r").view(np.ndarray)
-        else:
-            flat = _computed(source, manifest, pool, row_tokens)
-            if self.is_kept:
-                write_atomically(kept, _npy(flat))
+        flat, self.is_kept = kept_table(
+            manifest,
+            cache_dir,
+            f"{self.content[:16]}.windows.npy",
+            lambda: _computed(source, manifest, pool, row_tokens),
+        )
         counts, content = flat[:_NUM_COUNTS].tolist(), flat[_NUM_COUNTS:]
         self.num_rows, num_pieces, self.num_labels, *documents = counts
         self.num_documents, self.num_outside, *overlong = documents
-        self.num_overlong, self.num_overlong_chats, self.num_left_out = overlong
+        self.num_overlong, self.num_overlong_chats, self.num_left_out, *rest = overlong
+        (self.num_without_loss,) = rest
         split = np.cumsum([self.num_rows + 1, self.num_rows])
         self._row_starts, self.row_loss, pieces = np.split(content, split)
         self._pieces = pieces.reshape(num_pieces, 3)
@@ -108,7 +102,7 @@ def _computed(
     source: SourceConfig, manifest: SourceManifest, pool: ShardPool, row_tokens: int
 ) -> np.ndarray:
     """The counts, row starts, loss of each row, and pieces; flat int64."""
-    pieces, counts = [], np.zeros(5, dtype=np.int64)
+    pieces, counts = [], np.zeros(6, dtype=np.int64)
     for index, shard in enumerate(manifest.shards):
         found, counted = _shard_pieces(index, pool.open(shard), source, row_tokens)
         pieces.append(found)
@@ -125,11 +119,12 @@ def _computed(
 def _shard_pieces(
     index: int, pair: TokenFile, source: SourceConfig, row_tokens: int
 ) -> tuple[np.ndarray, list[int]]:
-    """Pieces of the documents taken, and the last five counts of a table.
+    """Pieces of the documents taken, and the last six counts of a table.
 
     Returns:
         pieces: [n, 4] int64: shard, first token, labels, labels of weight 1.
-        counts: documents, outside, overlong, overlong with a mask, labels left out.
+        counts: documents, outside, overlong, overlong with a mask, labels left out, documents
+            without loss.
     """
     lengths = pair.document_lengths()
     begins = np.cumsum(lengths) - lengths
@@ -145,27 +140,13 @@ def _shard_pieces(
     ends = np.cumsum(num_windows)
     offset = (np.arange(document.size) - np.repeat(ends - num_windows, num_windows)) * row_tokens
     begin, size = begins[document] + offset, np.minimum(row_tokens, labels[document] - offset)
-    learnt = _num_learnt(pair, begin, size)
+    learnt = pair.num_loss_labels(begin, size)
     pieces = np.stack([np.full_like(size, index), begin, size, learnt], axis=1)
     # Nothing is learnt from a part of a conversation that has no answer in it.
     pieces = pieces[learnt > 0]
     num_overlong = int(np.count_nonzero(overlong))
     left_out = int(labels.sum() - pieces[:, 2].sum())
     chats = num_overlong if pair.learnt is not None else 0
-    return pieces, [labels.size, lengths.size - labels.size, num_overlong, chats, left_out]
-
-
-def _num_learnt(pair: TokenFile, begin: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Labels of weight 1 in each piece, [n] int64."""
-    if pair.learnt is None or not size.size:
-        return size
-    # Sums of all stretches between consecutive bounds; every other one is a piece.
-    bounds = np.stack([begin + 1, begin + 1 + size], axis=1).reshape(-1)
-    bounds = bounds if bounds[-1] < pair.num_tokens else bounds[:-1]
-    return np.add.reduceat(pair.learnt, bounds, dtype=np.int64)[::2]
-
-
-def _npy(table: np.ndarray) -> bytes:
-    stream = BytesIO()
-    np.save(stream, table)
-    return stream.getvalue()
+    without = int(np.count_nonzero(pair.num_loss_labels(begins, labels) == 0))
+    outside = lengths.size - labels.size
+    return pieces, [labels.size, outside, num_overlong, chats, left_out, without]

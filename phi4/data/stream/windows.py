@@ -26,9 +26,12 @@ class WindowSource:
         row_tokens: tokens in a row.
         num_units: rows.
         whole_rows: True, a unit is a whole row.
+        has_pairs: False.
+        num_without_loss: documents whose loss mask covers no token.
     """
 
     whole_rows = True
+    has_pairs = False
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class WindowSource:
         self._table = WindowTable(source, manifest, pool, row_tokens, cache_dir)
         self.name, self.content = source.name, self._table.content
         self.row_tokens, self.num_units = row_tokens, self._table.num_rows
+        self.num_without_loss = self._table.num_without_loss
         self._overlong = source.overlong or "cut"
         self._shards = manifest.shards
         self._pool = pool

@@ -1,0 +1,180 @@
+"""Sources of preferences: two answers to one prompt, or two tokens at one place, packed into rows.
+
+Both sides of a pair stand in the same row, so no split of the batch parts them, and what differs
+between them is a difference of two sums of that row.
+"""
+
+import numpy as np
+
+from phi4.config import DataConfig, SourceConfig
+from phi4.data.files.token_file import TokenFile, check_ids
+from phi4.data.stream.pair_documents import AnswerPairs, PairDocuments, TokenPivots
+from phi4.data.stream.pair_table import PairTable, Piece
+from phi4.data.stream.references import open_references
+from phi4.data.stream.sources import SourceManifest
+from phi4.data.stream.units import Rows, ShardPool
+from phi4.data.vocabulary.tokenizer import TokenizerFacts
+from phi4.errors import DataError
+
+
+class PairSource:
+    """Rows of pairs or pivots under one name; a `Source`.
+
+    Attributes:
+        name: as in the recipe.
+        kind: pairs or pivots.
+        content: sha256 that says what it holds and how that is packed.
+        row_tokens: tokens in a row.
+        num_units: rows.
+        num_items: pairs or pivots, numbered in the order of the files.
+        manifest: its shards.
+        whole_rows: True, a unit is a whole row.
+        has_pairs: True, `fill` takes rows with `pairs`.
+    """
+
+    whole_rows = True
+    has_pairs = True
+
+    def __init__(
+        self,
+        source: SourceConfig,
+        manifest: SourceManifest,
+        pool: ShardPool,
+        tokenizer: TokenizerFacts,
+        data: DataConfig,
+        documents: PairDocuments,
+    ) -> None:
+        """Find or make the table of rows, and read the reference cache where the recipe names one.
+
+        Raises:
+            DataError: see `PairTable`, `open_references`.
+        """
+        self._table = PairTable(source, manifest, pool, data, documents.pieces)
+        self.name, self.kind, self.content = source.name, source.kind, self._table.content
+        self.row_tokens, self.num_units = data.sequence_length, self._table.num_rows
+        self.num_items = self._table.num_items
+        self.manifest = manifest
+        self._documents = documents
+        self._pool = pool
+        self._tokenizer = tokenizer
+        self._references = self._read_references(data.reference_cache)
+
+    @classmethod
+    def open(
+        cls,
+        config: SourceConfig,
+        manifest: SourceManifest,
+        pool: ShardPool,
+        tokenizer: TokenizerFacts,
+        data: DataConfig,
+    ) -> "PairSource":
+        """As the recipe names it; see `kinds.OpenKind`.
+
+        Raises:
+            DataError: see the constructor.
+        """
+        pairs = config.kind == "pairs"
+        documents = AnswerPairs(config.max_response_tokens) if pairs else TokenPivots()
+        return cls(config, manifest, pool, tokenizer, data, documents)
+
+    def describe(self) -> str:
+        """Pairs, rows, and what is no row's, in words."""
+        table = self._table
+        filled = table.num_labels / (self.num_units * self.row_tokens)
+        words = (
+            f"source {self.name!r}: {self.num_items:,} {self.kind} in {self.num_units:,} rows of "
+            f"{self.row_tokens:,} tokens, {filled:.1%} filled"
+        )
+        if table.num_left_out:
+            words += f"; {table.num_left_out:,} left out: equal within max_response_tokens"
+        return words
+
+    def fill(self, unit: int, rows: Rows) -> None:
+        """Copy one row into [row_tokens] slices; what is left over is padding.
+
+        Raises:
+            DataError: an id is outside the vocabulary (names source, document, offset), or a pair
+                has no reference.
+        """
+        place = pair = 0
+        for piece in self._table.row(unit):
+            part = rows.stretch(place, piece.num_labels)
+            self._documents.fill(self._file(piece), piece.document, part, pair)
+            place, pair = place + piece.num_labels, pair + piece.num_items
+        second = rows.pairs.alternatives[0, :place]
+        for ids in (rows.tokens[:place], rows.labels[:place], np.maximum(second, 0)):
+            check_ids(ids, self._tokenizer.vocab_size, lambda at: self.locate(unit, at))
+        rows.pairs.num_pairs[:] = pair
+        if self._references is not None:
+            rows.pairs.reference[0, :pair] = self._of_cache(unit)
+        if place < self.row_tokens:
+            rows.starts[place] = True
+            rows.pad(place, self._tokenizer.pad_id)
+
+    def loss_tokens(self, units: np.ndarray) -> np.ndarray:
+        """Labels of weight 1 in each row, both sides, [n] int64, at least 2."""
+        return self._table.row_counts[units, 2]
+
+    def pair_counts(self, units: np.ndarray) -> np.ndarray:
+        """Pairs, and loss tokens of their chosen sides, in each row, [n, 2] int64."""
+        return self._table.row_counts[units, :2]
+
+    def row_items(self, unit: int) -> np.ndarray:
+        """Items behind the pairs of a row, [pairs] int64."""
+        pieces = self._table.row(unit)
+        return np.concatenate([p.first_item + np.arange(p.num_items) for p in pieces])
+
+    def item_hashes(self) -> np.ndarray:
+        """64 bits of the content of each item, [num_items] uint64; reads all shards."""
+        hashes = np.empty(self.num_items, dtype=np.uint64)
+        for unit in range(self.num_units):
+            for piece in self._table.row(unit):
+                found = self._documents.hashes(self._file(piece), piece.document)
+                for item, digest in enumerate(found, start=piece.first_item):
+                    hashes[item] = digest
+        return hashes
+
+    def locate_item(self, item: int) -> str:
+        """Source, file and document behind an item, in words."""
+        for unit in range(self.num_units):
+            for piece in self._table.row(unit):
+                if 0 <= item - piece.first_item < piece.num_items:
+                    return self._place(piece)
+        raise IndexError(f"source {self.name!r} has {self.num_items} items, asked for {item}")
+
+    def locate(self, unit: int, offset: int) -> str:
+        """Source, file, document and offset behind a token of a row, in words."""
+        for piece in self._table.row(unit):
+            if offset < piece.num_labels:
+                return f"{self._place(piece)}, label {offset}"
+            offset -= piece.num_labels
+        return f"source {self.name!r}, padding"
+
+    def _place(self, piece: Piece) -> str:
+        return f"source {self.name!r}, {self._file(piece).prefix}.bin, document {piece.document}"
+
+    def _file(self, piece: Piece) -> TokenFile:
+        return self._pool.open(self.manifest.shards[piece.shard])
+
+    def _read_references(self, cache_dir: str | None) -> np.ndarray | None:
+        if cache_dir is None:
+            return None
+        log_probs = open_references(cache_dir).log_probs(self.name)
+        if len(log_probs) != self.num_items:
+            raise DataError(
+                f"source {self.name!r} has {self.num_items} {self.kind}, the reference cache "
+                f"{cache_dir} has {len(log_probs)}; run `phi4 dpo cache-ref` for this recipe"
+            )
+        return log_probs
+
+    def _of_cache(self, unit: int) -> np.ndarray:
+        items = self.row_items(unit)
+        found = self._references[items]
+        missing = np.flatnonzero(np.isnan(found).any(axis=1))
+        if missing.size:
+            place = self.locate_item(int(items[missing[0]]))
+            raise DataError(
+                f"the reference cache has no log-probabilities of {place}; run `phi4 dpo "
+                "cache-ref` again"
+            )
+        return found
