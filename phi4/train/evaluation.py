@@ -1,18 +1,20 @@
 """Held-out loss: the same documents at every evaluation, never trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from phi4.config import Recipe
 from phi4.data.stream.loader import HeldOut
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
+from phi4.engine.step import StepResult
 from phi4.train.hooks import Hook, Progress
 
 
 class HeldOutLoss(Hook):
     """Measures `held_out_loss`, and `held_out_loss/NAME` for each source of `data.held_out`.
 
-    The total weighs every token alike.
+    The total weighs every token, or pair, alike. What else the objective measures is reported
+    likewise, for example `held_out_rewards/accuracies`.
     """
 
     def __init__(
@@ -32,19 +34,18 @@ class HeldOutLoss(Hook):
         return self.evaluate() if progress.is_due(self._recipe.evaluation.every) else {}
 
     def evaluate(self) -> dict[str, float]:
-        """Loss per source and over all; empty without held-out sources.
+        """Loss and metrics per source and over all; empty without held-out sources.
 
         Collectives: those of `Engine.evaluate`.
         """
-        losses, loss_sum, weight_sum = {}, 0.0, 0.0
-        for name, held_out in self._sources.items():
-            source_sum, source_weight = self._totals(held_out)
-            if source_weight:
-                losses[f"held_out_loss/{name}"] = source_sum / source_weight
-            loss_sum, weight_sum = loss_sum + source_sum, weight_sum + source_weight
-        return {"held_out_loss": loss_sum / weight_sum, **losses} if weight_sum else {}
+        by_source = {name: self._results(held_out) for name, held_out in self._sources.items()}
+        total = _means([result for results in by_source.values() for result in results])
+        means = {f"held_out_{name}": value for name, value in total.items()}
+        for source, results in by_source.items():
+            means |= {f"held_out_{name}/{source}": value for name, value in _means(results).items()}
+        return means
 
-    def _totals(self, held_out: HeldOut) -> tuple[float, float]:
+    def _results(self, held_out: HeldOut) -> list[StepResult]:
         batch, layout = self._recipe.batch, self._engine.layout
         batches = held_out.batches(
             self._recipe.evaluation.batches,
@@ -53,5 +54,14 @@ class HeldOutLoss(Hook):
             dp_rank=layout.dp_rank,
             dp_size=layout.dp_size,
         )
-        results = [self._engine.evaluate(step, self._objective) for step in batches]
-        return sum(r.loss * r.weight for r in results), sum(r.weight for r in results)
+        return [self._engine.evaluate(step, self._objective) for step in batches]
+
+
+def _means(results: Sequence[StepResult]) -> dict[str, float]:
+    """Loss and metrics over evaluations by their weights; empty where nothing weighs."""
+    weight = sum(result.weight for result in results)
+    if not weight:
+        return {}
+    names = results[0].metrics
+    means = {name: sum(r.metrics[name] * r.weight for r in results) / weight for name in names}
+    return {"loss": sum(r.loss * r.weight for r in results) / weight} | means

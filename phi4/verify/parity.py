@@ -2,7 +2,7 @@
 
 The batches are hard on purpose: several documents per row, a random loss mask whose counts differ
 per micro-batch, data rank and context rank, one micro-batch and one context slice whose tokens all
-are masked. Every data rank's first micro-batch counts, because nothing else shows a weight that is
+are masked. A stage that takes pairs gets pairs and pivots instead. Every data rank's first micro-batch counts, because nothing else shows a weight that is
 read before the last update has reached it.
 """
 
@@ -20,7 +20,9 @@ from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_chec
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
+from phi4.stages import stage_of
 from phi4.verify.layouts import BITWISE, LayoutCase
+from phi4.verify.preference_batches import preference_micro_batches
 
 LOSS_TOLERANCE = 5e-7
 """Of the loss."""
@@ -144,7 +146,9 @@ def micro_batches(recipe: Recipe, step: int, dp_rank: int, dp_size: int) -> list
 
 
 def _step(engine: Engine, recipe: Recipe, objective: Objective, step: int) -> tuple[float, float]:
-    batches = micro_batches(recipe, step, engine.layout.dp_rank, engine.layout.dp_size)
+    takes_pairs = "pairs" in stage_of(recipe).source_kinds
+    serve = preference_micro_batches if takes_pairs else micro_batches
+    batches = serve(recipe, step, engine.layout.dp_rank, engine.layout.dp_size)
     rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
     result = engine.train_step(batches, objective, learning_rate=rate)
     return result.loss, result.grad_norm
