@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 STAGES = {
     "pretrain": "Next-token prediction over a blend of sources.",
     "midtrain": "Pretraining continued from trained weights, with longer rows.",
+    "sft": "Next-token prediction over the assistant's tokens of conversations.",
+    "dpo": "Direct preference optimisation over pairs of answers and pivotal tokens.",
 }
 """Every stage with a line about it. No stage is imported before a recipe asks for it: that would
 import torch and megatron-core."""

@@ -10,6 +10,9 @@ from phi4.engine.objective import Objective
 from phi4.errors import ConfigError
 from phi4.train.hooks import HookFactory
 
+STAGE_SECTIONS = ("dpo",)
+"""Sections of a recipe that only the stage of their name reads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -36,9 +39,31 @@ class Stage:
                     f"source {source.name!r} has kind={source.kind}, and run.stage={stage} takes "
                     f"{accepted}; change the kind, or the stage"
                 )
+        yield from _sections_without_effect(recipe)
         try:
             check_gradient_form(recipe.loss_head.form, self.make_objective(recipe).gradient)
         except ConfigError as error:
             yield str(error)
         for rule in self.rules:
             yield from rule(recipe)
+
+
+def starts_from_weights(recipe: Recipe) -> Iterator[str]:
+    """The rule of stages that train no model from random weights."""
+    if recipe.run.init_from is None:
+        yield (
+            f"run.stage={recipe.run.stage} continues trained weights, and run.init_from is not "
+            "set; name a checkpoint or a run, or use run.stage=pretrain"
+        )
+
+
+def _sections_without_effect(recipe: Recipe) -> Iterator[str]:
+    for section in STAGE_SECTIONS:
+        settings = getattr(recipe, section)
+        for name, field in type(settings).model_fields.items():
+            value = getattr(settings, name)
+            if recipe.run.stage != section and value != field.default:
+                yield (
+                    f"{section}.{name}={value} has no effect with run.stage={recipe.run.stage}; "
+                    f"remove it, or use run.stage={section}"
+                )

@@ -2,8 +2,9 @@
 
 The batches are hard on purpose: several documents per row, a random loss mask whose counts differ
 per micro-batch, data rank and context rank, one micro-batch and one context slice whose tokens all
-are masked. A stage that takes pairs gets pairs and pivots instead. Every data rank's first micro-batch counts, because nothing else shows a weight that is
-read before the last update has reached it.
+are masked. A stage that takes pairs gets pairs and pivots instead. Every data rank's first
+micro-batch counts, because nothing else shows a weight that is read before the last update has
+reached it.
 """
 
 import json

@@ -24,11 +24,14 @@ def rows(first: int, last: int) -> LossInputs:
     mask[2] = 0
     halves = torch.arange(COLUMNS) * ROW_SEGMENTS // COLUMNS
     ids = torch.arange(last - first)[:, None] * ROW_SEGMENTS + halves
+    reference = -torch.rand(ROWS * ROW_SEGMENTS, generator=generator, dtype=torch.float64) * 15
+    own = slice(first * ROW_SEGMENTS, last * ROW_SEGMENTS)
     return LossInputs(
         log_probs_BS=log_probs[first:last],
         loss_mask_BS=mask[first:last],
         segment_ids_BS=ids,
         num_segments=(last - first) * ROW_SEGMENTS,
+        segment_extras={"reference": reference[own]},
     )
 
 

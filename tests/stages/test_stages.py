@@ -35,7 +35,7 @@ def refusal(recipe: Recipe) -> str:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_takes_a_source_and_has_an_objective(name: str) -> None:
-    recipe = tiny_recipe(f"run.stage={name}", "run.init_from=runs/other")
+    recipe = tiny_recipe(f"run.stage={name}", "run.init_from=r", "data.reference_cache=c")
     stage = stage_of(recipe)
     for kind in stage.source_kinds:
         check(with_source(recipe, kind=kind), stage_rules=[stage.violations])
@@ -104,6 +104,48 @@ def test_hooks_of_the_stage_run(tmp_path: Path) -> None:
 
 def test_midtraining_needs_trained_weights() -> None:
     assert "run.init_from is not set" in refusal(tiny_recipe("run.stage=midtrain"))
+
+
+SFT = ("run.stage=sft", "run.init_from=r")
+DPO = ("run.stage=dpo", "run.init_from=r", "data.reference_cache=c")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "asked", "remedy"),
+    [
+        (SFT[:1], "run.init_from is not set", "name a checkpoint or a run"),
+        ((DPO[0], DPO[2]), "run.init_from is not set", "name a checkpoint or a run"),
+        (DPO[:2], "data.reference_cache is not set", "phi4 dpo cache-ref"),
+        (
+            (*DPO, "dpo.loss=ipo", "dpo.label_smoothing=0.1"),
+            "dpo.label_smoothing=0.1 has no effect with dpo.loss=ipo",
+            "use dpo.loss=sigmoid, or 0",
+        ),
+        ((*DPO, "data.document_mask=false"), "data.document_mask=false lets", "needs true"),
+        ((*DPO, "loss_head.form=one_pass"), "loss_head.form=one_pass", "recompute or logits"),
+        (
+            (*SFT, "dpo.beta=0.5"),
+            "dpo.beta=0.5 has no effect with run.stage=sft",
+            "remove it, or use run.stage=dpo",
+        ),
+        (("dpo.gate=false",), "dpo.gate=False has no effect with run.stage=pretrain", "remove it"),
+    ],
+)
+def test_a_recipe_that_a_stage_cannot_train_is_refused(
+    overrides: tuple[str, ...], asked: str, remedy: str
+) -> None:
+    line = refusal(tiny_recipe(*overrides))
+    assert asked in line and remedy in line and "\n" not in line
+
+
+def test_fine_tuning_refuses_to_cut_conversations() -> None:
+    recipe = with_source(tiny_recipe(*SFT), kind="conversations", overlong="cut")
+    assert "source 's' has overlong=cut" in refusal(recipe)
+
+
+def test_fine_tuning_is_served_by_one_pass() -> None:
+    recipe = tiny_recipe(*SFT, "loss_head.form=one_pass")
+    check(recipe, stage_rules=[stage_of(recipe).violations])
 
 
 def test_names_of_stages_are_known_without_torch() -> None:

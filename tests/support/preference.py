@@ -1,80 +1,79 @@
-"""Packed pairs, and a preference over them that mixes what could go wrong apart."""
+"""Packed pairs and pivots that are hard on layouts, and a preference that also reads tokens."""
 
 from dataclasses import replace
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-from phi4.data.stream.batch import Batch, build_batch
+from phi4.config.schema import DpoConfig
+from phi4.data.stream.batch import Batch
 from phi4.engine.objective import Loss, LossInputs, SegmentSum
+from phi4.stages.dpo import PreferenceLoss
+from tests.support import pair_rows
+from tests.support.pair_rows import Pair, Row, Trajectory, mean_chosen_tokens, pair_batch
 
-LENGTH, VOCABULARY, EOD = 32, 96, 0
+LENGTH, VOCABULARY = 32, 96
 NUM_MICRO_BATCHES, NUM_ROWS = 4, 2
 WITHOUT_SEGMENTS = 1
 """The micro-batch that has none; the first of a data rank where there are two."""
 
 
-def pairs(step: int, index: int) -> Batch:
-    """A micro-batch of packed pairs, answers of any length, none at all in one of them."""
+def drawn_pair(random: np.random.Generator, prompt: int, chosen: int, rejected: int) -> Pair:
+    """A pair of answers of so many tokens; its margin begins near 6, so that it does not cancel."""
+    ids = random.integers(1, VOCABULARY, prompt + chosen + rejected)
+    reference = random.normal([-4.5 * chosen - 6, -4.5 * rejected])
+    return Pair(*np.split(ids, [prompt, prompt + chosen]), tuple(reference))
+
+
+def drawn_trajectory(random: np.random.Generator, length: int, positions: list[int]) -> Trajectory:
+    """A document of so many tokens with pivots."""
+    chosen, rejected = random.integers(1, VOCABULARY, (2, len(positions)))
+    references = random.normal(-4.5, 1, (len(positions), 2))
+    ids = random.integers(1, VOCABULARY, length)
+    return Trajectory(ids, np.array(positions), chosen, rejected, references)
+
+
+def rows(step: int, index: int) -> list[Row]:
+    """Items of a micro-batch: answers of any length, none at all in one of them."""
     random = np.random.default_rng([step, index])
-    tokens = random.integers(1, VOCABULARY, (NUM_ROWS, LENGTH + 1))
-    starts = np.zeros((NUM_ROWS, LENGTH), dtype=bool)
-    segment_ids = np.full((NUM_ROWS, LENGTH), -1)
-    num_segments = 0
-    for row in range(NUM_ROWS):
-        for begin, end in ((0, 14 + index), (14 + index, LENGTH - index)):
-            answer = begin + random.integers(2, 6)
-            starts[row, begin] = True
-            segment_ids[row, answer:end] = num_segments
-            num_segments += 1
-    alternatives = random.integers(0, VOCABULARY, (NUM_ROWS, LENGTH))
-    # In one micro-batch most ranks have none.
-    columns = 3 if index == 0 else LENGTH
-    alternatives[random.random(alternatives.shape) < 0.8] = -1
-    alternatives[:, columns:] = -1
-    alternatives[0, 1] = 7
-    batch = build_batch(
-        tokens[:, :-1], tokens[:, 1:], np.ones((NUM_ROWS, LENGTH)), eod_id=EOD, starts=starts
+    if index == WITHOUT_SEGMENTS:
+        return [[], []]
+    pair = drawn_pair(random, 5, 3 + index, 7 - index)
+    if index == 0:
+        # Most ranks have no pivot in it.
+        return [[drawn_trajectory(random, 6, [0, 2]), pair], [drawn_pair(random, 3, 11, 9)]]
+    trajectory = drawn_trajectory(random, 10, [1, 4, 9 - index])
+    return [[pair, trajectory], [trajectory, drawn_pair(random, 4, 2 * index, 3)]]
+
+
+def pairs(step: int, index: int) -> Batch:
+    """A micro-batch of `rows`, with a share of each token for the loss.
+
+    Some tokens of no segment weigh as much as those of answers; the preference leaves them out.
+    """
+    tokens_per_pair = mean_chosen_tokens(
+        [row for other in range(NUM_MICRO_BATCHES) for row in rows(step, other)]
     )
+    batch = pair_batch(rows(step, index), LENGTH, tokens_per_pair)
+    random = np.random.default_rng([step, index, 1])
     share = random.random((NUM_ROWS, LENGTH)).astype(np.float32)
     if index == WITHOUT_SEGMENTS:
-        nothing = {"token_extras": {"share": share * 0}, "segment_extras": {"ref": np.zeros(0)}}
-        return replace(batch, **nothing)
-    return replace(
-        batch,
-        segment_ids=segment_ids,
-        num_segments=num_segments,
-        alternative_labels=alternatives,
-        token_extras={"share": share},
-        segment_extras={"ref": random.normal(-40, 8, num_segments)},
-    )
+        return replace(batch, segment_ids=None, token_extras={"share": share * 0})
+    mask = batch.loss_mask + (batch.segment_ids < 0) * (share < 0.5)
+    return replace(batch, loss_mask=mask.astype(np.float32), token_extras={"share": share})
 
 
-def num_pairs() -> float:
-    return sum(pairs(0, index).num_segments for index in range(NUM_MICRO_BATCHES)) / 2
+def num_pairs() -> int:
+    return sum(pair_rows.num_pairs(rows(0, index)) for index in range(NUM_MICRO_BATCHES))
 
 
-class Preference:
-    """Segment 2i over 2i + 1, more likely tokens of a share, pivots over their alternatives."""
+class Preference(PreferenceLoss):
+    """The stage's, with an sft term, and more likely tokens of a share."""
 
-    metric_names = ("margins",)
-    gradient = "any"
-
-    def __init__(self, pairs: bool = True, likelihood: bool = True, pivots: bool = True) -> None:
-        self.terms = pairs, likelihood, pivots
+    def __init__(self, loss: str = "sigmoid", sft_weight: float = 0.2, share: float = 0.05) -> None:
+        super().__init__(DpoConfig(loss=loss, sft_weight=sft_weight))
+        self.share = share
 
     def __call__(self, inputs: LossInputs, segment_sum: SegmentSum) -> Loss:
-        pairs, likelihood, pivots = self.terms
-        log_probs_BS = inputs.log_probs_BS
-        rewards_N = 0.1 * (segment_sum(log_probs_BS) - inputs.segment_extras["ref"])
-        margins_P = rewards_N[0::2] - rewards_N[1::2]
-        num_pairs = inputs.segment_total(torch.ones_like(margins_P))
-        loss = pairs * inputs.segment_total(-F.logsigmoid(margins_P))
-        if likelihood:
-            loss = loss - 0.05 * inputs.token_total(log_probs_BS * inputs.token_extras["share"])
-        if pivots and inputs.alternative_mask_BS is not None:
-            gaps_BS = log_probs_BS - inputs.alternative_log_probs_BS
-            chosen_BS = -F.logsigmoid(0.3 * gaps_BS) * inputs.alternative_mask_BS
-            loss = loss + inputs.token_total(chosen_BS)
-        return Loss(loss, num_pairs, {"margins": (inputs.segment_total(margins_P), num_pairs)})
+        loss = super().__call__(inputs, segment_sum)
+        likelihood = inputs.token_total(inputs.log_probs_BS * inputs.token_extras["share"])
+        return replace(loss, loss_sum=loss.loss_sum - self.share * likelihood)
