@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from phi4_kernels import registry
 from phi4_kernels.attention import Ranges, attention_forward, once
-from phi4_kernels.attention.gluon_tiles import tiles
+from phi4_kernels.attention.gluon_tiles import ROW_ALIGNMENT, places_of_rows, tiles
 from phi4_kernels.errors import DtypeError
 from phi4_kernels.testing import gates, numerics
 from phi4_kernels.testing.gluon.emulator import emulating
@@ -110,6 +110,30 @@ def test_tiles_hold_every_token_once_and_the_longest_come_first(
     assert rows == list(range(total))
     costs = [_pairs(*columns[1:5:2], columns[4], causal, of_keys) for columns in table]
     assert costs == sorted(costs, reverse=True)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=6),
+    before=st.integers(0, 5),
+    after=st.integers(0, 5),
+)
+def test_rows_of_ranges_start_aligned_and_lie_apart(
+    lengths: list[int], before: int, after: int
+) -> None:
+    ends = torch.tensor([before, *lengths]).cumsum(0).tolist()
+    starts = ends[:-1]
+    ranges = Ranges.of(ends, starts, ends[1:])
+    total = ends[-1] + after
+    named = {"num_tokens": total, "tile_rows": 128, "causal": True}
+    of_queries = tiles(*boundaries(ranges), **named).tolist()
+    of_keys = tiles(*boundaries(ranges), **named, of_keys=True).tolist()
+    first_places = [columns[2] + columns[5] for columns in of_keys if columns[1]]
+    assert not any(place % ROW_ALIGNMENT for place in first_places)
+    seen = [columns for columns in of_queries if columns[1] and columns[3]]
+    places = sorted(row + c[5] for c in seen for row in range(c[0], c[0] + c[1]))
+    assert len(set(places)) == len(places) == sum(lengths)
+    assert set(places) <= set(range(places_of_rows(total, len(lengths))))
+    assert set(first_places) <= set(places)
 
 
 def _pairs(size: int, others: int, offset: int, causal: bool, of_keys: bool) -> int:

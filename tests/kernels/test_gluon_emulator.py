@@ -42,7 +42,8 @@ def _load(x_desc, buffers, full, empty, FAULT: gl.constexpr, SLOTS: gl.constexpr
         target = buffers.index(slot)
         if FAULT == "wrong slot":
             target = buffers.index((block + 1) % SLOTS)
-        tma.async_copy_global_to_shared(x_desc, [block * SIDE, 0], full.index(slot), target)
+        column = 4 if FAULT == "unaligned column" else 0
+        tma.async_copy_global_to_shared(x_desc, [block * SIDE, column], full.index(slot), target)
 
 
 @gluon.jit
@@ -139,6 +140,7 @@ FAULTS = {
     "too few bytes": "full.*: 256 bytes landed that were not expected",
     "too many bytes": r"deadlock: .*full\[0\] \(phase 0 lacks 0 arrivals and 512 bytes\)",
     "no expect": "deadlock: .*lacks 1 arrivals and -512 bytes",
+    "unaligned column": r"copies from \[0, 4\]; expected the last coordinate at a multiple of 16",
     "wrong slot": "race: .*buffers|deadlock|which nothing has written",
     "release before the product is done": r"race: load 1 .* overwrites .*, which multiply",
     "result of a product in flight": "warpgroup_mma_wait returns the product .* in flight",

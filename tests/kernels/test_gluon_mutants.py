@@ -134,6 +134,9 @@ MUTANTS = {
     ),
     "delta is left out": ("gluon_dq", "(dp_ML - delta[:, None])", "dp_ML"),
     "delta of another head": ("gluon_dq", "head.to(gl.int64) * row_stride", "0 * row_stride"),
+    "rows start anywhere": ("gluon_dkdv", "head, at + shift, STAGES", "head, at, STAGES"),
+    "rows are stored elsewhere": ("gluon_dq", "(row + shift) + rows", "row + rows"),
+    "a block of rows starts anywhere": ("gluon_dkdv", " // _ALIGNMENT * _ALIGNMENT", ""),
     "rows are not awaited": ("gluon_dkdv", "    wait_full(row_ring, count, STAGES)\n", ""),
     "rows expect one load": (
         "gluon_dkdv",

@@ -23,6 +23,7 @@ from phi4_kernels.attention.gluon_rings import (
     fill,
     fill_in_part,
     item_of_turn,
+    load_shift,
     load_tile,
     make_barrier,
     make_ring,
@@ -31,15 +32,19 @@ from phi4_kernels.attention.gluon_rings import (
     store_rows,
     wait_full,
 )
+from phi4_kernels.attention.gluon_tiles import ROW_ALIGNMENT
 
 # Shape legend: L keys of a consumer, M queries of a block, C head dim rounded up to a power of two.
+
+_ALIGNMENT = gl.constexpr(ROW_ALIGNMENT)
 
 
 @gluon.jit
 def _first_query(offset, CAUSAL: gl.constexpr):
-    """The first query of a range that sees a key of the tile."""
+    """The first query of a range that sees a key of the tile, or up to 3 before it: so that a block
+    of its rows starts aligned, as the range does. The causal mask hides them."""
     if CAUSAL:
-        return gl.maximum(offset, 0)
+        return gl.maximum(offset, 0) // _ALIGNMENT * _ALIGNMENT
     else:
         return gl.minimum(offset, 0) * 0
 
@@ -82,6 +87,7 @@ def _produce(
             tile = item // num_key_heads
             key, _, row, num_queries, offset = load_tile(tiles_ptr, tile)
             k_head = item % num_key_heads
+            shift = load_shift(tiles_ptr, tile)
             first = _first_query(offset, CAUSAL)
             blocks = gl.cdiv(gl.maximum(num_queries - first, 0), QUERIES)
             if blocks > 0:
@@ -94,7 +100,7 @@ def _produce(
                 for block in range(blocks):
                     start = first + block * QUERIES
                     at, left = row + start, num_queries - start
-                    _fill_rows(row_ring, count, (lse2_desc, delta_desc), head, at, STAGES)
+                    _fill_rows(row_ring, count, (lse2_desc, delta_desc), head, at + shift, STAGES)
                     if left >= QUERIES:
                         fill(q_ring, count, q_desc, head, at, STAGES)
                         fill(dout_ring, count, dout_desc, head, at, STAGES)
@@ -262,7 +268,7 @@ def attention_dkdv_kernel(
 ):
     """Persistent: each program takes its share of num_items = tiles * key heads, heads innermost.
 
-    Args: descriptors of k, v [K, U, D], q, dout [N, T, D] and of the rows [N, T] that
+    Args: descriptors of k, v [K, U, D], q, dout [N, T, D] and of the rows [N, places] that
     attention_dq_kernel wrote; tiles of keys; dk, dv [U, K, D], contiguous.
     """
     k_ring = make_ring(k_desc, CONSUMERS, 1)

@@ -22,6 +22,7 @@ from phi4_kernels.attention.gluon_rings import (
     fill,
     fill_in_part,
     item_of_turn,
+    load_shift,
     load_tile,
     make_barrier,
     make_ring,
@@ -124,8 +125,8 @@ def _step(
 
 
 @gluon.jit
-def _prepare(dout, row_ptrs, row, num_rows, head, sizes, CONSUMER: gl.constexpr, layout):
-    """lse in powers of 2 and delta of a consumer's queries; both are stored as [N, rows] too."""
+def _prepare(dout, row_ptrs, row, num_rows, shift, head, sizes, CONSUMER: gl.constexpr, layout):
+    """lse in powers of 2 and delta of a consumer's queries; both are stored as [N, places] too."""
     out_ptr, lse_ptr, lse2_ptr, delta_ptr = row_ptrs
     num_heads, row_stride, HEAD_DIM = sizes
     COLS: gl.constexpr = dout.shape[1]
@@ -140,7 +141,7 @@ def _prepare(dout, row_ptrs, row, num_rows, head, sizes, CONSUMER: gl.constexpr,
     rows = CONSUMER * ROWS + gl.arange(0, ROWS, layout)
     line = (row + rows).to(gl.int64) * num_heads + head
     lse2 = gl.load(lse_ptr + line, mask=rows < num_rows, other=0.0) * _LOG2_E
-    place = head.to(gl.int64) * row_stride + row + rows
+    place = head.to(gl.int64) * row_stride + (row + shift) + rows
     gl.store(lse2_ptr + place, lse2, mask=rows < num_rows)
     gl.store(delta_ptr + place, delta, mask=rows < num_rows)
     return lse2, delta
@@ -185,8 +186,9 @@ def _consume(
                 wait_full(dout_ring, mine, CONSUMERS)
                 dout = block_of(dout_ring, mine, CONSUMERS)
                 sizes = (num_heads, row_stride, HEAD_DIM)
+                shift = load_shift(tiles_ptr, tile)
                 lse2, delta = _prepare(
-                    dout, row_ptrs, row, num_rows, head, sizes, CONSUMER, row_layout
+                    dout, row_ptrs, row, num_rows, shift, head, sizes, CONSUMER, row_layout
                 )
                 wait_full(q_ring, mine, CONSUMERS)
                 q = block_of(q_ring, mine, CONSUMERS)

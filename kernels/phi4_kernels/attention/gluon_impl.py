@@ -21,7 +21,7 @@ from phi4_kernels.attention.gluon_dkdv import attention_dkdv_kernel
 from phi4_kernels.attention.gluon_dq import attention_dq_kernel
 from phi4_kernels.attention.gluon_forward import attention_forward_kernel
 from phi4_kernels.attention.gluon_rings import CONSUMERS, ROWS
-from phi4_kernels.attention.gluon_tiles import tiles
+from phi4_kernels.attention.gluon_tiles import places_of_rows, tiles
 from phi4_kernels.errors import DtypeError
 
 # Shape legend: T queries, U keys, N query heads, K key-value heads, D head dim.
@@ -147,8 +147,8 @@ def backward(
         return dq.zero_(), dk, dv
     where, scales = (q_offsets, k_starts, k_ends), (scale, scale * _LOG2_E)
     group = num_heads // k.shape[1]
-    # lse in powers of 2, and delta, by head; the copy engine wants rows of whole 16 bytes.
-    row_stride = -(-num_queries // 4) * 4
+    # lse in powers of 2, and delta, by head.
+    row_stride = places_of_rows(num_queries, k_starts.numel())
     lse2, delta = (
         torch.empty((num_heads, row_stride), dtype=torch.float32, device=q.device) for _ in range(2)
     )
@@ -180,8 +180,8 @@ def backward(
         _descriptor(v, _ROWS),
         _descriptor(q, row.block),
         _descriptor(dout, row.block),
-        _row_descriptor(lse2, num_queries, row.block),
-        _row_descriptor(delta, num_queries, row.block),
+        _row_descriptor(lse2, row.block),
+        _row_descriptor(delta, row.block),
         dk,
         dv,
         *work.arguments,
@@ -235,7 +235,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, sizes, strides, shape, layout)
 
 
-def _row_descriptor(x: Tensor, num_queries: int, block: int) -> TensorDescriptor:
-    """[N, T] fp32, by blocks of one head."""
+def _row_descriptor(x: Tensor, block: int) -> TensorDescriptor:
+    """[N, places] fp32, by blocks of one head."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor(x, [x.shape[0], num_queries], [x.stride(0), 1], [1, block], layout)
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [1, block], layout)

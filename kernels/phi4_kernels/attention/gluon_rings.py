@@ -46,6 +46,12 @@ def load_tile(tiles_ptr, tile):
 
 
 @gluon.jit
+def load_shift(tiles_ptr, tile):
+    """From a query of the tile's range to its place in the rows of lse and delta."""
+    return gl.load(tiles_ptr + tile * _COLUMNS + 5)
+
+
+@gluon.jit
 def blocks_of_keys(num_rows, num_keys, offset, CAUSAL: gl.constexpr, KEYS: gl.constexpr):
     """Blocks of keys that a tile of queries visits, and how many of them every query sees."""
     seen_by_first, seen_by_last = num_keys, num_keys

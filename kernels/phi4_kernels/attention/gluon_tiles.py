@@ -13,10 +13,19 @@ from phi4_kernels.attention.once import once
 TILE_COLUMNS = 8
 """Of a tile: first token; tokens; first token of the other side's range; tokens of that range;
 offset, the tokens of the other side that are not in its own causal square, less those of its own
-side that are not, plus the tile's place in its range. Then padding to 32 bytes.
+side that are not, plus the tile's place in its range; shift, from a query of the range to its place
+in the rows of lse and delta. Then padding to 32 bytes.
 
 Of queries the offset is the last key that the first query sees; of keys it is the first query that
 sees the first key."""
+ROW_ALIGNMENT = 4
+"""Places of rows where a range may start: the copy engine reads fp32 from multiples of 16 bytes; at
+other places UTMALDG is an illegal instruction."""
+
+
+def places_of_rows(num_queries: int, num_ranges: int) -> int:
+    """Length of a head's row of lse or delta in which every range of queries starts aligned."""
+    return (-(-num_queries // ROW_ALIGNMENT) + num_ranges) * ROW_ALIGNMENT
 
 
 def tiles(
@@ -54,13 +63,20 @@ def _made(
     causal: bool,
     of_keys: bool,
 ) -> Tensor:
-    keys = (k_starts, k_ends - k_starts)
+    keys, shifts = (k_starts, k_ends - k_starts), _shifts(q_offsets[:-1])
     if of_keys:
         queries = (q_offsets[:-1], q_offsets.diff())
-        return _tiles(keys, queries, num_tokens, tile_rows, causal, True)
+        return _tiles(keys, queries, shifts, num_tokens, tile_rows, causal, True)
     queries = _with_outside(q_offsets, num_tokens)
-    keys = tuple(torch.nn.functional.pad(part, (1, 1)) for part in keys)
-    return _tiles(queries, keys, num_tokens, tile_rows, causal, False)
+    *keys, shifts = (torch.nn.functional.pad(part, (1, 1)) for part in (*keys, shifts))
+    return _tiles(queries, tuple(keys), shifts, num_tokens, tile_rows, causal, False)
+
+
+def _shifts(starts: Tensor) -> Tensor:
+    """Range i starts at the last aligned place before its queries, and i alignments further: behind
+    the range before, whatever that one's length."""
+    index = torch.arange(starts.numel(), dtype=torch.int32, device=starts.device)
+    return index * ROW_ALIGNMENT - starts % ROW_ALIGNMENT
 
 
 def _with_outside(q_offsets: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
@@ -73,12 +89,13 @@ def _with_outside(q_offsets: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
 def _tiles(
     own: tuple[Tensor, Tensor],
     other: tuple[Tensor, Tensor],
+    shifts: Tensor,
     num_tokens: int,
     rows: int,
     causal: bool,
     of_keys: bool,
 ) -> Tensor:
-    """The table, from starts and sizes of the ranges of both sides."""
+    """The table, from starts and sizes of both sides' ranges, and their shifts."""
     starts, sizes = own
     bound = num_tokens // rows + sizes.numel()
     table = torch.zeros(bound, TILE_COLUMNS, dtype=torch.int32, device=starts.device)
@@ -96,7 +113,7 @@ def _tiles(
     seen = num_others
     if causal:
         seen = num_others - offset.clamp(min=0) if of_keys else torch.minimum(seen, offset + size)
-    columns = (starts[owner] + first, size, other[0][owner], num_others, offset)
+    columns = (starts[owner] + first, size, other[0][owner], num_others, offset, shifts[owner])
     for column, values in enumerate(columns):
         table[:, column] = values
     return table[seen.argsort(descending=True, stable=True)]

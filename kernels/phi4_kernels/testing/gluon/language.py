@@ -21,6 +21,8 @@ from phi4_kernels.testing.gluon.values import Descriptor, Pointer, Value, plain,
 
 KERNEL_MARK = "emulated:"
 """A name in the globals of emulated functions, by which their frames are known."""
+_COPY_BYTES = 16
+"""What a copy's address is a multiple of. Strides are, which leaves the last coordinate to hold."""
 
 
 class Accumulator:
@@ -234,7 +236,13 @@ class _Hopper:
     ) -> None:
         if not pred:
             return
-        block = descriptor.block([int(plain(at)) for at in coord])
+        corner = [int(plain(at)) for at in coord]
+        if corner[-1] * descriptor.dtype.itemsize % _COPY_BYTES:
+            raise GateError(
+                f"{_where()} copies from {corner}; expected the last coordinate at a multiple of "
+                f"{_COPY_BYTES} bytes, or the instruction is illegal; let rows start at such places"
+            )
+        block = descriptor.block(corner)
         if block.shape != result.data.shape or block.dtype != result.dtype:
             raise GateError(
                 f"{_where()} copies {tuple(block.shape)} to {result.shape}; expected equal blocks"
