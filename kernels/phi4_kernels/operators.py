@@ -5,6 +5,7 @@ machine without CUDA. The public ones, `phi4::`, take none: they pass the stream
 when they run, so that they can be captured, compiled and called on any device.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,7 +82,7 @@ def define(name: str, signature: str, launch: Callable[..., Any], fake: Callable
     so that code that saved such a tensor for backward gets torch's error, not a wrong gradient.
 
     Returns:
-        The operator's default overload.
+        The operator's default overload; of one that overwrites, `_traceable`'s form of it.
     """
     torch.library.define(f"phi4::{name}", signature)
     operator = getattr(torch.ops.phi4, name).default
@@ -96,4 +97,58 @@ def define(name: str, signature: str, launch: Callable[..., Any], fake: Callable
 
     torch.library.impl(f"phi4::{name}", ("cpu", "cuda"))(run if written else launch)
     torch.library.register_fake(f"phi4::{name}")(fake)
-    return operator
+    return _traceable(operator, signature, written, launch) if written else operator
+
+
+def _traceable(
+    operator: Any, signature: str, written: list[int], launch: Callable[..., Any]
+) -> Callable[..., None]:
+    """The operator, and under torch.compile one that overwrites copies, which are copied back.
+
+    To keep what an operator overwrites, inductor copies the memory that held it when it traced: by
+    strides and offset (`clone_preserve_strides`). But it leaves gaps between rows of over 1024
+    elements on a GPU (seen in torch 2.11 and 2.13), and an input begins at its own first element,
+    not at its storage's (2.11). Either way numbers are wrong, and nothing says so. An operator that
+    overwrites nothing gets tensors as it was traced with, and torch's own copy_ knows every layout.
+    The price, under torch.compile only: a copy of what is overwritten, and one back.
+    """
+    arguments, arrow, results = signature.partition(" -> ")
+    if results != "()":
+        raise ValueError(f"{operator} overwrites and returns {results}; expected ()")
+    types = [str(operator._schema.arguments[index].type) for index in written]
+    made = ", ".join("Tensor[]" if kind.startswith("List") else "Tensor" for kind in types)
+    name = operator._schema.name.partition("::")[2]
+    plain = re.sub(r"\([a-z]!\)", "", arguments)
+    torch.library.define(f"phi4_copying::{name}", f"{plain}{arrow}({made})")
+    torch.library.impl(f"phi4_copying::{name}", ("cpu", "cuda"))(_on_copies(written, launch))
+    nothing = _on_copies(written, lambda *args: None)
+    torch.library.register_fake(f"phi4_copying::{name}")(nothing)
+    copying = getattr(torch.ops.phi4_copying, name).default
+
+    def call(*args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            operator(*args)
+            return
+        fresh = copying(*args)
+        for index, values in zip(written, fresh if len(written) > 1 else [fresh], strict=True):
+            targets = args[index] if isinstance(args[index], list) else [args[index]]
+            sources = values if isinstance(args[index], list) else [values]
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
+
+    return call
+
+
+def _on_copies(written: list[int], launch: Callable[..., Any]) -> Callable[..., Any]:
+    """`launch` on copies of the arguments that it overwrites, which are the result."""
+
+    def run(*args: Any) -> Any:
+        renewed = list(args)
+        for index in written:
+            old = args[index]
+            renewed[index] = [x.clone() for x in old] if isinstance(old, list) else old.clone()
+        launch(*renewed)
+        fresh = tuple(renewed[index] for index in written)
+        return fresh if len(fresh) > 1 else fresh[0]
+
+    return run

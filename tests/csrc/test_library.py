@@ -113,7 +113,8 @@ def test_schemas_and_fake_tensors(loaded: Path) -> None:
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     # The schema check multiplies its inputs, which FP8 tensors cannot.
     without_fp8 = [[] if index in (5, 6, 7) else a for index, a in enumerate(_arguments())]
-    opcheck(ops.adamw_.default, tuple(without_fp8), test_utils=checks)
+    for adamw in (ops.adamw_.default, torch.ops.phi4_copying.adamw_.default):
+        opcheck(adamw, tuple(without_fp8), test_utils=checks)
     opcheck(ops.square_sum.default, ([torch.ones(5), torch.ones(3)],), test_utils=checks)
     for scaling in range(3):
         scale = torch.ones(()) if scaling == 0 else None

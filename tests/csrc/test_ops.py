@@ -1,6 +1,7 @@
 """The public ops: torch and cuda give the same, and bad input is named."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ def _shard(size: int, **changes: object) -> ParameterShard:
     return ParameterShard(param, torch.zeros(size), torch.zeros(size), torch.ones(size))._replace(
         **changes
     )
+
+
+def _rows_of_one_buffer(size: int) -> ParameterShard:
+    """A shard whose parts begin at their own offsets in one storage, as optimizers keep them."""
+    rows = torch.rand(4, size, generator=torch.Generator().manual_seed(3))
+    return ParameterShard(*rows, weight=torch.zeros(size).bfloat16())
 
 
 @pytest.mark.parametrize("implementation", ["torch", "cuda"])
@@ -83,7 +90,11 @@ def test_fp8_weights_carry_the_delayed_scale(loaded: Path, implementation: str) 
         assert shard.fp8.amax == (9.0 if len(shard.param) == 7 else amax)
 
 
-def test_ops_compile_without_a_break(loaded: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_ops_compile_without_a_break(loaded: Path, backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor compiles by g++, which is not on PATH")
+
     def step(shard: ParameterShard, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         total = square_sum([shard.grad, x], implementation="cuda")
         scale = clip_factor(total, 1.0)
@@ -92,8 +103,8 @@ def test_ops_compile_without_a_break(loaded: Path) -> None:
         return shard.param * 2, cast.columnwise.float() + 1
 
     x = torch.randn(3, 130, generator=torch.Generator().manual_seed(1))
-    compiled, plain = (_shard(50, weight=torch.zeros(50).bfloat16()) for _ in range(2))
-    found = torch.compile(step, fullgraph=True, backend="aot_eager")(compiled, x)
+    compiled, plain = (_rows_of_one_buffer(50) for _ in range(2))
+    found = torch.compile(step, fullgraph=True, backend=backend)(compiled, x)
     assert all(torch.equal(a, b) for a, b in zip(found, step(plain, x), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(compiled[:5], plain[:5], strict=True))
 

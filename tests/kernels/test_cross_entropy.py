@@ -1,6 +1,7 @@
 """Cross-entropy beyond the gates: ranks, the collective, the gradient's place, mutants."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,6 +86,11 @@ def test_interpreted_kernels_on_two_ranks(process: InterpretedProcess, tmp_path:
 )
 def test_both_implementations(process: InterpretedProcess, check: str, implementation: str) -> None:
     process.call(f"{CHECKS}:{check}", implementation=implementation)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles by g++")
+def test_padded_rows_compile(process: InterpretedProcess) -> None:
+    process.call(f"{CHECKS}:padded_rows_compile", implementation="triton")
 
 
 def count_collectives(rank: int, world_size: int) -> None:

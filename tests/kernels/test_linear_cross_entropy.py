@@ -134,6 +134,7 @@ def test_wide_products_pass_opcheck_and_equal_fp64(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.phi4.wide_product.default, (left, right))
     added = (total, left.t().contiguous(), right)
     torch.library.opcheck(torch.ops.phi4.add_wide_product.default, added)
+    torch.library.opcheck(torch.ops.phi4_copying.add_wide_product.default, added)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

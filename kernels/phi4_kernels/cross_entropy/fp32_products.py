@@ -7,6 +7,8 @@ their own, because torch.compile cannot trace torch's form of them.
 import torch
 from torch import Tensor
 
+from phi4_kernels import operators
+
 _BLOCK_ELEMENTS = 1 << 22
 _BLOCK_SUMMANDS = 512
 """A CPU's product of one or two rows adds up number by number: 100,352 of them err ten times as
@@ -43,18 +45,23 @@ def _add_product_cpu(total: Tensor, left: Tensor, right: Tensor) -> None:
         total[block].addmm_(left[:, block].t().float(), wide)
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    add = _add_product_cpu if total.device.type == "cpu" else _add_product_gpu
+    add(total, left, right)
+
+
 torch.library.define("phi4::wide_product", "(Tensor left, Tensor right) -> Tensor")
 torch.library.impl("phi4::wide_product", "cuda")(_wide_product_gpu)
 torch.library.impl("phi4::wide_product", "cpu")(_wide_product_cpu)
 torch.library.register_fake("phi4::wide_product")(
     lambda left, right: left.new_empty((left.shape[0], right.shape[1]), dtype=torch.float32)
 )
-torch.library.define(
-    "phi4::add_wide_product", "(Tensor(a!) total, Tensor left, Tensor right) -> ()"
+_add_wide_product = operators.define(
+    "add_wide_product",
+    "(Tensor(a!) total, Tensor left, Tensor right) -> ()",
+    _add_product,
+    lambda total, left, right: None,
 )
-torch.library.impl("phi4::add_wide_product", "cuda")(_add_product_gpu)
-torch.library.impl("phi4::add_wide_product", "cpu")(_add_product_cpu)
-torch.library.register_fake("phi4::add_wide_product")(lambda total, left, right: None)
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
@@ -64,7 +71,7 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 def add_wide_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total [B, C], fp32, += left [A, B].T @ right [A, C]; equal dtypes."""
-    torch.ops.phi4.add_wide_product(total, left, right)
+    _add_wide_product(total, left, right)
 
 
 def narrowed_in_place(total: Tensor | None, dtype: torch.dtype) -> Tensor | None:
