@@ -1,6 +1,7 @@
 """Laws of attention over ranges that hold for any implementation; here for PyTorch's."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from phi4_kernels.attention import (
     attention_backward,
     attention_forward,
     reference,
+    torch_impl,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels import attention_checks
 
@@ -47,6 +50,33 @@ def packed(*lengths: int) -> Ranges:
     """Documents of these lengths."""
     cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32)
     return Ranges.packed(cu_seqlens, max(lengths, default=0))
+
+
+class _LayoutsOfLse(TorchDispatchMode):
+    """Keeps shapes and density of the lse that PyTorch's flash backward is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[tuple[int, ...], bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().endswith(("flash_attention_backward", "for_cpu_backward")):
+            lse = args[5]
+            self.found.append((tuple(lse.shape), lse.is_contiguous()))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_flash_backward_gets_a_dense_lse() -> None:
+    """Its CUDA form ignores the strides of lse, which here is prepared for all devices."""
+    lengths = [(12,), (6, 6), (5, 1, 6)]
+    for ranges in (packed(*each) for each in lengths):
+        *inputs, dout = random_inputs(12, 12, (4, 2))
+        out, lse = attention(*inputs, ranges, implementation="torch")
+        where = ranges.q_offsets, ranges.k_starts, ranges.k_ends
+        # Below the registered operator, inside which a mode sees nothing.
+        with _LayoutsOfLse() as layouts:
+            torch_impl.backward(dout, *inputs, out, lse, *where, 12, 12, True, DIM**-0.5)
+        assert layouts.found and all(dense for _, dense in layouts.found)
 
 
 @settings(max_examples=60)

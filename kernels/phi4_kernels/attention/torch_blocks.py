@@ -155,7 +155,9 @@ def attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given out and lse over these keys and perhaps more."""
-    tensors = (dout, q, k, v, out, lse)
+    # PyTorch's CUDA kernel takes lse by its pointer alone, as dense [B, N, M]; a view of [T, N] is
+    # not, and gave dq errors of 30. It makes dout and out dense itself, and reads q, k, v strided.
+    tensors = (dout, q, k, v, out, lse.contiguous())
     if q.device.type == "cpu":
         # In fp16 it is 8 times slower than in fp32.
         wide = (x.float() if x.dtype == torch.float16 else x for x in tensors)
