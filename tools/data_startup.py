@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from phi4.config import DataConfig, SourceConfig
+from phi4.data.files.index_format import index_bytes
 from phi4.data.files.manifest import ShardManifest, encode_manifest, manifest_path
-from phi4.data.files.token_file import index_bytes
 from phi4.data.files.token_writer import TokenFileWriter
 from phi4.data.stream.loader import Loader
 from phi4.data.vocabulary.tokenizer import TokenizerFacts

@@ -2,44 +2,43 @@
 
 import os
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
-from phi4.cli import data_ledger, data_quality
+from phi4.cli import data_inspect, data_ledger, data_pairs, data_quality
+from phi4.cli.data_options import (
+    MaxRejected,
+    Pairs,
+    Ranks,
+    echo_skipped,
+    tokenizer_config,
+    tokenizer_of,
+)
 from phi4.cli.file_errors import FileErrorsGroup
-from phi4.config import TokenizerConfig
 from phi4.data.demo.corpus import build_demo
 from phi4.data.files.adopt import adopt as adopt_pair
 from phi4.data.files.inputs import find_inputs
-from phi4.data.files.manifest import manifest_path, read_manifest
+from phi4.data.files.manifest import manifest_path
 from phi4.data.files.token_file import TokenFile
 from phi4.data.stream.sources import shard_prefixes
 from phi4.data.tokenize.job import TokenizeProgress, tokenize_parts
 from phi4.data.tokenize.merge import merge_runs
 from phi4.data.tokenize.parts import is_finished
 from phi4.data.tokenize.plan import make_plan
-from phi4.data.vocabulary.tokenizer import Tokenizer, load_tokenizer
+from phi4.data.vocabulary.tokenizer import load_tokenizer
 from phi4.errors import ConfigError, DataError
 
 app = typer.Typer(
     cls=FileErrorsGroup, help="Token files: build, inspect, check.", no_args_is_help=True
 )
+data_inspect.register(app)
 data_ledger.register(app)
+data_pairs.register(app)
 data_quality.register(app)
 
 Prefix = Annotated[str, typer.Argument(help="Path of a .bin/.idx pair without the suffix.")]
-Pairs = Annotated[
-    str, typer.Argument(help="Path of a pair without the suffix, glob of such, or .list file.")
-]
-_SHOWN_KINDS = 8
-Ranks = Annotated[
-    str | None,
-    typer.Option(help="Rank file of a small BPE; phi-4's own vocabulary when left out."),
-]
 
 
 def available_cpus() -> int:
@@ -92,7 +91,7 @@ def tokenize(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle of the documents.")] = 0,
     keep_order: Annotated[bool, typer.Option(help="Keep the order of the inputs.")] = False,
-    max_rejected: Annotated[int, typer.Option(min=0, help="Bad rows that stop the job.")] = 1000,
+    max_rejected: MaxRejected = 1000,
     shard: Annotated[
         str | None,
         typer.Option(help="I/N, from 0: do this job's part only; `phi4 data merge` ends it."),
@@ -104,10 +103,9 @@ def tokenize(
     Rows hold `text`, or a conversation under `messages` or `prompt` and `completion`. Bad rows go
     to PREFIX.rejected.jsonl. A pair that this command already finished is left as it is.
     """
-    config = _tokenizer_config(ranks)
+    config = tokenizer_config(ranks)
     found = find_inputs(inputs)
-    if found.skipped:
-        typer.echo(_skipped(found.skipped), err=True)
+    echo_skipped(found.skipped)
     facts = load_tokenizer(config).facts
     order = None if keep_order else seed
     plan = make_plan(found, facts, text_column=text_field, seed=order)
@@ -141,22 +139,6 @@ def merge(prefix: Prefix) -> None:
 
 
 @app.command()
-def inspect(
-    path: Pairs,
-    ranks: Ranks = None,
-    samples: Annotated[int, typer.Option(min=0, help="Documents to decode and show.")] = 0,
-) -> None:
-    """Show documents, lengths and decoded samples of pairs."""
-    tokenizer = _tokenizer(ranks) if samples else None
-    for prefix in shard_prefixes(path):
-        pair = TokenFile(prefix)
-        pair.check_index()
-        _show_pair(pair)
-        if tokenizer:
-            _show_samples(pair, tokenizer, samples)
-
-
-@app.command()
 def verify(path: Pairs) -> None:
     """Compare pairs with the checksums of their manifests."""
     prefixes, failures = shard_prefixes(path), []
@@ -178,7 +160,7 @@ def verify(path: Pairs) -> None:
 @app.command()
 def adopt(prefix: Prefix, ranks: Ranks = None) -> None:
     """Write the manifest of a pair that Megatron's own tools wrote with the given tokenizer."""
-    tokenizer = _tokenizer(ranks)
+    tokenizer = tokenizer_of(ranks)
     manifest = adopt_pair(prefix, tokenizer.facts)
     typer.echo(
         f"{manifest_path(prefix)}: {manifest.num_tokens} tokens, all ids in the vocabulary, all "
@@ -186,63 +168,11 @@ def adopt(prefix: Prefix, ranks: Ranks = None) -> None:
     )
 
 
-def _show_pair(pair: TokenFile) -> None:
-    typer.echo(
-        f"{pair.prefix}: {pair.num_documents} documents, {pair.num_tokens} tokens, "
-        f"{pair.tokens.dtype}"
-    )
-    if pair.num_documents:
-        first, *middle, last = np.quantile(pair.document_lengths(), [0, 0.5, 0.9, 0.99, 1]).tolist()
-        typer.echo(
-            f"tokens per document: shortest {first:.0f}, median {middle[0]:.0f}, 90% "
-            f"{middle[1]:.0f}, 99% {middle[2]:.0f}, longest {last:.0f}"
-        )
-    if read_manifest(pair.prefix) is None:
-        typer.echo(f"no manifest; `phi4 data adopt {pair.prefix}` writes one")
-        return
-    manifest = pair.manifest()
-    for exponent, count in enumerate(manifest.length_histogram):
-        if count:
-            typer.echo(f"{2**exponent:>9,} to {2 ** (exponent + 1) - 1:>9,} tokens: {count:,}")
-    if pair.learnt is not None:
-        typer.echo(
-            f"{np.count_nonzero(pair.learnt) / pair.num_tokens:.1%} of them count in the loss"
-        )
-    typer.echo(f"tokenizer {manifest.tokenizer_fingerprint}, {manifest.vocab_size} ids")
-
-
-def _show_samples(pair: TokenFile, tokenizer: Tokenizer, samples: int) -> None:
-    manifest = read_manifest(pair.prefix)
-    found, given = manifest and manifest.tokenizer_fingerprint, tokenizer.facts.fingerprint
-    if manifest and found != given:
-        raise DataError(
-            f"{pair.prefix}.bin was written by tokenizer {found[:12]}, samples would be decoded by "
-            f"{given[:12]}; name the rank file of the first with --ranks"
-        )
-    for index in range(min(samples, pair.num_documents)):
-        typer.echo(f"--- document {index}\n{tokenizer.decode(pair.document(index)[:200])}")
-
-
-def _skipped(kinds: Counter[str]) -> str:
-    named = [f"{kind} {count}" for kind, count in kinds.most_common(_SHOWN_KINDS)]
-    if len(kinds) > _SHOWN_KINDS:
-        named.append(f"{len(kinds) - _SHOWN_KINDS} other kinds")
-    return f"{kinds.total()} files skipped: {', '.join(named)}"
-
-
 def _left_out(prefix: str, num_rows: int) -> str:
     """Blank rows are listed like bad ones, so the list is named, not called rejected."""
     if not num_rows:
         return "no row left out"
     return f"{num_rows} rows left out (bad or blank: see {prefix}.rejected.jsonl)"
-
-
-def _tokenizer(ranks: str | None) -> Tokenizer:
-    return load_tokenizer(_tokenizer_config(ranks))
-
-
-def _tokenizer_config(ranks: str | None) -> TokenizerConfig:
-    return TokenizerConfig(kind="phi4" if ranks is None else "bpe", path=ranks)
 
 
 def _shard(text: str | None) -> tuple[int, int]:

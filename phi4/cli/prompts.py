@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phi4.data.files.jsonl import open_lines, parse_row, read_lines, reading
-from phi4.data.vocabulary.chat import Message, Role, read_messages
+from phi4.data.rows.messages import read_messages
+from phi4.data.vocabulary.chat import Message, Role
 from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.errors import DataError
 from phi4.sampling.chat import chat_prompt

@@ -7,7 +7,7 @@ sampler computes once, and `<|im_end|>` that somebody typed stays text.
 
 from collections.abc import Sequence
 
-from phi4.data.vocabulary.chat import Conversation, Message, Role, encode_chat
+from phi4.data.vocabulary.chat import Conversation, Message, Role, encode_chat, turn_header
 from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.errors import DataError
 
@@ -57,7 +57,7 @@ def read_chat_prompt(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[Message,
 
 def _read_turn(ids: list[int], tokenizer: Tokenizer) -> Message:
     for role in Role:
-        header = [tokenizer.im_start_id, *tokenizer.encode(role), tokenizer.im_sep_id]
+        header = turn_header(role, tokenizer)
         if ids[: len(header)] == header:
             return Message(role, plain_text(ids[len(header) :], tokenizer))
     raise DataError(

@@ -13,8 +13,8 @@ SUB_LAYERS: Mapping[str, Layers] = {
     "phi4.data": (
         ("screens.decontaminate",),
         ("screens",),
-        ("tokenize", "stream", "demo"),
-        ("files",),
+        ("tokenize", "stream", "demo", "preference"),
+        ("files", "rows"),
         ("vocabulary", "permutation"),
     ),
     "phi4.engine": (

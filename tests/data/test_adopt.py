@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from phi4.data.files.adopt import adopt
-from phi4.data.files.token_file import _HEADER, _MAGIC, TokenFile
+from phi4.data.files.index_format import HEADER, MAGIC
+from phi4.data.files.token_file import TokenFile
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import DataError
 from tests.data.test_token_file import FACTS, write, write_with_megatron
@@ -56,7 +57,7 @@ def write_index(prefix: Path, change: Callable[..., Columns]) -> str:
     pointers = (92 * np.arange(40)).astype("<i8")
     np.tile(np.r_[np.full(22, 5), FACTS.eod_id], 40).astype("<i4").tofile(f"{prefix}.bin")
     lengths, pointers, bounds = change(lengths, pointers, bounds)
-    header = _HEADER.pack(_MAGIC, 1, 4, 40, bounds.size)
+    header = HEADER.pack(MAGIC, 1, 4, 40, bounds.size)
     content = header + lengths.tobytes() + pointers.tobytes() + bounds.tobytes()
     Path(f"{prefix}.idx").write_bytes(content)
     return str(prefix)

@@ -6,16 +6,11 @@ from hypothesis import strategies as st
 
 from phi4.config import TokenizerConfig
 from phi4.convert.hf_tokenizer import CHAT_TEMPLATE
+from phi4.data.rows.conversations import read_conversation
+from phi4.data.rows.messages import LOSS_FLAGS
+from phi4.data.rows.preferences import read_preference
 from phi4.data.vocabulary.bpe import train_bpe
-from phi4.data.vocabulary.chat import (
-    LOSS_FLAGS,
-    Conversation,
-    Message,
-    Role,
-    encode_chat,
-    read_conversation,
-    read_preference,
-)
+from phi4.data.vocabulary.chat import Conversation, Message, Role, encode_chat
 from phi4.data.vocabulary.tokenizer import SPLIT_PATTERN, Tokenizer, load_tokenizer
 from phi4.errors import DataError
 

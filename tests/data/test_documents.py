@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phi4.data.files import input_rows
+from phi4.data.files.input_rows import BLANK, Part, list_parts
 from phi4.data.files.inputs import find_inputs
-from phi4.data.tokenize import documents
-from phi4.data.tokenize.documents import BLANK, Part, list_parts, read_rows
+from phi4.data.tokenize.documents import read_rows
 from phi4.data.vocabulary.chat import Conversation
 from phi4.errors import DataError
 
@@ -124,7 +125,7 @@ def test_bad_row_is_a_reason(tmp_path: Path, line: bytes) -> None:
 def test_endless_line_is_a_reason_and_is_never_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(input_rows, "MAX_ROW_BYTES", 1000)
     path = tmp_path / "x.jsonl"
     endless = b'{"text": "' + b"a" * 5000 + b'"}'
     path.write_bytes(b"\n".join([jsonl([{"text": "fine"}])[:-1], endless, b'{"text": "too"}']))

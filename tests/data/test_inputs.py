@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from phi4.data.files.input_rows import list_parts
 from phi4.data.files.inputs import Form, check_unchanged, find_inputs, form_of
 from phi4.data.screens.quality.screen import QUARANTINE
-from phi4.data.tokenize.documents import list_parts, read_rows
+from phi4.data.tokenize.documents import read_rows
 from phi4.errors import DataError
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phi4.data.files import parquet
+from phi4.data.files import input_rows, parquet
+from phi4.data.files.input_rows import list_parts
 from phi4.data.files.inputs import find_inputs
 from phi4.data.files.parquet import parquet_cuts, parquet_rows
-from phi4.data.tokenize import documents
-from phi4.data.tokenize.documents import list_parts, read_rows
+from phi4.data.tokenize.documents import read_rows
 
 TURNS = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 
@@ -81,7 +81,7 @@ def test_batches_are_bounded_by_bytes(tmp_path: Path) -> None:
 
 
 def test_a_row_over_the_limit_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(input_rows, "MAX_ROW_BYTES", 1000)
     path = write(tmp_path / "x.parquet", text=["fine", "a" * 5000, "too"])
     (first, _), (second, reason), (third, _) = found(path)
     assert (first, second, third) == ("fine", None, "too")

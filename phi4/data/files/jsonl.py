@@ -140,10 +140,14 @@ def _parse_leniently(line: bytes, reason: str) -> object:
     except UnicodeDecodeError as error:
         raise RowError(f"invalid UTF-8 at byte {error.start}") from None
     try:
-        # Python refuses to make an int of thousands of digits; no text is lost in a float.
-        row = json.loads(text, parse_int=float)
+        row = json.loads(text, parse_int=_number)
         # Unlike the decoder, the encoder finds a lone surrogate.
         msgspec.json.encode(row)
     except (ValueError, RecursionError):
         raise RowError(reason) from None
     return row
+
+
+def _number(digits: str) -> int | float:
+    """Python refuses to make an int of thousands of digits; no text is lost in a float."""
+    return int(digits) if len(digits) < 20 else float(digits)

@@ -7,7 +7,6 @@ memory for any number of documents.
 
 import mmap
 import os
-import struct
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,14 +14,11 @@ from typing import NoReturn
 
 import numpy as np
 
+from phi4.data.files.index_format import HEADER, check_index_size, read_header
 from phi4.data.files.manifest import ShardManifest, file_sha256, manifest_path, read_manifest
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import DataError
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
-_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
-_INT32_CODE = 4
 _BLOCK_ENTRIES = 1 << 20
 
 
@@ -46,11 +42,11 @@ class TokenFile:
         """
         self.prefix = str(prefix)
         index = _map_bytes(Path(f"{prefix}.idx"))
-        (header,) = _read_at(f"{prefix}.idx", [(0, _HEADER.size)])
-        dtype, num_sequences, num_bounds = _read_header(header, f"{prefix}.idx")
-        sizes = (_HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_bounds)
+        (header,) = _read_at(f"{prefix}.idx", [(0, HEADER.size)])
+        dtype, num_sequences, num_bounds = read_header(header, f"{prefix}.idx")
+        sizes = (HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_bounds)
         split = list(accumulate(sizes))
-        _check_index_size(index.size, split[-1], num_sequences, f"{prefix}.idx")
+        check_index_size(index.size, split[-1], num_sequences, f"{prefix}.idx")
         self.lengths = index[split[0] : split[1]].view("<i4")
         self.pointers = index[split[1] : split[2]].view("<i8")
         self.document_bounds = index[split[2] : split[3]].view("<i8")
@@ -71,9 +67,7 @@ class TokenFile:
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document."""
-        first, last = (int(self.document_bounds[index + i]) for i in (0, 1))
-        start = int(self.pointers[first]) // self.tokens.itemsize
-        return self.tokens[start : start + int(self.lengths[first:last].sum())]
+        return self.tokens[self._span(index)]
 
     def sequences(self, index: int, values: np.ndarray | None = None) -> list[np.ndarray]:
         """Tokens of each sequence of one document, or what stands beside them.
@@ -104,6 +98,13 @@ class TokenFile:
         bounds = np.stack([begins + 1, begins + 1 + sizes], axis=1).reshape(-1)
         bounds = bounds if bounds[-1] < self.num_tokens else bounds[:-1]
         return np.add.reduceat(self.learnt, bounds, dtype=np.int64)[::2]
+
+    def document_mask(self, index: int) -> np.ndarray:
+        """Loss mask of one document, as long as its tokens; uint8."""
+        span = self._span(index)
+        return (
+            np.ones(span.stop - span.start, np.uint8) if self.learnt is None else self.learnt[span]
+        )
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, [num_documents] int64."""
@@ -210,6 +211,11 @@ class TokenFile:
                     f"document {begin + wrong[0]} runs from sequence {first} back to {last}"
                 )
 
+    def _span(self, index: int) -> slice:
+        first, last = (int(self.document_bounds[index + i]) for i in (0, 1))
+        start = int(self.pointers[first]) // self.tokens.itemsize
+        return slice(start, start + int(self.lengths[first:last].sum()))
+
     def _refuse_index(self, what: str) -> NoReturn:
         raise DataError(f"{self.prefix}.idx: {what}; the index is damaged: build the pair again")
 
@@ -253,22 +259,6 @@ def check_ids(ids: np.ndarray, vocab_size: int, locate: Callable[[int], str]) ->
         )
 
 
-def index_bytes(lengths: np.ndarray, sequences_per_document: int = 1) -> bytes:
-    """The `.idx` of int32 documents that have the same number of sequences each.
-
-    Args:
-        lengths: [num_sequences], int32, tokens per sequence.
-        sequences_per_document: divides num_sequences.
-    """
-    num_documents = lengths.size // sequences_per_document
-    ends = 4 * np.cumsum(lengths, dtype=np.int64)
-    header = _HEADER.pack(_MAGIC, 1, _INT32_CODE, lengths.size, num_documents + 1)
-    pointers = ends - 4 * lengths.astype(np.int64)
-    bounds = np.arange(num_documents + 1, dtype=np.int64) * sequences_per_document
-    columns = (lengths.astype("<i4"), pointers.astype("<i8"), bounds.astype("<i8"))
-    return header + b"".join(column.tobytes() for column in columns)
-
-
 def _map_bytes(path: Path) -> np.ndarray:
     try:
         with path.open("rb") as stream:
@@ -299,24 +289,3 @@ def _map_mask(path: Path, num_tokens: int) -> np.ndarray | None:
             "again"
         )
     return mask
-
-
-def _read_header(header: bytes, path: str) -> tuple[np.dtype, int, int]:
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise DataError(f"{path} is not a Megatron index; write one with `phi4 data tokenize`")
-    _, version, code, num_sequences, num_bounds = _HEADER.unpack(header)
-    if version != 1 or code not in _DTYPES:
-        raise DataError(
-            f"{path} has version {version} and dtype code {code}; phi4 reads version 1 with int32 "
-            "(4) or uint16 (8) ids: tokenize again"
-        )
-    return _DTYPES[code], num_sequences, num_bounds
-
-
-def _check_index_size(found: int, expected: int, num_sequences: int, path: str) -> None:
-    # Multimodal files carry one more byte per sequence.
-    if found not in (expected, expected + num_sequences):
-        raise DataError(
-            f"{path} has {found} bytes, its header describes {expected}; the index is truncated "
-            "or damaged: copy it again or tokenize again"
-        )

@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 
 from phi4.data.files.atomic_files import HashedFile, write_atomically
+from phi4.data.files.index_format import index_bytes
 from phi4.data.files.manifest import (
     FileKind,
     ShardManifest,
@@ -22,7 +23,6 @@ from phi4.data.files.manifest import (
     length_histogram,
     manifest_path,
 )
-from phi4.data.files.token_file import index_bytes
 from phi4.data.vocabulary.tokenizer import Tokenizer, TokenizerFacts
 from phi4.errors import DataError
 
@@ -78,6 +78,10 @@ class TokenFileWriter:
     def num_documents(self) -> int:
         """Documents added so far."""
         return len(self._lengths) // self._sequences
+
+    def describe(self, *, num_rejected: int, chat_template_sha256: str | None) -> None:
+        """Say what is known only once all documents are added; see `ShardManifest`."""
+        self._notes |= {"num_rejected": num_rejected, "chat_template_sha256": chat_template_sha256}
 
     def add(self, document: np.ndarray, learnt: np.ndarray | None = None) -> None:
         """Append one document.
@@ -162,6 +166,12 @@ def write_documents(
         for text in texts:
             writer.add(np.append(tokenizer.encode_array(text), tokenizer.eod_id))
     return writer.manifest
+
+
+def existing_file(prefix: str | Path) -> str | None:
+    """A file of a pair that stands under a prefix, None where there is none."""
+    names = (f"{prefix}.bin", f"{prefix}.idx", str(manifest_path(prefix)))
+    return next(filter(os.path.exists, names), None)
 
 
 def check_prefix(prefix: str | Path) -> None:

@@ -19,11 +19,13 @@ import numpy as np
 
 from phi4.config import TokenizerConfig
 from phi4.data.files.atomic_files import write_atomically
+from phi4.data.files.input_rows import Part
 from phi4.data.files.inputs import check_unchanged
+from phi4.data.files.rejections import RejectedRow
 from phi4.data.files.token_writer import check_prefix
 from phi4.data.permutation import mix, permutation_key
-from phi4.data.tokenize.documents import Part, Row, read_rows
-from phi4.data.tokenize.part_report import PartReport, RejectedRow, write_rejections
+from phi4.data.tokenize.documents import Row, read_rows
+from phi4.data.tokenize.part_report import PartReport, write_rejections
 from phi4.data.tokenize.parts import (
     begin,
     read_report,

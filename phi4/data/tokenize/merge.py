@@ -13,8 +13,9 @@ import numpy as np
 
 from phi4.data.files.inputs import PLAN_FILE
 from phi4.data.files.manifest import ShardManifest, read_manifest
+from phi4.data.files.rejections import rejected_path, why_nothing
 from phi4.data.files.token_writer import TokenFileWriter
-from phi4.data.tokenize.part_report import PartReport, most_common_reason, write_rejections
+from phi4.data.tokenize.part_report import PartReport, write_rejections
 from phi4.data.tokenize.parts import (
     discard,
     keep_plan,
@@ -26,6 +27,7 @@ from phi4.data.tokenize.parts import (
 )
 from phi4.data.tokenize.plan import KEY_TYPE, NOT_LEARNT, TokenizePlan
 from phi4.data.tokenize.sort_buffer import SortBuffer
+from phi4.data.vocabulary.chat import chat_template_sha256
 from phi4.errors import DataError
 
 _SAMPLES_PER_RUN = 64
@@ -50,10 +52,13 @@ def merge_runs(prefix: str | Path, range_tokens: int = 1 << 22) -> ShardManifest
         return manifest
     plan, reports = _finished(work)
     with sharing(prefix):
-        rejected = write_rejections(f"{prefix}.rejected.jsonl", plan.parts, reports)
+        rejected = write_rejections(rejected_path(prefix), plan.parts, reports)
         if not any(report.num_documents for report in reports.values()):
             discard(prefix, plan)
-            raise DataError(f"nothing to write to {prefix}: {_why_empty(prefix, reports)}")
+            rows = [row for report in reports.values() for row in report.rejected]
+            num_rows = sum(report.num_rows for report in reports.values())
+            why = why_nothing(prefix, num_rows, rows, "document")
+            raise DataError(f"nothing to write to {prefix}: {why}")
         manifest = _merged(prefix, plan, reports, rejected, range_tokens)
         keep_plan(plan, prefix)
         discard(prefix, plan)
@@ -73,23 +78,16 @@ def _merged(
         for run in range(report.num_runs)
     ]
     masked = any(report.masked for report in reports.values())
-    notes = {"num_rejected": num_rejected, "shuffle_seed": plan.seed}
+    notes = {
+        "num_rejected": num_rejected,
+        "shuffle_seed": plan.seed,
+        "chat_template_sha256": chat_template_sha256() if masked else None,
+    }
     with TokenFileWriter(prefix, plan.tokenizer, **notes) as writer:
         for tokens, lengths in _sorted_ranges(runs, range_tokens):
             learnt = (tokens & NOT_LEARNT) == 0 if masked else None
             writer.add_many(tokens & (NOT_LEARNT - 1) if masked else tokens, lengths, learnt)
     return writer.manifest
-
-
-def _why_empty(prefix: str | Path, reports: dict[int, PartReport]) -> str:
-    num_rows = sum(report.num_rows for report in reports.values())
-    if (common := most_common_reason(reports)) is None:
-        return "the inputs hold no text; directories are searched for source, text and row files"
-    reason, count = common
-    return (
-        f"none of {num_rows} rows is a document, {count} of them because: {reason}; see "
-        f"{prefix}.rejected.jsonl"
-    )
 
 
 @dataclass(eq=False)

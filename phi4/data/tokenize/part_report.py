@@ -1,25 +1,16 @@
 """What became of each part: its counts, and the rows that became no document, with the reason."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from phi4.data.files.atomic_files import write_atomically
+from phi4.data.files.input_rows import Part
 from phi4.data.files.inputs import Form, form_of
 from phi4.data.files.jsonl import reading
-from phi4.data.tokenize.documents import BLANK, Part
+from phi4.data.files.rejections import RejectedRow, num_faults, write_rejected_rows
 
 _BLOCK_BYTES = 1 << 20
-
-
-class RejectedRow(msgspec.Struct, frozen=True):
-    """A row that became no document."""
-
-    input: str
-    line: int
-    reason: str
 
 
 class PartReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +26,7 @@ class PartReport(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_rejected(self) -> int:
         """Bad rows; blank ones are no fault."""
-        return sum(row.reason != BLANK for row in self.rejected)
+        return num_faults(self.rejected)
 
 
 def write_rejections(
@@ -62,17 +53,8 @@ def write_rejections(
             before += report.num_rows
         elif index < rejecting.get(source, 0):
             before += _num_rows(source, part)
-    if lines:
-        write_atomically(path, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-    else:
-        Path(path).unlink(missing_ok=True)
+    write_rejected_rows(path, lines)
     return len(lines)
-
-
-def most_common_reason(reports: Mapping[int, PartReport]) -> tuple[str, int] | None:
-    """The reason of most rejections and how many it has; None without any."""
-    reasons = Counter(row.reason for report in reports.values() for row in report.rejected)
-    return next(iter(reasons.most_common(1)), None)
 
 
 def _in_file(row: RejectedRow, before: int) -> RejectedRow:

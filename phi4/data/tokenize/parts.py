@@ -17,6 +17,8 @@ import msgspec
 from phi4.data.files.atomic_files import write_atomically
 from phi4.data.files.inputs import PLAN_FILE, WORK_SUFFIX
 from phi4.data.files.manifest import manifest_path
+from phi4.data.files.rejections import rejected_path
+from phi4.data.files.token_writer import existing_file
 from phi4.data.tokenize.part_report import PartReport
 from phi4.data.tokenize.plan import TokenizePlan, difference
 from phi4.errors import DataError
@@ -59,13 +61,11 @@ def is_finished(plan: TokenizePlan, prefix: str | Path, *, overwrite: bool = Fal
         with suppress(OSError):  # empty if a job was killed just before it removed it
             path.parent.rmdir()
         return True
-    if not (path.exists() or overwrite):
-        names = (f"{prefix}.bin", f"{prefix}.idx", manifest_path(prefix))
-        if existing := next((name for name in names if os.path.exists(name)), None):
-            how = f"made with {difference(finished, plan)}" if finished else "not made by this plan"
-            raise DataError(
-                f"{existing} exists and was {how}; give another --out, or --overwrite to replace it"
-            )
+    if not (path.exists() or overwrite) and (existing := existing_file(prefix)):
+        how = f"made with {difference(finished, plan)}" if finished else "not made by this plan"
+        raise DataError(
+            f"{existing} exists and was {how}; give another --out, or --overwrite to replace it"
+        )
     return False
 
 
@@ -150,7 +150,7 @@ def report_path(work: Path, index: int) -> Path:
 def rejections_path(prefix: str | Path, shard: tuple[int, int]) -> str:
     """Where a job that stops lists its bad rows: each of several shards has a file of its own."""
     if shard[1] == 1:
-        return f"{prefix}.rejected.jsonl"
+        return rejected_path(prefix)
     return str(work_directory(prefix) / f"rejected-{shard[0]}-of-{shard[1]}.jsonl")
 
 

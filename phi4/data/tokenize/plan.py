@@ -5,8 +5,9 @@ from collections.abc import Set
 import msgspec
 import numpy as np
 
+from phi4.data.files.input_rows import Part, list_parts
 from phi4.data.files.inputs import FoundInputs, InputFile
-from phi4.data.tokenize.documents import TEXT_COLUMN, Part, list_parts
+from phi4.data.tokenize.documents import TEXT_COLUMN
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 
 NOT_LEARNT = 1 << 30

@@ -1,0 +1,1 @@
+"""Preferences: rows in, token files of pairs or pivots out."""

@@ -1,0 +1,55 @@
+"""Which form a preference row has: the columns that stand in it say so, and they must agree."""
+
+from collections.abc import Mapping
+
+from phi4.data.rows.messages import column_names
+from phi4.data.rows.preferences import PREFERENCE_COLUMNS, PreferencePair, read_preference
+from phi4.data.rows.token_ids import (
+    PAIR_ID_COLUMNS,
+    PIVOT_COLUMNS,
+    PairIds,
+    Pivots,
+    read_pair_ids,
+    read_pivots,
+)
+from phi4.errors import DataError
+
+PREFERENCE_FORM_COLUMNS = (*PREFERENCE_COLUMNS, *PAIR_ID_COLUMNS, *PIVOT_COLUMNS, "tools")
+"""Every column that a reader of preferences looks at."""
+PREFERENCE_MARKS = ("chosen", "completions", "chosen_ids", "chosen_id", "pivots")
+"""Columns of which a preference row has exactly one."""
+
+
+def read_preference_row(
+    row: Mapping[str, object], vocab_size: int
+) -> PreferencePair | PairIds | Pivots:
+    """The preference of a row in any form; a column that is null is none.
+
+    Args:
+        row: columns by name; those that no form has are ignored.
+        vocab_size: ids must be below.
+
+    Raises:
+        DataError: the row has no form or two of them, or as the form's reader says.
+    """
+    row = {name: value for name, value in row.items() if value is not None}
+    marks = [name for name in PREFERENCE_MARKS if name in row]
+    if not marks:
+        raise DataError(
+            f"row has no preference: its columns are {column_names(row)}; expected "
+            f"{', '.join(PREFERENCE_MARKS[:-1])} or {PREFERENCE_MARKS[-1]}"
+        )
+    if len(marks) > 1:
+        raise DataError(f"row holds a preference twice, under {' and '.join(marks)}; drop one")
+    match marks[0]:
+        case "chosen" | "completions":
+            return read_preference(row)
+        case "chosen_ids":
+            return read_pair_ids(row, vocab_size)
+        case _:
+            return read_pivots(row, vocab_size)
+
+
+def holds_preference(row: Mapping[str, object]) -> bool:
+    """Whether a row has a column of a preference."""
+    return any(row.get(name) is not None for name in PREFERENCE_MARKS)
