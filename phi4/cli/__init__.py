@@ -20,6 +20,7 @@ COMMANDS = {
 }
 GROUPS = {
     "data": "Token files: build, inspect, check.",
+    "dpo": "Preferences: the reference model's log-probabilities.",
     "model": "Phi-4's shape in numbers.",
     "convert": "Hugging Face checkpoints in and out.",
     "verify": "Proofs to run on this machine: parity, resume, leak.",

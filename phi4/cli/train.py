@@ -7,7 +7,7 @@ import typer
 
 from phi4.config import check, load_recipe
 from phi4.launch import WorkerEnvironment, join, on_ranks
-from phi4.stages import require_stage, stage_of
+from phi4.stages import require_gate, require_stage, stage_of
 
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
 Overrides = Annotated[
@@ -21,6 +21,9 @@ def train(
     change: Annotated[
         bool, typer.Option("--change", help="Let schedule keys differ from the run's.")
     ] = False,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Skip the checks before the first step (dpo).")
+    ] = False,
 ) -> None:
     """Train a recipe on this machine's processes, or as one rank of torchrun or srun.
 
@@ -30,9 +33,11 @@ def train(
     Exit codes: 0 finished, 1 failed, 2 wrong input, 3 another run owns run.dir, 4 disk full,
     128 + S ended by signal S. docs/faults.md says what a job script should do after each of them.
     """
-    overrides = overrides or []
+    overrides = [*(overrides or []), *(["dpo.gate=false"] if no_gate else [])]
     recipe = load_recipe(recipe_path, overrides)
     require_stage(recipe)
+    if no_gate:
+        require_gate(recipe)
     check(recipe)
     parallel = recipe.parallel
     argv = ["train", str(recipe_path), *overrides, *(["--change"] if change else [])]

@@ -28,6 +28,7 @@ from phi4.engine.model.host_batch import HostBatch, check_host_batches
 from phi4.engine.model.implementations import choose, implementation_of
 from phi4.engine.model.micro_batch import MicroBatches, to_device
 from phi4.engine.model.rope import RopeCache
+from phi4.engine.model.weights_hash import weights_sha256
 from phi4.engine.objective import Objective
 from phi4.engine.optimizer.build import build_optimizer, gather_parameters, wrap_data_parallel
 from phi4.engine.patches import Patches
@@ -191,6 +192,13 @@ class Engine:
             gather_parameters(self.chunks)
         for name, parameter in global_parameters(self.bare_chunks):
             yield name, unshard(parameter.detach(), parameter, self.layout)
+
+    def weights_sha256(self) -> dict[str, str]:
+        """sha256 of every whole tensor by global name, the same on every rank and in any layout.
+
+        Collectives: those of `whole_parameters`; one all-gather of names and hashes over pp.
+        """
+        return weights_sha256(self.whole_parameters(), self.layout.groups.pp)
 
     def load_whole_parameters(self, whole: Mapping[str, torch.Tensor]) -> None:
         """Fill this stage's parameters from whole tensors by global name; missing names raise."""

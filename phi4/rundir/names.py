@@ -6,6 +6,8 @@ RUN/
   mlflow_run_id          the run in MLflow that this run is shown as
   ledger.jsonl           what the data ledger counted, where a blend is weighed by loss tokens
   roll_back.json         where the newest roll back went on from, and what data it skipped
+  reference.json         the reference model that a preference run began with
+  start_gate.json        what the checks before the first step found, or that they were skipped
   attempts/0000001.json  every start of the run, and who owns it now
   checkpoints/latest     the name of the newest checkpoint
   checkpoints/step_0000100/{manifest.json, recipe.toml, state.json, ...}
@@ -16,6 +18,8 @@ METRICS_FILE = "metrics.jsonl"
 MLFLOW_ID_FILE = "mlflow_run_id"
 LEDGER_FILE = "ledger.jsonl"
 ROLL_BACK_FILE = "roll_back.json"
+REFERENCE_FILE = "reference.json"
+GATE_FILE = "start_gate.json"
 ATTEMPTS_DIR = "attempts"
 CHECKPOINTS_DIR = "checkpoints"
 LATEST_FILE = "latest"

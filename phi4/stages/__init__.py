@@ -21,6 +21,9 @@ STAGES = {
 """Every stage with a line about it. No stage is imported before a recipe asks for it: that would
 import torch and megatron-core."""
 
+STAGES_WITH_GATE = ("dpo",)
+"""Stages with `phi4.stages.gate` among their hooks."""
+
 
 def require_stage(recipe: Recipe) -> None:
     """Refuse a recipe whose stage does not exist.
@@ -31,6 +34,19 @@ def require_stage(recipe: Recipe) -> None:
     if recipe.run.stage not in STAGES:
         raise ConfigError(
             f"run.stage={recipe.run.stage!r} is not a stage; use one of {', '.join(STAGES)}"
+        )
+
+
+def require_gate(recipe: Recipe) -> None:
+    """Refuse a recipe whose stage checks nothing before its first step.
+
+    Raises:
+        ConfigError: names the stages that do.
+    """
+    if recipe.run.stage not in STAGES_WITH_GATE:
+        raise ConfigError(
+            f"--no-gate skips the start gate, and run.stage={recipe.run.stage} has none; leave it "
+            f"out ({', '.join(STAGES_WITH_GATE)} has one)"
         )
 
 

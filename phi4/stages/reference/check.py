@@ -1,0 +1,126 @@
+"""A run begins and goes on with the log-probabilities of its own reference model, or not at all.
+
+The decision: weights are compared by the hash of each tensor, at the first step with those that the
+run starts from, later with what the run wrote down at its first step.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from phi4.data.files.atomic_files import write_atomically
+from phi4.data.stream.reference_difference import weights_difference
+from phi4.data.stream.references import RUN_AGAIN, ReferenceCache, open_references
+from phi4.engine.agreement import decided_by_writer
+from phi4.errors import CheckpointError, ConfigError
+from phi4.rundir.checkpoints import find_checkpoint
+from phi4.rundir.manifest import manifest_hash
+from phi4.rundir.names import REFERENCE_FILE
+from phi4.rundir.state import RunState
+from phi4.stages.reference.sources import open_preferences
+from phi4.train.hooks import Hook, RunContext
+
+
+class RunReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """reference.json of a run: the reference model that it was started with."""
+
+    dtype: str
+    weights: dict[str, str]
+    """Global name of each tensor -> sha256 of its bytes."""
+    checkpoint: str
+    """Where the reference cache had them from."""
+
+
+class ReferenceCheck(Hook):
+    """Refuses a reference cache that is not of the run's reference model, or not of its sources."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+
+    def start(self, state: RunState) -> None:
+        """Compare, and write down the reference model before the first step.
+
+        Raises:
+            DataError: there is no cache, or it is of other sources; names the first item.
+            CheckpointError: it is of another model; names the number format or a tensor.
+
+        Collectives: broadcasts of what the writer found; before the first step those of
+        `Engine.weights_sha256`.
+        """
+        context, recipe = self._context, self._context.recipe
+        cache = decided_by_writer(context.platform, self._open)
+        cache.check_dtype(recipe.precision.dtype)
+        if state.step:
+            decided_by_writer(context.platform, partial(self._compare_with_record, cache))
+        elif recipe.dpo.reference is None:
+            cache.check_model(recipe.precision.dtype, context.engine.weights_sha256())
+        else:
+            decided_by_writer(context.platform, partial(self._compare_checkpoint, cache))
+        if not state.step:
+            decided_by_writer(context.platform, partial(self._record, cache))
+
+    def _open(self) -> ReferenceCache:
+        """The cache, once all sources are what it was computed for."""
+        recipe = self._context.recipe
+        cache = open_references(recipe.data.reference_cache)
+        for source in open_preferences(recipe, self._context.tokenizer):
+            cache.check_source(source)
+        return cache
+
+    def _compare_checkpoint(self, cache: ReferenceCache) -> None:
+        checkpoint = find_checkpoint(Path(self._context.recipe.dpo.reference))
+        found, expected = manifest_hash(checkpoint), cache.manifest.checkpoint_manifest_sha256
+        source = f"{cache.manifest.checkpoint or 'no checkpoint'} (manifest {expected[:12]})"
+        if found != expected:
+            raise CheckpointError(
+                f"dpo.reference is {checkpoint} (manifest {found[:12]}), the reference cache "
+                f"{cache.directory} was computed from {source}; {RUN_AGAIN}"
+            )
+
+    def _compare_with_record(self, cache: ReferenceCache) -> None:
+        path = self._path()
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=RunReference)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path} does not exist, so nothing says which reference model the run began with; "
+                "copy it from where the run began, or start another run"
+            ) from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); copy it from where the run began, or start another "
+                "run"
+            ) from None
+        difference = weights_difference(cache.manifest.weights, record.weights)
+        if difference:
+            raise CheckpointError(
+                f"reference cache {cache.directory} is not of the reference model that the run "
+                f"began with: {difference}; name the cache that it began with, or compute that "
+                "again"
+            )
+
+    def _record(self, cache: ReferenceCache) -> None:
+        manifest = cache.manifest
+        record = RunReference(
+            dtype=manifest.dtype, weights=manifest.weights, checkpoint=manifest.checkpoint
+        )
+        write_atomically(self._path(), msgspec.json.encode(record))
+
+    def _path(self) -> Path:
+        return Path(self._context.recipe.run.dir) / REFERENCE_FILE
+
+
+def check_reference(context: RunContext) -> Sequence[Hook]:
+    """The hook of stages that train against a reference model; see `HookFactory`.
+
+    Raises:
+        ConfigError: the recipe names no cache.
+    """
+    if context.recipe.data.reference_cache is None:
+        raise ConfigError(
+            "data.reference_cache is not set, and this stage needs the reference model's "
+            "log-probabilities; name a directory and fill it with `phi4 dpo cache-ref`"
+        )
+    return [ReferenceCheck(context)]
