@@ -169,7 +169,12 @@ PLACED_WRONGLY = {
         alternatives_of_the_neighbour,
     )
 }
-MUTANTS = (*PLACED_WRONGLY, "every context rank counts", "no reduction in backward")
+MUTANTS = (
+    *PLACED_WRONGLY,
+    "every context rank counts",
+    "only its own part of a segment",
+    "no reduction in backward",
+)
 
 
 @pytest.mark.slow
@@ -253,6 +258,9 @@ def own(engine: Engine, step: int) -> list[Batch]:
 def mutated(name: str):
     if name == "every context rank counts":
         return mock.patch.object(LossInputs, "segment_total", lambda _, values_P: values_P.sum())
+    if name == "only its own part of a segment":
+        forward = staticmethod(lambda ctx, x, group: setattr(ctx, "group", group) or x.clone())
+        return mock.patch.object(objective._SumOverRanks, "forward", forward)
     if name == "no reduction in backward":
         backward = staticmethod(lambda ctx, grad: (grad, None))
         return mock.patch.object(objective._SumOverRanks, "backward", backward)
