@@ -18,6 +18,8 @@ from phi4.config.gradient_form import GradientForm
 from phi4.config.schema import DpoConfig
 from phi4.engine.objective import Loss, LossInputs, SegmentSum
 from phi4.errors import DataError
+from phi4.stages.gate import start_gate
+from phi4.stages.reference import check_reference
 from phi4.stages.stage import Stage, starts_from_weights
 
 # Shape legend: B rows, S columns of a context rank, N = 2 P segments, P pairs.
@@ -193,4 +195,5 @@ STAGE = Stage(
     make_objective=lambda recipe: PreferenceLoss(recipe.dpo),
     source_kinds=frozenset(("pairs", "pivots")),
     rules=(starts_from_weights, _has_references, _smooths_what_can_be, _keeps_answers_apart),
+    hooks=(check_reference, start_gate),
 )

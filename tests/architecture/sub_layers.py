@@ -13,7 +13,8 @@ SUB_LAYERS: Mapping[str, Layers] = {
     "phi4.data": (
         ("screens.decontaminate",),
         ("screens",),
-        ("tokenize", "stream", "demo", "preference"),
+        ("demo",),
+        ("tokenize", "stream", "preference"),
         ("files", "rows"),
         ("vocabulary", "permutation"),
     ),

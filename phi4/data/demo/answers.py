@@ -10,8 +10,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from phi4.data.rows.conversations import read_conversation
 from phi4.data.vocabulary.chat import encode_chat
-from phi4.data.vocabulary.chat_rows import read_conversation
 from phi4.data.vocabulary.tokenizer import Tokenizer
 
 _VARIANTS = 4
@@ -53,9 +53,7 @@ def pivot_rows(exercises: Sequence[str], tokenizer: Tokenizer) -> Iterator[dict[
         for position in sorted(draw.sample(places, min(_PIVOTS, len(places)))):
             chosen, rejected = (tokens.ids[p + 1] for p in (position, draw.choice(places)))
             if chosen != rejected:
-                pivots.append(
-                    {"position": position, "chosen_id": chosen, "rejected_id": rejected}
-                )
+                pivots.append({"position": position, "chosen_id": chosen, "rejected_id": rejected})
         if pivots:
             yield {"ids": tokens.ids[: pivots[-1]["position"] + 1], "pivots": pivots}
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from phi4.config import TokenizerConfig
 from phi4.data.demo.corpora import PHI4_SHARES, phi4_corpus
+from phi4.data.demo.post_training import write_post_training
 from phi4.data.files.atomic_files import write_atomically
 from phi4.data.files.token_file import TokenFile
 from phi4.data.files.token_writer import write_documents
@@ -36,6 +37,8 @@ class CorpusReport(msgspec.Struct, frozen=True, kw_only=True):
 def build_demo(out: str | Path, vocab_size: int = 2048) -> CorpusReport:
     """Write bpe.tiktoken, the token files of every source and corpus.json into a directory.
 
+    Sources are those of pretraining, and for post-training `chats`, `preferences` and `pivots`.
+
     Raises:
         DataError: this Python lacks its standard library's sources, or vocab_size does not fit.
     """
@@ -50,6 +53,9 @@ def build_demo(out: str | Path, vocab_size: int = 2048) -> CorpusReport:
     sources = {}
     for name, texts in corpus.items():
         manifest = write_documents(texts, tokenizer, out / name)
+        sources[name] = SourceReport(manifest.num_documents, manifest.num_tokens)
+    exercises = {side: corpus[f"synthetic{side}"] for side in ("", "_held_out")}
+    for name, manifest in write_post_training(out, exercises, tokenizer).items():
         sources[name] = SourceReport(manifest.num_documents, manifest.num_tokens)
     report = CorpusReport(
         vocab_size=tokenizer.vocab_size,

@@ -159,13 +159,7 @@ class PairSource:
     def _read_references(self, cache_dir: str | None) -> np.ndarray | None:
         if cache_dir is None:
             return None
-        log_probs = open_references(cache_dir).log_probs(self.name)
-        if len(log_probs) != self.num_items:
-            raise DataError(
-                f"source {self.name!r} has {self.num_items} {self.kind}, the reference cache "
-                f"{cache_dir} has {len(log_probs)}; run `phi4 dpo cache-ref` for this recipe"
-            )
-        return log_probs
+        return open_references(cache_dir).log_probs_of(self)
 
     def _of_cache(self, unit: int) -> np.ndarray:
         items = self.row_items(unit)
