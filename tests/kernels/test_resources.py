@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from phi4_kernels import registry
 from phi4_kernels.errors import GateError
-from phi4_kernels.testing import budgets
+from phi4_kernels.testing import budgets, fp8_pairs
 from phi4_kernels.testing import compiled as gate
 
 LEAN = {
@@ -165,3 +165,24 @@ def test_a_triton_without_budgets_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(budgets, "path", lambda: registry.ROOT / "no-such-file.json")
     with pytest.raises(GateError, match="make budgets"):
         budgets.load()
+
+
+_PAIR = "cvt.rn.satfinite.e4m3x2.f32 %rs1, %r2, %r1;\ncvt.rn.satfinite.e4m3x2.f32 %rs2, %r4, %r3;\n"
+_JOINED = _PAIR + "mov.b32 %r5, {%rs1, %rs2};\n"
+
+
+@pytest.mark.parametrize(
+    ("ptx", "lost"),
+    [
+        (_JOINED, []),
+        (_PAIR + "shr.u16 %rs3, %rs1, 8;\nst.shared.b8 [%r9], %rs1;", []),
+        (_JOINED + "shr.u16 %rs3, %rs1, 8;", ["%rs1"]),
+        (
+            _PAIR + "st.shared.v2.b16 [%r9], {%rs1, %rs2};\nst.global.b16 [%rd1], { %rs2 };",
+            ["%rs2"],
+        ),
+    ],
+)
+def test_an_fp8_pair_joined_and_read_again_is_red(ptx: str, lost: list[str]) -> None:
+    assert fp8_pairs.lost(ptx) == lost
+    assert bool(budgets.laws("k", LEAN | {"lost_fp8_pairs": len(lost)})) == bool(lost)

@@ -71,6 +71,8 @@ def laws(key: str, found: Found) -> list[str]:
         * threads
         > _REGISTER_FILE,
         f"{found['tf32']} TF32 instructions in an fp32 kernel": "/fp32/" in key and found["tf32"],
+        f"{found.get('lost_fp8_pairs', 0)} fp8 pairs that ptxas 12 loses; convert once for each "
+        "store": found.get("lost_fp8_pairs", 0),
         "a wait after every warpgroup product; ptxas has serialised them": 0
         < found["hgmma"]
         <= found["product_waits"],

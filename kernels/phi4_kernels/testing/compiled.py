@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 from phi4_kernels import dispatch, launch, registry
 from phi4_kernels.dispatch import Choice
 from phi4_kernels.registry import Case, Entry
+from phi4_kernels.testing import fp8_pairs
 from phi4_kernels.testing.numerics import outputs_of
 
 CAPABILITY = 90
@@ -62,6 +63,8 @@ class Resources:
     """Waits for warpgroup instructions."""
     hidden_exponentials: int
     """Exponentials between the waits for two warpgroup products: one runs meanwhile."""
+    lost_fp8_pairs: int
+    """Pairs of fp8 values that ptxas 12 loses."""
 
 
 _PATTERNS = {
@@ -133,6 +136,7 @@ def read_resources(kernel: Any) -> Resources:
         num_warps=kernel.metadata.num_warps,
         stack_bytes=numbers["STACK"],
         shared_bytes=kernel.metadata.shared,
+        lost_fp8_pairs=len(fp8_pairs.lost(kernel.asm["ptx"])),
         **count_instructions(sass),
     )
 
