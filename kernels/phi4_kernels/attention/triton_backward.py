@@ -210,7 +210,12 @@ def _dkdv_block(
     if MASKED:
         visible = (rows[None, :] >= low[:, None]) & (rows[None, :] < high[:, None])
         weights = tl.where(visible, weights, 0.0)
-    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
+    if dout.dtype == tl.float32:
+        # Summed apart: one chain of products over all heads and queries rounds to dv's size each
+        # time. A limit on imprecise products, which only fp8 has, keeps Triton from joining them.
+        dv += tl.dot(weights, dout, input_precision="ieee", max_num_imprecise_acc=QUERIES)
+    else:
+        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
     dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")
     dscores = weights * (dweights - delta[None, :])
     dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
