@@ -16,6 +16,8 @@ from phi4.data.vocabulary.tokenizer import Tokenizer
 
 _VARIANTS = 4
 """Orders of lines that a function is rejected in."""
+_LONGEST = 280
+"""Characters of an answer that is preferred to another: both fit into a short row."""
 _PIVOTS = 4
 """Of a trajectory, as far as it has tokens."""
 
@@ -29,8 +31,10 @@ def conversation_rows(exercises: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def preference_rows(exercises: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows with `prompt`, `chosen` and `rejected` of the exercises whose lines can be reordered."""
+    """Rows with `prompt`, `chosen` and `rejected` of the short exercises of several lines."""
     for task, answer in map(_split, exercises):
+        if len(answer) > _LONGEST:
+            continue
         lines = answer.splitlines()
         orders = {answer}
         for variant in range(_VARIANTS):

@@ -1,6 +1,7 @@
 """The demo's conversations, preferences and pivots: JSON Lines, and their token files."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from phi4.data.vocabulary.tokenizer import Tokenizer
 
 ROW_TOKENS = 256
 """Of the tiny recipes; longer preferences are listed in `PREFIX.rejected.jsonl`."""
+_MOST_ROWS = 400
+"""Of preferences and of trajectories: their reference takes a forward pass of each."""
 
 
 def write_post_training(
@@ -42,7 +45,7 @@ def write_post_training(
         rows = {"preferences": preference_rows(texts), "pivots": pivot_rows(texts, tokenizer)}
         for name, found in rows.items():
             path = out / f"{name}{side}.jsonl"
-            _write_rows(path, found)
+            _write_rows(path, islice(found, _MOST_ROWS))
             written = write_preferences(
                 find_inputs([path]),
                 path.with_suffix(""),
