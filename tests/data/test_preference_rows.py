@@ -1,11 +1,15 @@
 """Rows of preferences: every form of a pair is the same pair, and what is no pair has a reason."""
 
+import json
+import re
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import phi4.data
 from phi4.data.preference.encode import PreferenceDocument, encode_preference
 from phi4.data.rows.conversations import read_conversation
 from phi4.data.rows.token_ids import Pivots, read_pivots
@@ -214,3 +218,11 @@ def test_changed_format_changes_the_ids_and_the_hash(
     assert after[: place + len(added)] == [*before[:place], *added]
     assert len(after) == len(before) + 2 * len(added)
     assert chat.chat_template_sha256() != digest
+
+
+def test_examples_of_the_readme_are_read() -> None:
+    text = (Path(phi4.data.__file__).parent / "README.md").read_text()
+    examples = re.findall(r"^\|.*\| `(\{.*\})` \|$", text, re.M)
+    whole = [json.loads(example) for example in examples if "..." not in example]
+    assert len(examples) == 7 and len(whole) == 4
+    assert [encode(row).kind for row in whole] == ["pairs", "pairs", "pivots", "pivots"]

@@ -21,6 +21,7 @@ from phi4.data.tokenize.job import TokenizeProgress, tokenize_parts
 from phi4.data.tokenize.merge import merge_runs
 from phi4.data.tokenize.parts import work_directory
 from phi4.data.tokenize.plan import make_plan
+from phi4.data.vocabulary.chat import chat_template_sha256
 from phi4.data.vocabulary.tokenizer import Tokenizer, TokenizerFacts, load_tokenizer
 from phi4.errors import DataError
 
@@ -254,6 +255,7 @@ def test_conversations_become_records_with_a_loss_mask(
     manifest = run(config, [path], tmp_path / "p", seed=None)
     pair = TokenFile(tmp_path / "p")
     assert manifest == pair.verify() and manifest.mask_sha256
+    assert manifest.chat_template_sha256 == chat_template_sha256()
     chat, text = (pair.document(i) for i in range(2))
     learnt = pair.learnt[: chat.size].astype(bool)
     assert tokenizer.decode(chat[learnt]) == "sat<|im_end|>"
@@ -267,7 +269,7 @@ def test_conversations_become_records_with_a_loss_mask(
     served = batch.labels[batch.loss_mask > 0].tolist()
     assert sorted(served) == sorted([*chat[learnt].tolist(), *text[1:].tolist()])
     # Without masked records the pair has no mask.
-    run(config, [self_text(tmp_path)], tmp_path / "p")
+    assert run(config, [self_text(tmp_path)], tmp_path / "p").chat_template_sha256 is None
     assert not Path(f"{tmp_path}/p.mask").exists()
 
 
