@@ -49,8 +49,16 @@ def _store(ptr, values, block: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _inverse_root(mean_square, eps):
-    # Correctly rounded: one value serves a row, and an approximate root would shift all of it.
-    return tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
+    # One value serves a row, and an error in it shifts all of the row: a rounded root and then a
+    # rounded quotient can be off by 1 ulp. A Newton step of rsqrt.approx, with the rests of the
+    # products by fma, is off by little more than half.
+    shifted = mean_square + eps
+    root = tl.rsqrt(shifted)
+    product = shifted * root
+    rest = tl.fma(shifted, root, -product)
+    error = tl.fma(-product, root, 1.0) - rest * root
+    # Of infinity the step makes NaN.
+    return tl.where(error == error, tl.fma(0.5 * root, error, root), root)
 
 
 @triton.jit
