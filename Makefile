@@ -30,7 +30,8 @@ demo: setup  ## train a small Phi-4 on four CPU processes, resume, generate, che
 test: setup  ## CPU tests, at most 10 minutes on 2 cores
 	@$(PYTEST) $(DEFAULT)
 
-test-all: test  ## test, then the slow and Slurm tests and conversion against transformers 4.57
+test-all: test  ## test, then the slow and Slurm tests, trl's losses, and conversion on transformers 4.57
+	@tools/setup_trl.sh
 	@$(PYTEST) $(LONG)
 	@tools/setup_transformers4.sh
 	@OMP_NUM_THREADS=1 .venv-tf4/bin/python -m pytest tests/convert -m "not gpu" $(BY_FILE)
@@ -82,5 +83,5 @@ prove-fresh:  ## README's commands on bare Debian 12 and 13, as root; ARGS: tool
 	@python3 tools/prove_fresh.py $(ARGS)
 
 clean:  ## remove .venv, builds and caches; runs/ stays
-	@rm -rf .venv .venv-tf4 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-tf4 .venv-trl build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

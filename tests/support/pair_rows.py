@@ -100,7 +100,22 @@ class Trajectory:
         ]
 
 
-Row = Sequence[Pair | Trajectory]
+@dataclass(frozen=True, eq=False)
+class Conversation:
+    """No pair: a document whose tokens have weights as labels, [n] each."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    references: tuple[()] = ()
+    num_chosen_tokens: int = 0
+
+    def documents(self) -> Iterator[Document]:
+        """One."""
+        nothing = np.full(len(self.ids) - 1, -1)
+        yield Document(self.ids[:-1], self.ids[1:], self.weights[1:], nothing, nothing)
+
+
+Row = Sequence[Pair | Trajectory | Conversation]
 
 
 def num_pairs(rows: Sequence[Row]) -> int:
