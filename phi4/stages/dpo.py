@@ -29,7 +29,7 @@ PairLoss = Callable[[torch.Tensor, DpoConfig], torch.Tensor]
 
 
 def _sigmoid(margins_P: torch.Tensor, settings: DpoConfig) -> torch.Tensor:
-    """Rafailov et al. 2023, equation 7; smoothed as in Mitchell 2023, equation 3."""
+    """Rafailov et al. 2023, equation 7; smoothing: Mitchell 2023, conservative DPO."""
     smoothing, logits_P = settings.label_smoothing, settings.beta * margins_P
     return -(1 - smoothing) * F.logsigmoid(logits_P) - smoothing * F.logsigmoid(-logits_P)
 
@@ -40,7 +40,7 @@ def _ipo(margins_P: torch.Tensor, settings: DpoConfig) -> torch.Tensor:
 
 
 def _hinge(margins_P: torch.Tensor, settings: DpoConfig) -> torch.Tensor:
-    """Zhao et al. 2023, equation 1, on log-ratios."""
+    """The calibration loss of Zhao et al. 2023, on log-ratios."""
     return F.relu(1 - settings.beta * margins_P)
 
 
@@ -52,6 +52,11 @@ _LOSSES: Mapping[str, PairLoss] = {
 }
 _PER_TOKEN = frozenset(("sigmoid_norm", "ipo"))
 """Losses whose log-ratios are means over an answer's tokens."""
+_REMEDIES = {
+    "reference": "write it with `phi4 dpo cache-ref`, and name it in data.reference_cache",
+    "tokens_per_pair": "add the mean number of chosen loss tokens per pair of the global batch",
+}
+"""What a batch has to bring along, and how it gets it."""
 
 
 class PreferenceLoss:
@@ -156,13 +161,12 @@ def _check(inputs: LossInputs, settings: DpoConfig) -> None:
             f"a micro-batch has {inputs.num_segments} segments, and a pair has two; keep both "
             "answers of a pair in one row"
         )
-    needed = ("reference", "tokens_per_pair") if settings.sft_weight else ("reference",)
+    needed = _REMEDIES if settings.sft_weight else ("reference",)
     for name in needed:
         if inputs.num_segments and name not in inputs.segment_extras:
             raise DataError(
                 f"a batch of {inputs.num_segments // 2} pairs has no segment_extras[{name!r}], "
-                "which run.stage=dpo needs; write the reference's log-probabilities with `phi4 dpo "
-                "cache-ref` and name them in data.reference_cache"
+                f"which run.stage=dpo needs; {_REMEDIES[name]}"
             )
 
 

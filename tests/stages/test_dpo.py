@@ -197,10 +197,14 @@ def test_pairs_and_pivots_share_a_batch() -> None:
 def test_a_batch_without_references_is_refused_before_any_sum() -> None:
     inputs, _ = inputs_of(pair_batch([uneven_pairs(2)], LENGTH), table())
     never = mock.Mock()
-    for extras in ({}, {"reference": inputs.segment_extras["reference"]}):
-        with pytest.raises(DataError, match=r"no segment_extras\['.*phi4 dpo cache-ref") as refused:
-            PreferenceLoss(DpoConfig(sft_weight=1.0))(replace(inputs, segment_extras=extras), never)
-        assert "\n" not in str(refused.value)
+    extras = inputs.segment_extras
+    for missing, remedy in (("reference", "phi4 dpo cache-ref"), ("tokens_per_pair", "the mean")):
+        others = {name: values for name, values in extras.items() if name != missing}
+        with pytest.raises(DataError) as refused:
+            PreferenceLoss(DpoConfig(sft_weight=1.0))(replace(inputs, segment_extras=others), never)
+        line = str(refused.value)
+        assert f"2 pairs has no segment_extras['{missing}']" in line
+        assert remedy in line and "\n" not in line
     with pytest.raises(DataError, match="3 segments, and a pair has two"):
         PreferenceLoss(DpoConfig())(replace(inputs, num_segments=3), never)
     never.assert_not_called()
