@@ -82,7 +82,7 @@ def test_version_says_what_is_not_installed(
     [
         (["--nope"], r"No such option: --nope; see `phi4 --help`"),
         (["nope"], r"No such command 'nope'; see `phi4 --help`"),
-        (["train", "--nope"], r"No such option: --nope; see `phi4 train --help`"),
+        (["train", "--wrong"], r"No such option: --wrong; see `phi4 train --help`"),
         (["train"], r"Missing argument .*; see `phi4 train --help`"),
         (["plan", "x.toml", "--gpus", "0"], r"Invalid value for '--gpus': .*plan --help`"),
         (["data", "inspect", "x", "--nope"], r"No such option: --nope; see `phi4 data inspect"),

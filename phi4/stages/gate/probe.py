@@ -78,12 +78,38 @@ def read_probe(recipe: Recipe, tokenizer: TokenizerFacts, num_rows: int) -> list
                 f"row {index} of the stream has no pair, so the start gate has nothing to look at; "
                 "use sources of kind pairs or pivots"
             )
+        _check_places(row)
         if "reference" not in row.batch.segment_extras:
             raise DataError(
                 f"{row.describe(0)}: the batch has no reference log-probabilities; run `phi4 dpo "
                 "cache-ref` and name its directory in data.reference_cache"
             )
     return rows
+
+
+def _check_places(row: ProbeRow) -> None:
+    """Check that sides stand where sides may stand.
+
+    Raises:
+        DataError: a side reaches into two documents, or a pivot is not on a chosen side.
+    """
+    ids, alternatives = row.batch.segment_ids[0], row.batch.alternative_labels
+    for segment in np.unique(ids[ids >= 0]).tolist():
+        first, last = np.flatnonzero(ids == segment)[[0, -1]].tolist()
+        if row.document_of(first) != row.document_of(last):
+            raise DataError(
+                f"start gate: {row.describe(segment)}: its loss tokens are labels {first} to {last}"
+                " of the row, which lie in two documents; expected one; the loss mask is shifted"
+            )
+    if alternatives is None:
+        return
+    wrong = np.flatnonzero((alternatives[0] >= 0) & ((ids < 0) | (ids % 2 == 1)))
+    if wrong.size:
+        raise DataError(
+            f"start gate: the pivot at label {wrong[0]} of a row counts for segment "
+            f"{ids[wrong[0]]}; expected the chosen side of a pair, an even one; mask or sides of "
+            "pivots are shifted"
+        )
 
 
 def lone_documents(

@@ -15,6 +15,7 @@ import numpy as np
 
 from phi4.data.files.atomic_files import file_error, write_atomically
 from phi4.data.files.manifest import encode_manifest
+from phi4.data.stream.pair_source import PairSource
 from phi4.data.stream.references import (
     FINISHED,
     UNFINISHED,
@@ -27,7 +28,6 @@ from phi4.data.stream.references import (
     source_references,
 )
 from phi4.errors import DataError, Phi4Error
-from phi4.stages.reference.sources import PreferenceSource
 
 _CHUNKS_DIR = "chunks"
 _REMEDY = "give --overwrite to compute it anew, or another data.reference_cache"
@@ -59,7 +59,7 @@ class ReferenceModel:
     checkpoint_manifest_sha256: str
 
 
-def chunks_of(directory: Path, sources: Sequence[PreferenceSource], chunk_rows: int) -> list[Chunk]:
+def chunks_of(directory: Path, sources: Sequence[PairSource], chunk_rows: int) -> list[Chunk]:
     """All rows of all sources, in order, in chunks."""
     chunks = []
     for index, source in enumerate(sources):
@@ -73,7 +73,7 @@ def chunks_of(directory: Path, sources: Sequence[PreferenceSource], chunk_rows: 
 def begin_cache(
     directory: Path,
     model: ReferenceModel,
-    sources: Sequence[PreferenceSource],
+    sources: Sequence[PairSource],
     *,
     overwrite: bool,
 ) -> bool:
@@ -121,9 +121,7 @@ def write_chunk(chunk: Chunk, sums: np.ndarray) -> None:
         raise file_error(error, chunk.path) from None
 
 
-def finish_cache(
-    directory: Path, sources: Sequence[PreferenceSource], chunks: Sequence[Chunk]
-) -> int:
+def finish_cache(directory: Path, sources: Sequence[PairSource], chunks: Sequence[Chunk]) -> int:
     """Make one array per source of its chunks, then the manifest; gives the number of items.
 
     Raises:
@@ -147,9 +145,7 @@ def finish_cache(
     return sum(entry.num_items for entry in entries.values())
 
 
-def _check(
-    cache: ReferenceCache, model: ReferenceModel, sources: Sequence[PreferenceSource]
-) -> None:
+def _check(cache: ReferenceCache, model: ReferenceModel, sources: Sequence[PairSource]) -> None:
     cache.check_model(model.dtype, model.weights)
     cache.check_names(source.name for source in sources)
     for source in sources:
@@ -166,7 +162,7 @@ def _clear(directory: Path) -> None:
     shutil.rmtree(directory / _CHUNKS_DIR, ignore_errors=True)
 
 
-def _write_key(directory: Path, model: ReferenceModel, sources: Sequence[PreferenceSource]) -> None:
+def _write_key(directory: Path, model: ReferenceModel, sources: Sequence[PairSource]) -> None:
     # Chunks without a key belong to nothing that is known.
     shutil.rmtree(directory / _CHUNKS_DIR, ignore_errors=True)
     entries = {}
@@ -184,7 +180,7 @@ def _write_key(directory: Path, model: ReferenceModel, sources: Sequence[Prefere
     write_atomically(directory / UNFINISHED, encode_manifest(manifest))
 
 
-def _merged(source: PreferenceSource, chunks: Sequence[Chunk]) -> np.ndarray:
+def _merged(source: PairSource, chunks: Sequence[Chunk]) -> np.ndarray:
     """Log-probabilities of all items of a source, [items, 2] float64."""
     log_probs = np.full((source.num_items, 2), np.nan)
     for chunk in chunks:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from phi4.config import Recipe
+from phi4.data.stream.pair_source import PairSource
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.engine.agreement import decided_by_writer, done_by_all, wait_until_visible
 from phi4.engine.engine import Engine
@@ -26,7 +27,7 @@ from phi4.stages.reference.chunks import (
     write_chunk,
 )
 from phi4.stages.reference.sides import segment_sums
-from phi4.stages.reference.sources import PreferenceSource, open_preferences, read_batch
+from phi4.stages.reference.sources import open_preferences, read_batch
 from phi4.train.session import check_tokenizer, initialise_from, print_line
 from phi4.train.sources import opened_writer_first
 
@@ -102,7 +103,7 @@ def _reference(recipe: Recipe, platform: Platform, say: Say) -> tuple[Engine, Re
 
 def _compute(
     engine: Engine,
-    sources: Sequence[PreferenceSource],
+    sources: Sequence[PairSource],
     missing: Sequence[Chunk],
     tokenizer: TokenizerFacts,
     say: Say,
@@ -126,7 +127,7 @@ def _compute(
 
 
 def _chunk_sums(
-    engine: Engine, source: PreferenceSource, rows: range, tokenizer: TokenizerFacts
+    engine: Engine, source: PairSource, rows: range, tokenizer: TokenizerFacts
 ) -> np.ndarray:
     """Log-probabilities of both sides of the pairs of some rows, [pairs, 2] float64.
 

@@ -1,15 +1,13 @@
 """The sources of pairs and pivots of a recipe, row by row in the order of their files."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Protocol
-
-import numpy as np
 
 from phi4.config import Recipe
 from phi4.data.stream.batch import Batch, build_batch
 from phi4.data.stream.kinds import open_source
-from phi4.data.stream.sources import SourceManifest, read_source
+from phi4.data.stream.pair_batch import with_pairs
+from phi4.data.stream.pair_source import PairSource
+from phi4.data.stream.sources import read_source
 from phi4.data.stream.units import Rows, ShardPool
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.errors import ConfigError
@@ -17,37 +15,7 @@ from phi4.errors import ConfigError
 KINDS_OF_PAIRS = ("pairs", "pivots")
 
 
-class PreferenceSource(Protocol):
-    """A source of pairs or pivots, called items; see `phi4.data.stream.stream.Source`.
-
-    Attributes:
-        name: as in the recipe.
-        num_units: rows.
-        row_tokens: tokens in a row.
-        num_items: of all shards, numbered in the order of the files.
-        manifest: its shards.
-    """
-
-    name: str
-    num_units: int
-    row_tokens: int
-    num_items: int
-    manifest: SourceManifest
-
-    def fill(self, unit: int, rows: Rows) -> None:
-        """Copy one row into slices of [row_tokens], its pairs into `rows.pairs`."""
-
-    def row_items(self, unit: int) -> np.ndarray:
-        """Item of each pair of a row, in the order of its segments, [pairs] int64."""
-
-    def item_hashes(self) -> np.ndarray:
-        """64 bits of the content of each item, [num_items] uint64; reads all shards."""
-
-    def locate_item(self, item: int) -> str:
-        """Source, file and document behind an item, in words."""
-
-
-def open_preferences(recipe: Recipe, tokenizer: TokenizerFacts) -> list[PreferenceSource]:
+def open_preferences(recipe: Recipe, tokenizer: TokenizerFacts) -> list[PairSource]:
     """Every source of pairs or pivots that a recipe trains on or holds out, in its order.
 
     They are opened without their reference log-probabilities.
@@ -79,7 +47,7 @@ def open_preferences(recipe: Recipe, tokenizer: TokenizerFacts) -> list[Preferen
 
 
 def read_batch(
-    source: PreferenceSource,
+    source: PairSource,
     units: Sequence[int],
     num_rows: int,
     tokenizer: TokenizerFacts,
@@ -96,7 +64,7 @@ def read_batch(
         document_mask: see `data.document_mask`.
 
     Returns:
-        Segments 2i and 2i + 1 are those of pair i, counted over the rows in order.
+        As `with_pairs`, for no loss.
 
     Raises:
         DataError: an id is outside the vocabulary.
@@ -117,12 +85,4 @@ def read_batch(
         document_mask=document_mask,
         starts=rows.starts,
     )
-    num_pairs, ids = rows.pairs.num_pairs, rows.pairs.segment_ids.astype(np.int64)
-    first_BS = 2 * (np.cumsum(num_pairs) - num_pairs)[:, None]
-    alternatives = rows.pairs.alternatives
-    return replace(
-        batch,
-        segment_ids=np.where(ids >= 0, ids + first_BS, -1),
-        num_segments=2 * int(num_pairs.sum()),
-        alternative_labels=alternatives if (alternatives >= 0).any() else None,
-    )
+    return with_pairs(batch, rows.pairs, tokens_per_pair=1.0)
