@@ -204,8 +204,8 @@ def test_hashes_of_weights_do_not_depend_on_the_layout(dtype: str, four_ranks: R
 
 @pytest.mark.slow
 def test_job_that_is_killed_goes_on_to_the_same_bits(copy: Path) -> None:
-    preference_runs.write_pairs(copy, "pairs", drawn_pairs(800))
-    (copy / "recipe.toml").write_text(dump_toml(recipe_of(TP2)))
+    preference_runs.write_pairs(copy, "pairs", drawn_pairs(200))
+    (copy / "recipe.toml").write_text(dump_toml(recipe_of()))
     argv = [sys.executable, "-m", "phi4", "dpo", "cache-ref", "recipe.toml", "--chunk-rows=1"]
 
     def job_into(cache: str) -> subprocess.Popen:

@@ -17,6 +17,8 @@ from phi4.data.stream.references import ReferenceCache
 from phi4.data.stream.units import Rows
 from phi4.engine import objective
 from phi4.engine.engine import Engine
+from phi4.engine.model import micro_batch
+from phi4.engine.model.document_ranges import visible_keys
 from phi4.engine.objective import Loss, LossInputs, SegmentSum
 from phi4.rundir.names import GATE_FILE
 from phi4.stages import dpo
@@ -26,13 +28,6 @@ from tests.support import preference_runs
 from tests.support.ranks import RankPool
 
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge")
-CP2, PP2_VPP2 = (
-    ("parallel.context=2",),
-    (
-        *("parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.overlap_p2p=true"),
-        "model.num_layers=4",
-    ),
-)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +125,15 @@ def another_pass_differs() -> AbstractContextManager:
     return mock.patch.object(Engine, "log_probs", drifting)
 
 
+def attention_leaks() -> AbstractContextManager:
+    """Every document of a row sees those before it."""
+
+    def visible(bounds: np.ndarray, num_rows: int, length: int, *rest: object) -> object:
+        return visible_keys(np.arange(num_rows + 1) * length, num_rows, length, *rest)
+
+    return mock.patch.object(micro_batch, "visible_keys", visible)
+
+
 FAULTS: dict[str, Callable[[], AbstractContextManager]] = {
     "none": mock.MagicMock,
     "mask one late": lambda: filled(shifted(1)),
@@ -142,6 +146,7 @@ FAULTS: dict[str, Callable[[], AbstractContextManager]] = {
     "beta on one side": lambda: objective_of(BetaOnOneSide),
     "sides of the loss swapped": lambda: objective_of(SidesOfTheLossSwapped),
     "another pass differs": another_pass_differs,
+    "attention leaks": attention_leaks,
     "a context rank missing in the sum": lambda: mock.patch.object(
         objective._SumOverRanks, "apply", lambda x, group: x
     ),
@@ -164,6 +169,7 @@ def run(rank: int, world_size: int, root: Path, fault: str, overrides: Sequence[
         ("beta on one side", ("loss at margins that were planted is", "dpo.beta=0.1")),
         ("sides of the loss swapped", ("loss", "dpo.loss=sigmoid")),
         ("another pass differs", ("the same forward pass twice",)),
+        ("attention leaks", ("alone in a padded row", "packing, positions or the document mask")),
     ],
 )
 def test_fault_is_refused(
@@ -210,7 +216,7 @@ def test_every_loss_passes_with_another_reference(
 def test_missing_context_rank_is_refused(
     root: Path, pair_of_ranks: RankPool, tmp_path: Path
 ) -> None:
-    overrides = (f"run.dir={tmp_path}/run", *CP2)
+    overrides = (f"run.dir={tmp_path}/run", "parallel.context=2")
     errors = pair_of_ranks.run(run, root, "a context rank missing in the sum", overrides)
     assert all("loss where the policy is the reference is" in error for error in errors)
     assert pair_of_ranks.run(run, root, "none", overrides) == ["", ""]
