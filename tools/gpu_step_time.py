@@ -2,24 +2,31 @@
 
 Part of `make gpu`. Two of phi-4's 40 layers with its whole vocabulary, rows of 4,096 tokens, bf16.
 Each side runs in a process of its own over the same random rows, from the host's batches to updated
-weights. transformers keeps bf16 weights and moments, which is less work than our fp32 ones; its
-side with Liger is what that package's `apply_liger_kernel_to_phi3` makes of it.
+weights; they are built and warmed up side by side and timed one after another. transformers keeps
+bf16 weights and moments, which is less work than our fp32 ones; its side with Liger is what that
+package's `apply_liger_kernel_to_phi3` makes of it.
 
     python tools/gpu_step_time.py --out benchmarks/gpu_step_time.jsonl
     python tools/gpu_step_time.py --tiny            # the script itself, on a CPU
 """
 
 import argparse
+import fcntl
 import json
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 
 WARMUP, STEPS = 4, 8
+TOGETHER = 3
+"""Sides that are built at the same time; they are timed one after another."""
 PEAK_FLOPS = 989e12
 """Dense bf16 of an H100 or H200 SXM, by the datasheet: what MFU is a fraction of."""
 LOSS_TOLERANCE = 5e-3
@@ -55,13 +62,12 @@ _TRITON = [f"kernels.{op}=triton" for op in _OPS[:5]]
 _CUDA = [f"kernels.{op}=cuda" for op in _OPS[5:]]
 _ONE_PASS = ["loss_head.form=one_pass", "loss_head.chunk_tokens=4096"]
 SIDES = {
-    "triton": [*_TRITON, *_PLAIN[5:], *_ONE_PASS],
-    "plain torch": _PLAIN,
-    "transformers": None,
-    "transformers + liger": None,
     "triton, csrc optimizer": [*_TRITON, *_CUDA, *_ONE_PASS],
+    "plain torch": _PLAIN,
+    "transformers + liger": None,
     "gluon attention, csrc optimizer": [*_TRITON, "kernels.attention=gluon", *_CUDA, *_ONE_PASS],
-    "triton, 16 documents a row": [*_TRITON, *_PLAIN[5:], *_ONE_PASS],
+    "transformers": None,
+    "triton, csrc, 16 documents a row": [*_TRITON, *_CUDA, *_ONE_PASS],
 }
 """Overrides of each of our sides, the most telling first; None where the model is not ours."""
 
@@ -123,8 +129,19 @@ def _transformers_step(recipe, kind: str, *, liger: bool) -> Step:
     return step
 
 
-def run_side(side: str, tiny: bool) -> dict:
+@contextmanager
+def _alone(turn: IO) -> Iterator[None]:
+    """Have the GPU to oneself: sides that are still being built hold the lock together."""
+    fcntl.flock(turn, fcntl.LOCK_UN)
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    yield
+    fcntl.flock(turn, fcntl.LOCK_UN)
+
+
+def run_side(side: str, tiny: bool, lock: Path) -> dict:
     """Median tokens per second of one side, its MFU, peak memory and losses."""
+    turn = lock.open("w")
+    fcntl.flock(turn, fcntl.LOCK_SH)
     from phi4.config import Recipe, with_overrides
     from phi4.model.shape import training_flops_per_token
     from tools.step_time import host_batches
@@ -140,11 +157,18 @@ def run_side(side: str, tiny: bool) -> dict:
         step = _engine_step(recipe, kind)
     documents = 16 if "documents" in side else 1
     losses, seconds = [], []
-    for index in range(WARMUP + STEPS):
+
+    def run(index: int) -> None:
         batches = host_batches(recipe, documents, index)
         start = time.perf_counter()
         losses.append(step(batches))  # a float: the step has ended
         seconds.append(time.perf_counter() - start)
+
+    for index in range(WARMUP):
+        run(index)
+    with _alone(turn):
+        for index in range(WARMUP, WARMUP + STEPS):
+            run(index)
     row_tokens = recipe.data.sequence_length
     tokens = recipe.batch.global_batch_size * row_tokens
     timed = sorted(seconds[WARMUP:])
@@ -168,38 +192,56 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", choices=SIDES)
     parser.add_argument("--out", type=Path, default=Path("gpu_step_time.jsonl"))
+    parser.add_argument("--lock", type=Path, default=Path(tempfile.gettempdir()) / "phi4-gpu-lock")
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps(run_side(arguments.side, arguments.tiny)))
+        print(json.dumps(run_side(arguments.side, arguments.tiny, arguments.lock)))
         return 0
+    failed, rows = [], []
+    for begin in range(0, len(SIDES), TOGETHER):
+        sides = list(SIDES)[begin : begin + TOGETHER]
+        processes = [_start(side, arguments) for side in sides]
+        for side, process in zip(sides, processes, strict=True):
+            output, _ = process.communicate()
+            if process.returncode:
+                print(f"{side}: failed", flush=True)
+                failed.append(side)
+            else:
+                rows.append(json.loads(output.splitlines()[-1]))
+                _record(rows[-1], arguments)
+    failed += _disagreements(rows)
+    print(*failed, sep="\n")
+    return int(bool(failed))
+
+
+def _start(side: str, arguments: argparse.Namespace) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tools.gpu_step_time", "--side", side]
+    command += ["--lock", str(arguments.lock), *(["--tiny"] if arguments.tiny else [])]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _record(row: dict, arguments: argparse.Namespace) -> None:
     from phi4.verify.measured_rows import append_row
     from tools.gpu_engine import commit_of_copy
 
     device = "cpu" if arguments.tiny else torch.cuda.get_device_name()
-    failed, expected = [], None
-    for side in SIDES:
-        command = [sys.executable, "-m", "tools.gpu_step_time", "--side", side]
-        command += ["--tiny"] if arguments.tiny else []
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(f"{side}: failed", flush=True)
-            failed.append(side)
-            continue
-        row = json.loads(done.stdout.splitlines()[-1])
-        if SIDES[side] is not None and row["documents_per_row"] == 1:
-            expected = expected or row["losses"][0]
-            error = abs(row["losses"][0] - expected) / expected
-            if error > LOSS_TOLERANCE:
-                failed.append(f"{side}: first loss differs by {error:.1e}")
-        append_row(arguments.out, {"device": device, **commit_of_copy(), **row})
-        print(
-            f"{side:34} {row['tokens_per_second']:8} tokens/s, MFU {row['mfu']:.3f}, "
-            f"{row['peak_gib']:.1f} GiB",
-            flush=True,
-        )
-    print(*failed, sep="\n")
-    return int(bool(failed))
+    append_row(arguments.out, {"device": device, **commit_of_copy(), **row})
+    print(
+        f"{row['side']:34} {row['tokens_per_second']:8} tokens/s, MFU {row['mfu']:.3f}, "
+        f"{row['peak_gib']:.1f} GiB",
+        flush=True,
+    )
+
+
+def _disagreements(rows: Sequence[dict]) -> list[str]:
+    """Sides of ours whose first loss is not that of the first one; they have the same weights."""
+    ours = [r for r in rows if SIDES[r["side"]] is not None and r["documents_per_row"] == 1]
+    return [
+        f"{row['side']}: first loss {row['losses'][0]}, expected {ours[0]['losses'][0]}"
+        for row in ours
+        if abs(row["losses"][0] / ours[0]["losses"][0] - 1) > LOSS_TOLERANCE
+    ]
 
 
 if __name__ == "__main__":
