@@ -124,7 +124,7 @@ def _row(case: str, losses: list[float], expected: list[float], tolerance: float
 
 
 def commit_of_copy() -> dict[str, str]:
-    """PHI4_COMMIT as a column of a row, where it names the commit of a copy without .git."""
+    """PHI4_COMMIT as a column of a row: the commit of a copy whose .git is missing or older."""
     commit = os.environ.get("PHI4_COMMIT")
     return {"commit": commit} if commit else {}
 

@@ -127,7 +127,7 @@ def test_allowed_import_is_not(tmp_path: Path, path: str, text: str) -> None:
     [
         ("phi4/data/files/a.py", "import phi4.data.stream.b", "files may not import stream"),
         ("phi4/data/stream/a.py", "from ..screens import b", "stream may not import screens"),
-        ("phi4/data/demo/a.py", "import phi4.data.tokenize.b", "demo may not import tokenize"),
+        ("phi4/data/stream/a.py", "import phi4.data.tokenize.b", "stream may not import tokenize"),
         (
             "phi4/data/vocabulary/a.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import phi4.data.files.b",

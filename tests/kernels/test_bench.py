@@ -104,7 +104,8 @@ def test_the_page_and_the_picture_come_from_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, variant = BENCHED[0], measure.Variant("triton", print, False)
-    row = measure._row(task, variant, [1e-4] * 3, 5e-5, RATES) | MACHINE
+    floor = task.cost.floor_seconds(RATES.bytes_per_second, RATES.flops_per_second)
+    row = measure._row(task, variant, [2 * floor] * 3, floor, RATES) | MACHINE
     row |= {"host_us": 9.0, "saved_bytes": 10**6, "peak_bytes": 0}
     older = row | {"p50_us": 777.7}
     (tmp_path / "rows.jsonl").write_text(json.dumps(older) + "\n" + json.dumps(row) + "\n")

@@ -19,6 +19,8 @@ class Ceilings:
     """Device-to-device copy, bytes read plus bytes written."""
     flops_per_second: float
     """Dense bf16 matrix product on random data (zeros run faster)."""
+    l2_bytes: int = 0
+    """Size of the L2 cache."""
 
 
 NOMINAL = Ceilings(4.3e12, 790e12)
@@ -33,4 +35,8 @@ def measure() -> Ceilings:
     copy = sample_seconds({"copy": lambda: target.copy_(source)}, _SAMPLES)["copy"]
     matmul = sample_seconds({"matmul": lambda: a @ b}, _SAMPLES)["matmul"]
     median = _SAMPLES // 2
-    return Ceilings(2 * _COPY_BYTES / sorted(copy)[median], 2 * _MATMUL**3 / sorted(matmul)[median])
+    return Ceilings(
+        2 * _COPY_BYTES / sorted(copy)[median],
+        2 * _MATMUL**3 / sorted(matmul)[median],
+        torch.cuda.get_device_properties(0).L2_cache_size,
+    )

@@ -27,12 +27,10 @@ def _output(*command: str) -> str:
 def machine() -> dict[str, str]:
     """Device, driver, versions, commit: the columns that every row carries.
 
-    PHI4_COMMIT names the commit where the copy has no .git.
+    PHI4_COMMIT names the commit of a copy whose .git is missing or of another state.
     """
     import triton
 
-    dirty = "+" if _output("git", "status", "--porcelain", "--", ".") else ""
-    commit = _output("git", "rev-parse", "--short=12", "HEAD") or os.environ.get("PHI4_COMMIT")
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name(),
@@ -40,9 +38,16 @@ def machine() -> dict[str, str]:
         "driver": (_output(*query).splitlines() or [""])[0],
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": f"{commit}{dirty}" if commit else "unknown",
+        "commit": os.environ.get("PHI4_COMMIT") or _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _commit() -> str:
+    """The checkout's commit, with a + where files differ from it."""
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    dirty = "+" if _output("git", "status", "--porcelain", "--", ".") else ""
+    return f"{commit}{dirty}" if commit else "unknown"
 
 
 def correctness(op: str, implementation: str, result: dict[str, Any]) -> dict[str, Any]:

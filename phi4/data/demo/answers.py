@@ -3,7 +3,7 @@
 A conversation asks for a function and gets it. The preference is planted: the chosen answer is the
 function, the rejected one is the same lines in another order, so a model that orders lines better
 than its reference does has found it. A pivot is the choice between the token that follows in the
-function and one that follows elsewhere in it.
+function and the same token once more.
 """
 
 import random
@@ -55,7 +55,7 @@ def pivot_rows(exercises: Sequence[str], tokenizer: Tokenizer) -> Iterator[dict[
         places = [p for p, counts in enumerate(tokens.learnt[1:]) if counts]
         pivots = []
         for position in sorted(draw.sample(places, min(_PIVOTS, len(places)))):
-            chosen, rejected = (tokens.ids[p + 1] for p in (position, draw.choice(places)))
+            rejected, chosen = tokens.ids[position : position + 2]
             if chosen != rejected:
                 pivots.append({"position": position, "chosen_id": chosen, "rejected_id": rejected})
         if pivots:
