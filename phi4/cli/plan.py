@@ -106,6 +106,16 @@ def _figures(planned: MemoryPlan, host_bytes: int) -> Table:
         f"{recipe.batch.micro_batch_size} per data rank",
     )
     table.add_row("steps", f"{recipe.run.steps:,}, {recipe.run.steps * tokens:,} tokens")
+    if recipe.run.stage == "dpo":
+        table.add_row(
+            "pairs",
+            "two sequences of one row each; all pivots of a trajectory share one",
+        )
+        table.add_row(
+            "reference model",
+            "0 B: its log-probabilities are cached, 16 B of host memory per pair "
+            "(phi4 dpo cache-ref)",
+        )
     table.add_row(
         "FLOPs per token", f"{flops.causal:,} causal; {flops.full:,} with the whole square"
     )

@@ -14,6 +14,7 @@ from phi4.config.rules import check, violations
 from phi4.config.schema import (
     BatchConfig,
     CheckpointConfig,
+    DpoConfig,
     EvaluationConfig,
     KernelsConfig,
     LossHeadConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "BatchConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DpoConfig",
     "EvaluationConfig",
     "KernelsConfig",
     "LossHeadConfig",

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 import torch.nn.functional as F
 
-from phi4.config import Recipe
+from phi4.config import DpoConfig, Recipe
 from phi4.config.gradient_form import GradientForm
-from phi4.config.schema import DpoConfig
 from phi4.engine.objective import Loss, LossInputs, SegmentSum
 from phi4.errors import DataError
 from phi4.stages.gate import start_gate

@@ -58,6 +58,11 @@ def starts_from_weights(recipe: Recipe) -> Iterator[str]:
 
 
 def _sections_without_effect(recipe: Recipe) -> Iterator[str]:
+    if recipe.run.stage not in STAGE_SECTIONS and recipe.data.reference_cache is not None:
+        yield (
+            f"data.reference_cache={recipe.data.reference_cache} has no effect with run.stage="
+            f"{recipe.run.stage}; remove it, or use run.stage=dpo"
+        )
     for section in STAGE_SECTIONS:
         settings = getattr(recipe, section)
         for name, field in type(settings).model_fields.items():

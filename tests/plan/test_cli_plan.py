@@ -6,12 +6,14 @@ import pytest
 
 from phi4.cli import main
 
-PRETRAIN = str(Path(__file__).parents[2] / "examples" / "recipes" / "phi4_14b_pretrain.toml")
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+def run(
+    capsys: pytest.CaptureFixture[str], *arguments: str, recipe: str = "phi4_14b_pretrain"
+) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
-        main(["plan", PRETRAIN, *arguments])
+        main(["plan", str(RECIPES / f"{recipe}.toml"), *arguments])
     captured = capsys.readouterr()
     return ended.value.code, captured.out, captured.err
 
@@ -30,6 +32,17 @@ def test_it_prints_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> Non
     ):
         assert figure in out
     assert "…" not in out
+
+
+@pytest.mark.parametrize("recipe", ["phi4_14b_dpo_pivotal", "phi4_14b_dpo_judge"])
+def test_no_reference_model_is_held(capsys: pytest.CaptureFixture[str], recipe: str) -> None:
+    code, out, err = run(capsys, "--gpus", "64", "--gpu", "h100", recipe=recipe)
+    _, sft, _ = run(capsys, "--gpus", "64", "--gpu", "h100", recipe="phi4_14b_sft")
+    assert (code, err) == (0, "")
+    assert "two sequences of one row" in out and "0 B: its log-probabilities are cached" in out
+    # The same bytes on the largest stage as for fine-tuning with one model.
+    stage = next(line for line in out.splitlines() if line.split()[:1] == ["0"])
+    assert stage in sft and "reference model" not in sft
 
 
 def test_small_machine_saves_without_gathering(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,8 @@ def refusal(recipe: Recipe) -> str:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_takes_a_source_and_has_an_objective(name: str) -> None:
-    recipe = tiny_recipe(f"run.stage={name}", "run.init_from=r", "data.reference_cache=c")
+    cache = ("data.reference_cache=c",) if name == "dpo" else ()
+    recipe = tiny_recipe(f"run.stage={name}", "run.init_from=r", *cache)
     stage = stage_of(recipe)
     for kind in stage.source_kinds:
         check(with_source(recipe, kind=kind), stage_rules=[stage.violations])
@@ -126,6 +127,11 @@ DPO = ("run.stage=dpo", "run.init_from=r", "data.reference_cache=c")
         (
             (*SFT, "dpo.beta=0.5"),
             "dpo.beta=0.5 has no effect with run.stage=sft",
+            "remove it, or use run.stage=dpo",
+        ),
+        (
+            (*SFT, "data.reference_cache=x"),
+            "data.reference_cache=x has no effect with run.stage=sft",
             "remove it, or use run.stage=dpo",
         ),
         (("dpo.gate=false",), "dpo.gate=False has no effect with run.stage=pretrain", "remove it"),

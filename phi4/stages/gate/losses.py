@@ -5,7 +5,7 @@ They are written a second time on purpose: the gate compares the stage's objecti
 
 import numpy as np
 
-from phi4.config.schema import DpoConfig
+from phi4.config import DpoConfig
 
 # Shape legend: N = 2 P segments of P pairs, chosen and rejected side by turns.
 
