@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with one GPU and no network: kernels proven and timed, the engine against the CPU.
+# On a machine with one GPU and no network: kernels proven and timed, the engine against the CPU,
+# training timed beside others'.
 # Leaves rows to commit. A part takes at most PART_SECONDS (240) and writes each row as it has it, so
 # a part that fails or runs out of time costs neither its earlier rows nor the later parts.
 #
@@ -7,8 +8,10 @@
 #   tools/gpu_check.sh numbers engine       # some parts
 #   tools/gpu_check.sh --list               # the parts; needs no GPU
 #
-# PYTHON names the interpreter; it needs torch >= 2.11, triton >= 3.6, numpy, pytest and hypothesis.
-# What the engine needs besides (tools/gpu_wheels.sh collects it) is taken from the directory WHEELS.
+# PYTHON names the interpreter; it needs torch >= 2.11, triton >= 3.6, numpy, pytest and hypothesis,
+# and part steps transformers for two of its sides. What the engine and Liger's sides need besides
+# (tools/gpu_wheels.sh collects it) is taken from the directory WHEELS. PHI4_COMMIT names the commit
+# in the rows where this is a copy whose .git is missing or of another state.
 # csrc is built here where nvcc is, and taken from build/csrc/ where it was built elsewhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,9 +19,12 @@ python=${PYTHON:-python3}
 part_seconds=${PART_SECONDS:-240}
 export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
+# nproc would obey OMP_NUM_THREADS, which says nothing of how many processes fit.
+jobs=$(getconf _NPROCESSORS_ONLN)
 
 declare -A parts=(
     [numbers]="the error rule on every case of every op; the rows that let auto choose a kernel"
+    [steps]="training at phi-4's width beside plain torch, transformers and Liger"
     [engine]="ten steps on the GPU against the CPU, saved and resumed on either"
     [attention]="attention timed beside cuDNN and FlashAttention where they are installed"
     [loss_head]="cross-entropy and the chunked loss head timed"
@@ -27,7 +33,7 @@ declare -A parts=(
     [csrc]="tests marked gpu of the CUDA ops"
     [triton]="tests marked gpu of the Triton ops"
 )
-order=(numbers engine attention loss_head memory hopper csrc triton)
+order=(numbers steps engine attention loss_head memory hopper csrc triton)
 
 within() {  # run a command in what is left of the part's time; a failure does not end the part
     local left=$((part_ends - SECONDS)) code=0
@@ -50,7 +56,8 @@ timed() {  # the bench checks an op again before it times it, so a red op has no
     done
 }
 
-part_numbers() { within "$python" -m phi4_kernels.testing numbers --record; }
+part_numbers() { within "$python" -m phi4_kernels.testing numbers --jobs "$jobs" --record; }
+part_steps() { within "$python" tools/gpu_step_time.py --out benchmarks/gpu_step_time.jsonl; }
 part_engine() { within "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.jsonl; }
 part_attention() {
     within "$python" -m phi4_kernels.bench --op attention --json benchmarks/kernels.jsonl \
@@ -62,7 +69,8 @@ part_memory() {
 print(*(op for op in OPS if op not in ("attention", "cross_entropy")))')
 }
 part_hopper() {
-    within "$python" -m phi4_kernels.testing numbers --op attention --implementation gluon --record
+    within "$python" -m phi4_kernels.testing numbers --op attention --implementation gluon \
+        --jobs "$jobs" --record
     within "$python" -m phi4_kernels.bench.speed_gate --op attention
     gpu_tests tests/kernels/test_gpu_gluon.py
 }

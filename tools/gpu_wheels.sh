@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Collect the wheels that `make gpu` needs on a machine without a network: tools/gpu_wheels.sh [DIR].
-# There: make gpu WHEELS=DIR. PYTHON_VERSION names that machine's Python.
+# There: make gpu WHEELS=DIR. PYTHON_VERSION names that machine's Python. Liger's kernels are no part
+# of phi4: they are what ours are timed beside, op by op and in whole steps.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 directory=${1:-build/gpu-wheels}
@@ -10,5 +11,5 @@ mkdir -p "$directory"
     --python-version "${PYTHON_VERSION:-3.12}" --implementation cp \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
     "megatron-core==0.16.1" "$("$pip" freeze | grep "^pydantic==")" "$("$pip" freeze | grep '^pydantic_core==')" \
-    annotated-types typing-inspection tomli-w msgspec psutil
+    annotated-types typing-inspection tomli-w msgspec psutil liger-kernel
 du -sh "$directory"

@@ -6,7 +6,17 @@ from pathlib import Path
 
 from tests.architecture.sizes import ROOT
 
-PARTS = ["numbers", "engine", "attention", "loss_head", "memory", "hopper", "csrc", "triton"]
+PARTS = [
+    "numbers",
+    "steps",
+    "engine",
+    "attention",
+    "loss_head",
+    "memory",
+    "hopper",
+    "csrc",
+    "triton",
+]
 STAND_IN = """#!/bin/sh
 # Stands for python: notes each command, fails the engine's, and is a long time at one bench.
 echo "$*" >>"$CALLS"
@@ -23,6 +33,7 @@ def gpu_check(directory: Path, *parts: str) -> tuple[subprocess.CompletedProcess
     python.chmod(0o755)
     calls.touch()
     environment = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "PART_SECONDS": "3"}
+    environment["OMP_NUM_THREADS"] = "1"
     command = ["bash", str(ROOT / "tools" / "gpu_check.sh"), *parts]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return done, calls.read_text().splitlines()
@@ -32,9 +43,18 @@ def test_parts_go_on_after_one_that_fails(tmp_path):
     done, calls = gpu_check(tmp_path, "numbers", "engine", "csrc")
     assert done.returncode == 3
     assert "part engine: exit status 3" in done.stdout
-    assert any("numbers --record" in call for call in calls)
+    assert any("testing numbers --jobs" in call for call in calls)
     assert any("tests/csrc/test_gpu_ops.py" in call for call in calls)
     assert "--report" in calls[-1], "BENCHMARKS.md is rewritten from what rows there are"
+
+
+def test_checks_are_shared_by_a_process_per_core_and_steps_leave_their_rows(tmp_path):
+    _, calls = gpu_check(tmp_path, "numbers", "steps", "hopper")
+    numbers = [call for call in calls if "testing numbers" in call]
+    assert len(numbers) == 2
+    # OMP_NUM_THREADS is 1 here, which is not the number of cores.
+    assert all(f"--jobs {os.cpu_count()} --record" in call for call in numbers)
+    assert "tools/gpu_step_time.py --out benchmarks/gpu_step_time.jsonl" in calls
 
 
 def test_a_part_ends_when_its_time_is_up(tmp_path):
