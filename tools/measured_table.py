@@ -97,6 +97,53 @@ def _tokenize(row: Row) -> tuple[str, str]:
     return f"`phi4 data tokenize`, {size} (`tools/tokenize_speed.py`)", result
 
 
+def _one_forward(row: Row) -> tuple[str, str]:
+    low, high = row["ratio_95"]
+    what = (
+        f"DPO step of {row['pivots_per_trajectory']} pivots per trajectory in one forward, one "
+        "process, one thread (`tools/dpo_one_forward.py`)"
+    )
+    result = (
+        f"{row['ratio']:.2f} x a step with two sequences per pivot ({low:.2f} to {high:.2f}, "
+        f"{row['pairs']} interleaved pairs)"
+    )
+    return what, result
+
+
+_OURS, _PLAIN, _LIGER = "triton, csrc optimizer", "plain torch", "transformers + liger"
+
+
+def _gpu_runs(rows: list[Row]) -> list[Row]:
+    """A row per run of `tools/gpu_step_time.py`, which writes one per side, ours first."""
+    runs: list[Row] = []
+    for row in rows:
+        if row["side"] == _OURS:
+            runs.append({"commit": row["commit"], "sides": {}})
+        runs[-1]["sides"][row["side"]] = row
+    return runs
+
+
+def _gpu_step_time(run: Row) -> tuple[str, str]:
+    ours = run["sides"][_OURS]
+    against = {_PLAIN: "the same engine in plain torch", _LIGER: "transformers with Liger"}
+    compared = [
+        f"{ours['tokens_per_second'] / other['tokens_per_second']:.2f} x {name} "
+        f"({other['tokens_per_second']:,}, {other['mfu']:.3f}, {other['peak_gib']:.0f} GiB)"
+        for name, other in ((against[side], run["sides"][side]) for side in against)
+    ]
+    what = (
+        f"training on one {ours['device']}, Triton kernels and csrc optimizer, "
+        f"{ours['num_layers']} layers of phi-4 with its whole vocabulary, rows of "
+        f"{ours['row_tokens']:,} (`tools/gpu_step_time.py`)"
+    )
+    result = (
+        f"{ours['tokens_per_second']:,} tokens/s, MFU {ours['mfu']:.3f}, "
+        f"{ours['peak_gib']:.0f} GiB; {', '.join(compared)}, whose weights and moments are bf16 "
+        "where ours are fp32"
+    )
+    return what, result
+
+
 FACTS: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], tuple[str, str]]], ...] = (
     ("demo.jsonl", lambda row: True, _demo),
     ("parity.jsonl", lambda row: row["passed"], _parity),
@@ -105,6 +152,12 @@ FACTS: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], tuple[str, str]]]
         lambda row: row["documents_per_row"] == 1 and row["num_key_value_heads"] == 2,
         _step_time,
     ),
+    (
+        "gpu_step_time.jsonl",
+        lambda run: {_OURS, _PLAIN, _LIGER} <= run["sides"].keys(),
+        _gpu_step_time,
+    ),
+    ("dpo_one_forward.jsonl", lambda row: True, _one_forward),
     ("generation.jsonl", lambda row: True, _decode_step),
     ("generation.jsonl", lambda row: True, _samples),
     ("data_startup.jsonl", lambda row: row["case"] == "blend", _start_up),
@@ -121,6 +174,8 @@ def table(directory: Path) -> str:
         rows = (
             [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         )
+        if name == "gpu_step_time.jsonl":
+            rows = _gpu_runs(rows)
         rows = [row for row in rows if counts(row)]
         if rows:
             what, result = describe(rows[-1])
