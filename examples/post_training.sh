@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Phi-4's post-training in miniature, on four CPU processes: fine-tuning on conversations, then
 # preferences of single tokens, then preferences of whole answers, each from what came before.
-# About ten minutes on 2 cores. A second start goes on where the first one ended; what is finished
-# stays as it is.
+# Eight minutes on 2 cores, less after `make demo`. A second start goes on where the first one
+# ended; what is finished stays as it is.
 #
 #   examples/post_training.sh                 # after `make demo` or `make setup`
 #   examples/post_training.sh run.steps=2     # overrides for all of its recipes
