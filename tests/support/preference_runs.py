@@ -18,8 +18,7 @@ from phi4.rundir.checkpoints import checkpoints_dir
 from phi4.rundir.names import RECIPE_FILE, STATE_FILE
 from phi4.rundir.state import RunState
 from phi4.stages import stage_of
-from phi4.stages.gate import start_gate
-from phi4.stages.reference import cache_references, check_reference
+from phi4.stages.reference import cache_references
 from phi4.train.session import run_training
 from tests.data.preferences import Pivots, Side, drawn_pairs, drawn_pivots
 from tests.support.engines import tiny_recipe
@@ -82,8 +81,8 @@ def start(
     overrides: Sequence[str] = (),
 ) -> None:
     """Write a checkpoint of weights drawn from a seed, on one rank."""
-    drawn = recipe_of(f"run.seed={seed}", *overrides)
-    with _joined(rank, world_size, root, drawn) as (recipe, platform):
+    recipe = recipe_of(f"run.seed={seed}", *overrides)
+    with joined(rank, world_size, root, recipe) as platform:
         if platform is None:
             return
         engine = Engine(recipe, platform, trains=False)
@@ -98,20 +97,30 @@ def cache(
     rank: int, world_size: int, root: Path, overrides: Sequence[str] = (), overwrite: bool = False
 ) -> str:
     """One rank of `phi4 dpo cache-ref`; gives the error that it ends with, if any."""
-    with _joined(rank, world_size, root, recipe_of(*overrides)) as (recipe, platform):
+    return cache_for(
+        rank, world_size, root, recipe_of(*overrides), overwrite=overwrite, chunk_rows=1
+    )
+
+
+def cache_for(rank: int, world_size: int, root: Path, recipe: Recipe, **options: bool | int) -> str:
+    """`cache` for any recipe; the options are those of `cache_references`."""
+    with joined(rank, world_size, root, recipe) as platform:
         if platform is not None:
-            return _error(
-                lambda: cache_references(recipe, platform, overwrite=overwrite, chunk_rows=1)
-            )
+            return _error(lambda: cache_references(recipe, platform, **options))
     return ""
 
 
 def run(rank: int, world_size: int, root: Path, overrides: Sequence[str] = ()) -> str:
     """One rank of a run; gives the error that it ends with, if any."""
-    with _joined(rank, world_size, root, recipe_of(*overrides)) as (recipe, platform):
+    return run_of(rank, world_size, root, recipe_of(*overrides))
+
+
+def run_of(rank: int, world_size: int, root: Path, recipe: Recipe) -> str:
+    """`run` of any recipe."""
+    with joined(rank, world_size, root, recipe) as platform:
         if platform is not None:
-            objective = stage_of(recipe).make_objective(recipe)
-            hooks = (check_reference, start_gate)
+            stage = stage_of(recipe)
+            objective, hooks = stage.make_objective(recipe), stage.hooks
             return _error(
                 lambda: run_training(recipe, platform, objective, allow_change=False, hooks=hooks)
             )
@@ -119,20 +128,18 @@ def run(rank: int, world_size: int, root: Path, overrides: Sequence[str] = ()) -
 
 
 @contextmanager
-def _joined(
-    rank: int, world_size: int, root: Path, recipe: Recipe
-) -> Iterator[tuple[Recipe, Platform | None]]:
-    """In the directory, joined; without a platform on a rank that the layout does not need."""
+def joined(rank: int, world_size: int, root: Path, recipe: Recipe) -> Iterator[Platform | None]:
+    """In the directory, joined; None on a rank that the layout does not need."""
     parallel = recipe.parallel
     needed = parallel.model_parallel_size * max(parallel.data, 1)
     meeting = rendezvous()
     if rank >= needed:
-        yield recipe, None
+        yield None
         return
     with chdir(root):
         platform = connect("cpu", rank=rank, world_size=needed, rendezvous=meeting)
         try:
-            yield recipe, platform
+            yield platform
         finally:
             # What ends in an error leaves its groups to the end of its process.
             parallel_state.destroy_model_parallel()
