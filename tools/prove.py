@@ -20,6 +20,8 @@ ROWS = ROOT / "benchmarks" / "proofs.jsonl"
 
 PROOFS: dict[str, tuple[str, ...]] = {
     "parity": ("phi4", "verify", "parity", "--steps=10", "--json=benchmarks/parity.jsonl"),
+    "parity-sft": ("phi4", "verify", "parity", "examples/recipes/tiny_sft.toml", "--steps=10"),
+    "parity-dpo": ("phi4", "verify", "parity", "examples/recipes/tiny_dpo.toml", "--steps=10"),
     "leak": ("phi4", "verify", "leak"),
     "resume": ("phi4", "verify", "resume", "--steps=20"),
     "kernels": ("phi4_kernels.testing", "numbers"),

@@ -1,12 +1,15 @@
 """Every layout equals one process, and the comparison turns red when a layout is wrong."""
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from phi4.engine import objective
 from phi4.engine.objective import Loss
+from phi4.stages import stage_of
 from phi4.stages.pretrain import NextToken
 from phi4.verify.layouts import LAYOUTS, cases, reference_case
 from phi4.verify.parity import Comparison, compare, global_batch, micro_batches, run_case
@@ -28,6 +31,16 @@ BRIEF = (
 REST = tuple(name for name in LAYOUTS if name not in BRIEF)
 """What test-all runs besides; `make prove-parity` takes ten steps of all layouts."""
 
+DPO, SFT = ("run.stage=dpo", "dpo.sft_weight=0.1"), ("run.stage=sft",)
+SMALL_DPO = (*DPO, "model.num_layers=2")
+BRIEF_OF_DPO = ("dp2xtp2", "tp2xcp2+sp-ring")
+"""Every kind of parallelism that splits a sum over pairs."""
+REST_OF_STAGES = {
+    DPO: tuple(LAYOUTS),
+    # The loss of pretraining: only that the stage can be asked for is new.
+    SFT: ("dp2xtp2", "tp2xcp2+sp-ring"),
+}
+
 STEPS = 2
 
 
@@ -41,49 +54,74 @@ class MeanOfMeans(NextToken):
 
 
 def _run(
-    rank: int, world_size: int, names: tuple[str, ...], steps: int, work_dir: Path, fault: str = ""
+    rank: int,
+    world_size: int,
+    names: tuple[str, ...],
+    steps: int,
+    work_dir: Path,
+    fault: str = "",
+    stage: tuple[str, ...] = (),
 ) -> None:
     from phi4.engine.platform import connect, disconnect
 
     if fault == "no norm all-reduce":
         finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]
         finalize._allreduce_non_tensor_model_parallel_grads = lambda *_: None
-    recipe = tiny_recipe()
+    if fault == "sums of one context rank":
+        objective._SumOverRanks.apply = lambda values, group: values
+    recipe = tiny_recipe(*stage)
     possible, _ = cases(recipe, names)
     reference = [] if (work_dir / "initial").exists() else [reference_case(recipe)]
     for case in [*reference, *possible]:
         meeting = rendezvous()
         if rank < case.world_size:
             platform = connect("cpu", rank=rank, world_size=case.world_size, rendezvous=meeting)
-            objective = MeanOfMeans() if fault == "mean of means" else NextToken()
-            run_case(case, platform, objective, steps=steps, work_dir=work_dir)
+            loss = stage_of(recipe).make_objective(recipe)
+            if fault == "mean of means":
+                loss = MeanOfMeans()
+            run_case(case, platform, loss, steps=steps, work_dir=work_dir)
             disconnect()
 
 
-def _compared(names: tuple[str, ...], work_dir: Path) -> list[Comparison]:
-    recipe = tiny_recipe()
+def _compared(
+    names: tuple[str, ...], work_dir: Path, stage: tuple[str, ...] = ()
+) -> list[Comparison]:
+    recipe = tiny_recipe(*stage)
     possible, impossible = cases(recipe, names)
     assert not impossible
     return [compare(case, reference_case(recipe), work_dir) for case in possible]
 
 
-def _run_layouts(names: tuple[str, ...], steps: int, directory: Path) -> Path:
-    """Results of one process and of the layouts."""
-    with RankPool(1) as pool:
-        pool.run(_run, (), steps, directory)
-    with RankPool(4) as pool:
-        pool.run(_run, names, steps, directory)
-    return directory
+Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _run_layouts(BRIEF, STEPS, tmp_path_factory.mktemp("parity"))
+def run_layouts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs one process and then the layouts, and gives the directory of their results."""
+    with RankPool(1) as one, RankPool(4) as four:
+
+        def run(names: tuple[str, ...], stage: tuple[str, ...] = ()) -> Path:
+            directory = tmp_path_factory.mktemp("parity")
+            one.run(_run, (), STEPS, directory, "", stage)
+            four.run(_run, names, STEPS, directory, "", stage)
+            return directory
+
+        yield run
 
 
 @pytest.fixture(scope="module")
-def rest_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _run_layouts(REST, STEPS, tmp_path_factory.mktemp("parity_rest"))
+def work_dir(run_layouts: Run) -> Path:
+    return run_layouts(BRIEF)
+
+
+@pytest.fixture(scope="module")
+def rest_dir(run_layouts: Run) -> Path:
+    return run_layouts(REST)
+
+
+@pytest.fixture(scope="module")
+def dpo_dir(run_layouts: Run) -> Path:
+    return run_layouts(BRIEF_OF_DPO, SMALL_DPO)
 
 
 @pytest.mark.parametrize("name", BRIEF)
@@ -108,6 +146,31 @@ def test_wrong_reduction_is_found(fault: str, name: str, work_dir: Path, tmp_pat
     with RankPool(2) as pool:
         pool.run(_run, (name,), STEPS, tmp_path, fault)
     (result,) = _compared((name,), tmp_path)
+    assert not result.passed, result
+
+
+@pytest.mark.parametrize("name", BRIEF_OF_DPO)
+def test_layout_of_dpo_equals_one_process(name: str, dpo_dir: Path) -> None:
+    (result,) = _compared((name,), dpo_dir, SMALL_DPO)
+    assert result.passed, result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", REST_OF_STAGES)
+def test_the_other_layouts_of_a_stage_equal_one_process(
+    stage: tuple[str, ...], run_layouts: Run
+) -> None:
+    names = REST_OF_STAGES[stage]
+    for result in _compared(names, run_layouts(names, stage), stage):
+        assert result.passed, result
+
+
+def test_part_of_a_sum_over_a_pair_is_missed(dpo_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "initial").symlink_to(dpo_dir / "initial")
+    (tmp_path / "one_process").symlink_to(dpo_dir / "one_process")
+    with RankPool(2) as pool:
+        pool.run(_run, ("cp2",), STEPS, tmp_path, "sums of one context rank", SMALL_DPO)
+    (result,) = _compared(("cp2",), tmp_path, SMALL_DPO)
     assert not result.passed, result
 
 
