@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -18,8 +19,13 @@ from phi4.data.demo.corpora import (
     phi4_corpus,
     standard_library_corpus,
 )
+from phi4.data.demo.post_training import ROW_TOKENS
+from phi4.data.files.rejections import rejected_path
 from phi4.data.files.token_file import TokenFile
+from phi4.data.stream.kinds import open_source
 from phi4.data.stream.loader import HeldOut, Loader
+from phi4.data.stream.sources import read_source
+from phi4.data.stream.units import ShardPool
 from phi4.data.vocabulary.tokenizer import load_tokenizer
 from phi4.errors import ConfigError, DataError
 
@@ -114,6 +120,77 @@ def test_all_that_is_made_of_a_module_stays_on_its_side(corpus: dict[str, list[s
         answers = [text.partition("Answer:\n\n")[2] for text in corpus["synthetic" + side]]
         code = " ".join("".join(corpus["code" + side]).split())
         assert all(" ".join(answer.split("\n")[0].split()) in code for answer in answers)
+
+
+def json_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("side", ["", "_held_out"])
+def test_preferences_are_the_lines_of_an_answer_in_two_orders(
+    demo: tuple[Path, str], side: str
+) -> None:
+    out, _ = demo
+    answers = {row["messages"][-1]["content"] for row in json_rows(out / f"chats{side}.jsonl")}
+    rows = json_rows(out / f"preferences{side}.jsonl")
+    assert rows
+    for row in rows:
+        assert row["chosen"] in answers and row["chosen"] != row["rejected"]
+        chosen, rejected = (sorted(row[name].split("\n")) for name in ("chosen", "rejected"))
+        assert chosen == rejected
+
+
+@pytest.mark.parametrize("side", ["", "_held_out"])
+def test_a_pivot_chooses_what_follows_in_the_conversation(
+    demo: tuple[Path, str], side: str
+) -> None:
+    out, _ = demo
+    pivots, chats = TokenFile(out / f"pivots{side}"), TokenFile(out / f"chats{side}")
+    # Both in the order of the exercises; not every conversation has pivots.
+    conversations = iter(range(chats.num_documents))
+    for index in range(pivots.num_documents):
+        ids, positions, chosen, rejected = pivots.sequences(index)
+        document = next(
+            i for i in conversations if np.array_equal(chats.document(i)[: ids.size], ids)
+        )
+        assert positions.size and positions[-1] == ids.size - 1
+        assert np.array_equal(chosen, chats.document(document)[positions + 1])
+        assert chats.document_mask(document)[positions + 1].all()
+        assert np.array_equal(rejected, ids[positions]) and (chosen != rejected).all()
+    assert pivots.num_documents
+
+
+def test_no_conversation_preference_or_pivot_is_on_both_sides(demo: tuple[Path, str]) -> None:
+    out, _ = demo
+    for name, column in (("chats", "messages"), ("preferences", "chosen"), ("pivots", "ids")):
+        training, held_out = (
+            {json.dumps(row[column]) for row in json_rows(out / f"{name}{side}.jsonl")}
+            for side in ("", "_held_out")
+        )
+        assert held_out and not training & held_out
+
+
+@pytest.mark.parametrize("side", ["", "_held_out"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("chats", "conversations"), ("preferences", "pairs"), ("pivots", "pivots")],
+)
+def test_every_row_is_in_a_source_or_listed(
+    demo: tuple[Path, str], name: str, kind: str, side: str
+) -> None:
+    prefix = demo[0] / f"{name}{side}"
+    facts = load_tokenizer(TokenizerConfig(kind="bpe", path=str(demo[0] / "bpe.tiktoken"))).facts
+    manifest = TokenFile(prefix).verify()
+    listed = Path(rejected_path(prefix))
+    reasons = [row["reason"] for row in json_rows(listed)] if listed.exists() else []
+    assert all(reason.startswith("longer than a row: ") for reason in reasons)
+    assert len(reasons) == manifest.num_rejected
+    num_rows = len(json_rows(prefix.with_name(f"{prefix.name}.jsonl")))
+    assert num_rows == manifest.num_documents + manifest.num_rejected
+    config = SourceConfig(name=name, path=str(prefix), kind=kind, overlong="drop")
+    data = DataConfig(sequence_length=ROW_TOKENS, unit_tokens=ROW_TOKENS)
+    source = open_source(config, read_source(config.path, facts), ShardPool(4), facts, data)
+    assert source.num_units
 
 
 def test_exercises_are_functions_without_their_description() -> None:
