@@ -88,6 +88,7 @@ def test_both_implementations(process: InterpretedProcess, check: str, implement
     process.call(f"{CHECKS}:{check}", implementation=implementation)
 
 
+@pytest.mark.slow  # inductor compiles C++ for 20 s
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles by g++")
 def test_padded_rows_compile(process: InterpretedProcess) -> None:
     process.call(f"{CHECKS}:padded_rows_compile", implementation="triton")

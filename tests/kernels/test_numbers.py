@@ -295,8 +295,8 @@ MUTANTS = {
     "gradient in half precision": (
         "swiglu",
         "triton_impl.py",
-        "sigmoid = _sigmoid(gate)",
-        "sigmoid = _sigmoid(gate).to(tl.bfloat16).to(tl.float32)",
+        "sigmoid = _sigmoid(gate, gate_up_ptr.dtype.element_ty == tl.float32)",
+        "sigmoid = _sigmoid(gate, False).to(tl.bfloat16).to(tl.float32)",
         "swiglu",
         "w640",
         "fp16",
