@@ -49,6 +49,10 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """Ledger of the loader; None before the first step of a run that begins one."""
     ledger_from: str = ""
     """Checkpoint whose ledger the run began with; empty for a run that began one."""
+    weights_from: str = ""
+    """Checkpoint whose weights the run began with; empty for weights drawn from the seed."""
+    weights_manifest_sha256: str = ""
+    """Of that checkpoint's manifest, which holds the hashes of its files."""
     history: tuple[Change, ...] = ()
     skips: tuple[Skip, ...] = ()
 

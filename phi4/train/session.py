@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from phi4.config import Recipe, dump_toml
 from phi4.data.stream.loader import Loader
 from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer
@@ -19,6 +21,7 @@ from phi4.engine.platform import Platform
 from phi4.errors import CheckpointError, OwnershipError, TokenizerError
 from phi4.rundir import Lease
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint
+from phi4.rundir.manifest import manifest_hash
 from phi4.rundir.names import CONFIG_FILE
 from phi4.rundir.roll_back import commit_roll_back, follows_roll_back, forget_roll_back
 from phi4.rundir.state import RunState, read_recipe
@@ -115,7 +118,7 @@ def _run(
         )
         done_by_all(platform, partial(data.go_to, recipe, state))
     else:
-        _begin(recipe, engine, state, say)
+        state = _begin(recipe, engine, state, say)
     context = RunContext(
         recipe=recipe,
         platform=platform,
@@ -158,15 +161,24 @@ def _fresh_state(recipe: Recipe) -> RunState | None:
     return first_state(recipe)
 
 
-def _begin(recipe: Recipe, engine: Engine, state: RunState, say: Say) -> None:
+def _begin(recipe: Recipe, engine: Engine, state: RunState, say: Say) -> RunState:
+    """The state of a run that begins, with the weights that it begins with."""
     if recipe.run.init_from is not None:
-        initialise_from(engine, Path(recipe.run.init_from), say)
+        checkpoint = initialise_from(engine, Path(recipe.run.init_from), say)
+        digest = decided_by_writer(engine.platform, partial(manifest_hash, checkpoint))
+        state = msgspec.structs.replace(
+            state, weights_from=str(checkpoint), weights_manifest_sha256=digest
+        )
     if state.ledger_from:
         say(f"data: continuing the ledger of {state.ledger_from}")
+    return state
 
 
-def initialise_from(engine: Engine, place: Path, say: Say) -> None:
+def initialise_from(engine: Engine, place: Path, say: Say) -> Path:
     """Take the weights, and nothing else, of a checkpoint of the same shape.
+
+    Returns:
+        The checkpoint.
 
     Raises:
         CheckpointError: damaged, or its model has another shape.
@@ -188,6 +200,7 @@ def initialise_from(engine: Engine, place: Path, say: Say) -> None:
         )
     load_checkpoint(engine, checkpoint, verified, optimizer=False)
     say(f"initial weights from {checkpoint}")
+    return checkpoint
 
 
 def _begin_record(context: RunContext) -> Trackers:

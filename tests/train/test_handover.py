@@ -24,7 +24,9 @@ from phi4.data.stream.loader import Loader
 from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.engine.platform import Platform, connect, disconnect
 from phi4.errors import Phi4Error
-from phi4.rundir.state import RunState
+from phi4.rundir.checkpoints import checkpoint_name, checkpoints_dir, find_checkpoint
+from phi4.rundir.manifest import manifest_hash
+from phi4.rundir.state import RunState, read_state
 from phi4.stages.pretrain import NextToken
 from phi4.train.session import check_tokenizer, run_training
 from phi4.train.sources import open_sources
@@ -203,6 +205,17 @@ def test_ledger_tells_the_two_runs_apart(served, root: Path) -> None:
     for name, num_units in (("web", WEB_UNITS), ("code", CODE_UNITS)):
         drawn = sum(len(_units(rows, name, num_units)) for run in served for rows in run)
         assert re.search(rf"{name} +{drawn} +{num_units} +{drawn / num_units:.3f}", totals)
+
+
+def test_every_checkpoint_says_which_weights_the_run_began_with(served, root: Path) -> None:
+    # Pretraining has gone on since.
+    start = checkpoints_dir(root / "pretrain") / checkpoint_name(3)
+    for name, expected in (
+        ("pretrain", ("", "")),
+        ("midtrain", (f"pretrain/checkpoints/{start.name}", manifest_hash(start))),
+    ):
+        state = read_state(find_checkpoint(root / name))
+        assert (state.weights_from, state.weights_manifest_sha256) == expected
 
 
 @pytest.mark.parametrize(
