@@ -52,9 +52,9 @@ def _show_file(file: TokenFile) -> None:
     for exponent, count in enumerate(manifest.length_histogram):
         if count:
             typer.echo(f"{2**exponent:>9,} to {2 ** (exponent + 1) - 1:>9,} tokens: {count:,}")
-    if file.learnt is not None:
+    if file.loss_mask is not None:
         typer.echo(
-            f"{np.count_nonzero(file.learnt) / file.num_tokens:.1%} of them count in the loss"
+            f"{np.count_nonzero(file.loss_mask) / file.num_tokens:.1%} of them count in the loss"
         )
     typer.echo(f"tokenizer {manifest.tokenizer_fingerprint}, {manifest.vocab_size} ids")
     if manifest.chat_template_sha256:

@@ -53,7 +53,7 @@ def test_phi4_ids_of_a_conversation(cl100k_file) -> None:
         *(start, 78191, sep, 9906, 4435, end),
         *(start, 78191, sep),
     ]
-    assert [i for i, learnt in enumerate(tokens.learnt) if learnt] == [13, 14, 15]
+    assert [i for i, covered in enumerate(tokens.loss_mask) if covered] == [13, 14, 15]
 
 
 @given(TURNS, st.booleans())
@@ -76,11 +76,12 @@ def test_special_text_in_content_is_plain_text(content: str) -> None:
 
 
 @given(TURNS, st.integers(0, 6))
-def test_learnt_tokens_are_the_answers_and_their_ends(messages, first_learnt: int) -> None:
-    tokens = encode_chat(Conversation(messages, first_learnt), SMALL, True)
-    learnt = [id_ for id_, is_learnt in zip(tokens.ids, tokens.learnt, strict=True) if is_learnt]
-    answers = [m.content for m in messages[first_learnt:] if m.role is ASSISTANT]
-    assert learnt == [id_ for text in answers for id_ in [*SMALL.encode(text), SMALL.im_end_id]]
+def test_covered_tokens_are_the_answers_and_their_ends(messages, first_with_loss: int) -> None:
+    tokens = encode_chat(Conversation(messages, first_with_loss), SMALL, True)
+    pairs = zip(tokens.ids, tokens.loss_mask, strict=True)
+    found = [id_ for id_, is_in_loss in pairs if is_in_loss]
+    answers = [m.content for m in messages[first_with_loss:] if m.role is ASSISTANT]
+    assert found == [id_ for text in answers for id_ in [*SMALL.encode(text), SMALL.im_end_id]]
 
 
 def test_prompt_and_completion_in_both_forms() -> None:
@@ -93,12 +94,14 @@ def test_prompt_and_completion_in_both_forms() -> None:
 def test_assistant_turns_of_the_prompt_are_context() -> None:
     prompt = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
     tokens = encode_chat(read_conversation({"prompt": prompt, "completion": "d"}), SMALL)
-    assert sum(tokens.learnt) == len(SMALL.encode("d")) + 1
+    assert sum(tokens.loss_mask) == len(SMALL.encode("d")) + 1
 
 
-def learnt_text(row: dict) -> str:
+def covered_text(row: dict) -> str:
     tokens = encode_chat(read_conversation(row), SMALL)
-    return SMALL.decode([i for i, learnt in zip(tokens.ids, tokens.learnt, strict=True) if learnt])
+    return SMALL.decode(
+        [i for i, covered in zip(tokens.ids, tokens.loss_mask, strict=True) if covered]
+    )
 
 
 @pytest.mark.parametrize("flag", LOSS_FLAGS)
@@ -107,10 +110,10 @@ def test_flag_of_a_message_excludes_it_from_the_loss(flag: str, no, yes) -> None
     wrong = {**turn("assistant", "WRONG"), flag: no}
     right = {**turn("assistant", "right"), flag: yes}
     messages = [turn("user", "q"), wrong, {**turn("user", "q"), flag: yes}, right]
-    assert learnt_text({"messages": messages}) == "right<|im_end|>"
+    assert covered_text({"messages": messages}) == "right<|im_end|>"
     completion = {"prompt": "q", "completion": messages[1:]}
-    assert learnt_text(completion) == "right<|im_end|>"
-    assert learnt_text({"messages": [turn("user", "q"), right]}) == "right<|im_end|>"
+    assert covered_text(completion) == "right<|im_end|>"
+    assert covered_text({"messages": [turn("user", "q"), right]}) == "right<|im_end|>"
     with pytest.raises(DataError, match="no assistant turn to learn"):
         read_conversation({"messages": [turn("user", "q"), wrong]})
 
@@ -133,7 +136,7 @@ def test_flags_of_a_preference_row() -> None:
     draft = {**turn("assistant", "draft"), "weight": 0}
     chosen, rejected = [draft, turn("assistant", "good")], [draft, turn("assistant", "bad")]
     pair = read_preference({"prompt": "q", "chosen": chosen, "rejected": rejected})
-    assert [pair.conversations()[0].is_learnt(index) for index in range(3)] == [False, False, True]
+    assert [pair.conversations()[0].is_in_loss(index) for index in range(3)] == [False, False, True]
     flagged = {**turn("assistant", "good"), "weight": 0}
     for row, message in (
         ({"chosen": [flagged], "rejected": "bad"}, "flags exclude a whole answer"),
@@ -152,7 +155,7 @@ def test_preference_rows_in_all_forms() -> None:
     assert pair == read_preference({"prompt": question, **lists}) == read_preference(implicit)
     chosen, rejected = pair.conversations()
     assert chosen == Conversation((Message(USER, "q"), Message(ASSISTANT, "good")), 1)
-    assert rejected.messages[1].content == "bad" and rejected.first_learnt == 1
+    assert rejected.messages[1].content == "bad" and rejected.first_with_loss == 1
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def test_decontaminate(app: typer.Typer, tmp_path: Path) -> None:
     printed = run(app, *common, "--out", tmp_path / "paper", "--normalisation", "paper")
     assert "2 rows, 2 kept" in printed
     reference = rows(tmp_path / "reference.jsonl", SENTENCE, SENTENCE)
-    learnt = ("--reference", reference, "--contaminated", "1.0", "--info", "0.9")
-    printed = run(app, *common, "--out", tmp_path / "allowed", *learnt)
+    loss_mask = ("--reference", reference, "--contaminated", "1.0", "--info", "0.9")
+    printed = run(app, *common, "--out", tmp_path / "allowed", *loss_mask)
     assert "4 13-grams of the benchmarks are on the allow-list" in printed
     # Allowed are 13-grams only: the row shares all of its 7-grams.
     assert "2 rows, 1 kept; quarantined: 1 7-gram match" in printed
@@ -127,9 +127,7 @@ def test_text_field_of_rows_and_reference(app: typer.Typer, tmp_path: Path) -> N
         assert "bad row" not in printed and " 0 kept" not in printed
 
 
-def test_filter_that_learnt_from_corrupted_inputs_keeps_nothing(
-    app: typer.Typer, tmp_path: Path
-) -> None:
+def test_filter_fitted_to_corrupted_inputs_keeps_nothing(app: typer.Typer, tmp_path: Path) -> None:
     passages = [text[:800] for text in topics.values() if len(text) > 800]
     noise = (random.Random(i).randbytes(600) for i in range(2 * len(passages)))
     garbage = [base64.b64encode(raw).decode() for raw in noise]
@@ -143,8 +141,8 @@ def test_filter_that_learnt_from_corrupted_inputs_keeps_nothing(
         run(app, "filter", mixed, "--out", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["quarantine.rejects.part"]
     normal = rows(tmp_path / "normal.jsonl", *passages)
-    learnt = ("--reference", normal, "--accept-share", "0.7")
-    run(app, "filter", mixed, "--out", tmp_path / "out", *learnt)
+    loss_mask = ("--reference", normal, "--accept-share", "0.7")
+    run(app, "filter", mixed, "--out", tmp_path / "out", *loss_mask)
     kept = [json.loads(line)["text"] for line in (tmp_path / "out/mixed.jsonl").open()]
     assert kept == passages
 

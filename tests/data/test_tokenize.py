@@ -257,17 +257,17 @@ def test_conversations_become_records_with_a_loss_mask(
     assert manifest == pair.verify() and manifest.mask_sha256
     assert manifest.chat_template_sha256 == chat_template_sha256()
     chat, text = (pair.document(i) for i in range(2))
-    learnt = pair.learnt[: chat.size].astype(bool)
-    assert tokenizer.decode(chat[learnt]) == "sat<|im_end|>"
+    covered = pair.loss_mask[: chat.size].astype(bool)
+    assert tokenizer.decode(chat[covered]) == "sat<|im_end|>"
     assert chat[-1] == tokenizer.eod_id and chat.max() < tokenizer.vocab_size
-    assert pair.learnt[chat.size :].all() and tokenizer.decode(text[:-1]) == "the mat"
+    assert pair.loss_mask[chat.size :].all() and tokenizer.decode(text[:-1]) == "the mat"
     source = SourceConfig(name="chat", path=f"{tmp_path}/p", kind="windows")
     data = DataConfig(sequence_length=64, unit_tokens=64, sources=(source,))
     (batch,) = Loader(data, tokenizer.facts, 1).next_step(
         global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1
     )
     served = batch.labels[batch.loss_mask > 0].tolist()
-    assert sorted(served) == sorted([*chat[learnt].tolist(), *text[1:].tolist()])
+    assert sorted(served) == sorted([*chat[covered].tolist(), *text[1:].tolist()])
     # Without masked records the pair has no mask.
     assert run(config, [self_text(tmp_path)], tmp_path / "p").chat_template_sha256 is None
     assert not Path(f"{tmp_path}/p.mask").exists()

@@ -47,10 +47,10 @@ def test_an_epoch_serves_every_label_of_every_document_once(
     pair = TokenFile(path)
     documents = [pair.document(i).tolist() for i in range(pair.num_documents)]
     expected = Counter(p for d in documents for p in pairwise(d))
-    learnt = batch.loss_mask.astype(bool)
-    served = zip(batch.tokens[learnt].tolist(), batch.labels[learnt].tolist(), strict=True)
+    covered = batch.loss_mask.astype(bool)
+    served = zip(batch.tokens[covered].tolist(), batch.labels[covered].tolist(), strict=True)
     assert Counter(served) == expected
-    assert (batch.tokens[~learnt] == PAD).all() and EOD not in batch.tokens
+    assert (batch.tokens[~covered] == PAD).all() and EOD not in batch.tokens
 
 
 def test_pieces_of_a_row_are_documents_of_their_own(write_source, facts: TokenizerFacts) -> None:
@@ -70,7 +70,7 @@ def test_documents_outside_the_bounds_are_left_out(write_source, facts: Tokenize
         Loader(windows(path, 8, min_tokens=21), facts, 5)
 
 
-def test_masked_tokens_are_read_and_not_learnt(tmp_path: Path, facts: TokenizerFacts) -> None:
+def test_masked_tokens_are_read_and_left_out(tmp_path: Path, facts: TokenizerFacts) -> None:
     with TokenFileWriter(tmp_path / "s", facts) as writer:
         writer.add(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1]))
         writer.add(np.array([9, 10, 11]), np.array([0, 1, 0]))
@@ -178,11 +178,11 @@ def test_blend_by_loss_tokens_stays_within_two_samples(
 
 @pytest.fixture
 def chats(tmp_path: Path, facts: TokenizerFacts) -> str:
-    """Conversations of 5, 13 and 14 tokens, of which the last 2, 3 and 12 are learnt."""
+    """Conversations of 5, 13 and 14 tokens, of which the loss covers the last 2, 3 and 12."""
     with TokenFileWriter(tmp_path / "chats", facts) as writer:
-        for first_id, length, learnt in ((10, 5, 2), (20, 13, 3), (40, 14, 12)):
+        for first_id, length, covered in ((10, 5, 2), (20, 13, 3), (40, 14, 12)):
             mask = np.zeros(length)
-            mask[-learnt:] = 1
+            mask[-covered:] = 1
             writer.add(np.arange(first_id, first_id + length), mask)
     return str(tmp_path / "chats")
 
@@ -200,7 +200,7 @@ def test_conversations_that_do_not_fit_are_refused_until_the_recipe_decides(
 
 
 @pytest.mark.parametrize(
-    ("overlong", "learnt", "note"),
+    ("overlong", "covered", "note"),
     [
         # The second conversation's first 8 labels hold no answer.
         ("truncate", {13, 14, *range(42, 49)}, "2 longer than a row .*, 17 tokens left out"),
@@ -213,13 +213,13 @@ def test_conversations_that_do_not_fit_are_refused_until_the_recipe_decides(
     ],
 )
 def test_what_becomes_of_long_conversations_is_chosen_and_counted(
-    chats: str, facts: TokenizerFacts, overlong: str, learnt: set[int], note: str
+    chats: str, facts: TokenizerFacts, overlong: str, covered: set[int], note: str
 ) -> None:
     data = windows(chats, 8, overlong=overlong).model_copy(update={"weigh_by": "loss_tokens"})
     loader = Loader(data, facts, 5)
     batch = epoch(loader)
-    assert loader.state()["sources"]["long"]["loss_tokens"] == len(learnt) == batch.loss_mask.sum()
-    assert set(batch.labels[batch.loss_mask > 0].tolist()) == learnt
+    assert loader.state()["sources"]["long"]["loss_tokens"] == len(covered) == batch.loss_mask.sum()
+    assert set(batch.labels[batch.loss_mask > 0].tolist()) == covered
     assert re.search(rf"'long': 3 documents in \d rows of 8 tokens.*{note}", loader.notes[0])
     # A part without an answer is not even read.
     assert 20 not in batch.tokens and (28 in batch.tokens) == (overlong == "cut")

@@ -52,7 +52,7 @@ def pivot_rows(exercises: Sequence[str], tokenizer: Tokenizer) -> Iterator[dict[
         tokens = encode_chat(read_conversation(row), tokenizer)
         draw = random.Random(row["messages"][-1]["content"])
         # What follows position p is the token that a pivot chooses.
-        places = [p for p, counts in enumerate(tokens.learnt[1:]) if counts]
+        places = [p for p, counts in enumerate(tokens.loss_mask[1:]) if counts]
         pivots = []
         for position in sorted(draw.sample(places, min(_PIVOTS, len(places)))):
             rejected, chosen = tokens.ids[position : position + 2]

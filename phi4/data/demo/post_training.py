@@ -69,6 +69,6 @@ def _write_chats(
     with TokenFileWriter(prefix, tokenizer.facts, chat_template_sha256=template) as writer:
         for row in rows:
             tokens = encode_chat(read_conversation(row), tokenizer)
-            ids, mask = [*tokens.ids, tokenizer.eod_id], [*tokens.learnt, False]
+            ids, mask = [*tokens.ids, tokenizer.eod_id], [*tokens.loss_mask, False]
             writer.add(np.array(ids), np.array(mask))
     return writer.manifest

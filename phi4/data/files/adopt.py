@@ -42,7 +42,7 @@ def adopt(prefix: str | Path, tokenizer: TokenizerFacts) -> ShardManifest:
         num_tokens=pair.num_tokens,
         bin_sha256=file_sha256(f"{prefix}.bin"),
         idx_sha256=file_sha256(f"{prefix}.idx"),
-        mask_sha256=None if pair.learnt is None else file_sha256(f"{prefix}.mask"),
+        mask_sha256=None if pair.loss_mask is None else file_sha256(f"{prefix}.mask"),
         length_histogram=length_histogram(pair.document_lengths()),
     )
     write_atomically(manifest_path(prefix), encode_manifest(manifest))

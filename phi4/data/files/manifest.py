@@ -33,7 +33,7 @@ class ShardManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     bin_sha256: str
     idx_sha256: str
     mask_sha256: str | None = None
-    """Of the loss mask, where some tokens are not learnt."""
+    """Of the loss mask, where it leaves some tokens out."""
     length_histogram: tuple[int, ...] = ()
     """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens."""
     num_rejected: int = 0

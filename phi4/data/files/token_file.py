@@ -31,7 +31,7 @@ class TokenFile:
         lengths: [num_sequences], int32, tokens per sequence.
         pointers: [num_sequences], int64, byte offset of each sequence in `.bin`.
         document_bounds: [num_documents + 1], int64, first sequence of each document.
-        learnt: [num_tokens], uint8, 1 where the token is learnt as a label; None when all are.
+        loss_mask: [num_tokens], uint8, 1 where the loss covers the token as a label; None for all.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -53,7 +53,7 @@ class TokenFile:
         content = _map_bytes(Path(f"{prefix}.bin"))
         self._check_content(content.size, dtype.itemsize, split)
         self.tokens = content.view(dtype)
-        self.learnt = _map_mask(Path(f"{prefix}.mask"), self.tokens.size)
+        self.loss_mask = _map_mask(Path(f"{prefix}.mask"), self.tokens.size)
 
     @property
     def num_tokens(self) -> int:
@@ -92,19 +92,19 @@ class TokenFile:
         Returns:
             [n] int64.
         """
-        if self.learnt is None or not sizes.size:
+        if self.loss_mask is None or not sizes.size:
             return sizes
         # Sums of all stretches between consecutive bounds; every other one is asked for.
         bounds = np.stack([begins + 1, begins + 1 + sizes], axis=1).reshape(-1)
         bounds = bounds if bounds[-1] < self.num_tokens else bounds[:-1]
-        return np.add.reduceat(self.learnt, bounds, dtype=np.int64)[::2]
+        return np.add.reduceat(self.loss_mask, bounds, dtype=np.int64)[::2]
 
     def document_mask(self, index: int) -> np.ndarray:
         """Loss mask of one document, as long as its tokens; uint8."""
         span = self._span(index)
-        return (
-            np.ones(span.stop - span.start, np.uint8) if self.learnt is None else self.learnt[span]
-        )
+        if self.loss_mask is None:
+            return np.ones(span.stop - span.start, np.uint8)
+        return self.loss_mask[span]
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document, [num_documents] int64."""
@@ -163,7 +163,7 @@ class TokenFile:
             DataError: no manifest, a file that differs from it, or a wrong index.
         """
         manifest = self.manifest()
-        if self.learnt is not None and manifest.mask_sha256 is None:
+        if self.loss_mask is not None and manifest.mask_sha256 is None:
             raise DataError(
                 f"{self.prefix}.mask is not in the manifest, so training would refuse the pair; "
                 "remove the file if it is foreign, or run `phi4 data adopt`"

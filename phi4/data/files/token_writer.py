@@ -83,17 +83,17 @@ class TokenFileWriter:
         """Say what is known only once all documents are added; see `ShardManifest`."""
         self._notes |= {"num_rejected": num_rejected, "chat_template_sha256": chat_template_sha256}
 
-    def add(self, document: np.ndarray, learnt: np.ndarray | None = None) -> None:
+    def add(self, document: np.ndarray, loss_mask: np.ndarray | None = None) -> None:
         """Append one document.
 
         Args:
             document: [n] token ids, the end-of-document token included.
-            learnt: [n], 1 where the token is learnt as a label; None learns all.
+            loss_mask: [n], 1 where the loss covers the token as a label; None for all.
         """
-        self.add_many(document, [len(document)], learnt)
+        self.add_many(document, [len(document)], loss_mask)
 
     def add_many(
-        self, tokens: np.ndarray, lengths: Sequence[int], learnt: np.ndarray | None = None
+        self, tokens: np.ndarray, lengths: Sequence[int], loss_mask: np.ndarray | None = None
     ) -> None:
         """Append documents that stand one after another.
 
@@ -101,15 +101,15 @@ class TokenFileWriter:
             tokens: [n] ids.
             lengths: tokens of each document, sum n; of each of its sequences where a document has
                 several, see `FileKind`.
-            learnt: as in `add`.
+            loss_mask: as in `add`.
         """
         self._content.write(np.ascontiguousarray(tokens, dtype="<i4").data)
-        if learnt is not None and self._mask is None:
+        if loss_mask is not None and self._mask is None:
             self._mask = HashedFile(f"{self.prefix}.mask")
             for begin in range(0, self._num_tokens, _BLOCK_BYTES):
                 self._mask.write(b"\1" * min(_BLOCK_BYTES, self._num_tokens - begin))
         if self._mask is not None:
-            mask = np.ones(len(tokens), dtype=np.uint8) if learnt is None else learnt
+            mask = np.ones(len(tokens), dtype=np.uint8) if loss_mask is None else loss_mask
             self._mask.write(np.ascontiguousarray(mask, dtype=np.uint8).data)
         self._lengths.extend(lengths)
         self._num_tokens += len(tokens)

@@ -88,7 +88,7 @@ def _pair(chosen: ChatTokens, rejected: ChatTokens, uses_chat_format: bool) -> P
     return PreferenceDocument(
         kind="pairs",
         sequences=sequences,
-        loss_mask=np.array(chosen.learnt + rejected.learnt, dtype=np.uint8),
+        loss_mask=np.array(chosen.loss_mask + rejected.loss_mask, dtype=np.uint8),
         # The first token of a sequence is no label.
         num_labels=sum(ids.size - 1 for ids in sequences),
         uses_chat_format=uses_chat_format,

@@ -55,7 +55,7 @@ def check_answers(conversation: Conversation, place: str) -> None:
         DataError: a turn that the loss covers is empty or white space.
     """
     messages = conversation.messages
-    covered = [conversation.is_learnt(index) for index in range(len(messages))]
+    covered = [conversation.is_in_loss(index) for index in range(len(messages))]
     require_answers(messages, covered, place)
 
 

@@ -45,7 +45,7 @@ class AnswerPairs:
 
     def pieces(self, file: TokenFile) -> Pieces:
         """See `PairDocuments`; pairs whose sides are equal once they are cut are left out."""
-        if file.learnt is None and file.num_documents:
+        if file.loss_mask is None and file.num_documents:
             raise DataError(
                 f"{file.prefix}.mask does not exist, so nothing says which tokens of a pair are "
                 "the answers; write the file with `phi4 data pairs`"
@@ -86,7 +86,7 @@ class AnswerPairs:
 
     def _sides(self, file: TokenFile, document: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and loss mask of both sides."""
-        masks = file.sequences(document, file.learnt)
+        masks = file.sequences(document, file.loss_mask)
         for ids, mask in zip(file.sequences(document), masks, strict=True):
             end = ids.size
             if self._most:

@@ -26,7 +26,7 @@ class SourceShard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_documents: int
     num_tokens: int
     has_mask: bool
-    """Some of its tokens are not learnt: it holds conversations or pairs."""
+    """The loss leaves some of its tokens out: it holds conversations or pairs."""
     kind: FileKind = "documents"
     manifest_sha256: str
     manifest_mtime_ns: int

@@ -63,7 +63,7 @@ class Rows:
     tokens: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
-    """float32, 1 where the label is learnt, else 0."""
+    """float32, 1 where the loss covers the label, else 0."""
     starts: np.ndarray
     """bool, where a piece begins that has nothing to do with what stands before it."""
     pairs: PairColumns | None = None
@@ -124,7 +124,7 @@ class ShardPool:
                     f"{shard.prefix}.bin holds {pair.num_tokens} tokens, its manifest said "
                     f"{shard.num_tokens}; tokenize again or run `phi4 data adopt`"
                 )
-            if (pair.learnt is not None) != shard.has_mask:
+            if (pair.loss_mask is not None) != shard.has_mask:
                 raise DataError(
                     f"{shard.prefix}.mask {'is missing' if shard.has_mask else 'is not its own'}, "
                     "says its manifest; copy all files of the pair again or run `phi4 data adopt`"
@@ -223,8 +223,8 @@ class UnitSource:
         rows.tokens[: filled + 1] = window[: self.row_tokens]
         rows.labels[:filled] = window[1:]
         np.not_equal(window[:-1], self._tokenizer.eod_id, out=rows.weights[:filled])
-        if pair.learnt is not None:
-            rows.weights[:filled] *= pair.learnt[begin + 1 : begin + 1 + filled] != 0
+        if pair.loss_mask is not None:
+            rows.weights[:filled] *= pair.loss_mask[begin + 1 : begin + 1 + filled] != 0
         rows.starts[0] = True
 
     def loss_tokens(self, units: np.ndarray) -> np.ndarray:
@@ -240,10 +240,10 @@ class UnitSource:
     def _loss_tokens(self, unit: int) -> int:
         pair, begin = self._place(unit)
         window = pair.tokens[begin : begin + self.row_tokens + 1]
-        learnt = window[:-1] != self._tokenizer.eod_id
-        if pair.learnt is not None:
-            learnt &= pair.learnt[begin + 1 : begin + window.size].astype(bool)
-        return max(1, int(np.count_nonzero(learnt)))
+        loss_mask = window[:-1] != self._tokenizer.eod_id
+        if pair.loss_mask is not None:
+            loss_mask &= pair.loss_mask[begin + 1 : begin + window.size].astype(bool)
+        return max(1, int(np.count_nonzero(loss_mask)))
 
     def _place(self, unit: int) -> tuple[TokenFile, int]:
         shard = int(self._starts.searchsorted(unit, side="right")) - 1

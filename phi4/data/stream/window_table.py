@@ -93,8 +93,8 @@ class WindowTable:
         if not self.num_rows:
             raise DataError(
                 f"source {source.name!r}: no document of {manifest.path} has {source.min_tokens} "
-                f"to {source.max_tokens or 'any number of'} tokens and a label that is learnt; "
-                "change min_tokens, max_tokens or overlong"
+                f"to {source.max_tokens or 'any number of'} tokens and a label that the loss "
+                "covers; change min_tokens, max_tokens or overlong"
             )
 
 
@@ -140,13 +140,13 @@ def _shard_pieces(
     ends = np.cumsum(num_windows)
     offset = (np.arange(document.size) - np.repeat(ends - num_windows, num_windows)) * row_tokens
     begin, size = begins[document] + offset, np.minimum(row_tokens, labels[document] - offset)
-    learnt = pair.num_loss_labels(begin, size)
-    pieces = np.stack([np.full_like(size, index), begin, size, learnt], axis=1)
-    # Nothing is learnt from a part of a conversation that has no answer in it.
-    pieces = pieces[learnt > 0]
+    num_covered = pair.num_loss_labels(begin, size)
+    pieces = np.stack([np.full_like(size, index), begin, size, num_covered], axis=1)
+    # The loss covers nothing of a part of a conversation without an answer.
+    pieces = pieces[num_covered > 0]
     num_overlong = int(np.count_nonzero(overlong))
     left_out = int(labels.sum() - pieces[:, 2].sum())
-    chats = num_overlong if pair.learnt is not None else 0
+    chats = num_overlong if pair.loss_mask is not None else 0
     without = int(np.count_nonzero(pair.num_loss_labels(begins, labels) == 0))
     outside = lengths.size - labels.size
     return pieces, [labels.size, outside, num_overlong, chats, left_out, without]

@@ -112,7 +112,7 @@ class WindowSource:
             check_ids(window, self._tokenizer.vocab_size, self._locator(pair, begin))
             here = slice(place, place + num_labels)
             rows.tokens[here], rows.labels[here] = window[:-1], window[1:]
-            rows.weights[here] = _learnt(pair, begin, num_labels)
+            rows.weights[here] = _loss_mask(pair, begin, num_labels)
             rows.starts[place] = True
             place += num_labels
         if place < self.row_tokens:
@@ -139,7 +139,7 @@ class WindowSource:
         return locate
 
 
-def _learnt(pair: TokenFile, begin: int, num_labels: int) -> np.ndarray:
-    if pair.learnt is None:
+def _loss_mask(pair: TokenFile, begin: int, num_labels: int) -> np.ndarray:
+    if pair.loss_mask is None:
         return np.ones(num_labels, dtype=bool)
-    return pair.learnt[begin + 1 : begin + 1 + num_labels].astype(bool)
+    return pair.loss_mask[begin + 1 : begin + 1 + num_labels].astype(bool)

@@ -35,7 +35,7 @@ from phi4.data.tokenize.parts import (
     sharing,
     work_directory,
 )
-from phi4.data.tokenize.plan import KEY_TYPE, NOT_LEARNT, RUN_TOKENS, TokenizePlan
+from phi4.data.tokenize.plan import KEY_TYPE, RUN_TOKENS, WITHOUT_LOSS, TokenizePlan
 from phi4.data.tokenize.sort_buffer import SortBuffer
 from phi4.data.vocabulary.chat import encode_chat
 from phi4.data.vocabulary.tokenizer import Tokenizer, load_tokenizer
@@ -235,15 +235,15 @@ def _tools(config: TokenizerConfig) -> tuple[Tokenizer, SortBuffer]:
 
 
 def _encoded(row: Row, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
-    """Ids of a document and its end, with NOT_LEARNT set where a conversation masks them."""
+    """Ids of a document and its end, with WITHOUT_LOSS set where a conversation masks them."""
     if row.content is None:
         raise DataError(row.reason)
     if isinstance(row.content, str):
         return tokenizer.encode_array(row.content), tokenizer.eod_id
     chat = encode_chat(row.content, tokenizer)
     ids = np.array(chat.ids, dtype=np.uint32)
-    ids[~np.array(chat.learnt, dtype=bool)] |= np.uint32(NOT_LEARNT)
-    return ids, tokenizer.eod_id | NOT_LEARNT
+    ids[~np.array(chat.loss_mask, dtype=bool)] |= np.uint32(WITHOUT_LOSS)
+    return ids, tokenizer.eod_id | WITHOUT_LOSS
 
 
 def _keys(seed: int | None, part: int, first: int, count: int) -> np.ndarray:

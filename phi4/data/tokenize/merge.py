@@ -25,7 +25,7 @@ from phi4.data.tokenize.parts import (
     sharing,
     work_directory,
 )
-from phi4.data.tokenize.plan import KEY_TYPE, NOT_LEARNT, TokenizePlan
+from phi4.data.tokenize.plan import KEY_TYPE, WITHOUT_LOSS, TokenizePlan
 from phi4.data.tokenize.sort_buffer import SortBuffer
 from phi4.data.vocabulary.chat import chat_template_sha256
 from phi4.errors import DataError
@@ -85,8 +85,8 @@ def _merged(
     }
     with TokenFileWriter(prefix, plan.tokenizer, **notes) as writer:
         for tokens, lengths in _sorted_ranges(runs, range_tokens):
-            learnt = (tokens & NOT_LEARNT) == 0 if masked else None
-            writer.add_many(tokens & (NOT_LEARNT - 1) if masked else tokens, lengths, learnt)
+            loss_mask = (tokens & WITHOUT_LOSS) == 0 if masked else None
+            writer.add_many(tokens & (WITHOUT_LOSS - 1) if masked else tokens, lengths, loss_mask)
     return writer.manifest
 
 

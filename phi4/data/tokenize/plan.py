@@ -10,7 +10,7 @@ from phi4.data.files.inputs import FoundInputs, InputFile
 from phi4.data.tokenize.documents import TEXT_COLUMN
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 
-NOT_LEARNT = 1 << 30
+WITHOUT_LOSS = 1 << 30
 """Bit of a run's ids that masks the token out of the loss; no vocabulary reaches it."""
 RUN_TOKENS = 1 << 24
 KEY_TYPE = np.dtype([("key", "<u8"), ("length", "<i4")])

@@ -45,18 +45,20 @@ class Conversation:
     """Turns, and from which on the loss covers the assistant's."""
 
     messages: tuple[Message, ...]
-    first_learnt: int = 0
+    first_with_loss: int = 0
     """Index of a message; assistant turns before it are context, as in a `prompt`."""
 
-    def is_learnt(self, index: int) -> bool:
+    def is_in_loss(self, index: int) -> bool:
         """Whether the loss covers a message."""
         message = self.messages[index]
-        return message.role is Role.ASSISTANT and message.trainable and index >= self.first_learnt
+        return (
+            message.role is Role.ASSISTANT and message.trainable and index >= self.first_with_loss
+        )
 
     @property
     def has_loss(self) -> bool:
         """Whether the loss covers any message."""
-        return any(map(self.is_learnt, range(len(self.messages))))
+        return any(map(self.is_in_loss, range(len(self.messages))))
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,11 @@ class ChatTokens:
 
     Attributes:
         ids: token ids.
-        learnt: equally long; True where the token, as a label, has loss weight 1.
+        loss_mask: equally long; True where the token, as a label, has loss weight 1.
     """
 
     ids: list[int]
-    learnt: list[bool]
+    loss_mask: list[bool]
 
 
 def encode_chat(
@@ -86,18 +88,18 @@ def encode_chat(
         add_generation_prompt: append the header of an assistant turn for the model to go on from.
     """
     ids: list[int] = []
-    learnt: list[bool] = []
+    loss_mask: list[bool] = []
     ending = _format_ids(CHAT_FORMAT.partition("{content}")[2], tokenizer)
     for index, message in enumerate(conversation.messages):
         header = turn_header(message.role, tokenizer)
         body = [*tokenizer.encode(message.content), *ending]
         ids += header + body
-        learnt += [False] * len(header) + [conversation.is_learnt(index)] * len(body)
+        loss_mask += [False] * len(header) + [conversation.is_in_loss(index)] * len(body)
     if add_generation_prompt:
         header = turn_header(Role.ASSISTANT, tokenizer)
         ids += header
-        learnt += [False] * len(header)
-    return ChatTokens(ids, learnt)
+        loss_mask += [False] * len(header)
+    return ChatTokens(ids, loss_mask)
 
 
 def turn_header(role: Role, tokenizer: Tokenizer) -> list[int]:

@@ -2,8 +2,8 @@
 
 Two numbers per window of at most 2,048 bytes: bits per byte under the byte-pair frequencies of
 normal text, high for encodings gone wrong, binary data and shuffled letters; and the compression
-ratio, low for repetition and high for noise. Normal is learnt from rows, separately for each size
-of window, as median and median absolute deviation, which a few corrupted rows do not move. A text
+ratio, low for repetition and high for noise. Normal is estimated from rows, for each size of
+window, as median and median absolute deviation, which a few corrupted rows do not move. A text
 is as bad as its worst window, so that a broken page in a long book is seen.
 """
 
