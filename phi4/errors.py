@@ -7,6 +7,9 @@ interface; docs/faults.md lists them with what a launcher should do.
 
 from typing import ClassVar
 
+REQUEUE_EXIT_CODE = 5
+"""A run that saved and stopped because it was told to: the same command goes on from there."""
+
 
 class Phi4Error(Exception):
     """Base of all errors that a user can mend."""
@@ -60,3 +63,21 @@ class DiskFullError(Phi4Error):
     """The disk or the quota has too little space for what is to be written."""
 
     exit_code = 4
+
+
+class DivergedError(Phi4Error):
+    """The loss or the gradients went wrong more often than the recipe allows."""
+
+    exit_code = 6
+
+
+class HungError(Phi4Error):
+    """A rank stopped, or no rank goes on; names it."""
+
+    exit_code = 7
+
+
+class CorruptionError(Phi4Error):
+    """Ranks that must hold the same numbers do not, or the same step gave two results."""
+
+    exit_code = 8

@@ -195,6 +195,44 @@ class CheckpointConfig(Section):
     """Share of a machine's memory that the gather of `full` may take before auto turns to dp."""
     reshardable_every: NonNegative = key("free", 0)
     """With auto and dp for routine saves: steps between full ones; 0 means only on request."""
+    asynchronous: bool = key("free", False)
+    """Write while training goes on; a checkpoint counts once it is durable. The last save of a run
+    is waited for."""
+    keep_every: NonNegative = key("free", 0)
+    """Checkpoints of steps that this divides are never removed; 0 keeps none besides `keep`."""
+    write_seconds: float = key("free", 1800.0, gt=0)
+    """A save that is not durable after so long has failed."""
+    replica_dir: str | None = key("free", None, min_length=1)
+    """A directory on a local disk of every host that gets a copy of what its ranks write, read
+    where the shared one is damaged."""
+
+
+class ReliabilityConfig(Section):
+    """What a run does about notices, hangs, spikes and hardware that computes wrongly."""
+
+    stop_seconds: float = key("free", 240.0, gt=0)
+    """From a notice (SIGTERM, SIGUSR1) until the run must have saved and ended; then it is
+    killed."""
+    silence_seconds: float = key("free", 45.0, gt=0)
+    """A rank that shows no sign of life for so long has stopped, and the run ends."""
+    hang_seconds: float = key("free", 900.0, gt=0)
+    """The run ends when its ranks live but none of them goes on for so long."""
+    straggler_every: NonNegative = key("free", 100)
+    """Steps between comparisons of the ranks' speed; 0 compares never."""
+    straggler_factor: float = key("free", 1.5, gt=1)
+    """A rank that takes so many times what its peers take is named."""
+    spike_deviations: float = key("free", 12.0, ge=0)
+    """A loss or gradient norm so many robust standard deviations above the median of the window
+    before it is a spike; 0 looks for none."""
+    spike_window: Positive = key("free", 128)
+    """Steps that a spike is compared with; before half of them are done none is looked for."""
+    max_bad_steps: Positive = key("free", 3)
+    """Bad steps (spike or not finite) in a row whose update is skipped; the next one rolls back."""
+    max_roll_backs: NonNegative = key("free", 3)
+    """Roll backs of a run; then it ends as diverged."""
+    replica_check_every: NonNegative = key("free", 1000)
+    """Steps between comparisons of the parameters over ranks that hold the same; 0 compares
+    never."""
 
 
 class EvaluationConfig(Section):
@@ -231,6 +269,7 @@ class Recipe(Section):
     kernels: KernelsConfig = KernelsConfig()
     run: RunConfig = RunConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    reliability: ReliabilityConfig = ReliabilityConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -8,6 +8,8 @@ RUN/
   roll_back.json         where the newest roll back went on from, and what data it skipped
   reference.json         the reference model that a preference run began with
   start_gate.json        what the checks before the first step found, or that they were skipped
+  stop                   created by a user: the run saves and ends
+  save_now               created by a user: the run saves and goes on; removed once it did
   attempts/0000001.json  every start of the run, and who owns it now
   checkpoints/latest     the name of the newest checkpoint
   checkpoints/step_0000100/{manifest.json, recipe.toml, state.json, ...}
@@ -20,6 +22,8 @@ LEDGER_FILE = "ledger.jsonl"
 ROLL_BACK_FILE = "roll_back.json"
 REFERENCE_FILE = "reference.json"
 GATE_FILE = "start_gate.json"
+STOP_FILE = "stop"
+SAVE_NOW_FILE = "save_now"
 ATTEMPTS_DIR = "attempts"
 CHECKPOINTS_DIR = "checkpoints"
 LATEST_FILE = "latest"

@@ -21,6 +21,7 @@ from phi4.engine.step import StepResult
 from phi4.errors import ConfigError
 from phi4.rundir import Lease
 from phi4.rundir.state import RunState
+from phi4.train.reliability.phases import Phases
 
 _log = logging.getLogger(__name__)
 
@@ -163,6 +164,7 @@ class RunContext:
         state: where training goes on from.
         lease: on the writer rank; None on the others.
         say: takes one line for the console; silent on ranks other than the writer.
+        phases: which part of the run this rank is in; entered by the training thread.
     """
 
     recipe: Recipe
@@ -175,6 +177,7 @@ class RunContext:
     state: RunState
     lease: Lease | None
     say: Callable[[str], None]
+    phases: Phases
 
 
 HookFactory = Callable[[RunContext], Sequence[Hook]]

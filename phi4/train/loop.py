@@ -47,7 +47,8 @@ def train(
     state, total = context.state, context.recipe.run.steps
     with running(hooks, state):
         while state.step < total:
-            progress = _step(context, loader, state)
+            with context.phases.during("step", state.step):
+                progress = _step(context, loader, state)
             _record(progress, hooks, trackers)
             decision = strongest([hook.act(progress) for hook in hooks])
             if isinstance(decision, RollBack):
@@ -58,7 +59,8 @@ def train(
                 continue
             state = progress.state
             stops = isinstance(decision, SaveAndStop) and not progress.is_last
-            checkpointer.save_when_due(progress, is_last=progress.is_last or stops)
+            with context.phases.during("save", state.step):
+                checkpointer.save_when_due(progress, is_last=progress.is_last or stops)
             if stops:
                 context.say(
                     f"stopped after step {state.step} of {total}: {decision.reason}; the step is "

@@ -33,6 +33,7 @@ from phi4.train.ledger_record import LedgerRecord
 from phi4.train.loop import train
 from phi4.train.meter import Meter
 from phi4.train.ownership import Ownership, owned_run_dir
+from phi4.train.reliability.phases import Phases
 from phi4.train.resume import first_state, resume
 from phi4.train.sources import open_sources
 
@@ -104,6 +105,7 @@ def _run(
     say: Say,
     hooks: Sequence[HookFactory],
 ) -> RunState:
+    phases = Phases()
     tokenizer = done_by_all(platform, partial(check_tokenizer, recipe))
     state = decided_by_writer(platform, partial(_fresh_state, recipe))
     # Before anything is built: a missing or foreign source is an error at once.
@@ -130,6 +132,7 @@ def _run(
         state=state,
         lease=lease,
         say=say,
+        phases=phases,
     )
     return _trained(context, data.loader, hooks)
 

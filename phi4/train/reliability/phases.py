@@ -1,0 +1,52 @@
+"""Which part of the run this rank is in, written by the training thread and read by the watchdog.
+
+Costs two attribute writes per change and one per tick, so that it can be called for every
+micro-batch.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the run.
+
+    Attributes:
+        name: start, load, step, evaluate, save or end.
+        step: completed steps of the run.
+        since: when it began, seconds of the monotonic clock.
+    """
+
+    name: str
+    step: int
+    since: float
+
+
+class Phases:
+    """The present phase of this rank and how often it went on within it."""
+
+    def __init__(self) -> None:
+        self.current = Phase("start", 0, time.monotonic())
+        self.ticks = 0
+        """Counts every sign that the training thread goes on: phases, steps, micro-batches."""
+
+    @contextmanager
+    def during(self, name: str, step: int) -> Iterator[None]:
+        """A phase for the time of the block; then the one before it goes on."""
+        before = self.current
+        self._enter(name, step)
+        try:
+            yield
+        finally:
+            self._enter(before.name, step)
+
+    def tick(self) -> None:
+        """The training thread goes on, for example with another micro-batch."""
+        self.ticks += 1
+
+    def _enter(self, name: str, step: int) -> None:
+        self.ticks += 1
+        self.current = Phase(name, step, time.monotonic())
