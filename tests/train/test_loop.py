@@ -13,6 +13,7 @@ from phi4.rundir.state import RunState
 from phi4.track import Trackers
 from phi4.train.hooks import CONTINUE, Decision, Hook, Progress, RollBack, SaveAndStop, strongest
 from phi4.train.loop import Ending, train
+from phi4.train.reliability.phases import Phases
 from tests.support.engines import tiny_recipe
 
 FIRST, SECOND = SaveAndStop("first"), SaveAndStop("second", status="finished")
@@ -65,6 +66,7 @@ class Loop:
             objective=None,
             state=RunState(),
             say=self.said.append,
+            phases=Phases(),
         )
         self.loader = Mock(state=Mock(return_value={}))
         self.checkpointer = Mock()
