@@ -39,7 +39,7 @@ test-all: test  ## test, then the slow and Slurm tests, trl's losses, and conver
 prove-checkpoints: setup  ## damaged checkpoints execute nothing, each ends in one line
 	@.venv/bin/python -m tools.checkpoint_fuzz --mutants 500 --json benchmarks/checkpoint_fuzz.jsonl
 
-prove-%: setup  ## a proof longer than its tests: parity parity-sft parity-dpo leak resume kernels compile
+prove-%: setup  ## a proof longer than its tests: python -m tools.prove --help names them
 	@.venv/bin/python -m tools.prove $*
 
 lint: setup  ## ruff, and clang-format where it is installed

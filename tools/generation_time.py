@@ -40,6 +40,8 @@ from tools.step_time import (
 # Shape legend: B prompts, T tokens of each, N new tokens.
 
 NUM_BLOCKS, BLOCK_TOKENS = 1024, 16
+LEAST_SPEEDUP = 8.0
+"""How many times faster 100 samples have to be, in CPU time."""
 Generate = Callable[..., np.ndarray]
 """New tokens [B * samples, N] after prompts [B, T], as `EngineSide` is called."""
 
@@ -260,8 +262,13 @@ def compare(pairs: int, sample_pairs: int, sizes: Sizes) -> dict[str, Any]:
         }
 
 
+def keeps_bound(row: dict[str, Any]) -> bool:
+    """Whether the samples of a row are all LEAST_SPEEDUP times faster, by the whole interval."""
+    return all(case["cpu_speedup_95"][1] >= LEAST_SPEEDUP for case in row["samples"].values())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Command line; exit code 1 when samples are less than LEAST_SPEEDUP times faster."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=20, help="of decode steps, per batch")
     parser.add_argument("--sample-pairs", type=int, default=7, help="of 100 samples, per case")
@@ -271,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(row | provenance()))
     if options.json:
         append_row(options.json, row)
+    raise SystemExit(not keeps_bound(row))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "parity-dpo": ("phi4", "verify", "parity", "examples/recipes/tiny_dpo.toml", "--steps=10"),
     "leak": ("phi4", "verify", "leak"),
     "resume": ("phi4", "verify", "resume", "--steps=20"),
+    "step-time": ("tools.step_time", "--json=benchmarks/step_time.jsonl"),
+    "step-time-packed": ("tools.step_time", "--documents=4"),
+    "generation-time": ("tools.generation_time", "--json=benchmarks/generation.jsonl"),
     "kernels": ("phi4_kernels.testing", "numbers"),
     "compile": ("phi4_kernels.testing", "compile"),
 }

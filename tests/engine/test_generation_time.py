@@ -1,6 +1,6 @@
 """The command that times generation: what it counts, and what it refuses to time.
 
-As in test_step_time.py, the bound is on CPU time of one process on one thread.
+`make prove-generation-time` holds it to its bound.
 """
 
 from types import SimpleNamespace
@@ -14,10 +14,9 @@ from tools.generation_time import (
     BLOCK_TOKENS,
     Generate,
     Sizes,
-    both_sides,
     compare,
-    compare_samples,
     compare_steps,
+    keeps_bound,
 )
 
 SMALL = Sizes(
@@ -28,7 +27,6 @@ SMALL = Sizes(
     num_samples=5,
     sampled_tokens=(3,),
 )
-LEAST_SPEEDUP = 8.0
 
 
 @pytest.mark.slow
@@ -46,13 +44,10 @@ def test_a_row_has_every_case_and_counts_the_prefix_once():
     assert case["kv_bytes_of_separate_sequences"] == 5 * 34 * block_bytes // BLOCK_TOKENS
 
 
-@pytest.mark.slow
-def test_samples_of_a_prefix_are_eight_times_faster_than_transformers():
-    [row] = run_ranks(1, _compare_samples)
-    # Neighbours of a shared core move single runs by some percent: the whole interval counts.
-    _, upper_end = row["cpu_speedup_95"]
-    assert upper_end >= LEAST_SPEEDUP, row
-    assert row["kv_bytes_shared"] * 100 < row["kv_bytes_of_separate_sequences"]
+@pytest.mark.parametrize(("slowest", "keeps"), [(8.1, True), (7.9, False)])
+def test_every_case_of_samples_counts(slowest, keeps):
+    cases = {"8": {"cpu_speedup_95": [9.0, 12.0]}, "64": {"cpu_speedup_95": [7.0, slowest]}}
+    assert keeps_bound({"samples": cases}) == keeps
 
 
 def test_a_step_is_timed_by_the_difference_of_two_lengths():
@@ -92,8 +87,3 @@ def make_side(
 
 def _compare(rank: int, world_size: int) -> dict:
     return compare(pairs=1, sample_pairs=1, sizes=SMALL)
-
-
-def _compare_samples(rank: int, world_size: int) -> dict:
-    with both_sides() as (ours, theirs):
-        return compare_samples(ours, {"sdpa": theirs["sdpa"]}, 8, 3, Sizes())

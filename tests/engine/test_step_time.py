@@ -1,7 +1,6 @@
-"""The engine's step against a plain transformers loop.
+"""The command that times the engine's step beside a plain transformers loop.
 
-Other work may share the machine, so the bound is tested on the CPU time of one process on one
-thread; `tools/step_time.py --json` records wall time as well.
+What it measures depends on the machine, so `make prove-step-time` holds it to its bound.
 """
 
 from unittest import mock
@@ -12,13 +11,18 @@ import pytest
 from phi4.convert.hf_config import hf_config
 from tests.support.ranks import RankError, run_ranks
 from tools import step_time
-from tools.step_time import benchmark_recipe, compare, host_batches, ratio_interval, time_steps
+from tools.step_time import (
+    benchmark_recipe,
+    compare,
+    host_batches,
+    keeps_bound,
+    ratio_interval,
+    time_steps,
+)
 
-MAX_RATIO = 1.1
 
-
-def _compare(rank: int, world_size: int, documents_per_row: int) -> dict:
-    return compare(pairs=30, documents_per_row=documents_per_row)
+def _compare(rank: int, world_size: int) -> dict:
+    return compare(pairs=2, documents_per_row=4)
 
 
 def _compare_unequal(rank: int, world_size: int) -> None:
@@ -29,14 +33,20 @@ def _compare_unequal(rank: int, world_size: int) -> None:
         compare(pairs=1)
 
 
+@pytest.mark.parametrize(
+    ("interval", "keeps"), [((0.98, 1.02), True), ((1.08, 1.3), True), ((1.11, 1.2), False)]
+)
+def test_only_an_interval_above_the_bound_breaks_it(interval, keeps):
+    assert keeps_bound({"cpu_ratio_95": list(interval)}) == keeps
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("documents_per_row", [1, 4])
-def test_a_step_costs_at_most_a_tenth_more_than_transformers(documents_per_row):
-    [row] = run_ranks(1, _compare, documents_per_row)
+def test_a_row_names_the_faster_side_of_transformers():
+    [row] = run_ranks(1, _compare)
     assert row["threads"] == 1
-    # Neighbours of a shared core move single runs by some percent: the whole interval counts.
-    lower_end, _ = row["cpu_ratio_95"]
-    assert lower_end <= MAX_RATIO, row
+    assert row["attention"] in step_time.ATTENTION_BACKENDS
+    lower_end, upper_end = row["cpu_ratio_95"]
+    assert 0 < lower_end <= row["cpu_ratio"] <= upper_end
 
 
 @pytest.mark.slow
