@@ -10,6 +10,7 @@ import typer
 from phi4 import __version__
 from phi4.cli.usage_errors import UsageErrorsGroup
 from phi4.errors import Phi4Error
+from phi4.launch.notices import hold_notices
 
 COMMANDS = {
     "train": "Train a recipe; resumes where it stopped.",
@@ -32,6 +33,9 @@ GROUPS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `phi4`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if _asked(arguments) == "train":
+        # A notice from here on is kept until the run can save; imports take seconds.
+        hold_notices()
     try:
         _app(arguments)(arguments, prog_name="phi4")
     except Phi4Error as error:
@@ -53,7 +57,7 @@ def _app(arguments: Sequence[str]) -> typer.Typer:
         help="Train, inspect and convert Phi-4 models. Start with `phi4 demo`.",
     )
     app.callback()(_options)
-    asked = next((word for word in arguments if not word.startswith("-")), None)
+    asked = _asked(arguments)
     for name, text in (COMMANDS | GROUPS).items():
         if name != asked:
             app.command(name, help=text)(lambda: None)
@@ -65,6 +69,11 @@ def _app(arguments: Sequence[str]) -> typer.Typer:
             # Its own help is the docstring of its function.
             app.command(name, short_help=text)(getattr(module, name))
     return app
+
+
+def _asked(arguments: Sequence[str]) -> str | None:
+    """The command's name."""
+    return next((word for word in arguments if not word.startswith("-")), None)
 
 
 def _print_versions(asked: bool) -> None:

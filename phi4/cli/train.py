@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from phi4.config import check, load_recipe
-from phi4.launch import WorkerEnvironment, join, on_ranks
+from phi4.launch import WorkerEnvironment, join, on_ranks, take_notices
 from phi4.stages import require_gate, require_stage, stage_of
 
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
@@ -30,8 +30,14 @@ def train(
     A run resumes from its own newest checkpoint. A new run takes its weights from run.init_from and
     its data ledger from data.continue_from, where the recipe names them.
 
+    SIGTERM or SIGUSR1, to any of its processes or to all: the step is saved and the run ends with
+    code 5 within reliability.stop_seconds; the same command goes on from there. So it does after
+    `touch RUN_DIR/stop`, with code 0. `touch RUN_DIR/save_now` saves, and the run goes on. Ctrl-C,
+    or a second SIGTERM, ends it at once.
+
     Exit codes: 0 finished, 1 failed, 2 wrong input, 3 another run owns run.dir, 4 disk full,
-    128 + S ended by signal S. docs/faults.md says what a job script should do after each of them.
+    5 saved and stopped by a signal, 128 + S ended by signal S. docs/faults.md says what a job
+    script should do after each of them.
     """
     overrides = [*(overrides or []), *(["dpo.gate=false"] if no_gate else [])]
     recipe = load_recipe(recipe_path, overrides)
@@ -42,14 +48,23 @@ def train(
     parallel = recipe.parallel
     argv = ["train", str(recipe_path), *overrides, *(["--change"] if change else [])]
 
-    def body(worker: WorkerEnvironment) -> None:
+    stop_seconds = recipe.reliability.stop_seconds
+
+    def body(worker: WorkerEnvironment) -> int:
+        has_launcher = worker.rendezvous == "directory"
+        noticed = take_notices(
+            stop_seconds=None if has_launcher else stop_seconds,
+            ends_at_second=worker.world_size == 1 and not has_launcher,
+        )
         from phi4.engine.platform import disconnect
+        from phi4.train.reliability.requests import TORCHRUN_SECONDS, Requests
         from phi4.train.session import run_training
 
         stage = stage_of(recipe)
         check(recipe, worker.world_size, [stage.violations])
         platform = join(worker, recipe.run.platform, recipe.run.threads)
-        run_training(
+        kill_seconds = TORCHRUN_SECONDS if worker.rendezvous == "env" else None
+        ending = run_training(
             recipe,
             platform,
             stage.make_objective(recipe),
@@ -57,10 +72,19 @@ def train(
             attempt=worker.attempt,
             job=worker.job,
             hooks=stage.hooks,
+            requests=Requests(noticed, kill_seconds=kill_seconds),
         )
         disconnect()
+        return ending.exit_code
 
     num_workers = parallel.model_parallel_size * max(parallel.data, 1)
     run_dir = Path(recipe.run.dir)
-    code = on_ranks(argv, body, num_workers=num_workers, work_dir=run_dir, owns_work_dir=True)
+    code = on_ranks(
+        argv,
+        body,
+        num_workers=num_workers,
+        work_dir=run_dir,
+        owns_work_dir=True,
+        stop_seconds=stop_seconds,
+    )
     raise typer.Exit(code)

@@ -9,8 +9,9 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from phi4.engine.platform import Platform
@@ -20,6 +21,39 @@ VISIBILITY_SECONDS = 40.0
 _POLL_SECONDS = 0.1
 
 Answer = TypeVar("Answer")
+
+
+class Asked(NamedTuple):
+    """What was asked of a run from outside, as one rank knows it or as all of them agreed."""
+
+    requeue: bool = False
+    """To save and end, so that the same command goes on: by a notice, on any rank."""
+    end: bool = False
+    """To save and end, for good: by a file, on the writer rank."""
+    save: bool = False
+    """To save and go on: by a file, on the writer rank."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run ends."""
+        return self.requeue or self.end
+
+
+def nothing_asked() -> Asked:
+    """What is asked of a run that nobody watches."""
+    return Asked()
+
+
+def asked_of_any(platform: Platform, asked: Asked) -> Asked:
+    """What was asked of any rank.
+
+    Collectives: one all-reduce over all ranks of three numbers.
+    """
+    if platform.world_size == 1:
+        return asked
+    flags = torch.tensor(asked, dtype=torch.float32, device=platform.device)
+    dist.all_reduce(flags)
+    return Asked(*map(bool, flags.tolist()))
 
 
 def decided_by_writer(platform: Platform, decide: Callable[[], Answer]) -> Answer:

@@ -3,7 +3,7 @@
 Entering megatron-core always happens inside `Patches`; nothing outside this class needs to know.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ import torch
 from phi4.config import Recipe
 from phi4.config.gradient_form import check_gradient_form
 from phi4.engine import step as steps
+from phi4.engine.agreement import Asked, nothing_asked
 from phi4.engine.layout import Layout, create_layout, destroy_layout
 from phi4.engine.model.alternatives import LabelLogProbs
 from phi4.engine.model.gpt import (
@@ -102,6 +103,7 @@ class Engine:
         *,
         learning_rate: float,
         weight_decay: float | None = None,
+        asked: Callable[[], Asked] = nothing_asked,
     ) -> StepResult:
         """One update over this data rank's micro-batches; see `step.train_step`.
 
@@ -123,13 +125,21 @@ class Engine:
                 self.layout,
                 learning_rate=learning_rate,
                 weight_decay=decay,
+                asked=asked,
             )
 
-    def evaluate(self, batches: Sequence[HostBatch], objective: Objective) -> StepResult:
+    def evaluate(
+        self,
+        batches: Sequence[HostBatch],
+        objective: Objective,
+        *,
+        asked: Callable[[], Asked] = nothing_asked,
+    ) -> StepResult:
         """The objective over this data rank's micro-batches, without gradients."""
         with self.patches:
             self._set_training(False)
-            return steps.evaluate(self.chunks, self.to_device(batches), objective, self.layout)
+            local = self.to_device(batches)
+            return steps.evaluate(self.chunks, local, objective, self.layout, asked=asked)
 
     def logits(self, batches: Sequence[HostBatch]) -> list[torch.Tensor]:
         """Logits [B, S, V] per micro-batch on the last stage; elsewhere an empty list.

@@ -5,7 +5,7 @@ the token count it reduces over pipeline, data and context ranks (`calculate_per
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
+from phi4.engine.agreement import Asked, nothing_asked
 from phi4.engine.layout import Layout
 from phi4.engine.model.alternatives import LabelLogProbs
 from phi4.engine.model.micro_batch import MicroBatch, MicroBatches
@@ -36,33 +37,48 @@ class StepResult:
     updated: bool
     """Whether the optimizer changed the parameters."""
     metrics: dict[str, float]
+    asked: Asked = field(default_factory=Asked)
+    """What was asked of any rank before the step ended."""
 
 
 class Totals:
-    """Running (sum, count) pairs of a step on the ranks that compute the loss."""
+    """Running (sum, count) pairs of a step on the ranks that compute the loss.
+
+    Their reduction carries what was asked of each rank too: all learn it in the same step, and no
+    collective of its own is needed.
+    """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names = ("loss", *names)
-        self.sums = torch.zeros(2 * len(self.names), dtype=torch.float64, device=device)
+        self._num_sums = 2 * len(self.names)
+        num_numbers = self._num_sums + len(Asked._fields)
+        self.sums = torch.zeros(num_numbers, dtype=torch.float64, device=device)
 
     def add(self, loss: Loss) -> None:
         """Add one micro-batch."""
         pairs = [(loss.loss_sum, loss.weight_sum)]
         pairs += [loss.metrics[name] for name in self.names[1:]]
         values = [value.detach().double() for pair in pairs for value in pair]
-        self.sums += torch.stack(values)
+        self.sums[: self._num_sums] += torch.stack(values)
 
-    def reduce(self, layout: Layout) -> dict[str, tuple[float, float]]:
-        """(sum, count) of every name over the whole step, on every rank.
+    def reduce(self, layout: Layout, asked: Asked) -> tuple[dict[str, tuple[float, float]], Asked]:
+        """(sum, count) of every name over the whole step, and what was asked, on every rank.
 
-        Collectives: one all-reduce over all ranks of two fp64 numbers per name.
+        Args:
+            layout: the rank grid.
+            asked: of this rank.
+
+        Collectives: one all-reduce over all ranks of two fp64 numbers per name, and three.
         """
         # Tensor ranks hold copies; only the last stage's first tensor rank has what counts.
         if not (layout.is_last_stage and layout.tp_rank == 0):
             self.sums.zero_()
+        if any(asked):
+            self.sums[self._num_sums :] = self.sums.new_tensor(asked)
         dist.all_reduce(self.sums)
         values = self.sums.tolist()
-        return {n: (values[2 * i], values[2 * i + 1]) for i, n in enumerate(self.names)}
+        sums = {n: (values[2 * i], values[2 * i + 1]) for i, n in enumerate(self.names)}
+        return sums, Asked(*map(bool, values[self._num_sums :]))
 
 
 def train_step(
@@ -74,6 +90,7 @@ def train_step(
     *,
     learning_rate: float,
     weight_decay: float,
+    asked: Callable[[], Asked] = nothing_asked,
 ) -> StepResult:
     """Gradients of the whole global batch, clipping, one AdamW update.
 
@@ -85,6 +102,7 @@ def train_step(
         layout: the rank grid.
         learning_rate: of this step.
         weight_decay: of this step.
+        asked: what is asked of this rank, called at the end of the step.
 
     Collectives: those of the schedule, the gradient reduction over data and context ranks, the norm
     over model ranks, one all-reduce of the totals over all ranks.
@@ -96,7 +114,7 @@ def train_step(
     set_learning_rate(optimizer, learning_rate, weight_decay)
     run_schedule(chunks, batches, layout, _loss_function(objective, totals, layout), totals)
     updated, grad_norm, _ = optimizer.step()
-    return _result(totals.reduce(layout), float(grad_norm or 0.0), bool(updated))
+    return _result(*totals.reduce(layout, asked()), float(grad_norm or 0.0), bool(updated))
 
 
 @torch.no_grad()
@@ -105,6 +123,8 @@ def evaluate(
     batches: MicroBatches,
     objective: Objective,
     layout: Layout,
+    *,
+    asked: Callable[[], Asked] = nothing_asked,
 ) -> StepResult:
     """The objective over a global batch without gradients.
 
@@ -112,7 +132,7 @@ def evaluate(
     """
     totals = Totals(objective.metric_names, _device(chunks))
     run_schedule(chunks, batches, layout, _loss_function(objective, totals, layout), None)
-    return _result(totals.reduce(layout), 0.0, False)
+    return _result(*totals.reduce(layout, asked()), 0.0, False)
 
 
 @torch.no_grad()
@@ -242,7 +262,9 @@ def _loss_function(
     return loss_of
 
 
-def _result(sums: dict[str, tuple[float, float]], grad_norm: float, updated: bool) -> StepResult:
+def _result(
+    sums: dict[str, tuple[float, float]], asked: Asked, grad_norm: float, updated: bool
+) -> StepResult:
     means = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
     return StepResult(
         loss=means.pop("loss"),
@@ -250,4 +272,5 @@ def _result(sums: dict[str, tuple[float, float]], grad_norm: float, updated: boo
         grad_norm=grad_norm,
         updated=updated,
         metrics=means,
+        asked=asked,
     )

@@ -8,6 +8,7 @@ from phi4.launch.environment import (
     worker_environment,
 )
 from phi4.launch.local import run_workers
+from phi4.launch.notices import hold_notices, take_notices
 from phi4.launch.ranks import join, on_ranks
 from phi4.launch.worker import ErrorReport, StoppedError, report_errors
 
@@ -17,10 +18,12 @@ __all__ = [
     "StoppedError",
     "WorkerEnvironment",
     "expand_nodelist",
+    "hold_notices",
     "join",
     "on_ranks",
     "report_errors",
     "run_workers",
     "started_by",
+    "take_notices",
     "worker_environment",
 ]

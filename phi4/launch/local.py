@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from phi4.errors import REQUEUE_EXIT_CODE
 from phi4.launch import reaper
+from phi4.launch.notices import NOTICES, PassedOnNotice
 from phi4.launch.worker import ErrorReport, read_reports
 
 _POLL_SECONDS = 0.05
@@ -49,6 +51,11 @@ class _Worker:
         code = self.process.returncode
         return code if code >= 0 else 128 - code
 
+    @property
+    def was_told(self) -> bool:
+        """Whether it ended because a notice told it to."""
+        return self.process.returncode == REQUEUE_EXIT_CODE
+
 
 def run_workers(
     argv: Sequence[str],
@@ -57,6 +64,7 @@ def run_workers(
     work_dir: Path,
     env: Mapping[str, str] = MappingProxyType({}),
     grace_seconds: float = 5.0,
+    stop_seconds: float | None = None,
     interactive: bool = False,
     command: Sequence[str] = (sys.executable, "-m", "phi4"),
 ) -> int:
@@ -64,8 +72,11 @@ def run_workers(
 
     Rank 0 writes to this process's stdout and stderr, rank N to `work_dir/logs/rank_N.log`
     (appended). When a rank fails, or SIGINT, SIGTERM or SIGHUP arrives, the others are told to stop
-    (SIGTERM, or SIGINT after a signal), and after `grace_seconds` no process of the run is left,
+    (SIGHUP, or SIGINT after a signal), and after `grace_seconds` no process of the run is left,
     grandchildren included. That holds also when this process is killed. Main thread only.
+
+    Workers that take notices (`stop_seconds`) are started with SIGTERM and SIGUSR1 blocked, get
+    SIGTERM for either of the two, and end with code 5.
 
     Args:
         argv: arguments of every worker.
@@ -73,26 +84,32 @@ def run_workers(
         work_dir: the run's directory.
         env: added to the workers' environment; the rank variables win over it.
         grace_seconds: what the others get to note how the run ended.
+        stop_seconds: what the workers have from a notice on to end by themselves. None ends them by
+            SIGTERM as by SIGINT.
         interactive: rank 0 reads this process's stdin, and SIGINT is its own affair: it is passed
             on to it, and ends the run only if rank 0 ends by it.
         command: what is run; a parameter for programs other than phi4.
 
     Returns:
-        0; the exit code of the guilty rank's `Phi4Error`, printed as one line; 1 for any other
-        error, its traceback printed last; the exit code of a rank that gave no report; 128+S for a
-        rank killed by signal S, and for a signal to the launcher (130 for Ctrl-C).
+        0; 5 when the ranks ended as a notice told them to; the exit code of the guilty rank's
+        `Phi4Error`, printed as one line; 1 for any other error, its traceback printed last; the
+        exit code of a rank that gave no report; 128+S for a rank killed by signal S, and for a
+        signal to the launcher (130 for Ctrl-C).
     """
     run_dir = Path(tempfile.mkdtemp(prefix="phi4-run-"))
-    guard = _start_reaper(run_dir)
     workers: list[_Worker] = []
+    notice = None if stop_seconds is None else PassedOnNotice(stop_seconds)
     # Around the end too: one Ctrl-C more must not keep processes alive.
-    with _received_signals(workers if interactive else None) as received:
+    with _received_signals(workers if interactive else None, notice) as received:
+        guard = _start_reaper(run_dir)
         try:
             for rank in range(num_workers):
                 stdin = None if interactive and rank == 0 else subprocess.DEVNULL
                 ranks = _rank_environment(rank, num_workers, run_dir)
                 workers.append(_start([*command, *argv], rank, work_dir, {**env, **ranks}, stdin))
-            _watch(workers, received)
+            if notice is not None:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICES)
+            _watch(workers, received, notice)
             # The second is of a rank that had not yet reached `report_errors`.
             if interactive and workers[0].process.returncode in _ENDED_BY_CTRL_C:
                 received.append(signal.SIGINT)
@@ -105,7 +122,7 @@ def run_workers(
             guard.kill()
             guard.communicate()
             shutil.rmtree(run_dir, ignore_errors=True)
-        return _conclude(workers, reports, received)
+        return _conclude(workers, reports, received, takes_notices=notice is not None)
 
 
 def _start_reaper(run_dir: Path) -> subprocess.Popen:
@@ -146,11 +163,14 @@ def _start(
 
 
 @contextmanager
-def _received_signals(workers: Sequence[_Worker] | None) -> Iterator[list[int]]:
+def _received_signals(
+    workers: Sequence[_Worker] | None, notice: PassedOnNotice | None
+) -> Iterator[list[int]]:
     """The signals that ask for an end, as they arrive; ignored ones (nohup) stay ignored.
 
     Args:
         workers: SIGINT goes to the first of these and is not noted, once that is there.
+        notice: takes SIGTERM and SIGUSR1; blocked at first, and as they were at the end.
     """
     received: list[int] = []
     previous = {}
@@ -158,30 +178,42 @@ def _received_signals(workers: Sequence[_Worker] | None) -> Iterator[list[int]]:
     def note(number: int, _: object) -> None:
         if number == signal.SIGINT and workers:
             workers[0].process.send_signal(number)
-        else:
+        elif notice is None or number not in NOTICES or notice.arrived(number):
             received.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    notices = NOTICES if notice else frozenset()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, notices)
+    for number in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} | notices:
         if signal.getsignal(number) is not signal.SIG_IGN:
             previous[number] = signal.signal(number, note)
     try:
         yield received
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _watch(workers: Sequence[_Worker], received: Sequence[int]) -> None:
-    """Wait until all ended well, one failed, or a signal came."""
-    while not received and _running(workers):
-        if any(worker.died_at for worker in workers):
+def _watch(workers: Sequence[_Worker], received: list[int], notice: PassedOnNotice | None) -> None:
+    """Wait until all ended well or as told, one failed, or a signal came that ends the run."""
+    while not received and (running := _running(workers)):
+        ended = [worker for worker in workers if worker.died_at]
+        if any(notice is None or not worker.was_told for worker in ended):
             return
+        if notice is not None:
+            if ended:
+                notice.begin()
+            if line := notice.pass_on([worker.process for worker in running]):
+                _say(line)
+            if (overdue := notice.overdue()) is not None:
+                received.append(overdue)
         time.sleep(_POLL_SECONDS)
 
 
 def _stop(workers: Sequence[_Worker], received: Sequence[int], grace_seconds: float) -> None:
     """Tell those that run to stop and wait for them; a second signal ends the wait."""
-    asked = signal.SIGINT if received else signal.SIGTERM
+    # A worker that takes notices would save at a SIGTERM.
+    asked = signal.SIGINT if received else signal.SIGHUP
     told = _running(workers)
     for worker in told:
         worker.process.send_signal(asked)
@@ -206,15 +238,20 @@ def _running(workers: Sequence[_Worker]) -> list[_Worker]:
 
 
 def _conclude(
-    workers: Sequence[_Worker], reports: Sequence[ErrorReport], received: Sequence[int]
+    workers: Sequence[_Worker],
+    reports: Sequence[ErrorReport],
+    received: Sequence[int],
+    *,
+    takes_notices: bool = False,
 ) -> int:
     """Say why the run ended, the guilty rank's word last; gives the exit code."""
     if received:
         name = signal.Signals(received[0]).name
         _say(f"interrupted by {name}; all {len(workers)} workers are stopped")
         return 128 + received[0]
-    reported = {report.rank for report in reports}
-    silent = [w for w in workers if w.died_at and w.rank not in reported]
+    told = [worker for worker in workers if takes_notices and worker.was_told]
+    explained = {report.rank for report in reports} | {worker.rank for worker in told}
+    silent = [w for w in workers if w.died_at and w.rank not in explained]
     first = min(silent, key=lambda worker: worker.died_at, default=None)
     killed = [w for w in silent if w.process.returncode == -signal.SIGKILL]
     if killed or (first and (not reports or first.died_at - _NOTICE_SECONDS < reports[0].time)):
@@ -222,7 +259,7 @@ def _conclude(
         _say(_obituary(guilty_worker, len(workers)))
         return guilty_worker.exit_code
     if not reports:
-        return 0
+        return REQUEUE_EXIT_CODE if told else 0
     guilty = reports[0]
     if guilty.user_error:
         _say(guilty.line)

@@ -24,27 +24,29 @@ if TYPE_CHECKING:
 
 def on_ranks(
     argv: Sequence[str],
-    body: Callable[[WorkerEnvironment], None],
+    body: Callable[[WorkerEnvironment], int | None],
     *,
     num_workers: int,
     work_dir: Path,
     owns_work_dir: bool = False,
+    stop_seconds: float | None = None,
     interactive: bool = False,
 ) -> int:
     """Run `body` on every rank; in the process that the user started, wait for them all.
 
     Args:
         argv: arguments that make `phi4` call this function again, for the workers.
-        body: the work of one rank.
+        body: the work of one rank; what it returns is the rank's exit code, None is 0.
         num_workers: processes to start here; ignored where torchrun or srun started them.
         work_dir: takes the workers' logs.
         owns_work_dir: hold the lease of work_dir, a run directory, before anything is written into
             it and until all ranks ended; the body gets the attempt's number. Under torchrun and
             srun, where no process of ours outlives the ranks, that is left to the body.
+        stop_seconds: the body takes notices, and then has so long to end; see `run_workers`.
         interactive: rank 0 reads stdin and decides what Ctrl-C ends; see `run_workers`.
 
     Returns:
-        Exit code; 0 when all ranks returned.
+        Exit code; when all ranks returned, theirs.
 
     Raises:
         LayoutError: torchrun or srun started one process for a layout of several.
@@ -55,13 +57,14 @@ def on_ranks(
     if starter is None:
         with _owned(work_dir, worker) if owns_work_dir else nullcontext(worker) as owner:
             if num_workers == 1:
-                return _run_body(body, owner)
+                return _run_body(body, owner, takes_notices=stop_seconds is not None)
             env = {} if owner.attempt is None else {"PHI4_ATTEMPT": str(owner.attempt)}
             return run_workers(
                 argv,
                 num_workers=num_workers,
                 work_dir=work_dir,
                 env=env,
+                stop_seconds=stop_seconds,
                 interactive=interactive,
             )
     if starter == "torchrun" and worker.world_size == 1 < num_workers:
@@ -69,7 +72,7 @@ def on_ranks(
             f"torchrun started one process, the layout needs {num_workers}; "
             f"use --nproc-per-node so that all nodes make {num_workers}"
         )
-    return _run_body(body, worker)
+    return _run_body(body, worker, takes_notices=stop_seconds is not None)
 
 
 @contextmanager
@@ -78,14 +81,18 @@ def _owned(run_dir: Path, worker: WorkerEnvironment) -> Iterator[WorkerEnvironme
         yield replace(worker, attempt=lease.number)
 
 
-def _run_body(body: Callable[[WorkerEnvironment], None], worker: WorkerEnvironment) -> int:
+def _run_body(
+    body: Callable[[WorkerEnvironment], int | None],
+    worker: WorkerEnvironment,
+    *,
+    takes_notices: bool,
+) -> int:
     # No op of ours goes through torch.compile here, and importing it costs every rank two seconds.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Sequence parallelism wants the gathers queued before the products on Hopper.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    with report_errors():
-        body(worker)
-    return 0
+    with report_errors(takes_notices=takes_notices):
+        return body(worker) or 0
 
 
 def join(

@@ -18,6 +18,9 @@ import msgspec
 
 from phi4.errors import Phi4Error, WorkerError
 from phi4.launch.environment import started_by, worker_environment
+from phi4.launch.notices import NOTICES
+
+_STOP_SIGNALS = frozenset({signal.SIGHUP, signal.SIGTERM})
 
 
 class ErrorReport(msgspec.Struct, frozen=True):
@@ -40,11 +43,17 @@ class ErrorReport(msgspec.Struct, frozen=True):
 
 
 class StoppedError(WorkerError):
-    """Another rank failed, so the launcher told this one to stop."""
+    """This rank was told to stop: by the launcher, as another one failed, or by a SIGTERM."""
+
+    def __init__(self, message: str, number: int = signal.SIGHUP) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @contextmanager
-def report_errors(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+def report_errors(
+    environ: Mapping[str, str] = os.environ, *, takes_notices: bool = False
+) -> Iterator[None]:
     """Report what the block raises, then leave the process; the outermost block of a worker's work.
 
     A worker of `phi4` writes PHI4_ERROR_FILE, from which the launcher prints the guilty rank's; one
@@ -60,14 +69,15 @@ def report_errors(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
     if starter == "phi4":
         # A launcher in the background may have been started with SIGINT ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, _stop)
+        for number in _STOP_SIGNALS - (NOTICES if takes_notices else set()):
+            signal.signal(number, _stop)
     try:
         yield
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (None, 0):
             raise
         raised_at = time.time()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _STOP_SIGNALS | {signal.SIGINT}:
             signal.signal(number, signal.SIG_IGN)
         _leave(_reported(error, raised_at, environ))
 
@@ -86,8 +96,8 @@ def _reported(error: BaseException, raised_at: float, environ: Mapping[str, str]
             return code
         case KeyboardInterrupt():
             return 128 + signal.SIGINT
-        case StoppedError():
-            return 128 + signal.SIGTERM
+        case StoppedError(number=number):
+            return 128 + number
     assert error.__traceback__ is not None
     below_this_module = error.__traceback__.tb_next
     report = ErrorReport(
@@ -117,7 +127,9 @@ def _write(path: Path, report: ErrorReport) -> None:
 
 def _stop(number: int, frame: Any) -> NoReturn:
     raise StoppedError(
-        "another rank failed, so this one was told to stop; see the launcher's output"
+        f"told to stop by {signal.Signals(number).name}, as another rank failed; see the "
+        "launcher's output",
+        number,
     )
 
 

@@ -8,7 +8,7 @@ RUN/
   roll_back.json         where the newest roll back went on from, and what data it skipped
   reference.json         the reference model that a preference run began with
   start_gate.json        what the checks before the first step found, or that they were skipped
-  stop                   created by a user: the run saves and ends
+  stop                   created by a user: the run saves and ends; removed then
   save_now               created by a user: the run saves and goes on; removed once it did
   attempts/0000001.json  every start of the run, and who owns it now
   checkpoints/latest     the name of the newest checkpoint

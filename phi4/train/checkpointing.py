@@ -36,8 +36,11 @@ class Checkpointer:
         self._retry_step: int | None = None
         self._owes_reshardable = False
 
-    def save_when_due(self, progress: Progress, *, is_last: bool) -> None:
-        """Save when it is due or owed, or when the run ends with this step.
+    def save_when_due(self, progress: Progress, *, is_last: bool, is_asked: bool = False) -> bool:
+        """Save when it is due, owed or asked for, or when the run ends with this step.
+
+        Returns:
+            Whether the step is saved.
 
         Raises:
             OwnershipError: the run directory was lost; on every rank.
@@ -49,8 +52,9 @@ class Checkpointer:
         resharding = config.reshardable_every
         if resharding > 0 and step % resharding == 0 and progress.is_due(config.every):
             self._owes_reshardable = True
-        if not (is_last or progress.is_due(config.every) or step == self._retry_step):
-            return
+        is_due = is_last or is_asked or progress.is_due(config.every)
+        if not (is_due or step == self._retry_step):
+            return False
         try:
             self._save(progress)
         except (DiskFullError, PlatformError) as error:
@@ -61,8 +65,9 @@ class Checkpointer:
                 f"step {step} is not saved: {error}; training goes on and tries again after step "
                 f"{self._retry_step}"
             )
-        else:
-            self._retry_step, self._owes_reshardable = None, False
+            return False
+        self._retry_step, self._owes_reshardable = None, False
+        return True
 
     def rewind(self) -> None:
         """The run was rolled back: what a failed save owed belongs to an undone step."""

@@ -8,6 +8,7 @@ from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.step import StepResult
 from phi4.train.hooks import Hook, Progress
+from phi4.train.reliability.requests import Requests
 
 
 class HeldOutLoss(Hook):
@@ -15,6 +16,8 @@ class HeldOutLoss(Hook):
 
     The total weighs every token, or pair, alike. What else the objective measures is reported
     likewise, for example `held_out_rewards/accuracies`.
+
+    An evaluation during which the run is asked to end is left, and its numbers are not recorded.
     """
 
     def __init__(
@@ -23,22 +26,26 @@ class HeldOutLoss(Hook):
         engine: Engine,
         objective: Objective,
         sources: Mapping[str, HeldOut],
+        requests: Requests,
     ) -> None:
         self._recipe = recipe
         self._engine = engine
         self._objective = objective
         self._sources = sources
+        self._requests = requests
 
     def measure(self, progress: Progress) -> dict[str, float]:
         """Evaluate when it is due."""
         return self.evaluate() if progress.is_due(self._recipe.evaluation.every) else {}
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and metrics per source and over all; empty without held-out sources.
+        """Loss and metrics per source and over all; empty without held-out sources, or when left.
 
         Collectives: those of `Engine.evaluate`.
         """
         by_source = {name: self._results(held_out) for name, held_out in self._sources.items()}
+        if self._requests.agreed.stops:
+            return {}
         total = _means([result for results in by_source.values() for result in results])
         means = {f"held_out_{name}": value for name, value in total.items()}
         for source, results in by_source.items():
@@ -54,7 +61,14 @@ class HeldOutLoss(Hook):
             dp_rank=layout.dp_rank,
             dp_size=layout.dp_size,
         )
-        return [self._engine.evaluate(step, self._objective) for step in batches]
+        results: list[StepResult] = []
+        for step in batches:
+            if self._requests.agreed.stops:
+                break
+            asked = self._requests.asked
+            results.append(self._engine.evaluate(step, self._objective, asked=asked))
+            self._requests.learn(results[-1])
+        return results
 
 
 def _means(results: Sequence[StepResult]) -> dict[str, float]:

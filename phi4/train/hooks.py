@@ -22,6 +22,7 @@ from phi4.errors import ConfigError
 from phi4.rundir import Lease
 from phi4.rundir.state import RunState
 from phi4.train.reliability.phases import Phases
+from phi4.train.reliability.requests import Requests
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class SaveAndStop:
     reason: str
     status: Literal["interrupted", "finished"] = "interrupted"
     """What the trackers show."""
+    exit_code: int = 0
+    """Of the run."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ class RunContext:
         lease: on the writer rank; None on the others.
         say: takes one line for the console; silent on ranks other than the writer.
         phases: which part of the run this rank is in; entered by the training thread.
+        requests: what is asked of the run from outside.
     """
 
     recipe: Recipe
@@ -178,6 +182,7 @@ class RunContext:
     lease: Lease | None
     say: Callable[[str], None]
     phases: Phases
+    requests: Requests
 
 
 HookFactory = Callable[[RunContext], Sequence[Hook]]

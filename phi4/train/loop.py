@@ -9,8 +9,18 @@ from phi4.data.stream.loader import Loader
 from phi4.rundir.state import RunState
 from phi4.track import Status, Trackers
 from phi4.train.checkpointing import Checkpointer
-from phi4.train.hooks import Hook, Progress, RollBack, RunContext, SaveAndStop, running, strongest
+from phi4.train.hooks import (
+    Decision,
+    Hook,
+    Progress,
+    RollBack,
+    RunContext,
+    SaveAndStop,
+    running,
+    strongest,
+)
 from phi4.train.meter import Stopwatch
+from phi4.train.reliability.requests import Requests
 from phi4.train.roll_back import roll_back
 from phi4.train.schedule import next_rate, step_tokens
 
@@ -19,8 +29,10 @@ from phi4.train.schedule import next_rate, step_tokens
 class Ending:
     """Where a run ended without an error, and as what."""
 
-    state: RunState
+    state: RunState | None
+    """None where the run ended before it knew."""
     status: Status
+    exit_code: int = 0
 
 
 def train(
@@ -58,16 +70,42 @@ def train(
                     hook.rewind(state)
                 continue
             state = progress.state
-            stops = isinstance(decision, SaveAndStop) and not progress.is_last
-            with context.phases.during("save", state.step):
-                checkpointer.save_when_due(progress, is_last=progress.is_last or stops)
-            if stops:
+            stop = _saved(context, progress, decision, checkpointer)
+            if stop is not None:
                 context.say(
-                    f"stopped after step {state.step} of {total}: {decision.reason}; the step is "
+                    f"stopped after step {state.step} of {total}: {stop.reason}; the step is "
                     "saved, and the same command goes on from it"
                 )
-                return Ending(state, decision.status)
+                return Ending(state, stop.status, stop.exit_code)
     return Ending(state, "finished")
+
+
+def _saved(
+    context: RunContext, progress: Progress, decision: Decision, checkpointer: Checkpointer
+) -> SaveAndStop | None:
+    """Save the step where a decision, a request or the recipe asks for it; gives what ends the run.
+
+    Who is told to stop while a save is going on has that save: one is not followed by another.
+    """
+    requests, watch = context.requests, Stopwatch()
+    stop = decision if isinstance(decision, SaveAndStop) else _asked_for(requests)
+    with context.phases.during("save", progress.step):
+        is_saved = checkpointer.save_when_due(
+            progress,
+            is_last=progress.is_last or stop is not None,
+            is_asked=requests.agreed.save,
+        )
+    if is_saved:
+        requests.warn_of_slow_saves(progress.step_seconds, watch.lap(), context.say)
+        requests.saved()
+        if stop is None and requests.agree(context.platform):
+            stop = _asked_for(requests)
+    return None if progress.is_last else stop
+
+
+def _asked_for(requests: Requests) -> SaveAndStop | None:
+    stop = requests.stop()
+    return stop and SaveAndStop(stop.reason, exit_code=stop.exit_code)
 
 
 def _record(progress: Progress, hooks: Sequence[Hook], trackers: Trackers) -> None:
@@ -89,7 +127,10 @@ def _step(context: RunContext, loader: Loader, state: RunState) -> Progress:
         dp_rank=layout.dp_rank,
         dp_size=layout.dp_size,
     )
-    result = context.engine.train_step(batches, context.objective, learning_rate=rate)
+    result = context.engine.train_step(
+        batches, context.objective, learning_rate=rate, asked=context.requests.asked
+    )
+    context.requests.learn(result)
     tokens = step_tokens(recipe)
     return Progress(
         state=msgspec.structs.replace(

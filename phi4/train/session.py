@@ -13,7 +13,7 @@ import msgspec
 from phi4.config import Recipe, dump_toml
 from phi4.data.stream.loader import Loader
 from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer
-from phi4.engine.agreement import decided_by_writer, done_by_all
+from phi4.engine.agreement import decided_by_writer, done_by_all, raise_together
 from phi4.engine.checkpoint import find_checkpoint_together, load_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
@@ -30,10 +30,11 @@ from phi4.train.checkpointing import Checkpointer
 from phi4.train.evaluation import HeldOutLoss
 from phi4.train.hooks import Hook, HookFactory, RunContext
 from phi4.train.ledger_record import LedgerRecord
-from phi4.train.loop import train
+from phi4.train.loop import Ending, train
 from phi4.train.meter import Meter
 from phi4.train.ownership import Ownership, owned_run_dir
 from phi4.train.reliability.phases import Phases
+from phi4.train.reliability.requests import Requests
 from phi4.train.resume import first_state, resume
 from phi4.train.sources import open_sources
 
@@ -50,7 +51,13 @@ OWN_HOOKS: tuple[HookFactory, ...] = (
     lambda context: [Ownership(context.lease)],
     lambda context: [Meter()],
     lambda context: [
-        HeldOutLoss(context.recipe, context.engine, context.objective, context.held_out)
+        HeldOutLoss(
+            context.recipe,
+            context.engine,
+            context.objective,
+            context.held_out,
+            context.requests,
+        )
     ],
     _ledger_record,
 )
@@ -66,10 +73,11 @@ def run_training(
     attempt: int | None = None,
     job: str = "",
     hooks: Sequence[HookFactory] = (),
-) -> RunState:
+    requests: Requests | None = None,
+) -> Ending:
     """Train a recipe, from its newest checkpoint where there is one.
 
-    To its last step, or to one where a hook stops the run.
+    To its last step, or to one where a hook or a request from outside stops the run.
 
     Args:
         recipe: checked against the rules.
@@ -79,6 +87,7 @@ def run_training(
         attempt: the attempt whose lease on run.dir the launcher holds; None takes one here.
         job: Slurm job id, or empty.
         hooks: what to make besides the run's own hooks, which are called before them.
+        requests: from outside; None where only files in run.dir can ask.
 
     Raises:
         OwnershipError: another run owns run.dir, or took it over.
@@ -92,8 +101,12 @@ def run_training(
     """
     say = print_line if platform.is_writer else _silent
     run_dir = Path(recipe.run.dir)
-    with owned_run_dir(run_dir, platform, attempt=attempt, job=job, say=say) as lease:
-        return _run(recipe, platform, objective, lease, allow_change, say, hooks)
+    requests = requests or Requests()
+    with (
+        owned_run_dir(run_dir, platform, attempt=attempt, job=job, say=say) as lease,
+        requests.watching(run_dir, is_writer=platform.is_writer),
+    ):
+        return _run(recipe, platform, objective, lease, allow_change, say, hooks, requests)
 
 
 def _run(
@@ -104,8 +117,11 @@ def _run(
     allow_change: bool,
     say: Say,
     hooks: Sequence[HookFactory],
-) -> RunState:
+    requests: Requests,
+) -> Ending:
     phases = Phases()
+    if requests.agree(platform):
+        return _ended_before_a_step(requests, say)
     tokenizer = done_by_all(platform, partial(check_tokenizer, recipe))
     state = decided_by_writer(platform, partial(_fresh_state, recipe))
     # Before anything is built: a missing or foreign source is an error at once.
@@ -133,6 +149,7 @@ def _run(
         lease=lease,
         say=say,
         phases=phases,
+        requests=requests,
     )
     return _trained(context, data.loader, hooks)
 
@@ -146,15 +163,34 @@ def _built_engine(recipe: Recipe, platform: Platform, *, is_resumed: bool, say: 
     return engine
 
 
-def _trained(context: RunContext, loader: Loader, factories: Sequence[HookFactory]) -> RunState:
+def _ended_before_a_step(requests: Requests, say: Say, state: RunState | None = None) -> Ending:
+    """The end of a run that was asked to end while it started: there is nothing new to save."""
+    stop = requests.stop()
+    assert stop is not None
+    requests.ended()
+    say(
+        f"stopped before the first step: {stop.reason}; there is nothing new to save, and the same "
+        "command goes on from the newest checkpoint"
+    )
+    return Ending(state, "interrupted", stop.exit_code)
+
+
+def _trained(context: RunContext, loader: Loader, factories: Sequence[HookFactory]) -> Ending:
+    requests = context.requests
+    if requests.agree(context.platform):
+        context.engine.close()
+        return _ended_before_a_step(requests, context.say, context.state)
     hooks = [hook for make in (*OWN_HOOKS, *factories) for hook in make(context)]
     checkpointer = Checkpointer(context)
     trackers = _begin_record(context)
     with _failure_recorded(trackers):
         ending = train(context, loader, hooks, checkpointer, trackers)
     trackers.finish(ending.status)
+    requests.ended()
+    # Where the first rank to leave ends the others, nobody may leave before rank 0 has done this.
+    raise_together(context.platform, None)
     context.engine.close()
-    return ending.state
+    return ending
 
 
 def _fresh_state(recipe: Recipe) -> RunState | None:

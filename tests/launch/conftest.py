@@ -18,17 +18,17 @@ import signal, sys
 from pathlib import Path
 from phi4.launch import run_workers
 signal.signal(signal.SIGINT, signal.default_int_handler)
-script, num_workers, work_dir, grace, mode = sys.argv[1:]
+script, num_workers, work_dir, grace, mode, stop = sys.argv[1:]
 sys.exit(run_workers([script], num_workers=int(num_workers), work_dir=Path(work_dir),
                      grace_seconds=float(grace), interactive=mode == "interactive",
-                     command=[sys.executable]))
+                     stop_seconds=float(stop) if stop else None, command=[sys.executable]))
 """
 
 PROLOGUE = """
 import os, signal, sys, time
 from pathlib import Path
 from phi4.errors import DiskFullError, LayoutError
-from phi4.launch import report_errors
+from phi4.launch import report_errors, take_notices
 rank, here = int(os.environ["RANK"]), Path(os.environ["TEST_DIR"])
 
 def note(name):
@@ -86,12 +86,17 @@ def launch(tmp_path: Path) -> Iterator[Launcher]:
     started: list[Launch] = []
 
     def start(
-        script: str, num_workers: int, grace: float = 2.0, mode: str = "", **streams: int
+        script: str,
+        num_workers: int,
+        grace: float = 2.0,
+        mode: str = "",
+        stop: float | str = "",
+        **streams: int,
     ) -> Launch:
         path = tmp_path / "script.py"
         path.write_text(PROLOGUE + textwrap.dedent(script))
         work = str(tmp_path / "work")
-        arguments = [str(path), str(num_workers), work, str(grace), mode]
+        arguments = [str(path), str(num_workers), work, str(grace), mode, str(stop)]
         command = [sys.executable, "-c", DRIVER, *arguments]
         environment = {**os.environ, "TEST_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
         environment.pop("OMP_NUM_THREADS", None)

@@ -14,6 +14,7 @@ from phi4.track import Trackers
 from phi4.train.hooks import CONTINUE, Decision, Hook, Progress, RollBack, SaveAndStop, strongest
 from phi4.train.loop import Ending, train
 from phi4.train.reliability.phases import Phases
+from phi4.train.reliability.requests import Requests
 from tests.support.engines import tiny_recipe
 
 FIRST, SECOND = SaveAndStop("first"), SaveAndStop("second", status="finished")
@@ -67,6 +68,8 @@ class Loop:
             state=RunState(),
             say=self.said.append,
             phases=Phases(),
+            requests=Requests(),
+            platform=SimpleNamespace(world_size=1),
         )
         self.loader = Mock(state=Mock(return_value={}))
         self.checkpointer = Mock()

@@ -77,8 +77,8 @@ def outcome(
     platform = connect("cpu", rank=rank, world_size=size, rendezvous=meeting)
     with chdir(root):
         try:
-            state = run_training(recipe, platform, NextToken(), allow_change=True, hooks=hooks)
-            return f"finished after step {state.step}"
+            ending = run_training(recipe, platform, NextToken(), allow_change=True, hooks=hooks)
+            return f"finished after step {ending.state.step}"
         except Phi4Error as error:
             return f"{type(error).__name__}: {error}"
         finally:

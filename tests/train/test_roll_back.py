@@ -137,14 +137,14 @@ def start(rank: int, world_size: int, root: Path, plan: Plan) -> Outcome | None:
         if plan.broken:
             stack.enter_context(patch(plan.broken, side_effect=OSError("killed")))
         try:
-            state = run_training(
+            ending = run_training(
                 recipe,
                 platform,
                 NextToken(),
                 allow_change=False,
                 hooks=(lambda _: [Once(plan.decisions)], lambda _: killers),
             )
-            ended = f"ended after step {state.step}"
+            ended = f"ended after step {ending.state.step}"
         except Phi4Error as error:
             ended = f"{type(error).__name__}: {error}"
         finally:
