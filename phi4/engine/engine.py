@@ -64,6 +64,7 @@ class Engine:
         platform: where this process runs.
         trains: False builds no gradient buffers and no optimizer.
         draws_weights: False leaves the weights to a checkpoint that is loaded next.
+        tick: called for every micro-batch that a model chunk takes; cheap.
         patches: for tests; the platform's own by default.
 
     Collectives: creation of the process groups, one all-gather of optimizer group names.
@@ -76,10 +77,12 @@ class Engine:
         *,
         trains: bool = True,
         draws_weights: bool = True,
+        tick: Callable[[], None] = lambda: None,
         patches: Patches | None = None,
     ) -> None:
         self.recipe = recipe
         self.platform = platform
+        self._tick = tick
         self.patches = patches or Patches(platform.kind)
         self.choices = choose(recipe.kernels, platform.device, recipe.model.head_dim)
         with self.patches:
@@ -191,7 +194,7 @@ class Engine:
             device=self.platform.device,
             rope_cache=self.rope_cache,
         )
-        return MicroBatches(batches, move)
+        return MicroBatches(batches, move, self._tick)
 
     def whole_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(global name, whole tensor) of this pipeline stage, the same on every tensor rank.

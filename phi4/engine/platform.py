@@ -27,6 +27,8 @@ class Platform:
     """Why this kind was chosen."""
     ranks_per_host: int = 1
     """Ranks on this rank's host, itself included: they share its memory."""
+    store: dist.Store | None = None
+    """Where the ranks met; a thread uses a clone of it. None for one process."""
 
     @property
     def is_writer(self) -> bool:
@@ -106,7 +108,7 @@ def connect(
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
         device_id=device if kind == "cuda" else None,
     )
-    return Platform(kind, device, rank, world_size, reason, meeting.ranks_per_host)
+    return Platform(kind, device, rank, world_size, reason, meeting.ranks_per_host, meeting.store)
 
 
 def disconnect() -> None:

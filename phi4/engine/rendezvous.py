@@ -10,7 +10,7 @@ store of its own. However they meet, every rank then signs in, so one that never
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +27,7 @@ _VERDICT_SECONDS = 10.0
 _LONGEST_POLL_SECONDS = 0.5
 _NAMED_RANKS = 20
 _LOOPBACK = "127.0.0.1"
+_MEETING = "meeting"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def meet(
     deadline = time.monotonic() + seconds
     try:
         with _opened(rendezvous, rank, world_size, deadline) as store:
-            signing = dist.PrefixStore("meeting", store)
+            signing = dist.PrefixStore(_MEETING, store)
             return Meeting(store, _sign_in(signing, rank, world_size, deadline))
     except dist.DistError as error:
         first_line = str(error).partition("\n")[0]
@@ -69,6 +70,17 @@ def meet(
             f"rank {rank} on {socket.gethostname()} lost the rendezvous at {rendezvous}: "
             f"{first_line}; see the output of rank 0"
         ) from None
+
+
+def hosts_of(store: dist.Store, ranks: Sequence[int]) -> dict[int, str]:
+    """Host names of ranks that signed in.
+
+    Args:
+        store: of a `Meeting`, or a clone of it.
+        ranks: all of which came.
+    """
+    hosts = dist.PrefixStore(_MEETING, store).multi_get([f"host_of/{rank}" for rank in ranks])
+    return {rank: host.decode() for rank, host in zip(ranks, hosts, strict=True)}
 
 
 @contextmanager

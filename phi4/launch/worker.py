@@ -7,16 +7,18 @@ communicators wait for other ranks, which wait for this one; a run that should e
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 
-from phi4.errors import Phi4Error, WorkerError
+from phi4.errors import HungError, Phi4Error, WorkerError
 from phi4.launch.environment import started_by, worker_environment
 from phi4.launch.notices import NOTICES
 
@@ -61,8 +63,12 @@ def report_errors(
     usual. Nothing outside the block runs after a failure, and nothing in it may close connections
     before the error arrives here, or a peer that notices is blamed. Under `phi4`, SIGINT raises
     KeyboardInterrupt and SIGTERM raises `StoppedError` in the block. Main thread only.
+
+    A `HungError` of another thread is reported likewise and ends the process, as the main thread
+    then waits for something that never comes.
     """
     starter = started_by(environ)
+    threading.excepthook = partial(_thread_failed, environ)
     if starter is None:
         yield
         return
@@ -80,6 +86,16 @@ def report_errors(
         for number in _STOP_SIGNALS | {signal.SIGINT}:
             signal.signal(number, signal.SIG_IGN)
         _leave(_reported(error, raised_at, environ))
+
+
+def _thread_failed(environ: Mapping[str, str], failure: threading.ExceptHookArgs) -> None:
+    if not isinstance(failure.exc_value, HungError):
+        threading.__excepthook__(failure)
+        return
+    if started_by(environ) is None:
+        print(f"HungError: {failure.exc_value}", file=sys.stderr)
+        _leave(HungError.exit_code)
+    _leave(_reported(failure.exc_value, time.time(), environ))
 
 
 def read_reports(run_dir: Path) -> list[ErrorReport]:

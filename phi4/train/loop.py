@@ -57,7 +57,7 @@ def train(
     Collectives: those of `Engine.train_step`, of the hooks, of saves and of `roll_back`.
     """
     state, total = context.state, context.recipe.run.steps
-    with running(hooks, state):
+    with running(hooks, state), context.phases.during("hooks", state.step):
         while state.step < total:
             with context.phases.during("step", state.step):
                 progress = _step(context, loader, state)

@@ -35,6 +35,7 @@ from phi4.train.meter import Meter
 from phi4.train.ownership import Ownership, owned_run_dir
 from phi4.train.reliability.phases import Phases
 from phi4.train.reliability.requests import Requests
+from phi4.train.reliability.watchdog import Watchdog, watched
 from phi4.train.resume import first_state, resume
 from phi4.train.sources import open_sources
 
@@ -103,10 +104,13 @@ def run_training(
     run_dir = Path(recipe.run.dir)
     requests = requests or Requests()
     with (
+        watched(platform, Phases(), recipe.reliability, say) as watchdog,
         owned_run_dir(run_dir, platform, attempt=attempt, job=job, say=say) as lease,
         requests.watching(run_dir, is_writer=platform.is_writer),
     ):
-        return _run(recipe, platform, objective, lease, allow_change, say, hooks, requests)
+        return _run(
+            recipe, platform, objective, lease, allow_change, say, hooks, requests, watchdog
+        )
 
 
 def _run(
@@ -118,22 +122,24 @@ def _run(
     say: Say,
     hooks: Sequence[HookFactory],
     requests: Requests,
+    watchdog: Watchdog,
 ) -> Ending:
-    phases = Phases()
+    phases = watchdog.phases
     if requests.agree(platform):
         return _ended_before_a_step(requests, say)
     tokenizer = done_by_all(platform, partial(check_tokenizer, recipe))
     state = decided_by_writer(platform, partial(_fresh_state, recipe))
     # Before anything is built: a missing or foreign source is an error at once.
     data = open_sources(recipe, tokenizer, state, platform)
-    engine = _built_engine(recipe, platform, is_resumed=state is None, say=say)
+    engine = _built_engine(recipe, platform, phases, is_resumed=state is None, say=say)
     for line in data.loader.notes:
         say(line)
     source_hashes = data.loader.source_hashes()
     if state is None:
-        state = resume(
-            recipe, engine, allow_change=allow_change, say=say, source_hashes=source_hashes
-        )
+        with phases.during("load", 0):
+            state = resume(
+                recipe, engine, allow_change=allow_change, say=say, source_hashes=source_hashes
+            )
         done_by_all(platform, partial(data.go_to, recipe, state))
     else:
         state = _begin(recipe, engine, state, say)
@@ -151,12 +157,14 @@ def _run(
         phases=phases,
         requests=requests,
     )
-    return _trained(context, data.loader, hooks)
+    return _trained(context, data.loader, hooks, watchdog)
 
 
-def _built_engine(recipe: Recipe, platform: Platform, *, is_resumed: bool, say: Say) -> Engine:
+def _built_engine(
+    recipe: Recipe, platform: Platform, phases: Phases, *, is_resumed: bool, say: Say
+) -> Engine:
     draws_weights = not is_resumed and recipe.run.init_from is None
-    engine = Engine(recipe, platform, draws_weights=draws_weights)
+    engine = Engine(recipe, platform, draws_weights=draws_weights, tick=phases.tick)
     choices = (choice.describe() for choice in engine.choices)
     for line in (platform.describe(), engine.layout.describe(), *choices):
         say(line)
@@ -175,7 +183,9 @@ def _ended_before_a_step(requests: Requests, say: Say, state: RunState | None = 
     return Ending(state, "interrupted", stop.exit_code)
 
 
-def _trained(context: RunContext, loader: Loader, factories: Sequence[HookFactory]) -> Ending:
+def _trained(
+    context: RunContext, loader: Loader, factories: Sequence[HookFactory], watchdog: Watchdog
+) -> Ending:
     requests = context.requests
     if requests.agree(context.platform):
         context.engine.close()
@@ -183,13 +193,15 @@ def _trained(context: RunContext, loader: Loader, factories: Sequence[HookFactor
     hooks = [hook for make in (*OWN_HOOKS, *factories) for hook in make(context)]
     checkpointer = Checkpointer(context)
     trackers = _begin_record(context)
+    watchdog.at_end(partial(trackers.finish, "failed"))
     with _failure_recorded(trackers):
         ending = train(context, loader, hooks, checkpointer, trackers)
-    trackers.finish(ending.status)
-    requests.ended()
-    # Where the first rank to leave ends the others, nobody may leave before rank 0 has done this.
-    raise_together(context.platform, None)
-    context.engine.close()
+    with context.phases.during("end", ending.state.step):
+        trackers.finish(ending.status)
+        requests.ended()
+        # Where the first rank to leave ends the others, nobody may leave before rank 0 did this.
+        raise_together(context.platform, None)
+        context.engine.close()
     return ending
 
 

@@ -61,19 +61,30 @@ class MicroBatches:
 
     A step's RoPE tables would fill gigabytes if they lived together. Every model chunk walks
     through the batches for itself.
+
+    Args:
+        batches: on the host.
+        to_device: places one.
+        tick: called whenever a chunk takes a micro-batch.
     """
 
     def __init__(
-        self, batches: Sequence[HostBatch], to_device: Callable[[HostBatch], MicroBatch]
+        self,
+        batches: Sequence[HostBatch],
+        to_device: Callable[[HostBatch], MicroBatch],
+        tick: Callable[[], None],
     ) -> None:
         self._batches = batches
         self._to_device = to_device
+        self._tick = tick
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return map(self._to_device, self._batches)
+        for batch in self._batches:
+            self._tick()
+            yield self._to_device(batch)
 
     @property
     def row_shape(self) -> tuple[int, int]:

@@ -1,0 +1,122 @@
+"""What a rank tells the others about itself, and what follows from it. No threads, no clocks.
+
+One decision: a rank is judged by whether its heartbeat changes, seen by the judge's own clock, so
+that clocks of hosts need not agree. Whether it goes on is another question: its ticks answer that.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+_NAMED_RANKS = 8
+_NEARLY = 0.8
+"""Share of the silence after which a rank is named with one that is silent for all of it: ranks of
+one host fall silent within a heartbeat."""
+
+
+class Beat(msgspec.Struct, frozen=True, array_like=True):
+    """One sign of life of a rank."""
+
+    rank: int
+    host: str
+    pid: int = 0
+    """0 before the rank's first own heartbeat."""
+    count: int = 0
+    """Of heartbeats so far; two of them always differ."""
+    phase: str = "start"
+    step: int = 0
+    ticks: int = 0
+    seconds: float = 0.0
+    """In this phase."""
+    heard: bool = False
+    """The rank knows that the run ends."""
+    left: bool = False
+    """The rank came to its end and is not watched any more."""
+
+    def describe(self) -> str:
+        """For a message: which rank, where it runs, what it was doing."""
+        if not self.pid:
+            return f"rank {self.rank} on {self.host}, before its first heartbeat"
+        return (
+            f"rank {self.rank} on {self.host} (pid {self.pid}), last heard {self.seconds:.1f} s "
+            f"into phase {self.phase} after step {self.step}"
+        )
+
+
+def describe_ranks(beats: Sequence[Beat]) -> str:
+    """The first few of them."""
+    more = f"; and {len(beats) - _NAMED_RANKS} more" if len(beats) > _NAMED_RANKS else ""
+    return "; ".join(beat.describe() for beat in beats[:_NAMED_RANKS]) + more
+
+
+class Silence:
+    """Finds ranks whose heartbeat has not changed for too long.
+
+    Args:
+        ranks: that are watched.
+        silence_seconds: how long is too long.
+        now: seconds of the judge's clock.
+    """
+
+    def __init__(self, ranks: Iterable[int], silence_seconds: float, now: float) -> None:
+        self._seconds = silence_seconds
+        self._seen = dict.fromkeys(ranks, (-1, now))
+
+    def silent(self, beats: Mapping[int, Beat], now: float) -> list[Beat]:
+        """Watched ranks that have not left and whose heartbeat is too old.
+
+        Args:
+            beats: the newest of every watched rank.
+            now: seconds of the judge's clock; never goes back.
+        """
+        ages = {}
+        for rank, (count, since) in self._seen.items():
+            if beats[rank].count != count:
+                self._seen[rank] = (beats[rank].count, now)
+            elif not beats[rank].left:
+                ages[rank] = now - since
+        if max(ages.values(), default=0.0) <= self._seconds:
+            return []
+        return [beats[rank] for rank, age in ages.items() if age > _NEARLY * self._seconds]
+
+
+class Stall:
+    """Measures for how long no rank has gone on.
+
+    Args:
+        now: seconds of the judge's clock.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._ticks: dict[int, int] = {}
+        self._since = now
+
+    def seconds(self, beats: Mapping[int, Beat], now: float) -> float:
+        """Since the last tick of any rank; 0 once a rank has left.
+
+        Args:
+            beats: the newest of every rank.
+            now: seconds of the judge's clock; never goes back.
+        """
+        ticks = {rank: beat.ticks for rank, beat in beats.items()}
+        if ticks != self._ticks or any(beat.left for beat in beats.values()):
+            self._ticks, self._since = ticks, now
+        return now - self._since
+
+
+def behind(beats: Iterable[Beat]) -> list[Beat]:
+    """Ranks that the others probably wait for; empty where all are at the same point.
+
+    Those with the fewest completed steps, among them those in another phase than most, among them
+    those with the fewest ticks.
+    """
+    all_beats = list(beats)
+    if len({(beat.step, beat.phase, beat.ticks) for beat in all_beats}) == 1:
+        return []
+    first_step = min(beat.step for beat in all_beats)
+    rest = [beat for beat in all_beats if beat.step == first_step]
+    (phase, _), *_ = Counter(beat.phase for beat in all_beats).most_common(1)
+    rest = [beat for beat in rest if beat.phase != phase] or rest
+    fewest = min(beat.ticks for beat in rest)
+    return [beat for beat in rest if beat.ticks == fewest]
