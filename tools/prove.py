@@ -27,12 +27,13 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "step-time": ("tools.step_time", "--json=benchmarks/step_time.jsonl"),
     "step-time-packed": ("tools.step_time", "--documents=4"),
     "generation-time": ("tools.generation_time", "--json=benchmarks/generation.jsonl"),
+    "stragglers": ("tools.prove_stragglers",),
     "kernels": ("phi4_kernels.testing", "numbers"),
     "compile": ("phi4_kernels.testing", "compile"),
 }
 """Arguments of `python -m`."""
 DEMO_DATA = ROOT / "runs" / "demo" / "data"
-NEEDS_DEMO_DATA = ("resume",)
+NEEDS_DEMO_DATA = ("resume", "stragglers")
 """Proofs whose recipe reads what `phi4 data demo` writes."""
 
 

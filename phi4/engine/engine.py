@@ -14,6 +14,7 @@ from phi4.config import Recipe
 from phi4.config.gradient_form import check_gradient_form
 from phi4.engine import step as steps
 from phi4.engine.agreement import Asked, nothing_asked
+from phi4.engine.forward_timer import ForwardTimer
 from phi4.engine.layout import Layout, create_layout, destroy_layout
 from phi4.engine.model.alternatives import LabelLogProbs
 from phi4.engine.model.gpt import (
@@ -83,6 +84,8 @@ class Engine:
         self.recipe = recipe
         self.platform = platform
         self._tick = tick
+        self.forward_timer: ForwardTimer | None = None
+        """Measures the forward passes of training while it is set."""
         self.patches = patches or Patches(platform.kind)
         self.choices = choose(recipe.kernels, platform.device, recipe.model.head_dim)
         with self.patches:
@@ -194,7 +197,7 @@ class Engine:
             device=self.platform.device,
             rope_cache=self.rope_cache,
         )
-        return MicroBatches(batches, move, self._tick)
+        return MicroBatches(batches, move, self._tick, self.forward_timer)
 
     def whole_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(global name, whole tensor) of this pipeline stage, the same on every tensor rank.

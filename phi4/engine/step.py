@@ -202,7 +202,7 @@ def run_schedule(
 
     def forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
         batch = next(iterator)
-        with without_rewriting():
+        with without_rewriting(), batches.measured():
             output = getattr(chunk, "module", chunk).run(batch, labelled=labelled)
         return output, partial(finish, batch)
 

@@ -35,6 +35,7 @@ from phi4.train.meter import Meter
 from phi4.train.ownership import Ownership, owned_run_dir
 from phi4.train.reliability.phases import Phases
 from phi4.train.reliability.requests import Requests
+from phi4.train.reliability.stragglers import stragglers
 from phi4.train.reliability.watchdog import Watchdog, watched
 from phi4.train.resume import first_state, resume
 from phi4.train.sources import open_sources
@@ -61,6 +62,7 @@ OWN_HOOKS: tuple[HookFactory, ...] = (
         )
     ],
     _ledger_record,
+    stragglers,
 )
 """What every run does, in this order, before the hooks of its caller."""
 

@@ -25,7 +25,7 @@ SUB_LAYERS: Mapping[str, Layers] = {
         ("optimizer", "patches"),
         ("model", "optimizer.adamw", "checkpoint_io", "agreement"),
         ("layout", "objective", "platform", "precision"),
-        ("rendezvous",),
+        ("rendezvous", "forward_timer"),
     ),
     "phi4_kernels": (
         ("bench",),

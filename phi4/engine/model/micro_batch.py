@@ -6,6 +6,7 @@ its RoPE and context split assume that documents divide by the context size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from phi4.config import ModelConfig
+from phi4.engine.forward_timer import ForwardTimer
 from phi4.engine.layout import Layout
 from phi4.engine.model.alternatives import AlternativeRows, alternative_rows
 from phi4.engine.model.document_ranges import Visible, visible_keys
@@ -66,6 +68,7 @@ class MicroBatches:
         batches: on the host.
         to_device: places one.
         tick: called whenever a chunk takes a micro-batch.
+        timer: measures the forward passes over them; None measures nothing.
     """
 
     def __init__(
@@ -73,10 +76,12 @@ class MicroBatches:
         batches: Sequence[HostBatch],
         to_device: Callable[[HostBatch], MicroBatch],
         tick: Callable[[], None],
+        timer: ForwardTimer | None = None,
     ) -> None:
         self._batches = batches
         self._to_device = to_device
         self._tick = tick
+        self._timer = timer
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -85,6 +90,10 @@ class MicroBatches:
         for batch in self._batches:
             self._tick()
             yield self._to_device(batch)
+
+    def measured(self) -> AbstractContextManager[None]:
+        """Around one forward pass over one of them."""
+        return self._timer.measured() if self._timer else nullcontext()
 
     @property
     def row_shape(self) -> tuple[int, int]:

@@ -1,0 +1,57 @@
+"""Time that a rank's own chunks take in the forward passes of a training step.
+
+Waiting for another pipeline stage is not in it: megatron-core receives before and sends after. What
+is in it are the collectives of the layers, so the ranks of one tensor or context group wait for
+each other inside and measure about the same.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_Events = list[tuple[torch.cuda.Event, torch.cuda.Event]]
+
+
+class ForwardTimer:
+    """Sums the forward passes of a step; never waits for the device.
+
+    Args:
+        device: CUDA times by events, everything else by the wall clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: _Events = []
+        self._events_before: _Events = []
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """One forward pass; those without gradients do not count."""
+        if not torch.is_grad_enabled():
+            yield
+        elif self._on_cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            begun = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - begun
+
+    def next_step(self) -> float | None:
+        """A step ended: seconds of its forward passes, on CUDA of those of the step before.
+
+        None where the device has not come so far.
+        """
+        if not self._on_cuda:
+            seconds, self._seconds = self._seconds, 0.0
+            return seconds
+        events, self._events_before, self._events = self._events_before, self._events, []
+        if not events or not all(end.query() for _, end in events):
+            return None
+        return sum(begin.elapsed_time(end) for begin, end in events) / 1000
