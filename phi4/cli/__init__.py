@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "Train a small Phi-4 on this machine, from corpus to text.",
 }
 GROUPS = {
+    "launch": "Runs on a Slurm cluster: submit, watch, cancel.",
     "data": "Token files: build, inspect, check.",
     "dpo": "Preferences: the reference model's log-probabilities.",
     "model": "Phi-4's shape in numbers.",

@@ -86,5 +86,6 @@ def train(
         work_dir=run_dir,
         owns_work_dir=True,
         stop_seconds=stop_seconds,
+        one_queue=parallel.needs_one_queue,
     )
     raise typer.Exit(code)

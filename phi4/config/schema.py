@@ -102,6 +102,12 @@ class ParallelConfig(Section):
         """Ranks that hold one copy of the model and share one batch slice."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def needs_one_queue(self) -> bool:
+        """Whether a GPU must start kernels in the order they were queued in: the communication of
+        tensor and context parallelism before the products that hide it."""
+        return self.tensor > 1 or self.context > 1
+
 
 class PrecisionConfig(Section):
     """Number formats."""

@@ -31,6 +31,7 @@ def on_ranks(
     owns_work_dir: bool = False,
     stop_seconds: float | None = None,
     interactive: bool = False,
+    one_queue: bool = True,
 ) -> int:
     """Run `body` on every rank; in the process that the user started, wait for them all.
 
@@ -44,6 +45,8 @@ def on_ranks(
             srun, where no process of ours outlives the ranks, that is left to the body.
         stop_seconds: the body takes notices, and then has so long to end; see `run_workers`.
         interactive: rank 0 reads stdin and decides what Ctrl-C ends; see `run_workers`.
+        one_queue: a GPU starts kernels in the order they were queued in, as tensor and context
+            parallelism want it on Hopper; other layouts overlap more without.
 
     Returns:
         Exit code; when all ranks returned, theirs.
@@ -54,10 +57,12 @@ def on_ranks(
     """
     starter = started_by(os.environ)
     worker = worker_environment(os.environ)
+    takes_notices = stop_seconds is not None
+    run = partial(_run_body, body, takes_notices=takes_notices, one_queue=one_queue)
     if starter is None:
         with _owned(work_dir, worker) if owns_work_dir else nullcontext(worker) as owner:
             if num_workers == 1:
-                return _run_body(body, owner, takes_notices=stop_seconds is not None)
+                return run(owner)
             env = {} if owner.attempt is None else {"PHI4_ATTEMPT": str(owner.attempt)}
             return run_workers(
                 argv,
@@ -72,7 +77,7 @@ def on_ranks(
             f"torchrun started one process, the layout needs {num_workers}; "
             f"use --nproc-per-node so that all nodes make {num_workers}"
         )
-    return _run_body(body, worker, takes_notices=stop_seconds is not None)
+    return run(worker)
 
 
 @contextmanager
@@ -86,11 +91,12 @@ def _run_body(
     worker: WorkerEnvironment,
     *,
     takes_notices: bool,
+    one_queue: bool,
 ) -> int:
     # No op of ours goes through torch.compile here, and importing it costs every rank two seconds.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Sequence parallelism wants the gathers queued before the products on Hopper.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if one_queue:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with report_errors(takes_notices=takes_notices):
         return body(worker) or 0
 

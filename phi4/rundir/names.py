@@ -8,6 +8,7 @@ RUN/
   roll_back.json         where the newest roll back went on from, and what data it skipped
   reference.json         the reference model that a preference run began with
   start_gate.json        what the checks before the first step found, or that they were skipped
+  slurm/                 scripts, outputs and attempts of the jobs that `phi4 launch` submitted
   stop                   created by a user: the run saves and ends; removed then
   save_now               created by a user: the run saves and goes on; removed once it did
   attempts/0000001.json  every start of the run, and who owns it now
@@ -22,6 +23,7 @@ LEDGER_FILE = "ledger.jsonl"
 ROLL_BACK_FILE = "roll_back.json"
 REFERENCE_FILE = "reference.json"
 GATE_FILE = "start_gate.json"
+SLURM_DIR = "slurm"
 STOP_FILE = "stop"
 SAVE_NOW_FILE = "save_now"
 ATTEMPTS_DIR = "attempts"

@@ -1,0 +1,37 @@
+"""Runs on a Slurm cluster: the sbatch script, its submission, and what became of it."""
+
+from phi4.launch.slurm.fitting import require_fit
+from phi4.launch.slurm.jobs import JobAttempt, RunStatus, attempts, cancel, log_paths, status
+from phi4.launch.slurm.request import NodeRange, RankStarter, Setting, SlurmRequest
+from phi4.launch.slurm.script import script_text
+from phi4.launch.slurm.settings import rank_settings
+from phi4.launch.slurm.submission import (
+    require_idle,
+    require_partition,
+    require_same_run,
+    require_version,
+    submit,
+    submitted_recipe_path,
+)
+
+__all__ = [
+    "JobAttempt",
+    "NodeRange",
+    "RankStarter",
+    "RunStatus",
+    "Setting",
+    "SlurmRequest",
+    "attempts",
+    "cancel",
+    "log_paths",
+    "rank_settings",
+    "require_fit",
+    "require_idle",
+    "require_partition",
+    "require_same_run",
+    "require_version",
+    "script_text",
+    "status",
+    "submit",
+    "submitted_recipe_path",
+]

@@ -1,0 +1,94 @@
+"""What a user asks of Slurm for one run, as plain values."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from phi4.errors import ConfigError
+
+RankStarter = Literal["srun", "torchrun"]
+
+
+@dataclass(frozen=True)
+class NodeRange:
+    """How many nodes a job may get; Slurm picks any count in between, at every start anew."""
+
+    least: int
+    most: int
+
+    @classmethod
+    def parse(cls, text: str) -> "NodeRange":
+        """`4` or `2-4`.
+
+        Raises:
+            ConfigError: it is neither, or the range is empty.
+        """
+        match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", text)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ConfigError(f"--nodes={text} is not a count; give 4, or MIN-MAX such as 2-4")
+        return cls(int(match[1]), int(match[2] or match[1]))
+
+    def __str__(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least}-{self.most}"
+
+    @property
+    def counts(self) -> range:
+        """Every count that Slurm may pick."""
+        return range(self.least, self.most + 1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An environment variable of the ranks; the user's own value wins."""
+
+    name: str
+    value: str
+    reason: str
+    """One line, the comment above it in the script."""
+
+
+@dataclass(frozen=True)
+class SlurmRequest:
+    """One job: what it runs, on what, and how often it may fail.
+
+    Attributes:
+        written_by: the command line that asked for it, for the reader of the script.
+        run_dir: of the recipe, relative to the directory of submission where it is relative there.
+        last_step: run.steps; the job is finished when the newest checkpoint is of this step.
+        command: what every rank runs, in the words of the shell.
+        nodes: how many machines.
+        tasks_per_node: ranks of a machine, one per GPU where there are GPUs.
+        gpus_per_node: 0 asks for none.
+        starter: srun: one Slurm task per rank. torchrun: one task per node, which starts them.
+        signal_seconds: from the notice before the end of the time limit, or at a preemption, to
+            the kill.
+        max_retries: failures in a row, without a newer checkpoint, after which the job is not
+            requeued.
+        setup: shell lines run on the first node before the ranks start, for example `module load`.
+        settings: environment variables of the ranks.
+        container: image for `srun --container-image` (pyxis).
+        container_mounts: for `srun --container-mounts`.
+        cpus_per_task: None leaves it to the cluster.
+        sbatch: further options of sbatch, each a whole word such as `--qos=high`.
+    """
+
+    written_by: str
+    run_dir: str
+    last_step: int
+    command: tuple[str, ...]
+    nodes: NodeRange
+    tasks_per_node: int
+    gpus_per_node: int = 0
+    starter: RankStarter = "srun"
+    name: str = "phi4"
+    partition: str | None = None
+    account: str | None = None
+    time_limit: str | None = None
+    signal_seconds: int = 300
+    max_retries: int = 3
+    setup: str = ""
+    settings: tuple[Setting, ...] = ()
+    container: str | None = None
+    container_mounts: str | None = None
+    cpus_per_task: int | None = None
+    sbatch: tuple[str, ...] = ()

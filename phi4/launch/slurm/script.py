@@ -1,0 +1,95 @@
+"""The sbatch script of a run: readable by whoever is called when it fails.
+
+One decision: the script itself decides how the job ends. `--requeue` alone requeues a job only
+where Slurm ended it; a job whose ranks saved and left after a notice would be COMPLETED.
+"""
+
+import re
+import shlex
+
+from phi4 import __version__
+from phi4.launch.slurm import script_parts
+from phi4.launch.slurm.request import SlurmRequest
+from phi4.rundir.names import CHECKPOINTS_DIR, LATEST_FILE, SLURM_DIR, STOP_FILE
+
+
+def script_text(request: SlurmRequest) -> str:
+    """The script, to be given to sbatch."""
+    is_torchrun = request.starter == "torchrun"
+    node_part = (script_parts.TORCHRUN,) if is_torchrun else ()
+    parts = (*script_parts.BEGINNING, *node_part, script_parts.MAIN)
+    text = "\n".join(part.strip("\n") + "\n" for part in parts)
+    values = {
+        "written_by": request.written_by,
+        "version": __version__,
+        "options": "\n".join(f"#SBATCH {option}" for option in _sbatch_options(request)),
+        "run": shlex.quote(request.run_dir),
+        "last_step": request.last_step,
+        "max_retries": request.max_retries,
+        "tasks_per_node": request.tasks_per_node,
+        "slurm_dir": SLURM_DIR,
+        "stop_file": STOP_FILE,
+        "latest": f"{CHECKPOINTS_DIR}/{LATEST_FILE}",
+        "setup": request.setup.strip("\n") or "# (nothing: --setup names a file or a command)",
+        "settings": _settings(request),
+        "srun_options": " \\\n    ".join(_srun_options(request)),
+        "node": 'bash -c "$node_program" node "$here" ' if is_torchrun else "",
+        "command": shlex.join(request.command),
+        "resend": script_parts.RESEND if is_torchrun else "",
+    }
+    # `@{name}`: bash keeps its own dollars.
+    return re.sub(r"@\{(\w+)\}", lambda match: str(values[match[1]]), text)
+
+
+def _sbatch_options(request: SlurmRequest) -> list[str]:
+    is_torchrun = request.starter == "torchrun"
+    options = [
+        f"--job-name={request.name}",
+        f"--nodes={request.nodes}",
+        f"--ntasks-per-node={1 if is_torchrun else request.tasks_per_node}",
+    ]
+    if request.gpus_per_node:
+        options.append(f"--gpus-per-node={request.gpus_per_node}")
+    for option, value in (
+        ("cpus-per-task", request.cpus_per_task),
+        ("partition", request.partition),
+        ("account", request.account),
+        ("time", request.time_limit),
+    ):
+        if value is not None:
+            options.append(f"--{option}={value}")
+    options += [
+        "--requeue",
+        "--open-mode=append",
+        f"--output={request.run_dir}/{SLURM_DIR}/%j.out",
+    ]
+    if request.signal_seconds:
+        options.append(f"--signal=B:USR1@{request.signal_seconds}")
+    return [*options, *request.sbatch]
+
+
+def _srun_options(request: SlurmRequest) -> list[str]:
+    tasks = 1 if request.starter == "torchrun" else request.tasks_per_node
+    options = [
+        # A requeued job may have another number of nodes than the one that was submitted.
+        f'--nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * {tasks}))',
+        f"--ntasks-per-node={tasks} --kill-on-bad-exit=1",
+    ]
+    if request.cpus_per_task:
+        # Since Slurm 22.05 srun does not take it over from sbatch.
+        options.append(f"--cpus-per-task={request.cpus_per_task}")
+    if request.container:
+        mounts = (
+            shlex.quote(request.container_mounts) if request.container_mounts else '"$PWD:$PWD"'
+        )
+        options.append(f"--container-image={shlex.quote(request.container)}")
+        options.append(f'--container-workdir="$PWD" --container-mounts={mounts}')
+    return options
+
+
+def _settings(request: SlurmRequest) -> str:
+    lines = []
+    for setting in request.settings:
+        lines.append(f"# {setting.reason}")
+        lines.append(f"export {setting.name}=${{{setting.name}-{setting.value}}}")
+    return "\n".join(lines)

@@ -1,0 +1,207 @@
+"""The bash of the sbatch script, part by part; `@{name}` is filled in by `script`."""
+
+HEADER = """
+#!/bin/bash
+# Written by phi4 @{version}: @{written_by}
+# Submit with `phi4 launch slurm`, which keeps a record, or with sbatch from the same directory.
+@{options}
+"""
+
+SETUP = """
+set -uo pipefail  # not -e: every exit code below is looked at
+
+# --- Setup: modules, virtual environment
+@{setup}
+
+# --- Environment of the ranks; what is set already wins
+@{settings}
+
+# --- This attempt
+run=@{run}
+last_step=@{last_step}  # run.steps
+max_retries=@{max_retries}  # failures in a row without a newer checkpoint
+attempt=${SLURM_RESTART_COUNT:-0}
+files=$run/@{slurm_dir}
+here=$files/$SLURM_JOB_ID.$attempt  # rank_N.log and the exit codes of this attempt
+mkdir -p "$here/exit" || exit 1
+"""
+
+FUNCTIONS = r"""
+say() { echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID attempt $attempt: $*"; }
+
+# Step of the newest complete checkpoint; 0 without one.
+newest_step() {
+    local name
+    name=$(cat "$run/@{latest}" 2>/dev/null) || name=step_0
+    echo $((10#${name##*_}))
+}
+
+# One line of attempts.jsonl, which `phi4 launch history` prints: event, exit code,
+# what follows, why.
+record() {
+    local line='{"job":"%s","attempt":%d,"time":"%s","event":"%s","code":%d,"then":"%s",'
+    printf "$line"'"why":"%s","step":%d,"nodes":"%s"}\n' "$SLURM_JOB_ID" "$attempt" \
+        "$(date -u +%FT%TZ)" "$1" "$2" "$3" "${4//\"/}" "$(newest_step)" "$SLURM_JOB_NODELIST" \
+        >>"$files/attempts.jsonl"
+}
+
+# End the job with code $1, because $2.
+end_job() {
+    say "ends with exit code $1 at step $(newest_step): $2"
+    record end "$1" end "$2"
+    exit "$1"
+}
+
+# The run saved and ended because somebody wanted it ($1): neither COMPLETED nor FAILED.
+leave_job() {
+    say "is cancelled at step $(newest_step): $1"
+    record end 0 cancel "$1"
+    timeout 60 scancel "$SLURM_JOB_ID"
+    exit 5  # where Slurm did not answer
+}
+
+# Put the job back into the queue while it still runs; afterwards Slurm would refuse. $1: why,
+# $2: exit code where that cannot be.
+requeue_job() {
+    local state
+    state=$(timeout 30 scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*')
+    [ "$state" != JobState=CANCELLED ] || end_job "$2" "cancelled"
+    say "requeues at step $(newest_step): $1"
+    record end "$2" requeue "$1"
+    for _ in 1 2 3; do
+        # Slurm ends this script once it has requeued the job.
+        timeout 60 scontrol requeue "$SLURM_JOB_ID" && exit "$2"
+        sleep 10
+    done
+    end_job "$2" "scontrol requeue failed three times"
+}
+
+# Requeue after a failure ($1: why, $2: exit code), unless failures bring no progress any more.
+retry_job() {
+    local count=0 file=$files/$SLURM_JOB_ID.failures
+    [ "$(newest_step)" -gt "$first_step" ] || count=$(($(cat "$file" 2>/dev/null || echo 0) + 1))
+    echo "$count" >"$file"
+    [ "$count" -le "$max_retries" ] ||
+        end_job "$2" "$1; $count failures in a row without a newer checkpoint"
+    requeue_job "$1" "$2"
+}
+
+# Slurm's notice (preemption, time limit) comes to this script only. The ranks get it, not srun or
+# torchrun, which would die of it; they save and leave with code 5.
+pass_on_notice() {
+    interrupted=yes notified=yes
+    say "notice from Slurm; the ranks are told to save"
+    timeout 30 scancel --signal=USR1 "$SLURM_JOB_ID"  # goes to the job's steps, not to this script
+@{resend}}
+
+# SIGTERM (scancel, preemption without notice) reaches the ranks without our help.
+note_term() { interrupted=yes notified=yes; say "SIGTERM from Slurm"; }
+"""
+
+RESEND = """    # A rank that is starting up ignores it.
+    (for _ in 1 2 3 4; do sleep 15; timeout 30 scancel --signal=USR1 "$SLURM_JOB_ID"; done) &
+"""
+
+RANKS = r"""
+# --- One rank: its output and its exit code get files of their own. srun tells only the highest
+# code of all ranks, 137 for those that it killed because another failed; torchrun always tells 1.
+rank_program=$(cat <<'END'
+here=$1; shift
+rank=${RANK:-$SLURM_PROCID}
+trap : USR1 TERM  # for the training alone
+"$@" >"$here/rank_$rank.log" 2>&1
+code=$?
+[ $code != 0 ] || exit 0
+# A rank that lost the connection to another is not the one that failed.
+lost='onnection (closed|reset|refused)|roken pipe|NCCL error|ncclRemoteError|recvBytes'
+if [ $code = 1 ] && tail -n 40 "$here/rank_$rank.log" | grep -qE "$lost"; then
+    echo lost >"$here/exit/$rank"
+elif echo $code >"$here/exit/$rank" && [ $code = 5 ]; then
+    exit 0  # it saved, and others may still be at it: no reason to end them
+fi
+exit $code
+END
+)
+"""
+
+TORCHRUN = r"""
+# --- One node: torchrun. It and the ranks ignore both signals until the training handles them, for
+# torchrun dies of USR1 and kills all ranks 30 s after TERM.
+node_program=$(cat <<'END'
+here=$1; shift
+trap '' USR1 TERM
+exec >"$here/node_$SLURM_NODEID.log" 2>&1
+exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node=@{tasks_per_node} \
+    --node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
+    --signals-to-handle=SIGINT --no-python "$@"
+END
+)
+export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+"""
+
+MAIN = r"""
+# --- Start
+# The address that Slurm itself uses: node names need not resolve.
+first_node=$(timeout 30 scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(timeout 30 scontrol show node -o "$first_node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR=${MASTER_ADDR:-${address:-$first_node}}
+first_step=$(newest_step)
+say "starts at step $first_step of $last_step on $SLURM_JOB_NODELIST; output in $here/rank_0.log"
+record start 0 train ""
+
+notified=no
+trap pass_on_notice USR1
+trap note_term TERM
+# kill-on-bad-exit: a rank would wait for one that failed until the collective times out.
+srun @{srun_options} \
+    @{node}bash -c "$rank_program" rank "$here" \
+    @{command} &
+step=$!
+
+# srun waits for a node that is gone as long as Slurm does. Once a rank said why the run ends, the
+# others get a minute.
+(
+    until ls "$here"/exit/* >/dev/null 2>&1; do sleep 5; done
+    sleep 60
+    say "ranks are still there a minute after the first one failed; not waiting for them"
+    kill -KILL "$step"
+) &
+watch=$!
+
+# A trap ends the wait; srun goes on.
+while :; do
+    interrupted=no
+    wait "$step"
+    srun_code=$?
+    [ $interrupted = yes ] || break
+done
+kill "$watch" 2>/dev/null
+
+# --- Decide
+# Ranks may tell different codes, for one that fails takes the others with it. The first of these
+# that any rank told counts; 5 comes early only where Slurm did give notice.
+codes=$(cat "$here"/exit/* 2>/dev/null | sort -u)
+[ $notified = yes ] && saved=5 || saved=""
+code=$srun_code
+for known in 137 3 6 8 4 2 7 $saved $(grep -vxE 'lost|5|138|143' <<<"$codes") lost 5 138 143; do
+    if grep -qx "$known" <<<"$codes"; then code=$known; break; fi
+done
+
+case $code in
+    0)
+        [ "$(newest_step)" -lt "$last_step" ] || end_job 0 "finished"
+        leave_job "a file $run/@{stop_file} or a hook ended the run before step $last_step" ;;
+    5 | 138 | 143) requeue_job "saved or stopped after a notice" "$code" ;;
+    7) retry_job "a rank hung" 7 ;;
+    8) retry_job "a rank computed wrongly; see $here for its host" 8 ;;
+    137) retry_job "a rank was killed" 137 ;;
+    lost) retry_job "a rank lost another one" 1 ;;
+    2 | 3 | 4 | 6) end_job "$code" "see $here/rank_0.log; docs/faults.md explains the code" ;;
+    *)
+        # No rank said anything: a node was lost, or srun could not start the ranks.
+        [ -n "$codes" ] || retry_job "no rank told its end, srun ended with $srun_code" "$code"
+        end_job "$code" "failed, see $here" ;;
+esac
+"""
+
+BEGINNING = (HEADER, SETUP, FUNCTIONS, RANKS)

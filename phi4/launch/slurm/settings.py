@@ -1,0 +1,42 @@
+"""Environment variables of the ranks, by hardware and layout.
+
+What a site must set itself (network interfaces, NCCL plugins) belongs into --setup: wrong guesses
+here are slow or do not connect.
+"""
+
+from phi4.config import Recipe
+from phi4.launch.slurm.request import Setting
+
+
+def rank_settings(recipe: Recipe, *, on_gpus: bool) -> tuple[Setting, ...]:
+    """The variables with the reason of each."""
+    settings = [
+        Setting("PYTHONUNBUFFERED", "1", "A killed rank must not take its last lines with it."),
+        Setting("PYTHONFAULTHANDLER", "1", "A rank that crashes says where."),
+        Setting("OMP_NUM_THREADS", str(recipe.run.threads), "run.threads of the recipe."),
+    ]
+    if not on_gpus:
+        return tuple(settings)
+    settings += [
+        Setting(
+            "PYTORCH_ALLOC_CONF",
+            "expandable_segments:True",
+            "Micro-batches of several sizes fragment the allocator's fixed segments.",
+        ),
+        Setting("NCCL_DEBUG", "WARN", "NCCL names the link and the peer that failed."),
+        Setting(
+            "TORCH_FR_BUFFER_SIZE",
+            "2000",
+            "The last collectives of each rank, dumped when one times out.",
+        ),
+    ]
+    if recipe.parallel.needs_one_queue:
+        settings.append(
+            Setting(
+                "CUDA_DEVICE_MAX_CONNECTIONS",
+                "1",
+                "Tensor and context parallel: communication is queued before the products that "
+                "hide it (Hopper; without effect on Blackwell).",
+            )
+        )
+    return tuple(settings)

@@ -1,0 +1,189 @@
+"""Handing a run to Slurm, and the record of it in `RUN/slurm/`.
+
+One decision: a job trains the recipe as it was when it was submitted, from a copy of its own, so
+that an edit of the original cannot change a run between two attempts. The next submission says what
+differs.
+
+RUN/slurm/
+  recipe.toml         the newest submission's recipe, overrides applied
+  job.sh              its script
+  submissions.jsonl   one line per submission
+  attempts.jsonl      start and end of every attempt, written by the script
+  12.out              what the script of job 12 said
+  12.0/               of its first attempt: rank_N.log, exit/N with the code of a rank that failed
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from phi4.config import Recipe, changed_keys, dump_toml, recipe_from_toml
+from phi4.errors import ConfigError, OwnershipError, PlatformError
+from phi4.launch.slurm import clients
+from phi4.launch.slurm.request import SlurmRequest
+from phi4.launch.slurm.script import script_text
+from phi4.rundir.attempts import utc_text
+from phi4.rundir.names import RECIPE_FILE, SLURM_DIR, STOP_FILE
+
+OLDEST_VERSION = (22, 5)
+SCRIPT_FILE = "job.sh"
+SUBMISSIONS_FILE = "submissions.jsonl"
+ATTEMPTS_FILE = "attempts.jsonl"
+
+
+class Submission(msgspec.Struct, frozen=True):
+    """One line of submissions.jsonl."""
+
+    job: str
+    time: str
+    """UTC, for people."""
+    command: str
+    nodes: str
+    steps: int
+
+
+def submitted_recipe_path(run_dir: str) -> Path:
+    """The copy that a job trains."""
+    return Path(run_dir) / SLURM_DIR / RECIPE_FILE
+
+
+def submissions(run_dir: Path) -> list[Submission]:
+    """All submissions of a run, the newest last."""
+    return read_lines(run_dir / SLURM_DIR / SUBMISSIONS_FILE, Submission)
+
+
+def read_lines(path: Path, kind: type) -> list:
+    """The lines of a .jsonl file; none without the file. A torn last line is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(msgspec.json.decode(line, type=kind))
+        except msgspec.DecodeError as error:
+            if number < len(lines):
+                raise ConfigError(
+                    f"{path}:{number} is damaged ({error}); mend or remove it"
+                ) from None
+    return found
+
+
+def require_same_run(
+    run_dir: str, recipe: Recipe, *, allow: bool, say: Callable[[str], None]
+) -> None:
+    """Say what differs from the recipe that was submitted before.
+
+    Raises:
+        ConfigError: an identity key differs, or a schedule key does and `allow` is False.
+    """
+    path = submitted_recipe_path(run_dir)
+    if not path.exists():
+        return
+    before = recipe_from_toml(path.read_text(encoding="utf-8"), where=str(path))
+    changes = changed_keys(before, recipe)
+    for kind, keys in changes.items():
+        for key, (old, new) in sorted(keys.items()):
+            say(f"{kind:8}  {key}: {old!r} -> {new!r}")
+    if changes["identity"]:
+        raise ConfigError(
+            f"{', '.join(sorted(changes['identity']))} differs from the submission before, and "
+            f"would be another training; restore the value, or use another run.dir than {run_dir}"
+        )
+    if changes["schedule"] and not allow:
+        raise ConfigError(
+            f"{', '.join(sorted(changes['schedule']))} differs from the submission before; pass "
+            "--change to go on with the new value"
+        )
+
+
+def require_idle(run_dir: str) -> None:
+    """Refuse a second job for a run that has one.
+
+    Raises:
+        OwnershipError: the newest job runs or waits.
+        ConfigError: the file is there that stops every attempt.
+        PlatformError: Slurm does not answer.
+    """
+    stop = Path(run_dir) / STOP_FILE
+    if stop.exists():
+        raise ConfigError(f"{stop} exists, so the job would end at once; remove it")
+    for submission in submissions(Path(run_dir))[-1:]:
+        state = clients.job_state(submission.job)
+        if state is not None and state.is_active:
+            raise OwnershipError(
+                f"job {submission.job} of {run_dir} is {state.state}; wait for it, or "
+                f"`phi4 launch cancel {run_dir}` first"
+            )
+
+
+def require_version() -> None:
+    """Refuse a Slurm that the script is not written for.
+
+    Raises:
+        PlatformError: it is too old, or does not answer.
+    """
+    major, minor = clients.version()
+    if (major, minor) < OLDEST_VERSION:
+        raise PlatformError(
+            f"Slurm {major}.{minor:02d} is older than 22.05, whose srun takes --cpus-per-task and "
+            "--ntasks-per-node of a step as the script gives them; see --dry-run"
+        )
+
+
+def require_partition(request: SlurmRequest) -> None:
+    """Refuse what the cluster does not have.
+
+    Raises:
+        ConfigError: the partition is unknown, or has fewer nodes than asked.
+        PlatformError: Slurm does not answer.
+    """
+    known = clients.partitions()
+    name = request.partition or clients.default_partition()
+    if name is None:
+        raise ConfigError(f"no partition is the default one; use --partition {' or '.join(known)}")
+    if name not in known:
+        raise ConfigError(f"partition {name!r} is unknown; use {' or '.join(sorted(known))}")
+    if request.nodes.least > known[name].num_nodes:
+        raise ConfigError(
+            f"--nodes={request.nodes} is more than the {known[name].num_nodes} nodes of partition "
+            f"{name}; ask for fewer"
+        )
+
+
+def submit(request: SlurmRequest, recipe: Recipe) -> str:
+    """Write recipe and script, give them to sbatch, note the job.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        PlatformError: sbatch refuses; says why.
+    """
+    run_dir = Path(request.run_dir)
+    directory = run_dir / SLURM_DIR
+    script = directory / SCRIPT_FILE
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _replace(script, script_text(request))
+    except OSError as error:
+        raise PlatformError(f"run.dir={run_dir} cannot be written: {error}") from None
+    # Everything that sbatch refuses, before the copy of the recipe is replaced.
+    clients.call("sbatch", "--test-only", str(script))
+    _replace(directory / RECIPE_FILE, dump_toml(recipe))
+    job = clients.call("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+    line = Submission(
+        job, utc_text(time.time()), request.written_by, str(request.nodes), request.last_step
+    )
+    with (directory / SUBMISSIONS_FILE).open("ab") as file:
+        file.write(msgspec.json.encode(line) + b"\n")
+    return job
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
