@@ -129,7 +129,8 @@ def test_second_sigterm_ends_at_once_and_usr1_before_it_does_not_count(launch) -
 
     wait_until(ended, "the end of the run")
     assert run.output()[1].startswith("interrupted by SIGTERM")
-    assert run.process.returncode == 128 + signal.SIGTERM
+    # The last of them may have come when the launcher handled no signals any more.
+    assert run.process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 def test_interrupt_still_ends_at_once(launch) -> None:
