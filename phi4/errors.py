@@ -71,6 +71,10 @@ class DivergedError(Phi4Error):
     exit_code = 6
 
 
+class NotFiniteError(DivergedError):
+    """Weights that would be saved hold NaN or infinity."""
+
+
 class HungError(Phi4Error):
     """A rank stopped, or no rank goes on; names it."""
 

@@ -45,9 +45,13 @@ def ledger(run: Run) -> None:
             typer.echo(f"{drawn:,} units of it before this run, counted by {state.ledger_from}")
         before -= units[number - 1]
     for skip in state.skips:
+        undone = f"steps {skip.after_step + 1} to {skip.last_undone} were rolled back"
+        why = skip.reason
+        if skip.last_undone > skip.after_step:
+            why = f"{undone} ({skip.reason})"
         typer.echo(
             f"\nskipped {skip.units:,} units ({skip.rows:,} rows) after step {skip.after_step}: "
-            f"steps {skip.after_step + 1} to {skip.last_undone} were rolled back ({skip.reason})"
+            f"{why}"
         )
     typer.echo(f"\nstep {state.step}\n{'source':20} {'units drawn':>14} {'of':>14} {'epochs':>8}")
     for name, count in sorted(book.sources.items()):

@@ -53,6 +53,9 @@ class SourceConfig(Section):
     pairs only."""
 
 
+# Strict alone would refuse the lists that TOML arrays become.
+Window = Annotated[tuple[NonNegative, Positive], Strict(False)]
+Windows = Annotated[tuple[Window, ...], Strict(False)]
 Sources = Annotated[tuple[SourceConfig, ...], Strict(False)]
 
 
@@ -68,6 +71,9 @@ class DataConfig(Section):
     sources: Sources = key("schedule", ())
     weigh_by: Literal["units", "loss_tokens"] = key("schedule", "units")
     """What the weights count. loss_tokens suits sources that differ in padding or mask."""
+    skip_windows: Windows = key("schedule", ())
+    """Pairs [after_step, rows]: so many rows behind that step are never drawn, as after a roll
+    back. Steps ascend; windows of steps that are done are not skipped any more."""
     continue_from: str | None = key("identity", None)
     """Checkpoint or run directory whose ledger the run begins with, as midtraining does with
     pretraining's: sources of the same name go on where they stood, others begin. Needs the same

@@ -105,7 +105,7 @@ def done_by_all(platform: Platform, act: Callable[[], Answer]) -> Answer:
     except OSError as failure:
         error = PlatformError(str(failure))
     where = f"rank {platform.rank} on {socket.gethostname()}"
-    everyone = _gathered(platform, (where, error))
+    everyone = gathered(platform, (where, error))
     failed = [(where, error) for where, error in everyone if error is not None]
     if not failed:
         return answer
@@ -128,7 +128,7 @@ def raise_together(platform: Platform, error: Phi4Error | None) -> None:
 
     Collectives: one all-gather of the errors over all ranks.
     """
-    errors = [found for found in _gathered(platform, error) if found is not None]
+    errors = [found for found in gathered(platform, error) if found is not None]
     if errors:
         lines = dict.fromkeys(str(found) for found in errors)
         raise type(errors[0])("; ".join(lines))
@@ -163,8 +163,11 @@ def wait_until_visible(
     raise_together(platform, error)
 
 
-def _gathered(platform: Platform, own: Answer) -> list[Answer]:
-    """What every rank gave, by rank."""
+def gathered(platform: Platform, own: Answer) -> list[Answer]:
+    """What every rank gave, by rank; it must pickle.
+
+    Collectives: one all-gather of it over all ranks.
+    """
     if platform.world_size == 1:
         return [own]
     everyone: list[Answer | None] = [None] * platform.world_size

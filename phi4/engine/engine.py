@@ -36,7 +36,8 @@ from phi4.engine.optimizer.build import build_optimizer, gather_parameters, wrap
 from phi4.engine.patches import Patches
 from phi4.engine.platform import Platform
 from phi4.engine.precision import torch_dtype
-from phi4.engine.step import StepResult
+from phi4.engine.replay import Replay, replay_step
+from phi4.engine.step import NO_LIMITS, StepResult, UpdateLimits
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Engine:
         learning_rate: float,
         weight_decay: float | None = None,
         asked: Callable[[], Asked] = nothing_asked,
+        limits: UpdateLimits = NO_LIMITS,
     ) -> StepResult:
         """One update over this data rank's micro-batches; see `step.train_step`.
 
@@ -132,7 +134,15 @@ class Engine:
                 learning_rate=learning_rate,
                 weight_decay=decay,
                 asked=asked,
+                limits=limits,
             )
+
+    def replay_step(self, batches: Sequence[HostBatch], objective: Objective) -> Replay:
+        """The gradients of a step once more, without an update; see `replay.replay_step`."""
+        with self.patches:
+            self._set_training(True)
+            placed = self.to_device(batches)
+            return replay_step(self.chunks, self.optimizer, placed, objective, self.layout)
 
     def evaluate(
         self,

@@ -4,6 +4,8 @@ The loss is a sum over a global weight sum, never a mean of means: megatron-core
 the token count it reduces over pipeline, data and context ranks (`calculate_per_token_loss`).
 """
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +27,27 @@ from phi4.engine.patches import without_rewriting
 
 
 @dataclass(frozen=True)
+class UpdateLimits:
+    """A step whose loss or gradient norm is above, or not finite, changes nothing."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+
+NO_LIMITS = UpdateLimits()
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """This rank's part of a step's sums, on its device: read only when the step was bad."""
+
+    loss_sums: torch.Tensor
+    """[2 * names] fp64, as in `Totals.sums` before they are reduced."""
+    square_sum: torch.Tensor
+    """[] fp64, of the gradients that this rank counts, after their reduction."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """Host values of one step, the same on every rank."""
 
@@ -38,7 +61,9 @@ class StepResult:
     """Whether the optimizer changed the parameters."""
     metrics: dict[str, float]
     asked: Asked = field(default_factory=Asked)
-    """What was asked of any rank before the step ended."""
+    """What was asked of any rank before the update."""
+    evidence: Evidence | None = field(default=None, compare=False, repr=False)
+    """Of a training step; not the same on every rank."""
 
 
 class Totals:
@@ -61,8 +86,8 @@ class Totals:
         values = [value.detach().double() for pair in pairs for value in pair]
         self.sums[: self._num_sums] += torch.stack(values)
 
-    def reduce(self, layout: Layout, asked: Asked) -> tuple[dict[str, tuple[float, float]], Asked]:
-        """(sum, count) of every name over the whole step, and what was asked, on every rank.
+    def reduce(self, layout: Layout, asked: Asked) -> None:
+        """Let every rank have the sums, the counts and what was asked; waits for no device.
 
         Args:
             layout: the rank grid.
@@ -76,6 +101,14 @@ class Totals:
         if any(asked):
             self.sums[self._num_sums :] = self.sums.new_tensor(asked)
         dist.all_reduce(self.sums)
+
+    def loss_within(self, limit: float) -> torch.Tensor:
+        """[] bool on the device, once reduced: the mean loss is finite and at most this."""
+        total, count = self.sums[0], self.sums[1]
+        return total.isfinite() & (total <= min(limit, sys.float_info.max) * count)
+
+    def read(self) -> tuple[dict[str, tuple[float, float]], Asked]:
+        """(sum, count) of every name, and what was asked of any rank, on the host."""
         values = self.sums.tolist()
         sums = {n: (values[2 * i], values[2 * i + 1]) for i, n in enumerate(self.names)}
         return sums, Asked(*map(bool, values[self._num_sums :]))
@@ -91,8 +124,12 @@ def train_step(
     learning_rate: float,
     weight_decay: float,
     asked: Callable[[], Asked] = nothing_asked,
+    limits: UpdateLimits = NO_LIMITS,
 ) -> StepResult:
     """Gradients of the whole global batch, clipping, one AdamW update.
+
+    Where loss or gradient of any rank is not finite, or above the limits, no rank updates: both
+    were reduced over the ranks before the update, which is told on the device.
 
     Args:
         chunks: this rank's model chunks with their gradient buffers.
@@ -102,7 +139,8 @@ def train_step(
         layout: the rank grid.
         learning_rate: of this step.
         weight_decay: of this step.
-        asked: what is asked of this rank, called at the end of the step.
+        asked: what is asked of this rank, called before the update.
+        limits: above which nothing is updated.
 
     Collectives: those of the schedule, the gradient reduction over data and context ranks, the norm
     over model ranks, one all-reduce of the totals over all ranks.
@@ -112,9 +150,12 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     set_learning_rate(optimizer, learning_rate, weight_decay)
-    run_schedule(chunks, batches, layout, _loss_function(objective, totals, layout), totals)
-    updated, grad_norm, _ = optimizer.step()
-    return _result(*totals.reduce(layout, asked()), float(grad_norm or 0.0), bool(updated))
+    run_schedule(chunks, batches, layout, loss_function(objective, totals, layout), totals)
+    local_sums = totals.sums.clone()
+    totals.reduce(layout, asked())
+    updated, grad_norm, _ = optimizer.step(totals.loss_within(limits.loss), limits.grad_norm)
+    evidence = Evidence(local_sums, optimizer.local_square_sum)
+    return _result(*totals.read(), grad_norm, updated, evidence)
 
 
 @torch.no_grad()
@@ -131,8 +172,9 @@ def evaluate(
     Collectives: those of the forward schedule, one all-reduce of the totals over all ranks.
     """
     totals = Totals(objective.metric_names, _device(chunks))
-    run_schedule(chunks, batches, layout, _loss_function(objective, totals, layout), None)
-    return _result(*totals.reduce(layout, asked()), 0.0, False)
+    run_schedule(chunks, batches, layout, loss_function(objective, totals, layout), None)
+    totals.reduce(layout, asked())
+    return _result(*totals.read(), 0.0, False)
 
 
 @torch.no_grad()
@@ -185,6 +227,7 @@ def run_schedule(
     totals: Totals | None,
     *,
     labelled: bool = True,
+    before_reduction: Callable[[], None] | None = None,
 ) -> list[LabelLogProbs] | list[torch.Tensor]:
     """megatron-core's pipeline schedule over the micro-batches.
 
@@ -195,6 +238,7 @@ def run_schedule(
         loss_of: loss from the last chunk's log-probabilities; None collects its outputs instead.
         totals: with gradients: supplies the weight sum they are divided by. None: forward only.
         labelled: whether the last chunk's outputs are log-probabilities; else they are logits.
+        before_reduction: called once this rank has all of its gradients.
 
     Collectives: point-to-point over pp; those of the layers over tp and cp; with totals those of
     megatron-core's finalize_model_grads.
@@ -215,6 +259,8 @@ def run_schedule(
         return loss_of(output, batch).loss_sum, torch.ones((), dtype=torch.int), {}
 
     def finalize(model, num_tokens, **options) -> None:
+        if before_reduction:
+            before_reduction()
         finalize_model_grads(model, totals.sums[1].clone(), **options)
 
     rows, length = batches.row_shape
@@ -236,9 +282,10 @@ def _device(chunks: Sequence[torch.nn.Module]) -> torch.device:
     return next(chunks[0].parameters()).device
 
 
-def _loss_function(
+def loss_function(
     objective: Objective, totals: Totals, layout: Layout
 ) -> Callable[[LabelLogProbs, MicroBatch], Loss]:
+    """What computes a micro-batch's loss on the last stage and adds it to the totals."""
     # Every context rank has all sums of segments: one of them counts.
     segment_share = float(layout.cp_rank == 0)
 
@@ -263,7 +310,11 @@ def _loss_function(
 
 
 def _result(
-    sums: dict[str, tuple[float, float]], asked: Asked, grad_norm: float, updated: bool
+    sums: dict[str, tuple[float, float]],
+    asked: Asked,
+    grad_norm: float,
+    updated: bool,
+    evidence: Evidence | None = None,
 ) -> StepResult:
     means = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
     return StepResult(
@@ -273,4 +324,5 @@ def _result(
         updated=updated,
         metrics=means,
         asked=asked,
+        evidence=evidence,
     )

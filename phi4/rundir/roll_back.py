@@ -29,7 +29,8 @@ def continued_behind(
         saved: of the checkpoint.
         drawn: of a later place of the same stream, whose steps after the checkpoint are undone.
         row_units: units of a row.
-        reason: why they are; those of roll backs that are undone with them when empty.
+        reason: of a new roll back; empty for one that counts already, whose checkpoint is now
+            another one: then those of the roll backs that are undone with it.
     """
     kept = tuple(skip for skip in drawn.skips if skip.after_step <= saved.step)
     folded = [skip for skip in drawn.skips if skip.after_step > saved.step]
@@ -45,7 +46,9 @@ def continued_behind(
             reason=reason or "; ".join(skip.reason for skip in folded),
         )
         kept = (*kept, skip)
-    return msgspec.structs.replace(saved, data=drawn.data, skips=kept)
+    return msgspec.structs.replace(
+        saved, data=drawn.data, skips=kept, roll_backs=drawn.roll_backs + bool(reason)
+    )
 
 
 def commit_roll_back(run_dir: Path, state: RunState) -> None:

@@ -27,17 +27,28 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class Skip(msgspec.Struct, frozen=True):
-    """Data that a roll back skipped: it was drawn by steps that were undone."""
+    """Data that was skipped: by a roll back, whose undone steps drew it, or by the recipe."""
 
     after_step: int
     """The step that the run went back to; the next one begins behind the skipped data."""
     last_undone: int
-    """Steps after_step + 1 up to this one were undone."""
+    """Steps after_step + 1 up to this one were undone; after_step where the recipe asked."""
     units: int
     """Units of the stream that were skipped."""
     rows: int
     """The same in rows of the recipe at that time."""
     reason: str
+
+
+class Numerics(msgspec.Struct, frozen=True):
+    """What the next step is compared with: it says which losses and gradients are spikes."""
+
+    losses: tuple[float, ...] = ()
+    """Of the last good steps, oldest first."""
+    log_norms: tuple[float, ...] = ()
+    """Natural logarithms of their gradient norms."""
+    bad_in_row: int = 0
+    """Steps up to now, without a good one between, whose update was skipped."""
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +66,9 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """Of that checkpoint's manifest, which holds the hashes of its files."""
     history: tuple[Change, ...] = ()
     skips: tuple[Skip, ...] = ()
+    roll_backs: int = 0
+    """How often the run was rolled back, on its way here and on ways that were undone."""
+    numerics: Numerics = Numerics()
 
     def to_json(self) -> str:
         """Text of state.json."""

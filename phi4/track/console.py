@@ -116,7 +116,7 @@ _TEXTS = {
     "grad_norm": "grad norm {:.3f}",
     "learning_rate": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",
-    "skipped": "not finite: weights unchanged",
+    "skipped": "bad step: weights unchanged",
     "rolled_back_from": "rolled back from step {:.0f}",
     "skipped_rows": "{:,.0f} rows skipped",
 }

@@ -7,7 +7,7 @@ import msgspec
 
 from phi4.config import Recipe, changed_keys
 from phi4.errors import ConfigError
-from phi4.rundir.state import Change, RunState
+from phi4.rundir.state import Change, Numerics, RunState
 from phi4.train.schedule import decay_end, next_rate
 
 
@@ -42,11 +42,13 @@ def with_changes(
         )
     if rates:
         say(rates)
+    # What was normal under the old schedule says nothing about the new one.
+    numerics = Numerics() if changes["schedule"] else state.numerics
     added = tuple(
         Change(state.step, key, _as_json(before), _as_json(after))
         for key, (before, after) in sorted(changes["schedule"].items())
     )
-    return msgspec.structs.replace(state, history=state.history + added)
+    return msgspec.structs.replace(state, history=state.history + added, numerics=numerics)
 
 
 def _rate_change(state: RunState, old: Recipe, new: Recipe) -> str | None:

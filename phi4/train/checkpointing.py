@@ -7,6 +7,7 @@ from phi4.engine.checkpoint import (
     predicted_gather_bytes,
     save_checkpoint,
 )
+from phi4.engine.replicas import require_finite_parameters
 from phi4.errors import DiskFullError, PlatformError
 from phi4.rundir.checkpoints import checkpoints_dir
 from phi4.rundir.names import RECIPE_FILE, STATE_FILE
@@ -45,6 +46,7 @@ class Checkpointer:
         Raises:
             OwnershipError: the run directory was lost; on every rank.
             DiskFullError, PlatformError: the last step cannot be saved.
+            NotFiniteError: the weights are not finite, so nothing was written; on every rank.
 
         Collectives: those of `require_ownership` and of `save_checkpoint`, when it saves.
         """
@@ -76,6 +78,7 @@ class Checkpointer:
     def _save(self, progress: Progress) -> None:
         context = self._context
         require_ownership(context.platform, context.lease)
+        require_finite_parameters(context.engine)
         config = context.recipe.checkpoint
         form, reason = optimizer_format(
             config,

@@ -15,6 +15,7 @@ from phi4.config import Recipe
 from phi4.data.stream.loader import HeldOut
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.engine.engine import Engine
+from phi4.engine.model.host_batch import HostBatch
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
 from phi4.engine.step import StepResult
@@ -57,6 +58,8 @@ class RollBack:
 
     steps: int
     reason: str
+    of_bad_numbers: bool = False
+    """Whether numbers went wrong: where no checkpoint is old enough, the run has diverged."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -89,6 +92,8 @@ class Progress:
     step_seconds: float
     learning_rate: float
     result: StepResult
+    batches: Sequence[HostBatch] = ()
+    """This data rank's micro-batches of the step."""
 
     @property
     def step(self) -> int:

@@ -10,6 +10,7 @@ from phi4.rundir.state import RunState
 from phi4.track import Status, Trackers
 from phi4.train.checkpointing import Checkpointer
 from phi4.train.hooks import (
+    CONTINUE,
     Decision,
     Hook,
     Progress,
@@ -20,7 +21,10 @@ from phi4.train.hooks import (
     strongest,
 )
 from phi4.train.meter import Stopwatch
+from phi4.train.reliability.ladder import save_or_roll_back
 from phi4.train.reliability.requests import Requests
+from phi4.train.reliability.skipped_windows import behind_window
+from phi4.train.reliability.spikes import SpikeDetector
 from phi4.train.roll_back import roll_back
 from phi4.train.schedule import next_rate, step_tokens
 
@@ -63,6 +67,8 @@ def train(
                 progress = _step(context, loader, state)
             _record(progress, hooks, trackers)
             decision = strongest([hook.act(progress) for hook in hooks])
+            if not isinstance(decision, RollBack):
+                decision = _saved(context, progress, decision, checkpointer)
             if isinstance(decision, RollBack):
                 state = roll_back(context, progress.state, decision, rewind_records=trackers.rewind)
                 checkpointer.rewind()
@@ -70,37 +76,32 @@ def train(
                     hook.rewind(state)
                 continue
             state = progress.state
-            stop = _saved(context, progress, decision, checkpointer)
-            if stop is not None:
+            if isinstance(decision, SaveAndStop) and not progress.is_last:
                 context.say(
-                    f"stopped after step {state.step} of {total}: {stop.reason}; the step is "
+                    f"stopped after step {state.step} of {total}: {decision.reason}; the step is "
                     "saved, and the same command goes on from it"
                 )
-                return Ending(state, stop.status, stop.exit_code)
+                return Ending(state, decision.status, decision.exit_code)
     return Ending(state, "finished")
 
 
 def _saved(
     context: RunContext, progress: Progress, decision: Decision, checkpointer: Checkpointer
-) -> SaveAndStop | None:
-    """Save the step where a decision, a request or the recipe asks for it; gives what ends the run.
+) -> Decision:
+    """Save the step where a decision, a request or the recipe asks for it; says how it goes on.
 
     Who is told to stop while a save is going on has that save: one is not followed by another.
     """
     requests, watch = context.requests, Stopwatch()
-    stop = decision if isinstance(decision, SaveAndStop) else _asked_for(requests)
-    with context.phases.during("save", progress.step):
-        is_saved = checkpointer.save_when_due(
-            progress,
-            is_last=progress.is_last or stop is not None,
-            is_asked=requests.agreed.save,
-        )
+    if not isinstance(decision, SaveAndStop):
+        decision = _asked_for(requests) or decision
+    is_saved, decision = save_or_roll_back(context, checkpointer, progress, decision)
     if is_saved:
         requests.warn_of_slow_saves(progress.step_seconds, watch.lap(), context.say)
         requests.saved()
-        if stop is None and requests.agree(context.platform):
-            stop = _asked_for(requests)
-    return None if progress.is_last else stop
+        if decision == CONTINUE and requests.agree(context.platform):
+            return _asked_for(requests) or CONTINUE
+    return decision
 
 
 def _asked_for(requests: Requests) -> SaveAndStop | None:
@@ -120,6 +121,9 @@ def _step(context: RunContext, loader: Loader, state: RunState) -> Progress:
     """The step that follows a state."""
     recipe, layout = context.recipe, context.engine.layout
     watch = Stopwatch()
+    state = behind_window(recipe, loader, state)
+    spikes = SpikeDetector(recipe.reliability.spike_deviations, recipe.reliability.spike_window)
+    limits = spikes.limits(state.numerics)
     rate = next_rate(recipe, step=state.step, consumed_tokens=state.consumed_tokens)
     batches = loader.next_step(
         global_batch_size=recipe.batch.global_batch_size,
@@ -128,7 +132,11 @@ def _step(context: RunContext, loader: Loader, state: RunState) -> Progress:
         dp_size=layout.dp_size,
     )
     result = context.engine.train_step(
-        batches, context.objective, learning_rate=rate, asked=context.requests.asked
+        batches,
+        context.objective,
+        learning_rate=rate,
+        limits=limits,
+        asked=context.requests.asked,
     )
     context.requests.learn(result)
     tokens = step_tokens(recipe)
@@ -138,10 +146,12 @@ def _step(context: RunContext, loader: Loader, state: RunState) -> Progress:
             step=state.step + 1,
             consumed_tokens=state.consumed_tokens + tokens,
             data=loader.state(),
+            numerics=spikes.following(state.numerics, result),
         ),
         total_steps=recipe.run.steps,
         step_tokens=tokens,
         step_seconds=watch.lap(),
         learning_rate=rate,
         result=result,
+        batches=batches,
     )

@@ -12,8 +12,9 @@ class Meter(Hook):
     def measure(self, progress: Progress) -> dict[str, float]:
         """loss, grad_norm, learning_rate, consumed_tokens, step_seconds, tokens_per_second.
 
-        skipped = 1 besides, where the gradient was not finite and so changed nothing; and what
-        `roll_back_numbers` says.
+        skipped = 1 besides, where loss or gradient was not finite or a spike and so changed
+        nothing, with the number of such steps in a row as bad_in_row; and what `roll_back_numbers`
+        says.
         """
         return {
             "loss": progress.result.loss,
@@ -22,7 +23,7 @@ class Meter(Hook):
             "consumed_tokens": progress.state.consumed_tokens,
             "step_seconds": progress.step_seconds,
             "tokens_per_second": progress.step_tokens / progress.step_seconds,
-            **({} if progress.result.updated else {"skipped": 1.0}),
+            **_skipped_numbers(progress),
             **roll_back_numbers(progress.state),
             **progress.result.metrics,
         }
@@ -31,15 +32,21 @@ class Meter(Hook):
 def roll_back_numbers(state: RunState) -> dict[str, int]:
     """rolled_back_from and skipped_rows, for the step that follows a roll back; else nothing.
 
-    They follow from the state, so that a run that was killed right after it records them too.
+    Only skipped_rows where the recipe asked for the skip. They follow from the state, so that a run
+    that was killed right after it records them too.
     """
     skips = [skip for skip in state.skips if skip.after_step == state.step - 1]
     if not skips:
         return {}
-    return {
-        "rolled_back_from": skips[-1].last_undone,
-        "skipped_rows": sum(skip.rows for skip in skips),
-    }
+    numbers = {"skipped_rows": sum(skip.rows for skip in skips)}
+    last_undone = max(skip.last_undone for skip in skips)
+    return numbers if last_undone < state.step else {"rolled_back_from": last_undone} | numbers
+
+
+def _skipped_numbers(progress: Progress) -> dict[str, float]:
+    if progress.result.updated:
+        return {}
+    return {"skipped": 1.0, "bad_in_row": float(progress.state.numerics.bad_in_row)}
 
 
 class Stopwatch:

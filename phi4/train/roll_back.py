@@ -9,7 +9,7 @@ from pathlib import Path
 
 from phi4.engine.agreement import decided_by_writer
 from phi4.engine.checkpoint import checkpoints_newest_first
-from phi4.errors import CheckpointError
+from phi4.errors import CheckpointError, DivergedError
 from phi4.rundir.checkpoints import checkpoints_dir, step_of
 from phi4.rundir.roll_back import commit_roll_back, continued_behind
 from phi4.rundir.state import RunState
@@ -39,6 +39,7 @@ def roll_back(
     Raises:
         OwnershipError: the run directory was lost.
         CheckpointError: no checkpoint is old enough, or none of them loads.
+        DivergedError: likewise, where numbers went wrong.
         DiskFullError, PlatformError: the roll back cannot be written; unless its file was, it did
             not happen.
 
@@ -47,10 +48,11 @@ def roll_back(
     """
     recipe, say = context.recipe, context.say
     require_ownership(context.platform, context.lease)
-    checkpoint, saved = newest_loaded(
-        Restoring(recipe, context.engine, context.source_hashes, say, allow_change=True),
-        _old_enough(context, now, asked),
-    )
+    restoring = Restoring(recipe, context.engine, context.source_hashes, say, allow_change=True)
+    try:
+        checkpoint, saved = newest_loaded(restoring, _old_enough(context, now, asked))
+    except CheckpointError as error:
+        raise DivergedError(str(error)) if asked.of_bad_numbers else error from None
     row_units = recipe.data.sequence_length // recipe.data.unit_tokens
     state = continued_behind(saved, now, row_units=row_units, reason=asked.reason)
 

@@ -33,6 +33,7 @@ from phi4.train.ledger_record import LedgerRecord
 from phi4.train.loop import Ending, train
 from phi4.train.meter import Meter
 from phi4.train.ownership import Ownership, owned_run_dir
+from phi4.train.reliability.guard import NumericsGuard
 from phi4.train.reliability.phases import Phases
 from phi4.train.reliability.requests import Requests
 from phi4.train.reliability.stragglers import stragglers
@@ -52,6 +53,7 @@ def _ledger_record(context: RunContext) -> Sequence[Hook]:
 OWN_HOOKS: tuple[HookFactory, ...] = (
     lambda context: [Ownership(context.lease)],
     lambda context: [Meter()],
+    lambda context: [NumericsGuard(context)],
     lambda context: [
         HeldOutLoss(
             context.recipe,

@@ -21,6 +21,7 @@ SUB_LAYERS: Mapping[str, Layers] = {
     "phi4.engine": (
         ("checkpoint", "generation"),
         ("engine",),
+        ("replay",),
         ("step", "fake_ranks"),
         ("optimizer", "patches"),
         ("model", "optimizer.adamw", "checkpoint_io", "agreement"),

@@ -79,4 +79,4 @@ def test_skipped_step_is_said_at_once():
     console.log(2, METRICS | {"grad_norm": float("inf"), "skipped": 1.0})
 
     assert "grad norm inf" in stream.getvalue()
-    assert "not finite: weights unchanged" in stream.getvalue()
+    assert "bad step: weights unchanged" in stream.getvalue()

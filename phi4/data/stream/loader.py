@@ -125,6 +125,10 @@ class Loader:
             self.stream.chosen_tokens_per_pair(draws),
         )
 
+    def skip(self, num_rows: int) -> None:
+        """Go on as if so many rows had been served."""
+        self.stream.skip(num_rows * (self._data.sequence_length // self.stream.draw_tokens))
+
     def require_epochs(self, num_rows: int) -> None:
         """Refuse now what `next_step` would refuse after some of the rows that are still to come.
 

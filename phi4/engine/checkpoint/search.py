@@ -8,6 +8,8 @@ from pathlib import Path
 
 from phi4.engine.agreement import decided_by_writer
 from phi4.engine.platform import Platform
+from phi4.errors import DivergedError
+from phi4.rundir.bad_checkpoints import TIMES, is_bad
 from phi4.rundir.checkpoints import (
     complete_checkpoints,
     find_checkpoint,
@@ -18,13 +20,26 @@ from phi4.rundir.checkpoints import (
 def checkpoints_newest_first(platform: Platform, root: Path) -> list[Path]:
     """What `latest` names, then all other complete checkpoints from the newest on.
 
+    Without those that are bad, see `phi4.rundir.bad_checkpoints`.
+
+    Raises:
+        DivergedError: there are checkpoints, and all of them are bad; on every rank.
+
     Collectives: one broadcast of the paths over all ranks.
     """
 
     def decide() -> list[Path]:
         newest = latest_checkpoint(root)
         others = [p for p in reversed(complete_checkpoints(root)) if p != newest]
-        return others if newest is None else [newest, *others]
+        found = others if newest is None else [newest, *others]
+        good = [path for path in found if not is_bad(path)]
+        if found and not good:
+            raise DivergedError(
+                f"all checkpoints in {root} are bad, training from them turned NaN "
+                f"{TIMES} times: {', '.join(path.name for path in found)}; remove bad.jsonl there "
+                "to try them again, or use another run.dir"
+            )
+        return good
 
     return decided_by_writer(platform, decide)
 

@@ -6,10 +6,12 @@ device and the update takes it, with masters, moments and bf16 weights written f
 gradient is read twice, once for the norm, and never written. Preparing needs no change: gradient
 buffers are fp32, so megatron-core's `main_param.grad = main_grad.float()` is a view.
 
-A gradient norm that is not finite changes nothing: no parameter, no moment, no step count.
+A gradient norm that is not finite or above the step's limit, or a loss that the step does not
+accept, changes nothing: no parameter, no moment, no step count.
 """
 
 import math
+import sys
 from functools import cached_property
 
 import torch
@@ -106,26 +108,44 @@ class OnePassChain(ChainedOptimizer):
                 optimizer.optimizer.implementation = adamw
 
     @torch.no_grad()
-    def step(self) -> tuple[bool, float, None]:
+    def step(
+        self, accepted: Tensor | None = None, norm_limit: float = math.inf
+    ) -> tuple[bool, float, None]:
         """(whether parameters changed, gradient norm before clipping, None).
+
+        Args:
+            accepted: [] bool on the device: where False nothing changes.
+            norm_limit: nor does anything where the norm is above.
 
         Collectives: all-reduce of one number over the ranks that hold other gradients; those of
         the optimizers' `update`.
         """
         self.prepare_grads()
-        total = self._square_sum()
+        total = self.square_sum()
         max_norm = self.config.clip_grad
         grad_scale = clip_factor(total, max_norm, CLIP_EPS) if max_norm > 0 else None
-        found_inf = (~total.isfinite()).float()
+        # False for NaN too.
+        good = total <= min(norm_limit * norm_limit, sys.float_info.max)
+        if accepted is not None:
+            good &= accepted
+        found_inf = (~good).float()
         for optimizer in self.chained_optimizers:
             optimizer.update(grad_scale, found_inf)
         # Read only now: everything above is enqueued.
-        norm = math.sqrt(float(total))
-        if not math.isfinite(norm):
+        total_value, good_value = torch.stack([total, good.to(total.dtype)]).tolist()
+        if not good_value:
             self._retract()
-        return math.isfinite(norm), norm, None
+        return bool(good_value), math.sqrt(total_value), None
 
-    def _square_sum(self) -> Tensor:
+    local_square_sum: Tensor
+    """[] of the gradients that this rank counted in the last step."""
+
+    @torch.no_grad()
+    def square_sum(self) -> Tensor:
+        """[] over all gradients of the model, prepared; the norm is its root.
+
+        Collectives: as `step`.
+        """
         gradients = [
             gradient
             for optimizer in self.chained_optimizers
@@ -136,6 +156,7 @@ class OnePassChain(ChainedOptimizer):
         else:
             device = torch.cuda.current_device()
             total = torch.zeros((), dtype=torch.float64, device=device)
+        self.local_square_sum = total.clone()
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
         return total
 

@@ -10,7 +10,7 @@ import pytest
 from phi4.engine.model.gpt import Phi4Model
 from phi4.rundir.state import RunState
 from phi4.stages.pretrain import NextToken
-from phi4.train.reliability.stragglers import PaceComparison, Pace, stragglers
+from phi4.train.reliability.stragglers import Pace, PaceComparison, stragglers
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.ranks import run_ranks
 

@@ -1,0 +1,88 @@
+"""A step once more, without its update: what it says of the hardware, and of where NaN arose.
+
+The engine is deterministic, so a second result that differs in one bit is a fault of a machine.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.utils import get_model_config
+
+from phi4.engine import step as steps
+from phi4.engine.bits import are_finite, digests
+from phi4.engine.layout import Layout
+from phi4.engine.model.micro_batch import MicroBatches
+from phi4.engine.objective import Objective
+from phi4.engine.optimizer.adamw import OnePassChain
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """What this rank found, on its device; the sums are as in `step.Evidence`."""
+
+    loss_sums: torch.Tensor
+    """[2 * names] fp64."""
+    square_sum: torch.Tensor
+    """[] fp64."""
+    gradient_is_finite: torch.Tensor
+    """[] bool, of this rank's gradients before any reduction over replicas."""
+    gradient_digest: torch.Tensor
+    """[] int64, of the same."""
+
+
+def replay_step(
+    chunks: list[DistributedDataParallel],
+    optimizer: OnePassChain,
+    batches: MicroBatches,
+    objective: Objective,
+    layout: Layout,
+) -> Replay:
+    """Compute the gradients of a step again; parameters and optimizer stay as they are.
+
+    Collectives: those of `step.train_step` without the update's and the totals'.
+    """
+    totals = steps.Totals(objective.metric_names, next(chunks[0].parameters()).device)
+    found: list[torch.Tensor] = []
+
+    def before_reduction() -> None:
+        gradients = [parameter.main_grad for chunk in chunks for parameter in chunk.parameters()]
+        found.append(are_finite(gradients).all())
+        # NaN has many bit patterns that mean the same.
+        found.append(digests(g.nan_to_num(nan=torch.finfo(g.dtype).max) for g in gradients).sum())
+        for chunk in chunks:
+            if chunk.ddp_config.overlap_grad_reduce:
+                chunk.start_grad_sync()
+
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    with _reduced_at_the_end(chunks):
+        steps.run_schedule(
+            chunks,
+            batches,
+            layout,
+            steps.loss_function(objective, totals, layout),
+            totals,
+            before_reduction=before_reduction,
+        )
+    optimizer.prepare_grads()
+    optimizer.square_sum()
+    is_finite, gradient_digest = found
+    return Replay(totals.sums, optimizer.local_square_sum, is_finite, gradient_digest)
+
+
+@contextmanager
+def _reduced_at_the_end(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """No gradient is reduced during the backward pass, where overlap_grad_reduce would."""
+    config = get_model_config(chunks[0])
+    switch, config.no_sync_func = config.no_sync_func, None
+    try:
+        with ExitStack() as stack:
+            for chunk in chunks:
+                stack.enter_context(chunk.no_sync())
+            yield
+    finally:
+        config.no_sync_func = switch

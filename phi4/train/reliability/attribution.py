@@ -1,0 +1,142 @@
+"""Whose fault a bad step is: the data's, or a machine's, which is named.
+
+The step is computed again on the same batches. Results that are equal bit by bit acquit the
+hardware. This costs collectives and a step's time, and happens only after a bad step.
+"""
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from phi4.engine.agreement import gathered
+from phi4.engine.layout import Layout
+from phi4.engine.replay import Replay
+from phi4.engine.step import StepResult
+from phi4.errors import CorruptionError
+from phi4.train.hooks import Progress, RunContext
+
+
+@dataclass(frozen=True)
+class StepFinding:
+    """What one rank saw of a bad step and of its replays."""
+
+    rank: int
+    host: str
+    dp_rank: int
+    pp_rank: int
+    loss_is_finite: bool
+    """Of its own micro-batches, in both."""
+    gradient_is_finite: bool
+    """Its own, before the reduction over replicas, in the replay."""
+    loss_differs: bool = False
+    square_differs: bool = False
+    """Of the reduced gradients that it counts."""
+    gradient_differs: bool = False
+    """Its own, between two replays."""
+
+    @property
+    def place(self) -> str:
+        """For a message."""
+        return f"rank {self.rank} on {self.host}"
+
+
+def attribute(context: RunContext, progress: Progress) -> str:
+    """Compute a bad step again; says where non-finite numbers arose, empty where all are finite.
+
+    Raises:
+        CorruptionError: on every rank, where a second result differs; names ranks and hosts.
+
+    Collectives: those of `Engine.replay_step`, twice where results differ; one all-gather over all
+    ranks after each.
+    """
+
+    def replay() -> Replay:
+        return context.engine.replay_step(progress.batches, context.objective)
+
+    layout, result = context.engine.layout, progress.result
+    first = replay()
+    everyone = gathered(context.platform, _finding(layout, context.platform.rank, result, first))
+    if any(finding.loss_differs or finding.square_differs for finding in everyone):
+        raise CorruptionError(
+            f"step {progress.step} computed twice on the same data gave two results: "
+            f"{_accused(context, everyone, first, replay)}; take the host out, and start the run "
+            "again from its newest checkpoint"
+        )
+    return where_not_finite(everyone)
+
+
+def where_not_finite(everyone: Sequence[StepFinding]) -> str:
+    """The ranks whose own losses, or else gradients, are not finite."""
+    for name, found in (
+        ("loss", [one.place for one in everyone if not one.loss_is_finite]),
+        ("gradient", _latest_stage([one for one in everyone if not one.gradient_is_finite])),
+    ):
+        if found:
+            return f"it arose in the {name} of {', '.join(found)}"
+    return ""
+
+
+def accused(everyone: Sequence[StepFinding]) -> list[str]:
+    """Ranks one of which computed wrongly, as few as the findings allow.
+
+    A wrong forward pass shows in the loss of the last stage, whatever stage it happened on, so a
+    whole pipeline is named. A wrong backward pass shows in the gradients of its stage and of those
+    before it. Gradients are compared after their reduction, which spreads them over data replicas,
+    so that all replicas of a stage are named; unless the fault comes again in a replay.
+    """
+    replicas = {one.dp_rank for one in everyone if one.loss_differs}
+    if replicas:
+        return [one.place for one in everyone if one.dp_rank in replicas]
+    again = [one for one in everyone if one.gradient_differs]
+    return _latest_stage(again or [one for one in everyone if one.square_differs])
+
+
+def _latest_stage(found: Sequence[StepFinding]) -> list[str]:
+    """The places on the latest pipeline stage: where a backward pass went wrong first."""
+    last = max((one.pp_rank for one in found), default=0)
+    return [one.place for one in found if one.pp_rank == last]
+
+
+def _accused(
+    context: RunContext,
+    everyone: Sequence[StepFinding],
+    first: Replay,
+    replay: Callable[[], Replay],
+) -> str:
+    """In words; replays once more where that can tell one replica from another."""
+    if not any(finding.loss_differs for finding in everyone):
+        differs = bool(replay().gradient_digest != first.gradient_digest)
+        flags = gathered(context.platform, differs)
+        everyone = [
+            StepFinding(**(vars(finding) | {"gradient_differs": flag}))
+            for finding, flag in zip(everyone, flags, strict=True)
+        ]
+    places = accused(everyone)
+    return (
+        f"{places[0]} computes wrongly"
+        if len(places) == 1
+        else (f"one of {', '.join(places)} computes wrongly")
+    )
+
+
+def _finding(layout: Layout, rank: int, result: StepResult, replay: Replay) -> StepFinding:
+    before = result.evidence
+    both = torch.stack([before.loss_sums, replay.loss_sums])
+    return StepFinding(
+        rank=rank,
+        host=socket.gethostname(),
+        dp_rank=layout.dp_rank,
+        pp_rank=layout.pp_rank,
+        loss_is_finite=bool(both[:, 0].isfinite().all()),
+        gradient_is_finite=bool(replay.gradient_is_finite),
+        loss_differs=_differ(before.loss_sums, replay.loss_sums),
+        square_differs=_differ(before.square_sum, replay.square_sum),
+    )
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether any two numbers differ in their bits; NaN has many that mean the same."""
+    same = (one.view(torch.int64) == other.view(torch.int64)) | (one.isnan() & other.isnan())
+    return not bool(same.all())

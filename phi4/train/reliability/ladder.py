@@ -1,0 +1,64 @@
+"""What follows from numbers that went wrong more than once: a roll back, or the end of the run."""
+
+from phi4.config import Recipe
+from phi4.errors import DivergedError, NotFiniteError
+from phi4.rundir.state import RunState
+from phi4.train.checkpointing import Checkpointer
+from phi4.train.hooks import CONTINUE, Decision, Progress, RollBack, RunContext, SaveAndStop
+
+
+def rolled_back(recipe: Recipe, state: RunState, steps: int, reason: str) -> RollBack:
+    """The decision to undo steps whose numbers are wrong.
+
+    Raises:
+        DivergedError: the run used up `reliability.max_roll_backs`.
+    """
+    allowed = recipe.reliability.max_roll_backs
+    if state.roll_backs >= allowed:
+        raise DivergedError(
+            f"step {state.step}: {reason}, and the run was rolled back {state.roll_backs} times "
+            f"already (reliability.max_roll_backs={allowed}); look at the data (`phi4 data ledger "
+            f"{recipe.run.dir}` lists what was skipped), lower optim.learning_rate or set "
+            "optim.clip_grad"
+        )
+    return RollBack(steps, reason, of_bad_numbers=True)
+
+
+def save_or_roll_back(
+    context: RunContext, checkpointer: Checkpointer, progress: Progress, decision: Decision
+) -> tuple[bool, Decision]:
+    """Save a step when that is due or asked for; a roll back where its weights are not finite.
+
+    While steps are bad one after the other nothing is saved, so that the checkpoint from before
+    them, which a roll back needs, is not pushed out; except at the run's end, and where it stops.
+
+    Args:
+        context: the run.
+        checkpointer: saves.
+        progress: the step.
+        decision: of the hooks: to go on or to stop.
+
+    Returns:
+        Whether the step is saved, and how the run goes on.
+
+    Raises:
+        DivergedError: the weights are not finite, and the run stops, or was rolled back too often.
+        Phi4Error: of the save.
+
+    Collectives: those of `Checkpointer.save_when_due`.
+    """
+    stops = progress.is_last or isinstance(decision, SaveAndStop)
+    if progress.state.numerics.bad_in_row and not stops:
+        return False, CONTINUE
+    try:
+        with context.phases.during("save", progress.step):
+            is_saved = checkpointer.save_when_due(
+                progress, is_last=stops, is_asked=context.requests.agreed.save
+            )
+    except NotFiniteError as error:
+        reason = f"weights are not finite, so the step is not saved: {error}"
+        context.say(f"step {progress.step}: {reason}")
+        if isinstance(decision, SaveAndStop):
+            raise
+        return False, rolled_back(context.recipe, progress.state, 1, reason)
+    return is_saved, decision

@@ -1,0 +1,47 @@
+"""Data that the recipe leaves out: `data.skip_windows`, rows behind a step that no step draws."""
+
+import msgspec
+
+from phi4.config import Recipe
+from phi4.data.stream.loader import Loader
+from phi4.rundir.state import RunState, Skip
+
+REASON = "data.skip_windows"
+
+
+def behind_window(recipe: Recipe, loader: Loader, state: RunState) -> RunState:
+    """The state from which the next step is taken: behind the window that begins there, if any.
+
+    Args:
+        recipe: names the windows.
+        loader: stands where the state says; is moved.
+        state: between two steps.
+    """
+    rows = rows_due(recipe, state)
+    if not rows:
+        return state
+    loader.skip(rows)
+    row_units = recipe.data.sequence_length // recipe.data.unit_tokens
+    skip = Skip(
+        after_step=state.step,
+        last_undone=state.step,
+        units=rows * row_units,
+        rows=rows,
+        reason=REASON,
+    )
+    return msgspec.structs.replace(state, data=loader.state(), skips=(*state.skips, skip))
+
+
+def rows_due(recipe: Recipe, state: RunState) -> int:
+    """Rows of the window that begins after a state's step and is still ahead.
+
+    It is behind where the state knows of it, and where a roll back skipped all that was drawn up to
+    a step beyond it.
+    """
+    rows = dict(recipe.data.skip_windows).get(state.step, 0)
+    is_behind = any(
+        (skip.after_step == state.step and skip.reason == REASON)
+        or skip.after_step < state.step < skip.last_undone
+        for skip in state.skips
+    )
+    return 0 if is_behind else rows
