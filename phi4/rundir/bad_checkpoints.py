@@ -43,7 +43,8 @@ def note_bad(root: Path, step: int, at_step: int) -> int:
     checkpoint = root / checkpoint_name(step)
     line = TurnedBad(checkpoint.name, manifest_hash(checkpoint), at_step)
     with (root / BAD_CHECKPOINTS_FILE).open("ab") as stream:
-        stream.write(msgspec.json.encode(line) + b"\n")
+        # A kill may have left half a line.
+        stream.write(b"\n" + msgspec.json.encode(line) + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
     return _times(root, checkpoint)
