@@ -1,21 +1,18 @@
-"""What `patches.py` puts in the place of torch's and megatron-core's checkpoint reader and writer.
+"""What `patches.py` puts in the place of torch's and megatron-core's checkpoint reader.
 
-The reader takes an index that was vetted before and reads values only: torch's own unpickles
-`.metadata` and every record of bytes without restriction. The writer writes in this process, and
-records what it cannot write instead of leaving the collectives that the other ranks wait in.
+It takes an index that was vetted before and reads values only: torch's own unpickles `.metadata`
+and every record of bytes without restriction.
 """
 
 import io
 import pickle
-import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -96,48 +93,3 @@ def values_only() -> Iterator[None]:
         ) from None
     finally:
         torch.serialization.add_safe_globals(added)
-
-
-def write_in_process(
-    write_errors: list[Exception],
-    transforms: list,
-    use_msc: bool,
-    rank: int,
-    write_buckets: list,
-    results: queue.SimpleQueue,
-) -> None:
-    """Write the buckets of a checkpoint one after the other in this process.
-
-    Args:
-        write_errors: gets what cannot be written.
-        transforms, use_msc, rank, write_buckets: as megatron-core's write_preloaded_data_multiproc.
-        results: gets the places of the records, or the error.
-    """
-    written: dict[int, list] | Exception = {}
-    for index, bucket in enumerate(write_buckets):
-        done, pending = queue.SimpleQueue(), queue.Queue()
-        pending.put(index)
-        FileSystemWriterAsync.write_preloaded_data(
-            transforms, index, bucket, done, pending, use_fsync=True
-        )
-        _, outcome = done.get()
-        if isinstance(outcome, Exception):
-            written = outcome
-            write_errors.append(outcome)
-            break
-        written[index] = outcome
-    results.put(written)
-
-
-def recording_errors(
-    write_errors: list[Exception], write: Callable[..., None]
-) -> Callable[..., None]:
-    """`write`, with what it cannot write recorded instead of raised."""
-
-    def recorded(*args: Any, **kwargs: Any) -> None:
-        try:
-            write(*args, **kwargs)
-        except (OSError, RuntimeError) as error:
-            write_errors.append(error)
-
-    return recorded

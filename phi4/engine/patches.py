@@ -8,11 +8,9 @@ absence fails. Written against megatron-core 0.16.1 and refuses any other versio
 """
 
 import contextlib
-import queue
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -28,12 +26,8 @@ from phi4_kernels.adamw import FusedAdam
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.overrides import TorchFunctionMode
 
-from phi4.engine.checkpoint_io import (
-    VettedReader,
-    load_bytes_as_values,
-    recording_errors,
-    write_in_process,
-)
+from phi4.engine.checkpoint_capture import Capture
+from phi4.engine.checkpoint_io import VettedReader, load_bytes_as_values
 from phi4.engine.optimizer.adamw import (
     OnePassChain,
     OnePassDistributed,
@@ -120,15 +114,25 @@ def _set_cpu_rng_state(new_state, device=-1, graph_safe=False) -> None:
 
 
 def _checkpoint_writer(patches: "Patches") -> list[tuple[Any, str, Any]]:
-    errors = patches.write_errors
+    capture = patches.capture
     writer, common = filesystem_async.FileSystemWriterAsync, common_strategy.TorchCommonSaveStrategy
     return [
-        (filesystem_async, "_get_write_results_queue", queue.SimpleQueue),
-        (writer, "write_preloaded_data_multiproc", staticmethod(partial(write_in_process, errors))),
-        (writer, "finish", recording_errors(errors, writer.finish)),
-        (common, "save_common", recording_errors(errors, common.save_common)),
-        (serialization, "save_config", recording_errors(errors, serialization.save_config)),
+        (writer, "prepare_write_data", _as_method(capture.prepare_write_data)),
+        (writer, "preload_tensors", staticmethod(capture.preload_tensors)),
+        (writer, "write_preloaded_data_multiproc", staticmethod(capture.write_preloaded)),
+        (writer, "finish", _as_method(capture.finish)),
+        (common, "save_common", _as_method(capture.save_common)),
+        (serialization, "save_config", capture.save_config),
     ]
+
+
+def _as_method(act: Callable[..., None]) -> Callable[..., None]:
+    """A bound method as a function, so that it gets the object it is called on, too."""
+
+    def method(self: object, *args: Any, **kwargs: Any) -> None:
+        return act(self, *args, **kwargs)
+
+    return method
 
 
 PATCHES = (
@@ -196,12 +200,12 @@ PATCHES = (
     ),
     Patch(
         "checkpoint_writer",
-        "dist_checkpointing/strategies/filesystem_async.py:49,254, strategies/common.py:48, "
-        "strategies/state_dict_saver.py:243, serialization.py:422",
-        "a synchronous save starts a Manager process per rank, which outlives a killed worker, and "
-        "forks writers out of a process that runs threads; it needs neither. Rank 0 alone writes "
-        "common.pt, .metadata and metadata.json: an error there leaves the others in a collective, "
-        "so it is kept in Patches.write_errors until all ranks have left the save",
+        "dist_checkpointing/strategies/filesystem_async.py:104,212,235,475, "
+        "strategies/common.py:40, serialization.py:422",
+        "a save starts a Manager process per rank, which outlives a killed worker, forks writers "
+        "out of a process that runs threads, and clones every tensor that is a view. Rank 0 alone "
+        "writes common.pt, .metadata and metadata.json: an error there leaves the others in a "
+        "collective, and in an asynchronous save training waits for them",
         ("cpu", "cuda"),
         _checkpoint_writer,
     ),
@@ -253,8 +257,8 @@ class Patches:
         check_megatron_version()
         self.device = torch.device("cuda" if kind == "cuda" else kind)
         self.rng_tracker = CpuRngTracker()
-        self.write_errors: list[Exception] = []
-        """What this rank could not write of the checkpoint that is being saved."""
+        self.capture = Capture()
+        """Where what a checkpoint holds goes to."""
         self._active = [p for p in PATCHES if kind in p.kinds and p.name not in without]
         rewrites = kind != "cuda" and DEVICE_LITERALS not in without
         self._mode = CudaMeansHere(self.device) if rewrites else contextlib.nullcontext()

@@ -7,6 +7,8 @@ so a kill at any moment leaves a `latest` that can be loaded.
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from phi4.errors import CheckpointError
@@ -88,21 +90,39 @@ def read_checkpoint_file(checkpoint: Path, name: str) -> str:
         raise CheckpointError(f"{checkpoint / name} is damaged: {error}") from None
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a new one is complete.
+
+    Attributes:
+        keep: so many of the newest, and besides them the newest that any layout can load.
+        keep_every: those of steps that this divides, for ever; 0 means none.
+    """
+
+    keep: int
+    keep_every: int = 0
+
+
 class CheckpointDirectory:
-    """One checkpoint being written. Only the writer rank calls the methods.
+    """One checkpoint being written. Only the writer rank, or its writer process, calls the methods.
 
     Args:
         root: the run's `checkpoints` directory.
         step: optimizer steps done.
+        tag: of this try. A writer that hangs in an earlier try of the same step and goes on later
+            then finds its directory gone.
     """
 
-    def __init__(self, root: Path, step: int) -> None:
+    def __init__(self, root: Path, step: int, tag: str = "") -> None:
         self.root = root
         self.final = root / checkpoint_name(step)
-        self.partial = root / f".{self.final.name}.partial"
+        self.partial = root / f".{self.final.name}{tag and '.'}{tag}.partial"
 
     def begin(self) -> None:
-        """An empty directory to write into; what killed saves left is removed."""
+        """An empty directory to write into; what killed saves left is removed.
+
+        No other save of the run may be under way.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         for stale in self.root.glob(".step_*.partial"):
             shutil.rmtree(stale, ignore_errors=stale != self.partial)
@@ -112,8 +132,13 @@ class CheckpointDirectory:
         """Remove what was written; the checkpoints before it stay as they are."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def commit(self, manifest: bytes) -> None:
-        """Write the manifest, make everything durable, rename, point `latest` at it."""
+    def commit(self, files: Mapping[str, bytes], manifest: bytes) -> None:
+        """Write the small files and the manifest, make all durable, rename, point `latest` at it.
+
+        What else the manifest lists is on the disk already.
+        """
+        for name, content in files.items():
+            write_durably(self.partial / name, content)
         write_durably(self.partial / MANIFEST_FILE, manifest)
         for directory in [p for p in self.partial.rglob("*") if p.is_dir()] + [self.partial]:
             _sync_directory(directory)
@@ -123,11 +148,22 @@ class CheckpointDirectory:
         _sync_directory(self.root)
         _point_latest_at(self.final)
 
-    def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` checkpoints and the newest that any layout can load."""
+    def holds(self, manifest: bytes) -> bool:
+        """Whether this very checkpoint is complete and `latest` names it."""
+        try:
+            written = (self.final / MANIFEST_FILE).read_bytes()
+            named = (self.root / LATEST_FILE).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        return written == manifest and named.strip() == self.final.name
+
+    def prune(self, retention: Retention) -> None:
+        """Remove what the retention does not keep."""
         complete = complete_checkpoints(self.root)
-        kept = {*complete[-keep:], self.final}
+        kept = {*complete[-retention.keep :], self.final}
         kept |= set([p for p in complete if _is_reshardable(p)][-1:])
+        if retention.keep_every:
+            kept |= {p for p in complete if step_of(p) % retention.keep_every == 0}
         for old in complete:
             if old not in kept:
                 _remove(old)

@@ -101,9 +101,9 @@ def check_recipe(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe)
         )
 
 
-def hash_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Size and hash of the named files."""
-    return {name: FileEntry(*_size_and_hash(directory / name)) for name in names}
+def entry_of(content: bytes) -> FileEntry:
+    """Size and hash of a file with this content."""
+    return FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
 
 def content_names(directory: Path) -> list[str]:
@@ -141,7 +141,7 @@ def read_verified(directory: Path, manifest: CheckpointManifest, name: str) -> b
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     content = path.read_bytes()
-    if FileEntry(len(content), hashlib.sha256(content).hexdigest()) != expected:
+    if entry_of(content) != expected:
         raise CheckpointError(f"{path} has another size or sha256 than its manifest says")
     return content
 

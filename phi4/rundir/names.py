@@ -13,6 +13,7 @@ RUN/
   save_now               created by a user: the run saves and goes on; removed once it did
   attempts/0000001.json  every start of the run, and who owns it now
   checkpoints/bad.jsonl  checkpoints after which training turned NaN
+  checkpoints.jsonl      what became of every save: scheduled, durable, failed or refused
   checkpoints/latest     the name of the newest checkpoint
   checkpoints/step_0000100/{manifest.json, recipe.toml, state.json, ...}
 """
@@ -30,6 +31,7 @@ SAVE_NOW_FILE = "save_now"
 ATTEMPTS_DIR = "attempts"
 CHECKPOINTS_DIR = "checkpoints"
 BAD_CHECKPOINTS_FILE = "bad.jsonl"
+SAVES_FILE = "checkpoints.jsonl"
 LATEST_FILE = "latest"
 MANIFEST_FILE = "manifest.json"
 RECIPE_FILE = "recipe.toml"

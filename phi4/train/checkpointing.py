@@ -1,18 +1,35 @@
-"""When a run saves."""
+"""When a run saves, and what becomes of it.
+
+A save is `scheduled` when training goes on and its ranks' writer processes write, and `durable`
+once it counts; one that training waits for is durable at once. At most one is under way: a save
+that is due meanwhile is made as soon as that one has ended, of the step that the run has then
+reached. The last save of a run first waits for the one under way, then is waited for itself.
+"""
+
+from collections.abc import Callable
+from typing import Literal
 
 from phi4.config import dump_toml
+from phi4.engine.agreement import done_by_all
 from phi4.engine.checkpoint import (
+    Durable,
+    PendingSave,
+    SaveRequest,
     host_memory_bytes,
     optimizer_format,
     predicted_gather_bytes,
     save_checkpoint,
 )
 from phi4.engine.replicas import require_finite_parameters
-from phi4.errors import DiskFullError, PlatformError
-from phi4.rundir.checkpoints import checkpoints_dir
+from phi4.errors import DiskFullError, NotFiniteError, PlatformError
+from phi4.rundir.checkpoints import Retention, checkpoints_dir
 from phi4.rundir.names import RECIPE_FILE, STATE_FILE
-from phi4.train.hooks import Progress, RunContext
+from phi4.rundir.state import RunState
+from phi4.train.hooks import Hook, Progress, RunContext
+from phi4.train.meter import Stopwatch
 from phi4.train.ownership import require_ownership
+from phi4.train.save_states import SaveStates
+from phi4.writer import Staging, WriterProcess
 
 _RETRIES_PER_INTERVAL = 10
 """How often a save that failed is tried again until the next one is due anyway."""
@@ -27,6 +44,12 @@ class Checkpointer:
     A save that the disk refuses does not end the run: training goes on from memory, and the save is
     tried again soon. Only the last step's has to succeed.
 
+    Args:
+        context: of the run.
+
+    Attributes:
+        hook: brings what became of saves into the run's record; starts and ends the writer process.
+
     Collectives: two all-reduces of a number over all ranks, on construction.
     """
 
@@ -34,65 +57,190 @@ class Checkpointer:
         self._context = context
         self._gather_bytes = predicted_gather_bytes(context.engine, context.platform.ranks_per_host)
         self._memory_bytes = host_memory_bytes(context.engine)
-        self._retry_step: int | None = None
+        self._next_try: int | None = None
         self._owes_reshardable = False
+        self._states = SaveStates(context)
+        self._pending: PendingSave | None = None
+        self._writer: WriterProcess | None = None
+        if context.recipe.checkpoint.asynchronous:
+            platform = context.platform
+            self._writer = WriterProcess(Staging(platform.device, platform.ranks_per_host))
+        self.hook: Hook = _SaveHook(self, self._states)
 
-    def save_when_due(self, progress: Progress, *, is_last: bool, is_asked: bool = False) -> bool:
-        """Save when it is due, owed or asked for, or when the run ends with this step.
+    def start(self) -> None:
+        """Start this rank's writer process, so that the first save finds it ready.
+
+        Collectives: an all-gather of verdicts over all ranks, with `checkpoint.asynchronous`.
+        """
+        if self._writer is not None:
+            done_by_all(self._context.platform, self._writer.prepare)
+
+    def save_when_due(
+        self, progress: Progress, *, is_last: bool, is_asked: bool = False
+    ) -> Literal["scheduled", "durable"] | None:
+        """Go on with the save that is under way; save when it is due, owed or asked for.
+
+        Args:
+            progress: the step.
+            is_last: the run ends with this step, so it is saved, and waited for.
+            is_asked: somebody asked for a save.
 
         Returns:
-            Whether the step is saved.
+            What the save of this step is; None without one.
 
         Raises:
             OwnershipError: the run directory was lost; on every rank.
             DiskFullError, PlatformError: the last step cannot be saved.
             NotFiniteError: the weights are not finite, so nothing was written; on every rank.
 
-        Collectives: those of `require_ownership` and of `save_checkpoint`, when it saves.
+        Collectives: those of `require_ownership` and of saving, when it saves; while a save is
+            under way, those of `PendingSave.poll`.
         """
         config, step = self._context.recipe.checkpoint, progress.step
         resharding = config.reshardable_every
+        if self._pending is not None:
+            self._concluded(self._pending.poll, step)
         if resharding > 0 and step % resharding == 0 and progress.is_due(config.every):
             self._owes_reshardable = True
-        is_due = is_last or is_asked or progress.is_due(config.every)
-        if not (is_due or step == self._retry_step):
-            return False
+        is_owed = self._next_try is not None and step >= self._next_try
+        if not (is_last or is_asked or progress.is_due(config.every) or is_owed):
+            return None
+        if is_last:
+            self.settle(step)
+        if self._pending is not None:
+            if not is_owed:
+                self._context.say(
+                    f"the save of step {step} is put off until that of step {self._pending.step} "
+                    "is durable"
+                )
+            self._next_try = step
+            return None
+        self._require_finite(step)
         try:
-            self._save(progress)
+            self._save(progress, waits=is_last)
         except (DiskFullError, PlatformError) as error:
             if is_last:
+                self._states.failed(step, error)
                 raise
-            self._retry_step = step + max(1, config.every // _RETRIES_PER_INTERVAL)
-            self._context.say(
-                f"step {step} is not saved: {error}; training goes on and tries again after step "
-                f"{self._retry_step}"
-            )
-            return False
-        self._retry_step, self._owes_reshardable = None, False
-        return True
+            self._try_again(step, step, error)
+            return None
+        return "durable" if self._pending is None else "scheduled"
+
+    def settle(self, step: int) -> None:
+        """Wait for the save that is under way, if one is; where it fails, that is only said.
+
+        Args:
+            step: that the run has reached.
+
+        Collectives: those of `PendingSave.wait`.
+        """
+        if self._pending is not None:
+            pending, tick = self._pending, self._context.phases.tick
+            self._concluded(lambda: pending.wait(tick), step)
 
     def rewind(self) -> None:
         """The run was rolled back: what a failed save owed belongs to an undone step."""
-        self._retry_step = None
+        self._next_try = None
 
-    def _save(self, progress: Progress) -> None:
-        context = self._context
+    def close(self) -> None:
+        """Give up a save that is under way, and end the writer process of this rank."""
+        if self._pending is not None:
+            self._pending.abandon()
+            self._pending = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _require_finite(self, step: int) -> None:
+        try:
+            require_finite_parameters(self._context.engine)
+        except NotFiniteError as error:
+            self._states.refused(step, str(error))
+            raise
+
+    def _save(self, progress: Progress, *, waits: bool) -> None:
+        context, config = self._context, self._context.recipe.checkpoint
         require_ownership(context.platform, context.lease)
-        require_finite_parameters(context.engine)
-        config = context.recipe.checkpoint
         form, reason = optimizer_format(
             config,
             self._gather_bytes,
             self._memory_bytes,
             reshardable_due=self._owes_reshardable,
         )
-        path = save_checkpoint(
-            context.engine,
-            checkpoints_dir(context.recipe.run.dir),
-            progress.step,
+        request = SaveRequest(
+            root=checkpoints_dir(context.recipe.run.dir),
+            step=progress.step,
             form=form,
-            keep=config.keep,
+            retention=Retention(config.keep, config.keep_every),
             files={RECIPE_FILE: dump_toml(context.recipe), STATE_FILE: progress.state.to_json()},
             data=context.source_hashes,
         )
-        context.say(f"saved {path} (optimizer format {form}: {reason})")
+        if waits or self._writer is None:
+            watch = Stopwatch()
+            path = save_checkpoint(
+                context.engine,
+                request.root,
+                request.step,
+                form=form,
+                keep=config.keep,
+                keep_every=config.keep_every,
+                files=request.files,
+                data=request.data,
+            )
+            seconds = watch.lap()
+            self._states.saved(request, Durable(path, seconds, seconds), reason)
+            self._succeeded(request)
+            return
+        self._pending = PendingSave(
+            context.engine,
+            request,
+            self._writer,
+            lease=context.lease,
+            seconds=config.write_seconds,
+        )
+        self._next_try = None
+        self._states.scheduled(request, self._pending.stall_seconds, reason)
+
+    def _concluded(self, outcome: Callable[[], Durable | None], step: int) -> None:
+        """Take the outcome of the save under way, if there is one by now."""
+        pending = self._pending
+        try:
+            durable = outcome()
+        except (DiskFullError, PlatformError) as error:
+            self._pending = None
+            self._try_again(pending.step, step, error)
+            return
+        if durable is not None:
+            self._pending = None
+            self._states.durable(pending.request, durable)
+            self._succeeded(pending.request)
+
+    def _succeeded(self, request: SaveRequest) -> None:
+        if self._next_try is not None and self._next_try <= request.step:
+            self._next_try = None
+        if request.form == "full":
+            self._owes_reshardable = False
+
+    def _try_again(self, saved_step: int, step: int, error: Exception) -> None:
+        every = self._context.recipe.checkpoint.every
+        self._next_try = step + max(1, every // _RETRIES_PER_INTERVAL)
+        self._states.failed(saved_step, error, self._next_try)
+
+
+class _SaveHook(Hook):
+    """See `Checkpointer.hook`."""
+
+    def __init__(self, checkpointer: Checkpointer, states: SaveStates) -> None:
+        self._checkpointer, self._states = checkpointer, states
+
+    def start(self, state: RunState) -> None:
+        """See `Checkpointer.start`."""
+        self._checkpointer.start()
+
+    def measure(self, progress: Progress) -> dict[str, float]:
+        """See `SaveStates.numbers`."""
+        return self._states.numbers()
+
+    def close(self) -> None:
+        """See `Checkpointer.close`."""
+        self._checkpointer.close()

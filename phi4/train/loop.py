@@ -70,6 +70,7 @@ def train(
             if not isinstance(decision, RollBack):
                 decision = _saved(context, progress, decision, checkpointer)
             if isinstance(decision, RollBack):
+                checkpointer.settle(progress.step)
                 state = roll_back(context, progress.state, decision, rewind_records=trackers.rewind)
                 checkpointer.rewind()
                 for hook in hooks:
@@ -95,10 +96,11 @@ def _saved(
     requests, watch = context.requests, Stopwatch()
     if not isinstance(decision, SaveAndStop):
         decision = _asked_for(requests) or decision
-    is_saved, decision = save_or_roll_back(context, checkpointer, progress, decision)
-    if is_saved:
-        requests.warn_of_slow_saves(progress.step_seconds, watch.lap(), context.say)
+    save, decision = save_or_roll_back(context, checkpointer, progress, decision)
+    if save is not None:
         requests.saved()
+    if save == "durable":
+        requests.warn_of_slow_saves(progress.step_seconds, watch.lap(), context.say)
         if decision == CONTINUE and requests.agree(context.platform):
             return _asked_for(requests) or CONTINUE
     return decision

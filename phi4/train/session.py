@@ -196,6 +196,7 @@ def _trained(
         return _ended_before_a_step(requests, context.say, context.state)
     hooks = [hook for make in (*OWN_HOOKS, *factories) for hook in make(context)]
     checkpointer = Checkpointer(context)
+    hooks.append(checkpointer.hook)
     trackers = _begin_record(context)
     watchdog.at_end(partial(trackers.finish, "failed"))
     with _failure_recorded(trackers):

@@ -17,7 +17,7 @@ LAYERS: Layers = (
     ("stages", "convert"),
     ("train",),
     ("engine",),
-    ("track",),
+    ("track", "writer"),
     ("rundir",),
     ("data", "model"),
     ("config", "oracles"),
@@ -47,7 +47,10 @@ KERNEL_PROVIDERS = (
 )
 """Competitors in the bench and its picture: any third party, but imported when asked for only."""
 
-RANK_FREE = ("phi4/data/", "phi4/rundir/", "phi4/track/", "phi4/model/", "phi4/oracles/")
+RANK_FREE = (
+    *("phi4/data/", "phi4/rundir/", "phi4/track/", "phi4/writer/"),
+    *("phi4/model/", "phi4/oracles/"),
+)
 """Packages that are handed plain values and know no process group."""
 
 TORCH_FREE = ("phi4/rundir/", "phi4/launch/", "phi4/oracles/")

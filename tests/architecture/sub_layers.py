@@ -24,7 +24,7 @@ SUB_LAYERS: Mapping[str, Layers] = {
         ("replay",),
         ("step", "fake_ranks"),
         ("optimizer", "patches"),
-        ("model", "optimizer.adamw", "checkpoint_io", "agreement"),
+        ("model", "optimizer.adamw", "checkpoint_io", "checkpoint_capture", "agreement"),
         ("layout", "objective", "platform", "precision"),
         ("rendezvous", "forward_timer"),
     ),

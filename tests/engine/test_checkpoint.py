@@ -15,6 +15,7 @@ from phi4.engine.checkpoint import (
 from phi4.errors import CheckpointError
 from phi4.rundir.checkpoints import (
     CheckpointDirectory,
+    Retention,
     complete_checkpoints,
     find_checkpoint,
     latest_checkpoint,
@@ -156,8 +157,8 @@ def test_newest_reshardable_checkpoint_outlives_the_others(tmp_path: Path) -> No
         manifest = CheckpointManifest(
             step=step, optimizer_format=form, layout=layout, recipe_sha256="", data={}, files={}
         )
-        directory.commit(msgspec.json.encode(manifest))
-        directory.prune(2)
+        directory.commit({}, msgspec.json.encode(manifest))
+        directory.prune(Retention(2))
     assert [p.name[-1] for p in complete_checkpoints(tmp_path)] == ["3", "5", "6"]
     assert not list(tmp_path.glob(".step_*"))
 

@@ -24,20 +24,13 @@ from tests.support.ranks import RankPool
 from tests.support.small_disk import mounted_small_disk
 
 SAVING = "phi4.engine.checkpoint.saving"
-MEGATRON = "megatron.core.dist_checkpointing"
-WRITER = f"{MEGATRON}.strategies.filesystem_async.FileSystemWriterAsync"
+DIRECTORY = "phi4.rundir.checkpoints"
 PLACES = {
     "shard of rank 1": (1, "os.fsync", errno.ENOSPC),
-    "common state": (
-        0,
-        f"{MEGATRON}.strategies.common.TorchCommonSaveStrategy.save_common",
-        errno.EDQUOT,
-    ),
-    "index": (0, f"{WRITER}.finish", errno.ENOSPC),
-    "format": (0, f"{MEGATRON}.serialization.save_config", errno.ENOSPC),
-    "recipe": (0, f"{SAVING}.write_durably", errno.ENOSPC),
-    "hash of rank 1": (1, f"{SAVING}.hash_files", errno.EIO),
-    "commit": (0, f"{SAVING}.CheckpointDirectory.commit", errno.ENOSPC),
+    "quota of rank 1": (1, "phi4.writer.shard_file._save_tensor", errno.EDQUOT),
+    "small file": (0, f"{DIRECTORY}.write_durably", errno.ENOSPC),
+    "disk of rank 1": (1, "phi4.writer.shard_file._HashedStream.sync", errno.EIO),
+    "commit": (0, f"{DIRECTORY}.CheckpointDirectory.commit", errno.ENOSPC),
 }
 _SMALL = ("model.num_layers=2", "parallel.data=2")
 

@@ -39,7 +39,7 @@ def _saves(outcomes: dict[int, Exception], *overrides: str) -> tuple[list[tuple[
             raise outcomes[step]
         return root / str(step)
 
-    context = Mock(recipe=recipe, say=said.append, source_hashes={})
+    context = Mock(recipe=recipe, say=said.append, source_hashes={}, lease=None)
     with (
         patch(f"{CHECKPOINTING}.require_ownership"),
         patch(f"{CHECKPOINTING}.predicted_gather_bytes", return_value=1 << 50),

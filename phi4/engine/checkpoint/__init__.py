@@ -2,7 +2,8 @@
 
 from phi4.engine.checkpoint.loading import VerifiedCheckpoint, load_checkpoint, verify_checkpoint
 from phi4.engine.checkpoint.open import open_checkpoint, recipe_of
-from phi4.engine.checkpoint.saving import predicted_bytes, save_checkpoint
+from phi4.engine.checkpoint.pending import Durable, PendingSave
+from phi4.engine.checkpoint.saving import SaveRequest, predicted_bytes, save_checkpoint
 from phi4.engine.checkpoint.search import checkpoints_newest_first, find_checkpoint_together
 from phi4.engine.checkpoint.state import (
     host_memory_bytes,
@@ -11,6 +12,9 @@ from phi4.engine.checkpoint.state import (
 )
 
 __all__ = [
+    "Durable",
+    "PendingSave",
+    "SaveRequest",
     "VerifiedCheckpoint",
     "checkpoints_newest_first",
     "find_checkpoint_together",

@@ -15,6 +15,9 @@ import msgspec
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
@@ -108,6 +111,8 @@ def load_checkpoint(
 ) -> None:
     """Fill the engine from a checkpoint of any layout.
 
+    Every data rank reads its share and hands it to the others.
+
     Args:
         engine: of the same model; its layout may differ from the writer's.
         checkpoint: a `step_NNNNNNN` directory.
@@ -119,7 +124,8 @@ def load_checkpoint(
         CheckpointError: the checkpoint holds no optimizer, or not what the engine needs; the
             engine's weights are then undefined. Every rank raises it.
 
-    Collectives: those of dist_checkpointing; two all-gathers of verdicts over all ranks.
+    Collectives: those of dist_checkpointing; broadcasts of what was read, over data and context
+    ranks; two all-gathers of verdicts over all ranks.
     """
     manifest = verified.manifest
     with_optimizer = optimizer and engine.optimizer is not None
@@ -133,7 +139,9 @@ def load_checkpoint(
         return dist_checkpointing.load(
             sharded_state(engine, form, loading=True, random=same_grid and with_optimizer),
             str(checkpoint),
-            sharded_strategy=_VettedShards(source),
+            sharded_strategy=FullyParallelLoadStrategyWrapper(
+                _VettedShards(source), engine.layout.groups.dp_cp
+            ),
             common_strategy=_VettedCommon(verified.common),
         )
 

@@ -1,33 +1,44 @@
 """Saving: a checkpoint is complete or absent, and a disk that is full does not end the run.
 
-Whether a save can begin, and whether it succeeded, is one answer for all ranks: each of them leaves
-every collective, then what any of them could not write is raised by all.
+Every data rank writes its share of the shards, in a save that training waits for as in one that it
+does not (`pending.py`); both take the steps that `Save` has. Whether a save can begin, and whether
+it succeeded, is one answer for all ranks: each of them leaves every collective, then what any of
+them could not write is raised by all. Nothing is remembered from one save to the next: a plan that
+was made for another state would leave records out.
 """
 
 import errno
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import CheckpointException
 
 from phi4.config import identity_hash
-from phi4.engine.agreement import decided_by_writer, raise_together, wait_until_visible
+from phi4.engine.agreement import decided_by_writer, raise_together
 from phi4.engine.checkpoint.state import degrees, sharded_state
+from phi4.engine.checkpoint_capture import InProcess, ToWriterProcess
 from phi4.engine.engine import Engine
 from phi4.engine.optimizer.build import gather_parameters
 from phi4.errors import DiskFullError, Phi4Error, PlatformError
-from phi4.rundir.checkpoints import CheckpointDirectory, write_durably
+from phi4.rundir.checkpoints import CheckpointDirectory, Retention
 from phi4.rundir.manifest import (
     CheckpointManifest,
     FileEntry,
     OptimizerFormat,
-    content_names,
-    hash_files,
+    entry_of,
     identity_keys_hash,
 )
 
@@ -36,6 +47,8 @@ _RECORD_BYTES = 2560
 _FIXED_BYTES = 1 << 16
 """common.pt, metadata.json, manifest and rounding to blocks."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Answer = TypeVar("Answer")
 
 
 def predicted_bytes(engine: Engine, form: OptimizerFormat, files: Mapping[str, str]) -> int:
@@ -68,8 +81,9 @@ def save_checkpoint(
     keep: int,
     files: Mapping[str, str],
     data: Mapping[str, str],
+    keep_every: int = 0,
 ) -> Path:
-    """Write `root/step_NNNNNNN` complete or not at all.
+    """Write `root/step_NNNNNNN` complete or not at all, and wait for it.
 
     Args:
         engine: what is saved; form `none` saves weights only.
@@ -79,6 +93,7 @@ def save_checkpoint(
         keep: complete checkpoints to keep, besides the newest `full` one.
         files: small text files (recipe, history, data position) by name.
         data: manifest hash of every data source.
+        keep_every: steps that this divides are kept for ever; 0 means none.
 
     Raises:
         DiskFullError: too little space or quota. Every rank raises it, what was written is removed,
@@ -88,101 +103,123 @@ def save_checkpoint(
     Collectives: those of dist_checkpointing; one gather of file hashes; broadcasts and all-gathers
     of verdicts, over all ranks.
     """
-    save = _Save(engine, CheckpointDirectory(root, step), predicted_bytes(engine, form, files))
-    save.by_writer(save.begin)
+    retention = Retention(keep, keep_every)
+    save = Save(engine, SaveRequest(root, step, form, retention, files, data))
     try:
-        save.write_state(form)
-        save.by_writer(lambda: save.write_texts(files))
-        manifest = CheckpointManifest(
-            step=step,
-            optimizer_format=form,
-            layout=degrees(engine),
-            recipe_sha256=identity_hash(engine.recipe),
-            identity_keys_sha256=identity_keys_hash(),
-            data=dict(data),
-            files=save.hash_together(),
-        )
-        content = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-        save.by_writer(lambda: save.directory.commit(content))
+        save.write()
+        manifest = save.manifest(save.sink)
+        save.by_writer(lambda: save.directory.commit(save.small_files(), manifest))
     except (DiskFullError, PlatformError):
         save.by_writer(save.directory.discard)
         raise
-    save.by_writer(lambda: save.directory.prune(keep))
+    save.by_writer(lambda: save.directory.prune(retention))
     return save.directory.final
 
 
-class _Save:
-    """One save on one rank; its methods are collective."""
+@dataclass(frozen=True)
+class SaveRequest:
+    """What is saved where; see `save_checkpoint`."""
 
-    def __init__(self, engine: Engine, directory: CheckpointDirectory, required_bytes: int) -> None:
-        self.engine = engine
-        self.platform = engine.platform
-        self.directory = directory
-        self.required_bytes = required_bytes
+    root: Path
+    step: int
+    form: OptimizerFormat
+    retention: Retention
+    files: Mapping[str, str]
+    data: Mapping[str, str]
 
-    def by_writer(self, act: Callable[[], None]) -> None:
+
+class Save:
+    """One save on one rank, begun; its methods are collective.
+
+    Attributes:
+        directory: where it is written.
+        sink: what `write` wrote.
+
+    Raises:
+        DiskFullError, PlatformError: it cannot begin; as `save_checkpoint`.
+    """
+
+    def __init__(self, engine: Engine, request: SaveRequest) -> None:
+        self.engine, self.request, self.platform = engine, request, engine.platform
+        self.required_bytes = predicted_bytes(engine, request.form, request.files)
+        self.sink = InProcess()
+        self.directory = CheckpointDirectory(request.root, request.step)
+        self.directory = self.by_writer(self._begun)
+
+    def by_writer(self, act: Callable[[], Answer]) -> Answer:
         """Do something on the writer rank; what fails there is raised by every rank."""
 
-        def decide() -> None:
+        def decide() -> Answer:
             try:
-                act()
+                return act()
             except OSError as error:
-                raise self._failure(error) from error
+                raise self.failure(error) from error
 
-        decided_by_writer(self.platform, decide)
+        return decided_by_writer(self.platform, decide)
 
-    def begin(self) -> None:
-        """On the writer: an empty directory, if the disk has space for what is to be written."""
-        self.directory.begin()
-        free_bytes = _free_bytes(self.directory.root)
-        if free_bytes is not None and free_bytes < self.required_bytes:
-            self.directory.discard()
-            raise self._failure(OSError(errno.ENOSPC, "too little space to begin"))
-
-    def write_state(self, form: OptimizerFormat) -> None:
-        """Every rank writes its shards."""
-        patches, caught = self.engine.patches, None
-        patches.write_errors.clear()
-        with patches:
-            gather_parameters(self.engine.chunks)
-            state = sharded_state(self.engine, form, loading=False)
-            try:
-                dist_checkpointing.save(
-                    state, str(self.directory.partial), content_metadata={"phi4": 1}
-                )
-            except CheckpointException as error:
-                # All ranks raise it once one of them could not write; that one knows the reason.
-                caught = error
-        first = patches.write_errors[0] if patches.write_errors else None
-        raise_together(self.platform, None if first is None else self._failure(first))
+    def write(self) -> None:
+        """Every rank writes its shards, and waits for the others."""
+        caught = None
+        self.engine.patches.capture.begin(self.sink)
+        try:
+            self._planned(waits=True)
+        except CheckpointException as error:
+            # All ranks raise it once one of them could not write; that one knows the reason.
+            caught = error
+        error = self.sink.error
+        raise_together(self.platform, None if error is None else self.failure(error))
         if caught is not None:
             raise caught
 
-    def write_texts(self, files: Mapping[str, str]) -> None:
-        """On the writer: the small files."""
-        for name, text in files.items():
-            write_durably(self.directory.partial / name, text.encode())
+    def stage(self, sink: ToWriterProcess) -> AsyncRequest:
+        """Every rank stages its shards and has its writer process begin.
 
-    def hash_together(self) -> dict[str, FileEntry]:
-        """Size and hash of all files; every rank hashes a share of what rank 0 lists."""
-        rank, size, partial = self.platform.rank, self.platform.world_size, self.directory.partial
-        names = decided_by_writer(self.platform, lambda: content_names(partial))[rank::size]
-        wait_until_visible(self.platform, [partial / name for name in names])
-        mine, error = {}, None
-        try:
-            mine = hash_files(partial, names)
-        except OSError as caught:
-            error = self._failure(caught)
-        raise_together(self.platform, error)
-        shares: list[dict[str, FileEntry]] | None = [{}] * size if rank == 0 else None
+        Raises:
+            PlatformError: on every rank, where one has too little memory or no process.
+        """
+        self.engine.patches.capture.begin(sink)
+        with self.engine.patches:
+            request = self._planned(waits=False)
+            if request.async_fn is not None:
+                rank, _, results = request.async_fn_args
+                request.async_fn(rank, request.preload_fn(), results)
+        raise_together(self.platform, None if sink.error is None else self.failure(sink.error))
+        return request
+
+    def manifest(self, sink: InProcess | ToWriterProcess) -> bytes:
+        """On rank 0, encoded, of what all ranks wrote; elsewhere empty."""
+        mine = {file.name: FileEntry(file.num_bytes, file.sha256) for file in sink.files}
+        is_writer, size = self.platform.is_writer, self.platform.world_size
+        shares: list[dict[str, FileEntry]] | None = [{}] * size if is_writer else None
         dist.gather_object(mine, shares, dst=0)
-        merged = {name: entry for share in shares or () for name, entry in share.items()}
-        return dict(sorted(merged.items()))
+        if not is_writer:
+            return b""
+        entries = {name: entry for share in shares for name, entry in share.items()}
+        entries |= {name: entry_of(content) for name, content in self.small_files().items()}
+        request, recipe = self.request, self.engine.recipe
+        manifest = CheckpointManifest(
+            step=request.step,
+            optimizer_format=request.form,
+            layout=degrees(self.engine),
+            recipe_sha256=identity_hash(recipe),
+            identity_keys_sha256=identity_keys_hash(),
+            data=dict(request.data),
+            files=dict(sorted(entries.items())),
+        )
+        return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
 
-    def _failure(self, error: Exception) -> Phi4Error:
+    def small_files(self) -> dict[str, bytes]:
+        """What rank 0 writes besides shards and manifest, by name."""
+        texts = {name: text.encode() for name, text in self.request.files.items()}
+        return self.engine.patches.capture.small_files | texts
+
+    def failure(self, error: Exception) -> Phi4Error:
+        """What this rank could not do, for a user."""
+        if isinstance(error, Phi4Error):
+            return error
         free_bytes = _free_bytes(self.directory.root)
         free = "an unknown number" if free_bytes is None else f"{free_bytes:,}"
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:300]
         what = (
             f"checkpoint {self.directory.final} needs {self.required_bytes:,} bytes, the file "
             f"system has {free} free, and rank {self.platform.rank} met: {reason}"
@@ -193,6 +230,31 @@ class _Save:
                 "checkpoints are intact"
             )
         return PlatformError(f"{what}; check the file system; earlier checkpoints are intact")
+
+    def _begun(self) -> CheckpointDirectory:
+        """On the writer: an empty directory, if the disk has space for what is to be written."""
+        request = self.request
+        directory = CheckpointDirectory(request.root, request.step, tag=secrets.token_hex(4))
+        directory.begin()
+        free_bytes = _free_bytes(directory.root)
+        if free_bytes is not None and free_bytes < self.required_bytes:
+            directory.discard()
+            raise self.failure(OSError(errno.ENOSPC, "too little space to begin"))
+        return directory
+
+    def _planned(self, *, waits: bool) -> AsyncRequest | None:
+        """Have megatron-core plan the save, and carry it out where training waits."""
+        with self.engine.patches:
+            gather_parameters(self.engine.chunks)
+            return dist_checkpointing.save(
+                sharded_state(self.engine, self.request.form, loading=False),
+                str(self.directory.partial),
+                FullyParallelSaveStrategyWrapper(
+                    TorchDistSaveShardedStrategy("torch_dist", 1), self.engine.layout.groups.dp_cp
+                ),
+                async_sharded_save=not waits,
+                content_metadata={"phi4": 1},
+            )
 
 
 def _is_full(error: BaseException | None) -> bool:

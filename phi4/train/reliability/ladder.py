@@ -1,5 +1,7 @@
 """What follows from numbers that went wrong more than once: a roll back, or the end of the run."""
 
+from typing import Literal
+
 from phi4.config import Recipe
 from phi4.errors import DivergedError, NotFiniteError
 from phi4.rundir.state import RunState
@@ -26,7 +28,7 @@ def rolled_back(recipe: Recipe, state: RunState, steps: int, reason: str) -> Rol
 
 def save_or_roll_back(
     context: RunContext, checkpointer: Checkpointer, progress: Progress, decision: Decision
-) -> tuple[bool, Decision]:
+) -> tuple[Literal["scheduled", "durable"] | None, Decision]:
     """Save a step when that is due or asked for; a roll back where its weights are not finite.
 
     While steps are bad one after the other nothing is saved, so that the checkpoint from before
@@ -39,7 +41,7 @@ def save_or_roll_back(
         decision: of the hooks: to go on or to stop.
 
     Returns:
-        Whether the step is saved, and how the run goes on.
+        What the save of the step is, None without one; and how the run goes on.
 
     Raises:
         DivergedError: the weights are not finite, and the run stops, or was rolled back too often.
@@ -49,10 +51,10 @@ def save_or_roll_back(
     """
     stops = progress.is_last or isinstance(decision, SaveAndStop)
     if progress.state.numerics.bad_in_row and not stops:
-        return False, CONTINUE
+        return None, CONTINUE
     try:
         with context.phases.during("save", progress.step):
-            is_saved = checkpointer.save_when_due(
+            save = checkpointer.save_when_due(
                 progress, is_last=stops, is_asked=context.requests.agreed.save
             )
     except NotFiniteError as error:
@@ -60,5 +62,5 @@ def save_or_roll_back(
         context.say(f"step {progress.step}: {reason}")
         if isinstance(decision, SaveAndStop):
             raise
-        return False, rolled_back(context.recipe, progress.state, 1, reason)
-    return is_saved, decision
+        return None, rolled_back(context.recipe, progress.state, 1, reason)
+    return save, decision

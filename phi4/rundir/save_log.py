@@ -1,0 +1,95 @@
+"""checkpoints.jsonl: what became of every save, one JSON object per event, in order of time.
+
+Appended to by all attempts and never cut: a save of a step that was undone happened, too.
+"""
+
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from phi4.errors import DataError
+from phi4.rundir.names import SAVES_FILE
+
+SaveState = Literal["scheduled", "durable", "failed", "refused"]
+
+
+class SaveEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line.
+
+    Attributes:
+        step: whose save it is.
+        state: scheduled, where training does not wait for it; then durable, or failed. refused
+            where it was not begun because of what would have been saved.
+        attempt: of the run.
+        unix_seconds: when.
+        optimizer_format: of the checkpoint.
+        seconds: from its beginning until it was durable.
+        stall_seconds: of these, how long training stood still.
+        reason: why it failed or was refused.
+    """
+
+    step: int
+    state: SaveState
+    attempt: int
+    unix_seconds: float
+    optimizer_format: str = ""
+    seconds: float | None = None
+    stall_seconds: float | None = None
+    reason: str = ""
+
+
+class SaveLog:
+    """Writes a run's checkpoints.jsonl.
+
+    A disk that takes no line does not end the run: the line is kept, and written with the next one.
+
+    Args:
+        run_dir: of the run.
+        attempt: of the run.
+    """
+
+    def __init__(self, run_dir: Path, attempt: int) -> None:
+        self._path, self._attempt = run_dir / SAVES_FILE, attempt
+        self._unwritten = b""
+
+    def note(self, step: int, state: SaveState, **fields: object) -> None:
+        """Append an event that happens now; fields as those of `SaveEvent`."""
+        event = SaveEvent(
+            step=step, state=state, attempt=self._attempt, unix_seconds=time.time(), **fields
+        )
+        self._unwritten += msgspec.json.encode(event) + b"\n"
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                # After a line that a kill or a full disk cut off, a line of its own.
+                if file.tell() and not self._ends_a_line():
+                    file.write(b"\n")
+                written = file.write(self._unwritten)
+            self._unwritten = self._unwritten[written:]
+        except OSError:
+            return
+
+    def _ends_a_line(self) -> bool:
+        with self._path.open("rb") as file:
+            file.seek(-1, 2)
+            return file.read() == b"\n"
+
+
+def read_saves(run_dir: Path) -> list[SaveEvent]:
+    """All events, in order; lines that a kill cut off do not count.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    path, found = run_dir / SAVES_FILE, []
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; give the directory of a run that saved") from None
+    for line in lines:
+        try:
+            found.append(msgspec.json.decode(line, type=SaveEvent))
+        except msgspec.DecodeError:
+            continue
+    return found

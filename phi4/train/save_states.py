@@ -1,0 +1,84 @@
+"""The states of saves where they are shown: console, checkpoints.jsonl, and the run's record."""
+
+from pathlib import Path
+
+from phi4.engine.checkpoint import Durable, SaveRequest
+from phi4.rundir.save_log import SaveLog
+from phi4.train.hooks import RunContext
+
+
+class SaveStates:
+    """Tells of every save what becomes of it.
+
+    Args:
+        context: of the run; the file is written where it holds the lease.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self._say = context.say
+        self._log = None
+        if context.lease is not None:
+            self._log = SaveLog(Path(context.recipe.run.dir), context.lease.number)
+        self._numbers: dict[str, float] = {}
+
+    def numbers(self) -> dict[str, float]:
+        """For the record of the next step, once: durable_step, the newest step whose checkpoint
+        counts, save_seconds until it did, save_stall_seconds that training stood still for it."""
+        numbers, self._numbers = self._numbers, {}
+        return numbers
+
+    def scheduled(self, request: SaveRequest, stall_seconds: float, reason: str) -> None:
+        """Training goes on, the writer processes write."""
+        self._say(
+            f"checkpoint step {request.step} scheduled (optimizer format {request.form}: {reason})"
+        )
+        self._note(
+            request.step,
+            "scheduled",
+            optimizer_format=request.form,
+            stall_seconds=stall_seconds,
+        )
+
+    def durable(self, request: SaveRequest, durable: Durable) -> None:
+        """One that was scheduled counts."""
+        self._say(
+            f"checkpoint step {request.step} durable after {durable.seconds:.1f} s: {durable.path}"
+        )
+        self._noted_durable(request, durable)
+
+    def saved(self, request: SaveRequest, durable: Durable, reason: str) -> None:
+        """One that training waited for counts."""
+        self._say(f"saved {durable.path} (optimizer format {request.form}: {reason})")
+        self._noted_durable(request, durable)
+
+    def failed(self, step: int, error: Exception, next_try: int | None = None) -> None:
+        """It does not count; it is made again after that step, or the run ends with the error."""
+        if next_try is not None:
+            self._say(
+                f"step {step} is not saved: {error}; training goes on and tries again after step "
+                f"{next_try}"
+            )
+        self._note(step, "failed", reason=str(error))
+
+    def refused(self, step: int, reason: str) -> None:
+        """It was not begun."""
+        self._say(f"step {step} is not saved: {reason}; the checkpoints before it stay")
+        self._note(step, "refused", reason=reason)
+
+    def _noted_durable(self, request: SaveRequest, durable: Durable) -> None:
+        self._numbers = {
+            "durable_step": request.step,
+            "save_seconds": durable.seconds,
+            "save_stall_seconds": durable.stall_seconds,
+        }
+        self._note(
+            request.step,
+            "durable",
+            optimizer_format=request.form,
+            seconds=durable.seconds,
+            stall_seconds=durable.stall_seconds,
+        )
+
+    def _note(self, step: int, state: str, **fields: object) -> None:
+        if self._log is not None:
+            self._log.note(step, state, **fields)

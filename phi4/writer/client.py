@@ -1,0 +1,141 @@
+"""A rank's side of its writer process: hands over tasks and looks for answers, and never waits."""
+
+import contextlib
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from phi4.writer.messages import Failed, Reply, Task
+from phi4.writer.process import FRAME, write_all
+from phi4.writer.staging import Staging
+
+_EXIT_POLLS, _EXIT_POLL_SECONDS = 100, 0.01
+
+
+class Handle(Protocol):
+    """A started process; `subprocess.Popen` is one."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+def start_interpreter(control_fd: int, memory_fd: int) -> Handle:
+    """A new interpreter that serves the two descriptors, and inherits no other."""
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from phi4.writer.process import serve; "
+        f"serve({control_fd}, {memory_fd}, {os.getpid()})"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=(control_fd, memory_fd)
+    )
+
+
+class WriterProcess:
+    """Starts a writer when there is none, and replaces one that ended.
+
+    Args:
+        staging: the memory that is shared with it.
+        start: starts the process; tests give another one.
+    """
+
+    def __init__(
+        self, staging: Staging, start: Callable[[int, int], Handle] = start_interpreter
+    ) -> None:
+        self.staging = staging
+        self._start = start
+        self._handle: Handle | None = None
+        self._control: socket.socket | None = None
+        self._is_busy = False
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, if one was started."""
+        return None if self._handle is None else self._handle.pid
+
+    def prepare(self) -> None:
+        """Start the process, so that the first save finds it ready.
+
+        Raises:
+            OSError: the machine starts no more processes.
+        """
+        if self._handle is not None and self._handle.poll() is None:
+            return
+        self.kill()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            ours.setblocking(False)
+            self._handle = self._start(theirs.fileno(), self.staging.fd)
+        self._control = ours
+
+    def submit(self, task: Task) -> None:
+        """Hand over a task; `reply` gives its outcome.
+
+        Raises:
+            OSError: no process can be started.
+        """
+        self.prepare()
+        content, offset = pickle.dumps(task), self.staging.capacity
+        write_all(self.staging.fd, content, offset)
+        self._is_busy = True
+        # One that ended meanwhile is noticed by `reply`.
+        with contextlib.suppress(OSError):
+            self._control.send(FRAME.pack(offset, len(content)))
+
+    def reply(self) -> Reply | None:
+        """The outcome of the task, once; None while it is being done."""
+        if not self._is_busy:
+            return None
+        # Asked first: what a process answered before it ended counts.
+        code = self._handle.poll()
+        frame = b""
+        try:
+            frame = self._control.recv(FRAME.size)
+        except BlockingIOError:
+            if code is None:
+                return None
+        except OSError:
+            pass
+        self._is_busy = False
+        if frame:
+            offset, length = FRAME.unpack(frame)
+            return pickle.loads(os.pread(self.staging.fd, length, offset))
+        return Failed(f"its writer process {self._handle.pid} {self._end()}")
+
+    def cancel(self) -> None:
+        """Give up the task that is being done, and the process with it."""
+        if self._is_busy:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the process without waiting for it: one that hangs in the kernel ends later."""
+        self._is_busy = False
+        if self._handle is not None:
+            if self._handle.poll() is None:
+                self._handle.kill()
+            self._control.close()
+        self._handle = self._control = None
+
+    def close(self) -> None:
+        """End the process and give the shared memory back."""
+        self.kill()
+        self.staging.close()
+
+    def _end(self) -> str:
+        # Its socket closes a moment before its exit code is there.
+        for _ in range(_EXIT_POLLS):
+            if (code := self._handle.poll()) is not None:
+                break
+            time.sleep(_EXIT_POLL_SECONDS)
+        else:
+            return "closed its socket"
+        return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -1,0 +1,92 @@
+"""What a rank asks of its writer process, and what that answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from phi4.rundir import Lease
+from phi4.rundir.checkpoints import CheckpointDirectory, Retention
+from phi4.writer.shard_file import WrittenFile
+
+
+@dataclass(frozen=True)
+class StagedTensor:
+    """A tensor in the memory that both processes map, contiguous at `offset`."""
+
+    offset: int
+    num_bytes: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A file to write: see `write_shard_file`."""
+
+    path: Path
+    records: tuple[bytes | StagedTensor, ...]
+
+
+@dataclass(frozen=True)
+class WriteShards:
+    """Write this rank's shards."""
+
+    files: tuple[ShardFile, ...]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Make a checkpoint count whose shards all ranks have written; rank 0's writer only.
+
+    Attributes:
+        directory: where they are.
+        files: content of the small files by name.
+        manifest: of all files, encoded.
+        retention: what is removed afterwards.
+        lease: of the run; nothing is touched once it is lost. None outside of a run.
+    """
+
+    directory: CheckpointDirectory
+    files: Mapping[str, bytes]
+    manifest: bytes
+    retention: Retention
+    lease: Lease | None
+
+
+@dataclass(frozen=True)
+class Written:
+    """This rank's shards are on the disk."""
+
+    files: tuple[WrittenFile, ...]
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The checkpoint counts."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What was asked was not done.
+
+    Attributes:
+        reason: for a user.
+        errno: of the operating system, or None.
+        path: that it names, or None.
+    """
+
+    reason: str
+    errno: int | None = None
+    path: str | None = None
+
+    def as_error(self) -> OSError:
+        """The error that this process would have met."""
+        if self.errno is None:
+            return OSError(self.reason)
+        return OSError(self.errno, self.reason, self.path)
+
+
+Task = WriteShards | Commit
+Reply = Written | Committed | Failed
