@@ -24,6 +24,11 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "parity-dpo": ("phi4", "verify", "parity", "examples/recipes/tiny_dpo.toml", "--steps=10"),
     "leak": ("phi4", "verify", "leak"),
     "resume": ("phi4", "verify", "resume", "--steps=20"),
+    "preempt": (
+        *("phi4", "verify", "preempt", "examples/recipes/tiny_pretrain.toml"),
+        *("parallel.tensor=1", "parallel.sequence=false", "--signals=20"),
+    ),
+    "kills": ("phi4", "verify", "kills", "--kills=100"),
     "step-time": ("tools.step_time", "--json=benchmarks/step_time.jsonl"),
     "step-time-packed": ("tools.step_time", "--documents=4"),
     "generation-time": ("tools.generation_time", "--json=benchmarks/generation.jsonl"),
@@ -33,7 +38,7 @@ PROOFS: dict[str, tuple[str, ...]] = {
 }
 """Arguments of `python -m`."""
 DEMO_DATA = ROOT / "runs" / "demo" / "data"
-NEEDS_DEMO_DATA = ("resume", "stragglers")
+NEEDS_DEMO_DATA = ("resume", "stragglers", "preempt", "kills")
 """Proofs whose recipe reads what `phi4 data demo` writes."""
 
 

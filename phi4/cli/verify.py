@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from phi4.cli import verify_leak
+from phi4.cli import verify_drills, verify_leak
 from phi4.config import Recipe, check, dump_toml, load_recipe
 from phi4.launch import WorkerEnvironment, on_ranks
 from phi4.stages import require_stage, stage_of
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Proofs to run on this machine.", no_args_is_help=True)
 verify_leak.register(app)
+verify_drills.register(app)
 
 DEFAULT_RECIPE = Path("examples/recipes/tiny_pretrain.toml")
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]

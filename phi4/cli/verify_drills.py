@@ -1,0 +1,128 @@
+"""`phi4 verify preempt` and `phi4 verify kills`: a recipe's run with faults in it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from phi4.config import Recipe, check, load_recipe, with_overrides
+from phi4.errors import ConfigError
+from phi4.stages import require_stage
+
+if TYPE_CHECKING:
+    from phi4.verify.drills.drill import Blow, Fault
+
+DEFAULT_RECIPE = Path("examples/recipes/tiny_pretrain.toml")
+RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value.")]
+Seed = Annotated[int, typer.Option(help="Of moments and victims.")]
+WorkDir = Annotated[Path | None, typer.Option(help="Takes all runs; empty means a temporary one.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `phi4 verify`."""
+    app.command("preempt")(preempt)
+    app.command("kills")(kills)
+
+
+def preempt(
+    recipe_path: RecipePath = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    signals: Annotated[int, typer.Option(min=1, help="Notices to send.")] = 6,
+    seed: Seed = 0,
+    work_dir: WorkDir = None,
+) -> None:
+    """A fire drill: SIGTERM or SIGUSR1 at random moments, resumed each time. Exit 1 when it fails.
+
+    The launcher, one rank or all processes are told, during start-up, steps, evaluations and saves.
+    Each has to end with code 5 and one checkpoint of its step; each finished run has to equal an
+    undisturbed one, bit by bit.
+    """
+    from phi4.verify.drills.faults import Notice
+
+    recipe = _checked(load_recipe(recipe_path, overrides or []))
+    work_dir = work_dir or Path(mkdtemp(prefix="phi4-preempt-"))
+    passed = _drilled(recipe, work_dir, Notice(), signals, seed)
+    verdict = f"{signals} notices, one save each" if passed else f"FAILED, see {work_dir}"
+    typer.echo(f"preempt: {verdict}")
+    raise typer.Exit(0 if passed else 1)
+
+
+def kills(
+    recipe_path: RecipePath = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    kills: Annotated[int, typer.Option(min=1, help="Over all layouts.")] = 6,
+    layouts: Annotated[str, typer.Option(help="Names of parity's layouts.")] = "pp2,tp2xpp2+sp",
+    seed: Seed = 0,
+    work_dir: WorkDir = None,
+) -> None:
+    """SIGKILL to a random rank at random moments, resumed each time. Exit 1 when it fails.
+
+    Each finished run has to equal an undisturbed one, its losses and what it drew from the data.
+    """
+    from phi4.verify.drills.faults import Kill
+    from phi4.verify.layouts import LAYOUTS, names_of, reference_case
+
+    recipe = load_recipe(recipe_path, overrides or [])
+    names = names_of(layouts, tuple(LAYOUTS))
+    one = reference_case(recipe).recipe
+    recipes = [_checked(with_overrides(one, LAYOUTS[name])) for name in names]
+    if alone := [name for name, case in zip(names, recipes, strict=True) if _size(case) < 2]:
+        raise ConfigError(
+            f"--layouts {','.join(alone)} has one process, so no rank can be killed alone; use pp2"
+        )
+    work_dir = work_dir or Path(mkdtemp(prefix="phi4-kills-"))
+    shares = [kills // len(names) + (n < kills % len(names)) for n in range(len(names))]
+    passed = [
+        _drilled(layout, work_dir / name, Kill(), share, seed)
+        for name, layout, share in zip(names, recipes, shares, strict=True)
+        if share
+    ]
+    verdict = "all resumed, losses and data stream equal" if all(passed) else "FAILED, see"
+    typer.echo(f"kills: {kills} over {', '.join(names)}: {verdict} {work_dir}")
+    raise typer.Exit(0 if all(passed) else 1)
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    require_stage(recipe)
+    check(recipe)
+    return recipe
+
+
+def _size(recipe: Recipe) -> int:
+    """Processes of the recipe."""
+    return recipe.parallel.model_parallel_size * max(recipe.parallel.data, 1)
+
+
+def _drilled(recipe: Recipe, work_dir: Path, fault: "Fault", num_faults: int, seed: int) -> bool:
+    """Run the faults and print what came of them; whether all is as it should be."""
+    from phi4.verify.drills.drill import Drill
+
+    work_dir.mkdir(parents=True, exist_ok=True)
+    blows, differing = Drill(recipe, work_dir, Random(seed), typer.echo).run(fault, num_faults)
+    _print(blows, work_dir.name)
+    for line in differing:
+        typer.echo(line)
+    return not differing and not any(blow.wrong for blow in blows)
+
+
+def _print(blows: "Sequence[Blow]", title: str) -> None:
+    table = Table(title=title)
+    for column in ("", "fault", "during", "exit code", "seconds", "newest checkpoint", ""):
+        table.add_column(column)
+    for number, blow in enumerate(blows, start=1):
+        table.add_row(
+            str(number),
+            blow.what,
+            blow.phase,
+            str(blow.exit_code),
+            f"{blow.seconds:.1f}",
+            str(blow.step or "none"),
+            blow.wrong or "ok",
+        )
+    Console(width=120).print(table)

@@ -1,0 +1,239 @@
+"""A recipe run again and again with faults in it, until there were enough of them.
+
+A run with few steps is disturbed in attempt after attempt until it finishes; then another begins.
+Every finished run has to equal an undisturbed one. Moments are drawn from the seed, in parts of
+what an undisturbed run takes; where exactly they fall depends on the machine's speed.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Literal, Protocol
+
+from phi4.config import Recipe, dump_toml, with_overrides
+from phi4.errors import WorkerError
+from phi4.rundir.names import METRICS_FILE
+from phi4.rundir.step_log import read_metrics
+from phi4.verify.drills.record import RunRecord, differences, read_record
+from phi4.verify.drills.watched_run import WatchedRun, recorded_step, saved_steps, started
+
+Phase = Literal["start-up", "training", "save"]
+
+STEPS, SAVE_EVERY, EVALUATE_EVERY, KEEP = 12, 3, 2, 8
+"""Of every run: short, and most of its time is spent in evaluations and saves."""
+
+_PATIENCE = 30
+"""An attempt is given so many times what an undisturbed run took, and ten minutes."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What an undisturbed run took, in seconds."""
+
+    start: float
+    """From the lease to the record of the first step."""
+    step: float
+    """From a step to the next, evaluations and saves included, on average."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a fault happens.
+
+    Attributes:
+        phase: start-up: a delay after the lease was taken. training: after some steps, and a delay.
+            save: after some steps, when a checkpoint is next being written.
+        num_steps: of the attempt that are recorded before.
+        delay: seconds.
+    """
+
+    phase: Phase
+    num_steps: int
+    delay: float
+
+    @staticmethod
+    def drawn(random: Random, pace: Pace) -> "Moment":
+        """Any moment of an attempt; a quarter of them during start-up, another during a save."""
+        phase = random.choice(("start-up", "training", "training", "save"))
+        if phase == "start-up":
+            return Moment(phase, 0, random.uniform(0, pace.start))
+        delay = random.uniform(0, pace.step) if phase == "training" else 0.0
+        return Moment(phase, random.randint(1, 3), delay)
+
+    def arrive(self, attempt: WatchedRun) -> bool:
+        """Wait for it; False when the run ended before."""
+        if not attempt.wait_until(attempt.has_begun):
+            return False
+        if not attempt.wait_until(lambda: attempt.has_recorded(self.num_steps)):
+            return False
+        if self.phase == "save" and not attempt.wait_until(attempt.is_saving):
+            return False
+        at = time.monotonic() + self.delay
+        return attempt.wait_until(lambda: time.monotonic() >= at)
+
+
+@dataclass(frozen=True)
+class Blow:
+    """One fault and what came of it.
+
+    Attributes:
+        what: the fault.
+        phase: in which it came.
+        exit_code: of the attempt.
+        seconds: from the fault to the end of the attempt.
+        step: the newest checkpoint then.
+        wrong: what is not as it should be; empty.
+    """
+
+    what: str
+    phase: str
+    exit_code: int
+    seconds: float
+    step: int
+    wrong: str
+
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"{self.what} during {self.phase}: code {self.exit_code} after {self.seconds:.1f} s, "
+            f"newest checkpoint {self.step or 'none'}, {self.wrong or 'ok'}"
+        )
+
+
+class Fault(Protocol):
+    """What happens to an attempt, and what has to come of it."""
+
+    def strike(self, attempt: WatchedRun, random: Random) -> str:
+        """Do it; gives what was done."""
+
+    def verdict(self, attempt: WatchedRun, code: int, before: set[int], after: set[int]) -> str:
+        """What is wrong with the end of the attempt, empty for nothing.
+
+        Args:
+            attempt: that ended.
+            code: its exit code.
+            before: steps of the complete checkpoints when it began.
+            after: and when it ended.
+        """
+
+
+class Drill:
+    """Runs of one recipe, with faults.
+
+    Args:
+        recipe: checked; its steps, saves and evaluations are replaced.
+        work_dir: takes everything.
+        random: moments and victims are drawn from it.
+        say: takes a line per fault and run.
+    """
+
+    def __init__(
+        self, recipe: Recipe, work_dir: Path, random: Random, say: Callable[[str], None]
+    ) -> None:
+        self._recipe = recipe
+        self._work_dir = work_dir
+        self._random = random
+        self._say = say
+        self._seconds = 24 * 3600.0
+        self.num_runs = 0
+
+    def undisturbed(self) -> tuple[RunRecord, Pace]:
+        """The run that all others have to equal.
+
+        Raises:
+            WorkerError: it fails.
+        """
+        path, recipe = self._begin_run("undisturbed")
+        run_dir = Path(recipe.run.dir)
+        since = time.monotonic()
+        with started(path, recipe, self._seconds) as attempt:
+            attempt.wait_until(attempt.has_begun)
+            begun = time.monotonic()
+            attempt.wait_until(lambda: attempt.has_recorded(1))
+            stepped = time.monotonic()
+            if code := attempt.end():
+                raise WorkerError(f"the undisturbed run ended with {code}: {attempt.log}")
+        now = time.monotonic()
+        self._seconds = 600 + _PATIENCE * (now - since)
+        return read_record(run_dir), Pace(stepped - begun, (now - stepped) / (STEPS - 1))
+
+    def run(self, fault: Fault, num_faults: int) -> tuple[list[Blow], list[str]]:
+        """So many faults; gives them, and what differs in the runs that finished after them."""
+        expected, pace = self.undisturbed()
+        self._say(f"undisturbed: final loss {expected.final_loss!r}")
+        blows: list[Blow] = []
+        differing: list[str] = []
+        while len(blows) < num_faults:
+            self.num_runs += 1
+            path, recipe = self._begin_run(f"run_{self.num_runs}")
+            run_dir = Path(recipe.run.dir)
+            while not _is_finished(run_dir):
+                moment = None
+                if len(blows) < num_faults:
+                    moment = Moment.drawn(self._random, pace)
+                blow = self._attempt(path, recipe, moment, fault)
+                if blow is not None:
+                    blows.append(blow)
+                    self._say(f"{len(blows)}: {blow.describe()}")
+                    if blow.wrong:
+                        return blows, differing
+            found = differences(expected, read_record(run_dir))
+            differing += [f"run {self.num_runs}: {line}" for line in found]
+            self._say(f"run {self.num_runs} finished, {len(found)} differences")
+        return blows, differing
+
+    def _attempt(
+        self, path: Path, recipe: Recipe, moment: Moment | None, fault: Fault
+    ) -> Blow | None:
+        """One start, with a fault unless it ends before; None without one."""
+        run_dir = Path(recipe.run.dir)
+        before = saved_steps(run_dir)
+        with started(path, recipe, self._seconds) as attempt:
+            if moment is None or not moment.arrive(attempt):
+                if code := attempt.end():
+                    raise WorkerError(f"a run ended with {code} by itself: {attempt.log}")
+                return None
+            phase = "save" if attempt.is_saving() else moment.phase
+            what, since = fault.strike(attempt, self._random), time.monotonic()
+            code = attempt.end()
+            seconds = time.monotonic() - since
+        if code == 0 and _is_finished(run_dir):
+            # The fault came too late to be one.
+            return None
+        if _left_evaluation(self._recipe, run_dir):
+            phase = "evaluation"
+        after = saved_steps(run_dir)
+        wrong = fault.verdict(attempt, code, before, after)
+        return Blow(what, phase, code, seconds, max(after, default=0), wrong)
+
+    def _begin_run(self, name: str) -> tuple[Path, Recipe]:
+        """A recipe with a run directory of its own, and its file."""
+        run_dir = self._work_dir / name
+        recipe = with_overrides(
+            self._recipe,
+            [
+                f"run.dir={run_dir}",
+                f"run.steps={STEPS}",
+                f"checkpoint.every={SAVE_EVERY}",
+                f"checkpoint.keep={KEEP}",
+                f"evaluation.every={EVALUATE_EVERY}",
+                "tracking.mlflow=false",
+            ],
+        )
+        path = run_dir.with_suffix(".toml")
+        path.write_text(dump_toml(recipe), encoding="utf-8")
+        return path, recipe
+
+
+def _left_evaluation(recipe: Recipe, run_dir: Path) -> bool:
+    """Whether the last recorded step lacks the evaluation that it is due."""
+    step = recorded_step(run_dir)
+    if not recipe.data.held_out or not step or step % EVALUATE_EVERY:
+        return False
+    return "held_out_loss" not in read_metrics(run_dir / METRICS_FILE)[-1]
+
+
+def _is_finished(run_dir: Path) -> bool:
+    return STEPS in saved_steps(run_dir) and (run_dir / METRICS_FILE).is_file()
