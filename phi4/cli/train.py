@@ -62,7 +62,8 @@ def train(
 
         stage = stage_of(recipe)
         check(recipe, worker.world_size, [stage.violations])
-        platform = join(worker, recipe.run.platform, recipe.run.threads)
+        wait_seconds = recipe.reliability.rendezvous_seconds
+        platform = join(worker, recipe.run.platform, recipe.run.threads, wait_seconds)
         kill_seconds = TORCHRUN_SECONDS if worker.rendezvous == "env" else None
         ending = run_training(
             recipe,

@@ -221,6 +221,8 @@ class ReliabilityConfig(Section):
     killed."""
     silence_seconds: float = key("free", 45.0, gt=0)
     """A rank that shows no sign of life for so long has stopped, and the run ends."""
+    rendezvous_seconds: float = key("free", 600.0, gt=0)
+    """How long ranks wait for each other at the start; every 30 s those missing are listed."""
     hang_seconds: float = key("free", 900.0, gt=0)
     """The run ends when its ranks live but none of them goes on for so long."""
     straggler_every: NonNegative = key("free", 100)

@@ -1,6 +1,7 @@
 """Where the engine runs: CUDA over NCCL or CPU over gloo, chosen once, with the reason."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -8,7 +9,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from phi4.engine.rendezvous import meet
+from phi4.engine.rendezvous import RENDEZVOUS_SECONDS, meet
 from phi4.errors import PlatformError
 
 COLLECTIVE_SECONDS = 1800
@@ -67,6 +68,8 @@ def connect(
     world_size: int = 1,
     rendezvous: str = "",
     threads: int = 1,
+    rendezvous_seconds: float = RENDEZVOUS_SECONDS,
+    expected_hosts: Sequence[str] = (),
 ) -> Platform:
     """Join the other processes.
 
@@ -78,6 +81,8 @@ def connect(
         rendezvous: where the processes meet, as `phi4.engine.rendezvous.meet` takes it; unused for
             one process.
         threads: CPU threads of this process.
+        rendezvous_seconds: how long to wait for the others.
+        expected_hosts: of every rank, to name one that does not come; empty where nobody knows.
 
     Raises:
         PlatformError: no such device, or the others did not come in time; names them.
@@ -99,7 +104,9 @@ def connect(
         if "://" not in rendezvous or os.environ.get("MASTER_ADDR") in _LOOPBACK:
             # All processes are on this machine; gloo would otherwise resolve the host name.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    meeting = meet(rendezvous, rank, world_size)
+    meeting = meet(
+        rendezvous, rank, world_size, seconds=rendezvous_seconds, expected_hosts=expected_hosts
+    )
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
         store=meeting.store,

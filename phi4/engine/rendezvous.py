@@ -4,7 +4,8 @@ One decision: nobody connects a torch store to a port that has not introduced it
 store's client waits for ever on a foreign service that accepts and stays silent. Rank 0 opens its
 store on a free port and announces that port: to workers on one machine in a file, to those of srun
 through a greeting on a port of a short list that every rank derives from the job. torchrun has a
-store of its own. However they meet, every rank then signs in, so one that never comes is named.
+store of its own. However they meet, every rank then signs in, so one that never comes is named:
+`phi4.engine.sign_in`.
 """
 
 import socket
@@ -18,16 +19,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from phi4.engine.sign_in import say, sign_in, wait_for
 from phi4.errors import PlatformError
 
 RENDEZVOUS_SECONDS = 600.0
 _RESOLVE_SECONDS = 10.0
 _DIAL_SECONDS = 3.0
-_VERDICT_SECONDS = 10.0
-_LONGEST_POLL_SECONDS = 0.5
-_NAMED_RANKS = 20
+_TALKATIVE_RANKS = 8
+"""Ranks beside rank 0 that say what they wait for: one of them is there, and 1,920 lines help
+nobody."""
 _LOOPBACK = "127.0.0.1"
-_MEETING = "meeting"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,12 @@ class Meeting:
 
 
 def meet(
-    rendezvous: str, rank: int, world_size: int, *, seconds: float = RENDEZVOUS_SECONDS
+    rendezvous: str,
+    rank: int,
+    world_size: int,
+    *,
+    seconds: float = RENDEZVOUS_SECONDS,
+    expected_hosts: Sequence[str] = (),
 ) -> Meeting:
     """Find the other ranks.
 
@@ -51,6 +57,7 @@ def meet(
         rank: of this process.
         world_size: number of processes.
         seconds: how long to wait for the others.
+        expected_hosts: of every rank, for messages; empty where nobody knows.
 
     Raises:
         PlatformError: rank 0 cannot be reached, or ranks did not come in time; names them.
@@ -60,10 +67,15 @@ def meet(
     if world_size == 1:
         return Meeting(dist.HashStore(), 1)
     deadline = time.monotonic() + seconds
+
+    def report() -> None:
+        host = f" (on {expected_hosts[0]})" if expected_hosts else ""
+        if rank <= _TALKATIVE_RANKS:
+            say(f"rank {rank} on {socket.gethostname()} waits for rank 0{host} at {rendezvous}")
+
     try:
-        with _opened(rendezvous, rank, world_size, deadline) as store:
-            signing = dist.PrefixStore(_MEETING, store)
-            return Meeting(store, _sign_in(signing, rank, world_size, deadline))
+        with _opened(rendezvous, rank, world_size, deadline, report) as store:
+            return Meeting(store, sign_in(store, rank, world_size, deadline, expected_hosts))
     except dist.DistError as error:
         first_line = str(error).partition("\n")[0]
         raise PlatformError(
@@ -72,19 +84,10 @@ def meet(
         ) from None
 
 
-def hosts_of(store: dist.Store, ranks: Sequence[int]) -> dict[int, str]:
-    """Host names of ranks that signed in.
-
-    Args:
-        store: of a `Meeting`, or a clone of it.
-        ranks: all of which came.
-    """
-    hosts = dist.PrefixStore(_MEETING, store).multi_get([f"host_of/{rank}" for rank in ranks])
-    return {rank: host.decode() for rank, host in zip(ranks, hosts, strict=True)}
-
-
 @contextmanager
-def _opened(rendezvous: str, rank: int, world_size: int, deadline: float) -> Iterator[dist.Store]:
+def _opened(
+    rendezvous: str, rank: int, world_size: int, deadline: float, report: Callable[[], None]
+) -> Iterator[dist.Store]:
     """The store; for the time of the block rank 0 tells the others where it is."""
     scheme, is_url, address = rendezvous.partition("://")
     if is_url and scheme == "env":
@@ -99,51 +102,9 @@ def _opened(rendezvous: str, rank: int, world_size: int, deadline: float) -> Ite
         with announced:
             yield store
     else:
-        host, port = _ask(address, deadline) if is_url else _read_port(Path(rendezvous), deadline)
+        find = _ask if is_url else _read_port
+        host, port = find(address if is_url else rendezvous, deadline, report)
         yield dist.TCPStore(host, port, world_size, False, _left(deadline))
-
-
-def _sign_in(store: dist.Store, rank: int, world_size: int, deadline: float) -> int:
-    """Wait for all ranks; gives the number of those on this host.
-
-    Rank 0 decides whether all came, and the others wait for its verdict: none goes on alone.
-    """
-    host = socket.gethostname()
-    store.set(f"host_of/{rank}", host)
-    store.add(f"ranks_on/{host}", 1)
-    store.add("arrived", 1)
-    if rank == 0:
-        _wait(lambda: store.add("arrived", 0) == world_size, deadline)
-        store.set("verdict", _verdict(store, world_size))
-    elif not _wait(lambda: store.check(["verdict"]), deadline + _VERDICT_SECONDS):
-        raise PlatformError(
-            f"rank {rank} on {host} reached the rendezvous, but rank 0 did not say in time whether "
-            "all ranks came; see the output of rank 0"
-        )
-    verdict = store.get("verdict").decode()
-    ranks_per_host = store.add(f"ranks_on/{host}", 0)
-    heard = store.add("heard", 1)
-    if rank == 0 and heard < (come := store.add("arrived", 0)):
-        # The store ends with this process, which may end at once: let the others read first.
-        _wait(lambda: store.add("heard", 0) >= come, time.monotonic() + _VERDICT_SECONDS)
-    if verdict:
-        raise PlatformError(verdict)
-    return ranks_per_host
-
-
-def _verdict(store: dist.Store, world_size: int) -> str:
-    """Empty when all ranks came; else which did not."""
-    missing = [r for r in range(world_size) if not store.check([f"host_of/{r}"])]
-    if not missing:
-        return ""
-    named = ", ".join(map(str, missing[:_NAMED_RANKS]))
-    more = f" and {len(missing) - _NAMED_RANKS} more" if len(missing) > _NAMED_RANKS else ""
-    present = [r for r in range(world_size) if r not in set(missing)]
-    hosts = dict.fromkeys(store.get(f"host_of/{r}").decode() for r in present)
-    return (
-        f"{len(missing)} of {world_size} ranks did not come in time: {named}{more}; those present "
-        f"are on {', '.join(hosts)}: see what ended or holds up the missing ones"
-    )
 
 
 def _torchrun_store(rank: int, world_size: int, deadline: float) -> dist.Store:
@@ -160,9 +121,9 @@ def _write_port(directory: Path, port: int) -> None:
     partial.rename(directory / "port")
 
 
-def _read_port(directory: Path, deadline: float) -> tuple[str, int]:
-    port_file = directory / "port"
-    if not _wait(port_file.exists, deadline):
+def _read_port(directory: str, deadline: float, report: Callable[[], None]) -> tuple[str, int]:
+    port_file = Path(directory) / "port"
+    if not wait_for(port_file.exists, deadline, report):
         raise PlatformError(f"rank 0 wrote no port to {port_file}; see the output of rank 0")
     return _LOOPBACK, int(port_file.read_text())
 
@@ -188,7 +149,7 @@ def _require_resolvable(host: str) -> None:
             return bool(socket.getaddrinfo(host, None))
         return False
 
-    if not _wait(is_resolved, time.monotonic() + _RESOLVE_SECONDS):
+    if not wait_for(is_resolved, time.monotonic() + _RESOLVE_SECONDS):
         raise PlatformError(
             f"{socket.gethostname()} cannot resolve {host!r}, the host of rank 0; set MASTER_ADDR "
             "to its address"
@@ -219,7 +180,7 @@ def _greet(listener: socket.socket, line: bytes) -> None:
             caller.sendall(line)
 
 
-def _ask(address: str, deadline: float) -> tuple[str, int]:
+def _ask(address: str, deadline: float, report: Callable[[], None]) -> tuple[str, int]:
     """Host and port of the run's store, from whoever greets with the run's name."""
     host, ports, run = _parsed(address)
     _require_resolvable(host)
@@ -229,7 +190,7 @@ def _ask(address: str, deadline: float) -> tuple[str, int]:
         found.extend(filter(None, (_greeted(host, port, run) for port in ports)))
         return bool(found)
 
-    if not _wait(is_greeted, deadline):
+    if not wait_for(is_greeted, deadline, report):
         raise PlatformError(
             f"{socket.gethostname()} was not greeted by rank 0 at {host}, ports "
             f"{', '.join(map(str, ports))}; see the output of rank 0, or set MASTER_ADDR to an "
@@ -253,17 +214,6 @@ def _parsed(address: str) -> tuple[str, list[int], str]:
     place, _, run = address.partition("/")
     host, _, ports = place.rpartition(":")
     return host, [int(port) for port in ports.split(",")], run
-
-
-def _wait(is_there: Callable[[], bool], deadline: float) -> bool:
-    """Whether something came about before the deadline; polls, so that signals are handled."""
-    pause_seconds = 0.01
-    while not is_there():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(pause_seconds)
-        pause_seconds = min(2 * pause_seconds, _LONGEST_POLL_SECONDS)
-    return True
 
 
 def _left(deadline: float) -> timedelta:

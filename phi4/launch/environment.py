@@ -22,6 +22,9 @@ _NUM_PORTS = 4
 
 _RANGE = r"\d+(?:-\d+)?"
 _HOSTS = rf"(?:[\w.-]|\[{_RANGE}(?:,{_RANGE})*\])+"
+_NODE_LIST = rf"{_HOSTS}(?:,{_HOSTS})*"
+_COUNT = r"\d+(?:\(x\d+\))?"
+_TASKS = rf"{_COUNT}(?:,{_COUNT})*"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class WorkerEnvironment:
     """Slurm job id; empty outside Slurm."""
     attempt: int | None = None
     """The attempt whose lease on the run directory the launcher holds; None when it holds none."""
+    hosts: tuple[str, ...] = ()
+    """The host that each rank is expected on; empty where the launcher does not say."""
 
 
 def started_by(environ: Mapping[str, str]) -> Starter | None:
@@ -78,6 +83,7 @@ def worker_environment(environ: Mapping[str, str]) -> WorkerEnvironment:
                 "tcp",
                 _slurm_address(environ),
                 job,
+                hosts=_slurm_hosts(environ),
             )
         case None:
             worker = WorkerEnvironment(0, 0, 1, "none", "", job)
@@ -95,7 +101,7 @@ def expand_nodelist(nodelist: str) -> list[str]:
     Raises:
         PlatformError: the text is not a node list.
     """
-    if not re.fullmatch(rf"{_HOSTS}(?:,{_HOSTS})*", nodelist):
+    if not re.fullmatch(_NODE_LIST, nodelist):
         raise PlatformError(
             f"Slurm node list {nodelist!r} is not of the form host[1-3,7],other; "
             "set MASTER_ADDR to the first host"
@@ -138,6 +144,24 @@ def _slurm_host(environ: Mapping[str, str]) -> str:
         "neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set; set MASTER_ADDR to the host of "
         "rank 0"
     )
+
+
+def _slurm_hosts(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The host of every rank of the step; empty where Slurm does not fill node after node."""
+    nodelist = environ.get("SLURM_STEP_NODELIST", "")
+    counts = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    is_block = environ.get("SLURM_DISTRIBUTION", "block").partition(":")[0] == "block"
+    if not (is_block and re.fullmatch(_NODE_LIST, nodelist) and re.fullmatch(_TASKS, counts)):
+        return ()
+    tasks = [
+        int(count)
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+        for _ in range(int(times or 1))
+    ]
+    nodes = expand_nodelist(nodelist)
+    if len(nodes) != len(tasks) or sum(tasks) != _slurm_tasks(environ):
+        return ()
+    return tuple(node for node, count in zip(nodes, tasks, strict=True) for _ in range(count))
 
 
 def _slurm_address(environ: Mapping[str, str]) -> str:

@@ -102,9 +102,18 @@ def _run_body(
 
 
 def join(
-    worker: WorkerEnvironment, kind: Literal["auto", "cpu", "cuda"], threads: int
+    worker: WorkerEnvironment,
+    kind: Literal["auto", "cpu", "cuda"],
+    threads: int,
+    seconds: float = 600.0,
 ) -> "Platform":
     """Join the other ranks of the run.
+
+    Args:
+        worker: this process's place.
+        kind: `run.platform`.
+        threads: CPU threads of this process.
+        seconds: how long to wait for the others.
 
     Raises:
         PlatformError: as `phi4.engine.platform.connect`.
@@ -120,4 +129,6 @@ def join(
         world_size=worker.world_size,
         rendezvous=worker.address,
         threads=threads,
+        rendezvous_seconds=seconds,
+        expected_hosts=worker.hosts,
     )

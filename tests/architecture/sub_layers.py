@@ -27,6 +27,7 @@ SUB_LAYERS: Mapping[str, Layers] = {
         ("model", "optimizer.adamw", "checkpoint_io", "checkpoint_capture", "agreement"),
         ("layout", "objective", "platform", "precision"),
         ("rendezvous", "forward_timer"),
+        ("sign_in",),
     ),
     "phi4_kernels": (
         ("bench",),

@@ -13,9 +13,10 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from phi4.engine import rendezvous
+from phi4.engine import rendezvous, sign_in
 from phi4.engine.rendezvous import Meeting, meet
 from phi4.errors import PlatformError
+from tests.support.waiting import wait_until
 
 
 def met(place: str, world_size: int, ranks: list[int], seconds: float = 60) -> list[Meeting | str]:
@@ -112,6 +113,42 @@ def test_host_without_an_address_is_named_by_all(monkeypatch) -> None:
     with patch("socket.getaddrinfo", side_effect=socket.gaierror):
         refusals = met(f"tcp://n1:{free_port()}/47.0", 2, [0, 1])
     assert all("cannot resolve 'n1', the host of rank 0; set MASTER_ADDR" in r for r in refusals)
+
+
+def test_ranks_that_are_late_are_listed_with_their_hosts_while_others_wait(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(sign_in, "REPORT_SECONDS", 0.1)
+    hosts = ("n1", "n1", "n2", "n3")
+
+    def late(rank: int) -> Meeting:
+        if rank == 3:
+            wait_until(lambda: "waits for 1 of 4" in capsys_text(), "the line about rank 3")
+        return meet(str(tmp_path), rank, 4, expected_hosts=hosts)
+
+    said: list[str] = []
+
+    def capsys_text() -> str:
+        said.append(capsys.readouterr().err)
+        return "".join(said)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(late, range(4)))
+    assert "waits for 1 of 4 ranks: 3 (on n3)" in "".join(said)
+
+
+def test_rank_that_never_comes_is_named_with_its_host(tmp_path) -> None:
+    with pytest.raises(PlatformError, match=r"1 of 2 ranks did not come in time: 1 \(on n7\);"):
+        meet(str(tmp_path), 0, 2, seconds=0.2, expected_hosts=("n6", "n7"))
+
+
+def test_ranks_that_wait_for_rank_0_say_so_with_its_host(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sign_in, "REPORT_SECONDS", 0.1)
+    for rank in (1, 99):
+        with pytest.raises(PlatformError, match="rank 0 wrote no port"):
+            meet(str(tmp_path), rank, 100, seconds=0.5, expected_hosts=("n6",) * 100)
+    said = capsys.readouterr().err
+    assert "rank 1 on " in said and "waits for rank 0 (on n6)" in said and "rank 99" not in said
 
 
 def test_ranks_are_counted_by_host(tmp_path) -> None:

@@ -64,6 +64,25 @@ def test_srun_address_can_be_named():
     assert worker_environment(environ).address == "tcp://10.0.0.1:1234/4711.0"
 
 
+def test_srun_knows_the_host_of_every_rank():
+    tasks = {"SLURM_STEP_TASKS_PER_NODE": "6(x2),4"}
+    hosts = ("gpu09",) * 6 + ("gpu10",) * 6 + ("gpu08",) * 4
+    assert worker_environment({**SRUN, **tasks}).hosts == hosts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"},  # another number of nodes
+        {"SLURM_STEP_TASKS_PER_NODE": "6(x3)"},  # another number of tasks
+        {"SLURM_STEP_TASKS_PER_NODE": "6(x2),4", "SLURM_DISTRIBUTION": "cyclic"},
+    ],
+)
+def test_no_host_is_better_than_a_wrong_one(changes):
+    assert worker_environment({**SRUN, **changes}).hosts == ()
+
+
 @pytest.mark.parametrize(
     "environ",
     [

@@ -13,7 +13,7 @@ import msgspec
 import torch.distributed as dist
 
 from phi4.engine.platform import Platform
-from phi4.engine.rendezvous import hosts_of
+from phi4.engine.sign_in import hosts_of
 from phi4.train.reliability.heartbeat import Beat
 from phi4.train.reliability.phases import Phases
 

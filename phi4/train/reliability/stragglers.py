@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from phi4.engine.forward_timer import ForwardTimer
-from phi4.engine.rendezvous import hosts_of
+from phi4.engine.sign_in import hosts_of
 from phi4.rundir.state import RunState
 from phi4.train.hooks import Hook, Progress, RunContext
 
