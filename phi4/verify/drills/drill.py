@@ -29,7 +29,7 @@ _PATIENCE = 30
 
 
 @dataclass(frozen=True)
-class Pace:
+class DrillPace:
     """What an undisturbed run took, in seconds."""
 
     start: float
@@ -54,7 +54,7 @@ class Moment:
     delay: float
 
     @staticmethod
-    def drawn(random: Random, pace: Pace) -> "Moment":
+    def drawn(random: Random, pace: DrillPace) -> "Moment":
         """Any moment of an attempt; a quarter of them during start-up, another during a save."""
         phase = random.choice(("start-up", "training", "training", "save"))
         if phase == "start-up":
@@ -139,7 +139,7 @@ class Drill:
         self._seconds = 24 * 3600.0
         self.num_runs = 0
 
-    def undisturbed(self) -> tuple[RunRecord, Pace]:
+    def undisturbed(self) -> tuple[RunRecord, DrillPace]:
         """The run that all others have to equal.
 
         Raises:
@@ -157,7 +157,7 @@ class Drill:
                 raise WorkerError(f"the undisturbed run ended with {code}: {attempt.log}")
         now = time.monotonic()
         self._seconds = 600 + _PATIENCE * (now - since)
-        return read_record(run_dir), Pace(stepped - begun, (now - stepped) / (STEPS - 1))
+        return read_record(run_dir), DrillPace(stepped - begun, (now - stepped) / (STEPS - 1))
 
     def run(self, fault: Fault, num_faults: int) -> tuple[list[Blow], list[str]]:
         """So many faults; gives them, and what differs in the runs that finished after them."""
