@@ -29,10 +29,16 @@ class Handle(Protocol):
         """End it at once."""
 
 
-def start_interpreter(control_fd: int, memory_fd: int) -> Handle:
-    """A new interpreter that serves the two descriptors, and inherits no other."""
+def start_interpreter(control_fd: int, memory_fd: int, first: str = "") -> Handle:
+    """A new interpreter that serves the two descriptors, and inherits no other.
+
+    Args:
+        control_fd, memory_fd: see `phi4.writer.process.serve`.
+        first: statements that it runs before; measurements slow the disk down by them.
+    """
     code = (
-        f"import sys; sys.path[:] = {sys.path!r}; from phi4.writer.process import serve; "
+        f"import sys; sys.path[:] = {sys.path!r}\n{first}\n"
+        "from phi4.writer.process import serve\n"
         f"serve({control_fd}, {memory_fd}, {os.getpid()})"
     )
     return subprocess.Popen(

@@ -163,6 +163,19 @@ def test_newest_reshardable_checkpoint_outlives_the_others(tmp_path: Path) -> No
     assert not list(tmp_path.glob(".step_*"))
 
 
+def test_pinned_checkpoints_are_never_removed(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        directory = CheckpointDirectory(tmp_path, step)
+        directory.begin()
+        layout = dict.fromkeys(LAYOUT_KEYS, 1)
+        manifest = CheckpointManifest(
+            step=step, optimizer_format="dp", layout=layout, recipe_sha256="", data={}, files={}
+        )
+        directory.commit({}, msgspec.json.encode(manifest))
+        directory.prune(Retention(1, keep_every=3))
+    assert [p.name[-1] for p in complete_checkpoints(tmp_path)] == ["3", "6", "7"]
+
+
 def test_killed_save_leaves_the_previous_checkpoint(saved: Path, pool: RankPool) -> None:
     directory = CheckpointDirectory(saved, 2)
     directory.begin()

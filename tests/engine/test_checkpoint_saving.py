@@ -106,6 +106,53 @@ def test_failed_write_is_one_verdict_and_leaves_nothing(pool: RankPool, tmp_path
     assert "the file system has 1,000 free" in found["free space"][0]
 
 
+def _alone_and_together(rank: int, world_size: int, root: Path) -> list[dict[str, int]]:
+    """Bytes by rank of what data rank 0 writes alone and of what both write."""
+    found = []
+    with engine_on(rank, tiny_recipe(*_SMALL)) as engine:
+        _step(engine)
+        with patch(f"{SAVING}.FullyParallelSaveStrategyWrapper", lambda strategy, _: strategy):
+            paths = [_save(engine, root / "alone", 1)]
+        paths.append(_save(engine, root / "together", 1))
+        for path in paths:
+            checkpoint = verify_checkpoint(engine, path)
+            load_checkpoint(engine, path, checkpoint)
+            sizes = {"all": sum(entry.bytes for entry in checkpoint.manifest.files.values())}
+            for name, entry in checkpoint.manifest.files.items():
+                if name.endswith(".distcp"):
+                    who = name.split("_")[2]
+                    sizes[who] = sizes.get(who, 0) + entry.bytes
+            found.append(sizes)
+    return found
+
+
+def test_data_ranks_share_what_one_wrote(pool: RankPool, tmp_path: Path) -> None:
+    alone, together = pool.run(_alone_and_together, tmp_path)[0]
+    assert together["0"] + together["1"] == alone["0"] + alone["1"]
+    # Rank 1 has a row of the random state of its own.
+    assert alone["1"] < 0.1 * alone["0"]
+    assert min(together["0"], together["1"]) > 0.3 * alone["0"]
+    # The index names ranks and files.
+    assert abs(together["all"] - alone["all"]) < 0.01 * alone["all"]
+
+
+def _save_other_states(rank: int, world_size: int, root: Path) -> None:
+    """In one process, each with records that the one before it had not; then all load."""
+    forms = ("none", "dp", "full", "dp")
+    with engine_on(rank, tiny_recipe(*_SMALL, "parallel.distributed_optimizer=true")) as engine:
+        for step, form in enumerate(forms, start=1):
+            _step(engine)
+            save_checkpoint(engine, root, step, form=form, keep=9, files={}, data={})
+        for step, form in enumerate(forms, start=1):
+            path = root / f"step_{step:07d}"
+            verified = verify_checkpoint(engine, path)
+            load_checkpoint(engine, path, verified, optimizer=form != "none")
+
+
+def test_plan_is_that_of_the_state_that_is_saved(pool: RankPool, tmp_path: Path) -> None:
+    pool.run(_save_other_states, tmp_path)
+
+
 def _predicted_and_written(rank: int, world_size: int, root: Path, form: str, *overrides: str):
     with engine_on(rank, tiny_recipe(*_SMALL[:1], *overrides)) as engine:
         if engine is None:

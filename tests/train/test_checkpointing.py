@@ -13,8 +13,8 @@ import pytest
 
 from phi4.config import dump_toml, with_overrides
 from phi4.engine.agreement import wait_until_visible
-from phi4.engine.checkpoint import save_checkpoint
-from phi4.errors import DiskFullError, Phi4Error, PlatformError
+from phi4.engine.checkpoint import Durable, save_checkpoint
+from phi4.errors import DiskFullError, DivergedError, Phi4Error, PlatformError
 from phi4.rundir.names import RECIPE_FILE, STATE_FILE
 from phi4.rundir.state import RunState
 from phi4.stages.pretrain import NextToken
@@ -70,6 +70,139 @@ def test_routine_saves_stay_what_they_were() -> None:
 def test_last_step_has_to_be_saved() -> None:
     with pytest.raises(DiskFullError):
         _saves({60: DiskFullError("full")}, "checkpoint.every=0")
+
+
+class FakePending:
+    """A save under way whose end a test decides: {step: (polls until it ends, its error)}."""
+
+    ends: dict[int, tuple[int, Exception | None]]
+    log: list[str]
+
+    def __init__(self, engine, request, writer, *, lease, seconds) -> None:
+        self.request, self.step, self.stall_seconds = request, request.step, 0.5
+        self._polls, self._error = self.ends[self.step]
+        self.log.append(f"begin {self.step} {request.form}")
+
+    def poll(self) -> Durable | None:
+        self._polls -= 1
+        if self._polls > 0:
+            return None
+        if self._error is not None:
+            raise self._error
+        self.log.append(f"durable {self.step}")
+        return Durable(Path(str(self.step)), 2.0, 0.5)
+
+    def wait(self, tick) -> Durable:
+        self.log.append(f"wait {self.step}")
+        self._polls = 0
+        return self.poll()
+
+    def abandon(self) -> None:
+        self.log.append(f"abandon {self.step}")
+
+
+def _checkpointer(recipe, said: list[str], **options: object) -> Checkpointer:
+    context = Mock(recipe=recipe, say=said.append, source_hashes={}, lease=None)
+    with (
+        patch(f"{CHECKPOINTING}.predicted_gather_bytes", return_value=1 << 50),
+        patch(f"{CHECKPOINTING}.host_memory_bytes", return_value=1 << 30),
+        patch(f"{CHECKPOINTING}.Staging"),
+    ):
+        return Checkpointer(context, **options)
+
+
+def _asynchronous(
+    ends: dict[int, tuple[int, Exception | None]], num_steps: int, *overrides: str
+) -> tuple[list[str], list[str], dict[int, dict[str, float]]]:
+    """What happened in a run of asynchronous saves, what it said, and the numbers by step."""
+    said, log, numbers = [], [], {}
+    recipe = tiny_recipe(f"run.steps={num_steps}", "checkpoint.asynchronous=true", *overrides)
+    checkpointer = _checkpointer(recipe, said)
+
+    def save(engine: object, root: Path, step: int, **_: object) -> Path:
+        log.append(f"saved {step}")
+        return root / str(step)
+
+    pending = type("Pending", (FakePending,), {"ends": ends, "log": log})
+    with (
+        patch(f"{CHECKPOINTING}.require_ownership"),
+        patch(f"{CHECKPOINTING}.PendingSave", pending),
+        patch(f"{CHECKPOINTING}.save_checkpoint", save),
+    ):
+        for step in range(1, num_steps + 1):
+            progress = Progress(RunState(step=step), num_steps, 1, 1.0, 0.1, None)
+            measured = checkpointer.hook.measure(progress)
+            if measured:
+                numbers[step] = measured
+            checkpointer.save_when_due(progress, is_last=progress.is_last)
+    return log, said, numbers
+
+
+def test_one_save_is_under_way_and_the_next_is_put_off() -> None:
+    log, said, numbers = _asynchronous(
+        {2: (3, None), 5: (1, None), 6: (9, None)}, 8, "checkpoint.every=2"
+    )
+    # That of step 4 is made at step 5; the last waits for the one under way.
+    assert log == [
+        *("begin 2 dp", "durable 2", "begin 5 dp", "durable 5", "begin 6 dp"),
+        *("wait 6", "durable 6", "saved 8"),
+    ]
+    assert numbers[6] == {"durable_step": 2, "save_seconds": 2.0, "save_stall_seconds": 0.5}
+    assert numbers[7]["durable_step"] == 5
+    assert said[0].startswith("checkpoint step 2 scheduled")
+    assert said[1] == "the save of step 4 is put off until that of step 2 is durable"
+    assert said[2] == "checkpoint step 2 durable after 2.0 s: 2"
+
+
+def test_failed_save_under_way_is_made_again_soon_in_the_format_that_was_due() -> None:
+    ends = {10: (3, PlatformError("gone")), 14: (1, None), 20: (1, None)}
+    log, said, _ = _asynchronous(ends, 21, "checkpoint.every=10", "checkpoint.reshardable_every=10")
+    assert log[:3] == ["begin 10 full", "begin 14 full", "durable 14"]
+    assert said[1] == ("step 10 is not saved: gone; training goes on and tries again after step 14")
+
+
+def test_save_under_way_that_fails_at_the_end_does_not_end_the_run() -> None:
+    log, said, _ = _asynchronous({2: (9, DiskFullError("full"))}, 3, "checkpoint.every=2")
+    assert log == ["begin 2 dp", "wait 2", "saved 3"]
+    assert "step 2 is not saved: full" in said[1]
+
+
+def test_save_under_way_is_given_up_when_the_run_fails() -> None:
+    log: list[str] = []
+    pending = type("Pending", (FakePending,), {"ends": {1: (9, None)}, "log": log})
+    recipe = tiny_recipe("run.steps=9", "checkpoint.every=1", "checkpoint.asynchronous=true")
+    checkpointer = _checkpointer(recipe, [])
+    with (
+        patch(f"{CHECKPOINTING}.require_ownership"),
+        patch(f"{CHECKPOINTING}.PendingSave", pending),
+    ):
+        checkpointer.save_when_due(Progress(RunState(step=1), 9, 1, 1.0, 0.1, None), is_last=False)
+    checkpointer.hook.close()
+    assert log == ["begin 1 dp", "abandon 1"]
+
+
+def test_step_that_a_gate_refuses_is_not_saved() -> None:
+    said: list[str] = []
+    recipe = tiny_recipe("run.steps=4", "checkpoint.every=1")
+    gates = [lambda progress: None, lambda p: "weights are not finite" if p.step > 2 else None]
+    checkpointer = _checkpointer(recipe, said, gates=gates)
+    saved = []
+    with (
+        patch(f"{CHECKPOINTING}.require_ownership"),
+        patch(f"{CHECKPOINTING}.save_checkpoint", lambda e, root, step, **_: saved.append(step)),
+    ):
+        for step in (1, 2, 3):
+            progress = Progress(RunState(step=step), 4, 1, 1.0, 0.1, None)
+            checkpointer.save_when_due(progress, is_last=False)
+        with pytest.raises(DivergedError, match="step 4 is not saved: weights are not finite"):
+            checkpointer.save_when_due(
+                Progress(RunState(step=4), 4, 1, 1.0, 0.1, None), is_last=True
+            )
+    assert saved == [1, 2]
+    assert said[2:] == [
+        f"step {step} is not saved: weights are not finite; the checkpoints before it stay"
+        for step in (3, 4)
+    ]
 
 
 def _write(rank: int, world_size: int, run: Path) -> None:

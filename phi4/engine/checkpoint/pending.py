@@ -22,7 +22,7 @@ from phi4.engine.agreement import raise_together
 from phi4.engine.checkpoint.saving import Save, SaveRequest
 from phi4.engine.checkpoint_capture import ToWriterProcess
 from phi4.engine.engine import Engine
-from phi4.errors import DiskFullError, Phi4Error, PlatformError
+from phi4.errors import Phi4Error, PlatformError
 from phi4.rundir import Lease
 from phi4.writer import Commit, Committed, Failed, WriterProcess
 
@@ -62,7 +62,8 @@ class PendingSave:
     Raises:
         DiskFullError, PlatformError: it cannot begin; every rank raises it and nothing is left.
 
-    Collectives: those of planning in dist_checkpointing; a broadcast and an all-gather of verdicts.
+    Collectives: those of planning in dist_checkpointing; an all-reduce of a number; a broadcast of
+        the verdict whether it can begin.
     """
 
     def __init__(
@@ -82,11 +83,7 @@ class PendingSave:
         self._manifest: bytes | None = None
         self._commit_error: Exception | None = None
         self._is_committed = False
-        try:
-            self._megatron = self._save.stage(self._sink)
-        except (DiskFullError, PlatformError):
-            self.abandon()
-            raise
+        self._megatron = self._save.stage(self._sink)
         self._stall_seconds = time.monotonic() - self._begun
 
     @property

@@ -32,6 +32,7 @@ from phi4.engine.checkpoint.state import degrees, sharded_state
 from phi4.engine.checkpoint_capture import InProcess, ToWriterProcess
 from phi4.engine.engine import Engine
 from phi4.engine.optimizer.build import gather_parameters
+from phi4.engine.patches import without_rewriting
 from phi4.errors import DiskFullError, Phi4Error, PlatformError
 from phi4.rundir.checkpoints import CheckpointDirectory, Retention
 from phi4.rundir.manifest import (
@@ -174,16 +175,15 @@ class Save:
     def stage(self, sink: ToWriterProcess) -> AsyncRequest:
         """Every rank stages its shards and has its writer process begin.
 
-        Raises:
-            PlatformError: on every rank, where one has too little memory or no process.
+        Where one has too little memory or no process, its sink says so.
         """
         self.engine.patches.capture.begin(sink)
         with self.engine.patches:
             request = self._planned(waits=False)
-            if request.async_fn is not None:
-                rank, _, results = request.async_fn_args
-                request.async_fn(rank, request.preload_fn(), results)
-        raise_together(self.platform, None if sink.error is None else self.failure(sink.error))
+            with without_rewriting():
+                if request.async_fn is not None:
+                    rank, _, results = request.async_fn_args
+                    request.async_fn(rank, request.preload_fn(), results)
         return request
 
     def manifest(self, sink: InProcess | ToWriterProcess) -> bytes:
@@ -244,17 +244,23 @@ class Save:
 
     def _planned(self, *, waits: bool) -> AsyncRequest | None:
         """Have megatron-core plan the save, and carry it out where training waits."""
+        strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy("torch_dist", 1), self.engine.layout.groups.dp_cp
+        )
         with self.engine.patches:
             gather_parameters(self.engine.chunks)
-            return dist_checkpointing.save(
-                sharded_state(self.engine, self.request.form, loading=False),
-                str(self.directory.partial),
-                FullyParallelSaveStrategyWrapper(
-                    TorchDistSaveShardedStrategy("torch_dist", 1), self.engine.layout.groups.dp_cp
-                ),
-                async_sharded_save=not waits,
-                content_metadata={"phi4": 1},
-            )
+            state = sharded_state(self.engine, self.request.form, loading=False)
+            # Plans are made of sizes and names: no device is named.
+            with without_rewriting():
+                return dist_checkpointing.save(
+                    state,
+                    str(self.directory.partial),
+                    strategy,
+                    # The strategy does it, of what each rank then writes.
+                    validate_access_integrity=False,
+                    async_sharded_save=not waits,
+                    content_metadata={"phi4": 1},
+                )
 
 
 def _is_full(error: BaseException | None) -> bool:
