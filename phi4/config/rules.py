@@ -4,6 +4,7 @@ A rule takes the recipe and yields one line per violation in the form: what was 
 what to change.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -229,6 +230,16 @@ def _world(recipe: Recipe, world_size: int) -> Iterator[str]:
             yield from _microbatches(recipe, world_size // p.model_parallel_size)
 
 
+def _skip_windows(recipe: Recipe) -> Iterator[str]:
+    steps = [step for step, _ in recipe.data.skip_windows]
+    if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+        begins = ", ".join(map(str, steps))
+        yield (
+            f"data.skip_windows begin after steps {begins}, which do not ascend; name each step "
+            "once, in order"
+        )
+
+
 def _listed(values: list[int]) -> str:
     *head, last = map(str, values)
     return f"{', '.join(head)} or {last}" if head else last
@@ -242,4 +253,5 @@ RULES: tuple[Rule, ...] = (
     _batch,
     _schedule,
     _sources,
+    _skip_windows,
 )

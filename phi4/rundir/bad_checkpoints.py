@@ -50,6 +50,11 @@ def note_bad(root: Path, step: int, at_step: int) -> int:
     return _times(root, checkpoint)
 
 
+def forget_bad(root: Path) -> None:
+    """Let every checkpoint be tried again: the schedule changed, which may have been the cause."""
+    (root / BAD_CHECKPOINTS_FILE).unlink(missing_ok=True)
+
+
 def is_bad(checkpoint: Path) -> bool:
     """Whether training from a checkpoint turned NaN too often."""
     return _times(checkpoint.parent, checkpoint) >= TIMES

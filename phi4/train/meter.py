@@ -39,8 +39,8 @@ def roll_back_numbers(state: RunState) -> dict[str, int]:
     if not skips:
         return {}
     numbers = {"skipped_rows": sum(skip.rows for skip in skips)}
-    last_undone = max(skip.last_undone for skip in skips)
-    return numbers if last_undone < state.step else {"rolled_back_from": last_undone} | numbers
+    undone = [skip.last_undone for skip in skips if skip.last_undone > skip.after_step]
+    return {"rolled_back_from": undone[-1]} | numbers if undone else numbers
 
 
 def _skipped_numbers(progress: Progress) -> dict[str, float]:

@@ -13,6 +13,7 @@ from phi4.engine.checkpoint import (
 )
 from phi4.engine.engine import Engine
 from phi4.errors import CheckpointError, DataError
+from phi4.rundir.bad_checkpoints import forget_bad
 from phi4.rundir.checkpoints import checkpoints_dir, find_checkpoint
 from phi4.rundir.manifest import check_recipe
 from phi4.rundir.roll_back import continued_behind, is_undone, ledger_of, read_roll_back
@@ -77,7 +78,8 @@ def resume(
     Args:
         recipe: of the run that goes on.
         engine: built for it.
-        allow_change: whether `--change` was given.
+        allow_change: whether `--change` was given; then checkpoints that count as bad are tried
+            again.
         say: takes one line for the console.
         source_hashes: manifest hash of every data source now.
 
@@ -85,11 +87,14 @@ def resume(
         ConfigError: the recipe does not continue the run.
         DataError: a source of the run has other content.
         CheckpointError: no checkpoint of the run can be used.
+        DivergedError: all of them are bad.
 
     Collectives: those of `newest_loaded`; broadcasts of the candidates and of the roll back.
     """
     root, platform, run_dir = checkpoints_dir(recipe.run.dir), engine.platform, Path(recipe.run.dir)
     roll_back = decided_by_writer(platform, lambda: read_roll_back(run_dir))
+    if allow_change:
+        decided_by_writer(platform, lambda: forget_bad(root))
     restoring = Restoring(recipe, engine, source_hashes, say, allow_change, roll_back)
     checkpoint, state = newest_loaded(restoring, checkpoints_newest_first(platform, root))
     if roll_back is not None and state.step <= roll_back.step:

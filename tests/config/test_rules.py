@@ -12,6 +12,10 @@ SOUND = with_overrides(Recipe(), ["batch.global_batch_size=16"])
 
 # What is asked on top of SOUND, and the line it yields.
 BROKEN = {
+    "skipped windows ascend": (
+        ["data.skip_windows=[[4, 8], [4, 16]]"],
+        "data.skip_windows begin after steps 4, 4, which do not ascend; name each step once",
+    ),
     "heads divide hidden": (
         ["model.num_attention_heads=30"],
         "model.num_attention_heads=30 does not divide model.hidden_size=5120",

@@ -73,6 +73,7 @@ class RunPlan:
         poison: of its data.
         stop_after: the step after which it saves and stops; 0 for none.
         at_step: (step, what): called with the engine by every rank, the first time a step is done.
+        allow_change: schedule keys may differ.
         fault: gives what is in force during the run, by rank.
     """
 
@@ -81,6 +82,7 @@ class RunPlan:
     poison: Poison = Poison()
     stop_after: int = 0
     at_step: tuple[int, Callable[[Engine], None]] | None = None
+    allow_change: bool = False
     fault: Callable[[int], AbstractContextManager] | None = None
 
 
@@ -166,7 +168,7 @@ def start(rank: int, world_size: int, root: Path, plan: RunPlan) -> Ended | None
                 recipe,
                 platform,
                 Poisoned(plan.poison.kind),
-                allow_change=False,
+                allow_change=plan.allow_change,
                 hooks=(lambda context: [Stopping(plan, context.engine)],),
             )
             how = f"ended after step {state.step}"

@@ -36,8 +36,8 @@ def checkpoints_newest_first(platform: Platform, root: Path) -> list[Path]:
         if found and not good:
             raise DivergedError(
                 f"all checkpoints in {root} are bad, training from them turned NaN "
-                f"{TIMES} times: {', '.join(path.name for path in found)}; remove bad.jsonl there "
-                "to try them again, or use another run.dir"
+                f"{TIMES} times: {', '.join(path.name for path in found)}; change the "
+                "schedule (--change tries them again), or use another run.dir"
             )
         return good
 

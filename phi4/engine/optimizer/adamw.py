@@ -29,6 +29,11 @@ CLIP_EPS = 1e-6
 """Added to the norm where it divides, as in torch.nn.utils.clip_grad_norm_ and megatron-core."""
 
 
+def norm_within(square_sum: Tensor, limit: float) -> Tensor:
+    """[] bool on the device: the root is finite and at most this; False for NaN."""
+    return square_sum <= min(limit * limit, sys.float_info.max)
+
+
 class OnePass:
     """What takes the place of clipping, step and copies in each of megatron-core's optimizers."""
 
@@ -124,8 +129,7 @@ class OnePassChain(ChainedOptimizer):
         total = self.square_sum()
         max_norm = self.config.clip_grad
         grad_scale = clip_factor(total, max_norm, CLIP_EPS) if max_norm > 0 else None
-        # False for NaN too.
-        good = total <= min(norm_limit * norm_limit, sys.float_info.max)
+        good = norm_within(total, norm_limit)
         if accepted is not None:
             good &= accepted
         found_inf = (~good).float()

@@ -11,6 +11,7 @@ import torch
 from phi4.engine.engine import Engine
 from phi4.engine.model.gpt import global_parameters
 from phi4.errors import CorruptionError
+from phi4.rundir.bad_checkpoints import note_bad
 from phi4.rundir.state import Skip, read_state
 from phi4.rundir.step_log import read_metrics
 from tests.support.guarded_runs import ROWS, Ended, Poison, RunPlan, recorded, start, weights
@@ -261,3 +262,22 @@ def test_checkpoint_that_turns_nan_twice_is_passed_over(pool: RankPool, root: Pa
         twice.said
     )
     assert twice.how == f"ended after step {LAST}"
+
+
+def test_start_passes_over_bad_checkpoints_until_the_schedule_changes(
+    pool: RankPool, root: Path
+) -> None:
+    run(pool, root, RunPlan("passed", stop_after=4))
+    checkpoints = root / "passed/checkpoints"
+    for step in (4, 4):
+        note_bad(checkpoints, step, 5)
+    over = run(pool, root, RunPlan("passed", stop_after=3))
+    assert "resumed from passed/checkpoints/step_0000002 (step 2)" in over.said
+    for step in (2, 2, 3, 3):
+        note_bad(checkpoints, step, 5)
+    refused = run(pool, root, RunPlan("passed"))
+    assert refused.exit_code == 6
+    assert "are bad, training from them turned NaN 2 times: step_0000003, " in refused.how
+    changed = ("optim.learning_rate=1e-3",)
+    again = run(pool, root, RunPlan("passed", changed, stop_after=5, allow_change=True))
+    assert "resumed from passed/checkpoints/step_0000003 (step 3)" in again.said
