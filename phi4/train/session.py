@@ -36,6 +36,7 @@ from phi4.train.ownership import Ownership, owned_run_dir
 from phi4.train.reliability.guard import NumericsGuard
 from phi4.train.reliability.phases import Phases
 from phi4.train.reliability.requests import Requests
+from phi4.train.reliability.same_start import require_same_start
 from phi4.train.reliability.stragglers import stragglers
 from phi4.train.reliability.watchdog import Watchdog, watched
 from phi4.train.resume import first_state, resume
@@ -99,7 +100,8 @@ def run_training(
         ConfigError: the recipe does not continue the run in run.dir.
         DataError: a source or the tokenizer is missing or wrong.
         CheckpointError: no checkpoint of the run can be used.
-        PlatformError: a rank does not see the files that rank 0 sees; names the rank.
+        PlatformError: a rank does not see the files that rank 0 sees, or runs other code, packages
+            or another recipe than most; names the rank.
 
     Collectives: those of owning run.dir, of building the engine, of loading, of every step and
     hook.
@@ -112,6 +114,7 @@ def run_training(
         owned_run_dir(run_dir, platform, attempt=attempt, job=job, say=say) as lease,
         requests.watching(run_dir, is_writer=platform.is_writer),
     ):
+        require_same_start(platform, recipe)
         return _run(
             recipe, platform, objective, lease, allow_change, say, hooks, requests, watchdog
         )
