@@ -115,7 +115,6 @@ class Checkpointer:
                 )
             self._next_try = step
             return None
-        self._require_finite(step)
         try:
             self._save(progress, waits=is_last)
         except (DiskFullError, PlatformError) as error:
@@ -161,6 +160,7 @@ class Checkpointer:
     def _save(self, progress: Progress, *, waits: bool) -> None:
         context, config = self._context, self._context.recipe.checkpoint
         require_ownership(context.platform, context.lease)
+        self._require_finite(progress.step)
         form, reason = optimizer_format(
             config,
             self._gather_bytes,

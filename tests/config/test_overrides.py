@@ -26,6 +26,9 @@ def values_of(key: str) -> st.SearchStrategy:
         return st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
     if key in ("data.sources", "data.held_out"):
         return st.lists(st.fixed_dictionaries({"name": texts, "path": texts}), max_size=2)
+    if key == "data.skip_windows":
+        window = st.tuples(st.integers(0, 99), st.integers(1, 99)).map(list)
+        return st.lists(window, max_size=2)
     bounds = {
         limit: getattr(constraint, limit)
         for constraint in field.metadata

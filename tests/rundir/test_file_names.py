@@ -10,10 +10,13 @@ NAMES = {value for key, value in vars(names).items() if key.endswith(("_FILE", "
 
 
 def spelled(tree: ast.AST) -> set[str]:
-    """The names among a file's text constants, alone or at the end of a path."""
+    """The names among a file's text constants: alone or at the end of a path.
+
+    A name without a dot, such as stop or attempts, is a common word too: only in a path.
+    """
     texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    words = {text.rpartition("/")[2] for text in texts if isinstance(text, str)}
-    return words & NAMES
+    parts = [text.rpartition("/") for text in texts if isinstance(text, str)]
+    return {word for _, slash, word in parts if slash or "." in word} & NAMES
 
 
 def test_no_other_file_spells_a_name() -> None:

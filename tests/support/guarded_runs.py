@@ -20,7 +20,6 @@ from phi4.engine.objective import Loss
 from phi4.engine.platform import connect, disconnect
 from phi4.errors import Phi4Error
 from phi4.rundir.manifest import read_manifest
-from phi4.rundir.state import RunState
 from phi4.rundir.step_log import read_metrics
 from phi4.stages.pretrain import NextToken
 from phi4.track import Trackers
@@ -164,14 +163,14 @@ def start(rank: int, world_size: int, root: Path, plan: RunPlan) -> Ended | None
             stack.enter_context(plan.fault(rank))
         how, exit_code = "", 0
         try:
-            state: RunState = run_training(
+            ending = run_training(
                 recipe,
                 platform,
                 Poisoned(plan.poison.kind),
                 allow_change=plan.allow_change,
                 hooks=(lambda context: [Stopping(plan, context.engine)],),
             )
-            how = f"ended after step {state.step}"
+            how = f"ended after step {ending.state.step}"
         except Phi4Error as error:
             how, exit_code = f"{type(error).__name__}: {error}", error.exit_code
         finally:

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 from phi4.config import dump_toml, with_overrides
 from phi4.engine.agreement import wait_until_visible
 from phi4.engine.checkpoint import Durable, save_checkpoint
-from phi4.errors import DiskFullError, DivergedError, Phi4Error, PlatformError
+from phi4.errors import DiskFullError, NotFiniteError, Phi4Error, PlatformError
 from phi4.rundir.names import RECIPE_FILE, STATE_FILE
 from phi4.rundir.state import RunState
 from phi4.stages.pretrain import NextToken
@@ -101,14 +101,21 @@ class FakePending:
         self.log.append(f"abandon {self.step}")
 
 
-def _checkpointer(recipe, said: list[str], **options: object) -> Checkpointer:
+@pytest.fixture(autouse=True)
+def _finite() -> Iterator[Mock]:
+    """Engines that are mocks have no weights to look at."""
+    with patch(f"{CHECKPOINTING}.require_finite_parameters") as check:
+        yield check
+
+
+def _checkpointer(recipe, said: list[str]) -> Checkpointer:
     context = Mock(recipe=recipe, say=said.append, source_hashes={}, lease=None)
     with (
         patch(f"{CHECKPOINTING}.predicted_gather_bytes", return_value=1 << 50),
         patch(f"{CHECKPOINTING}.host_memory_bytes", return_value=1 << 30),
         patch(f"{CHECKPOINTING}.Staging"),
     ):
-        return Checkpointer(context, **options)
+        return Checkpointer(context)
 
 
 def _asynchronous(
@@ -181,28 +188,21 @@ def test_save_under_way_is_given_up_when_the_run_fails() -> None:
     assert log == ["begin 1 dp", "abandon 1"]
 
 
-def test_step_that_a_gate_refuses_is_not_saved() -> None:
+def test_weights_that_are_not_finite_are_not_saved(_finite: Mock) -> None:
     said: list[str] = []
-    recipe = tiny_recipe("run.steps=4", "checkpoint.every=1")
-    gates = [lambda progress: None, lambda p: "weights are not finite" if p.step > 2 else None]
-    checkpointer = _checkpointer(recipe, said, gates=gates)
+    checkpointer = _checkpointer(tiny_recipe("run.steps=4", "checkpoint.every=1"), said)
+    _finite.side_effect = [None, NotFiniteError("a is NaN")]
     saved = []
     with (
         patch(f"{CHECKPOINTING}.require_ownership"),
         patch(f"{CHECKPOINTING}.save_checkpoint", lambda e, root, step, **_: saved.append(step)),
     ):
-        for step in (1, 2, 3):
-            progress = Progress(RunState(step=step), 4, 1, 1.0, 0.1, None)
-            checkpointer.save_when_due(progress, is_last=False)
-        with pytest.raises(DivergedError, match="step 4 is not saved: weights are not finite"):
-            checkpointer.save_when_due(
-                Progress(RunState(step=4), 4, 1, 1.0, 0.1, None), is_last=True
-            )
-    assert saved == [1, 2]
-    assert said[2:] == [
-        f"step {step} is not saved: weights are not finite; the checkpoints before it stay"
-        for step in (3, 4)
-    ]
+        progress = [Progress(RunState(step=s), 4, 1, 1.0, 0.1, None) for s in (1, 2)]
+        checkpointer.save_when_due(progress[0], is_last=False)
+        with pytest.raises(NotFiniteError, match="a is NaN"):
+            checkpointer.save_when_due(progress[1], is_last=False)
+    assert saved == [1]
+    assert said[1:] == ["step 2 is not saved: a is NaN; the checkpoints before it stay"]
 
 
 def _write(rank: int, world_size: int, run: Path) -> None:

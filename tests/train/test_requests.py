@@ -74,9 +74,9 @@ def test_notice_during_a_save_counts_that_save(loop: Loop) -> None:
     noticed = threading.Event()
     loop.context.requests = Requests(noticed)
 
-    def save(progress: object, **asks: bool) -> bool:
+    def save(progress: object, **asks: bool) -> str:
         noticed.set()
-        return True
+        return "durable"
 
     loop.checkpointer.save_when_due.side_effect = save
     ending = loop.run()
@@ -87,7 +87,7 @@ def test_notice_during_a_save_counts_that_save(loop: Loop) -> None:
 def test_notice_during_a_save_that_fails_has_the_next_step_saved(loop: Loop) -> None:
     noticed = threading.Event()
     loop.context.requests = Requests(noticed)
-    loop.checkpointer.save_when_due.side_effect = [False, True]
+    loop.checkpointer.save_when_due.side_effect = [None, "durable"]
     ask_at(loop, 2, Asked(requeue=True))
     assert loop.run().state.step == 2
 
