@@ -9,6 +9,7 @@ the training thread spends in the guard's functions, by its own clock.
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,11 @@ from phi4.train.reliability.guard import NumericsGuard
 from phi4.train.reliability.spikes import SpikeDetector
 from phi4.verify.measured_rows import append_row, provenance
 from tools.step_time import host_batches, ratio_interval
+
+LARGEST_SHARE = 0.005
+"""Of a step's time, of the thread's clock."""
+LARGEST_RATIO = 1.02
+"""Upper end of the 95% interval of the pairs' ratio."""
 
 # The model of examples/recipes/tiny_pretrain.toml on one process, and half of its batch.
 _RECIPE = """
@@ -182,8 +188,8 @@ def measure(pairs: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Command line."""
+def main() -> int:
+    """Command line; exit 1 where the guard takes more than it may."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--json", type=Path, help="append the row to this file")
@@ -192,7 +198,8 @@ def main() -> None:
     print(json.dumps(row | provenance()))
     if args.json:
         append_row(args.json, row)
+    return int(row["guard_share"] > LARGEST_SHARE or row["ratio_95"][1] > LARGEST_RATIO)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

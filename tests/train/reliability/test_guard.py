@@ -26,6 +26,7 @@ OVERLAPPING = (
     "parallel.overlap_param_gather=true",
 )
 PIPELINE, TENSOR = ("parallel.pipeline=2",), ("parallel.tensor=2",)
+CONTEXT = ("parallel.context=2",)
 WINDOW = (range(6, 8),)
 """Steps 6 and 7 are bad: the run goes back from step 7 to step 4, over the data of 5 to 7."""
 LAST = 12
@@ -70,7 +71,7 @@ def single(pool: RankPool, root: Path) -> Path:
     return spared(pool, root, (), "single")
 
 
-@pytest.mark.parametrize("kind", ["nan", "spike"])
+@pytest.mark.parametrize("kind", ["nan", pytest.param("spike", marks=pytest.mark.slow)])
 def test_bad_window_is_rolled_back_and_skipped(
     pool: RankPool, root: Path, single: Path, kind: str
 ) -> None:
@@ -123,15 +124,13 @@ ONE_RANK = {
     "sharded": (SHARDED, Poison(WINDOW, "nan_loss", dp_rank=0), "arose in the loss of rank 0 on "),
     "overlap": (OVERLAPPING, Poison(WINDOW, "nan", dp_rank=1), "arose in the loss of rank 1 on "),
     "pipeline": (PIPELINE, Poison(WINDOW, "nan_loss"), "it arose in the loss of rank 1 on "),
+    "context": (CONTEXT, Poison(WINDOW, "nan"), "it arose in the loss of rank 0 on "),
     "tensor": (TENSOR, Poison(WINDOW, "nan"), "it arose in the loss of rank 0 on "),
 }
-BRIEF = ("loss", "pipeline")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [*BRIEF, *(pytest.param(c, marks=pytest.mark.slow) for c in ONE_RANK if c not in BRIEF)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ONE_RANK)
 def test_what_is_not_finite_on_one_rank_is_skipped_on_all_in_the_same_step(
     pool: RankPool, root: Path, case: str
 ) -> None:
@@ -157,7 +156,8 @@ class FlippedBit:
             weight.detach().view(torch.int32).view(-1)[0] ^= 1
 
 
-@pytest.mark.parametrize("layout", [DATA, pytest.param(TENSOR, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [DATA, TENSOR])
 def test_flipped_bit_in_one_replica_is_found_within_the_period_and_named(
     pool: RankPool, root: Path, layout: tuple[str, ...]
 ) -> None:
@@ -215,6 +215,7 @@ def test_a_second_result_that_differs_names_the_rank_that_computes_wrongly(
     assert "rank 0 on" not in ended.how
 
 
+@pytest.mark.slow
 def test_bad_steps_that_do_not_end_end_the_run_as_diverged(pool: RankPool, root: Path) -> None:
     limit = ("reliability.max_roll_backs=1",)
     ended = run(pool, root, RunPlan("endless", limit, Poison((range(6, 99),), "nan")))
@@ -240,6 +241,7 @@ class Spoiled:
         embedding.detach()[-1] = torch.nan
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved(pool: RankPool, root: Path) -> None:
     ended = run(pool, root, RunPlan("spoiled", at_step=(7, Spoiled())))
     assert ended.how == f"ended after step {LAST}"
@@ -248,6 +250,7 @@ def test_weights_that_are_not_finite_are_not_saved(pool: RankPool, root: Path) -
     assert [(skip.after_step, skip.last_undone) for skip in state.skips] == [(6, 8)]
 
 
+@pytest.mark.slow
 def test_checkpoint_that_turns_nan_twice_is_passed_over(pool: RankPool, root: Path) -> None:
     """Once in each of two attempts; every step of the data behind checkpoint 4 is NaN."""
     run(pool, root, RunPlan("bad", stop_after=4))
@@ -264,6 +267,7 @@ def test_checkpoint_that_turns_nan_twice_is_passed_over(pool: RankPool, root: Pa
     assert twice.how == f"ended after step {LAST}"
 
 
+@pytest.mark.slow
 def test_start_passes_over_bad_checkpoints_until_the_schedule_changes(
     pool: RankPool, root: Path
 ) -> None:
