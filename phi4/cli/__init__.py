@@ -26,6 +26,7 @@ GROUPS = {
     "model": "Phi-4's shape in numbers.",
     "convert": "Hugging Face checkpoints in and out.",
     "verify": "Proofs to run on this machine: parity, resume, leak.",
+    "launch": "Before a run: are the machines fit for it?",
     "bench": "Benchmarks of the kernels.",
     "kernels": "Implementations of the ops and what is proven of them.",
 }

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phi4.cli import launch_options as options
+from phi4.cli.launch_preflight import preflight
 from phi4.cli.train import Overrides, RecipePath, train
 from phi4.config import Recipe, load_recipe
 from phi4.errors import ConfigError
@@ -19,6 +20,7 @@ from phi4.stages import require_stage, stage_of
 
 app = typer.Typer(help="Runs on a Slurm cluster, or on this machine.", no_args_is_help=True)
 app.command("local", help="The same as `phi4 train`: all ranks on this machine.")(train)
+app.command()(preflight)
 
 _LOG_LINES = 30
 
