@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,32 +29,37 @@ def _environment(rank: int, world_size: int, directory: Path) -> dict[str, str]:
 
 
 def _in_a_collective(
-    rank: int, world_size: int, directory: Path, victim: int, limits: dict[str, float], stops: bool
+    rank: int,
+    world_size: int,
+    directory: Path,
+    victims: Sequence[int],
+    limits: dict[str, float],
+    stops: bool,
 ) -> None:
-    """All ranks wait in a barrier, but for one that stops, or lives and does something else."""
+    """All ranks wait in a barrier, but for some that stop, or live and do something else."""
     platform = connect("cpu", rank=rank, world_size=world_size, rendezvous=rendezvous())
     phases, config = Phases(), ReliabilityConfig(**limits)
     os.dup2(os.open(directory / f"stderr_{rank}", os.O_CREAT | os.O_WRONLY), 2)
     reported = report_errors(_environment(rank, world_size, directory))
     with reported, watched(platform, phases, config, lambda text: None):
         dist.barrier()
-        with phases.during("save" if rank == victim else "step", 20):
-            if rank == victim and stops:
+        with phases.during("save" if rank in victims else "step", 20):
+            if rank in victims and stops:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            elif rank == victim:
+            elif rank in victims:
                 threading.Event().wait()
             dist.barrier()
 
 
-def _reports(directory: Path, *arguments: object) -> list[ErrorReport]:
+def _reports(directory: Path, num_ranks: int, *arguments: object) -> list[ErrorReport]:
     with pytest.raises(RankError):
-        run_ranks(3, _in_a_collective, directory, *arguments)
+        run_ranks(num_ranks, _in_a_collective, directory, *arguments)
     return read_reports(directory)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_stopped_rank_is_named_by_the_living_with_their_stacks(tmp_path, victim: int) -> None:
-    first, *_ = _reports(tmp_path, victim, SOON, True)
+    first, *_ = _reports(tmp_path, 3, [victim], SOON, True)
     assert first.type == "HungError" and first.exit_code == 7 and first.rank != victim
     assert first.message.startswith(f"rank {victim} on ")
     assert "no sign of life for 10 s" in first.message
@@ -61,9 +67,15 @@ def test_stopped_rank_is_named_by_the_living_with_their_stacks(tmp_path, victim:
     assert first.message in stacks and "in barrier" in stacks
 
 
+def test_ranks_of_a_host_that_is_lost_without_a_reset_are_named_together(tmp_path) -> None:
+    first, *_ = _reports(tmp_path, 4, [2, 3], SOON, True)
+    assert first.exit_code == 7 and first.rank in (0, 1)
+    assert first.message.startswith("rank 2 on ") and "; rank 3 on " in first.message
+
+
 def test_living_rank_that_all_wait_for_is_named_with_its_phase(tmp_path) -> None:
     limits = {"silence_seconds": 30.0, "hang_seconds": 2.0}
-    first, *_ = _reports(tmp_path, 2, limits, False)
+    first, *_ = _reports(tmp_path, 3, [2], limits, False)
     assert first.exit_code == 7
     assert "no rank went on for 2 s" in first.message
     assert "behind: rank 2 on " in first.message
