@@ -16,8 +16,10 @@ from tests.support.waiting import LONG_SECONDS, wait_until
 DRIVER = """
 import signal, sys
 from pathlib import Path
-from phi4.launch import run_workers
+from phi4.launch import hold_notices, run_workers
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if sys.argv[-1]:
+    hold_notices()  # as the command line does first
 script, num_workers, work_dir, grace, mode, stop = sys.argv[1:]
 sys.exit(run_workers([script], num_workers=int(num_workers), work_dir=Path(work_dir),
                      grace_seconds=float(grace), interactive=mode == "interactive",

@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 
 from phi4.errors import REQUEUE_EXIT_CODE
+from phi4.launch.notices import SECOND_SECONDS, PassedOnNotice
 from tests.launch.conftest import Launch
 from tests.support.waiting import LONG_SECONDS, wait_until
 
@@ -56,10 +58,10 @@ def test_all_ranks_end_with_the_requeue_code(launch, number: int, receivers: str
 def test_notice_to_a_rank_that_has_not_taken_it_yet_waits(launch) -> None:
     run = launch(
         """
-        note(f"started_{rank}")
-        await_note("go")
-        """
-        + AGREEING,
+    note(f"started_{rank}")
+    await_note("go")
+    """
+        + AGREEING.replace("started", "takes_notices"),
         num_workers=2,
         stop=ENDLESS_SECONDS,
     )
@@ -211,3 +213,11 @@ def test_process_without_a_launcher(stop_seconds, hangs, code, said) -> None:
         time.sleep(0.1)
     _, stderr = process.communicate(timeout=LONG_SECONDS)
     assert (process.returncode, stderr) == (code, said)
+
+
+def test_only_a_sigterm_well_after_the_first_is_a_second_one(monkeypatch) -> None:
+    now = iter([0.0, 100.0, 100.0 + SECOND_SECONDS, 101.1 + SECOND_SECONDS, 200.0])
+    monkeypatch.setattr("phi4.launch.notices.time", Mock(monotonic=lambda: next(now)))
+    notice = PassedOnNotice(stop_seconds=10)
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1)
+    assert [notice.arrived(number) for number in numbers] == [False, False, False, True, False]

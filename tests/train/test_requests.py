@@ -40,7 +40,9 @@ def saves(loop: Loop) -> list[tuple[int, bool, bool]]:
 @pytest.fixture
 def quiet(loop: Loop) -> Loop:
     """A run where no save is due."""
-    loop.checkpointer.save_when_due.side_effect = lambda _, **asks: any(asks.values())
+    loop.checkpointer.save_when_due.side_effect = lambda _, **asks: (
+        "durable" if any(asks.values()) else None
+    )
     return loop
 
 

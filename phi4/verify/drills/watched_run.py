@@ -29,6 +29,7 @@ class WatchedRun:
         process: its launcher.
         run_dir: its run directory.
         log: takes its output.
+        log_start: where its output begins there, in bytes.
         num_before: number of the attempt before it.
         num_ranks: of its layout.
         deadline: of the monotonic clock; whoever waits longer raises.
@@ -40,6 +41,7 @@ class WatchedRun:
         run_dir: Path,
         log: Path,
         *,
+        log_start: int,
         num_before: int,
         num_ranks: int,
         deadline: float,
@@ -49,6 +51,7 @@ class WatchedRun:
         self._num_ranks = num_ranks
         self._deadline = deadline
         self._num_before = num_before
+        self._log_start = log_start
         self.log = log
         self.first_step = recorded_step(run_dir)
 
@@ -107,6 +110,12 @@ class WatchedRun:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    def output(self) -> str:
+        """What it wrote."""
+        with self.log.open(encoding="utf-8", errors="replace") as log:
+            log.seek(self._log_start)
+            return log.read()
+
     def end(self) -> int:
         """Exit code, once it ended; 128 + S for one that died of signal S.
 
@@ -134,9 +143,16 @@ def started(recipe_path: Path, recipe: Recipe, seconds: float) -> Iterator[Watch
     num_before = newest_attempt(run_dir)
     with log.open("ab") as output:
         streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        log_start = output.tell()
         process = subprocess.Popen(command, start_new_session=True, **streams)
     attempt = WatchedRun(
-        process, run_dir, log, num_before=num_before, num_ranks=num_ranks, deadline=deadline
+        process,
+        run_dir,
+        log,
+        log_start=log_start,
+        num_before=num_before,
+        num_ranks=num_ranks,
+        deadline=deadline,
     )
     try:
         yield attempt
