@@ -20,13 +20,12 @@ COMMANDS = {
     "demo": "Train a small Phi-4 on this machine, from corpus to text.",
 }
 GROUPS = {
-    "launch": "Runs on a Slurm cluster: submit, watch, cancel.",
+    "launch": "Runs on a Slurm cluster, or here; are the machines fit for it?",
     "data": "Token files: build, inspect, check.",
     "dpo": "Preferences: the reference model's log-probabilities.",
     "model": "Phi-4's shape in numbers.",
     "convert": "Hugging Face checkpoints in and out.",
     "verify": "Proofs to run on this machine: parity, resume, leak.",
-    "launch": "Before a run: are the machines fit for it?",
     "bench": "Benchmarks of the kernels.",
     "kernels": "Implementations of the ops and what is proven of them.",
 }
