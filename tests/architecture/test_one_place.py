@@ -37,7 +37,7 @@ def computes_loss(node: ast.AST) -> bool:
 
 
 ANSWERS = [
-    ("loss", stages.stage_of(config.Recipe()).make_objective(None), computes_loss),
+    ("Where is the loss", stages.stage_of(config.Recipe()).make_objective(None), computes_loss),
     ("Where is a checkpoint written", checkpoint.save_checkpoint, calls("dist_checkpointing.save")),
     ("Where is a key checked", config.check, assigns("RULES")),
     ("RoPE's implementation", implementations.choose, calls("dispatch.choose")),
