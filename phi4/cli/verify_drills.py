@@ -47,10 +47,15 @@ def preempt(
 
     recipe = _checked(load_recipe(recipe_path, overrides or []))
     work_dir = work_dir or Path(mkdtemp(prefix="phi4-preempt-"))
-    passed = _drilled(recipe, work_dir, Notice(), signals, seed)
-    verdict = f"{signals} notices, one save each" if passed else f"FAILED, see {work_dir}"
-    typer.echo(f"preempt: {verdict}")
-    raise typer.Exit(0 if passed else 1)
+    blows = _drilled(recipe, work_dir, Notice(), signals, seed)
+    if blows is None:
+        typer.echo(f"preempt: FAILED, see {work_dir}")
+        raise typer.Exit(1)
+    saved = sum(blow.has_saved for blow in blows)
+    typer.echo(
+        f"preempt: {signals} notices: {saved} with one save each, {signals - saved} before a step "
+        "with nothing to save"
+    )
 
 
 def kills(
@@ -78,14 +83,15 @@ def kills(
         )
     work_dir = work_dir or Path(mkdtemp(prefix="phi4-kills-"))
     shares = [kills // len(names) + (n < kills % len(names)) for n in range(len(names))]
-    passed = [
+    results = [
         _drilled(layout, work_dir / name, Kill(), share, seed)
         for name, layout, share in zip(names, recipes, shares, strict=True)
         if share
     ]
-    verdict = "all resumed, losses and data stream equal" if all(passed) else "FAILED, see"
-    typer.echo(f"kills: {kills} over {', '.join(names)}: {verdict} {work_dir}")
-    raise typer.Exit(0 if all(passed) else 1)
+    has_failed = any(blows is None for blows in results)
+    verdict = f"FAILED, see {work_dir}" if has_failed else "resumed, losses and data stream equal"
+    typer.echo(f"kills: {kills} over {', '.join(names)}: {verdict}")
+    raise typer.Exit(1 if has_failed else 0)
 
 
 def _checked(recipe: Recipe) -> Recipe:
@@ -99,8 +105,10 @@ def _size(recipe: Recipe) -> int:
     return recipe.parallel.model_parallel_size * max(recipe.parallel.data, 1)
 
 
-def _drilled(recipe: Recipe, work_dir: Path, fault: "Fault", num_faults: int, seed: int) -> bool:
-    """Run the faults and print what came of them; whether all is as it should be."""
+def _drilled(
+    recipe: Recipe, work_dir: Path, fault: "Fault", num_faults: int, seed: int
+) -> "Sequence[Blow] | None":
+    """Run the faults and print what came of them; None when something is not as it should be."""
     from phi4.verify.drills.drill import Drill
 
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -108,7 +116,7 @@ def _drilled(recipe: Recipe, work_dir: Path, fault: "Fault", num_faults: int, se
     _print(blows, work_dir.name)
     for line in differing:
         typer.echo(line)
-    return not differing and not any(blow.wrong for blow in blows)
+    return None if differing or any(blow.wrong for blow in blows) else blows
 
 
 def _print(blows: "Sequence[Blow]", title: str) -> None:

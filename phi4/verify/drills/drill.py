@@ -84,6 +84,7 @@ class Blow:
         exit_code: of the attempt.
         seconds: from the fault to the end of the attempt.
         step: the newest checkpoint then.
+        has_saved: whether the attempt left a checkpoint that was not there before.
         wrong: what is not as it should be; empty.
     """
 
@@ -92,6 +93,7 @@ class Blow:
     exit_code: int
     seconds: float
     step: int
+    has_saved: bool
     wrong: str
 
     def describe(self) -> str:
@@ -206,7 +208,7 @@ class Drill:
             phase = "evaluation"
         after = saved_steps(run_dir)
         wrong = fault.verdict(attempt, code, before, after)
-        return Blow(what, phase, code, seconds, max(after, default=0), wrong)
+        return Blow(what, phase, code, seconds, max(after, default=0), bool(after - before), wrong)
 
     def _begin_run(self, name: str) -> tuple[Path, Recipe]:
         """A recipe with a run directory of its own, and its file."""
