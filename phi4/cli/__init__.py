@@ -25,7 +25,7 @@ GROUPS = {
     "dpo": "Preferences: the reference model's log-probabilities.",
     "model": "Phi-4's shape in numbers.",
     "convert": "Hugging Face checkpoints in and out.",
-    "verify": "Proofs to run on this machine: parity, resume, leak.",
+    "verify": "Proofs to run on this machine: parity, resume, leak, preempt, kills.",
     "bench": "Benchmarks of the kernels.",
     "kernels": "Implementations of the ops and what is proven of them.",
 }
