@@ -1,13 +1,13 @@
 """A save that cannot be written: every rank gets the same error, and nothing of it is left."""
 
 import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from phi4.engine.checkpoint import (
     load_checkpoint,
@@ -15,13 +15,14 @@ from phi4.engine.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from phi4.engine.checkpoint_io import VettedReader
 from phi4.engine.engine import Engine
 from phi4.errors import Phi4Error
 from phi4.rundir.checkpoints import latest_checkpoint
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.ranks import RankPool
-from tests.support.small_disk import mounted_small_disk
+from tests.support.small_disk import ballast, mounted_small_disk
 
 SAVING = "phi4.engine.checkpoint.saving"
 DIRECTORY = "phi4.rundir.checkpoints"
@@ -106,6 +107,20 @@ def test_failed_write_is_one_verdict_and_leaves_nothing(pool: RankPool, tmp_path
     assert "the file system has 1,000 free" in found["free space"][0]
 
 
+@contextmanager
+def _counting_reads(sizes: dict[str, int]) -> Iterator[None]:
+    """Bytes of the records that this rank reads, as `read`."""
+    read_data, sizes["read"] = VettedReader.read_data, 0
+
+    def counted(self: VettedReader, plan: LoadPlan, planner: LoadPlanner) -> object:
+        places = self.read_metadata().storage_data
+        sizes["read"] += sum(places[item.storage_index].length for item in plan.items)
+        return read_data(self, plan, planner)
+
+    with patch.object(VettedReader, "read_data", counted):
+        yield
+
+
 def _alone_and_together(rank: int, world_size: int, root: Path) -> list[dict[str, int]]:
     """Bytes by rank of what data rank 0 writes alone and of what both write."""
     found = []
@@ -116,8 +131,9 @@ def _alone_and_together(rank: int, world_size: int, root: Path) -> list[dict[str
         paths.append(_save(engine, root / "together", 1))
         for path in paths:
             checkpoint = verify_checkpoint(engine, path)
-            load_checkpoint(engine, path, checkpoint)
             sizes = {"all": sum(entry.bytes for entry in checkpoint.manifest.files.values())}
+            with _counting_reads(sizes):
+                load_checkpoint(engine, path, checkpoint)
             for name, entry in checkpoint.manifest.files.items():
                 if name.endswith(".distcp"):
                     who = name.split("_")[2]
@@ -132,6 +148,8 @@ def test_data_ranks_share_what_one_wrote(pool: RankPool, tmp_path: Path) -> None
     # Rank 1 has a row of the random state of its own.
     assert alone["1"] < 0.1 * alone["0"]
     assert min(together["0"], together["1"]) > 0.3 * alone["0"]
+    # Each reads its share, and the random state besides.
+    assert 0.3 * alone["0"] < together["read"] < 0.75 * alone["0"]
     # The index names ranks and files.
     assert abs(together["all"] - alone["all"]) < 0.01 * alone["all"]
 
@@ -193,20 +211,12 @@ def _fill_and_save(rank: int, world_size: int, disk: Path, free: list[int]) -> l
         _save(engine, disk / "run", 1)
         for step, free_bytes in enumerate([*free, None], start=2):
             if rank == 0:
-                _ballast(disk, free_bytes)
+                ballast(disk, free_bytes)
             with patch(f"{SAVING}.predicted_bytes", return_value=0):
                 said.append(_attempt(engine, disk / "run", step))
         checkpoint = latest_checkpoint(disk / "run")
         verify_checkpoint(engine, checkpoint)
     return said
-
-
-def _ballast(disk: Path, free_bytes: int | None) -> None:
-    """Leave so much space free."""
-    path = disk / "ballast"
-    path.unlink(missing_ok=True)
-    if free_bytes is not None:
-        path.write_bytes(bytes(shutil.disk_usage(disk).free - free_bytes))
 
 
 @pytest.mark.slow

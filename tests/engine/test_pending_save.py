@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -30,6 +31,7 @@ from phi4.writer import process as writer_process
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.forked_writer import forked_writer
 from tests.support.ranks import RankPool
+from tests.support.small_disk import ballast, mounted_small_disk
 from tests.support.waiting import LONG_SECONDS, wait_until
 
 _DP2 = ("model.num_layers=2", "parallel.data=2")
@@ -238,3 +240,47 @@ def test_writer_that_fails_is_one_error_and_costs_nothing(pool: RankPool, tmp_pa
             assert newest == "step_0000001", kind
             assert "earlier checkpoints are intact" in said and "\n" not in said, kind
         assert retried == "step_0000003", kind
+
+
+def _fill_and_save(rank: int, world_size: int, disk: Path, free: list[int]) -> list[str]:
+    """What saves under way say with less and less space, none of it predicted; then with enough."""
+    said = []
+    with engine_on(rank, tiny_recipe(*_DP2)) as engine:
+        _train(engine, 0)
+        save_checkpoint(engine, disk / "run", 1, form="full", keep=1, files={}, data={})
+        with closing(forked_writer(Staging(engine.platform.device))) as writer:
+            for step, free_bytes in enumerate([*free, None], start=2):
+                if rank == 0:
+                    wait_until(lambda: not list(disk.glob("run/.step_*")), "the discarded save")
+                    ballast(disk, free_bytes)
+                with patch("phi4.engine.checkpoint.saving.predicted_bytes", return_value=0):
+                    said.append(_attempt(engine, disk / "run", step, writer))
+        newest = latest_checkpoint(disk / "run")
+        load_checkpoint(engine, newest, verify_checkpoint(engine, newest))
+    return said
+
+
+def _attempt(engine: Engine, root: Path, step: int, writer: WriterProcess) -> str:
+    try:
+        return str(_until_durable(_begin(engine, _request(root, step), writer)).path)
+    except Phi4Error as error:
+        newest = latest_checkpoint(root)
+        load_checkpoint(engine, newest, verify_checkpoint(engine, newest))
+        return f"{newest.name} {type(error).__name__}: {error}"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with mounted_small_disk(tmp_path / "disk") as place:
+        yield place
+
+
+@pytest.mark.slow
+def test_full_disk_is_named_wherever_it_strikes(pool: RankPool, small_disk: Path) -> None:
+    # At the first byte, in a shard, and in the small files, when all shards are there.
+    free = [4096, 131072, 344064]
+    said, other = pool.run(_fill_and_save, small_disk, free)
+    assert said == other and said[-1].endswith("step_0000005")
+    for line in said[:-1]:
+        assert line.startswith("step_0000001 DiskFullError: ") and "\n" not in line
+        assert str(small_disk) in line and "No space left on device" in line

@@ -1,5 +1,6 @@
 """A disk that a test can fill."""
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,3 +16,11 @@ def mounted_small_disk(place: Path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+def ballast(disk: Path, free_bytes: int | None) -> None:
+    """Leave so much space free; None leaves all."""
+    path = disk / "ballast"
+    path.unlink(missing_ok=True)
+    if free_bytes is not None:
+        path.write_bytes(bytes(shutil.disk_usage(disk).free - free_bytes))
