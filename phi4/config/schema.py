@@ -202,15 +202,12 @@ class CheckpointConfig(Section):
     reshardable_every: NonNegative = key("free", 0)
     """With auto and dp for routine saves: steps between full ones; 0 means only on request."""
     asynchronous: bool = key("free", False)
-    """Write while training goes on; a checkpoint counts once it is durable. The last save of a run
-    is waited for."""
+    """Write while training goes on; a checkpoint counts once it is durable. Takes as much of the
+    host's memory as its ranks write. The last save of a run is waited for."""
     keep_every: NonNegative = key("free", 0)
     """Checkpoints of steps that this divides are never removed; 0 keeps none besides `keep`."""
     write_seconds: float = key("free", 1800.0, gt=0)
     """A save that is not durable after so long has failed."""
-    replica_dir: str | None = key("free", None, min_length=1)
-    """A directory on a local disk of every host that gets a copy of what its ranks write, read
-    where the shared one is damaged."""
 
 
 class ReliabilityConfig(Section):

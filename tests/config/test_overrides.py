@@ -80,7 +80,6 @@ def test_null_resets_every_key_that_may_be_unset(null: str) -> None:
         "dpo": {"reference": "a"},
         "parallel": {"layers_per_stage": [40]},
         "run": {"name": "a", "init_from": "a"},
-        "checkpoint": {"replica_dir": "a"},
         "tracking": {"uri": "a"},
     }
     recipe = parse_recipe(tree)
