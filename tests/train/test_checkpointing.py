@@ -42,6 +42,7 @@ def _saves(outcomes: dict[int, Exception], *overrides: str) -> tuple[list[tuple[
     context = Mock(recipe=recipe, say=said.append, source_hashes={}, lease=None)
     with (
         patch(f"{CHECKPOINTING}.require_ownership"),
+        patch(f"{CHECKPOINTING}.require_finite_parameters"),
         patch(f"{CHECKPOINTING}.predicted_gather_bytes", return_value=1 << 50),
         patch(f"{CHECKPOINTING}.host_memory_bytes", return_value=1 << 30),
         patch(f"{CHECKPOINTING}.save_checkpoint", save),
