@@ -7,14 +7,13 @@ dir=$(readlink -m "${1:?usage: slurm_down.sh DIR}")
 [ -d "$dir/pids" ] || exit 0
 name=$(sed -n 's/^ClusterName=//p' "$dir/slurm.conf" 2>/dev/null)
 
-# Processes whose environment or command line says that they belong to this cluster.
+# Processes of this cluster: daemons and slurmstepd hold a log of its directory open (slurmstepd
+# writes its title over its environment), what jobs run has the cluster's name in its environment.
 members() {
-    for process in /proc/[0-9]*; do
-        if { tr '\0' '\n' <"$process/environ" | grep -qxF "SLURM_CLUSTER_NAME=$name"; } 2>/dev/null ||
-            { tr '\0' ' ' <"$process/environ" | grep -qF "PHI4_SLURM=$dir "; } 2>/dev/null; then
-            echo "${process#/proc/}"
-        fi
-    done
+    {
+        grep -lzxF "SLURM_CLUSTER_NAME=$name" /proc/[0-9]*/environ
+        find /proc/[0-9]*/fd -lname "$dir/log/*"
+    } 2>/dev/null | cut -d/ -f3 | sort -u
 }
 
 # Stopped ones first go on: a stopped process does not even see SIGTERM.

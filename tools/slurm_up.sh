@@ -9,6 +9,8 @@
 #   GRACE=20     seconds between the notice of a preemption and the kill (partition low)
 #   CPUS=2       of each node, invented
 #   BASE_PORT=17000   controller; node N listens on BASE_PORT + N
+#   OWNER=PID    takes it down when this process is gone, however it ended
+# Every user must be able to enter DIR and what it lies in (chmod o+x), for munge insists.
 # Preemption: a job in partition high takes the nodes of one in partition low.
 set -euo pipefail
 dir=$(readlink -m "${1:?usage: slurm_up.sh DIR [NODES]}")
@@ -47,6 +49,13 @@ munged --foreground --key-file="$dir/munge/key" --socket="$dir/munge/socket" \
     --pid-file="$dir/munge/pid" --log-file="$dir/munge/log" --seed-file="$dir/munge/seed" \
     --num-threads=2 >"$dir/log/munged.out" 2>&1 </dev/null &
 echo $! >"$dir/pids/munged"
+for _ in $(seq 100); do
+    [ ! -S "$dir/munge/socket" ] || break
+    kill -0 "$(cat "$dir/pids/munged")" 2>/dev/null || break
+    sleep 0.1
+done
+# It refuses, for example, a directory that others may not enter.
+[ -S "$dir/munge/socket" ] || { tail -n 1 "$dir/log/munged.out" >&2; exit 1; }
 
 if [ "$major" -ge 23 ]; then
     preempt="PreemptParameters=send_user_signal"
@@ -107,12 +116,17 @@ CONF
 
 export SLURM_CONF=$dir/slurm.conf
 # -D: stay in the foreground, so that the pid is the one noted here.
-PHI4_SLURM=$dir setsid slurmctld -D -f "$SLURM_CONF" >"$dir/log/slurmctld.out" 2>&1 </dev/null &
+setsid slurmctld -D -f "$SLURM_CONF" >"$dir/log/slurmctld.out" 2>&1 </dev/null &
 echo $! >"$dir/pids/slurmctld"
 for number in $(seq 1 "$nodes"); do
-    PHI4_SLURM=$dir PHI4_SLURM_NODE=n$number setsid slurmd -D -N "n$number" -f "$SLURM_CONF" >"$dir/log/slurmd.n$number.out" 2>&1 </dev/null &
+    setsid slurmd -D -N "n$number" -f "$SLURM_CONF" >"$dir/log/slurmd.n$number.out" 2>&1 </dev/null &
     echo $! >"$dir/pids/n$number"
 done
+
+if [ -n "${OWNER:-}" ]; then
+    setsid bash -c 'while kill -0 "$1" && [ -d "$3/pids" ]; do sleep 1; done
+        exec "$2" "$3"' owner "$OWNER" "$here/slurm_down.sh" "$dir" >/dev/null 2>&1 </dev/null &
+fi
 
 # By tries, not by the clock: a busy machine takes longer for each.
 for _ in $(seq 150); do

@@ -113,6 +113,12 @@ def _require_sound(recipe: Recipe, request: on_slurm.SlurmRequest) -> None:
             f"{recipe.reliability.stop_seconds:g}, so Slurm may kill a run that is still saving; "
             "raise the one or lower the other"
         )
+    limit = request.time_limit
+    if limit and on_slurm.limit_seconds(limit) <= request.signal_seconds:
+        raise ConfigError(
+            f"--time={limit} leaves nothing before the notice of --signal-seconds="
+            f"{request.signal_seconds}; give the run longer, or a shorter notice"
+        )
     rules = list(stage_of(recipe).violations(recipe))
     on_slurm.require_fit(recipe, request.nodes, request.tasks_per_node, rules)
 

@@ -2,7 +2,13 @@
 
 from phi4.launch.slurm.fitting import require_fit
 from phi4.launch.slurm.jobs import JobAttempt, RunStatus, attempts, cancel, log_paths, status
-from phi4.launch.slurm.request import NodeRange, RankStarter, Setting, SlurmRequest
+from phi4.launch.slurm.request import (
+    NodeRange,
+    RankStarter,
+    Setting,
+    SlurmRequest,
+    limit_seconds,
+)
 from phi4.launch.slurm.script import script_text
 from phi4.launch.slurm.settings import rank_settings
 from phi4.launch.slurm.submission import (
@@ -23,6 +29,7 @@ __all__ = [
     "SlurmRequest",
     "attempts",
     "cancel",
+    "limit_seconds",
     "log_paths",
     "rank_settings",
     "require_fit",

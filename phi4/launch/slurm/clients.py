@@ -12,6 +12,21 @@ from phi4.errors import PlatformError
 CLIENT_SECONDS = 60.0
 """A controller that fails over answers within its SlurmctldTimeout, half a minute on most sites."""
 
+# What a job can end as. All others pass: SIGNALING, COMPLETING, REQUEUED, CONFIGURING, ...
+_ENDED = frozenset(
+    [
+        "COMPLETED",
+        "FAILED",
+        "CANCELLED",
+        "TIMEOUT",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "DEADLINE",
+        "BOOT_FAIL",
+        "PREEMPTED",
+    ]
+)
+
 
 @dataclass(frozen=True)
 class SlurmPartition:
@@ -36,7 +51,7 @@ class JobState:
     @property
     def is_active(self) -> bool:
         """Whether it runs or will run."""
-        return self.state in ("PENDING", "RUNNING", "SUSPENDED", "REQUEUED", "COMPLETING")
+        return self.state not in _ENDED
 
 
 def call(*words: str) -> str:

@@ -37,6 +37,26 @@ class NodeRange:
         return range(self.least, self.most + 1)
 
 
+def limit_seconds(text: str) -> int:
+    """Slurm's time limit: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:...].
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        raise ConfigError(f"--time={text} is no time limit; give 24:00:00, 90 (minutes) or 2-00")
+    days, *rest = match.groups()
+    numbers = [int(part) for part in rest if part is not None]
+    if days is not None:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 @dataclass(frozen=True)
 class Setting:
     """An environment variable of the ranks; the user's own value wins."""

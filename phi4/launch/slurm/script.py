@@ -6,6 +6,7 @@ where Slurm ended it; a job whose ranks saved and left after a notice would be C
 
 import re
 import shlex
+import textwrap
 
 from phi4 import __version__
 from phi4.launch.slurm import script_parts
@@ -35,7 +36,6 @@ def script_text(request: SlurmRequest) -> str:
         "srun_options": " \\\n    ".join(_srun_options(request)),
         "node": 'bash -c "$node_program" node "$here" ' if is_torchrun else "",
         "command": shlex.join(request.command),
-        "resend": script_parts.RESEND if is_torchrun else "",
     }
     # `@{name}`: bash keeps its own dollars.
     return re.sub(r"@\{(\w+)\}", lambda match: str(values[match[1]]), text)
@@ -90,6 +90,6 @@ def _srun_options(request: SlurmRequest) -> list[str]:
 def _settings(request: SlurmRequest) -> str:
     lines = []
     for setting in request.settings:
-        lines.append(f"# {setting.reason}")
+        lines += textwrap.wrap(setting.reason, 96, initial_indent="# ", subsequent_indent="# ")
         lines.append(f"export {setting.name}=${{{setting.name}-{setting.value}}}")
     return "\n".join(lines)

@@ -63,9 +63,14 @@ leave_job() {
 # Put the job back into the queue while it still runs; afterwards Slurm would refuse. $1: why,
 # $2: exit code where that cannot be.
 requeue_job() {
-    local state
-    state=$(timeout 30 scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*')
-    [ "$state" != JobState=CANCELLED ] || end_job "$2" "cancelled"
+    local job
+    job=$(timeout 30 scontrol show job -o "$SLURM_JOB_ID")
+    case $job in
+        # After scancel, a kill by preemption, a node that Slurm took away: COMPLETING, whatever
+        # follows. Slurm requeues by itself what is to be requeued; a cancelled job stays cancelled.
+        *JobState=COMPLETING*Reason=TimeLimit* | *Reason=TimeLimit*JobState=COMPLETING*) ;;
+        *JobState=COMPLETING* | *JobState=CANCELLED*) end_job "$2" "$1, and Slurm ends the job" ;;
+    esac
     say "requeues at step $(newest_step): $1"
     record end "$2" requeue "$1"
     for _ in 1 2 3; do
@@ -92,14 +97,10 @@ pass_on_notice() {
     interrupted=yes notified=yes
     say "notice from Slurm; the ranks are told to save"
     timeout 30 scancel --signal=USR1 "$SLURM_JOB_ID"  # goes to the job's steps, not to this script
-@{resend}}
+}
 
 # SIGTERM (scancel, preemption without notice) reaches the ranks without our help.
 note_term() { interrupted=yes notified=yes; say "SIGTERM from Slurm"; }
-"""
-
-RESEND = """    # A rank that is starting up ignores it.
-    (for _ in 1 2 3 4; do sleep 15; timeout 30 scancel --signal=USR1 "$SLURM_JOB_ID"; done) &
 """
 
 RANKS = r"""
@@ -125,8 +126,8 @@ END
 """
 
 TORCHRUN = r"""
-# --- One node: torchrun. It and the ranks ignore both signals until the training handles them, for
-# torchrun dies of USR1 and kills all ranks 30 s after TERM.
+# --- One node: torchrun. It ignores both signals: it dies of USR1, and kills all ranks 30 s after
+# TERM. The ranks take them; a notice that comes while torchrun itself starts is lost, with no step.
 node_program=$(cat <<'END'
 here=$1; shift
 trap '' USR1 TERM
