@@ -285,3 +285,11 @@ def test_start_passes_over_bad_checkpoints_until_the_schedule_changes(
     changed = ("optim.learning_rate=1e-3",)
     again = run(pool, root, RunPlan("passed", changed, stop_after=5, allow_change=True))
     assert "resumed from passed/checkpoints/step_0000003 (step 3)" in again.said
+
+
+@pytest.mark.slow
+def test_only_checkpoint_is_not_pushed_out_while_steps_are_bad(pool: RankPool, root: Path) -> None:
+    one = ("checkpoint.every=1", "checkpoint.keep=1")
+    ended = run(pool, root, RunPlan("only", one, Poison(WINDOW, "nan")))
+    assert ended.how == f"ended after step {LAST}"
+    assert "rolled back from step 7 to only/checkpoints/step_0000005: " in ended.said
