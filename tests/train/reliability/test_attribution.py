@@ -1,6 +1,11 @@
 """Which ranks are named, from what each of them saw."""
 
-from phi4.train.reliability.attribution import StepFinding, accused, where_not_finite
+import math
+
+import pytest
+import torch
+
+from phi4.train.reliability.attribution import StepFinding, accused, differ, where_not_finite
 
 
 def grid(**wrong: set[int]) -> list[StepFinding]:
@@ -42,3 +47,21 @@ def test_what_is_not_finite_is_told_by_losses_first() -> None:
     assert where_not_finite(grid(gradient_is_finite={0, 1})) == (
         "it arose in the gradient of rank 0 on h0, rank 1 on h1"
     )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "within", "differs"),
+    [
+        (1.0, 1.0, 0.0, False),
+        (1.0, 1.0 + 2**-52, 0.0, True),
+        (1.0, 1.0 + 2**-52, 0.01, False),
+        (1.0, 1.02, 0.01, True),
+        (math.nan, math.nan, 0.0, False),
+        (math.nan, 1.0, 0.01, True),
+        (math.inf, math.inf, 0.01, False),
+        (math.inf, 1.0, 0.01, True),
+    ],
+)
+def test_what_of_two_results_counts_as_a_difference(one, other, within, differs) -> None:
+    a, b = (torch.tensor([value], dtype=torch.float64) for value in (one, other))
+    assert differ(a, b, within) == differs
