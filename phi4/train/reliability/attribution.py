@@ -20,7 +20,6 @@ from phi4.engine.step import StepResult
 from phi4.errors import CorruptionError
 from phi4.train.hooks import Progress, RunContext
 
-
 REPEATS_WITHIN = MappingProxyType({"cpu": 0.0, "cuda": 1e-2})
 """Relative difference of two results of one step that accuses nobody, by kind of platform."""
 
