@@ -34,12 +34,13 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "step-time-packed": ("tools.step_time", "--documents=4"),
     "generation-time": ("tools.generation_time", "--json=benchmarks/generation.jsonl"),
     "stragglers": ("tools.prove_stragglers",),
+    "slurm": ("tools.slurm_cases", "--json=benchmarks/slurm_cases.jsonl"),
     "kernels": ("phi4_kernels.testing", "numbers"),
     "compile": ("phi4_kernels.testing", "compile"),
 }
 """Arguments of `python -m`."""
 DEMO_DATA = ROOT / "runs" / "demo" / "data"
-NEEDS_DEMO_DATA = ("resume", "stragglers", "preempt", "kills")
+NEEDS_DEMO_DATA = ("resume", "stragglers", "preempt", "kills", "slurm")
 """Proofs whose recipe reads what `phi4 data demo` writes."""
 
 

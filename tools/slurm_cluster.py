@@ -75,12 +75,16 @@ class SlurmCluster:
 
 
 @contextmanager
-def slurm_cluster(directory: Path, *, grace_seconds: int = 20) -> Iterator[SlurmCluster]:
+def slurm_cluster(
+    directory: Path, *, grace_seconds: int = 20, slurmd_timeout: int = 10
+) -> Iterator[SlurmCluster]:
     """A cluster for the time of the block; nothing of it is left afterwards.
 
     Args:
         directory: takes its files, not yet there; its path must be short, for sockets are in it.
         grace_seconds: between the notice of a preemption and the kill.
+        slurmd_timeout: after which a node that does not answer is lost; the default of Slurm is
+            300.
 
     Raises:
         RuntimeError: it did not come up; says why.
@@ -88,6 +92,7 @@ def slurm_cluster(directory: Path, *, grace_seconds: int = 20) -> Iterator[Slurm
     before = os.environ.get("SLURM_CONF")
     options = {
         "GRACE": str(grace_seconds),
+        "SLURMD_TIMEOUT": str(slurmd_timeout),
         "BASE_PORT": str(_free_ports(3)),
         "OWNER": str(os.getpid()),
     }

@@ -7,6 +7,7 @@
 #   tools/slurm_down.sh DIR
 #
 #   GRACE=20     seconds between the notice of a preemption and the kill (partition low)
+#   SLURMD_TIMEOUT=10  seconds after which a node that does not answer is lost
 #   CPUS=2       of each node, invented
 #   BASE_PORT=17000   controller; node N listens on BASE_PORT + N
 #   OWNER=PID    takes it down when this process is gone, however it ended

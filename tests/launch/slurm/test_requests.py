@@ -20,6 +20,7 @@ from phi4.launch.slurm import (
     submission,
 )
 from phi4.launch.slurm.submission import require_idle, submit
+from tests.support.waiting import LONG_SECONDS
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "slurm" / "phi4_14b_pretrain.sh"
@@ -59,7 +60,7 @@ def test_bash_reads_every_form_of_the_script(
     )
     text = script_text(request)
     assert "@{" not in text
-    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=60)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=LONG_SECONDS)
 
 
 def test_one_queue_only_where_the_layout_hides_communication() -> None:
