@@ -18,7 +18,8 @@ class ForwardTimer:
     """Sums the forward passes of a step; never waits for the device.
 
     Args:
-        device: CUDA times by events, everything else by the wall clock.
+        device: CUDA times by events; a CPU by the processor time of the training thread, which
+            other programs on a shared core do not lengthen as they do the wall clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,9 +40,9 @@ class ForwardTimer:
             end.record()
             self._events.append((begin, end))
         else:
-            begun = time.perf_counter()
+            begun = time.thread_time()
             yield
-            self._seconds += time.perf_counter() - begun
+            self._seconds += time.thread_time() - begun
 
     def next_step(self) -> float | None:
         """A step ended: seconds of its forward passes, on CUDA of those of the step before.

@@ -1,17 +1,16 @@
 """What counts as the time of a step's forward passes."""
 
-import time
-
 import torch
 
 from phi4.engine.forward_timer import ForwardTimer
+from tests.support.waiting import compute
 
 SECONDS = 0.02
 
 
 def one_pass(timer: ForwardTimer) -> None:
     with timer.measured():
-        time.sleep(SECONDS)
+        compute(SECONDS)
 
 
 def test_passes_of_a_step_add_up_and_the_next_step_begins_at_zero() -> None:

@@ -12,6 +12,13 @@ LONG_SECONDS = 600.0
 _POLL_SECONDS = 0.02
 
 
+def compute(seconds: float) -> None:
+    """Use so much processor time in this thread."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
 def wait_until(happened: Callable[[], T], what: str) -> T:
     """Call `happened` until it returns something true, and return that.
 

@@ -2,7 +2,6 @@
 
 import random
 import socket
-import time
 from unittest.mock import Mock, patch
 
 import pytest
@@ -13,6 +12,7 @@ from phi4.stages.pretrain import NextToken
 from phi4.train.reliability.stragglers import Pace, PaceComparison, stragglers
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.ranks import run_ranks
+from tests.support.waiting import compute
 
 
 def named(comparison: PaceComparison, *seconds: float, stages: int = 1) -> list[int]:
@@ -66,7 +66,7 @@ def _slow_rank_1(rank: int, world_size: int) -> tuple[list[dict[str, float]], li
     run, said = Phi4Model.run, []
 
     def slow_run(*args: object, **options: object) -> object:
-        time.sleep(0.2 if rank == 1 else 0.0)
+        compute(0.2 if rank == 1 else 0.0)
         return run(*args, **options)
 
     with engine_on(rank, recipe) as engine, patch.object(Phi4Model, "run", slow_run):
@@ -85,7 +85,7 @@ def _slow_rank_1(rank: int, world_size: int) -> tuple[list[dict[str, float]], li
 
 
 @pytest.mark.slow
-def test_rank_with_a_planted_sleep_is_named_with_its_host() -> None:
+def test_rank_that_computes_more_is_named_with_its_host() -> None:
     (measured, said), (measured_by_1, said_by_1) = run_ranks(2, _slow_rank_1)
     assert measured == measured_by_1 and [bool(numbers) for numbers in measured[:3]] == [0, 0, 1]
     assert measured[5]["slowest_rank"] == 1 and measured[5]["slowest_rank_factor"] > 1.5
