@@ -52,7 +52,6 @@ class Run:
 
     def __init__(self, run_dir: Path, overrides: Sequence[str]) -> None:
         self.run_dir = run_dir
-        run_dir.parent.mkdir(exist_ok=True)
         number = len(list(run_dir.parent.glob("output_*")))
         self.log = run_dir.with_name(f"output_{number}")
         self._words = [f"run.dir={run_dir}", *LAYOUT, *overrides]
@@ -123,6 +122,13 @@ def _start_twice(run: Run) -> None:
     run.process, run.log = second.process, second.log
 
 
+def _change_model(run: Run) -> None:
+    run.end()
+    other = Run(run.run_dir, ("model.rms_norm_eps=1e-6",))
+    other.end()
+    run.process, run.log = other.process, other.log
+
+
 def _nothing(run: Run) -> None:
     """The recipe itself is the fault."""
 
@@ -136,12 +142,14 @@ class Fault:
         act: done after FAULT_STEP.
         overrides: of the recipe, besides LAYOUT.
         waits: whether the run gets to FAULT_STEP before `act`.
+        disk_mib: size of the disk that the run is on, where it is a small one; takes root.
     """
 
     text: str
     act: Callable[[Run], None]
     overrides: tuple[str, ...] = ()
     waits: bool = True
+    disk_mib: int | None = None
 
 
 _QUICK = ("reliability.silence_seconds=5",)
@@ -166,6 +174,10 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
             ("optim.learning_rate=3000", "optim.clip_grad=0", "optim.warmup=0"),
             waits=False,
         ),
+        "other-model": Fault(
+            "the same run.dir with another model", _change_model, ("run.steps=30",)
+        ),
+        "disk-full": Fault("a disk that holds two checkpoints", _nothing, waits=False, disk_mib=24),
     }
 )
 
@@ -177,8 +189,20 @@ def strike(name: str, directory: Path) -> dict[str, object]:
         The row: exit code, last line, steps that were done and not saved, and where the same
         command went on from; empty where it does not go on.
     """
-    fault = FAULTS[name]
-    run = Run(directory / name / "run", fault.overrides)
+    fault, place = FAULTS[name], directory / name
+    place.mkdir()
+    if fault.disk_mib is None:
+        return _struck(name, fault, place)
+    size = f"size={fault.disk_mib}m"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", place], check=True)
+    try:
+        return _struck(name, fault, place)
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def _struck(name: str, fault: Fault, place: Path) -> dict[str, object]:
+    run = Run(place / "run", fault.overrides)
     if fault.waits:
         run.wait_for_step(FAULT_STEP)
     fault.act(run)

@@ -6,12 +6,20 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tools import fault_table
 from tools.measured_table import README, ROOT, at_most, table, with_table
 
 
 def test_readme_says_what_the_rows_say() -> None:
     text = README.read_text()
     assert with_table(text, ROOT / "benchmarks") == text, "run: make measured"
+
+
+def test_page_of_faults_says_what_the_rows_say() -> None:
+    rows = fault_table.newest_rows()
+    assert [row["fault"] for row in rows] == list(fault_table.FAULTS)
+    page = fault_table.PAGE.read_text(encoding="utf-8")
+    assert fault_table.page_with(rows) == page, "run: python -m tools.fault_table --docs"
 
 
 @given(st.floats(1e-12, 1e3))

@@ -39,10 +39,10 @@ def mlflow_block() -> tuple[str, str, str]:
 
 
 def recipe_words() -> list[list[str]]:
-    """Recipe and overrides of each `phi4 train` and `phi4 plan`."""
+    """Recipe and overrides of each command that takes a recipe."""
     found = []
     for line in commands():
-        if "phi4 train " in line or "phi4 plan " in line:
+        if any(f"phi4 {name} " in line for name in ("train", "plan", "launch slurm")):
             words = shlex.split(line)
             at = next(number for number, word in enumerate(words) if word.endswith(".toml"))
             found.append([words[at], *(word for word in words[at + 1 :] if "=" in word)])
