@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch.distributed as dist
 
 from phi4.config import Recipe, with_overrides
 from phi4.engine.checkpoint import PendingSave, SaveRequest, load_checkpoint, verify_checkpoint
@@ -45,8 +46,8 @@ sync = os.fsync
 os.fsync = lambda fd: (time.sleep(1), sync(fd))
 """
 _RECIPE = """
-model.num_layers=8 model.hidden_size=1024 model.num_attention_heads=8 model.num_key_value_heads=2
-model.intermediate_size=2816 model.vocab_size=512 model.max_position_embeddings=64
+model.num_layers=8 model.hidden_size=768 model.num_attention_heads=8 model.num_key_value_heads=2
+model.intermediate_size=2048 model.vocab_size=512 model.max_position_embeddings=64
 data.sequence_length=32 data.unit_tokens=32 batch.global_batch_size=2 precision.dtype=fp32
 parallel.data=2
 """
@@ -96,6 +97,8 @@ def train(engine: Engine, step: int) -> None:
 
 def stall(engine: Engine, root: Path, step: int, writer: WriterProcess | None) -> float:
     """Seconds that the training thread spends in a save."""
+    # Ranks meet first: how far they are apart is not of the save.
+    dist.barrier()
     begun = time.perf_counter()
     if writer is None:
         save_checkpoint(engine, root, step, form="full", keep=1, files={}, data={})
@@ -105,6 +108,7 @@ def stall(engine: Engine, root: Path, step: int, writer: WriterProcess | None) -
     seconds, durable = time.perf_counter() - begun, None
     while durable is None:
         train(engine, step)
+        dist.barrier()
         begun = time.perf_counter()
         durable = pending.poll()
         seconds += time.perf_counter() - begun

@@ -24,6 +24,7 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "parity-dpo": ("phi4", "verify", "parity", "examples/recipes/tiny_dpo.toml", "--steps=10"),
     "leak": ("phi4", "verify", "leak"),
     "guard-cost": ("tools.guard_cost", "--pairs=200", "--json=benchmarks/guard_cost.jsonl"),
+    "async-save": ("tools.async_save", "--json=benchmarks/async_save.jsonl"),
     "resume": ("phi4", "verify", "resume", "--steps=20"),
     "preempt": (
         *("phi4", "verify", "preempt", "examples/recipes/tiny_pretrain.toml"),
