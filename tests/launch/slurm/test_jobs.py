@@ -1,5 +1,6 @@
 """The script's decisions on a real Slurm, with a program that only keeps the exit-code contract."""
 
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from phi4.errors import ConfigError
+from phi4.launch.slurm import NodeRange, SlurmRequest, require_partition
 from phi4.launch.slurm.jobs import attempts
 from tests.launch.slurm.conftest import Job
 from tools.slurm_cluster import SlurmCluster
@@ -14,6 +17,28 @@ from tools.slurm_cluster import SlurmCluster
 pytestmark = pytest.mark.slurm
 
 VENV = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"partition": "nowhere"}, "partition 'nowhere' is unknown; use high or low"),
+        ({"nodes": NodeRange(3, 3)}, "--nodes=3 is more than the 2 nodes of partition low"),
+    ],
+)
+def test_what_the_cluster_does_not_have_is_refused(
+    cluster: SlurmCluster, asked: dict, message: str
+) -> None:
+    request = SlurmRequest(
+        written_by="a test",
+        run_dir="run",
+        last_step=1,
+        command=("true",),
+        tasks_per_node=1,
+        **{"nodes": NodeRange(2, 2), **asked},
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        require_partition(request)
 
 
 @pytest.mark.parametrize("starter", ["srun", "torchrun"])
