@@ -5,6 +5,7 @@ Everything that can be wrong is checked before anything is written over.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -115,25 +116,29 @@ def run_training(
         requests.watching(run_dir, is_writer=platform.is_writer),
     ):
         require_same_start(platform, recipe)
-        return _run(
-            recipe, platform, objective, lease, allow_change, say, hooks, requests, watchdog
-        )
+        start = _Start(recipe, platform, objective, allow_change, lease, say, requests, watchdog)
+        return _run(start, hooks)
 
 
-def _run(
-    recipe: Recipe,
-    platform: Platform,
-    objective: Objective,
-    lease: Lease | None,
-    allow_change: bool,
-    say: Say,
-    hooks: Sequence[HookFactory],
-    requests: Requests,
-    watchdog: Watchdog,
-) -> Ending:
-    phases = watchdog.phases
-    if requests.agree(platform):
-        return _ended_before_a_step(requests, say)
+@dataclass(frozen=True)
+class _Start:
+    """What a run has before its engine; fields as those of `run_training` and `RunContext`."""
+
+    recipe: Recipe
+    platform: Platform
+    objective: Objective
+    allow_change: bool
+    lease: Lease | None
+    say: Say
+    requests: Requests
+    watchdog: Watchdog
+
+
+def _run(start: _Start, hooks: Sequence[HookFactory]) -> Ending:
+    recipe, platform, say = start.recipe, start.platform, start.say
+    phases = start.watchdog.phases
+    if start.requests.agree(platform):
+        return _ended_before_a_step(start.requests, say)
     tokenizer = done_by_all(platform, partial(check_tokenizer, recipe))
     state = decided_by_writer(platform, partial(_fresh_state, recipe))
     # Before anything is built: a missing or foreign source is an error at once.
@@ -145,7 +150,11 @@ def _run(
     if state is None:
         with phases.during("load", 0):
             state = resume(
-                recipe, engine, allow_change=allow_change, say=say, source_hashes=source_hashes
+                recipe,
+                engine,
+                allow_change=start.allow_change,
+                say=say,
+                source_hashes=source_hashes,
             )
         done_by_all(platform, partial(data.go_to, recipe, state))
     else:
@@ -154,17 +163,17 @@ def _run(
         recipe=recipe,
         platform=platform,
         engine=engine,
-        objective=objective,
+        objective=start.objective,
         tokenizer=tokenizer,
         source_hashes=source_hashes,
         held_out=data.held_out,
         state=state,
-        lease=lease,
+        lease=start.lease,
         say=say,
         phases=phases,
-        requests=requests,
+        requests=start.requests,
     )
-    return _trained(context, data.loader, hooks, watchdog)
+    return _trained(context, data.loader, hooks, start.watchdog)
 
 
 def _built_engine(
