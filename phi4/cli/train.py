@@ -36,8 +36,8 @@ def train(
     or a second SIGTERM, ends it at once.
 
     Exit codes: 0 finished, 1 failed, 2 wrong input, 3 another run owns run.dir, 4 disk full,
-    5 saved and stopped by a signal, 128 + S ended by signal S. docs/faults.md says what a job
-    script should do after each of them.
+    5 saved and stopped by a signal, 6 diverged, 7 a rank stopped or hangs, 8 a machine computes
+    wrongly, 128 + S ended by signal S. docs/faults.md says what a job script should do after each.
     """
     overrides = [*(overrides or []), *(["dpo.gate=false"] if no_gate else [])]
     recipe = load_recipe(recipe_path, overrides)
