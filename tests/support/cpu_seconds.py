@@ -204,7 +204,7 @@ class CpuReport:
         """CPU seconds by package, the collection included."""
         seconds: Counter[str] = Counter({COLLECTION: self._collection_seconds})
         for name, spent in self._tests.items():
-            seconds[Path(_file_of(name)).parent.name] += spent
+            seconds[_package_of(name)] += spent
         return seconds
 
     def seconds_per_file(self) -> dict[str, float]:
@@ -237,6 +237,12 @@ class WriteMeasured:
         known = measured.get(self._selection, {}) | self._report.seconds_per_file()
         measured[self._selection] = {file: known[file] for file in known if (ROOT / file).exists()}
         MEASURED.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _package_of(nodeid: str) -> str:
+    """`train` for tests/train/... at any depth."""
+    *folders, _ = Path(_file_of(nodeid)).parts
+    return folders[1] if len(folders) > 1 else "".join(folders)
 
 
 def _file_of(nodeid: str) -> str:
