@@ -106,7 +106,9 @@ class Checkpointer:
         if not (is_last or is_asked or progress.is_due(config.every) or is_owed):
             return None
         if is_last:
-            self.settle(step)
+            # A run that is told to stop needs the other half of its time for this step's save.
+            stop_seconds = self._context.recipe.reliability.stop_seconds
+            self.settle(step, within_seconds=None if progress.is_last else stop_seconds / 2)
         if self._pending is not None:
             if not is_owed:
                 self._context.say(
@@ -125,17 +127,18 @@ class Checkpointer:
             return None
         return "durable" if self._pending is None else "scheduled"
 
-    def settle(self, step: int) -> None:
+    def settle(self, step: int, *, within_seconds: float | None = None) -> None:
         """Wait for the save that is under way, if one is; where it fails, that is only said.
 
         Args:
             step: that the run has reached.
+            within_seconds: it is given up after so long.
 
         Collectives: those of `PendingSave.wait`.
         """
         if self._pending is not None:
             pending, tick = self._pending, self._context.phases.tick
-            self._concluded(lambda: pending.wait(tick), step)
+            self._concluded(lambda: pending.wait(tick, within_seconds=within_seconds), step)
 
     def rewind(self) -> None:
         """The run was rolled back: what a failed save owed belongs to an undone step."""

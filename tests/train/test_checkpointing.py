@@ -93,8 +93,8 @@ class FakePending:
         self.log.append(f"durable {self.step}")
         return Durable(Path(str(self.step)), 2.0, 0.5)
 
-    def wait(self, tick) -> Durable:
-        self.log.append(f"wait {self.step}")
+    def wait(self, tick, *, within_seconds: float | None) -> Durable:
+        self.log.append(f"wait {self.step}" + (f" {within_seconds:g} s" if within_seconds else ""))
         self._polls = 0
         return self.poll()
 
@@ -173,6 +173,23 @@ def test_save_under_way_that_fails_at_the_end_does_not_end_the_run() -> None:
     log, said, _ = _asynchronous({2: (9, DiskFullError("full"))}, 3, "checkpoint.every=2")
     assert log == ["begin 2 dp", "wait 2", "saved 3"]
     assert "step 2 is not saved: full" in said[1]
+
+
+def test_run_that_is_told_to_stop_waits_half_of_its_time_for_a_save_under_way() -> None:
+    log: list[str] = []
+    ends = {1: (9, PlatformError("late"))}
+    pending = type("Pending", (FakePending,), {"ends": ends, "log": log})
+    asks = ("checkpoint.asynchronous=true", "reliability.stop_seconds=60")
+    checkpointer = _checkpointer(tiny_recipe("run.steps=9", "checkpoint.every=1", *asks), [])
+    with (
+        patch(f"{CHECKPOINTING}.require_ownership"),
+        patch(f"{CHECKPOINTING}.PendingSave", pending),
+        patch(f"{CHECKPOINTING}.save_checkpoint", lambda e, root, step, **_: log.append(step)),
+    ):
+        for step, is_last in ((1, False), (2, True)):
+            progress = Progress(RunState(step=step), 9, 1, 1.0, 0.1, None)
+            checkpointer.save_when_due(progress, is_last=is_last)
+    assert log == ["begin 1 dp", "wait 1 30 s", 2]
 
 
 def test_save_under_way_is_given_up_when_the_run_fails() -> None:

@@ -76,7 +76,8 @@ class PendingSave:
         seconds: float,
     ) -> None:
         self._begun = time.monotonic()
-        self._writer, self._lease, self._seconds = writer, lease, seconds
+        self._writer, self._lease = writer, lease
+        self._seconds, self._limit = seconds, "checkpoint.write_seconds"
         self._platform = engine.platform
         self._save = Save(engine, request)
         self._sink = ToWriterProcess(writer)
@@ -127,17 +128,24 @@ class PendingSave:
         seconds = time.monotonic() - self._begun
         return Durable(self._save.directory.final, seconds, self._stall_seconds)
 
-    def wait(self, tick: Callable[[], None] = lambda: None) -> Durable:
+    def wait(
+        self, tick: Callable[[], None] = lambda: None, *, within_seconds: float | None = None
+    ) -> Durable:
         """Wait until it is durable.
 
         Args:
             tick: called while it waits.
+            within_seconds: it fails when it is not durable after so long from now.
 
         Raises:
             DiskFullError, PlatformError: as `poll`.
 
         Collectives: those of `poll`, about once per second.
         """
+        if within_seconds is not None:
+            left = time.monotonic() - self._begun + within_seconds
+            if left < self._seconds:
+                self._seconds, self._limit = left, "what a run that is told to stop waits for it"
         while True:
             turn_ends = time.monotonic() + _TURN_SECONDS
             while not self._is_done() and time.monotonic() < turn_ends:
@@ -182,9 +190,9 @@ class PendingSave:
         if time.monotonic() - self._begun <= self._seconds:
             return None
         return PlatformError(
-            f"checkpoint {self._save.directory.final} is not durable after {self._seconds:g} s "
-            f"(checkpoint.write_seconds), rank {self._platform.rank} still writes; check the file "
-            "system or raise the key; earlier checkpoints are intact"
+            f"checkpoint {self._save.directory.final} is not durable after {self._seconds:.4g} s "
+            f"({self._limit}), rank {self._platform.rank} still writes; check the file system, or "
+            "raise the limit; earlier checkpoints are intact"
         )
 
     def _commit(self) -> None:
