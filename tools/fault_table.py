@@ -5,7 +5,7 @@ steps. The fault strikes after step 25, so a run that cannot save loses five ste
 command is given again, without the fault.
 
     python -m tools.fault_table              # all of them; appends to benchmarks/faults.jsonl
-    python -m tools.fault_table --only hang  # one of them, printed
+    python -m tools.fault_table --only twice # one of them
     python -m tools.fault_table --docs       # only writes the page, from the newest rows
 """
 
@@ -207,7 +207,8 @@ def _struck(name: str, fault: Fault, place: Path) -> dict[str, object]:
         run.wait_for_step(FAULT_STEP)
     fault.act(run)
     code = run.end()
-    lines = [line for line in run.output().splitlines() if line.strip()]
+    # The console may still show a step after the line that says why the run ends.
+    lines = [s for s in run.output().splitlines() if s.strip() and not re.match(r"step \d+/", s)]
     done, saved = run.last_step(), run.saved_step()
     again = Run(run.run_dir, ())
     again.end()
@@ -257,16 +258,13 @@ def page_with(rows: Sequence[Mapping[str, object]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=FAULTS, help="one fault, printed and not recorded")
+    parser.add_argument("--only", choices=FAULTS, action="append", help="one fault; repeatable")
     parser.add_argument("--docs", action="store_true", help="only write docs/faults.md")
     options = parser.parse_args()
     if not (ROOT / "runs/demo/data").exists():
         subprocess.run([sys.executable, "-m", "phi4", "data", "demo"], cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory(prefix="phi4_faults_") as scratch:
-        if options.only:
-            print(json.dumps(strike(options.only, Path(scratch)), indent=1))
-            return
-        for name in () if options.docs else FAULTS:
+        for name in () if options.docs else options.only or FAULTS:
             row = strike(name, Path(scratch))
             print(f"{name}: exit code {row['exit_code']}, {row['steps_lost']} steps lost")
             append_row(ROWS, row)
