@@ -43,6 +43,8 @@ StepLog.log = killed
 """
 """What the killed process imports first: it dies between a step and its record."""
 OF_THE_CLOCK = ("step_seconds", "tokens_per_second")
+OF_SAVES = ("durable_step", "save_seconds", "save_stall_seconds")
+"""Of the save before a step, which the step after a resumption does not tell again."""
 OTHER_LAYOUTS = {
     "tp2+sp": ("parallel.tensor=2", "parallel.sequence=true"),
     "pp2": ("parallel.pipeline=2",),
@@ -121,9 +123,10 @@ def test_run_records_what_it_started_from(root: Path) -> None:
 
 
 def records(run_dir: Path) -> dict[int, dict[str, float]]:
-    """What the steps measured, without what depends on the machine."""
+    """What the steps measured, without what depends on the machine and on saves."""
+    left_out = OF_THE_CLOCK + OF_SAVES
     return {
-        record["step"]: {key: value for key, value in record.items() if key not in OF_THE_CLOCK}
+        record["step"]: {key: value for key, value in record.items() if key not in left_out}
         for record in read_metrics(run_dir / METRICS_FILE)
     }
 
