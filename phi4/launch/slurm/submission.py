@@ -67,7 +67,7 @@ def read_lines(path: Path, kind: type) -> list:
         except msgspec.DecodeError as error:
             if number < len(lines):
                 raise ConfigError(
-                    f"{path}:{number} is damaged ({error}); mend or remove it"
+                    f"{path}:{number} is damaged ({error}); repair or remove it"
                 ) from None
     return found
 
