@@ -34,7 +34,8 @@ GROUPS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `phi4`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if _asked(arguments) == "train":
+    words = [word for word in arguments if not word.startswith("-")]
+    if words[:1] == ["train"] or words[:2] == ["launch", "local"]:
         # A notice from here on is kept until the run can save; imports take seconds.
         hold_notices()
     try:

@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 _SHOWN_RANKS = 32
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to `phi4 launch`."""
-    app.command("preflight")(preflight)
-
-
 def preflight(
     recipe_path: Annotated[Path, typer.Argument(help="A .toml recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value.")] = None,
@@ -73,7 +68,7 @@ def _show(found: "Preflight") -> None:
     # Without a terminal a table is as wide as it needs to be, for logs.
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table(box=SIMPLE_HEAD)
-    columns = ("rank", "host", "device", "driver", "MHz", "C", "free memory", "host", "disk")
+    columns = ("rank", "host", "device", "driver", "MHz", "C", "free memory", "of the host", "disk")
     for name in (*columns, "TFLOP/s", "link GB/s"):
         table.add_column(name, justify="left" if name in ("host", "device", "driver") else "right")
     failed = "\n".join(found.failures)

@@ -15,7 +15,7 @@ from phi4.errors import ConfigError
 from phi4.stages import require_stage
 
 if TYPE_CHECKING:
-    from phi4.verify.drills.drill import Blow, Fault
+    from phi4.verify.drills.drill import Fault, FaultOutcome
 
 DEFAULT_RECIPE = Path("examples/recipes/tiny_pretrain.toml")
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
@@ -47,11 +47,11 @@ def preempt(
 
     recipe = _checked(load_recipe(recipe_path, overrides or []))
     work_dir = work_dir or Path(mkdtemp(prefix="phi4-preempt-"))
-    blows = _drilled(recipe, work_dir, Notice(), signals, seed)
-    if blows is None:
+    outcomes = _drilled(recipe, work_dir, Notice(), signals, seed)
+    if outcomes is None:
         typer.echo(f"preempt: FAILED, see {work_dir}")
         raise typer.Exit(1)
-    saved = sum(blow.has_saved for blow in blows)
+    saved = sum(outcome.has_saved for outcome in outcomes)
     typer.echo(
         f"preempt: {signals} notices: {saved} with one save each, {signals - saved} before a step "
         "with nothing to save"
@@ -88,7 +88,7 @@ def kills(
         for name, layout, share in zip(names, recipes, shares, strict=True)
         if share
     ]
-    has_failed = any(blows is None for blows in results)
+    has_failed = any(outcomes is None for outcomes in results)
     verdict = f"FAILED, see {work_dir}" if has_failed else "resumed, losses and data stream equal"
     typer.echo(f"kills: {kills} over {', '.join(names)}: {verdict}")
     raise typer.Exit(1 if has_failed else 0)
@@ -107,30 +107,30 @@ def _size(recipe: Recipe) -> int:
 
 def _drilled(
     recipe: Recipe, work_dir: Path, fault: "Fault", num_faults: int, seed: int
-) -> "Sequence[Blow] | None":
+) -> "Sequence[FaultOutcome] | None":
     """Run the faults and print what came of them; None when something is not as it should be."""
     from phi4.verify.drills.drill import Drill
 
     work_dir.mkdir(parents=True, exist_ok=True)
-    blows, differing = Drill(recipe, work_dir, Random(seed), typer.echo).run(fault, num_faults)
-    _print(blows, work_dir.name)
+    outcomes, differing = Drill(recipe, work_dir, Random(seed), typer.echo).run(fault, num_faults)
+    _print(outcomes, work_dir.name)
     for line in differing:
         typer.echo(line)
-    return None if differing or any(blow.wrong for blow in blows) else blows
+    return None if differing or any(outcome.wrong for outcome in outcomes) else outcomes
 
 
-def _print(blows: "Sequence[Blow]", title: str) -> None:
+def _print(outcomes: "Sequence[FaultOutcome]", title: str) -> None:
     table = Table(title=title)
     for column in ("", "fault", "during", "exit code", "seconds", "newest checkpoint", ""):
         table.add_column(column)
-    for number, blow in enumerate(blows, start=1):
+    for number, outcome in enumerate(outcomes, start=1):
         table.add_row(
             str(number),
-            blow.what,
-            blow.phase,
-            str(blow.exit_code),
-            f"{blow.seconds:.1f}",
-            str(blow.step or "none"),
-            blow.wrong or "ok",
+            outcome.what,
+            outcome.phase,
+            str(outcome.exit_code),
+            f"{outcome.seconds:.1f}",
+            str(outcome.step or "none"),
+            outcome.wrong or "ok",
         )
     Console(width=120).print(table)

@@ -256,7 +256,7 @@ def _conclude(
     killed = [w for w in silent if w.process.returncode == -signal.SIGKILL]
     if killed or (first and (not reports or first.died_at - _NOTICE_SECONDS < reports[0].time)):
         guilty_worker = killed[0] if killed else first
-        _say(_obituary(guilty_worker, len(workers)))
+        _say(_last_lines(guilty_worker, len(workers)))
         return guilty_worker.exit_code
     if not reports:
         return REQUEUE_EXIT_CODE if told else 0
@@ -268,7 +268,7 @@ def _conclude(
     return guilty.exit_code
 
 
-def _obituary(worker: _Worker, num_workers: int) -> str:
+def _last_lines(worker: _Worker, num_workers: int) -> str:
     """The last lines of a rank that died without a report, and how it died."""
     code = worker.process.returncode
     if code > 0:

@@ -35,7 +35,7 @@ def sweep(run_dir: str, timeout_seconds: float = 20.0) -> list[int]:
         Pids that outlived the time, stuck in the kernel.
     """
     deadline = time.monotonic() + timeout_seconds
-    # A process may fork between the look and the blow, hence the loop.
+    # A process may fork between the look and the kill, hence the loop.
     while (alive := processes_of(run_dir)) and time.monotonic() < deadline:
         for pid in alive:
             with suppress(OSError):

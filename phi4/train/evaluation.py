@@ -8,6 +8,7 @@ from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.step import StepResult
 from phi4.train.hooks import Hook, Progress
+from phi4.train.reliability.phases import Phases
 from phi4.train.reliability.requests import Requests
 
 
@@ -27,16 +28,21 @@ class HeldOutLoss(Hook):
         objective: Objective,
         sources: Mapping[str, HeldOut],
         requests: Requests,
+        phases: Phases,
     ) -> None:
         self._recipe = recipe
         self._engine = engine
         self._objective = objective
         self._sources = sources
         self._requests = requests
+        self._phases = phases
 
     def measure(self, progress: Progress) -> dict[str, float]:
         """Evaluate when it is due."""
-        return self.evaluate() if progress.is_due(self._recipe.evaluation.every) else {}
+        if not progress.is_due(self._recipe.evaluation.every):
+            return {}
+        with self._phases.during("evaluate", progress.step):
+            return self.evaluate()
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics per source and over all; empty without held-out sources, or when left.

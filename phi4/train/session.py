@@ -63,6 +63,7 @@ OWN_HOOKS: tuple[HookFactory, ...] = (
             context.objective,
             context.held_out,
             context.requests,
+            context.phases,
         )
     ],
     _ledger_record,

@@ -11,13 +11,14 @@ from pathlib import Path
 from statistics import median
 
 import msgspec
+import psutil
 import torch.distributed as dist
 
 from phi4.config import Recipe
 from phi4.engine.platform import Platform
 from phi4.model.shape import num_parameters
 from phi4.train.reliability.same_start import Program, differences, program_of
-from phi4.verify.preflight_facts import Device, device_facts, free_disk_bytes, host_memory
+from phi4.verify.preflight_facts import Device, device_facts, free_disk_bytes
 from phi4.verify.preflight_shared import shared_directory_trouble
 from phi4.verify.preflight_speed import (
     all_reduce_gbytes_per_second,
@@ -93,7 +94,7 @@ def preflight(recipe: Recipe, platform: Platform, tick: Callable[[], None]) -> P
     own = Facts(
         program=program_of(platform.rank, recipe),
         device=device,
-        free_memory_bytes=host_memory()[0],
+        free_memory_bytes=psutil.virtual_memory().available,
         free_disk_bytes=free_disk_bytes(run_dir),
         shared=shared,
         matmul_tflops=matmul_tflops(platform),

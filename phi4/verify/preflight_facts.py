@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import msgspec
+import psutil
 import torch
 
 from phi4.engine.platform import Platform
@@ -40,8 +41,8 @@ class Device(msgspec.Struct, frozen=True):
 def device_facts(platform: Platform) -> Device:
     """The device of this rank, before anything of the run is on it."""
     if platform.kind == "cpu":
-        available, total = host_memory()
-        return Device("cpu", free_bytes=available, total_bytes=total)
+        memory = psutil.virtual_memory()
+        return Device("cpu", free_bytes=memory.available, total_bytes=memory.total)
     properties = torch.cuda.get_device_properties(platform.device)
     free, total = torch.cuda.mem_get_info(platform.device)
     device = Device(properties.name, free_bytes=free, total_bytes=total)
@@ -79,13 +80,6 @@ def with_answer(device: Device, answer: str) -> Device:
     return msgspec.structs.replace(
         device, driver=driver, max_clock_mhz=max_clock, clock_mhz=clock, celsius=celsius
     )
-
-
-def host_memory() -> tuple[int, int]:
-    """Available and total bytes of this host's memory."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    return kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
 
 
 def free_disk_bytes(directory: Path) -> int:

@@ -35,12 +35,13 @@ class Staging:
         self.capacity = 0
         self._device, self._ranks_per_host = device, ranks_per_host
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._is_pinned = False
 
     def stage(self, tensors: Sequence[torch.Tensor]) -> list[StagedTensor]:
         """Copy tensors; when this returns they may change.
 
         Raises:
-            PlatformError: the machine has too little memory.
+            PlatformError: the machine has too little memory, or the driver pins no more of it.
         """
         offsets, end = [], 0
         for tensor in tensors:
@@ -74,17 +75,28 @@ class Staging:
                 f"{free:,}; use checkpoint.asynchronous=false or a larger parallel.data"
             )
         self._unpin()
+        # Nothing fits where the rest of this fails.
+        self.capacity = 0
         # Allocated now: a page that is missing later on would be a SIGBUS.
-        os.posix_fallocate(self.fd, self.capacity, num_bytes - self.capacity)
-        self.capacity = num_bytes
+        os.posix_fallocate(self.fd, 0, num_bytes)
         self._bytes = torch.frombuffer(mmap.mmap(self.fd, num_bytes), dtype=torch.uint8)
         if self._device.type == "cuda":
-            # It is only slower where the driver refuses.
-            torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), num_bytes, 0)
+            self._pin(num_bytes)
+        self.capacity = num_bytes
+
+    def _pin(self, num_bytes: int) -> None:
+        code = int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), num_bytes, 0))
+        if code:
+            raise PlatformError(
+                f"CUDA does not pin {num_bytes:,} bytes for asynchronous saves (error {code}); "
+                "raise the limit of locked memory (ulimit -l), or use checkpoint.asynchronous=false"
+            )
+        self._is_pinned = True
 
     def _unpin(self) -> None:
-        if self._device.type == "cuda" and self.capacity:
+        if self._is_pinned:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+        self._is_pinned = False
 
 
 def staged_records(

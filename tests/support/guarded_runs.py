@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from phi4.config import TokenizerConfig
-from phi4.data.files.token_writer import TokenFileWriter
 from phi4.data.stream.batch import Batch
 from phi4.data.stream.loader import Loader
-from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Loss
 from phi4.engine.platform import connect, disconnect
@@ -25,6 +22,7 @@ from phi4.stages.pretrain import NextToken
 from phi4.track import Trackers
 from phi4.train.hooks import CONTINUE, Decision, Hook, Progress, SaveAndStop
 from phi4.train.session import run_training
+from tests.support.byte_source import write_byte_source
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import rendezvous
 
@@ -40,11 +38,7 @@ COMPARED = ("step", "loss", "grad_norm", "learning_rate", "consumed_tokens")
 
 def write_source(root: Path) -> None:
     """A tokenizer of the bytes, and 124 rows of tokens."""
-    ranks = {bytes([i]): i for i in range(256)}
-    (root / "bpe.tiktoken").write_bytes(rank_file_bytes(ranks))
-    config = TokenizerConfig(kind="bpe", path=str(root / "bpe.tiktoken"))
-    with TokenFileWriter(root / "tokens", load_tokenizer(config).facts) as writer:
-        writer.add(np.random.default_rng(1).integers(256, size=4000))
+    write_byte_source(root, np.random.default_rng(1).integers(256, size=4000))
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from phi4.cli import main
-from phi4.config import TokenizerConfig, dump_toml
+from phi4.config import dump_toml
 from phi4.data.files.token_writer import TokenFileWriter
-from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
+from tests.support.byte_source import write_byte_tokenizer
 from tests.support.engines import tiny_recipe
 
 
 def write_recipe(root: Path, *overrides: str) -> None:
     """recipe.toml of a run of one step in `root`, its tokenizer and its tokens."""
-    ranks = {bytes([i]): i for i in range(256)}
-    (root / "bpe.tiktoken").write_bytes(rank_file_bytes(ranks))
-    facts = load_tokenizer(TokenizerConfig(kind="bpe", path=str(root / "bpe.tiktoken"))).facts
+    facts = write_byte_tokenizer(root)
     with TokenFileWriter(root / "tokens", facts) as writer:
         writer.add(np.append(np.arange(1999) % 250, facts.eod_id).astype(np.int32))
     recipe = tiny_recipe(

@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 
 from phi4.config import Recipe, TokenizerConfig, dump_toml
 from phi4.data.files.token_writer import TokenFileWriter
-from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer, rank_file_bytes
+from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer
 from phi4.engine.checkpoint import save_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.platform import Platform, connect, disconnect
@@ -21,6 +21,7 @@ from phi4.stages import stage_of
 from phi4.stages.reference import cache_references
 from phi4.train.session import run_training
 from tests.data.preferences import Pivots, Side, drawn_pairs, drawn_pivots
+from tests.support.byte_source import write_byte_tokenizer
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import rendezvous
 
@@ -47,8 +48,7 @@ def recipe_of(*overrides: str) -> Recipe:
 
 def write_files(root: Path) -> None:
     """Tokenizer, two sources and a held-out one; the checkpoint is `write_start`'s."""
-    ranks = {bytes([i]): i for i in range(256)}
-    (root / "bpe.tiktoken").write_bytes(rank_file_bytes(ranks))
+    write_byte_tokenizer(root)
     write_pairs(root, "pairs", drawn_pairs(NUM_PAIRS))
     write_pairs(root, "others", drawn_pairs(3, seed=1))
     write_pivots(root, drawn_pivots(NUM_TRAJECTORIES))

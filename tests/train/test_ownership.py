@@ -11,9 +11,6 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from phi4.config import TokenizerConfig
-from phi4.data.files.token_writer import TokenFileWriter
-from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.engine.agreement import wait_until_visible
 from phi4.engine.platform import Platform, connect, disconnect
 from phi4.errors import OwnershipError, Phi4Error
@@ -26,6 +23,7 @@ from phi4.track import Trackers
 from phi4.train.checkpointing import Checkpointer
 from phi4.train.hooks import CONTINUE, Continue, Hook, HookFactory, Progress
 from phi4.train.session import run_training
+from tests.support.byte_source import write_byte_source
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, gloo_group, rendezvous
 
@@ -45,11 +43,7 @@ def pool() -> Iterator[RankPool]:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A tokenizer of the bytes and a source."""
-    ranks = {bytes([i]): i for i in range(256)}
-    (tmp_path / "bpe.tiktoken").write_bytes(rank_file_bytes(ranks))
-    config = TokenizerConfig(kind="bpe", path=str(tmp_path / "bpe.tiktoken"))
-    with TokenFileWriter(tmp_path / "tokens", load_tokenizer(config).facts) as writer:
-        writer.add(np.arange(2000) % 256)
+    write_byte_source(tmp_path, np.arange(2000) % 256)
     return tmp_path
 
 

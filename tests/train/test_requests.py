@@ -14,6 +14,7 @@ from phi4.errors import REQUEUE_EXIT_CODE
 from phi4.rundir.state import RunState
 from phi4.train.evaluation import HeldOutLoss
 from phi4.train.hooks import RollBack, SaveAndStop
+from phi4.train.reliability.phases import Phases
 from phi4.train.reliability.requests import Requests
 from tests.support.engines import tiny_recipe
 from tests.support.waiting import wait_until
@@ -125,7 +126,9 @@ def test_evaluation_is_left_when_the_run_is_told_to_stop() -> None:
     engine = Mock(layout=Mock(dp_rank=0, dp_size=1))
     engine.evaluate.side_effect = [SimpleNamespace(**vars(result), asked=one) for one in told]
     held_out = Mock(batches=Mock(return_value=[1, 2, 3]))
-    hook = HeldOutLoss(tiny_recipe(), engine, Mock(), {"a": held_out, "b": held_out}, requests)
+    hook = HeldOutLoss(
+        tiny_recipe(), engine, Mock(), {"a": held_out, "b": held_out}, requests, Phases()
+    )
     assert hook.evaluate() == {}
     assert engine.evaluate.call_count == 2
 

@@ -14,12 +14,9 @@ from megatron.core import parallel_state
 from typer.testing import CliRunner
 
 from phi4.cli.data import app
-from phi4.config import TokenizerConfig
-from phi4.data.files.token_writer import TokenFileWriter
 from phi4.data.stream import loader as loaders
 from phi4.data.stream.batch import Batch
 from phi4.data.stream.loader import Loader
-from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.engine.platform import connect, disconnect
 from phi4.errors import Phi4Error, PlatformError
 from phi4.rundir.manifest import read_manifest
@@ -29,6 +26,7 @@ from phi4.stages.pretrain import NextToken
 from phi4.track import Trackers
 from phi4.train.hooks import CONTINUE, Decision, Hook, Progress, RollBack, SaveAndStop
 from phi4.train.session import run_training
+from tests.support.byte_source import write_byte_source
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, rendezvous
 
@@ -165,11 +163,7 @@ def pool() -> Iterator[RankPool]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of the bytes and a source."""
     root = tmp_path_factory.mktemp("runs")
-    ranks = {bytes([i]): i for i in range(256)}
-    (root / "bpe.tiktoken").write_bytes(rank_file_bytes(ranks))
-    config = TokenizerConfig(kind="bpe", path=str(root / "bpe.tiktoken"))
-    with TokenFileWriter(root / "tokens", load_tokenizer(config).facts) as writer:
-        writer.add(np.random.default_rng(1).integers(256, size=4000))
+    write_byte_source(root, np.random.default_rng(1).integers(256, size=4000))
     return root
 
 

@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 from megatron.core import parallel_state
 
-from phi4.config import TokenizerConfig
-from phi4.data.files.token_writer import TokenFileWriter
-from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.engine.engine import Engine
 from phi4.engine.platform import connect, disconnect
 from phi4.rundir.step_log import read_metrics
@@ -23,6 +20,7 @@ from phi4.train.checkpointing import Checkpointer
 from phi4.train.reliability.requests import Requests
 from phi4.train.session import run_training
 from phi4.verify.drills.watched_run import saved_steps
+from tests.support.byte_source import write_byte_source
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, rendezvous
 
@@ -54,11 +52,7 @@ def pool() -> Iterator[RankPool]:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A tokenizer of the bytes and a source."""
-    ranks = {bytes([i]): i for i in range(256)}
-    (tmp_path / "bpe.tiktoken").write_bytes(rank_file_bytes(ranks))
-    config = TokenizerConfig(kind="bpe", path=str(tmp_path / "bpe.tiktoken"))
-    with TokenFileWriter(tmp_path / "tokens", load_tokenizer(config).facts) as writer:
-        writer.add(np.arange(4000) % 256)
+    write_byte_source(tmp_path, np.arange(4000) % 256)
     return tmp_path
 
 

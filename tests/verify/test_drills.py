@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from phi4.config import TokenizerConfig, dump_toml
+from phi4.config import dump_toml
 from phi4.data.files.token_writer import TokenFileWriter
-from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.verify.drills.drill import DrillPace, Moment
 from phi4.verify.drills.faults import Kill, Notice
 from phi4.verify.drills.record import RunRecord, differences
+from tests.support.byte_source import write_byte_tokenizer
 from tests.support.engines import tiny_recipe
 from tests.support.waiting import LONG_SECONDS
 
@@ -94,15 +94,13 @@ def test_moments_are_of_every_phase_and_of_the_seed() -> None:
 @pytest.fixture
 def drill(tmp_path: Path) -> Callable[..., str]:
     """Runs a drill on a tiny recipe; gives its output."""
-    ranks = tmp_path / "bpe.tiktoken"
-    ranks.write_bytes(rank_file_bytes({bytes([i]): i for i in range(256)}))
-    tokenizer = TokenizerConfig(kind="bpe", path=str(ranks))
+    facts = write_byte_tokenizer(tmp_path)
     random = np.random.default_rng(0)
     for name in ("tokens", "held_out"):
-        with TokenFileWriter(tmp_path / name, load_tokenizer(tokenizer).facts) as writer:
+        with TokenFileWriter(tmp_path / name, facts) as writer:
             writer.add(random.integers(1, 200, 9000).astype(np.int32))
     recipe = tiny_recipe(
-        *("tokenizer.kind=bpe", f"tokenizer.path={ranks}", "model.vocab_size=352"),
+        *("tokenizer.kind=bpe", f"tokenizer.path={tmp_path}/bpe.tiktoken", "model.vocab_size=352"),
         *("model.num_layers=2", "parallel.pipeline=2"),
         f"data.sources=[{{name='a', path='{tmp_path}/tokens'}}]",
         f"data.held_out=[{{name='a', path='{tmp_path}/held_out'}}]",

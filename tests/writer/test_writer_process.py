@@ -6,11 +6,13 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
 import torch
 
+from phi4.errors import PlatformError
 from phi4.rundir.manifest import entry_of
 from phi4.writer import (
     Failed,
@@ -78,6 +80,17 @@ def _check_forked(rank: int, world_size: int, root: Path) -> None:
 
 def test_tensors_are_written_as_they_were_staged(tmp_path: Path) -> None:
     run_ranks(1, _check_forked, tmp_path)
+
+
+def test_memory_that_the_driver_does_not_pin_is_an_error_each_time() -> None:
+    staging = Staging(torch.device("cuda"))
+    with patch("torch.cuda.cudart") as cudart:
+        cudart().cudaHostRegister.return_value = 2
+        for num_bytes in (64, 32):
+            with pytest.raises(PlatformError, match=r"does not pin .* \(error 2\)"):
+                staging.stage([torch.zeros(num_bytes, dtype=torch.uint8)])
+        cudart().cudaHostUnregister.assert_not_called()
+        staging.close()
 
 
 def test_memory_that_the_machine_has_not_is_an_error_that_says_what_to_do() -> None:

@@ -1,4 +1,4 @@
-"""The sbatch script of a run: readable by whoever is called when it fails.
+"""The sbatch script of a run: short enough for the person on call to read.
 
 One decision: the script itself decides how the job ends. `--requeue` alone requeues a job only
 where Slurm ended it; a job whose ranks saved and left after a notice would be COMPLETED.

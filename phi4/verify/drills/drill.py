@@ -24,7 +24,7 @@ Phase = Literal["start-up", "training", "save"]
 STEPS, SAVE_EVERY, EVALUATE_EVERY, KEEP = 12, 3, 2, 8
 """Of every run: short, and most of its time is spent in evaluations and saves."""
 
-_PATIENCE = 30
+_TIMEOUT_FACTOR = 30
 """An attempt is given so many times what an undisturbed run took, and ten minutes."""
 
 
@@ -75,7 +75,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Blow:
+class FaultOutcome:
     """One fault and what came of it.
 
     Attributes:
@@ -158,37 +158,37 @@ class Drill:
             if code := attempt.end():
                 raise WorkerError(f"the undisturbed run ended with {code}: {attempt.log}")
         now = time.monotonic()
-        self._seconds = 600 + _PATIENCE * (now - since)
+        self._seconds = 600 + _TIMEOUT_FACTOR * (now - since)
         return read_record(run_dir), DrillPace(stepped - begun, (now - stepped) / (STEPS - 1))
 
-    def run(self, fault: Fault, num_faults: int) -> tuple[list[Blow], list[str]]:
+    def run(self, fault: Fault, num_faults: int) -> tuple[list[FaultOutcome], list[str]]:
         """So many faults; gives them, and what differs in the runs that finished after them."""
         expected, pace = self.undisturbed()
         self._say(f"undisturbed: final loss {expected.final_loss!r}")
-        blows: list[Blow] = []
+        outcomes: list[FaultOutcome] = []
         differing: list[str] = []
-        while len(blows) < num_faults:
+        while len(outcomes) < num_faults:
             self.num_runs += 1
             path, recipe = self._begin_run(f"run_{self.num_runs}")
             run_dir = Path(recipe.run.dir)
             while not _is_finished(run_dir):
                 moment = None
-                if len(blows) < num_faults:
+                if len(outcomes) < num_faults:
                     moment = Moment.drawn(self._random, pace)
-                blow = self._attempt(path, recipe, moment, fault)
-                if blow is not None:
-                    blows.append(blow)
-                    self._say(f"{len(blows)}: {blow.describe()}")
-                    if blow.wrong:
-                        return blows, differing
+                outcome = self._attempt(path, recipe, moment, fault)
+                if outcome is not None:
+                    outcomes.append(outcome)
+                    self._say(f"{len(outcomes)}: {outcome.describe()}")
+                    if outcome.wrong:
+                        return outcomes, differing
             found = differences(expected, read_record(run_dir))
             differing += [f"run {self.num_runs}: {line}" for line in found]
             self._say(f"run {self.num_runs} finished, {len(found)} differences")
-        return blows, differing
+        return outcomes, differing
 
     def _attempt(
         self, path: Path, recipe: Recipe, moment: Moment | None, fault: Fault
-    ) -> Blow | None:
+    ) -> FaultOutcome | None:
         """One start, with a fault unless it ends before; None without one."""
         run_dir = Path(recipe.run.dir)
         before = saved_steps(run_dir)
@@ -208,7 +208,9 @@ class Drill:
             phase = "evaluation"
         after = saved_steps(run_dir)
         wrong = fault.verdict(attempt, code, before, after)
-        return Blow(what, phase, code, seconds, max(after, default=0), bool(after - before), wrong)
+        return FaultOutcome(
+            what, phase, code, seconds, max(after, default=0), bool(after - before), wrong
+        )
 
     def _begin_run(self, name: str) -> tuple[Path, Recipe]:
         """A recipe with a run directory of its own, and its file."""

@@ -32,7 +32,7 @@ class WatchedRun:
         log_start: where its output begins there, in bytes.
         num_before: number of the attempt before it.
         num_ranks: of its layout.
-        deadline: of the monotonic clock; whoever waits longer raises.
+        deadline: of the monotonic clock; waiting longer raises.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ STAND_IN = Path(__file__).with_name("stand_in.py")
 def cluster() -> Iterator[SlurmCluster]:
     """Two idle nodes."""
     if shutil.which("slurmctld", path="/usr/sbin:/usr/bin") is None:
-        pytest.skip("slurmctld is not installed")
+        pytest.skip("slurmctld is missing: apt-get install slurmctld slurmd slurm-client munge")
     # Short, because sockets have their names in it; munge wants that all may enter.
     with tempfile.TemporaryDirectory(prefix="slurm") as place:
         Path(place).chmod(0o711)
