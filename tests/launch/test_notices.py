@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 
+from phi4.cli import main
 from phi4.errors import REQUEUE_EXIT_CODE
 from phi4.launch.notices import SECOND_SECONDS, PassedOnNotice
 from tests.launch.conftest import Launch
@@ -221,3 +222,13 @@ def test_only_a_sigterm_well_after_the_first_is_a_second_one(monkeypatch) -> Non
     notice = PassedOnNotice(stop_seconds=10)
     numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1)
     assert [notice.arrived(number) for number in numbers] == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("words", "holds"),
+    [("train", True), ("launch local", True), ("launch slurm", False), ("generate", False)],
+)
+def test_commands_that_train_keep_notices_from_their_first_moment(words: str, holds: bool) -> None:
+    with patch("phi4.cli.hold_notices") as hold, pytest.raises(SystemExit, match="0"):
+        main([*words.split(), "--help"])
+    assert hold.called == holds
