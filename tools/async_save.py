@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import torch.distributed as dist
 
 from phi4.config import Recipe, with_overrides
+from phi4.engine.agreement import Asked, nothing_asked
 from phi4.engine.checkpoint import PendingSave, SaveRequest, load_checkpoint, verify_checkpoint
 from phi4.engine.checkpoint.saving import save_checkpoint
 from phi4.engine.engine import Engine
@@ -46,8 +48,8 @@ sync = os.fsync
 os.fsync = lambda fd: (time.sleep(1), sync(fd))
 """
 _RECIPE = """
-model.num_layers=8 model.hidden_size=768 model.num_attention_heads=8 model.num_key_value_heads=2
-model.intermediate_size=2048 model.vocab_size=512 model.max_position_embeddings=64
+model.num_layers=8 model.hidden_size=1024 model.num_attention_heads=8 model.num_key_value_heads=2
+model.intermediate_size=2816 model.vocab_size=512 model.max_position_embeddings=64
 data.sequence_length=32 data.unit_tokens=32 batch.global_batch_size=2 precision.dtype=fp32
 parallel.data=2
 """
@@ -90,9 +92,10 @@ def rank_0_alone(strategy: object, group: object) -> object:
     return strategy
 
 
-def train(engine: Engine, step: int) -> None:
-    """One step."""
-    engine.train_step(batches_of(engine, step), NextToken(), learning_rate=1e-4)
+def train(engine: Engine, step: int, asked: Callable[[], Asked] = nothing_asked) -> Asked:
+    """One step; what the ranks told each other in it."""
+    batches = batches_of(engine, step)
+    return engine.train_step(batches, NextToken(), learning_rate=1e-4, asked=asked).asked
 
 
 def stall(engine: Engine, root: Path, step: int, writer: WriterProcess | None) -> float:
@@ -106,11 +109,19 @@ def stall(engine: Engine, root: Path, step: int, writer: WriterProcess | None) -
     request = SaveRequest(root, step, "full", Retention(1), {}, {})
     pending = PendingSave(engine, request, writer, lease=None, seconds=600)
     seconds, durable = time.perf_counter() - begun, None
+
+    def told() -> Asked:
+        nonlocal seconds
+        begun = time.perf_counter()
+        asked = Asked(False, False, False, *pending.told())
+        seconds += time.perf_counter() - begun
+        return asked
+
     while durable is None:
-        train(engine, step)
+        agreed = train(engine, step, told)
         dist.barrier()
         begun = time.perf_counter()
-        durable = pending.poll()
+        durable = pending.go_on(agreed)
         seconds += time.perf_counter() - begun
     return seconds
 

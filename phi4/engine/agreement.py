@@ -24,7 +24,10 @@ Answer = TypeVar("Answer")
 
 
 class Asked(NamedTuple):
-    """What was asked of a run from outside, as one rank knows it or as all of them agreed."""
+    """What one rank tells the others at the end of a step, or what any of them told.
+
+    The first three were asked of the run from outside, the others are of the save under way.
+    """
 
     requeue: bool = False
     """To save and end, so that the same command goes on: by a notice, on any rank."""
@@ -32,6 +35,10 @@ class Asked(NamedTuple):
     """To save and end, for good: by a file, on the writer rank."""
     save: bool = False
     """To save and go on: by a file, on the writer rank."""
+    save_is_busy: bool = False
+    """This rank's part of the save is not done."""
+    save_failed: bool = False
+    """It went wrong, or takes too long."""
 
     @property
     def stops(self) -> bool:
@@ -47,7 +54,7 @@ def nothing_asked() -> Asked:
 def asked_of_any(platform: Platform, asked: Asked) -> Asked:
     """What was asked of any rank.
 
-    Collectives: one all-reduce over all ranks of three numbers.
+    Collectives: one all-reduce over all ranks of five numbers.
     """
     if platform.world_size == 1:
         return asked

@@ -93,7 +93,7 @@ class Totals:
             layout: the rank grid.
             asked: of this rank.
 
-        Collectives: one all-reduce over all ranks of two fp64 numbers per name, and three.
+        Collectives: one all-reduce over all ranks of two fp64 numbers per name, and five.
         """
         # Tensor ranks hold copies; only the last stage's first tensor rank has what counts.
         if not (layout.is_last_stage and layout.tp_rank == 0):

@@ -7,6 +7,7 @@ reached. The last save of a run first waits for the one under way, then is waite
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from phi4.config import dump_toml
@@ -62,6 +63,7 @@ class Checkpointer:
         self._states = SaveStates(context)
         self._pending: PendingSave | None = None
         self._writer: WriterProcess | None = None
+        context.requests.save_progress = self._told
         if context.recipe.checkpoint.asynchronous:
             platform = context.platform
             self._writer = WriterProcess(Staging(platform.device, platform.ranks_per_host))
@@ -93,13 +95,13 @@ class Checkpointer:
             DiskFullError, PlatformError: the last step cannot be saved.
             NotFiniteError: the weights are not finite, so nothing was written; on every rank.
 
-        Collectives: those of `require_ownership` and of saving, when it saves; while a save is
-            under way, those of `PendingSave.poll`.
+        Collectives: those of `require_ownership` and of saving, when it saves; those of
+            `PendingSave.go_on`, when all ranks are done with a part of the save under way.
         """
         config, step = self._context.recipe.checkpoint, progress.step
         resharding = config.reshardable_every
         if self._pending is not None:
-            self._concluded(self._pending.poll, step)
+            self._concluded(partial(self._pending.go_on, progress.result.asked), step)
         if resharding > 0 and step % resharding == 0 and progress.is_due(config.every):
             self._owes_reshardable = True
         is_owed = self._next_try is not None and step >= self._next_try
@@ -152,6 +154,9 @@ class Checkpointer:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _told(self) -> tuple[bool, bool]:
+        return (False, False) if self._pending is None else self._pending.told()
 
     def _require_finite(self, step: int) -> None:
         try:

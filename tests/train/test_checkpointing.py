@@ -12,7 +12,7 @@ from unittest.mock import Mock, patch
 import pytest
 
 from phi4.config import dump_toml, with_overrides
-from phi4.engine.agreement import wait_until_visible
+from phi4.engine.agreement import Asked, wait_until_visible
 from phi4.engine.checkpoint import Durable, save_checkpoint
 from phi4.errors import DiskFullError, NotFiniteError, Phi4Error, PlatformError
 from phi4.rundir.names import RECIPE_FILE, STATE_FILE
@@ -27,6 +27,7 @@ from tests.support.ranks import RankPool
 
 CHECKPOINTING = "phi4.train.checkpointing"
 STEPS = (1, 2, 3)
+_RESULT = Mock(asked=Asked())
 
 
 def _saves(outcomes: dict[int, Exception], *overrides: str) -> tuple[list[tuple[int, str]], str]:
@@ -49,7 +50,7 @@ def _saves(outcomes: dict[int, Exception], *overrides: str) -> tuple[list[tuple[
     ):
         checkpointer = Checkpointer(context)
         for step in range(1, 61):
-            progress = Progress(RunState(step=step), 60, 1, 1.0, 0.1, None)
+            progress = Progress(RunState(step=step), 60, 1, 1.0, 0.1, _RESULT)
             checkpointer.save_when_due(progress, is_last=progress.is_last)
     return tried, "\n".join(said)
 
@@ -84,7 +85,10 @@ class FakePending:
         self._polls, self._error = self.ends[self.step]
         self.log.append(f"begin {self.step} {request.form}")
 
-    def poll(self) -> Durable | None:
+    def told(self) -> tuple[bool, bool]:
+        return True, False
+
+    def go_on(self, agreed: Asked) -> Durable | None:
         self._polls -= 1
         if self._polls > 0:
             return None
@@ -96,7 +100,7 @@ class FakePending:
     def wait(self, tick, *, within_seconds: float | None) -> Durable:
         self.log.append(f"wait {self.step}" + (f" {within_seconds:g} s" if within_seconds else ""))
         self._polls = 0
-        return self.poll()
+        return self.go_on(Asked())
 
     def abandon(self) -> None:
         self.log.append(f"abandon {self.step}")
@@ -138,7 +142,7 @@ def _asynchronous(
         patch(f"{CHECKPOINTING}.save_checkpoint", save),
     ):
         for step in range(1, num_steps + 1):
-            progress = Progress(RunState(step=step), num_steps, 1, 1.0, 0.1, None)
+            progress = Progress(RunState(step=step), num_steps, 1, 1.0, 0.1, _RESULT)
             measured = checkpointer.hook.measure(progress)
             if measured:
                 numbers[step] = measured
@@ -187,7 +191,7 @@ def test_run_that_is_told_to_stop_waits_half_of_its_time_for_a_save_under_way() 
         patch(f"{CHECKPOINTING}.save_checkpoint", lambda e, root, step, **_: log.append(step)),
     ):
         for step, is_last in ((1, False), (2, True)):
-            progress = Progress(RunState(step=step), 9, 1, 1.0, 0.1, None)
+            progress = Progress(RunState(step=step), 9, 1, 1.0, 0.1, _RESULT)
             checkpointer.save_when_due(progress, is_last=is_last)
     assert log == ["begin 1 dp", "wait 1 30 s", 2]
 
@@ -201,7 +205,9 @@ def test_save_under_way_is_given_up_when_the_run_fails() -> None:
         patch(f"{CHECKPOINTING}.require_ownership"),
         patch(f"{CHECKPOINTING}.PendingSave", pending),
     ):
-        checkpointer.save_when_due(Progress(RunState(step=1), 9, 1, 1.0, 0.1, None), is_last=False)
+        checkpointer.save_when_due(
+            Progress(RunState(step=1), 9, 1, 1.0, 0.1, _RESULT), is_last=False
+        )
     checkpointer.hook.close()
     assert log == ["begin 1 dp", "abandon 1"]
 
@@ -215,7 +221,7 @@ def test_weights_that_are_not_finite_are_not_saved(_finite: Mock) -> None:
         patch(f"{CHECKPOINTING}.require_ownership"),
         patch(f"{CHECKPOINTING}.save_checkpoint", lambda e, root, step, **_: saved.append(step)),
     ):
-        progress = [Progress(RunState(step=s), 4, 1, 1.0, 0.1, None) for s in (1, 2)]
+        progress = [Progress(RunState(step=s), 4, 1, 1.0, 0.1, _RESULT) for s in (1, 2)]
         checkpointer.save_when_due(progress[0], is_last=False)
         with pytest.raises(NotFiniteError, match="a is NaN"):
             checkpointer.save_when_due(progress[1], is_last=False)

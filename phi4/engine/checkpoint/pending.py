@@ -4,8 +4,9 @@ Two phases. First every rank's writer process writes its shards. Once all are on
 gathers places and hashes, and its writer process writes index and manifest, renames the directory
 and moves `latest`. So nothing counts that is not on the disk, whichever process dies when.
 
-All ranks take every turn at the same step: `poll`, called by all of them after a step, is one
-all-reduce of two numbers, and only while a save is under way. At most one is.
+All ranks take every turn at the same step. How far each of them is travels in the reduction that
+ends every training step anyway (`told`, `go_on`), so a save under way adds no collective to a step
+and makes no rank wait for another. At most one is under way.
 """
 
 import logging
@@ -15,10 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from phi4.engine.agreement import raise_together
+from phi4.engine.agreement import Asked, asked_of_any, raise_together
 from phi4.engine.checkpoint.saving import Save, SaveRequest
 from phi4.engine.checkpoint_capture import ToWriterProcess
 from phi4.engine.engine import Engine
@@ -49,8 +47,7 @@ class Durable:
 
 
 class PendingSave:
-    """An asynchronous save on one rank, from its beginning on; every method but `abandon` is
-    collective.
+    """An asynchronous save on one rank, from its beginning on; `go_on` and `wait` are collective.
 
     Args:
         engine: what is saved, as it is now.
@@ -83,6 +80,7 @@ class PendingSave:
         self._sink = ToWriterProcess(writer)
         self._manifest: bytes | None = None
         self._commit_error: Exception | None = None
+        self._error: Exception | None = None
         self._is_committed = False
         self._megatron = self._save.stage(self._sink)
         self._stall_seconds = time.monotonic() - self._begun
@@ -102,25 +100,31 @@ class PendingSave:
         """How long training stood still for it so far."""
         return self._stall_seconds
 
-    def poll(self) -> Durable | None:
-        """Look once how far it is, and go on with it; None while it is under way.
+    def told(self) -> tuple[bool, bool]:
+        """Whether this rank is busy with its part, and whether that failed; looks once, cheap."""
+        is_done = self._is_done()
+        if self._error is None:
+            self._error = self._met() if is_done else self._lateness()
+        return not is_done, self._error is not None
+
+    def go_on(self, agreed: Asked) -> Durable | None:
+        """Go on with it when all ranks are done with the present part; None while it is under way.
+
+        Args:
+            agreed: what the ranks told, by `told`, since the last call.
 
         Raises:
             DiskFullError, PlatformError: it failed, on every rank; what was written is removed, and
                 the checkpoints before it stay as they are.
 
-        Collectives: one all-reduce of two numbers over all ranks; once per save, those of the
-            gathers of what was written, or one all-gather of what went wrong.
+        Collectives: none in most steps; once per save, those of the gathers of what was written, or
+            one all-gather of what went wrong.
         """
-        done = self._is_done()
-        error = self._error() if done else self._lateness()
-        verdict = torch.tensor([error is not None, not done], device=self._platform.device).int()
-        dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
-        failed, busy = verdict.tolist()
-        if failed:
+        if agreed.save_failed:
             self.abandon()
+            error = self._error
             raise_together(self._platform, None if error is None else self._save.failure(error))
-        if busy:
+        if agreed.save_is_busy:
             return None
         if self._manifest is None:
             self._commit()
@@ -138,9 +142,9 @@ class PendingSave:
             within_seconds: it fails when it is not durable after so long from now.
 
         Raises:
-            DiskFullError, PlatformError: as `poll`.
+            DiskFullError, PlatformError: as `go_on`.
 
-        Collectives: those of `poll`, about once per second.
+        Collectives: those of `go_on`, and about once per second those of `asked_of_any`.
         """
         if within_seconds is not None:
             left = time.monotonic() - self._begun + within_seconds
@@ -151,7 +155,8 @@ class PendingSave:
             while not self._is_done() and time.monotonic() < turn_ends:
                 time.sleep(_LOOK_SECONDS)
                 tick()
-            durable = self.poll()
+            told = Asked(False, False, False, *self.told())
+            durable = self.go_on(asked_of_any(self._platform, told))
             if durable is not None:
                 return durable
 
@@ -174,7 +179,8 @@ class PendingSave:
         self._is_committed = isinstance(reply, Committed)
         return reply is not None
 
-    def _error(self) -> Exception | None:
+    def _met(self) -> Exception | None:
+        """What this rank could not do in the present phase, which has ended."""
         if self._manifest is None:
             return self._sink.error
         if self._commit_error is not None and self._save.directory.holds(self._manifest):

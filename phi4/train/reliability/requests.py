@@ -44,6 +44,7 @@ class Requests:
 
     Attributes:
         agreed: on every rank the same; changed by `learn`, `agree` and `saved`.
+        save_progress: gives what `asked` tells of the save under way: (busy, failed).
     """
 
     def __init__(
@@ -55,15 +56,22 @@ class Requests:
         self._files = frozenset[str]()
         self._lock = threading.Lock()
         self.agreed = Asked()
+        self.save_progress: Callable[[], tuple[bool, bool]] = lambda: (False, False)
 
     def asked(self) -> Asked:
         """What is asked of this rank at present; cheap."""
         files = self._files
-        return Asked(self._noticed.is_set(), STOP_FILE in files, SAVE_NOW_FILE in files)
+        from_outside = self._noticed.is_set(), STOP_FILE in files, SAVE_NOW_FILE in files
+        return Asked(*from_outside, *self.save_progress())
 
     def learn(self, result: StepResult) -> bool:
         """Take over what the ranks agreed on in a step; whether the run is to end."""
-        self.agreed = Asked(*map(any, zip(self.agreed, result.asked, strict=True)))
+        before, told = self.agreed, result.asked
+        self.agreed = told._replace(
+            requeue=before.requeue or told.requeue,
+            end=before.end or told.end,
+            save=before.save or told.save,
+        )
         return self.agreed.stops
 
     def agree(self, platform: Platform) -> bool:
