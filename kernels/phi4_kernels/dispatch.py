@@ -1,13 +1,13 @@
 """Which implementation runs an op: the caller's explicit choice, or `auto`, always with a reason.
 
-`auto` takes a kernel only on proof: a committed row of `correctness.jsonl` that is green on this
-compute capability for the very source that is installed. An
-implementation behind the speed gate must also be faster than the one it would replace on this very
-device, by a committed row of `speed.jsonl`. Everything else is experimental and
-runs only when named. There is no fallback: a named implementation that cannot run is an error.
+`auto` takes a kernel only on proof: a row that is green on this compute capability and Triton for
+the very source that is installed, committed in `correctness.jsonl` or made on this machine by
+`phi4 kernels qualify`. Where the proven ones were timed beside torch on this device, it takes the
+fastest. An implementation behind the speed gate must also be faster than the one it would replace,
+by a committed row of `speed.jsonl`. Everything else is experimental and runs only when named. There
+is no fallback: a named implementation that cannot run is an error.
 """
 
-import json
 import logging
 import os
 from collections import Counter
@@ -17,18 +17,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from phi4_kernels import cuda_library, registry
 from phi4_kernels.errors import DeviceError, ImplementationError
+from phi4_kernels.evidence import SPEED_GATED, GpuMachine, KernelEvidence, machine_of, read_rows
 
 CORRECTNESS_ROWS = registry.ROOT / "correctness.jsonl"
 SPEED_ROWS = registry.ROOT / "speed.jsonl"
 _PREFERENCE = ("gluon", "cuda", "triton")
-SPEED_GATED = {"gluon": "triton"}
-"""Implementations behind the speed gate, and the one that each has to beat."""
 _calls: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("phi4_kernels_calls", default=None)
 _log = logging.getLogger("phi4_kernels")
 
@@ -56,61 +54,67 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _read(path: Path) -> tuple[dict[str, Any], ...]:
-    if not path.exists():
-        return ()
-    return tuple(json.loads(line) for line in path.read_text().splitlines() if line)
+def cache_file() -> Path:
+    """Where rows made on this machine are kept for this user's later runs."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "phi4" / "kernels.jsonl"
 
 
-def proof(op: str, implementation: str, capability: str) -> dict[str, Any] | None:
-    """The newest row of this very source on this capability, if it is green."""
-    digest = registry.source_digest(op, implementation)
-    wanted = (op, implementation, capability, digest)
-    keys = ("op", "implementation", "capability", "source")
-    rows = [row for row in _read(CORRECTNESS_ROWS) if tuple(row[key] for key in keys) == wanted]
-    return rows[-1] if rows and rows[-1]["green"] else None
+def known() -> KernelEvidence:
+    """Committed rows, then those made on this machine."""
+    return KernelEvidence(read_rows(CORRECTNESS_ROWS, cache_file()), read_rows(SPEED_ROWS))
 
 
-def is_faster(op: str, implementation: str, device_name: str) -> bool:
-    """Whether the newest speed row of these very sources on this device says so.
-
-    True for an implementation that is not behind the speed gate.
-    """
-    if implementation not in SPEED_GATED:
-        return True
-    against = SPEED_GATED[implementation]
-    wanted = {
-        "op": op,
-        "implementation": implementation,
-        "against": against,
-        "device": device_name,
-        "source": registry.source_digest(op, implementation),
-        "against_source": registry.source_digest(op, against),
-    }
-    rows = [row for row in _read(SPEED_ROWS) if wanted.items() <= row.items()]
-    return bool(rows) and rows[-1]["faster"]
+def candidates(op: str) -> list[str]:
+    """Kernels of an op, in the order in which `auto` prefers them without times."""
+    return [name for name in _PREFERENCE if name in registry.implementations(op)]
 
 
-def _automatic(op: str, device: torch.device, step: str | None) -> Choice:
+def _automatic(op: str, device: torch.device, step: str | None, evidence: KernelEvidence) -> Choice:
     if device.type != "cuda":
         return Choice(op, "torch", f"auto: tensors are on {device.type}")
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    for name in _PREFERENCE:
-        if name not in registry.implementations(op):
-            continue
-        row = proof(op, name, capability)
-        if not row or not is_faster(op, name, torch.cuda.get_device_name(device)):
-            continue
-        if not registry.provides(op, name, step):
-            continue
-        if name == "cuda" and (reason := cuda_library.missing()):
-            return Choice(op, "torch", f"auto: {reason}")
-        return Choice(op, name, f"auto: proven on {capability}, commit {row['commit']}")
-    return Choice(op, "torch", f"auto: no kernel of this source is proven on {capability}")
+    machine = machine_of(device)
+    proven = [
+        name
+        for name in candidates(op)
+        if evidence.proof(op, name, machine)
+        and evidence.is_faster(op, name, machine.device)
+        and registry.provides(op, name, step)
+    ]
+    if not proven:
+        reason = f"auto: no kernel of this source is proven on {machine.capability}"
+        red = [n for n in candidates(op) if evidence.verdict(op, n, machine)]
+        return Choice(op, "torch", f"{reason}; red: {', '.join(red)}" if red else reason)
+    if proven[0] == "cuda" and (missing := cuda_library.missing()):
+        return Choice(op, "torch", f"auto: {missing}")
+    return _fastest(op, proven, machine, evidence)
+
+
+def _fastest(op: str, proven: list[str], machine: GpuMachine, evidence: KernelEvidence) -> Choice:
+    """Of proven implementations and torch, by times where there are some, else the preferred."""
+    timed = evidence.times(op, [*proven, "torch"], machine)
+    # A gated kernel was timed by its gate, in every case and pass.
+    if timed is None or proven[0] in SPEED_GATED:
+        row = evidence.proof(op, proven[0], machine)
+        where = f"proven on {machine.capability}, commit {row['commit']}"
+        return Choice(op, proven[0], f"auto: {where}")
+    times = {name: timed["us"][name] for name in (*proven, "torch")}
+    microseconds = {name: us for name, us in times.items() if us is not None}
+    if not microseconds:
+        return Choice(op, proven[0], f"auto: proven on this {machine.device}; none could be timed")
+    best = min(microseconds, key=microseconds.__getitem__)
+    shown = ", ".join(f"{name} {us:.1f} us" for name, us in microseconds.items())
+    return Choice(op, best, f"auto: fastest that is proven on this {machine.device}: {shown}")
 
 
 @cache
-def choose(op: str, requested: str, device: torch.device, step: str | None = None) -> Choice:
+def choose(
+    op: str,
+    requested: str,
+    device: torch.device,
+    step: str | None = None,
+    evidence: KernelEvidence | None = None,
+) -> Choice:
     """Decide once per process, and log the decision once.
 
     Args:
@@ -118,6 +122,7 @@ def choose(op: str, requested: str, device: torch.device, step: str | None = Non
         requested: `auto` or the name of an implementation.
         device: where the tensors are.
         step: function of an implementation's module that not every implementation has.
+        evidence: what is known of the implementations; None reads `known`.
 
     Raises:
         ImplementationError: no such op or implementation, or it cannot be imported or loaded, or it
@@ -126,17 +131,20 @@ def choose(op: str, requested: str, device: torch.device, step: str | None = Non
     """
     if op not in registry.OPS:
         raise ImplementationError(f"no op {op!r}; there are {', '.join(registry.OPS)}")
+    evidence = evidence or known()
     if requested == "auto":
-        choice = _automatic(op, device, step)
+        choice = _automatic(op, device, step, evidence)
     else:
-        choice = Choice(op, requested, _named_reason(op, requested, device, step))
+        choice = Choice(op, requested, _named_reason(op, requested, device, step, evidence))
     if choice.implementation == "cuda":
         cuda_library.load()
     _log.info("%s", choice.describe())
     return choice
 
 
-def _named_reason(op: str, name: str, device: torch.device, step: str | None) -> str:
+def _named_reason(
+    op: str, name: str, device: torch.device, step: str | None, evidence: KernelEvidence
+) -> str:
     if not registry.provides(op, name, step):
         others = [other for other in registry.implementations(op) if other != name]
         raise ImplementationError(
@@ -145,8 +153,9 @@ def _named_reason(op: str, name: str, device: torch.device, step: str | None) ->
     if name == "torch":
         return "named"
     if device.type == "cuda":
-        capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-        return "named" if proof(op, name, capability) else f"named; experimental on {capability}"
+        machine = machine_of(device)
+        is_proven = evidence.proof(op, name, machine)
+        return "named" if is_proven else f"named; experimental on {machine.capability}"
     if name == "cuda" and device.type == "cpu":
         return "named; host form of the kernel's arithmetic"
     if name == "triton" and interpreting():
@@ -192,7 +201,7 @@ def _status_of(op: str, name: str) -> dict[str, str]:
     row = {"op": op, "implementation": name, "device": "", "commit": "", "date": ""}
     if name == "torch":
         return row | {"state": "always available"}
-    rows = _read(CORRECTNESS_ROWS)
+    rows = [row for row in known().rows if row.get("kind", "correctness") == "correctness"]
     past = [entry for entry in rows if (entry["op"], entry["implementation"]) == (op, name)]
     source = registry.source_digest(op, name)
     current = [entry for entry in past if entry["source"] == source]

@@ -1,17 +1,15 @@
-"""`phi4 kernels`: which implementations of the ops exist, and what is proven of them."""
+"""`phi4 kernels`: which implementations of the ops exist, what is proven, and the proof itself."""
 
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from phi4.errors import ConfigError, PlatformError
+
 app = typer.Typer(help="Implementations of the ops.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """A single command stays a command of the group."""
 
 
 @app.command()
@@ -25,4 +23,45 @@ def status() -> None:
         table.add_column(column)
     for row in dispatch.status():
         table.add_row(*(row[column] for column in columns))
+    _print(table)
+
+
+@app.command()
+def qualify(
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
+    again: Annotated[bool, typer.Option(help="Also what is proven here already.")] = False,
+    seconds: Annotated[float, typer.Option(help="Limit for all ops together.", min=1.0)] = 60.0,
+) -> None:
+    """Prove the kernels on this machine's GPU, and time them beside torch.
+
+    `phi4 train` does so by itself at its start where proofs are missing (kernels.qualify). What is
+    found is kept in ~/.cache/phi4/kernels.jsonl for later runs. Exit code 1 when a kernel is red.
+    """
+    import torch
+    from phi4_kernels import registry
+    from phi4_kernels.qualification import qualify as run
+
+    if unknown := set(op or ()) - set(registry.OPS):
+        raise ConfigError(f"no op {sorted(unknown)[0]!r}; there are {', '.join(registry.OPS)}")
+    if not torch.cuda.is_available():
+        raise PlatformError(
+            "torch finds no CUDA device, so there is nothing to qualify; on a CPU every op is "
+            "torch's, and `phi4 kernels status` says what is proven elsewhere"
+        )
+    from phi4_kernels.qualification.gpu import GpuProver
+
+    prover = GpuProver(torch.device("cuda", torch.cuda.current_device()))
+    done = run(prover, ops=tuple(op or registry.OPS), again=again, limit_seconds=seconds)
+    table = Table(title=f"{prover.machine.device}, {done.seconds:.0f} s")
+    for column in ("op", "implementation", "verdict", ""):
+        table.add_column(column)
+    for found in done.findings:
+        table.add_row(found.op, found.implementation, found.verdict, found.detail)
+    _print(table)
+    if done.problem is not None:
+        print(f"not kept for later runs: {done.problem}")
+    raise SystemExit(int(any(found.verdict == "red" for found in done.findings)))
+
+
+def _print(table: Table) -> None:
     Console(width=140 if not sys.stdout.isatty() else None).print(table)

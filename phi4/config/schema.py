@@ -165,6 +165,14 @@ class KernelsConfig(Section):
     cross_entropy: Implementation = key("free", "auto")
     adamw: Implementation = key("free", "auto")
     grad_norm: Implementation = key("free", "auto")
+    qualify: Literal["on", "off", "required"] = key("free", "on")
+    """On a GPU without proofs of its own for these sources and this Triton: prove the kernels and
+    time them beside torch before the first step, at most a minute, one rank per machine. `required`
+    ends a run where an op would be torch's all the same; `off` takes the proofs there are."""
+
+    def by_op(self) -> dict[str, Implementation]:
+        """What is asked of every op."""
+        return self.model_dump(exclude={"qualify"})
 
 
 class RunConfig(Section):

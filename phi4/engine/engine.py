@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from phi4_kernels.evidence import KernelEvidence
 
 from phi4.config import Recipe
 from phi4.config.gradient_form import check_gradient_form
@@ -68,6 +69,8 @@ class Engine:
         draws_weights: False leaves the weights to a checkpoint that is loaded next.
         tick: called for every micro-batch that a model chunk takes; cheap.
         patches: for tests; the platform's own by default.
+        evidence: what is known of the kernels, the same on every rank; None takes what each
+            machine has on file.
 
     Collectives: creation of the process groups, one all-gather of optimizer group names.
     """
@@ -81,6 +84,7 @@ class Engine:
         draws_weights: bool = True,
         tick: Callable[[], None] = lambda: None,
         patches: Patches | None = None,
+        evidence: KernelEvidence | None = None,
     ) -> None:
         self.recipe = recipe
         self.platform = platform
@@ -88,7 +92,8 @@ class Engine:
         self.forward_timer: ForwardTimer | None = None
         """Measures the forward passes of training while it is set."""
         self.patches = patches or Patches(platform.kind)
-        self.choices = choose(recipe.kernels, platform.device, recipe.model.head_dim)
+        head_dim = recipe.model.head_dim
+        self.choices = choose(recipe.kernels, platform.device, head_dim, evidence)
         with self.patches:
             self.layout: Layout = create_layout(recipe.parallel)
             seed_random_states(recipe.run.seed)

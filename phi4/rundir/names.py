@@ -13,6 +13,7 @@ RUN/
   save_now               created by a user: the run saves and goes on; removed once it did
   attempts/0000001.json  every start of the run, and who owns it now
   checkpoints/bad.jsonl  checkpoints after which training turned NaN
+  kernels.jsonl          what the kernels' qualification at the run's starts found
   checkpoints.jsonl      what became of every save: scheduled, durable, failed or refused
   checkpoints/latest     the name of the newest checkpoint
   checkpoints/step_0000100/{manifest.json, recipe.toml, state.json, ...}
@@ -32,6 +33,7 @@ ATTEMPTS_DIR = "attempts"
 CHECKPOINTS_DIR = "checkpoints"
 BAD_CHECKPOINTS_FILE = "bad.jsonl"
 SAVES_FILE = "checkpoints.jsonl"
+KERNELS_FILE = "kernels.jsonl"
 LATEST_FILE = "latest"
 MANIFEST_FILE = "manifest.json"
 RECIPE_FILE = "recipe.toml"

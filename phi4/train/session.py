@@ -19,6 +19,7 @@ from phi4.engine.checkpoint import find_checkpoint_together, load_checkpoint, ve
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
+from phi4.engine.qualified import qualified_evidence
 from phi4.errors import CheckpointError, OwnershipError, TokenizerError
 from phi4.rundir import Lease
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint
@@ -181,7 +182,11 @@ def _built_engine(
     recipe: Recipe, platform: Platform, phases: Phases, *, is_resumed: bool, say: Say
 ) -> Engine:
     draws_weights = not is_resumed and recipe.run.init_from is None
-    engine = Engine(recipe, platform, draws_weights=draws_weights, tick=phases.tick)
+    with phases.during("qualify", 0):
+        evidence = qualified_evidence(recipe, platform, say)
+    engine = Engine(
+        recipe, platform, draws_weights=draws_weights, tick=phases.tick, evidence=evidence
+    )
     choices = (choice.describe() for choice in engine.choices)
     for line in (platform.describe(), engine.layout.describe(), *choices):
         say(line)

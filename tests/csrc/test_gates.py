@@ -71,6 +71,7 @@ def test_floors_list_the_cuda_ops() -> None:
 def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.device:
     """No rows, and a pretended GPU of capability 9.0."""
     monkeypatch.setattr(dispatch, "CORRECTNESS_ROWS", tmp_path / "correctness.jsonl")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H200")
     monkeypatch.setattr(evidence_rows, "machine", lambda: MACHINE)

@@ -151,7 +151,7 @@ def test_a_choice_that_cannot_run_is_one_clear_error(monkeypatch, asked, parts):
 
 def test_auto_takes_torch_on_a_cpu_and_says_why():
     choices = choose(KernelsConfig(), torch.device("cpu"))
-    assert {choice.op for choice in choices} == set(KernelsConfig.model_fields)
+    assert {choice.op for choice in choices} == set(KernelsConfig().by_op())
     assert {choice.implementation for choice in choices} == {"torch"}
     said = [choice.describe() for choice in choices]
     assert "rope: torch (auto: tensors are on cpu)" in said
@@ -160,7 +160,9 @@ def test_auto_takes_torch_on_a_cpu_and_says_why():
 
 def test_heads_that_attention_kernels_do_not_take(monkeypatch):
     proven = dispatch.Choice("attention", "triton", "auto: proven")
-    monkeypatch.setattr(dispatch, "choose", lambda op, asked, device: replace(proven, op=op))
+    monkeypatch.setattr(
+        dispatch, "choose", lambda op, asked, device, evidence: replace(proven, op=op)
+    )
     device = torch.device("cpu")
     chosen = {head_dim: choose(KernelsConfig(), device, head_dim)[3] for head_dim in (8, 128)}
     assert chosen[128].describe() == "attention: triton (auto: proven)"
@@ -168,6 +170,16 @@ def test_heads_that_attention_kernels_do_not_take(monkeypatch):
     assert chosen[8].describe() == f"attention: torch ({reason})"
     with pytest.raises(ConfigError, match=r"kernels.attention=triton: .* is 8; use auto or torch"):
         choose(KernelsConfig(attention="triton"), device, 8)
+
+
+def test_required_kernels_leave_nothing_to_torch_that_nobody_gave_it():
+    cpu = torch.device("cpu")
+    with pytest.raises(
+        ConfigError, match=r"qualify=required, but rope: torch \(auto: .*kernels.OP"
+    ):
+        choose(KernelsConfig(qualify="required"), cpu)
+    named = dict.fromkeys(KernelsConfig().by_op(), "torch")
+    assert {c.reason for c in choose(KernelsConfig(qualify="required", **named), cpu)} == {"named"}
 
 
 def test_angles_by_position_are_the_angles_of_the_tables_per_token():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from phi4_kernels import cuda_library, dispatch, registry
+from phi4_kernels import cuda_library, dispatch, evidence, registry
 from phi4_kernels.errors import DeviceError, ImplementationError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -18,6 +18,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """No rows, nothing decided yet, and a pretended GPU of capability 9.0."""
     monkeypatch.setattr(dispatch, "CORRECTNESS_ROWS", tmp_path / "correctness.jsonl")
     monkeypatch.setattr(dispatch, "SPEED_ROWS", tmp_path / "speed.jsonl")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H200")
     dispatch.choose.cache_clear()
@@ -30,6 +31,7 @@ def write_row(**changes: object) -> None:
         "op": "swiglu",
         "implementation": "triton",
         "capability": "9.0",
+        "triton": evidence.triton_version(),
         "source": registry.source_digest("swiglu", "triton"),
         "green": True,
         "commit": "abc123",
@@ -129,7 +131,14 @@ def test_a_later_slower_row_withdraws_the_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"green": False}, {"capability": "8.0"}, {"source": "0" * 16}, {"op": "rope"}]
+    "changes",
+    [
+        {"green": False},
+        {"capability": "8.0"},
+        {"source": "0" * 16},
+        {"op": "rope"},
+        {"triton": "2.0.0"},
+    ],
 )
 def test_auto_ignores_rows_that_prove_something_else(changes: dict[str, object]) -> None:
     write_row(**changes)

@@ -1,6 +1,6 @@
 """Measures one pass of one case for all its providers, and makes the rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,10 +12,13 @@ from phi4_kernels import dispatch
 from phi4_kernels.bench import providers, timing
 from phi4_kernels.bench.ceilings import Ceilings
 from phi4_kernels.errors import GateError, KernelError
+from phi4_kernels.evidence import machine_of
 from phi4_kernels.registry import CallInputs, Case, Cost, Entry
 from phi4_kernels.testing import error_rule, evidence_rows, numerics
 
 NUM_SAMPLES = 50
+_QUICK = 15
+"""Samples where a choice depends on them, not a figure."""
 _POSSIBLE = 1.15
 """Datasheet bandwidth over measured copy rate, on H100 and H200 alike: faster is a mistake."""
 
@@ -174,6 +177,47 @@ def measure(task: Pass, found: list[Variant], ceilings: Ceilings) -> list[dict[s
     ]
 
 
+def beside_each_other(entry: Entry, names: Sequence[str]) -> dict[str, float | None]:
+    """Median microseconds of all passes of the first bench case, implementations interleaved.
+
+    Calls are not captured in a graph, so what they cost on the host is in the number where the
+    device waits for it, as in training.
+
+    Args:
+        entry: with bench cases.
+        names: implementations of its op.
+
+    Returns:
+        By implementation; None where it cannot run the case, for example for lack of memory.
+    """
+    totals: dict[str, float | None] = dict.fromkeys(names, 0.0)
+    dtype, case = _dtype_of(entry, torch.bfloat16), entry.bench_cases[0]
+    for mode, cost in entry.cost(case, dtype).items():
+        task = Pass(entry, case, dtype, mode, cost)
+        sets = [_drawn(task) for _ in range(timing.num_input_sets(cost.bytes))]
+        stream, calls = torch.cuda.current_stream(), {}
+        for name in [name for name, total in totals.items() if total is not None]:
+            run = partial(entry.timed or entry.function, implementation=name)
+            try:
+                calls[name] = _prepared(task, run, sets, stream)
+                for call in calls[name]:
+                    call()
+                torch.cuda.synchronize()
+            except (KernelError, RuntimeError):  # torch.OutOfMemoryError is one
+                totals[name] = None
+                calls.pop(name, None)
+        runs = {name: partial(_all, own) for name, own in calls.items()}
+        times = timing.sample_seconds(runs, _QUICK) if runs else {}
+        for name, seconds in times.items():
+            totals[name] += timing.percentile(seconds, 50) / len(sets) * 1e6
+    return totals
+
+
+def _all(calls: list[Callable[[], Any]]) -> None:
+    for call in calls:
+        call()
+
+
 def _row(
     task: Pass, variant: Variant, seconds: list[float], floor: float, ceilings: Ceilings
 ) -> dict[str, Any]:
@@ -242,8 +286,8 @@ def require_green(entry: Entry, implementation: str) -> None:
     """
     from phi4_kernels.testing import gates
 
-    capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    if dispatch.proof(entry.op, implementation, capability):
+    machine = machine_of(torch.device("cuda", torch.cuda.current_device()))
+    if dispatch.known().proof(entry.op, implementation, machine):
         return
     for check in gates.names(entry, implementation):
         try:

@@ -2,8 +2,8 @@
 
     python -m phi4_kernels.bench.speed_gate --op attention
 
-Appends the row that `auto` asks for, see dispatch.is_faster: the candidate is taken only if it is
-faster in every pass of every bench case, timed interleaved, with the numbers of both green.
+Appends the row that `auto` asks for, see KernelEvidence.is_faster: the candidate is taken only if
+it is faster in every pass of every bench case, timed interleaved, with the numbers of both green.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from phi4_kernels import dispatch, registry
 from phi4_kernels.bench import ceilings, measure
 from phi4_kernels.bench.measure import Variant
 from phi4_kernels.errors import KernelError
+from phi4_kernels.evidence import SPEED_GATED
 from phi4_kernels.registry import Entry
 from phi4_kernels.testing import evidence_rows
 
@@ -26,10 +27,10 @@ def verdict(op: str, candidate: str, ratios: dict[str, float]) -> dict[str, Any]
 
     Args:
         op: both implementations'.
-        candidate: the gated implementation, a key of dispatch.SPEED_GATED.
+        candidate: the gated implementation, a key of SPEED_GATED.
         ratios: its median time over that of the other, per pass.
     """
-    against = dispatch.SPEED_GATED[candidate]
+    against = SPEED_GATED[candidate]
     return {
         "op": op,
         "implementation": candidate,
@@ -43,7 +44,7 @@ def verdict(op: str, candidate: str, ratios: dict[str, float]) -> dict[str, Any]
 
 def ratios(entry: Entry, candidate: str) -> dict[str, float]:
     """Median time of the candidate over that of the other, per case and pass, in bf16."""
-    names = (candidate, dispatch.SPEED_GATED[candidate])
+    names = (candidate, SPEED_GATED[candidate])
     for name in names:
         measure.require_green(entry, name)
     run = entry.timed or entry.function
@@ -64,7 +65,7 @@ def main() -> int:
     """Run the gate; returns the exit status."""
     options = argparse.ArgumentParser(prog="python -m phi4_kernels.bench.speed_gate")
     options.add_argument("--op", choices=registry.OPS, required=True)
-    options.add_argument("--implementation", choices=dispatch.SPEED_GATED, default="gluon")
+    options.add_argument("--implementation", choices=SPEED_GATED, default="gluon")
     chosen = options.parse_args()
     if not torch.cuda.is_available():
         print("no GPU on this machine: nothing was timed")

@@ -72,7 +72,7 @@ def red_cases(op: str, implementation: str, device: str, jobs: int = 1) -> dict[
     """
     ops = [entry for entry in registry.entries().values() if entry.op == op]
     checks = [check for entry in ops for check in names(entry, implementation)]
-    run = partial(_outcome, implementation, device)
+    run = partial(outcome_of, implementation, device)
     if jobs == 1:
         outcomes = [run(check) for check in checks]
     else:
@@ -101,7 +101,7 @@ def _awaited(result: Any) -> float | str:
         return f"no result within {_CHECK_SECONDS} s: it hangs, or its process died"
 
 
-def _outcome(implementation: str, device: str, check: Check) -> float | str:
+def outcome_of(implementation: str, device: str, check: Check) -> float | str:
     """The worst margin of a green check, the message of a red one."""
     try:
         return max(check_numbers(*check, implementation, device).values(), default=0.0)

@@ -11,28 +11,53 @@ from phi4_kernels import dispatch, registry
 from phi4_kernels.attention.arguments import HEAD_DIMS
 from phi4_kernels.dispatch import Choice
 from phi4_kernels.errors import KernelError
+from phi4_kernels.evidence import KernelEvidence
 
 from phi4.config import KernelsConfig
 from phi4.errors import ConfigError
 
 
 def choose(
-    kernels: KernelsConfig, device: torch.device, head_dim: int = HEAD_DIMS[0]
+    kernels: KernelsConfig,
+    device: torch.device,
+    head_dim: int = HEAD_DIMS[0],
+    evidence: KernelEvidence | None = None,
 ) -> tuple[Choice, ...]:
     """The implementation of every op on a device, for attention heads of this width.
 
+    Args:
+        kernels: what is asked for.
+        device: of the tensors.
+        head_dim: of the model.
+        evidence: what is known of the implementations; None takes what this machine has on file.
+
     Raises:
-        ConfigError: an implementation was named that does not exist or cannot run here.
+        ConfigError: an implementation was named that does not exist or cannot run here, or torch
+            would run an op although kernels.qualify is `required`.
     """
-    choices = (_choose(op, asked, device) for op, asked in kernels.model_dump().items())
-    return tuple(_for_heads(choice, kernels, head_dim) for choice in choices)
+    choices = [_choose(op, asked, device, evidence) for op, asked in kernels.by_op().items()]
+    choices = [_for_heads(choice, kernels, head_dim) for choice in choices]
+    if kernels.qualify == "required":
+        _require_kernels(kernels, choices)
+    return tuple(choices)
 
 
-def _choose(op: str, asked: str, device: torch.device) -> Choice:
+def _choose(op: str, asked: str, device: torch.device, evidence: KernelEvidence | None) -> Choice:
     try:
-        return dispatch.choose(op, asked, device)
+        return dispatch.choose(op, asked, device, evidence=evidence)
     except KernelError as error:
         raise ConfigError(f"kernels.{op}={asked}: {error}") from error
+
+
+def _require_kernels(kernels: KernelsConfig, choices: Sequence[Choice]) -> None:
+    """What torch runs although nobody asked for it ends a run that requires proven kernels."""
+    asked = kernels.by_op()
+    left = [c for c in choices if c.implementation == "torch" and asked[c.op] == "auto"]
+    if left:
+        raise ConfigError(
+            f"kernels.qualify=required, but {'; '.join(choice.describe() for choice in left)}; see "
+            "`phi4 kernels qualify`, ask for torch by kernels.OP=torch, or use kernels.qualify=on"
+        )
 
 
 def _for_heads(choice: Choice, kernels: KernelsConfig, head_dim: int) -> Choice:

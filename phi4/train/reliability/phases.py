@@ -15,7 +15,7 @@ class Phase:
     """A part of the run.
 
     Attributes:
-        name: start, load, step, hooks (between steps), evaluate, save or end.
+        name: start, qualify, load, step, hooks (between steps), evaluate, save or end.
         step: completed steps of the run.
         since: when it began, seconds of the monotonic clock.
     """
