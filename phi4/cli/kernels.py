@@ -63,5 +63,37 @@ def qualify(
     raise SystemExit(int(any(found.verdict == "red" for found in done.findings)))
 
 
-def _print(table: Table) -> None:
+@app.command()
+def show(
+    op: Annotated[str, typer.Argument(help="An op, as `phi4 kernels status` names them.")],
+    implementation: Annotated[
+        str | None, typer.Option(help="Whose margins and times; its default kernel without.")
+    ] = None,
+) -> None:
+    """All that is known of an op: margins, machine code, least work, times.
+
+    Without a GPU, Triton's kernels are interpreted and compiled for sm_90, which takes up to a
+    minute or two; with one they are run and timed beside torch.
+    """
+    from phi4_kernels import registry
+
+    if op not in registry.OPS:
+        raise ConfigError(f"no op {op!r}; there are {', '.join(registry.OPS)}")
+    names = registry.implementations(op)
+    if implementation is not None and implementation not in names:
+        raise ConfigError(f"{op} has no {implementation!r}; there are {', '.join(names)}")
+    from phi4_kernels.qualification.overview import overview
+
+    for section in overview(op, implementation):
+        table = Table(title=section.title, title_justify="left", title_style="bold")
+        for column in section.head:
+            table.add_column(column, overflow="fold")
+        for row in section.rows:
+            table.add_row(*row)
+        _print(table if section.rows else section.title)
+        if section.note:
+            print(section.note)
+
+
+def _print(table: Table | str) -> None:
     Console(width=140 if not sys.stdout.isatty() else None).print(table)
