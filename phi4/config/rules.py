@@ -7,6 +7,7 @@ what to change.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from phi4.config.schema import Recipe
 from phi4.errors import LayoutError
@@ -240,6 +241,15 @@ def _skip_windows(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _replica(recipe: Recipe) -> Iterator[str]:
+    replica_dir, run_dir = recipe.checkpoint.replica_dir, recipe.run.dir
+    if replica_dir and Path(replica_dir).resolve().is_relative_to(Path(run_dir).resolve()):
+        yield (
+            f"checkpoint.replica_dir={replica_dir} lies in run.dir={run_dir}, and would be lost "
+            "with it; use a directory on another file system, as a host's own disk"
+        )
+
+
 def _listed(values: list[int]) -> str:
     *head, last = map(str, values)
     return f"{', '.join(head)} or {last}" if head else last
@@ -254,4 +264,5 @@ RULES: tuple[Rule, ...] = (
     _schedule,
     _sources,
     _skip_windows,
+    _replica,
 )

@@ -216,6 +216,9 @@ class CheckpointConfig(Section):
     """Checkpoints of steps that this divides are never removed; 0 keeps none besides `keep`."""
     write_seconds: float = key("free", 1800.0, gt=0)
     """A save that is not durable after so long has failed."""
+    replica_dir: str = key("free", "")
+    """Directory on each host's own disk that takes a second copy of the newest checkpoint; a start
+    takes from it what the run's directory has lost. Empty keeps none."""
 
 
 class ReliabilityConfig(Section):

@@ -60,6 +60,11 @@ def is_bad(checkpoint: Path) -> bool:
     return _times(checkpoint.parent, checkpoint) >= TIMES
 
 
+def is_bad_content(root: Path, manifest_sha256: str) -> bool:
+    """The same of a checkpoint that lies elsewhere, by the hash of its manifest."""
+    return sum(line.manifest_sha256 == manifest_sha256 for line in _lines(root)) >= TIMES
+
+
 def _times(root: Path, checkpoint: Path) -> int:
     found = [line for line in _lines(root) if line.checkpoint == checkpoint.name]
     if not found:

@@ -141,11 +141,11 @@ class CheckpointDirectory:
             write_durably(self.partial / name, content)
         write_durably(self.partial / MANIFEST_FILE, manifest)
         for directory in [p for p in self.partial.rglob("*") if p.is_dir()] + [self.partial]:
-            _sync_directory(directory)
+            sync_directory(directory)
         if self.final.exists():
             _remove(self.final)
         self.partial.rename(self.final)
-        _sync_directory(self.root)
+        sync_directory(self.root)
         _point_latest_at(self.final)
 
     def holds(self, manifest: bytes) -> bool:
@@ -187,7 +187,7 @@ def _point_latest_at(checkpoint: Path) -> None:
     pointer = root / f".{LATEST_FILE}.partial"
     write_durably(pointer, f"{checkpoint.name}\n".encode())
     pointer.replace(root / LATEST_FILE)
-    _sync_directory(root)
+    sync_directory(root)
 
 
 def _is_reshardable(checkpoint: Path) -> bool:
@@ -212,7 +212,8 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

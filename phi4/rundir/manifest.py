@@ -60,9 +60,19 @@ def read_manifest(directory: Path) -> CheckpointManifest:
     """
     path = directory / MANIFEST_FILE
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=CheckpointManifest)
+        return parse_manifest(path.read_bytes(), path)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {MANIFEST_FILE}; it is not complete") from None
+
+
+def parse_manifest(content: bytes, path: Path) -> CheckpointManifest:
+    """A manifest from the bytes of its file.
+
+    Raises:
+        CheckpointError: as `read_manifest`; names the path.
+    """
+    try:
+        manifest = msgspec.json.decode(content, type=CheckpointManifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if manifest.version not in _READ_VERSIONS:

@@ -14,7 +14,8 @@ RUN/
   attempts/0000001.json  every start of the run, and who owns it now
   checkpoints/bad.jsonl  checkpoints after which training turned NaN
   kernels.jsonl          what the kernels' qualification at the run's starts found
-  checkpoints.jsonl      what became of every save: scheduled, durable, failed or refused
+  checkpoints.jsonl      what became of every save: scheduled, durable, failed or refused; and of
+                         its replica: replicated or not_replicated
   checkpoints/latest     the name of the newest checkpoint
   checkpoints/step_0000100/{manifest.json, recipe.toml, state.json, ...}
 """

@@ -93,6 +93,18 @@ def is_undone(saved: RunState, roll_back: RunState) -> bool:
     return saved.step > roll_back.step and not _knows(saved, roll_back)
 
 
+def still_counts(saved: RunState, roll_back: RunState | None) -> bool:
+    """Whether a checkpoint that was kept elsewhere is of steps that no roll back undid.
+
+    Roll backs remove checkpoints from the run's directory, not from there; so this looks at all of
+    them: on the run's path a checkpoint knows all data that was skipped before its step.
+    """
+    if roll_back is None:
+        return True
+    before = tuple(skip for skip in roll_back.skips if skip.after_step < saved.step)
+    return not is_undone(saved, roll_back) and saved.skips[: len(before)] == before
+
+
 def ledger_of(run_dir: Path, saved: RunState) -> dict[str, Any] | None:
     """The ledger that another run continues from a checkpoint of this one; None without one.
 

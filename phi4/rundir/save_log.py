@@ -12,7 +12,7 @@ import msgspec
 from phi4.errors import DataError
 from phi4.rundir.names import SAVES_FILE
 
-SaveState = Literal["scheduled", "durable", "failed", "refused"]
+SaveState = Literal["scheduled", "durable", "failed", "refused", "replicated", "not_replicated"]
 
 
 class SaveEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -21,13 +21,16 @@ class SaveEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         step: whose save it is.
         state: scheduled, where training does not wait for it; then durable, or failed. refused
-            where it was not begun because of what would have been saved.
+            where it was not begun because of what would have been saved. After durable, with
+            checkpoint.replica_dir: replicated once all hosts hold the second copy, or
+            not_replicated.
         attempt: of the run.
         unix_seconds: when.
         optimizer_format: of the checkpoint.
         seconds: from its beginning until it was durable.
         stall_seconds: of these, how long training stood still.
-        reason: why it failed or was refused.
+        reason: why it failed, was refused or has no second copy.
+        manifest_sha256: of a durable checkpoint.
     """
 
     step: int
@@ -38,6 +41,7 @@ class SaveEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seconds: float | None = None
     stall_seconds: float | None = None
     reason: str = ""
+    manifest_sha256: str = ""
 
 
 class SaveLog:
@@ -92,4 +96,23 @@ def read_saves(run_dir: Path) -> list[SaveEvent]:
             found.append(msgspec.json.decode(line, type=SaveEvent))
         except msgspec.DecodeError:
             continue
+    return found
+
+
+def counting_manifests(run_dir: Path) -> dict[str, int]:
+    """Checkpoints that became durable and were not superseded: their steps by manifest hash.
+
+    One is superseded by whatever became durable later with the same step or an earlier one: the run
+    had gone back, or begun anew.
+    """
+    try:
+        events = read_saves(run_dir)
+    except DataError:
+        return {}
+    found: dict[str, int] = {}
+    for event in events:
+        if event.state == "durable":
+            found = {digest: step for digest, step in found.items() if step < event.step}
+            if event.manifest_sha256:
+                found[event.manifest_sha256] = event.step
     return found

@@ -11,7 +11,16 @@ No ranks and no collectives: whether all ranks have written is for `phi4.engine.
 """
 
 from phi4.writer.client import WriterProcess
-from phi4.writer.messages import Commit, Committed, Failed, ShardFile, WriteShards, Written
+from phi4.writer.messages import (
+    Commit,
+    Committed,
+    Failed,
+    Replicate,
+    Replicated,
+    ShardFile,
+    WriteShards,
+    Written,
+)
 from phi4.writer.shard_file import WrittenFile, write_shard_file
 from phi4.writer.staging import Staging
 
@@ -19,6 +28,8 @@ __all__ = [
     "Commit",
     "Committed",
     "Failed",
+    "Replicate",
+    "Replicated",
     "ShardFile",
     "Staging",
     "WriteShards",

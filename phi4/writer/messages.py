@@ -8,6 +8,8 @@ import torch
 
 from phi4.rundir import Lease
 from phi4.rundir.checkpoints import CheckpointDirectory, Retention
+from phi4.rundir.manifest import FileEntry
+from phi4.rundir.replica import ReplicaId
 from phi4.writer.shard_file import WrittenFile
 
 
@@ -56,6 +58,18 @@ class Commit:
 
 
 @dataclass(frozen=True)
+class Replicate:
+    """Copy this rank's files of a checkpoint that counts; see `phi4.rundir.replica.replicate`."""
+
+    checkpoint: Path
+    place: Path
+    of: ReplicaId
+    files: Mapping[str, FileEntry]
+    with_small_files: bool
+    kept: ReplicaId | None
+
+
+@dataclass(frozen=True)
 class Written:
     """This rank's shards are on the disk."""
 
@@ -65,6 +79,11 @@ class Written:
 @dataclass(frozen=True)
 class Committed:
     """The checkpoint counts."""
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """This rank's files of the replica are on the disk."""
 
 
 @dataclass(frozen=True)
@@ -88,5 +107,5 @@ class Failed:
         return OSError(self.errno, self.reason, self.path)
 
 
-Task = WriteShards | Commit
-Reply = Written | Committed | Failed
+Task = WriteShards | Commit | Replicate
+Reply = Written | Committed | Replicated | Failed

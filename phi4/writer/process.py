@@ -14,7 +14,18 @@ import struct
 import sys
 
 from phi4.errors import Phi4Error
-from phi4.writer.messages import Commit, Committed, Failed, Reply, Task, WriteShards, Written
+from phi4.rundir.replica import replicate
+from phi4.writer.messages import (
+    Commit,
+    Committed,
+    Failed,
+    Replicate,
+    Replicated,
+    Reply,
+    Task,
+    WriteShards,
+    Written,
+)
 from phi4.writer.shard_file import write_shard_file
 from phi4.writer.staging import staged_records
 
@@ -67,6 +78,9 @@ def _done(task: Task, memory_fd: int) -> Reply:
     try:
         if isinstance(task, WriteShards):
             return _write(task, memory_fd)
+        if isinstance(task, Replicate):
+            replicate(**vars(task))
+            return Replicated()
         _commit(task)
         return Committed()
     except OSError as error:

@@ -16,6 +16,11 @@ BROKEN = {
         ["data.skip_windows=[[4, 8], [4, 16]]"],
         "data.skip_windows begin after steps 4, 4, which do not ascend; name each step once",
     ),
+    "replica is elsewhere": (
+        ["run.dir=runs/a", "checkpoint.replica_dir=runs/b/../a/replica"],
+        "checkpoint.replica_dir=runs/b/../a/replica lies in run.dir=runs/a, and would be lost with "
+        "it; use a directory on another file system",
+    ),
     "heads divide hidden": (
         ["model.num_attention_heads=30"],
         "model.num_attention_heads=30 does not divide model.hidden_size=5120",
