@@ -51,7 +51,13 @@ Bucket = tuple[str, str, tuple[list[tuple[WriteItem, io.BytesIO]], list[tuple[Wr
 
 
 class ShardSink(Protocol):
-    """Where this rank's shards go."""
+    """Where this rank's shards go.
+
+    Attributes:
+        files: what was written.
+    """
+
+    files: tuple[WrittenFile, ...]
 
     def stage(self, buckets: list[Bucket]) -> Any:
         """Take the content as it is now."""

@@ -8,10 +8,11 @@ reached. The last save of a run first waits for the one under way, then is waite
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from phi4.config import dump_toml
-from phi4.engine.agreement import done_by_all
+from phi4.engine.agreement import decided_by_writer, done_by_all
 from phi4.engine.checkpoint import (
     Durable,
     PendingSave,
@@ -25,10 +26,12 @@ from phi4.engine.replicas import require_finite_parameters
 from phi4.errors import DiskFullError, NotFiniteError, PlatformError
 from phi4.rundir.checkpoints import Retention, checkpoints_dir
 from phi4.rundir.names import RECIPE_FILE, STATE_FILE
+from phi4.rundir.replica import replica_place
 from phi4.rundir.state import RunState
 from phi4.train.hooks import Hook, Progress, RunContext
 from phi4.train.meter import Stopwatch
 from phi4.train.ownership import require_ownership
+from phi4.train.replication import Replication
 from phi4.train.save_states import SaveStates
 from phi4.writer import Staging, WriterProcess
 
@@ -51,7 +54,8 @@ class Checkpointer:
     Attributes:
         hook: brings what became of saves into the run's record; starts and ends the writer process.
 
-    Collectives: two all-reduces of a number over all ranks, on construction.
+    Collectives: two all-reduces of a number over all ranks, on construction; a broadcast of a path,
+        with `checkpoint.replica_dir`.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -67,15 +71,19 @@ class Checkpointer:
         if context.recipe.checkpoint.asynchronous:
             platform = context.platform
             self._writer = WriterProcess(Staging(platform.device, platform.ranks_per_host))
+        self._replication = _replication(context, self._states)
         self.hook: Hook = _SaveHook(self, self._states)
 
     def start(self) -> None:
         """Start this rank's writer process, so that the first save finds it ready.
 
-        Collectives: an all-gather of verdicts over all ranks, with `checkpoint.asynchronous`.
+        Collectives: an all-gather of verdicts over all ranks, with `checkpoint.asynchronous`; those
+            of `Replication.start`, with `checkpoint.replica_dir`.
         """
         if self._writer is not None:
             done_by_all(self._context.platform, self._writer.prepare)
+        if self._replication is not None:
+            self._replication.start()
 
     def save_when_due(
         self, progress: Progress, *, is_last: bool, is_asked: bool = False
@@ -96,9 +104,12 @@ class Checkpointer:
             NotFiniteError: the weights are not finite, so nothing was written; on every rank.
 
         Collectives: those of `require_ownership` and of saving, when it saves; those of
-            `PendingSave.go_on`, when all ranks are done with a part of the save under way.
+            `PendingSave.go_on`, when all ranks are done with a part of the save under way; those of
+            `Replication.begin` for a checkpoint that counts, and of `settle` at the end of the run.
         """
         config, step = self._context.recipe.checkpoint, progress.step
+        if self._replication is not None:
+            self._replication.look()
         resharding = config.reshardable_every
         if self._pending is not None:
             self._concluded(partial(self._pending.go_on, progress.result.asked), step)
@@ -111,6 +122,7 @@ class Checkpointer:
             # A run that is told to stop needs the other half of its time for this step's save.
             stop_seconds = self._context.recipe.reliability.stop_seconds
             self.settle(step, within_seconds=None if progress.is_last else stop_seconds / 2)
+            self._finish_replica(progress)
         if self._pending is not None:
             if not is_owed:
                 self._context.say(
@@ -127,6 +139,8 @@ class Checkpointer:
                 raise
             self._try_again(step, step, error)
             return None
+        if is_last:
+            self._finish_replica(progress)
         return "durable" if self._pending is None else "scheduled"
 
     def settle(self, step: int, *, within_seconds: float | None = None) -> None:
@@ -154,6 +168,15 @@ class Checkpointer:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        if self._replication is not None:
+            self._replication.close()
+            self._replication = None
+
+    def _finish_replica(self, progress: Progress) -> None:
+        """Wait for a copy, where the run is finished; one that was told to stop has no time."""
+        if self._replication is not None and progress.is_last:
+            seconds = self._context.recipe.checkpoint.write_seconds
+            self._replication.settle(within_seconds=seconds, tick=self._context.phases.tick)
 
     def _told(self) -> tuple[bool, bool]:
         return (False, False) if self._pending is None else self._pending.told()
@@ -197,7 +220,7 @@ class Checkpointer:
             )
             seconds = watch.lap()
             self._states.saved(request, Durable(path, seconds, seconds), reason)
-            self._succeeded(request)
+            self._succeeded(request, path)
             return
         self._pending = PendingSave(
             context.engine,
@@ -221,18 +244,31 @@ class Checkpointer:
         if durable is not None:
             self._pending = None
             self._states.durable(pending.request, durable)
-            self._succeeded(pending.request)
+            self._succeeded(pending.request, durable.path)
 
-    def _succeeded(self, request: SaveRequest) -> None:
+    def _succeeded(self, request: SaveRequest, path: Path) -> None:
         if self._next_try is not None and self._next_try <= request.step:
             self._next_try = None
         if request.form == "full":
             self._owes_reshardable = False
+        if self._replication is not None:
+            # At most one save is under way, so the newest sink is the one of this save.
+            self._replication.begin(path, self._context.engine.patches.capture.sink.files)
 
     def _try_again(self, saved_step: int, step: int, error: Exception) -> None:
         every = self._context.recipe.checkpoint.every
         self._next_try = step + max(1, every // _RETRIES_PER_INTERVAL)
         self._states.failed(saved_step, error, self._next_try)
+
+
+def _replication(context: RunContext, states: SaveStates) -> Replication | None:
+    recipe, platform = context.recipe, context.platform
+    replica_dir = recipe.checkpoint.replica_dir
+    if not replica_dir:
+        return None
+    place = decided_by_writer(platform, partial(replica_place, replica_dir, recipe.run.dir))
+    copier = WriterProcess(Staging(platform.device, platform.ranks_per_host))
+    return Replication(platform, place, copier, states)
 
 
 class _SaveHook(Hook):

@@ -7,6 +7,8 @@ from pathlib import Path
 from phi4.config import Recipe
 from phi4.engine.agreement import decided_by_writer
 from phi4.engine.checkpoint import (
+    Replicas,
+    VerifiedCheckpoint,
     checkpoints_newest_first,
     load_checkpoint,
     verify_checkpoint,
@@ -35,6 +37,7 @@ class Restoring:
         allow_change: whether schedule keys may differ from those of the checkpoint.
         roll_back: where the newest roll back went on, if any; checkpoints that it undid are passed
             over.
+        replicas: where a damaged checkpoint is taken from; None where there are none.
     """
 
     recipe: Recipe
@@ -43,6 +46,7 @@ class Restoring:
     say: Say
     allow_change: bool
     roll_back: RunState | None = None
+    replicas: Replicas | None = None
 
 
 def first_state(recipe: Recipe) -> RunState:
@@ -70,6 +74,7 @@ def resume(
     allow_change: bool,
     say: Say,
     source_hashes: Mapping[str, str],
+    replicas: Replicas | None = None,
 ) -> RunState:
     """Fill the engine from the newest checkpoint of the run that holds.
 
@@ -82,6 +87,7 @@ def resume(
             again.
         say: takes one line for the console.
         source_hashes: manifest hash of every data source now.
+        replicas: where a damaged checkpoint is taken from; None where there are none.
 
     Raises:
         ConfigError: the recipe does not continue the run.
@@ -95,7 +101,7 @@ def resume(
     roll_back = decided_by_writer(platform, lambda: read_roll_back(run_dir))
     if allow_change:
         decided_by_writer(platform, lambda: forget_bad(root))
-    restoring = Restoring(recipe, engine, source_hashes, say, allow_change, roll_back)
+    restoring = Restoring(recipe, engine, source_hashes, say, allow_change, roll_back, replicas)
     checkpoint, state = newest_loaded(restoring, checkpoints_newest_first(platform, root))
     if roll_back is not None and state.step <= roll_back.step:
         row_units = recipe.data.sequence_length // recipe.data.unit_tokens
@@ -108,14 +114,16 @@ def resume(
 def newest_loaded(restoring: Restoring, candidates: Sequence[Path]) -> tuple[Path, RunState]:
     """Fill the engine from the first candidate that holds; gives it and its state.
 
-    One that is damaged or cannot be loaded is named, and the next one is taken.
+    One that is damaged is mended from the replicas, if there are any. One that is still damaged or
+    cannot be loaded is named, and the next one is taken.
 
     Raises:
         ConfigError: the recipe does not continue the run.
         DataError: a source of the run has other content.
         CheckpointError: no candidate can be used; the engine's weights are then undefined.
 
-    Collectives: those of `load_checkpoint`; a broadcast of each one's recipe and state.
+    Collectives: those of `load_checkpoint`, and of `Replicas.mend` for a damaged one; a broadcast
+    of each one's recipe and state.
     """
     say, problems = restoring.say, []
     for checkpoint in candidates:
@@ -139,7 +147,7 @@ def newest_loaded(restoring: Restoring, candidates: Sequence[Path]) -> tuple[Pat
 def _load(restoring: Restoring, checkpoint: Path) -> tuple[RunState, tuple[str, ...]]:
     """The state of a checkpoint that was loaded, and its files that no manifest lists."""
     engine, roll_back = restoring.engine, restoring.roll_back
-    verified = verify_checkpoint(engine, checkpoint)
+    verified = _verified(restoring, checkpoint)
     written, saved = decided_by_writer(
         engine.platform, lambda: (read_recipe(checkpoint), read_state(checkpoint))
     )
@@ -152,6 +160,18 @@ def _load(restoring: Restoring, checkpoint: Path) -> tuple[RunState, tuple[str, 
     _check_data(verified.manifest.data, restoring.source_hashes)
     load_checkpoint(engine, checkpoint, verified)
     return state, verified.unlisted
+
+
+def _verified(restoring: Restoring, checkpoint: Path) -> VerifiedCheckpoint:
+    try:
+        return verify_checkpoint(restoring.engine, checkpoint)
+    except CheckpointError as error:
+        if restoring.replicas is None:
+            raise
+        restoring.say(f"{checkpoint} is damaged: {error}")
+        if not restoring.replicas.mend(checkpoint):
+            raise
+    return verify_checkpoint(restoring.engine, checkpoint)
 
 
 def _check_data(before: Mapping[str, str], now: Mapping[str, str]) -> None:

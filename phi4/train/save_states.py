@@ -1,8 +1,10 @@
 """The states of saves where they are shown: console, checkpoints.jsonl, and the run's record."""
 
+import contextlib
 from pathlib import Path
 
 from phi4.engine.checkpoint import Durable, SaveRequest
+from phi4.rundir.manifest import manifest_hash
 from phi4.rundir.save_log import SaveLog
 from phi4.train.hooks import RunContext
 
@@ -23,7 +25,8 @@ class SaveStates:
 
     def numbers(self) -> dict[str, float]:
         """For the record of the next step, once: durable_step, the newest step whose checkpoint
-        counts, save_seconds until it did, save_stall_seconds that training stood still for it."""
+        counts, save_seconds until it did, save_stall_seconds that training stood still for it;
+        replica_step, the newest step whose replica all hosts hold."""
         numbers, self._numbers = self._numbers, {}
         return numbers
 
@@ -65,8 +68,22 @@ class SaveStates:
         self._say(f"step {step} is not saved: {reason}; the checkpoints before it stay")
         self._note(step, "refused", reason=reason)
 
+    def replicated(self, step: int) -> None:
+        """All hosts hold their part of its replica."""
+        self._numbers["replica_step"] = step
+        self._note(step, "replicated")
+
+    def not_replicated(self, step: int, reason: str) -> None:
+        """A host could not copy its part; the rank that could not has said so."""
+        self._note(step, "not_replicated", reason=reason)
+
+    def replica_left_out(self, step: int, reason: str) -> None:
+        """No host was asked to copy it."""
+        self._say(f"step {step} has no replica: {reason}; the checkpoint counts all the same")
+        self._note(step, "not_replicated", reason=reason)
+
     def _noted_durable(self, request: SaveRequest, durable: Durable) -> None:
-        self._numbers = {
+        self._numbers |= {
             "durable_step": request.step,
             "save_seconds": durable.seconds,
             "save_stall_seconds": durable.stall_seconds,
@@ -77,7 +94,15 @@ class SaveStates:
             optimizer_format=request.form,
             seconds=durable.seconds,
             stall_seconds=durable.stall_seconds,
+            manifest_sha256=self._manifest_hash(durable.path),
         )
+
+    def _manifest_hash(self, checkpoint: Path) -> str:
+        """Empty where nothing is noted, or it cannot be read: then no replica is taken for it."""
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                return manifest_hash(checkpoint)
+        return ""
 
     def _note(self, step: int, state: str, **fields: object) -> None:
         if self._log is not None:

@@ -15,7 +15,12 @@ from phi4.config import Recipe, dump_toml
 from phi4.data.stream.loader import Loader
 from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer
 from phi4.engine.agreement import decided_by_writer, done_by_all, raise_together
-from phi4.engine.checkpoint import find_checkpoint_together, load_checkpoint, verify_checkpoint
+from phi4.engine.checkpoint import (
+    Replicas,
+    find_checkpoint_together,
+    load_checkpoint,
+    verify_checkpoint,
+)
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
@@ -25,6 +30,7 @@ from phi4.rundir import Lease
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint
 from phi4.rundir.manifest import manifest_hash
 from phi4.rundir.names import CONFIG_FILE
+from phi4.rundir.replica import replica_place
 from phi4.rundir.roll_back import commit_roll_back, follows_roll_back, forget_roll_back
 from phi4.rundir.state import RunState, read_recipe
 from phi4.track import Trackers, open_trackers, recipe_params
@@ -142,6 +148,10 @@ def _run(start: _Start, hooks: Sequence[HookFactory]) -> Ending:
     if start.requests.agree(platform):
         return _ended_before_a_step(start.requests, say)
     tokenizer = done_by_all(platform, partial(check_tokenizer, recipe))
+    replicas = _replicas(start)
+    if replicas is not None:
+        with phases.during("load", 0):
+            replicas.restore_newer()
     state = decided_by_writer(platform, partial(_fresh_state, recipe))
     # Before anything is built: a missing or foreign source is an error at once.
     data = open_sources(recipe, tokenizer, state, platform)
@@ -157,6 +167,7 @@ def _run(start: _Start, hooks: Sequence[HookFactory]) -> Ending:
                 allow_change=start.allow_change,
                 say=say,
                 source_hashes=source_hashes,
+                replicas=replicas,
             )
         done_by_all(platform, partial(data.go_to, recipe, state))
     else:
@@ -176,6 +187,20 @@ def _run(start: _Start, hooks: Sequence[HookFactory]) -> Ending:
         requests=start.requests,
     )
     return _trained(context, data.loader, hooks, start.watchdog)
+
+
+def _replicas(start: _Start) -> Replicas | None:
+    """Where lost checkpoints are taken from.
+
+    Collectives: a broadcast of a path over all ranks, with `checkpoint.replica_dir`.
+    """
+    platform, run_dir = start.platform, start.recipe.run.dir
+    replica_dir = start.recipe.checkpoint.replica_dir
+    if not replica_dir:
+        return None
+    place = decided_by_writer(platform, partial(replica_place, replica_dir, run_dir))
+    tick = start.watchdog.phases.tick
+    return Replicas(platform, place, Path(run_dir), start.lease, start.say, tick)
 
 
 def _built_engine(

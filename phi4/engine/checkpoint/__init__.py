@@ -3,6 +3,7 @@
 from phi4.engine.checkpoint.loading import VerifiedCheckpoint, load_checkpoint, verify_checkpoint
 from phi4.engine.checkpoint.open import open_checkpoint, recipe_of
 from phi4.engine.checkpoint.pending import Durable, PendingSave
+from phi4.engine.checkpoint.replica import Replicas, newest_complete, views_of_replicas
 from phi4.engine.checkpoint.saving import SaveRequest, predicted_bytes, save_checkpoint
 from phi4.engine.checkpoint.search import checkpoints_newest_first, find_checkpoint_together
 from phi4.engine.checkpoint.state import (
@@ -14,12 +15,14 @@ from phi4.engine.checkpoint.state import (
 __all__ = [
     "Durable",
     "PendingSave",
+    "Replicas",
     "SaveRequest",
     "VerifiedCheckpoint",
     "checkpoints_newest_first",
     "find_checkpoint_together",
     "host_memory_bytes",
     "load_checkpoint",
+    "newest_complete",
     "open_checkpoint",
     "optimizer_format",
     "predicted_bytes",
@@ -27,4 +30,5 @@ __all__ = [
     "recipe_of",
     "save_checkpoint",
     "verify_checkpoint",
+    "views_of_replicas",
 ]
