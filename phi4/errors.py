@@ -12,7 +12,7 @@ REQUEUE_EXIT_CODE = 5
 
 
 class Phi4Error(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can correct."""
 
     exit_code: ClassVar[int] = 2
 

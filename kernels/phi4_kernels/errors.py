@@ -5,7 +5,7 @@ A family of its own, because the package runs without phi4.
 
 
 class KernelError(Exception):
-    """Base of all errors that a caller can mend."""
+    """Base of all errors that a caller can correct."""
 
 
 class DtypeError(KernelError):

@@ -114,7 +114,7 @@ def resume(
 def newest_loaded(restoring: Restoring, candidates: Sequence[Path]) -> tuple[Path, RunState]:
     """Fill the engine from the first candidate that holds; gives it and its state.
 
-    One that is damaged is mended from the replicas, if there are any. One that is still damaged or
+    One that is damaged is repaired from the replicas, if there are any. One that still is, or that
     cannot be loaded is named, and the next one is taken.
 
     Raises:
@@ -122,7 +122,7 @@ def newest_loaded(restoring: Restoring, candidates: Sequence[Path]) -> tuple[Pat
         DataError: a source of the run has other content.
         CheckpointError: no candidate can be used; the engine's weights are then undefined.
 
-    Collectives: those of `load_checkpoint`, and of `Replicas.mend` for a damaged one; a broadcast
+    Collectives: those of `load_checkpoint`, and of `Replicas.repair` for a damaged one; a broadcast
     of each one's recipe and state.
     """
     say, problems = restoring.say, []
@@ -169,7 +169,7 @@ def _verified(restoring: Restoring, checkpoint: Path) -> VerifiedCheckpoint:
         if restoring.replicas is None:
             raise
         restoring.say(f"{checkpoint} is damaged: {error}")
-        if not restoring.replicas.mend(checkpoint):
+        if not restoring.replicas.repair(checkpoint):
             raise
     return verify_checkpoint(restoring.engine, checkpoint)
 

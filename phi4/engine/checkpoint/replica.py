@@ -133,7 +133,7 @@ class Replicas:
             if self._restored(of, views):
                 return
 
-    def mend(self, checkpoint: Path) -> bool:
+    def repair(self, checkpoint: Path) -> bool:
         """Replace a damaged checkpoint of the run, if the hosts and its intact files have all.
 
         Returns:
