@@ -23,11 +23,11 @@ def test_it_prints_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> Non
     assert (code, err) == (0, "")
     for figure in (
         "14,659,507,200",
-        "23,592,960 = 5,760 rows x 4,096; 24 micro-batches of 1 per data rank",
+        "23,592,960 = 5,760 rows x 4,096; 12 micro-batches of 1 per data rank",
         "423,855, 9,999,994,060,800 tokens",
-        "1,960,939,520",
-        "175.3 GiB gathered per machine; auto takes full from 701.3 GiB on, so full on 2.0 TiB",
-        "context 1, data 240",
+        "3,835,381,760",
+        "342.9 GiB gathered per machine; auto takes full from 1.3 TiB on, so full on 2.0 TiB",
+        "context 1, data 480",
         "not measured",
     ):
         assert figure in out
@@ -62,12 +62,12 @@ def test_refusal_is_one_line_after_the_table(capsys: pytest.CaptureFixture[str])
     code, out, err = run(capsys, "batch.micro_batch_size=4")
     assert code == 2
     assert "GiB per GPU at the peak, on 8 x H100" in out
-    assert err.startswith("LayoutError: stage 0 of 4 needs")
+    assert err.startswith("LayoutError: stage 0 of 2 needs")
     assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--gpus", "12"), ("--gpu", "tpu"), ("parallel.tensor=4",), ("x=1",)]
+    "arguments", [("--gpus", "6"), ("--gpu", "tpu"), ("parallel.tensor=4",), ("x=1",)]
 )
 def test_wrong_input_is_one_line(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]

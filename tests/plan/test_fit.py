@@ -21,6 +21,11 @@ ON_EIGHT = {
     ],
 }
 """Overrides that the recipes name for 8 GPUs."""
+WHOLE = (
+    *("parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.overlap_p2p=false"),
+    "parallel.layers_per_stage=[40]",
+)
+"""No pipeline."""
 
 
 def recipe_of(name: str):
@@ -51,7 +56,7 @@ def test_refusal_names_stage_excess_and_change() -> None:
         check_fit(plan)
     message = str(refused.value)
     assert "\n" not in message
-    assert message.startswith("stage 0 of 4 needs ")
+    assert message.startswith("stage 0 of 2 needs ")
     assert f"{excess:.1f} GiB more than the 74.5 GiB of H100 SXM 80 GB; these fit: " in message
     assert "recompute.granularity=full" in message
 
@@ -60,7 +65,7 @@ def test_refusal_names_stage_excess_and_change() -> None:
     ("name", "overrides", "num_gpus"),
     [
         ("phi4_14b_pretrain", ["batch.micro_batch_size=8"], 8),
-        ("phi4_14b_pretrain", ["parallel.pipeline=1", "parallel.layers_per_stage=[40]"], 8),
+        ("phi4_14b_pretrain", [*WHOLE, "batch.micro_batch_size=2"], 8),
         ("phi4_14b_midtrain_16k", ["parallel.context=2"], 8),
     ],
 )
@@ -80,8 +85,7 @@ def test_hopeless_case_asks_for_more_gpus() -> None:
         [
             "parallel.tensor=1",
             "parallel.sequence=false",
-            "parallel.pipeline=1",
-            "parallel.layers_per_stage=[40]",
+            *WHOLE,
         ],
     )
     with pytest.raises(LayoutError, match="use more than 1 GPUs or a larger card"):
@@ -89,7 +93,7 @@ def test_hopeless_case_asks_for_more_gpus() -> None:
 
 
 def test_larger_card_takes_what_a_smaller_one_refuses() -> None:
-    recipe = with_overrides(recipe_of("phi4_14b_pretrain"), ["batch.micro_batch_size=4"])
+    recipe = with_overrides(recipe_of("phi4_14b_pretrain"), ["batch.micro_batch_size=2"])
     check_fit(make_plan(recipe, 8, CARDS["h200"]))
     with pytest.raises(LayoutError, match="A100 SXM 80 GB"):
         check_fit(make_plan(recipe, 8, CARDS["a100"]))
