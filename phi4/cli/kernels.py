@@ -73,7 +73,7 @@ def show(
     """All that is known of an op: margins, machine code, least work, times.
 
     Without a GPU, Triton's kernels are interpreted and compiled for sm_90, which takes up to a
-    minute or two; with one they are run and timed beside torch.
+    minute or two; with one they are run and timed beside torch. Exit code 1 when a kernel is red.
     """
     from phi4_kernels import registry
 
@@ -84,6 +84,7 @@ def show(
         raise ConfigError(f"{op} has no {implementation!r}; there are {', '.join(names)}")
     from phi4_kernels.qualification.overview import overview
 
+    is_red = False
     for section in overview(op, implementation):
         table = Table(title=section.title, title_justify="left", title_style="bold")
         for column in section.head:
@@ -93,6 +94,8 @@ def show(
         _print(table if section.rows else section.title)
         if section.note:
             print(section.note)
+        is_red |= any(cell.startswith("RED") for row in section.rows for cell in row)
+    raise SystemExit(int(is_red))
 
 
 def _print(table: Table | str) -> None:

@@ -117,6 +117,8 @@ def _resources(op: str) -> OpTable:
     """What the shipped launches use; a number over its budget says so."""
     head = ("kernel", "registers", "warps", "spill bytes", "shared bytes", "matrix", "128-bit")
     rows, title = [], "Machine code for sm_90"
+    if dispatch.interpreting():
+        return OpTable(title, (), (), "not compiled: TRITON_INTERPRET=1 is set; unset it")
     if "triton" in registry.implementations(op):
         command = [sys.executable, "-m", "phi4_kernels.testing", "compile", "--op", op, "--json"]
         done = subprocess.run(command, capture_output=True, text=True)
