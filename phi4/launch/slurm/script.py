@@ -42,12 +42,7 @@ def script_text(request: SlurmRequest) -> str:
 
 
 def _sbatch_options(request: SlurmRequest) -> list[str]:
-    is_torchrun = request.starter == "torchrun"
-    options = [
-        f"--job-name={request.name}",
-        f"--nodes={request.nodes}",
-        f"--ntasks-per-node={1 if is_torchrun else request.tasks_per_node}",
-    ]
+    options = [f"--job-name={request.name}", f"--nodes={request.nodes}", _room_option(request)]
     if request.gpus_per_node:
         options.append(f"--gpus-per-node={request.gpus_per_node}")
     for option, value in (
@@ -68,8 +63,20 @@ def _sbatch_options(request: SlurmRequest) -> list[str]:
     return [*options, *request.sbatch]
 
 
+def _room_option(request: SlurmRequest) -> str:
+    tasks = _slurm_tasks_per_node(request)
+    if request.nodes.least == request.nodes.most:
+        return f"--ntasks-per-node={tasks}"
+    # sbatch would take it for least * tasks tasks, and Slurm gives a job no more nodes than tasks.
+    return f"--mincpus={tasks * (request.cpus_per_task or 1)}"
+
+
+def _slurm_tasks_per_node(request: SlurmRequest) -> int:
+    return 1 if request.starter == "torchrun" else request.tasks_per_node
+
+
 def _srun_options(request: SlurmRequest) -> list[str]:
-    tasks = 1 if request.starter == "torchrun" else request.tasks_per_node
+    tasks = _slurm_tasks_per_node(request)
     options = [
         # A requeued job may have another number of nodes than the one that was submitted.
         f'--nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * {tasks}))',

@@ -90,9 +90,13 @@ def submit(cluster: SlurmCluster, tmp_path: Path) -> Iterator[Callable[..., Job]
             run_dir=str(tmp_path),
             last_step=steps,
             command=words,
-            nodes=NodeRange(2, 2),
             time_limit="30",
-            **{"tasks_per_node": 1, "settings": _SETTINGS, **fields},
+            **{
+                "nodes": NodeRange(2, 2),
+                "tasks_per_node": 1,
+                "settings": _SETTINGS,
+                **fields,
+            },
         )
         jobs.append(Job(cluster, tmp_path, request))
         return jobs[-1]

@@ -57,6 +57,22 @@ def test_a_notice_saves_requeues_and_finishes(
     assert second.end.step == 60
 
 
+def test_a_range_takes_what_is_there_and_shrinks(
+    submit: Callable[..., Job], cluster: SlurmCluster
+) -> None:
+    """One task per node: Slurm would give a job of one task one node, whatever the range says."""
+    job = submit(steps=60, every=1000, nodes=NodeRange(1, 2))
+    job.wait_for_step(3)
+    cluster.call("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+    try:
+        cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+        assert job.ended().state == "COMPLETED"
+    finally:
+        cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
+    assert [attempt.start.nodes for attempt in attempts(job.run_dir)] == ["n[1-2]", "n1"]
+    assert not (job.run_dir / "slurm" / f"{job.number}.1" / "rank_1.log").exists()
+
+
 @pytest.mark.parametrize(
     ("faults", "code"),
     [

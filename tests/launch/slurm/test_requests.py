@@ -63,6 +63,27 @@ def test_bash_reads_every_form_of_the_script(
     subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=LONG_SECONDS)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "fields", "option"),
+    [
+        (NodeRange(2, 2), {}, "--ntasks-per-node=8"),
+        (NodeRange(2, 2), {"starter": "torchrun"}, "--ntasks-per-node=1"),
+        (NodeRange(1, 9), {}, "--mincpus=8"),
+        (NodeRange(1, 9), {"cpus_per_task": 12}, "--mincpus=96"),
+        (NodeRange(1, 9), {"cpus_per_task": 96, "starter": "torchrun"}, "--mincpus=96"),
+    ],
+)
+def test_a_range_of_nodes_is_not_cut_to_the_tasks_of_the_fewest(
+    tmp_path: Path, nodes: NodeRange, fields: dict, option: str
+) -> None:
+    """Eight tasks on each of one to nine nodes are eight tasks for sbatch: at most eight nodes."""
+    text = script_text(_request(tmp_path, nodes=nodes, **{"tasks_per_node": 8, **fields}))
+    asked = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert [line for line in asked if "ntasks" in line or "mincpus" in line] == [
+        f"#SBATCH {option}"
+    ]
+
+
 def test_one_queue_only_where_the_layout_hides_communication() -> None:
     """CUDA_DEVICE_MAX_CONNECTIONS=1 slows a layout without tensor and context parallelism."""
     plain, split = _recipe(), _recipe("parallel.tensor=2")
