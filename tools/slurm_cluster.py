@@ -5,6 +5,7 @@ title over its environment; the ranks of a job by the names of cluster and node 
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,6 +60,19 @@ class SlurmCluster:
             if name in _environment(pid) or any(f.startswith(logs) for f in _open_files(pid))
         ]
 
+    @contextmanager
+    def kill_wait(self, seconds: int) -> Iterator[None]:
+        """Another KillWait for the time of the block."""
+        path = self.directory / "slurm.conf"
+        before = path.read_text()
+        try:
+            path.write_text(re.sub(r"(?m)^KillWait=.*$", f"KillWait={seconds}", before))
+            self.call("scontrol", "reconfigure")
+            yield
+        finally:
+            path.write_text(before)
+            self.call("scontrol", "reconfigure")
+
     def restart(self, node: str) -> None:
         """Start a lost node's slurmd again."""
         log = (self.directory / "log" / f"slurmd.{node}.out").open("ab")
@@ -76,13 +90,18 @@ class SlurmCluster:
 
 @contextmanager
 def slurm_cluster(
-    directory: Path, *, grace_seconds: int = 20, slurmd_timeout: int = 10
+    directory: Path,
+    *,
+    grace_seconds: int = 20,
+    kill_wait_seconds: int = 10,
+    slurmd_timeout: int = 10,
 ) -> Iterator[SlurmCluster]:
     """A cluster for the time of the block; nothing of it is left afterwards.
 
     Args:
         directory: takes its files, not yet there; its path must be short, for sockets are in it.
         grace_seconds: between the notice of a preemption and the kill.
+        kill_wait_seconds: between SIGTERM and SIGKILL otherwise; slurmd waits 5 at least.
         slurmd_timeout: after which a node that does not answer is lost; the default of Slurm is
             300.
 
@@ -92,6 +111,7 @@ def slurm_cluster(
     before = os.environ.get("SLURM_CONF")
     options = {
         "GRACE": str(grace_seconds),
+        "KILL_WAIT": str(kill_wait_seconds),
         "SLURMD_TIMEOUT": str(slurmd_timeout),
         "BASE_PORT": str(_free_ports(3)),
         "OWNER": str(os.getpid()),

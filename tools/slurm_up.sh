@@ -7,6 +7,7 @@
 #   tools/slurm_down.sh DIR
 #
 #   GRACE=20     seconds between the notice of a preemption and the kill (partition low)
+#   KILL_WAIT=10 seconds between SIGTERM and SIGKILL otherwise; slurmd waits 5 at least
 #   SLURMD_TIMEOUT=10  seconds after which a node that does not answer is lost
 #   CPUS=2       of each node, invented
 #   BASE_PORT=17000   controller; node N listens on BASE_PORT + N
@@ -17,6 +18,7 @@ set -euo pipefail
 dir=$(readlink -m "${1:?usage: slurm_up.sh DIR [NODES]}")
 nodes=${2:-2}
 grace=${GRACE:-20}
+kill_wait=${KILL_WAIT:-10}
 cpus=${CPUS:-2}
 port=${BASE_PORT:-17000}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -98,7 +100,7 @@ ReturnToService=2
 SlurmdTimeout=${SLURMD_TIMEOUT:-10}
 SlurmctldTimeout=10
 MessageTimeout=10
-KillWait=${KILL_WAIT:-10}
+KillWait=$kill_wait
 MinJobAge=600
 JobRequeue=1
 PreemptType=preempt/partition_prio

@@ -41,7 +41,7 @@ max_retries=3  # failures in a row without a newer checkpoint
 attempt=${SLURM_RESTART_COUNT:-0}
 files=$run/slurm
 here=$files/$SLURM_JOB_ID.$attempt  # rank_N.log and the exit codes of this attempt
-mkdir -p "$here/exit" || exit 1
+mkdir -p "$here/exit" "$here/ended" || exit 1
 
 say() { echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID attempt $attempt: $*"; }
 
@@ -126,7 +126,7 @@ rank=${RANK:-$SLURM_PROCID}
 trap : USR1 TERM  # for the training alone
 "$@" >"$here/rank_$rank.log" 2>&1
 code=$?
-[ $code != 0 ] || exit 0
+[ $code != 0 ] || { touch "$here/ended/$rank"; exit 0; }
 # A rank that lost the connection to another is not the one that failed.
 lost='onnection (closed|reset|refused)|roken pipe|NCCL error|ncclRemoteError|recvBytes'
 if [ $code = 1 ] && tail -n 40 "$here/rank_$rank.log" | grep -qE "$lost"; then
@@ -189,6 +189,11 @@ done
 case $code in
     0)
         [ "$(newest_step)" -lt "$last_step" ] || end_job 0 "finished"
+        # srun ends with 0, too, when Slurm takes its step away before a rank can say anything.
+        if ! ls "$here"/ended/* >/dev/null 2>&1; then
+            [ $notified = no ] || requeue_job "no rank had time to save" 143
+            retry_job "no rank told its end, srun ended with 0" 1
+        fi
         leave_job "a file $run/stop or a hook ended the run before step $last_step" ;;
     5 | 138 | 143) requeue_job "saved or stopped after a notice" "$code" ;;
     7) retry_job "a rank hung" 7 ;;

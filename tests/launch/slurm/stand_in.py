@@ -1,7 +1,7 @@
 """A program that ends as a training does, in a fraction of a second: steps, `latest`, exit codes.
 
 python stand_in.py RUN STEPS EVERY, on every rank. RUN/faults.json, where it exists, says what goes
-wrong: {"attempt": {"rank": {"step": N, "do": "exit 6" | "kill" | "traceback" | "lost"}}}.
+wrong: {"attempt": {"rank": {"step": N, "do": "exit 6" | "kill" | "traceback" | "lost" | "stay"}}}.
 """
 
 import json
@@ -42,6 +42,8 @@ while step < steps:
                 os.kill(os.getpid(), signal.SIGKILL)
             case ["lost"]:
                 raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+            case ["stay"]:
+                time.sleep(3600)  # a notice does not end it
             case ["traceback"]:
                 raise ValueError("a bug")
     if told or step % every == 0 or step == steps:

@@ -107,6 +107,21 @@ def test_a_killed_rank_is_requeued_until_no_attempt_brings_progress(
     assert "2 failures in a row without a newer checkpoint" in job.output()
 
 
+def test_a_run_without_the_time_to_save_is_requeued_and_finishes(
+    submit: Callable[..., Job], cluster: SlurmCluster
+) -> None:
+    """As after a preemption without a grace time: srun ends with 0 before Slurm kills the ranks."""
+    stays = {"step": 3, "do": "stay"}
+    with cluster.kill_wait(0):
+        job = submit(steps=10, every=2, faults={"0": {"0": stays, "1": stays}})
+        for rank in (0, 1):
+            job.wait_for_step(3, rank=rank)
+        cluster.call("scontrol", "requeue", job.number)
+        state = job.ended()
+    assert (state.state, state.restarts) == ("COMPLETED", 1), job.output()
+    assert [attempt.start.step for attempt in attempts(job.run_dir)] == [0, 2]
+
+
 def test_a_cancelled_job_saves_and_stays_cancelled(
     submit: Callable[..., Job], cluster: SlurmCluster
 ) -> None:
