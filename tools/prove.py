@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from phi4.verify.measured_rows import append_row
+from phi4.verify.measured_rows import append_row, provenance
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "proofs.jsonl"
@@ -79,8 +79,10 @@ def main() -> int:
     name = parser.parse_args().name
     if name in NEEDS_DEMO_DATA and not DEMO_DATA.exists():
         subprocess.run([sys.executable, "-m", "phi4", "data", "demo"], cwd=ROOT, check=True)
+    # Before the proof, which may append rows of its own to a committed file.
+    commit = provenance()["commit"]
     row = run(name, PROOFS[name])
-    append_row(ROWS, row)
+    append_row(ROWS, {"commit": commit, **row})
     return 0 if row["passed"] else 1
 
 

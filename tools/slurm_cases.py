@@ -2,162 +2,33 @@
 
 python -m tools.slurm_cases [--only preempt_notice ...] [--json benchmarks/slurm_cases.jsonl]
 
-A private cluster of two nodes is brought up for each grace time, and `phi4 train` runs on it as
+A private cluster of two nodes is brought up for each case, and `phi4 train` runs on it as
 `phi4 launch slurm` submits it: two ranks, one per node. The verdict of a case is its final state,
 that it never was COMPLETED before its last step, and what it lost: at most one step with a notice,
-at most checkpoint.every without. Exit code 1 when a verdict is wrong.
+at most checkpoint.every without. A run whose layout changes is compared with an undisturbed one.
+Exit code 1 when a verdict is wrong.
 """
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from phi4.launch.slurm import attempts
-from phi4.launch.slurm.clients import JobState, job_state
+from phi4.launch.slurm import JobAttempt, attempts
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint, step_of
-from phi4.verify.measured_rows import append_row
+from phi4.verify.measured_rows import append_row, provenance
+from tools.slurm_case_run import CaseRun, SlurmCase, wait_for
 from tools.slurm_cluster import SlurmCluster, slurm_cluster
+from tools.slurm_undisturbed import Comparison, compared
 
 ROOT = Path(__file__).parents[1]
-EVERY = 10
-"""checkpoint.every of the runs."""
-_WAIT_SECONDS = 900
-_POLL_SECONDS = 0.3
-
-
-@dataclass(frozen=True)
-class SlurmCase:
-    """One disturbance and what is right after it.
-
-    Attributes:
-        disturb: does it, once the run has done a few steps; gets the run.
-        state: the final state that is right.
-        exit_code: Slurm's code:signal that is right; None where that is by chance, as after
-            scancel, which kills the script when the ranks take longer than its KillWait.
-        may_lose: steps that may be done twice.
-        restarts: how often the job must have been requeued.
-        grace_seconds: of the cluster's preemption.
-        slurmd_timeout: seconds after which Slurm takes a silent node for lost.
-        options: further words for `phi4 launch slurm`.
-        environment: of the submission.
-        at_step: when the disturbance comes; 0 before the submission.
-        steps: run.steps.
-        says: what the output must contain.
-    """
-
-    disturb: Callable[["CaseRun"], None]
-    state: str
-    exit_code: str | None = "0:0"
-    may_lose: int = 0
-    restarts: int = 1
-    grace_seconds: int = 20
-    slurmd_timeout: int = 10
-    options: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
-    at_step: int = 14
-    steps: int = 60
-    says: str = ""
-
-
-class CaseRun:
-    """A run that a case disturbs."""
-
-    def __init__(self, cluster: SlurmCluster, root: Path, case: SlurmCase) -> None:
-        self.cluster, self.root, self.case = cluster, root, case
-        self.run_dir = root / "run"
-        self.job = ""
-        self.lost: list[int] = []
-        """At each restart: steps that had been done and that the next attempt does again."""
-        self.told_at: float | None = None
-        """When the first attempt's script had decided, or Slurm for it."""
-        self._peak = 0
-
-    def submit(self) -> None:
-        """By the command line, as a user would."""
-        words = (
-            f"launch slurm {self.root}/recipe.toml --nodes 2 --gpus-per-node 0 --tasks-per-node 1 "
-            f"--partition low --signal-seconds 60 --time 30"
-        ).split()
-        done = subprocess.run(
-            [sys.executable, "-m", "phi4", *words, *self.case.options],
-            cwd=self.root,
-            env={**os.environ, **self.case.environment},
-            capture_output=True,
-            text=True,
-            timeout=_WAIT_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"not submitted: {done.stderr}")
-        self.job = done.stdout.partition("job ")[2].split()[0]
-
-    def state(self) -> JobState:
-        """What Slurm says now; looks at the run's record, too."""
-        self._observe()
-        state = job_state(self.job)
-        if state is None:
-            raise RuntimeError(f"Slurm has forgotten job {self.job}")
-        if state.restarts and self.told_at is None:
-            self.told_at = time.monotonic()
-        return state
-
-    def _observe(self) -> None:
-        # The next attempt cuts the undone steps from the record, some time after it started.
-        all_of_them = attempts(self.run_dir)
-        if self.told_at is None and any(attempt.end for attempt in all_of_them):
-            self.told_at = time.monotonic()
-        starts = [attempt.start.step for attempt in all_of_them]
-        self._peak = max(self._peak, self.newest_recorded_step())
-        while len(self.lost) < len(starts) - 1:
-            begun_at = starts[len(self.lost) + 1]
-            self.lost.append(max(0, self._peak - begun_at))
-            self._peak = begun_at
-
-    def has_asked_for_requeue(self) -> bool:
-        """Whether the first attempt's script has decided; Slurm waits for lost nodes after that."""
-        self._observe()
-        return self.told_at is not None
-
-    def newest_recorded_step(self) -> int:
-        """The last line of metrics.jsonl; 0 without one."""
-        path = self.run_dir / "metrics.jsonl"
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        for line in reversed(lines):
-            try:
-                return int(msgspec.json.decode(line)["step"])
-            except msgspec.DecodeError:
-                continue
-        return 0
-
-    def output(self) -> str:
-        """Everything that script and ranks said."""
-        logs = [*self.run_dir.glob("slurm/*.out"), *self.run_dir.glob("slurm/*/rank_*.log")]
-        return "\n".join(path.read_text(errors="replace") for path in sorted(logs))
-
-    def blocker(self) -> None:
-        """A job of the high partition on both nodes, which preempts this one."""
-        self.cluster.call(
-            "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--time=1", "--parsable",
-            "--output=/dev/null", "--wrap", "sleep 5",
-        )  # fmt: skip
-
-
-def wait_for(happened: Callable[[], bool], what: str) -> None:
-    """Poll; a case that hangs ends."""
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while not happened():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {_WAIT_SECONDS} s in vain for {what}")
-        time.sleep(_POLL_SECONDS)
+EVERY = SlurmCase.every
 
 
 def lose(node: str) -> Callable[[CaseRun], None]:
@@ -169,6 +40,20 @@ def lose(node: str) -> Callable[[CaseRun], None]:
         run.cluster.restart(node)
 
     return disturb
+
+
+def lose_for_good(run: CaseRun) -> None:
+    """The second node is lost and stays down."""
+    run.cluster.send("n2", signal.SIGKILL)
+
+
+def change_layout(run: CaseRun) -> None:
+    """The run saves and is cancelled; then it is submitted again, tensor for pipeline parallel."""
+    run.phi4("launch", "cancel", "run", "--save")
+    wait_for(lambda: not run.state().is_active, "the end of the cancelled job")
+    if run.state().state != "CANCELLED":
+        raise RuntimeError(f"job {run.job} is {run.state().state}, not CANCELLED")
+    run.submit("parallel.pipeline=1", "parallel.tensor=2")
 
 
 def silence(run: CaseRun) -> None:
@@ -191,7 +76,19 @@ def recover(run: CaseRun) -> None:
 
 
 CASES: dict[str, SlurmCase] = {
-    "preempt_grace_0": SlurmCase(CaseRun.blocker, "COMPLETED", may_lose=EVERY, grace_seconds=0),
+    # slurmd waits 5 s between SIGTERM and SIGKILL at least; a step takes longer than that.
+    "preempt_grace_0": SlurmCase(
+        CaseRun.blocker,
+        "COMPLETED",
+        may_lose=2,
+        must_lose=1,
+        grace_seconds=0,
+        kill_wait_seconds=0,
+        overrides=("batch.global_batch_size=2048",),
+        at_step=3,
+        steps=5,
+        every=2,
+    ),
     "preempt_notice": SlurmCase(CaseRun.blocker, "COMPLETED", may_lose=1),
     "preempt_term": SlurmCase(
         CaseRun.blocker, "COMPLETED", may_lose=1, options=("--signal-seconds", "0")
@@ -222,6 +119,23 @@ CASES: dict[str, SlurmCase] = {
     ),
     # Not Slurm but the watchdog of the other ranks is to notice it.
     "silent_node": SlurmCase(silence, "COMPLETED", may_lose=EVERY, slurmd_timeout=300),
+    "fewer_nodes": SlurmCase(
+        lose_for_good,
+        "COMPLETED",
+        may_lose=EVERY,
+        nodes="1-2",
+        overrides=("parallel.pipeline=1", "parallel.data=0", "checkpoint.keep=100"),
+        undisturbed=("parallel.data=2",),
+        ends_on="n1",
+    ),
+    "another_layout": SlurmCase(
+        change_layout,
+        "COMPLETED",
+        restarts=0,
+        overrides=("checkpoint.keep=100",),
+        undisturbed=(),
+        says="parallel.tensor: 1 -> 2",
+    ),
 }
 
 
@@ -232,6 +146,8 @@ def run_case(name: str, cluster: SlurmCluster, recipe: str) -> dict[str, object]
         root = Path(place)
         (root / "recipe.toml").write_text(recipe)
         run = CaseRun(cluster, root, case)
+        if case.undisturbed is not None:
+            run.phi4("train", "recipe.toml", "run.dir=undisturbed", *case.undisturbed)
         if case.at_step == 0:
             case.disturb(run)
         run.submit()
@@ -248,21 +164,12 @@ def run_case(name: str, cluster: SlurmCluster, recipe: str) -> dict[str, object]
 def _row(name: str, run: CaseRun, begun: float) -> dict[str, object]:
     wait_for(lambda: not run.state().is_active, f"the end of job {run.job}")
     told_after = round(run.told_at - begun, 1) if run.told_at and run.lost else None
-    state, case, all_of_them = run.state(), run.case, attempts(run.run_dir)
-    last_step = all_of_them[-1].end.step if all_of_them[-1].end else 0
+    state, all_of_them = run.state(), attempts(run.run_dir)
     lost = _steps_lost(run)
-    wrong = [
-        why
-        for why, is_wrong in (
-            (f"state {state.state}", state.state != case.state),
-            (f"exit code {state.exit_code}", case.exit_code not in (None, state.exit_code)),
-            (f"{state.restarts} restarts", state.restarts < case.restarts),
-            (f"{lost} steps lost", lost > case.may_lose),
-            ("completed early", state.state == "COMPLETED" and last_step < case.steps),
-            (f"{case.says} is not named", case.says not in run.output()),
-        )
-        if is_wrong
-    ]
+    against = None
+    if run.case.undisturbed is not None:
+        against = compared(run.root / "undisturbed", run.run_dir)
+    wrong = _wrong(run, all_of_them, lost, against)
     if wrong:
         print(run.output(), file=sys.stderr)
     return {
@@ -271,12 +178,46 @@ def _row(name: str, run: CaseRun, begun: float) -> dict[str, object]:
         "state": state.state,
         "exit_code": state.exit_code,
         "restarts": state.restarts,
+        "attempts": [_attempt_text(attempt) for attempt in all_of_them],
         "steps_lost": lost,
+        **({} if against is None else vars(against)),
         "seconds_to_requeue": told_after,
         "seconds_to_end": round(time.monotonic() - begun, 1),
         "passed": not wrong,
         "wrong": ", ".join(wrong),
     }
+
+
+def _wrong(
+    run: CaseRun, all_of_them: Sequence[JobAttempt], lost: int, against: Comparison | None
+) -> list[str]:
+    """What the verdict finds wrong; empty for nothing."""
+    state, case, last = run.state(), run.case, all_of_them[-1]
+    last_step = last.end.step if last.end else 0
+    found = [
+        why
+        for why, is_wrong in (
+            (f"state {state.state}", state.state != case.state),
+            (f"exit code {state.exit_code}", case.exit_code not in (None, state.exit_code)),
+            (f"{state.restarts} restarts", state.restarts < case.restarts),
+            (f"{lost} steps lost", not case.must_lose <= lost <= case.may_lose),
+            ("completed early", state.state == "COMPLETED" and last_step < case.steps),
+            (f"{case.says} is not named", case.says not in run.output()),
+            (f"ends on {last.start.nodes}", case.ends_on not in ("", last.start.nodes)),
+        )
+        if is_wrong
+    ]
+    if against is not None and (differs := against.wrong(last.start.step)):
+        found.append(differs)
+    return found
+
+
+def _attempt_text(attempt: JobAttempt) -> str:
+    """`n[1-2] from step 0: exit code 137, requeue at step 10`."""
+    begun = f"{attempt.start.nodes} from step {attempt.start.step}"
+    if attempt.end is None:
+        return f"{begun}: killed"
+    return f"{begun}: exit code {attempt.end.code}, {attempt.end.then} at step {attempt.end.step}"
 
 
 def _steps_lost(run: CaseRun) -> int:
@@ -287,7 +228,7 @@ def _steps_lost(run: CaseRun) -> int:
     return run.newest_recorded_step() - (step_of(checkpoint) if checkpoint else 0)
 
 
-def recipe_text(steps: int, data: Path) -> str:
+def recipe_text(case: SlurmCase, data: Path) -> str:
     """A pipeline of two ranks, a layer each, on the demo's corpus."""
     from phi4.config import dump_toml, load_recipe
 
@@ -295,10 +236,11 @@ def recipe_text(steps: int, data: Path) -> str:
     recipe = load_recipe(
         tiny,
         [
-            "run.dir=run", f"run.steps={steps}", f"checkpoint.every={EVERY}", "parallel.tensor=1",
-            "parallel.pipeline=2", "parallel.sequence=false", "tracking.mlflow=false",
+            "run.dir=run", f"run.steps={case.steps}", f"checkpoint.every={case.every}",
+            "parallel.tensor=1", "parallel.pipeline=2", "parallel.sequence=false",
+            "tracking.mlflow=false",
             "model.num_layers=2", "evaluation.every=0", "reliability.silence_seconds=20",
-            "reliability.stop_seconds=20",
+            "reliability.stop_seconds=20", *case.overrides,
         ],
     )  # fmt: skip
     return dump_toml(recipe).replace('"runs/demo/data', f'"{data}')
@@ -307,6 +249,8 @@ def recipe_text(steps: int, data: Path) -> str:
 def run_cases(names: Sequence[str], data: Path, json_file: Path | None) -> list[dict[str, object]]:
     """The rows of the cases, printed as they come."""
     rows = []
+    # Before the first row, which makes the checkout differ from its commit.
+    commit = provenance()["commit"]
     for name in names:
         # A cluster each: what one case leaves drained or down is no part of the next.
         with tempfile.TemporaryDirectory(prefix="slurm") as place:
@@ -315,12 +259,13 @@ def run_cases(names: Sequence[str], data: Path, json_file: Path | None) -> list[
             with slurm_cluster(
                 Path(place) / "c",
                 grace_seconds=case.grace_seconds,
+                kill_wait_seconds=case.kill_wait_seconds,
                 slurmd_timeout=case.slurmd_timeout,
             ) as cluster:
-                row = run_case(name, cluster, recipe_text(case.steps, data))
+                row = run_case(name, cluster, recipe_text(case, data))
         rows.append(row)
         if json_file:
-            append_row(json_file, row)
+            append_row(json_file, {"commit": commit, **row})
         print(msgspec.json.encode(row).decode(), flush=True)
     return rows
 
