@@ -86,7 +86,7 @@ CASES: dict[str, SlurmCase] = {
         kill_wait_seconds=0,
         overrides=("batch.global_batch_size=2048",),
         at_step=3,
-        steps=5,
+        steps=4,
         every=2,
     ),
     "preempt_notice": SlurmCase(CaseRun.blocker, "COMPLETED", may_lose=1),
@@ -103,7 +103,8 @@ CASES: dict[str, SlurmCase] = {
         "COMPLETED",
         may_lose=1,
         options=("--time", "2", "--signal-seconds", "25"),
-        steps=200,
+        # They have to take more than the 95 s until the notice.
+        steps=1200,
     ),
     "unresolvable_name": SlurmCase(
         lambda run: None,
