@@ -33,6 +33,7 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "kills": ("phi4", "verify", "kills", "--kills=100"),
     "step-time": ("tools.step_time", "--json=benchmarks/step_time.jsonl"),
     "step-time-packed": ("tools.step_time", "--documents=4"),
+    "host-time": ("tools.host_time", "--json=benchmarks/host_time.jsonl"),
     "generation-time": ("tools.generation_time", "--json=benchmarks/generation.jsonl"),
     "stragglers": ("tools.prove_stragglers",),
     "slurm": ("tools.slurm_cases", "--json=benchmarks/slurm_cases.jsonl"),

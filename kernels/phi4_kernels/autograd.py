@@ -29,6 +29,11 @@ def without_autocast(function: _Function) -> _Function:
     return run
 
 
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what happens to one of these: a Function costs ten microseconds."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def once_differentiable(op: str) -> Callable[[_Function], _Function]:
     """Decorate a Function's backward whose result autograd cannot differentiate.
 

@@ -82,7 +82,7 @@ def define(name: str, signature: str, launch: Callable[..., Any], fake: Callable
     so that code that saved such a tensor for backward gets torch's error, not a wrong gradient.
 
     Returns:
-        The operator's default overload; of one that overwrites, `_traceable`'s form of it.
+        What runs it: `_direct`'s form, of an operator that overwrites `_traceable`'s.
     """
     torch.library.define(f"phi4::{name}", signature)
     operator = getattr(torch.ops.phi4, name).default
@@ -95,9 +95,35 @@ def define(name: str, signature: str, launch: Callable[..., Any], fake: Callable
             torch.autograd.graph.increment_version(args[index])
         return result
 
-    torch.library.impl(f"phi4::{name}", ("cpu", "cuda"))(run if written else launch)
+    kernel = run if written else launch
+    torch.library.impl(f"phi4::{name}", ("cpu", "cuda"))(kernel)
     torch.library.register_fake(f"phi4::{name}")(fake)
-    return _traceable(operator, signature, written, launch) if written else operator
+    dispatched = _traceable(operator, signature, written, launch) if written else operator
+    return _direct(kernel, dispatched)
+
+
+def _direct(kernel: Callable[..., Any], dispatched: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls the kernel itself where nobody looks: torch's dispatcher costs as much as the rest.
+
+    What traces, compiles, profiles, fakes or wraps tensors sees the operator.
+    """
+    is_compiling = torch.compiler.is_compiling
+    num_modes, is_profiling = (
+        torch._C._len_torch_dispatch_stack,
+        torch._C._autograd._profiler_enabled,
+    )
+
+    def call(*args: Any, **named: Any) -> Any:
+        first = args[0] if not isinstance(args[0], list) else args[0][0] if args[0] else None
+        is_plain = type(first) in _PLAIN and not named
+        if not is_plain or is_compiling() or num_modes() or is_profiling():
+            return dispatched(*args, **named)
+        return kernel(*args)
+
+    return call
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _traceable(

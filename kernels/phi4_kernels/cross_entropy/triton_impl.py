@@ -4,6 +4,8 @@ One program owns a row. A thread keeps a running maximum and sum of its own for 
 logits it loads, so the loop rescales once per 8 exponentials and never waits for another thread.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -236,6 +238,7 @@ def _cross_entropy_backward_kernel(
             _gradient(row_ptr, whole, largest, scale, even, at_target, column, WIDTH, BLOCK, True)
 
 
+@cache
 def _block(row: Launch, width: int) -> int:
     return max(PACK.value, min(row.block, triton.next_power_of_2(width)))
 

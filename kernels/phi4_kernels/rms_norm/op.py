@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phi4_kernels import dispatch
-from phi4_kernels.autograd import once_differentiable, without_autocast
+from phi4_kernels.autograd import needs_graph, once_differentiable, without_autocast
 from phi4_kernels.checks import (
     FLOAT_DTYPES,
     expect_dtype,
@@ -79,6 +79,8 @@ def rms_norm(
         weight = _SumGradient.apply(weight, grad_group)
     if name == "torch":
         return torch_impl.rms_norm(x, weight, eps)
+    if not needs_graph(x, weight):
+        return _rms_norm_forward(rows_of(x), weight, eps, name)[0].view(x.shape)
     return _RMSNormFunction.apply(x, weight, eps, name)
 
 
@@ -114,6 +116,9 @@ def add_rms_norm(
         weight = _SumGradient.apply(weight, grad_group)
     if name == "torch":
         return torch_impl.add_rms_norm(x, residual, weight, eps)
+    if not needs_graph(x, residual, weight):
+        y, total, _ = _add_rms_norm_forward(rows_of(x), rows_of(residual), weight, eps, name)
+        return y.view(x.shape), total.view(x.shape)
     return _AddRMSNormFunction.apply(x, residual, weight, eps, name)
 
 

@@ -8,6 +8,8 @@ rows and writes it once; the shares are then summed in a fixed order.
 # Triton compiles tuples that grow by concatenation, not by unpacking.
 # ruff: noqa: RUF005
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -215,25 +217,22 @@ def _rms_norm_backward_kernel(
         _store(share_ptr, b_dweight[block], block, WIDTH, BLOCK)
 
 
+@cache
 def _blocks(row: Launch, width: int) -> dict[str, int]:
     block = min(row.block, triton.next_power_of_2(width))
-    return {"WIDTH": width, "BLOCK": block, "NUM_BLOCKS": triton.cdiv(width, block)}
+    return {"WIDTH": width, "BLOCK": block, "NUM_BLOCKS": launch.ceil_div(width, block)}
 
 
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, width = x.shape
-    y = torch.empty(
-        (rows, width),
-        dtype=torch.float8_e4m3fn if scale is not None else x.dtype,
-        device=x.device,
-    )
-    total = torch.empty(
-        (rows, width) if residual is not None else (0, 0), dtype=x.dtype, device=x.device
-    )
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    amax = torch.empty(rows if scale is not None else 0, dtype=torch.float32, device=x.device)
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """y, total with a residual, rstd, and amax of each row with a scale."""
+    (rows, width), device = x.shape, x.device
+    dtype = x.dtype if scale is None else torch.float8_e4m3fn
+    y = torch.empty((rows, width), dtype=dtype, device=device)
+    total = None if residual is None else torch.empty((rows, width), dtype=x.dtype, device=device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=device)
+    amax = None if scale is None else torch.empty(rows, dtype=torch.float32, device=device)
     if x.numel():
         row = launch.pick(FORWARD, width)
         _rms_norm_forward_kernel[(rows,)](
@@ -277,6 +276,7 @@ def forward_fp8(
     if not columnwise:
         y, total, rstd, amax = _forward(x, residual, weight, eps, scale)
         transposed = torch.empty((0, 0), dtype=y.dtype, device=y.device)
+        total = x.new_empty((0, 0)) if total is None else total
     else:
         y, transposed, total, rstd, amax = _forward_columnwise(x, residual, weight, eps, scale)
     return y, transposed, amax.amax() if amax.numel() else scale.new_zeros(()), total, rstd
@@ -287,7 +287,7 @@ def _forward_columnwise(
 ) -> tuple[Tensor, ...]:
     rows, width = x.shape
     row = launch.pick(COLUMNWISE, width)
-    programs = triton.cdiv(rows, row.rows)
+    programs = launch.ceil_div(rows, row.rows)
     fp8 = {"dtype": torch.float8_e4m3fn, "device": x.device}
     y, transposed = torch.empty((rows, width), **fp8), torch.empty((width, rows), **fp8)
     total = torch.empty(

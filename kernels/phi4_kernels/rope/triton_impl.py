@@ -5,6 +5,8 @@ q, k and v as views, so both head orders are two strides. With document boundari
 its document by bisection, so the grid is the tokens and nothing else.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -218,9 +220,8 @@ def _rope_backward_kernel(
         _copy(dk, k, stride_dk_group, 0, sk_g, 0, GROUPS, 1, REST, BLOCK_GROUPS, BLOCK_REST)
 
 
-def _tiles(q: Tensor, cos: Tensor) -> dict[str, int]:
-    _, groups, queries, _ = q.shape
-    half = cos.shape[1]
+@cache
+def _tiles(groups: int, queries: int, half: int) -> dict[str, int]:
     blocks = (groups, groups * queries, half)
     block_groups, block_heads, block_half = map(triton.next_power_of_2, blocks)
     row = launch.pick(TILES, block_heads * block_half)
@@ -262,7 +263,7 @@ def forward(
         *arguments,
         *q.stride()[:3],
         *k.stride()[:2],
-        **_tiles(q, cos),
+        **_tiles(*q.shape[1:3], cos.shape[1]),
         **kind,
     )
 
@@ -307,7 +308,7 @@ def backward(
         HEAD_DIM=head_dim,
         BLOCK_DIM=triton.next_power_of_2(head_dim),
         BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * cos.shape[1], 1)),
-        **_tiles(q, cos),
+        **_tiles(*q.shape[1:3], cos.shape[1]),
         **kind,
     )
     return packed

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from phi4_kernels import dispatch
-from phi4_kernels.autograd import once_differentiable, without_autocast
+from phi4_kernels.autograd import needs_graph, once_differentiable, without_autocast
 from phi4_kernels.checks import (
     FLOAT_DTYPES,
     expect_dtype,
@@ -56,7 +56,8 @@ def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
     if name == "torch":
         return torch_impl.swiglu(gate_up)
     rows = rows_of(gate_up)
-    return _SwiGLUFunction.apply(rows, name).view(*gate_up.shape[:-1], width)
+    out = _SwiGLUFunction.apply(rows, name) if needs_graph(rows) else _forward(rows, name)
+    return out.view(*gate_up.shape[:-1], width)
 
 
 @without_autocast

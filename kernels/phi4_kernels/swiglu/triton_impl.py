@@ -4,6 +4,8 @@ phi-4's width, 17,920, is 35 * 512. Each thread holds 16 elements of each half: 
 loads in flight the kernel waits for bandwidth, not for latency.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -120,11 +122,12 @@ def _swiglu_backward_kernel(
         tl.store(product_ptr + rows * WIDTH + cols, product, mask=mask)
 
 
+@lru_cache(maxsize=1024)
 def _grid(row: Launch, num_rows: int, width: int) -> tuple[int, dict[str, int]]:
     block = launch.divisor_block(width, row.block, _SMALLEST_EXACT_BLOCK)
     # A narrower tile is taller: every thread keeps its 16-byte pieces.
     rows = row.rows * row.block // block
-    programs = triton.cdiv(num_rows, rows) * triton.cdiv(width, block)
+    programs = launch.ceil_div(num_rows, rows) * launch.ceil_div(width, block)
     return programs, {"WIDTH": width, "ROWS": rows, "BLOCK": block}
 
 
