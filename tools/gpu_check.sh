@@ -58,7 +58,10 @@ timed() {  # the bench checks an op again before it times it, so a red op has no
 
 part_numbers() { within "$python" -m phi4_kernels.testing numbers --jobs "$jobs" --record; }
 part_steps() { within "$python" tools/gpu_step_time.py --out benchmarks/gpu_step_time.jsonl; }
-part_engine() { within "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.jsonl; }
+part_engine() {
+    within "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.jsonl
+    gpu_tests tests/engine/test_gpu_weight_gradients.py
+}
 part_attention() {
     within "$python" -m phi4_kernels.bench --op attention --json benchmarks/kernels.jsonl \
         --against torch,cudnn,flash-attn,flash-attn-deterministic,flash-attn-3,flash-attn-3-deterministic

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies import common as common_strateg
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.optimizer import distrib_optimizer
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel import random as megatron_random
 from phi4_kernels.adamw import FusedAdam
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from phi4.engine.checkpoint_capture import Capture
 from phi4.engine.checkpoint_io import VettedReader, load_bytes_as_values
+from phi4.engine.model.weight_gradients import FUSED_WEIGHT_GRADIENTS
 from phi4.engine.optimizer.adamw import (
     OnePassChain,
     OnePassDistributed,
@@ -80,6 +82,9 @@ class CudaMeansHere(TorchFunctionMode):
 
 without_rewriting = torch._C.DisableTorchFunction
 """Context in which torch calls skip every TorchFunctionMode."""
+
+_ABSENT = object()
+"""In place of the value of an attribute that the owner does not have."""
 
 
 class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
@@ -199,6 +204,17 @@ PATCHES = (
         ],
     ),
     Patch(
+        "weight_gradients",
+        "tensor_parallel/layers.py:44,561",
+        "adding a weight's gradient to the fp32 buffer inside its product takes an extension of "
+        "apex; without it every micro-batch's is rounded to bf16 and added in a second pass",
+        ("cpu", "cuda", "meta"),
+        lambda patches: [
+            (megatron_layers, "_grad_accum_fusion_available", True),
+            (megatron_layers, "fused_weight_gradient_mlp_cuda", FUSED_WEIGHT_GRADIENTS),
+        ],
+    ),
+    Patch(
         "checkpoint_writer",
         "dist_checkpointing/strategies/filesystem_async.py:104,212,235,475, "
         "strategies/common.py:40, serialization.py:422",
@@ -275,7 +291,7 @@ class Patches:
                 warnings.filterwarnings("ignore", message)
             for patch in self._active:
                 for owner, name, value in patch.replacements(self):
-                    self._saved.append((owner, name, getattr(owner, name)))
+                    self._saved.append((owner, name, getattr(owner, name, _ABSENT)))
                     setattr(owner, name, value)
             self._mode.__enter__()
         return self
@@ -286,7 +302,10 @@ class Patches:
             self._mode.__exit__(*exception)
             while self._saved:
                 owner, name, value = self._saved.pop()
-                setattr(owner, name, value)
+                if value is _ABSENT:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, value)
             self._warnings.__exit__(*exception)
 
 

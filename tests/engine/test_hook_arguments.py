@@ -62,7 +62,7 @@ UNSUPPORTED = [
     (make_core_attention, "cp_comm_type", "a2a"),
     (call_mlp, "per_token_scale", X),
     (call_linear, "bias", X),
-    (call_linear, "gradient_accumulation_fusion", True),
+    (call_linear, "gradient_accumulation_fusion", False),
     (call_linear, "allreduce_dgrad", True),
     (call_linear, "sequence_parallel", True),
     (call_linear, "tp_group", object()),

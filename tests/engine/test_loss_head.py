@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from phi4.config import LossHeadConfig
-from phi4.engine.model.loss_head import LossHead, _AddsItsOwnGradient
+from phi4.engine.model.loss_head import LossHead
+from phi4.engine.model.weight_gradients import AddsItsOwnGradient
 from phi4.engine.objective import Loss
 from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
@@ -138,7 +139,7 @@ def added_twice(rank: int, world_size: int) -> dict | None:
     def forgetful(ctx, _: None) -> None:
         ctx.weight.grad = torch.ones_like(ctx.weight)
 
-    with mock.patch.object(_AddsItsOwnGradient, "backward", staticmethod(forgetful)):
+    with mock.patch.object(AddsItsOwnGradient, "backward", staticmethod(forgetful)):
         return train(rank, world_size, (), "one_pass", NextToken)
 
 

@@ -96,7 +96,7 @@ def transformer_config(recipe: Recipe, *, frees_stage_outputs: bool) -> Transfor
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=True,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

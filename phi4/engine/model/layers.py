@@ -15,6 +15,7 @@ from phi4_kernels.swiglu import swiglu, swiglu_linear
 
 from phi4.engine.model.hook_arguments import refuse
 from phi4.engine.model.micro_batch import Documents
+from phi4.engine.model.weight_gradients import AddsItsOwnGradient, SwiGLULinearIntoMainGrad
 
 _LAYER = dict.fromkeys(
     (
@@ -36,7 +37,7 @@ _LAYER = dict.fromkeys(
 
 _LINEAR = {
     "bias": None,
-    "gradient_accumulation_fusion": False,
+    "gradient_accumulation_fusion": True,
     "allreduce_dgrad": False,
     "sequence_parallel": False,
     "tp_group": None,
@@ -131,7 +132,12 @@ class SwiGLULinear(RowParallelLinear):
             ConfigError: another argument of megatron-core's asks for something; see `refuse`.
         """
         refuse("SwiGLU's second linear", others, _LINEAR)
-        rows = swiglu_linear(input.flatten(0, 1), weight, implementation=self.implementation)
+        rows, main_grad = input.flatten(0, 1), getattr(weight, "main_grad", None)
+        if main_grad is None or not torch.is_grad_enabled():
+            rows = swiglu_linear(rows, weight, implementation=self.implementation)
+        else:
+            own = AddsItsOwnGradient.apply(weight)
+            rows = SwiGLULinearIntoMainGrad.apply(rows, own, main_grad, self.implementation)
         return rows.unflatten(0, input.shape[:2])
 
 

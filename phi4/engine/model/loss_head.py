@@ -10,7 +10,8 @@ the recipe's choice (`loss_head.form`), and never changes by itself:
   (`Objective.gradient`); others are refused before the first step. One that declares it and has
   another gives an error in backward on a CPU, and NaN gradients on a GPU, which cannot stop there.
 
-The last two add the weight's gradient to megatron-core's fp32 buffer themselves.
+The last two add the weight's gradient to megatron-core's fp32 buffer themselves, as `logits` lets
+its linear do.
 """
 
 import torch
@@ -25,6 +26,7 @@ from phi4_kernels.cross_entropy import (
 
 from phi4.config import LossHeadConfig
 from phi4.engine.model.hook_arguments import refuse
+from phi4.engine.model.weight_gradients import AddsItsOwnGradient
 from phi4.errors import ConfigError
 
 # Shape legend: S positions, B rows, V vocabulary, H hidden, tp tensor ranks.
@@ -100,7 +102,7 @@ class LossHead(ColumnParallelLinear):
             # A tied weight gets another gradient, from the embedding, which autograd must add.
             main_grad, weight = getattr(self.weight, "main_grad", None), self.weight
         if main_grad is not None and torch.is_grad_enabled():
-            weight = _AddsItsOwnGradient.apply(weight)
+            weight = AddsItsOwnGradient.apply(weight)
         layout = LinearLayout(self._group, self.sequence_parallel, self.settings.chunk_tokens)
         common = {
             "layout": layout,
@@ -116,23 +118,6 @@ class LossHead(ColumnParallelLinear):
     @property
     def _group(self) -> dist.ProcessGroup | None:
         return self.tp_group if self.tp_group.size() > 1 else None
-
-
-class _AddsItsOwnGradient(torch.autograd.Function):
-    """A weight whose gradient the op has added to main_grad when megatron-core's hook runs."""
-
-    @staticmethod
-    def forward(ctx, weight: torch.Tensor) -> torch.Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.weight = weight
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, _: None) -> None:
-        weight = ctx.weight
-        # The hook asks for some gradient, of one element here, and drops it.
-        weight.grad = weight.new_empty(()).expand(weight.shape)
-        weight.grad_added_to_main_grad = True
 
 
 class _MaskedSum(torch.autograd.Function):
