@@ -95,7 +95,7 @@ class EngineLoop:
             "forward": forward,
             "backward": [(schedules, "backward_step")],
             "zero gradients": [(self.engine.chunks[0], "zero_grad_buffer")],
-            "scale gradients": [(engine_steps, "finalize_model_grads")],
+            "reduce gradients": [(engine_steps, "finalize_model_grads")],
             "clip and AdamW": [(self.engine.optimizer, "step")],
         }
 

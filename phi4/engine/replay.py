@@ -65,7 +65,7 @@ def replay_step(
             batches,
             layout,
             steps.loss_function(objective, totals, layout),
-            totals,
+            with_gradients=True,
             before_reduction=before_reduction,
         )
     optimizer.prepare_grads()

@@ -1,7 +1,7 @@
 """One optimizer step and one forward pass over a global batch, in any layout.
 
-The loss is a sum over a global weight sum, never a mean of means: megatron-core scales gradients by
-the token count it reduces over pipeline, data and context ranks (`calculate_per_token_loss`).
+The loss is a sum over a global weight sum, never a mean of means. Gradients stay those of the sum:
+what they are divided by is a factor on the device, which the norm and the update take.
 """
 
 import math
@@ -107,6 +107,11 @@ class Totals:
         total, count = self.sums[0], self.sums[1]
         return total.isfinite() & (total <= min(limit, sys.float_info.max) * count)
 
+    def gradient_scale(self) -> torch.Tensor:
+        """[] fp64 on the device, once reduced: makes gradients of the sum those of the mean."""
+        weight = self.sums[1]
+        return torch.where(weight > 0, weight.reciprocal(), 1.0)
+
     def read(self) -> tuple[dict[str, tuple[float, float]], Asked]:
         """(sum, count) of every name, and what was asked of any rank, on the host."""
         values = self.sums.tolist()
@@ -150,10 +155,13 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     set_learning_rate(optimizer, learning_rate, weight_decay)
-    run_schedule(chunks, batches, layout, loss_function(objective, totals, layout), totals)
+    loss_of = loss_function(objective, totals, layout)
+    run_schedule(chunks, batches, layout, loss_of, with_gradients=True)
     local_sums = totals.sums.clone()
     totals.reduce(layout, asked())
-    updated, grad_norm, _ = optimizer.step(totals.loss_within(limits.loss), limits.grad_norm)
+    updated, grad_norm, _ = optimizer.step(
+        totals.gradient_scale(), totals.loss_within(limits.loss), limits.grad_norm
+    )
     evidence = Evidence(local_sums, optimizer.local_square_sum)
     return _result(*totals.read(), grad_norm, updated, evidence)
 
@@ -172,7 +180,7 @@ def evaluate(
     Collectives: those of the forward schedule, one all-reduce of the totals over all ranks.
     """
     totals = Totals(objective.metric_names, _device(chunks))
-    run_schedule(chunks, batches, layout, loss_function(objective, totals, layout), None)
+    run_schedule(chunks, batches, layout, loss_function(objective, totals, layout))
     totals.reduce(layout, asked())
     return _result(*totals.read(), 0.0, False)
 
@@ -185,7 +193,7 @@ def logits(
 
     Collectives: those of the forward schedule.
     """
-    outputs = run_schedule(chunks, batches, layout, None, None, labelled=False)
+    outputs = run_schedule(chunks, batches, layout, None, labelled=False)
     return outputs if layout.is_last_stage else []
 
 
@@ -199,7 +207,7 @@ def log_probs(
     over cp, then one broadcast over pp, of 4 bytes per token; both again where the micro-batch has
     alternative labels.
     """
-    local = run_schedule(chunks, batches, layout, None, None)
+    local = run_schedule(chunks, batches, layout, None)
     if not layout.is_last_stage:
         local = [None] * len(batches)
     shape, device = batches.row_shape, _device(chunks)
@@ -224,8 +232,8 @@ def run_schedule(
     batches: MicroBatches,
     layout: Layout,
     loss_of: Callable[[LabelLogProbs, MicroBatch], Loss] | None,
-    totals: Totals | None,
     *,
+    with_gradients: bool = False,
     labelled: bool = True,
     before_reduction: Callable[[], None] | None = None,
 ) -> list[LabelLogProbs] | list[torch.Tensor]:
@@ -236,11 +244,11 @@ def run_schedule(
         batches: micro-batches in order.
         layout: the rank grid.
         loss_of: loss from the last chunk's log-probabilities; None collects its outputs instead.
-        totals: with gradients: supplies the weight sum they are divided by. None: forward only.
+        with_gradients: of the loss sum, reduced; else forward only.
         labelled: whether the last chunk's outputs are log-probabilities; else they are logits.
         before_reduction: called once this rank has all of its gradients.
 
-    Collectives: point-to-point over pp; those of the layers over tp and cp; with totals those of
+    Collectives: point-to-point over pp; those of the layers over tp and cp; with gradients those of
     megatron-core's finalize_model_grads.
     """
 
@@ -255,16 +263,17 @@ def run_schedule(
     ):
         if loss_of is None:
             return output
-        # The count that megatron-core adds up is an integer; ours may not be, see finalize.
+        # megatron-core adds up an integer count, for its own division; ours may not be one.
         return loss_of(output, batch).loss_sum, torch.ones((), dtype=torch.int), {}
 
-    def finalize(model, num_tokens, **options) -> None:
+    def finalize(model, _num_tokens, **options) -> None:
         if before_reduction:
             before_reduction()
-        finalize_model_grads(model, totals.sums[1].clone(), **options)
+        # Given a count, it would read it on the host and rewrite the gradients.
+        finalize_model_grads(model, None, **options)
 
     rows, length = batches.row_shape
-    get_model_config(chunks[0]).finalize_model_grads_func = finalize if totals else None
+    get_model_config(chunks[0]).finalize_model_grads_func = finalize if with_gradients else None
     iterators = [iter(batches) for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward,
@@ -273,7 +282,7 @@ def run_schedule(
         num_microbatches=len(batches),
         seq_length=length,
         micro_batch_size=rows,
-        forward_only=totals is None,
+        forward_only=not with_gradients,
         collect_non_loss_data=loss_of is None,
     )
 

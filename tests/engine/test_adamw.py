@@ -2,15 +2,19 @@
 
 import hashlib
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from phi4_kernels import cuda_library
 
 from phi4.config import KernelsConfig
+from phi4.engine import step as steps
 from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.model.implementations import choose
@@ -72,10 +76,16 @@ def steps_of(engine: Engine) -> set[int]:
     return {group["step"] for group in engine.optimizer.param_groups if group["params"]}
 
 
-def stock_step(self: OnePassChain, *_: object) -> tuple:
-    """megatron-core's own step, which knows no limits."""
-    self.local_square_sum = torch.zeros(())
-    return ChainedOptimizer.step(self)
+def step_of(engine: Engine, stock: bool) -> Callable[..., tuple]:
+    """OnePassChain.step, or megatron-core's own on gradients of the mean; it knows no limits."""
+
+    def stock_step(self: OnePassChain, gradient_scale: torch.Tensor, *_: object) -> tuple:
+        for chunk in engine.chunks:
+            chunk.scale_gradients(gradient_scale)
+        self.local_square_sum = torch.zeros(())
+        return ChainedOptimizer.step(self)
+
+    return stock_step if stock else OnePassChain.step
 
 
 def train(engine: Engine, step: int, objective: NextToken | None = None):
@@ -84,7 +94,10 @@ def train(engine: Engine, step: int, objective: NextToken | None = None):
 
 
 def _passes(rank, world_size, overrides, stock):
-    """(reads, writes) by operator in passes over this rank's gradients, for the second step."""
+    """(reads, writes) by operator in passes over this rank's gradients, for the second step.
+
+    From the last backward pass on, where gradients are not reduced over ranks.
+    """
     with engine_on(rank, tiny_recipe(*SMALL, *overrides)) as engine:
         if engine is None:
             return None
@@ -92,17 +105,30 @@ def _passes(rank, world_size, overrides, stock):
         buffers = [buffer.grad_data for chunk in engine.chunks for buffer in chunk.buffers]
         passes = Passes(buffers)
         owned = sum(p.numel() for g in engine.optimizer.param_groups for p in g["params"]) * 4
-        step = stock_step if stock else OnePassChain.step
+        step = step_of(engine, stock)
 
-        def counted(self, *limits):
-            with passes:
-                return step(self, *limits)
+        def counted(call: Callable) -> Callable:
+            def run(*arguments: object, **options: object) -> object:
+                with passes:
+                    return call(*arguments, **options)
 
-        with mock.patch.object(OnePassChain, "step", counted):
+            return run
+
+        finalize = steps.finalize_model_grads
+        if engine.layout.dp_size == 1:
+            finalize = counted(finalize)
+        with (
+            mock.patch.object(OnePassChain, "step", lambda *given: counted(step)(*given)),
+            mock.patch.object(steps, "finalize_model_grads", finalize),
+        ):
             train(engine, 1)
         assert owned > 0
         return tuple(
-            {name: round(touched / owned, 6) for name, touched in found.items()}
+            {
+                name: round(n / owned, 6)
+                for name, n in found.items()
+                if not name.startswith("c10d::")
+            }
             for found in (passes.reads, passes.writes)
         )
 
@@ -133,7 +159,7 @@ def _trained(rank, world_size, overrides, stock=False):
     with engine_on(rank, tiny_recipe(*SMALL, *overrides)) as engine:
         if engine is None:
             return None
-        step = stock_step if stock else OnePassChain.step
+        step = step_of(engine, stock)
         with mock.patch.object(OnePassChain, "step", step):
             results = [train(engine, index) for index in range(4)]
         for optimizer in engine.optimizer.chained_optimizers:
@@ -199,6 +225,20 @@ def test_the_recipe_chooses_the_ops_and_the_choice_is_said(library: None) -> Non
     assert "grad_norm: torch (named)" in said
     with pytest.raises(ConfigError, match=r"kernels\.grad_norm=te: .*there are cuda, torch"):
         choose(KernelsConfig(grad_norm="te"), cpu)
+
+
+def _without_labels(rank, world_size):
+    with engine_on(rank, tiny_recipe(*SMALL)) as engine:
+        if engine is None:
+            return None
+        masks = [replace(b, loss_mask=np.zeros_like(b.loss_mask)) for b in batches_of(engine, 0)]
+        result = engine.train_step(masks, NextToken(), learning_rate=1e-2, weight_decay=0.5)
+        finite = all(bool(tensor.isfinite().all()) for tensor in state_of(engine))
+        return (result.loss, result.weight, result.grad_norm, result.updated), finite
+
+
+def test_a_step_without_a_label_that_counts_has_gradients_of_zero(pool: RankPool) -> None:
+    assert pool.run(_without_labels)[0] == ((0.0, 0.0, 0.0, True), True)
 
 
 def _spoiled(rank, world_size, overrides):

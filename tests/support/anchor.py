@@ -142,7 +142,10 @@ def measure(engine: Engine, tokens: torch.Tensor) -> Found:
 
 
 def _gradients(engine: Engine, tokens: torch.Tensor) -> Tensors:
-    """Whole gradients of this stage, from a step with learning rate 0 and no clipping."""
+    """Whole gradients of this stage, from a step with learning rate 0 and no clipping.
+
+    torch's AdamW leaves them scaled: those of the mean loss.
+    """
     engine.train_step([batch_of(tokens)], NextToken(), learning_rate=0.0)
     return {
         name: unshard(parameter.main_grad, parameter, engine.layout).clone()

@@ -1,10 +1,11 @@
 """megatron-core's optimizers with our AdamW: after the norm, one pass over the gradient.
 
-Stock, a step reads the gradients for their norm, reads and writes them to clip, reads them to
-update, and then reads the masters to write the bf16 weights. Here the clip factor stays on the
-device and the update takes it, with masters, moments and bf16 weights written from registers: the
-gradient is read twice, once for the norm, and never written. Preparing needs no change: gradient
-buffers are fp32, so megatron-core's `main_param.grad = main_grad.float()` is a view.
+Stock, a step reads and writes the gradients to divide them by the number of tokens, reads them for
+their norm, reads and writes them to clip, reads them to update, and then reads the masters to write
+the bf16 weights. Here both factors stay on the device and the update takes their product, with
+masters, moments and bf16 weights written from registers: the gradient is read twice, once for the
+norm, and never written (torch's own AdamW writes it back, scaled). Preparing needs no change:
+gradient buffers are fp32, so megatron-core's `main_param.grad = main_grad.float()` is a view.
 
 A gradient norm that is not finite or above the step's limit, or a loss that the step does not
 accept, changes nothing: no parameter, no moment, no step count.
@@ -42,7 +43,7 @@ class OnePass:
         """By fp32 master: the bf16 weight, or this rank's part of it, that follows it."""
         return {}
 
-    def update(self, grad_scale: Tensor | None, found_inf: Tensor) -> None:
+    def update(self, grad_scale: Tensor, found_inf: Tensor) -> None:
         """Enqueue the update with prepared gradients; see FusedAdam.update."""
         if not self.is_stub_optimizer:
             self.optimizer.update(grad_scale=grad_scale, found_inf=found_inf, weights=self.weights)
@@ -84,7 +85,7 @@ class OnePassDistributed(OnePass, DistributedOptimizer):
             for model, main in zip(models, mains, strict=True)
         }
 
-    def update(self, grad_scale: Tensor | None, found_inf: Tensor) -> None:
+    def update(self, grad_scale: Tensor, found_inf: Tensor) -> None:
         """See OnePass.
 
         Collectives: all-gather of the parameters over data and context ranks, unless it overlaps
@@ -114,11 +115,12 @@ class OnePassChain(ChainedOptimizer):
 
     @torch.no_grad()
     def step(
-        self, accepted: Tensor | None = None, norm_limit: float = math.inf
+        self, gradient_scale: Tensor, accepted: Tensor, norm_limit: float = math.inf
     ) -> tuple[bool, float, None]:
-        """(whether parameters changed, gradient norm before clipping, None).
+        """(whether parameters changed, norm of the scaled gradients before clipping, None).
 
         Args:
+            gradient_scale: [] fp64 on the device: what the gradients are multiplied by first.
             accepted: [] bool on the device: where False nothing changes.
             norm_limit: nor does anything where the norm is above.
 
@@ -126,15 +128,14 @@ class OnePassChain(ChainedOptimizer):
         the optimizers' `update`.
         """
         self.prepare_grads()
-        total = self.square_sum()
-        max_norm = self.config.clip_grad
-        grad_scale = clip_factor(total, max_norm, CLIP_EPS) if max_norm > 0 else None
-        good = norm_within(total, norm_limit)
-        if accepted is not None:
-            good &= accepted
+        total = self.square_sum() * gradient_scale.square()
+        factor, max_norm = gradient_scale, self.config.clip_grad
+        if max_norm > 0:
+            factor = factor * clip_factor(total, max_norm, CLIP_EPS)
+        good = norm_within(total, norm_limit) & accepted
         found_inf = (~good).float()
         for optimizer in self.chained_optimizers:
-            optimizer.update(grad_scale, found_inf)
+            optimizer.update(factor.float(), found_inf)
         # Read only now: everything above is enqueued.
         total_value, good_value = torch.stack([total, good.to(total.dtype)]).tolist()
         if not good_value:
@@ -142,11 +143,11 @@ class OnePassChain(ChainedOptimizer):
         return bool(good_value), math.sqrt(total_value), None
 
     local_square_sum: Tensor
-    """[] of the gradients that this rank counted in the last step."""
+    """[] of the gradients that this rank counted in the last step, before they were scaled."""
 
     @torch.no_grad()
     def square_sum(self) -> Tensor:
-        """[] over all gradients of the model, prepared; the norm is its root.
+        """[] over all gradients of the model, prepared and not scaled; their norm is its root.
 
         Collectives: as `step`.
         """
