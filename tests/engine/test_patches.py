@@ -13,12 +13,17 @@ from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.ranks import RankError, RankPool
 
+PIPELINE, DATA = "parallel.pipeline=2", "parallel.data=2"
+NEEDED_BY = {"synchronize": DATA}
+"""The layout that fails without a change, where that is not the pipeline."""
 NAMES = [DEVICE_LITERALS, *(patch.name for patch in PATCHES)]
 
 
-def _train_save_resume(rank: int, world_size: int, root: Path, without: frozenset[str]) -> float:
+def _train_save_resume(
+    rank: int, world_size: int, root: Path, layout: str, without: frozenset[str]
+) -> float:
     recipe = tiny_recipe(
-        "parallel.pipeline=2",
+        layout,
         "parallel.distributed_optimizer=true",
         "recompute.granularity='full'",
     )
@@ -40,22 +45,29 @@ def _train_save_resume(rank: int, world_size: int, root: Path, without: frozense
 
 
 @pytest.fixture(scope="module")
-def straight_loss(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Loss of the last step with all patches."""
+def straight_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Loss of the last step with all patches, by layout."""
     with RankPool(2) as pool:
-        return pool.run(_train_save_resume, tmp_path_factory.mktemp("all"), frozenset())[0]
+        root = tmp_path_factory.mktemp("all")
+        return {
+            layout: pool.run(_train_save_resume, root / layout, layout, frozenset())[0]
+            for layout in (PIPELINE, DATA)
+        }
 
 
-def test_run_with_all_patches_trains_saves_and_resumes(straight_loss: float) -> None:
-    assert 0 < straight_loss < 6
+def test_run_with_all_patches_trains_saves_and_resumes(straight_losses: dict[str, float]) -> None:
+    assert all(0 < loss < 6 for loss in straight_losses.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_run_without_a_patch_fails(name: str, tmp_path: Path, straight_loss: float) -> None:
+def test_run_without_a_patch_fails(
+    name: str, tmp_path: Path, straight_losses: dict[str, float]
+) -> None:
+    layout = NEEDED_BY.get(name, PIPELINE)
     with RankPool(2) as pool, pytest.raises(RankError):
-        loss = pool.run(_train_save_resume, tmp_path, frozenset({name}))[0]
-        if loss != straight_loss:
-            raise RankError(0, f"the loss became {loss}, expected {straight_loss}")
+        loss = pool.run(_train_save_resume, tmp_path, layout, frozenset({name}))[0]
+        if loss != straight_losses[layout]:
+            raise RankError(0, f"the loss became {loss}, expected {straight_losses[layout]}")
 
 
 def test_outside_of_the_context_torch_is_stock() -> None:

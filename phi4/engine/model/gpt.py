@@ -215,6 +215,8 @@ def _pipeline(parallel: ParallelConfig, model: ModelConfig) -> dict[str, object]
         ),
         "overlap_p2p_comm": parallel.overlap_p2p,
         "batch_p2p_comm": not parallel.overlap_p2p,
+        # Else the host waits for the device after every exchange: for a fault of older torch.
+        "batch_p2p_sync": False,
     }
     if parallel.layers_per_stage is not None and parallel.pipeline > 1:
         stages = [["decoder"] * count for count in parallel.layers_per_stage]
