@@ -30,6 +30,7 @@ from phi4.engine.model.gpt import (
 from phi4.engine.model.host_batch import HostBatch, check_host_batches
 from phi4.engine.model.implementations import choose, implementation_of
 from phi4.engine.model.micro_batch import MicroBatches, to_device
+from phi4.engine.model.placement import SideStream
 from phi4.engine.model.rope import RopeCache
 from phi4.engine.model.weights_hash import weights_sha256
 from phi4.engine.objective import Objective
@@ -91,6 +92,7 @@ class Engine:
         self._tick = tick
         self.forward_timer: ForwardTimer | None = None
         """Measures the forward passes of training while it is set."""
+        self._copies = SideStream(platform.device)
         self.patches = patches or Patches(platform.kind)
         head_dim = recipe.model.head_dim
         self.choices = choose(recipe.kernels, platform.device, head_dim, evidence)
@@ -212,7 +214,7 @@ class Engine:
             device=self.platform.device,
             rope_cache=self.rope_cache,
         )
-        return MicroBatches(batches, move, self._tick, self.forward_timer)
+        return MicroBatches(batches, move, self._tick, self.forward_timer, self._copies)
 
     def whole_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(global name, whole tensor) of this pipeline stage, the same on every tensor rank.

@@ -101,12 +101,12 @@ class Activations:
 
     @property
     def batch_bytes(self) -> int:
-        """A micro-batch placed on the device: ids, labels, mask, cosines and sines.
+        """A micro-batch placed on the device: ids, labels, mask, positions, cosines and sines.
 
         Documents add 12 bytes each, which are not counted.
         """
         tables = 2 * self.recipe.model.head_dim * self.element_bytes
-        return self.tokens * (8 + 8 + 4 + tables)
+        return self.tokens * (8 + 8 + 4 + 4 + tables)
 
     def working_bytes(self, *, is_last: bool) -> int:
         """Bound of what lives beside the kept bytes while one layer or the loss head runs.

@@ -180,7 +180,8 @@ def _stage(recipe: Recipe, tensor_ranks: Sequence[RankShape]) -> StageMemory:
         activations=activations,
         loss_head=loss_head,
         working=working,
-        batch=(sum(in_flight) + 1) * kept.batch_bytes,
+        # Every model chunk has the micro-batch after its present one on the device.
+        batch=(sum(in_flight) + 1 + len(in_flight)) * kept.batch_bytes,
         allowance=_allowance(recipe, activations + loss_head + working),
     )
 

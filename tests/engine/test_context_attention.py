@@ -217,9 +217,7 @@ def attend_one(rank: int, route: str, batch: Rows, group: dist.ProcessGroup) -> 
         for name, x in batch.tensors().items()
     }
     q, k, v = (local[name].requires_grad_() for name in ("q", "k", "v"))
-    visible = visible_keys(
-        batch.cu_seqlens, batch.num_rows, batch.length, layout, torch.device("cpu")
-    )
+    visible = visible_keys(batch.cu_seqlens, batch.num_rows, batch.length, layout)
     options = {"scale": DIM**-0.5, "implementation": "torch"}
     out = ROUTES[route].apply(q, k, v, visible, group, options)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), local["dout"])

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,7 +38,7 @@ def seen_by_rank(
     cu_seqlens: np.ndarray, num_rows: int, length: int, layout: Layout
 ) -> list[tuple[int, int]]:
     """Every (query, key) that the rank's ranges show, as tokens of the flattened rows."""
-    plan = visible_keys(cu_seqlens, num_rows, length, layout, torch.device("cpu"))
+    plan = visible_keys(cu_seqlens, num_rows, length, layout)
     pairs = []
     for step, block in enumerate(plan):
         source = (layout.cp_rank - step) % layout.cp_size
@@ -83,7 +82,7 @@ def test_each_query_sees_its_document_so_far_once(variant, batch):
 
 def test_blocks_that_no_document_shares_are_left_out():
     cu_seqlens = np.array([0, 4, 8, 12, 16], dtype=np.int32)
-    plan = visible_keys(cu_seqlens, 1, 16, layout_of(0, 2, "ring"), torch.device("cpu"))
+    plan = visible_keys(cu_seqlens, 1, 16, layout_of(0, 2, "ring"))
     assert [ranges is None for ranges in plan[0]] == [False, False]
     assert plan[1] == (None, None)
 
@@ -91,7 +90,7 @@ def test_blocks_that_no_document_shares_are_left_out():
 def test_documents_without_keys_are_one_range():
     # The last rank's second chunk sees the first rank's keys only through the first document.
     cu_seqlens = np.array([0, 9, 10, 11, 12, 16], dtype=np.int32)
-    plan = visible_keys(cu_seqlens, 1, 16, layout_of(1, 2, "ring"), torch.device("cpu"))
+    plan = visible_keys(cu_seqlens, 1, 16, layout_of(1, 2, "ring"))
     first, second = plan[1]
     assert first.k_ends.tolist() == [4]
     assert second.q_offsets.tolist() == [0, 1, 4]

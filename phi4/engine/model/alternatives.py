@@ -61,15 +61,14 @@ class AlternativeRows:
 
 
 def alternative_rows(
-    labels_BS: torch.Tensor, alternatives_BS: torch.Tensor, layout: Layout, device: torch.device
+    labels_BS: torch.Tensor, alternatives_BS: torch.Tensor, layout: Layout
 ) -> AlternativeRows:
-    """Plan the rows of one micro-batch.
+    """Plan the rows of one micro-batch, on the host.
 
     Args:
-        labels_BS: int64, this context rank's columns, on the host.
+        labels_BS: int64, this context rank's columns.
         alternatives_BS: likewise; -1 where there is no second label.
         layout: says how tensor ranks split the tokens.
-        device: of the plan.
     """
     num_parts = layout.tp_size if layout.parallel.sequence else 1
     second_PR = alternatives_BS.t().reshape(num_parts, -1)
@@ -83,10 +82,10 @@ def alternative_rows(
     labels_PX = torch.cat((labels_BS.t().reshape(num_parts, -1), second_PA.clamp_min(0)), dim=1)
     return AlternativeRows(
         shape=tuple(labels_BS.shape),
-        mask_BS=(alternatives_BS >= 0).to(device),
-        labels_1X=labels_PX.reshape(1, -1).to(device),
-        appended_A=columns_PA[layout.tp_rank if num_parts > 1 else 0].to(device),
-        slots_N=slots_N.to(device),
-        places_N=(part_starts_P1 + columns_PA).flatten()[slots_N].to(device),
+        mask_BS=(alternatives_BS >= 0),
+        labels_1X=labels_PX.reshape(1, -1),
+        appended_A=columns_PA[layout.tp_rank if num_parts > 1 else 0],
+        slots_N=slots_N,
+        places_N=(part_starts_P1 + columns_PA).flatten()[slots_N],
         num_parts=num_parts,
     )

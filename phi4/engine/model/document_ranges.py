@@ -23,24 +23,21 @@ one before it one less (causal). In the others every query of a range sees all o
 
 
 class HostRanges(NamedTuple):
-    """`Ranges` before they move to the device; int32 arrays."""
+    """`Ranges` as int32 arrays."""
 
     q_offsets: np.ndarray
     k_starts: np.ndarray
     k_ends: np.ndarray
 
 
-def visible_keys(
-    cu_seqlens: np.ndarray, num_rows: int, length: int, layout: Layout, device: torch.device
-) -> Visible:
-    """The ranges of this rank.
+def visible_keys(cu_seqlens: np.ndarray, num_rows: int, length: int, layout: Layout) -> Visible:
+    """The ranges of this rank, on the host.
 
     Args:
         cu_seqlens: [documents + 1], over the flattened rows; every row start is a boundary.
         num_rows: of the micro-batch.
         length: of a whole row.
         layout: says which columns are this rank's, and how keys of the others come.
-        device: of the attention.
     """
     chunks = layout.context_chunks(length)
     if layout.cp_size == 1 or layout.parallel.context_attention == "all_gather":
@@ -48,11 +45,13 @@ def visible_keys(
     else:
         sources = [(layout.cp_rank - step) % layout.cp_size for step in range(layout.cp_size)]
         blocks = [context_chunks(length, source, layout.cp_size) for source in sources]
-    plan = [
-        [chunk_ranges(cu_seqlens, num_rows, length, chunk, block) for chunk in chunks]
+    return tuple(
+        tuple(
+            _as_tensors(chunk_ranges(cu_seqlens, num_rows, length, chunk, block))
+            for chunk in chunks
+        )
         for block in blocks
-    ]
-    return _on_device(plan, device)
+    )
 
 
 def chunk_ranges(
@@ -96,15 +95,6 @@ def chunk_ranges(
     return HostRanges(*(x.astype(np.int32) for x in (q_offsets, k_starts[kept], k_ends[kept])))
 
 
-def _on_device(plan: Sequence[Sequence[HostRanges]], device: torch.device) -> Visible:
-    """The ranges as tensors, moved in one copy."""
-    arrays = [array for block in plan for ranges in block for array in ranges]
-    packed = torch.from_numpy(np.concatenate(arrays)).to(device, non_blocking=True)
-    tensors = iter(packed.split([len(array) for array in arrays]))
-
-    def moved(host: HostRanges) -> Ranges | None:
-        parts = [next(tensors) for _ in host]
-        longest = [int(x.max()) for x in (np.diff(host.q_offsets), host.k_ends - host.k_starts)]
-        return Ranges(*parts, *longest) if longest[1] else None
-
-    return tuple(tuple(moved(host) for host in block) for block in plan)
+def _as_tensors(found: HostRanges) -> Ranges | None:
+    longest = [int(x.max()) for x in (np.diff(found.q_offsets), found.k_ends - found.k_starts)]
+    return Ranges(*map(torch.from_numpy, found), *longest) if longest[1] else None

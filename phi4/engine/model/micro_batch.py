@@ -7,7 +7,8 @@ its RoPE and context split assume that documents divide by the context size.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from phi4.engine.layout import Layout
 from phi4.engine.model.alternatives import AlternativeRows, alternative_rows
 from phi4.engine.model.document_ranges import Visible, visible_keys
 from phi4.engine.model.host_batch import HostBatch
+from phi4.engine.model.placement import SideStream, on_device
 from phi4.engine.model.rope import RopeCache, rope_cos_sin
 
 # Shape legend: B rows, S local columns (a context slice), T = S * B tokens, D head dim, D2 half of
@@ -59,7 +61,7 @@ class MicroBatch:
 
 
 class MicroBatches:
-    """The micro-batches of a step, placed on the device one by one.
+    """The micro-batches of a step, placed on the device one ahead of its turn.
 
     A step's RoPE tables would fill gigabytes if they lived together. Every model chunk walks
     through the batches for itself.
@@ -69,6 +71,7 @@ class MicroBatches:
         to_device: places one.
         tick: called whenever a chunk takes a micro-batch.
         timer: measures the forward passes over them; None measures nothing.
+        stream: where they are placed.
     """
 
     def __init__(
@@ -76,20 +79,25 @@ class MicroBatches:
         batches: Sequence[HostBatch],
         to_device: Callable[[HostBatch], MicroBatch],
         tick: Callable[[], None],
-        timer: ForwardTimer | None = None,
+        timer: ForwardTimer | None,
+        stream: SideStream,
     ) -> None:
         self._batches = batches
         self._to_device = to_device
         self._tick = tick
         self._timer = timer
+        self._stream = stream
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for batch in self._batches:
+        made = (self._stream.make(partial(self._to_device, batch)) for batch in self._batches)
+        coming = next(made, None)
+        while coming is not None:
             self._tick()
-            yield self._to_device(batch)
+            batch, coming = coming(), next(made, None)
+            yield batch
 
     def measured(self) -> AbstractContextManager[None]:
         """Around one forward pass over one of them."""
@@ -129,31 +137,37 @@ def to_device(
         ValueError: the rows do not split over the ranks, or are longer than the cache.
     """
     _check_length(batch.tokens.shape[1], layout, rope_cache)
+    placed, positions_BS = on_device(_on_host(batch, layout), device)
+    rotary = _rotary_fields(positions_BS, model, dtype, rope_cache)
+    return replace(placed, documents=replace(placed.documents, **rotary))
 
-    def local(array: np.ndarray) -> torch.Tensor:
-        return layout.context_slice(torch.from_numpy(np.ascontiguousarray(array)))
 
-    def slice_of(array: np.ndarray, to: torch.dtype) -> torch.Tensor:
-        return local(array).to(device=device, dtype=to, non_blocking=True)
+def _on_host(batch: HostBatch, layout: Layout) -> tuple[MicroBatch, torch.Tensor]:
+    """This rank's slice as it will be on the device, without RoPE; positions [B, S], int32."""
 
-    rotary = _rotary_fields(slice_of(batch.positions, torch.int32), model, dtype, rope_cache)
+    def slice_of(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return layout.context_slice(_as_tensor(array)).to(dtype)
+
     ids, second = batch.segment_ids, batch.alternative_labels
+    labels_BS = slice_of(batch.labels, torch.int64)
     if second is not None:
-        second = alternative_rows(local(batch.labels), local(second), layout, device)
-    return MicroBatch(
+        second = alternative_rows(labels_BS, slice_of(second, torch.int64), layout)
+    placed = MicroBatch(
         tokens_BS=slice_of(batch.tokens, torch.int64),
-        labels_BS=slice_of(batch.labels, torch.int64),
+        labels_BS=labels_BS,
         loss_mask_BS=slice_of(batch.loss_mask, torch.float32),
-        documents=_documents(batch, layout, device, rotary),
+        documents=_documents(batch, layout),
         segment_ids_BS=None if ids is None else slice_of(ids, torch.int64),
         num_segments=batch.num_segments,
         token_extras={k: slice_of(v, torch.float32) for k, v in batch.token_extras.items()},
-        segment_extras={
-            name: torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
-            for name, values in batch.segment_extras.items()
-        },
+        segment_extras={k: _as_tensor(v) for k, v in batch.segment_extras.items()},
         alternatives=second,
     )
+    return placed, slice_of(batch.positions, torch.int32)
+
+
+def _as_tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _rotary_fields(
@@ -183,11 +197,9 @@ def _check_length(length: int, layout: Layout, rope_cache: RopeCache | None) -> 
         raise ValueError(f"rows of {length} tokens; RoPE has {rope_cache.num_positions} positions")
 
 
-def _documents(
-    batch: HostBatch, layout: Layout, device: torch.device, rotary: Mapping[str, object]
-) -> Documents:
+def _documents(batch: HostBatch, layout: Layout) -> Documents:
     num_rows, length = batch.tokens.shape
-    cu_seqlens = torch.from_numpy(np.asarray(batch.cu_seqlens, dtype=np.int32)).to(device)
+    cu_seqlens = torch.from_numpy(np.asarray(batch.cu_seqlens, dtype=np.int32))
     longest = int(np.diff(batch.cu_seqlens).max())
     return Documents(
         qkv_format="sbhd",
@@ -195,7 +207,6 @@ def _documents(
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        visible=visible_keys(batch.cu_seqlens, num_rows, length, layout, device),
+        visible=visible_keys(batch.cu_seqlens, num_rows, length, layout),
         one_per_row=len(batch.cu_seqlens) == num_rows + 1 and layout.cp_size == 1,
-        **rotary,
     )
