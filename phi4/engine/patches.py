@@ -76,7 +76,7 @@ class CudaMeansHere(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+            return f"torch.cuda.{func(*args).rpartition('.')[2]}"
         return func(*args, **kwargs)
 
 
@@ -159,7 +159,7 @@ PATCHES = (
         "rng_state",
         "tensor_parallel/random.py:447,457",
         "activation recompute saves and restores the CUDA generator",
-        ("cpu",),
+        ("cpu", "meta"),
         lambda patches: [
             (megatron_random, "_get_cuda_rng_state", _get_cpu_rng_state),
             (megatron_random, "_set_cuda_rng_state", _set_cpu_rng_state),
@@ -180,7 +180,7 @@ PATCHES = (
         "optimizer/__init__.py:30, optimizer/distrib_optimizer.py:642,940",
         "without apex and transformer-engine, torch's AdamW takes the place of FusedAdam; its step "
         "counts per parameter and cannot resume under the distributed optimizer",
-        ("cpu", "cuda"),
+        ("cpu", "cuda", "meta"),
         lambda patches: [
             (megatron_optimizer, "Adam", FusedAdam),
             (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
@@ -195,7 +195,7 @@ PATCHES = (
         "optimizer/distrib_optimizer.py:2429",
         "clipping rewrites the gradient, and the copy to the weights reads the masters again; both "
         "run outside of Adam.step",
-        ("cpu", "cuda"),
+        ("cpu", "cuda", "meta"),
         lambda patches: [
             (megatron_optimizer, "ChainedOptimizer", OnePassChain),
             (megatron_optimizer, "DistributedOptimizer", OnePassDistributed),

@@ -134,7 +134,7 @@ class _MaskedSum(torch.autograd.Function):
     def backward(ctx, grad_SB: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (mask_SB,) = ctx.saved_tensors
         is_mask = (grad_SB == -mask_SB).all()
-        if not grad_SB.is_cuda and not is_mask:
+        if grad_SB.is_cpu and not is_mask:
             raise ConfigError(
                 "loss_head.form=one_pass expects a loss sum of minus the masked log-probabilities, "
                 "the objective has another; use recompute or logits"
