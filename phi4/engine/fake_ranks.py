@@ -85,8 +85,7 @@ def paper_rank(
     )
     try:
         with Patches(kind):
-            # Groups over gloo would wait for the other ranks.
-            yield create_layout(parallel, gloo=False)
+            yield create_layout(parallel)
     finally:
         destroy_layout()
         dist.destroy_process_group()

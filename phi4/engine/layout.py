@@ -102,12 +102,11 @@ def context_chunks(length: int, cp_rank: int, cp_size: int) -> list[tuple[int, i
     return [(i * size, (i + 1) * size) for i in (cp_rank, 2 * cp_size - 1 - cp_rank)]
 
 
-def create_layout(parallel: ParallelConfig, *, gloo: bool = True) -> Layout:
+def create_layout(parallel: ParallelConfig) -> Layout:
     """Create megatron-core's process groups for these degrees.
 
     Args:
         parallel: degrees; data parallelism takes what they leave of the default group.
-        gloo: also make the groups that move host memory; False for ranks that exist on paper.
 
     Collectives: creates one group per axis and per pair of axes that megatron-core uses; every
     rank of the default group calls it.
@@ -119,7 +118,9 @@ def create_layout(parallel: ParallelConfig, *, gloo: bool = True) -> Layout:
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
         context_parallel_size=parallel.context,
-        create_gloo_process_groups=gloo,
+        # Second groups, for host memory: only checkpoint formats that are not ours use them, and
+        # on many nodes they may not connect (Megatron-LM issue 877).
+        create_gloo_process_groups=False,
     )
     return Layout(
         parallel=parallel,

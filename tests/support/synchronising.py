@@ -7,7 +7,6 @@ what is on the host are told apart. Its collectives move nothing, so one process
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -22,11 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from phi4.config import Recipe
-from phi4.engine import engine as engine_module
 from phi4.engine.engine import Engine
-from phi4.engine.layout import create_layout
 from phi4.engine.model import placement
-from phi4.engine.optimizer import build
 from phi4.engine.patches import Patches
 from phi4.engine.platform import Platform
 
@@ -129,18 +125,14 @@ def engine_on_paper(recipe: Recipe, rank: int) -> Iterator[tuple[Engine, Waits]]
     world_size = recipe.parallel.model_parallel_size * recipe.parallel.data
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     waits = Waits()
-    without_gloo = {
-        (engine_module, "create_layout"): partial(create_layout, gloo=False),
-        (build, "get_megatron_optimizer"): partial(
-            build.get_megatron_optimizer, use_gloo_process_groups=False
-        ),
+    replaced = {
         (placement, "staging_block"): waits.staging_block,
         (p2p_communication.torch.distributed, "batch_isend_irecv"): lambda exchanges: [],
     }
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
         stack.enter_context(_config.patch(meta_nonzero_assume_all_nonzero=True))
-        for (owner, name), value in without_gloo.items():
+        for (owner, name), value in replaced.items():
             stack.enter_context(mock.patch.object(owner, name, value))
         platform = Platform("cuda", META, rank, world_size, "on paper")
         engine = Engine(recipe, platform, patches=Patches("meta"), draws_weights=False)

@@ -85,6 +85,7 @@ def build_optimizer(
             overlap_param_gather=recipe.parallel.overlap_param_gather,
         ),
         wrapped,
+        use_gloo_process_groups=False,
     )
     optimizer.serve_by(
         adamw=implementation_of("adamw", choices),
