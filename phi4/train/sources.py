@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from phi4.config import Recipe
 from phi4.data.stream.loader import HeldOut, Loader, open_held_out
+from phi4.data.stream.read_ahead import ReadAheadLoader
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 from phi4.engine.agreement import decided_by_writer, done_by_all
 from phi4.engine.platform import Platform
@@ -63,7 +64,7 @@ def open_sources(
 
     def open_all() -> RunData:
         held_out = open_held_out(recipe.data, tokenizer, recipe.run.seed)
-        data = RunData(Loader(recipe.data, tokenizer, recipe.run.seed), held_out)
+        data = RunData(ReadAheadLoader(recipe.data, tokenizer, recipe.run.seed), held_out)
         if state is not None:
             data.go_to(recipe, state)
         return data
