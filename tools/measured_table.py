@@ -111,25 +111,50 @@ def _one_forward(row: Row) -> tuple[str, str]:
 
 
 _OURS, _PLAIN, _LIGER = "triton, csrc optimizer", "plain torch", "transformers + liger"
+_AGAINST = {
+    "megatron-core + TE": "megatron-core with Transformer Engine",
+    "megatron-core": "megatron-core",
+    _PLAIN: "the same engine in plain torch",
+    _LIGER: "transformers with Liger",
+}
 
 
 def _gpu_runs(rows: list[Row]) -> list[Row]:
-    """A row per run of `tools/gpu_step_time.py`, which writes one per side, ours first."""
-    runs: list[Row] = []
+    """A row per run of `tools/gpu_step_time.py`, which writes one per side.
+
+    Rows name their run; those of before name none, and ours is the first side of each run.
+    """
+    runs: dict[str, Row] = {}
+    unnamed = 0
     for row in rows:
-        if row["side"] == _OURS:
-            runs.append({"commit": row["commit"], "sides": {}})
-        runs[-1]["sides"][row["side"]] = row
-    return runs
+        unnamed += "run" not in row and row["side"] == _OURS
+        run = runs.setdefault(row.get("run", str(unnamed)), {"sides": {}})
+        if "absent" not in row:
+            run["commit"] = row["commit"]
+            run["sides"][row["side"]] = row
+    return list(runs.values())
+
+
+def _extrapolated(ours: Row) -> str:
+    whole = ours.get("extrapolated")
+    if not whole:
+        return ""
+    low, high = whole["tokens_per_second_per_gpu_95"]
+    return (
+        f"{whole['num_layers']} layers extrapolated from {ours['slice']['num_layers'][0]} and "
+        f"{ours['slice']['num_layers'][1]}, {whole['conditions']}: "
+        f"{whole['tokens_per_second_per_gpu']:,} tokens/s ({low:,} to {high:,}), MFU "
+        f"{whole['mfu_causal']:.3f} causal, {whole['mfu_full']:.3f} full; "
+    )
 
 
 def _gpu_step_time(run: Row) -> tuple[str, str]:
     ours = run["sides"][_OURS]
-    against = {_PLAIN: "the same engine in plain torch", _LIGER: "transformers with Liger"}
     compared = [
         f"{ours['tokens_per_second'] / other['tokens_per_second']:.2f} x {name} "
         f"({other['tokens_per_second']:,}, {other['mfu']:.3f}, {other['peak_gib']:.0f} GiB)"
-        for name, other in ((against[side], run["sides"][side]) for side in against)
+        for name, other in ((_AGAINST[side], run["sides"].get(side)) for side in _AGAINST)
+        if other
     ]
     what = (
         f"training on one {ours['device']}, Triton kernels and csrc optimizer, "
@@ -138,8 +163,8 @@ def _gpu_step_time(run: Row) -> tuple[str, str]:
     )
     result = (
         f"{ours['tokens_per_second']:,} tokens/s, MFU {ours['mfu']:.3f}, "
-        f"{ours['peak_gib']:.0f} GiB; {', '.join(compared)}, whose weights and moments are bf16 "
-        "where ours are fp32"
+        f"{ours['peak_gib']:.0f} GiB; {_extrapolated(ours)}{', '.join(compared)}, whose weights "
+        "and moments are bf16 where ours are fp32"
     )
     return what, result
 

@@ -39,3 +39,38 @@ def test_speeds_on_a_gpu_are_compared_within_one_run(tmp_path: Path) -> None:
     (tmp_path / "gpu_step_time.jsonl").write_text("\n".join(lines))
     assert "1.50 x the same engine" in table(tmp_path) and "3.00 x transformers" in table(tmp_path)
     assert "| first |" in table(tmp_path)
+
+
+def test_rows_of_a_named_run_give_the_whole_model_and_leave_out_what_is_absent(
+    tmp_path: Path,
+) -> None:
+    def row(side: str, rate: int, run: str, **more: object) -> str:
+        shape = {"device": "GPU", "num_layers": 2, "row_tokens": 4096, "peak_gib": 1.0, "mfu": 0.5}
+        columns = {"side": side, "tokens_per_second": rate, "commit": run, "run": run}
+        return json.dumps(columns | shape | more)
+
+    whole = {
+        "conditions": "without communication",
+        "num_layers": 40,
+        "tokens_per_second_per_gpu": 6100,
+        "tokens_per_second_per_gpu_95": [6090, 6110],
+        "mfu_causal": 0.55,
+        "mfu_full": 0.58,
+    }
+    more = {"slice": {"num_layers": [2, 4]}, "extrapolated": whole}
+    absent = {"side": "megatron-core + TE", "commit": "one", "run": "one", "absent": "no package"}
+    lines = [
+        row("triton, csrc optimizer", 300, "one", **more),
+        json.dumps(absent),
+        row("megatron-core", 150, "one"),
+        row("plain torch", 200, "one"),
+        row("transformers + liger", 100, "one"),
+        # Some sides of a later run, ours not among them, are none of the run before.
+        row("plain torch", 1, "two"),
+    ]
+    (tmp_path / "gpu_step_time.jsonl").write_text("\n".join(lines))
+    text = table(tmp_path)
+    assert "2.00 x megatron-core (150" in text and "1.50 x the same engine" in text
+    assert "Transformer Engine" not in text
+    assert "40 layers extrapolated from 2 and 4, without communication: 6,100 tokens/s" in text
+    assert "MFU 0.550 causal, 0.580 full" in text
