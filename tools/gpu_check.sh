@@ -9,7 +9,8 @@
 #   tools/gpu_check.sh --list               # the parts; needs no GPU
 #
 # PYTHON names the interpreter; it needs torch >= 2.11, triton >= 3.6, numpy, pytest and hypothesis,
-# and part steps transformers for two of its sides. What the engine and Liger's sides need besides
+# and part steps transformers for two of its sides and Transformer Engine for one: a side whose
+# package is not installed is reported as absent. What the engine and Liger's sides need besides
 # (tools/gpu_wheels.sh collects it) is taken from the directory WHEELS. PHI4_COMMIT names the commit
 # in the rows where this is a copy whose .git is missing or of another state.
 # csrc is built here where nvcc is, and taken from build/csrc/ where it was built elsewhere.
@@ -24,7 +25,7 @@ jobs=$(getconf _NPROCESSORS_ONLN)
 
 declare -A parts=(
     [numbers]="the error rule on every case of every op; the rows that let auto choose a kernel"
-    [steps]="training at phi-4's width beside plain torch, transformers and Liger"
+    [steps]="training at phi-4's width beside megatron-core, plain torch, transformers and Liger"
     [engine]="ten steps on the GPU against the CPU, saved and resumed on either"
     [attention]="attention timed beside cuDNN and FlashAttention where they are installed"
     [loss_head]="cross-entropy and the chunked loss head timed"
@@ -57,7 +58,10 @@ timed() {  # the bench checks an op again before it times it, so a red op has no
 }
 
 part_numbers() { within "$python" -m phi4_kernels.testing numbers --jobs "$jobs" --record; }
-part_steps() { within "$python" tools/gpu_step_time.py --out benchmarks/gpu_step_time.jsonl; }
+part_steps() {  # it ends by itself and says what there was no time for
+    within "$python" tools/gpu_step_time.py --out benchmarks/gpu_step_time.jsonl \
+        --seconds "$part_seconds"
+}
 part_engine() {
     within "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.jsonl
     gpu_tests tests/engine/test_gpu_weight_gradients.py

@@ -54,7 +54,7 @@ def test_checks_are_shared_by_a_process_per_core_and_steps_leave_their_rows(tmp_
     assert len(numbers) == 2
     # OMP_NUM_THREADS is 1 here, which is not the number of cores.
     assert all(f"--jobs {os.cpu_count()} --record" in call for call in numbers)
-    assert "tools/gpu_step_time.py --out benchmarks/gpu_step_time.jsonl" in calls
+    assert "tools/gpu_step_time.py --out benchmarks/gpu_step_time.jsonl --seconds 3" in calls
 
 
 def test_a_part_ends_when_its_time_is_up(tmp_path):
