@@ -73,7 +73,10 @@ class StockMegatron:
             )
             self.chunk = DistributedDataParallel(self.config, options, model)
             self.config.finalize_model_grads_func = finalize_model_grads
-            self.optimizer = get_megatron_optimizer(_optimizer_config(recipe), [self.chunk])
+            options = _optimizer_config(recipe)
+            self.optimizer = get_megatron_optimizer(
+                options, [self.chunk], use_gloo_process_groups=False
+            )
             # What megatron-core's OptimizerParamScheduler does in every step of a constant rate.
             set_learning_rate(self.optimizer, recipe.optim.learning_rate, recipe.optim.weight_decay)
 
