@@ -1,11 +1,24 @@
 """Checks of attention's Triton kernels that run inside the interpreting process."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
-from phi4_kernels.attention import BlockTable, Ranges, attention, attention_decode, reference
+from phi4_kernels import interpreter
+from phi4_kernels.attention import (
+    BlockTable,
+    Ranges,
+    attention,
+    attention_backward,
+    attention_decode,
+    attention_forward,
+    reference,
+)
 from torch import Tensor
+
+from tests.support.gradient_passes import Passes
 
 _SIDES = ("offsets", "starts", "ends")
 
@@ -191,7 +204,8 @@ def far_rows_are_addressed_in_64_bits() -> None:
 
 
 def queries_are_read_by_group() -> None:
-    """q as views into packed QKV, [T, K, N / K, D], gives the bits of a q that is copied out."""
+    """q as views into packed QKV, [T, K, N / K, D], gives the bits of a q that is copied out, and
+    nothing but the kernels reads it."""
     num_groups, group = 2, 2
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(9, num_groups, group + 2, 64, generator=generator)
@@ -201,8 +215,11 @@ def queries_are_read_by_group() -> None:
         leaf = qkv.clone().requires_grad_()
         q, k, v = leaf[:, :, :group], leaf[:, :, group], leaf[:, :, group + 1]
         q = q.flatten(1, 2) if flat else q
-        out = attention(q, k, v, ranges, implementation="triton").out
-        return [out.detach(), *torch.autograd.grad(out.cos().sum(), leaf)]
+        with Passes([leaf]) as passes:
+            out = attention(q, k, v, ranges, implementation="triton").out
+            gradient = torch.autograd.grad(out.cos().sum(), leaf)
+        assert flat or set(passes.reads) == {"phi4::attention_forward", "phi4::attention_backward"}
+        return [out.detach(), *gradient]
 
     for first, second in zip(run(flat=True), run(flat=False), strict=True):
         assert torch.equal(first, second)
@@ -214,6 +231,35 @@ def queries_are_read_by_group() -> None:
     )
     for first, second in zip(*decoded, strict=True):
         assert torch.equal(first, second)
+
+
+def parts_of_a_long_row(**sizes: int) -> int:
+    """Parts of a group's heads where a range is long, in half precision."""
+    from phi4_kernels.attention import triton_dkdv, triton_impl
+
+    return triton_dkdv.num_parts(triton_impl.DKDV["half"][-1], **sizes)
+
+
+def parts_give_what_the_whole_gives() -> None:
+    """dk and dv of a group of 4 in 1, 2 and 4 parts, which are added in any order of programs."""
+    from phi4_kernels.attention import triton_impl
+
+    *inputs, dout = (x.bfloat16() for x in _inputs([40, 40], [8, 2], 64))
+    offsets, row = [0, 7, 40], triton_impl.DKDV["half"][-1]
+    ranges = _ranges(offsets, offsets[:-1], offsets[1:], row.limit)
+    named, found = {"implementation": "triton"}, []
+    given = (dout, *inputs, *attention_forward(*inputs, ranges, **named), ranges)
+    for parts in (1, 2, 4):
+        ladder = {"half": (replace(row, most_programs=parts * 2),)}
+        with mock.patch.object(triton_impl, "DKDV", ladder):
+            found.append(attention_backward(*given, **named)[1:])
+            with interpreter.program_order("shuffled"):
+                again = attention_backward(*given, **named)[1:]
+        assert all(map(torch.equal, found[-1], again))
+    for parted in found[1:]:
+        for mine, whole in zip(parted, found[0], strict=True):
+            # bf16 has 8 bits: neighbours differ by 2**-7 at most, and sums near 0 by their terms'.
+            torch.testing.assert_close(mine.float(), whole.float(), rtol=2**-7, atol=2**-8)
 
 
 def one_graph_holds_attention(implementation: str) -> None:

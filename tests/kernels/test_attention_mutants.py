@@ -22,19 +22,19 @@ def mutated() -> Iterator[InterpretedProcess]:
 NOT_FINITE = {
     "values of a neighbour are multiplied by 0": ("triton_impl.py", "v = finite(v)", "v = v"),
     "values that are seen count as zeros": ("triton_impl.py", "scores + marks[None, :]", "scores"),
-    "keys of a neighbour are multiplied by 0": ("triton_backward.py", "k = finite(k)", "k = k"),
+    "keys of a neighbour are multiplied by 0": ("triton_dq.py", "k = finite(k)", "k = k"),
     "queries of a neighbour are multiplied by 0": (
-        "triton_backward.py",
+        "triton_dkdv.py",
         "kept = is_finite & (rows < last)",
         "kept = rows < last",
     ),
     "delta of a neighbour is multiplied by 0": (
-        "triton_backward.py",
+        "triton_dkdv.py",
         "delta = tl.where(is_finite, delta, 0.0)",
         "delta = delta",
     ),
     "queries that are not finite count as zeros": (
-        "triton_backward.py",
+        "triton_dkdv.py",
         'lse2 = tl.where(is_finite, lse2, float("nan"))',
         "lse2 = tl.where(is_finite, lse2, 0.0)",
     ),
@@ -56,19 +56,31 @@ CASES = {
         ("attention_forward", "decoding"),
     ),
     "another key head in dq": (
-        ("triton_backward.py", OF_HEAD, OF_ANOTHER),
+        ("triton_dq.py", OF_HEAD, OF_ANOTHER),
         ("attention_backward", "far-keys"),
     ),
     "another group's queries in dk and dv": (
-        ("triton_backward.py", "key_head * stride_q_group", "key_head * stride_q_head"),
+        ("triton_dkdv.py", "key_head * stride_q_group", "key_head * stride_q_head"),
         ("attention_backward", "far-keys"),
     ),
     "gaps are multiplied by 0": (
         ("triton_impl.py", "v = finite(v)", "v = v"),
         ("attention_forward", "ranges"),
     ),
+    "a part takes the heads of the first": (
+        ("triton_dkdv.py", "tl.cast(part * members, tl.int64)", "tl.cast(part * 0, tl.int64)"),
+        ("attention", "long-tiles"),
+    ),
+    "parts lie over each other": (
+        ("triton_dkdv.py", "tl.cast(part, tl.int64) * stride_part", "tl.cast(part, tl.int64)"),
+        ("attention", "long-tiles"),
+    ),
+    "a part is not added": (
+        ("triton_dkdv.py", "tl.static_range(1, PARTS)", "tl.static_range(2, PARTS)"),
+        ("attention", "long-tiles"),
+    ),
     "keys that nobody sees get a gradient": (
-        ("triton_backward.py", "(keys < end_key) & (low < high)", "keys < end_key"),
+        ("triton_dkdv.py", "(keys < end_key) & (low < high)", "keys < end_key"),
         ("attention_backward", "far-keys"),
     ),
 }

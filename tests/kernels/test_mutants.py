@@ -33,12 +33,12 @@ FUNCTIONS = {
 def test_a_file_that_an_implementation_imports_can_be_mutated() -> None:
     """That the kernels then compute something else is shown in test_numbers."""
     shipped, text = registry.implementation("attention", "triton"), "dweights - delta[:, None]"
-    with mutant("attention", "triton_backward.py", text, "dweights"):
+    with mutant("attention", "triton_dq.py", text, "dweights"):
         other = registry.implementation("attention", "triton")
-        assert text not in other.triton_backward._dq_block.src
-        assert other.triton_backward.span is other.span is not shipped.span
+        assert text not in other.triton_dq._dq_block.src
+        assert other.triton_dq.span is other.span is not shipped.span
     assert registry.implementation("attention", "triton") is shipped
-    assert attention.triton_backward is shipped.triton_backward
+    assert attention.triton_dq is shipped.triton_dq
     assert importlib.import_module(shipped.__name__) is shipped
 
 

@@ -60,7 +60,7 @@ MUTANTS = {
     ),
     "a gradient without delta": (
         "attention",
-        "triton_backward.py",
+        "triton_dq.py",
         "dscores = weights * (dweights - delta[:, None])",
         "dscores = weights * dweights",
         "attention_backward",

@@ -41,7 +41,7 @@ _PROOF = (
     packed("two-tiles", [70], **_SMALL),
     packed("long-tiles", [129, 9], **head_sizes(2, 1, 64), longest=1000),
     packed("group-of-8", [20], **head_sizes(8, 1, 96), strided=True),
-    packed("not-causal", [6, 40, 1], **head_sizes(2, 2, 64), causal=False),
+    packed("not-causal", [6, 40, 1], **head_sizes(2, 2, 64), causal=False, longest=1000),
     _RANGES,
     packed("empty", [], **_SMALL),
 )
@@ -71,6 +71,11 @@ _PARTS = (
 _SHIPPED = tuple(
     packed(f"d{dim}-up-to-{longest}", [8], **head_sizes(4, 1, dim), longest=longest)
     for dim, longest in ((64, 512), (64, 4096), (96, 4096), (128, 1), (128, 512), (128, 4096))
+)
+# So many programs that dk and dv are not parted, with numbers of heads that no 16 divides.
+_SHIPPED += tuple(
+    packed(f"d{dim}-many-heads", [8], **head_sizes(1202, 601, dim), longest=4096)
+    for dim in (64, 96, 128)
 )
 # Decoding. Parts are of 256 keys: none, one, a full one, two and three of them; scores far apart
 # from part to part; queries that see no key of a sequence's last part; groups of 1, 4 and 20 heads,

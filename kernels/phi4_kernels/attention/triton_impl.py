@@ -7,11 +7,11 @@ causality, documents, caches and gaps are nothing but such bounds. Heavy tiles, 
 of a range, start first.
 
 Backward is two passes, each with a fixed order of sums: dq by query tiles, then dk and dv by key
-tiles, which go through all heads of their group. The scores are computed twice, 7 products where 5
-would do, so the ceiling is 5/7 of the matrix rate: 564 counted TFLOP/s where that is 790. One pass
-would have to add dq across programs; in a fixed order that means programs that wait for each other
-by semaphores, which portable Triton neither guarantees to make progress nor interprets, and which
-serialises the long rows that matter most.
+tiles, which go through the heads of their group (triton_dkdv). The scores are computed twice, 7
+products where 5 would do, so the ceiling is 5/7 of the matrix rate: 564 counted TFLOP/s where that
+is 790. One pass would have to add dq across programs; in a fixed order that means programs that
+wait for each other by semaphores, which portable Triton neither guarantees to make progress nor
+interprets, and which serialises the long rows that matter most.
 """
 
 import torch
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phi4_kernels import launch
-from phi4_kernels.attention import triton_backward, triton_decode
+from phi4_kernels.attention import triton_decode, triton_dkdv, triton_dq
 from phi4_kernels.attention.once import once
 from phi4_kernels.attention.triton_tiles import (
     Tile,
@@ -40,7 +40,10 @@ from phi4_kernels.launch import Ladder
 # By tokens of the longest range: of queries for the first two passes, whose rows are queries and
 # whose blocks are keys, of keys for the third, where it is the other way round. fp32 has no matrix
 # unit that is exact, so its tiles are small and its time is that of plain multiplications. Decoding
-# has a row of its own: one query per range, so that a small tile means more programs.
+# has a row of its own: one query per range, so that a small tile means more programs. Up to 640
+# programs of dk and dv work on parts of a group: so many use 95% of the 132 multiprocessors of an
+# H200 for one document (tests/kernels/test_attention_schedule.py). Short ranges have no parts: to
+# write and add their sums would take as long as it saves.
 FORWARD: dict[str, Ladder] = {
     "half": (
         Tile(1, 64, 4, rows=16, num_stages=3),
@@ -54,7 +57,10 @@ DQ: dict[str, Ladder] = {
     "float": (Tile(2**31, 16, 8, rows=16),),
 }
 DKDV: dict[str, Ladder] = {
-    "half": (Tile(512, 32, 4, rows=64), Tile(2**31, 32, 8, rows=128, num_stages=3)),
+    "half": (
+        Tile(512, 32, 4, rows=64),
+        Tile(2**31, 32, 8, rows=128, num_stages=3, most_programs=640),
+    ),
     "float": (Tile(2**31, 16, 8, rows=32, border_stages=2),),
 }
 
@@ -315,7 +321,7 @@ def backward(
     if num_queries:
         row = _pick(DQ, q.dtype, max_queries)
         tiles = _tiles(where, num_queries, row.rows, causal, of_keys=False)
-        triton_backward.dq_kernel[(tiles.limit * num_heads,)](
+        triton_dq.dq_kernel[(tiles.limit * num_heads,)](
             dout,
             q,
             k,
@@ -335,23 +341,48 @@ def backward(
             num_stages=row.num_stages,
         )
     if k.shape[0]:
-        row = _pick(DKDV, q.dtype, max_keys)
-        tiles = _tiles(where, k.shape[0], row.rows, causal, of_keys=True)
-        triton_backward.dkdv_kernel[(tiles.limit * k.shape[1],)](
-            dout,
-            q,
-            k,
-            v,
-            dk,
-            dv,
-            rows,
-            *tiles[:3],
-            *constants,
-            KEYS=row.rows,
-            QUERIES=row.block,
-            BORDER_STAGES=row.border_stages,
-            **_sizes(dim),
-            num_warps=row.num_warps,
-            num_stages=row.num_stages,
-        )
+        tiles = (where, max_keys, causal)
+        _launch_dkdv((dout, q, k, v), (dk, dv), rows, tiles, constants)
     return dq, dk, dv
+
+
+def _launch_dkdv(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor],
+    rows: Tensor,
+    tiles_of: tuple[tuple[Tensor, Tensor, Tensor], int, bool],
+    constants: tuple[float, ...],
+) -> None:
+    """dk and dv, in parts where programs are few.
+
+    Args:
+        inputs: dout, q [T, K, N / K, D], k and v.
+        outputs: dk and dv.
+        rows: as the kernel of dq has left them.
+        tiles_of: boundaries, keys of the longest range, causal.
+        constants: what both kernels are told.
+    """
+    (where, max_keys, causal), (_, q, k, _) = tiles_of, inputs
+    row = _pick(DKDV, k.dtype, max_keys)
+    tiles = _tiles(where, k.shape[0], row.rows, causal, of_keys=True)
+    parts = triton_dkdv.num_parts(row, *k.shape[:2], q.shape[2])
+    targets = outputs
+    if parts > 1:
+        targets = torch.empty((2, parts, *k.shape), dtype=torch.float32, device=k.device)
+    triton_dkdv.dkdv_kernel[(tiles.limit * k.shape[1] * parts,)](
+        *inputs,
+        *targets,
+        rows,
+        *tiles[:3],
+        *constants,
+        parts,
+        k.numel(),
+        KEYS=row.rows,
+        QUERIES=row.block,
+        BORDER_STAGES=row.border_stages,
+        **_sizes(k.shape[2]),
+        num_warps=row.num_warps,
+        num_stages=row.num_stages,
+    )
+    if parts > 1:
+        triton_dkdv.add_parts(*targets, *outputs)

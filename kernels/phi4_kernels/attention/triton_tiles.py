@@ -27,6 +27,8 @@ class Tile(Launch):
     """Blocks in flight."""
     border_stages: int = 1
     """The same for the masked blocks of dk and dv, whose pipeline costs registers besides."""
+    most_programs: int = 0
+    """Of dk and dv: how many a group's heads may be parted into; see triton_dkdv.num_parts."""
 
 
 class Tiles(NamedTuple):

@@ -1,159 +1,33 @@
-"""The two passes of attention's backward; see triton_impl."""
+"""The second pass of attention's backward, dk and dv, in one launch or in parts; see triton_impl.
+
+A program owns a tile of keys and one key head, and goes through the query heads of its group. One
+long range has few such programs, and the first of them work twice as long as the average. So where
+there are few, a group's heads are parted among programs, and a second kernel adds the parts in
+order. How many parts there are follows from sizes alone: the device changes no bit.
+"""
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from phi4_kernels.attention.triton_tiles import block, finite, load, load_rows, span
+from phi4_kernels.attention.triton_tiles import Tile, block, load, load_rows, span
+from phi4_kernels.launch import ceil_div
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _dq_block(
-    q,
-    dout,
-    lse2,
-    delta,
-    acc,
-    k_ptr,
-    v_ptr,
-    key,
-    last,
-    low,
-    high,
-    stride_k,
-    stride_v,
-    scale_log2,
-    KEYS: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    k = load(k_ptr, key, last, stride_k, KEYS, DIM, PADDED, MASKED)
-    v = load(v_ptr, key, last, stride_v, KEYS, DIM, PADDED, MASKED)
-    if MASKED:
-        # A key that is not finite has left its mark in lse2 or delta of the queries that see it.
-        k = finite(k)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    weights = tl.exp2(scores * scale_log2 - lse2[:, None])
-    dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    dscores = weights * (dweights - delta[:, None])
-    if MASKED:
-        keys = key + tl.arange(0, KEYS)[None, :]
-        dscores = tl.where((keys >= low[:, None]) & (keys < high[:, None]), dscores, 0.0)
-    return tl.dot(dscores.to(k.dtype), k, acc, input_precision="ieee")
+_ADDED = 1024
+"""Elements that a program adds: 8 per thread."""
 
 
-@triton.jit(do_not_specialize=["num_queries"])
-def dq_kernel(
-    dout_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    dq_ptr,
-    rows_ptr,
-    tiles_ptr,
-    lows_ptr,
-    highs_ptr,
-    num_heads,
-    group,
-    num_queries,
-    scale_log2,
-    scale,
-    stride_q,
-    stride_q_group,
-    stride_q_head,
-    stride_k,
-    stride_k_head,
-    stride_v,
-    stride_v_head,
-    stride_dout,
-    stride_dout_head,
-    stride_out,
-    stride_out_head,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    BORDER_STAGES: tl.constexpr,
-):
-    """dq, and for the other pass the lse in powers of 2 and delta = sum(dout * out)."""
-    tile = tl.load(tiles_ptr) - 1 - tl.program_id(0) // num_heads
-    if tile < 0:
-        return
-    head = (tl.program_id(0) % num_heads).to(tl.int64)
-    first_row = tl.load(tiles_ptr + 1 + tile)
-    end_row = tl.load(tiles_ptr + 2 + tile)
-    rows = first_row + tl.arange(0, QUERIES)
-    is_own = rows < end_row
-    low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, rows, end_row, KEYS)
+def num_parts(row: Tile, num_keys: int, num_groups: int, group: int) -> int:
+    """Parts of a group of query heads: the most, of equal size, that `row` allows.
 
-    k_ptr += head // group * stride_k_head
-    v_ptr += head // group * stride_v_head
-    dout_ptr += head * stride_dout_head
-    out_ptr += head * stride_out_head
-    dout = load(dout_ptr, first_row, end_row, stride_dout, QUERIES, DIM, PADDED, True)
-    out = load(out_ptr, first_row, end_row, stride_out, QUERIES, DIM, PADDED, True)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    lse2 = tl.load(lse_ptr + rows.to(tl.int64) * num_heads + head, mask=is_own, other=0.0) * _LOG2_E
-    rows_ptr += head * num_queries
-    tl.store(rows_ptr + rows, lse2, mask=is_own)
-    delta_ptr = rows_ptr + tl.cast(num_heads, tl.int64) * num_queries
-    tl.store(delta_ptr + rows, delta, mask=is_own)
-
-    q_ptr += head // group * stride_q_group + head % group * stride_q_head
-    q = load(q_ptr, first_row, end_row, stride_q, QUERIES, DIM, PADDED, True)
-    acc = tl.zeros((QUERIES, PADDED), tl.float32)
-    for key in range(full, full_end, KEYS):
-        acc = _dq_block(
-            q,
-            dout,
-            lse2,
-            delta,
-            acc,
-            k_ptr,
-            v_ptr,
-            key,
-            last,
-            low,
-            high,
-            stride_k,
-            stride_v,
-            scale_log2,
-            KEYS,
-            DIM,
-            PADDED,
-            False,
-        )
-    before = (full - first) // KEYS
-    num_border = before + tl.cdiv(tl.maximum(last - full_end, 0), KEYS)
-    for border in tl.range(0, num_border, num_stages=BORDER_STAGES):
-        key = tl.where(border < before, first, full_end - before * KEYS) + border * KEYS
-        acc = _dq_block(
-            q,
-            dout,
-            lse2,
-            delta,
-            acc,
-            k_ptr,
-            v_ptr,
-            key,
-            last,
-            low,
-            high,
-            stride_k,
-            stride_v,
-            scale_log2,
-            KEYS,
-            DIM,
-            PADDED,
-            True,
-        )
-    pointers = block(dq_ptr + head * DIM, first_row, num_heads * DIM, QUERIES, PADDED)
-    mask = is_own[:, None] & (tl.arange(0, PADDED)[None, :] < DIM)
-    tl.store(pointers, (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+    Their sums are fp32 and take 2 * parts * num_keys * num_groups * D * 4 bytes; with more than one
+    part that is at most row.most_programs * row.rows * D * 8, and what the last tile lacks.
+    """
+    programs = ceil_div(num_keys, row.rows) * num_groups
+    fitting = (
+        n for n in range(group, 1, -1) if not group % n and n * programs <= row.most_programs
+    )
+    return next(fitting, 1)
 
 
 @triton.jit
@@ -248,22 +122,26 @@ def dkdv_kernel(
     stride_v_head,
     stride_dout,
     stride_dout_head,
+    num_parts,
+    stride_part,
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     BORDER_STAGES: tl.constexpr,
 ):
-    """dk and dv of a tile of keys, over all heads of the group.
+    """dk and dv of a tile of keys, over all heads of the group or those of one of num_parts parts.
 
     Blocks of all heads are one loop: the loads of a head's first block run beside the last
-    products of the head before.
+    products of the head before. Parts go to [num_parts, U, K, D].
     """
     num_groups = num_heads // group
-    tile = tl.program_id(0) // num_groups
+    members = group // num_parts
+    part = tl.program_id(0) % num_parts
+    tile = tl.program_id(0) // num_parts // num_groups
     if tile >= tl.load(tiles_ptr):
         return
-    key_head = (tl.program_id(0) % num_groups).to(tl.int64)
+    key_head = (tl.program_id(0) // num_parts % num_groups).to(tl.int64)
     first_key = tl.load(tiles_ptr + 1 + tile)
     end_key = tl.load(tiles_ptr + 2 + tile)
     keys = first_key + tl.arange(0, KEYS)
@@ -276,14 +154,16 @@ def dkdv_kernel(
     v = load_rows(v_ptr, first_key, is_seen, stride_v, KEYS, DIM, PADDED)
     dk = tl.zeros((KEYS, PADDED), tl.float32)
     dv = tl.zeros((KEYS, PADDED), tl.float32)
-    q_ptr += key_head * stride_q_group
-    dout_ptr += key_head * group * stride_dout_head
-    rows_ptr += key_head * group * num_queries
+    first_member = tl.cast(part * members, tl.int64)
+    q_ptr += key_head * stride_q_group + first_member * stride_q_head
+    first_head = key_head * group + first_member
+    dout_ptr += first_head * stride_dout_head
+    rows_ptr += first_head * num_queries
     delta_ptr = rows_ptr + tl.cast(num_heads, tl.int64) * num_queries
     num_full = (full_end - full) // QUERIES
     # The pipeline's prologue divides before the loop is known to run.
     blocks = tl.maximum(num_full, 1)
-    for step in range(0, group * num_full):
+    for step in range(0, members * num_full):
         member = step // blocks
         row = full + step % blocks * QUERIES
         dk, dv = _dkdv_block(
@@ -294,7 +174,7 @@ def dkdv_kernel(
     before = (full - first) // QUERIES
     num_border = before + tl.cdiv(tl.maximum(last - full_end, 0), QUERIES)
     blocks = tl.maximum(num_border, 1)
-    for step in tl.range(0, group * num_border, num_stages=BORDER_STAGES):
+    for step in tl.range(0, members * num_border, num_stages=BORDER_STAGES):
         member = step // blocks
         border = step % blocks
         # Counted from `first`: `before * QUERIES` would stay live across the loop above, which at
@@ -307,7 +187,43 @@ def dkdv_kernel(
         )  # fmt: skip
     mask = (keys < end_key)[:, None] & (tl.arange(0, PADDED)[None, :] < DIM)
     width = num_groups * DIM
-    dk_ptrs = block(dk_ptr + key_head * DIM, first_key, width, KEYS, PADDED)
-    dv_ptrs = block(dv_ptr + key_head * DIM, first_key, width, KEYS, PADDED)
+    place = tl.cast(part, tl.int64) * stride_part + key_head * DIM
+    dk_ptrs = block(dk_ptr + place, first_key, width, KEYS, PADDED)
+    dv_ptrs = block(dv_ptr + place, first_key, width, KEYS, PADDED)
     tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_parts_kernel(
+    dk_parts_ptr,
+    dv_parts_ptr,
+    dk_ptr,
+    dv_ptr,
+    num_elements,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < num_elements
+    dk = tl.load(dk_parts_ptr + at, mask=mask, other=0.0)
+    dv = tl.load(dv_parts_ptr + at, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        dk += tl.load(dk_parts_ptr + part * num_elements + at, mask=mask, other=0.0)
+        dv += tl.load(dv_parts_ptr + part * num_elements + at, mask=mask, other=0.0)
+    tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+def add_parts(dk_parts: Tensor, dv_parts: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Sums of [parts, U, K, D] to [U, K, D], all contiguous, rounded once."""
+    _add_parts_kernel[(ceil_div(dk.numel(), _ADDED),)](
+        dk_parts,
+        dv_parts,
+        dk,
+        dv,
+        dk.numel(),
+        PARTS=len(dk_parts),
+        BLOCK=_ADDED,
+        num_warps=4,
+    )
