@@ -59,7 +59,7 @@ def _launch_of(lengths: Sequence[int], num_groups: int, group: int) -> _Recorder
         mock.patch.object(triton_dq, "dq_kernel", _Recorder(triton_dq.dq_kernel)),
     ):
         lse = torch.empty(q.shape[:2])
-        triton_impl.backward(q, q, k, k, q, lse, *where, max(lengths), max(lengths), True, 1.0)
+        triton_impl.backward(q, q, k, k, q, lse, *where, max(lengths), max(lengths), True, 1.0, 0)
     return dkdv
 
 

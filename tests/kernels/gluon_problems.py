@@ -69,12 +69,17 @@ def packed(*lengths: int) -> tuple[tuple[int, int, int], ...]:
 Results = dict[str, Tensor]
 
 
-def run(problem: Problem, schedule: Schedule | None = None, num_processors: int = 2) -> Results:
+def run(
+    problem: Problem,
+    schedule: Schedule | None = None,
+    num_processors: int = 2,
+    sm_margin: int = 0,
+) -> Results:
     """Output, lse and all gradients; these from the reference's output, so that only backward's own
     errors are in them."""
     ranges, tensors = problem.boundaries(), problem.tensors()
     given = defined(problem, problem.dtype)
-    named = {"causal": problem.causal, "implementation": "gluon"}
+    named = {"causal": problem.causal, "implementation": "gluon", "sm_margin": sm_margin}
     with emulating(schedule, num_processors), poisoned() as guard:
         out, lse = attention_forward(*tensors, ranges, **named)
         gradients = attention_backward(

@@ -75,7 +75,7 @@ def test_the_flash_backward_gets_a_dense_lse() -> None:
         where = ranges.q_offsets, ranges.k_starts, ranges.k_ends
         # Below the registered operator, inside which a mode sees nothing.
         with _LayoutsOfLse() as layouts:
-            torch_impl.backward(dout, *inputs, out, lse, *where, 12, 12, True, DIM**-0.5)
+            torch_impl.backward(dout, *inputs, out, lse, *where, 12, 12, True, DIM**-0.5, 0)
         assert layouts.found and all(dense for _, dense in layouts.found)
 
 
@@ -308,6 +308,11 @@ BAD = {
         lambda: attention(Q, K, V, RANGES, scale=-1.0),
         errors.KernelError,
         "positive",
+    ),
+    "a margin below 0": (
+        lambda: attention(Q, K, V, RANGES, sm_margin=-1),
+        errors.KernelError,
+        "sm_margin is -1",
     ),
     "a scale that is no number": (
         lambda: attention(Q, K, V, RANGES, scale=math.nan),

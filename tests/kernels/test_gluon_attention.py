@@ -1,5 +1,7 @@
 """Hopper attention, emulated: numbers by the error rule, a protocol that holds in any order."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -9,6 +11,7 @@ from phi4_kernels.attention import Ranges, attention_forward, once
 from phi4_kernels.attention.gluon_tiles import ROW_ALIGNMENT, places_of_rows, tiles
 from phi4_kernels.errors import DtypeError
 from phi4_kernels.testing import gates, numerics
+from phi4_kernels.testing.gluon import emulator
 from phi4_kernels.testing.gluon.emulator import emulating
 from phi4_kernels.testing.gluon.machine import Schedule
 
@@ -47,6 +50,24 @@ def test_order_and_number_of_programs_do_not_change_a_bit() -> None:
     for number, schedule in zip(GRIDS, SCHEDULES, strict=True):
         again = run(problem, schedule, number)
         numerics.expect_same_bits(f"{number} programs, {schedule}", first, again)
+
+
+@pytest.mark.parametrize(("sm_margin", "programs"), [(2, 3), (5, 1), (99, 1)])
+def test_a_margin_leaves_processors_free_and_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, sm_margin: int, programs: int
+) -> None:
+    problem, grids = PROBLEMS["4 to 2"], []
+    first = run(problem, num_processors=5)
+    launched = emulator._run
+
+    def recorded(*args: Any, grid: tuple[int], **options: Any) -> None:
+        grids.append(grid)
+        launched(*args, grid=grid, **options)
+
+    monkeypatch.setattr(emulator, "_run", recorded)
+    again = run(problem, num_processors=5, sm_margin=sm_margin)
+    numerics.expect_same_bits(f"a margin of {sm_margin}", first, again)
+    assert grids == [(min(programs, items),) for items in (4, 4, 2)]
 
 
 def test_tokens_outside_of_ranges_see_nothing() -> None:

@@ -76,6 +76,14 @@ def check_head_dim(q: Tensor, name: str) -> None:
         )
 
 
+def check_margin(sm_margin: int) -> None:
+    """Raise KernelError unless it is a number of multiprocessors to leave free."""
+    if sm_margin < 0:
+        raise KernelError(
+            f"attention: sm_margin is {sm_margin}; expected 0 or the multiprocessors to leave free"
+        )
+
+
 def for_implementation(q: Tensor, name: str) -> Tensor:
     """q as the implementation takes it: Triton by group too, the others [T, N, D] alone, which
     copies a q that is a view into packed QKV."""

@@ -58,6 +58,8 @@ DQ = (
 )
 DKDV = (HopperLaunch(64, block=64, stages=3), HopperLaunch(128, block=32, stages=4))
 _ROWS = ROWS.value
+_ANY_NUMBER = 2**31
+"""Of items: more than a device runs at a time."""
 
 
 class _Work(NamedTuple):
@@ -68,9 +70,11 @@ class _Work(NamedTuple):
     """tiles, num_items, num_turns, num_programs, num_heads."""
 
     @classmethod
-    def of(cls, row: HopperLaunch, table: Tensor, num_heads: int) -> "_Work":
+    def of(cls, row: HopperLaunch, table: Tensor, num_heads: int, sm_margin: int) -> "_Work":
         num_items = table.shape[0] * num_heads
-        programs = launch.persistent_programs(row, num_items, table.device)
+        resident = launch.persistent_programs(row, _ANY_NUMBER, table.device)
+        free = sm_margin * row.programs_per_processor
+        programs = min(num_items, max(resident - free, 1))
         turns = launch.ceil_div(num_items, programs)
         return cls((programs,), (table, num_items, turns, programs, num_heads))
 
@@ -86,6 +90,7 @@ def forward(
     max_keys: int,
     causal: bool,
     scale: float,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
     """(out [T, N, D], lse [T, N]); see op.attention_forward.
 
@@ -102,7 +107,7 @@ def forward(
         return out.zero_(), lse.fill_(-torch.inf)
     row = launch.pick(FORWARD, head_dim)
     table = _tiles((q_offsets, k_starts, k_ends), num_queries, causal, of_keys=False)
-    work = _Work.of(row, table, num_heads)
+    work = _Work.of(row, table, num_heads, sm_margin)
     attention_forward_kernel[work.grid](
         _descriptor(q, _ROWS),
         _descriptor(k, row.block),
@@ -132,6 +137,7 @@ def backward(
     max_keys: int,
     causal: bool,
     scale: float,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv); see op.attention_backward.
 
@@ -154,7 +160,7 @@ def backward(
     )
     row = launch.pick(DQ, head_dim)
     table = _tiles(where, num_queries, causal, of_keys=False)
-    work = _Work.of(row, table, num_heads)
+    work = _Work.of(row, table, num_heads, sm_margin)
     attention_dq_kernel[work.grid](
         _descriptor(q, _ROWS),
         _descriptor(dout, _ROWS),
@@ -174,7 +180,7 @@ def backward(
     )
     row = launch.pick(DKDV, head_dim)
     table = _tiles(where, k.shape[0], causal, of_keys=True)
-    work = _Work.of(row, table, k.shape[1])
+    work = _Work.of(row, table, k.shape[1], sm_margin)
     attention_dkdv_kernel[work.grid](
         _descriptor(k, _ROWS),
         _descriptor(v, _ROWS),

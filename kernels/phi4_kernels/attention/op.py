@@ -15,6 +15,7 @@ from phi4_kernels import dispatch
 from phi4_kernels.attention.arguments import (
     Attention,
     check_head_dim,
+    check_margin,
     checked,
     fake_forward,
     for_implementation,
@@ -39,6 +40,7 @@ def attention(
     causal: bool = True,
     scale: float | None = None,
     implementation: str = "auto",
+    sm_margin: int = 0,
 ) -> Attention:
     """softmax(scale * q k^T) v within each range; differentiable in q, k and v.
 
@@ -51,6 +53,9 @@ def attention(
             last query sees all of them; else every query of a range sees all of its keys.
         scale: positive; D ** -0.5 without it.
         implementation: see dispatch.choose.
+        sm_margin: multiprocessors that `gluon` leaves to other kernels, such as NCCL's. Its kernels
+            take all of them and stay; what finds no room runs when they are done. No bit depends on
+            it. The others launch a program per tile, and need none.
 
     Returns:
         out and lse, of which only out is differentiable. A query without keys gets gradient 0, and
@@ -64,12 +69,15 @@ def attention(
     Source: Dao 2023 (FlashAttention-2).
     """
     scale = checked(q, k, v, ranges, scale)
+    check_margin(sm_margin)
     name = dispatch.resolve("attention", implementation, q.device)
     check_head_dim(q, name)
     q = for_implementation(q, name)
     where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
     longest = (ranges.max_queries, ranges.max_keys)
-    return Attention(*_AttentionFunction.apply(q, k, v, *where, *longest, causal, scale, name))
+    return Attention(
+        *_AttentionFunction.apply(q, k, v, *where, *longest, causal, scale, sm_margin, name)
+    )
 
 
 @without_autocast
@@ -82,16 +90,18 @@ def attention_forward(
     causal: bool = True,
     scale: float | None = None,
     implementation: str = "auto",
+    sm_margin: int = 0,
 ) -> Attention:
     """`attention` without autograd, for callers that merge results over parts of the keys."""
     scale = checked(q, k, v, ranges, scale)
+    check_margin(sm_margin)
     name = dispatch.resolve("attention", implementation, q.device)
     check_head_dim(q, name)
     q = for_implementation(q, name)
     where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
     longest = (ranges.max_queries, ranges.max_keys)
     with torch.no_grad():
-        return Attention(*_forward(q, k, v, *where, *longest, causal, scale, name))
+        return Attention(*_forward(q, k, v, *where, *longest, causal, scale, sm_margin, name))
 
 
 @without_autocast
@@ -107,12 +117,13 @@ def attention_backward(
     causal: bool = True,
     scale: float | None = None,
     implementation: str = "auto",
+    sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, without autograd.
 
     Args:
         dout: [T, N, D], gradient of out.
-        q, k, v, ranges, causal, scale, implementation: as for attention.
+        q, k, v, ranges, causal, scale, implementation, sm_margin: as for attention.
         out, lse: of the forward pass. They may be those of a result merged over more keys than k:
             dk and dv are then whole, and dq is the part that these keys add to it.
 
@@ -123,6 +134,7 @@ def attention_backward(
         DtypeError, ShapeError, DeviceError, ImplementationError, PositionError: as for attention.
     """
     scale = checked(q, k, v, ranges, scale)
+    check_margin(sm_margin)
     q_shape = q.shape
     shape = (q.shape[0], q.shape[1:-1].numel(), q.shape[-1])
     for title, tensor in (("dout", dout), ("out", out)):
@@ -138,7 +150,7 @@ def attention_backward(
     where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
     longest = (ranges.max_queries, ranges.max_keys)
     with torch.no_grad():
-        dq, dk, dv = _backward(*tensors, *where, *longest, causal, scale, name)
+        dq, dk, dv = _backward(*tensors, *where, *longest, causal, scale, sm_margin, name)
     return dq.view(q_shape), dk, dv
 
 
@@ -160,12 +172,13 @@ class _AttentionFunction(torch.autograd.Function):
         max_keys: int,
         causal: bool,
         scale: float,
+        sm_margin: int,
         name: str,
     ) -> tuple[Tensor, Tensor]:
         where, longest = (q_offsets, k_starts, k_ends), (max_queries, max_keys)
-        out, lse = _forward(q, k, v, *where, *longest, causal, scale, name)
+        out, lse = _forward(q, k, v, *where, *longest, causal, scale, sm_margin, name)
         ctx.save_for_backward(q, k, v, out, lse, *where)
-        ctx.constants = *longest, causal, scale, name
+        ctx.constants = *longest, causal, scale, sm_margin, name
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -173,7 +186,7 @@ class _AttentionFunction(torch.autograd.Function):
     @once_differentiable("attention")
     def backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = _backward(_unit_stride(dout), *ctx.saved_tensors, *ctx.constants)
-        return *gradients, *[None] * 8
+        return *gradients, *[None] * 9
 
 
 def _fake_like(tensor: Tensor) -> Tensor:
@@ -184,14 +197,14 @@ _WHERE = "Tensor q_offsets, Tensor k_starts, Tensor k_ends, SymInt max_queries, 
 _forward = register(
     "attention",
     "forward",
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_WHERE}, bool causal, float scale) "
-    "-> (Tensor out, Tensor lse)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_WHERE}, bool causal, float scale, "
+    "int sm_margin) -> (Tensor out, Tensor lse)",
     lambda q, *others: fake_forward(q),
 )
 _backward = register(
     "attention",
     "backward",
     f"attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_WHERE}, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"{_WHERE}, bool causal, float scale, int sm_margin) -> (Tensor dq, Tensor dk, Tensor dv)",
     lambda dout, q, k, v, *others: (_fake_like(q), _fake_like(k), _fake_like(v)),
 )

@@ -22,6 +22,7 @@ def forward(
     max_keys: int,
     causal: bool,
     scale: float,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
     """See op.attention_forward."""
     return forward_of(q, k, v, plan_of(q_offsets, k_starts, k_ends, causal), scale)
@@ -41,6 +42,7 @@ def backward(
     max_keys: int,
     causal: bool,
     scale: float,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See op.attention_backward."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

@@ -255,6 +255,7 @@ def forward(
     max_keys: int,
     causal: bool,
     scale: float,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
     """See op.attention_forward."""
     q = _by_group(q, k.shape[1])
@@ -301,6 +302,7 @@ def backward(
     max_keys: int,
     causal: bool,
     scale: float,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See op.attention_backward."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
