@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -274,6 +275,14 @@ def test_two_sizes_of_every_function() -> None:
     assert {check[2] for check in gpu.two_sizes("grad_norm", "torch")} == {"bf16"}
 
 
+@pytest.fixture
+def taking_no_signals() -> Iterator[None]:
+    """A process that takes its signals in a thread, as a run does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _planted(implementation: str, device: str, check: tuple[str, str, str]) -> float | str:
     kind = implementation
     if kind == "hangs":
@@ -293,10 +302,11 @@ def _spoiled(device: str, implementation: str, check: tuple[str, str, str]) -> f
         ("green", {"num_checks": 2, "worst_margin": 0.25, "red": {}}),
         ("red", {"num_checks": 2, "worst_margin": 0.0, "red": dict.fromkeys("ab", "GateError: x")}),
         ("dies", None),
+        ("hangs", None),
     ],
 )
 def test_the_prover_judges_processes(
-    kind: str, result: dict | None, monkeypatch: pytest.MonkeyPatch
+    kind: str, result: dict | None, monkeypatch: pytest.MonkeyPatch, taking_no_signals: None
 ) -> None:
     # Forked here: what is planted in this process is then in theirs.
     forked = multiprocessing.get_context("fork")

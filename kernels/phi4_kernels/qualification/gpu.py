@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -48,7 +49,7 @@ class GpuProver:
             return
         # A fresh process has no CUDA context: the checks' memory goes when it ends.
         spawned = multiprocessing.get_context("spawn")
-        with spawned.Pool(min(self._jobs, num_checks)) as pool:
+        with spawned.Pool(min(self._jobs, num_checks), initializer=_take_signals) as pool:
             run = partial(_outcome, str(self._device))
             waiting = {
                 candidate: [pool.apply_async(run, (candidate[1], check)) for check in checks]
@@ -79,7 +80,7 @@ class GpuProver:
         return {"num_checks": len(checks), "worst_margin": max(margins, default=0.0), "red": red}
 
     def _alone(self, candidate: Candidate, check: gates.Check) -> float | str:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with multiprocessing.get_context("spawn").Pool(1, initializer=_take_signals) as pool:
             result = pool.apply_async(_outcome, (str(self._device), candidate[1], check))
             outcome = _awaited(result, time.monotonic() + _RETRY_SECONDS)
         return f"no result within {_RETRY_SECONDS:.0f} s" if outcome is None else outcome
@@ -107,6 +108,12 @@ def _volume(case: registry.Case) -> int:
     sizes = case.sizes.values()
     numbers = [s if isinstance(s, int) else sum(s) for s in sizes if isinstance(s, int | tuple)]
     return math.prod(max(int(number), 1) for number in numbers if not isinstance(number, bool))
+
+
+def _take_signals() -> None:
+    """A run takes its signals in a thread, and its children inherit that they are blocked: a pool
+    that is given up would wait for its processes for ever."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
 
 
 def _outcome(device: str, implementation: str, check: gates.Check) -> float | str:
