@@ -31,10 +31,11 @@ declare -A parts=(
     [loss_head]="cross-entropy and the chunked loss head timed"
     [memory]="every other op timed: norms, SwiGLU, RoPE, AdamW, gradient norm, casts"
     [hopper]="attention in Gluon: proven, then timed against Triton"
+    [libraries]="attention of FlashAttention and cuDNN, where they are installed: proven"
     [csrc]="tests marked gpu of the CUDA ops"
     [triton]="tests marked gpu of the Triton ops"
 )
-order=(numbers steps engine attention loss_head memory hopper csrc triton)
+order=(numbers steps engine attention loss_head memory hopper libraries csrc triton)
 
 within() {  # run a command in what is left of the part's time; a failure does not end the part
     local left=$((part_ends - SECONDS)) code=0
@@ -80,6 +81,13 @@ part_hopper() {
         --jobs "$jobs" --record
     within "$python" -m phi4_kernels.bench.speed_gate --op attention
     gpu_tests tests/kernels/test_gpu_gluon.py
+}
+part_libraries() {
+    within "$python" -m phi4_kernels.testing numbers --op attention --implementation flash \
+        --jobs "$jobs" --record
+    within "$python" -m phi4_kernels.testing numbers --op attention --implementation cudnn \
+        --jobs "$jobs" --record
+    gpu_tests tests/kernels/test_gpu_foreign_attention.py
 }
 part_csrc() { gpu_tests tests/csrc/test_gpu_ops.py; }
 part_triton() {

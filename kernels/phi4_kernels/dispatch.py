@@ -4,8 +4,9 @@
 the very source that is installed, committed in `correctness.jsonl` or made on this machine by
 `phi4 kernels qualify`. Where the proven ones were timed beside torch on this device, it takes the
 fastest. An implementation behind the speed gate must also be faster than the one it would replace,
-by a committed row of `speed.jsonl`. Everything else is experimental and runs only when named. There
-is no fallback: a named implementation that cannot run is an error.
+by a committed row of `speed.jsonl`. Everything else is experimental and runs only when named, and
+so does what gives other bits in another run. There is no fallback: a named implementation that
+cannot run is an error, and `auto` passes over what does not serve a call before it chooses.
 """
 
 import logging
@@ -26,7 +27,8 @@ from phi4_kernels.evidence import SPEED_GATED, GpuMachine, KernelEvidence, machi
 
 CORRECTNESS_ROWS = registry.ROOT / "correctness.jsonl"
 SPEED_ROWS = registry.ROOT / "speed.jsonl"
-_PREFERENCE = ("gluon", "cuda", "triton")
+# Without times ours come first. What has no equal bits, as cudnn, is never automatic.
+_PREFERENCE = ("gluon", "cuda", "triton", "flash")
 _calls: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("phi4_kernels_calls", default=None)
 _log = logging.getLogger("phi4_kernels")
 
@@ -70,7 +72,13 @@ def candidates(op: str) -> list[str]:
     return [name for name in _PREFERENCE if name in registry.implementations(op)]
 
 
-def _automatic(op: str, device: torch.device, step: str | None, evidence: KernelEvidence) -> Choice:
+def _automatic(
+    op: str,
+    device: torch.device,
+    step: str | None,
+    needs: tuple[str, ...],
+    evidence: KernelEvidence,
+) -> Choice:
     if device.type != "cuda":
         return Choice(op, "torch", f"auto: tensors are on {device.type}")
     machine = machine_of(device)
@@ -80,6 +88,8 @@ def _automatic(op: str, device: torch.device, step: str | None, evidence: Kernel
         if evidence.proof(op, name, machine)
         and evidence.is_faster(op, name, machine.device)
         and registry.provides(op, name, step)
+        and not registry.unserved(op, name, (*needs, registry.EQUAL_BITS))
+        and not (name in registry.FOREIGN and registry.missing(op, name))
     ]
     if not proven:
         reason = f"auto: no kernel of this source is proven on {machine.capability}"
@@ -113,6 +123,7 @@ def choose(
     requested: str,
     device: torch.device,
     step: str | None = None,
+    needs: tuple[str, ...] = (),
     evidence: KernelEvidence | None = None,
 ) -> Choice:
     """Decide once per process, and log the decision once.
@@ -122,37 +133,52 @@ def choose(
         requested: `auto` or the name of an implementation.
         device: where the tensors are.
         step: function of an implementation's module that not every implementation has.
+        needs: what else not every implementation serves; see registry.unserved.
         evidence: what is known of the implementations; None reads `known`.
 
     Raises:
         ImplementationError: no such op or implementation, or it cannot be imported or loaded, or it
-            has no such step.
+            has no such step, or does not serve the needs.
         DeviceError: the implementation cannot use this device.
     """
     if op not in registry.OPS:
         raise ImplementationError(f"no op {op!r}; there are {', '.join(registry.OPS)}")
     evidence = evidence or known()
     if requested == "auto":
-        choice = _automatic(op, device, step, evidence)
+        choice = _automatic(op, device, step, needs, evidence)
     else:
-        choice = Choice(op, requested, _named_reason(op, requested, device, step, evidence))
+        _check_named(op, requested, step, needs)
+        choice = Choice(op, requested, _named_reason(op, requested, device, evidence))
     if choice.implementation == "cuda":
         cuda_library.load()
     _log.info("%s", choice.describe())
     return choice
 
 
-def _named_reason(
-    op: str, name: str, device: torch.device, step: str | None, evidence: KernelEvidence
-) -> str:
-    if not registry.provides(op, name, step):
-        others = [other for other in registry.implementations(op) if other != name]
-        raise ImplementationError(
-            f"{op}: implementation {name!r} has no {step!r}; use one of {', '.join(others)}"
-        )
+def _check_named(op: str, name: str, step: str | None, needs: tuple[str, ...]) -> None:
+    """Raise ImplementationError unless an implementation has the step and serves the needs."""
+    unserved = registry.unserved(op, name, needs)
+    if registry.provides(op, name, step) and not unserved:
+        return
+    others = [
+        other
+        for other in registry.implementations(op)
+        if registry.provides(op, other, step) and not registry.unserved(op, other, needs)
+    ]
+    lack = f"does not serve {' or '.join(unserved)}" if unserved else f"has no {step!r}"
+    raise ImplementationError(
+        f"{op}: implementation {name!r} {lack}; use one of {', '.join(others)}"
+    )
+
+
+def _named_reason(op: str, name: str, device: torch.device, evidence: KernelEvidence) -> str:
     if name == "torch":
         return "named"
     if device.type == "cuda":
+        if name in registry.FOREIGN and (reason := registry.missing(op, name)):
+            raise ImplementationError(
+                f"{op}: implementation {name!r} is absent: {reason}, or use 'triton'"
+            )
         machine = machine_of(device)
         is_proven = evidence.proof(op, name, machine)
         return "named" if is_proven else f"named; experimental on {machine.capability}"
@@ -171,12 +197,18 @@ def _named_reason(
 
 
 @torch.compiler.assume_constant_result
-def resolve(op: str, requested: str, device: torch.device, step: str | None = None) -> str:
+def resolve(
+    op: str,
+    requested: str,
+    device: torch.device,
+    step: str | None = None,
+    needs: tuple[str, ...] = (),
+) -> str:
     """Name of the implementation that runs this call; counts it for `count_calls`.
 
     torch.compile calls it while it traces and keeps the answer, so compiled calls are not counted.
     """
-    choice = choose(op, requested, device, step)
+    choice = choose(op, requested, device, step, needs)
     if (calls := _calls.get()) is not None:
         calls[op, choice.implementation] += 1
     return choice.implementation
@@ -214,5 +246,6 @@ def _status_of(op: str, name: str) -> dict[str, str]:
     if past:
         last = (current or past)[-1]
         row |= {key: last[key] for key in ("device", "commit", "date")}
-    reason = cuda_library.missing() if name == "cuda" else None
-    return row | {"state": f"{state}; {reason}" if reason else state}
+    notes = [state, registry.missing(op, name)]
+    notes += [] if registry.is_deterministic(op, name) else ["not deterministic, never automatic"]
+    return row | {"state": "; ".join(filter(None, notes))}

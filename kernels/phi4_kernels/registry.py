@@ -5,7 +5,8 @@ An op is a folder: `op.py` (the public functions), `reference.py` (their definit
 function to the machinery. Naming the folder in OPS is all it takes to be tested, gated and timed.
 
 Implementations are of different kinds: `torch` always runs; `triton` and `gluon` are Python, which
-is interpreted or emulated on a CPU; `cuda` calls the library that is compiled from csrc.
+is interpreted or emulated on a CPU; `cuda` calls the library that is compiled from csrc; `flash`
+and `cudnn` call other people's kernels, which a machine may lack.
 """
 
 import hashlib
@@ -36,6 +37,11 @@ OPS = (
     "swiglu",
 )
 ROOT = Path(__file__).parent
+FOREIGN = ("cudnn", "flash")
+"""Implementations that call other people's kernels. Their modules have `missing`, why this machine
+lacks them, and `library`, whose they are and of which version."""
+EQUAL_BITS = "a caller that asks for equal bits of two runs"
+"""What an implementation with DETERMINISTIC = False does not serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ class Case:
     sizes: dict[str, Any]
     strided: bool = False
     """Inputs and incoming gradients have gaps between their rows."""
+    needs: tuple[str, ...] = ()
+    """What it asks of an implementation that not every one serves; see `unserved`."""
 
     def generator(self) -> torch.Generator:
         """A generator on the default device, seeded by the case's name: runs draw alike."""
@@ -153,6 +161,45 @@ def runs(entry: Entry, name: str) -> bool:
     return name in implementations(entry.op) and provides(entry.op, name, entry.step)
 
 
+def is_deterministic(op: str, name: str) -> bool:
+    """Whether two runs of an implementation give equal bits; its DETERMINISTIC, True without it."""
+    return getattr(implementation(op, name), "DETERMINISTIC", True)
+
+
+def unserved(op: str, name: str, needs: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of a caller's needs an implementation does not serve.
+
+    Args:
+        op: one of OPS.
+        name: one of its implementations.
+        needs: of those that a module names in NOT_SERVED, `EQUAL_BITS`, or `need_of` a dtype, which
+            is not served by a module whose DTYPES leave it out.
+    """
+    module = implementation(op, name)
+    taken = getattr(module, "DTYPES", None)
+    left_out = [] if taken is None else [need_of(dtype) for dtype in _FLOATS if dtype not in taken]
+    refused = {*getattr(module, "NOT_SERVED", ()), *left_out}
+    if not is_deterministic(op, name):
+        refused.add(EQUAL_BITS)
+    return tuple(need for need in needs if need in refused)
+
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def need_of(dtype: torch.dtype) -> str:
+    """The need for an implementation that takes a dtype."""
+    return f"{str(dtype).removeprefix('torch.')} tensors"
+
+
+def missing(op: str, name: str) -> str | None:
+    """Why this machine lacks what an implementation calls; None where it is there."""
+    if name == "cuda":
+        return cuda_library.missing()
+    is_foreign = name in FOREIGN and name in implementations(op)
+    return implementation(op, name).missing() if is_foreign else None
+
+
 def folder(op: str) -> Path:
     """Where the op lives."""
     return ROOT / op
@@ -163,7 +210,7 @@ def source_digest(op: str, name: str) -> str:
     """Hash of the files that decide what an implementation computes: a row proves these alone.
 
     A file or folder `<name>_*` belongs to the implementation of that name, the others to all of
-    them. `cuda` is what csrc compiles to, all of it.
+    them. `cuda` is what csrc compiles to, all of it. Foreign kernels count with their version.
     """
     if name == "cuda":
         return cuda_library.digest()
@@ -175,4 +222,6 @@ def source_digest(op: str, name: str) -> str:
             digest.update(path.read_bytes())
     for path in (ROOT / "launch.py", ROOT / "operators.py"):
         digest.update(path.read_bytes())
+    if name in FOREIGN:
+        digest.update(implementation(op, name).library().encode())
     return digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from phi4.config.data_schema import DataConfig, SourceConfig, TokenizerConfig
 from phi4.config.fields import Kind, NonNegative, Positive, Section, key
 
-Implementation = Literal["auto", "torch", "triton", "gluon", "cuda", "te"]
+Implementation = Literal["auto", "torch", "triton", "gluon", "cuda", "te", "flash", "cudnn"]
 # Strict alone would refuse the lists that TOML arrays become.
 LayerCounts = Annotated[tuple[NonNegative, ...], Strict(False)]
 
@@ -156,7 +156,8 @@ class DpoConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Implementation of each op; `auto` logs its choice and the reason."""
+    """Implementation of each op; `auto` logs its choice and the reason. `flash` (FlashAttention, or
+    PyTorch's copy of it) and `cudnn` are other people's attention: bf16, no context parallelism."""
 
     rope: Implementation = key("free", "auto")
     rms_norm: Implementation = key("free", "auto")
@@ -165,6 +166,9 @@ class KernelsConfig(Section):
     cross_entropy: Implementation = key("free", "auto")
     adamw: Implementation = key("free", "auto")
     grad_norm: Implementation = key("free", "auto")
+    deterministic: bool = key("free", True)
+    """Two runs of a step give equal bits, by which a replay tells a machine's fault from the
+    data's: an implementation without them, as cudnn, is refused. `auto` takes none either way."""
     qualify: Literal["on", "off", "required"] = key("free", "on")
     """On a GPU without proofs of its own for these sources and this Triton: prove the kernels and
     time them beside torch before the first step, at most a minute, one rank per machine. `required`
@@ -172,7 +176,7 @@ class KernelsConfig(Section):
 
     def by_op(self) -> dict[str, Implementation]:
         """What is asked of every op."""
-        return self.model_dump(exclude={"qualify"})
+        return self.model_dump(exclude={"deterministic", "qualify"})
 
 
 class RunConfig(Section):

@@ -28,7 +28,7 @@ from phi4.engine.model.gpt import (
     unshard,
 )
 from phi4.engine.model.host_batch import HostBatch, check_host_batches
-from phi4.engine.model.implementations import choose, implementation_of
+from phi4.engine.model.implementations import attention_needs, choose, implementation_of
 from phi4.engine.model.micro_batch import MicroBatches, to_device
 from phi4.engine.model.placement import SideStream
 from phi4.engine.model.rope import RopeCache
@@ -94,8 +94,13 @@ class Engine:
         """Measures the forward passes of training while it is set."""
         self._copies = SideStream(platform.device)
         self.patches = patches or Patches(platform.kind)
-        head_dim = recipe.model.head_dim
-        self.choices = choose(recipe.kernels, platform.device, head_dim, evidence)
+        self.choices = choose(
+            recipe.kernels,
+            platform.device,
+            recipe.model.head_dim,
+            evidence,
+            attention_needs(recipe),
+        )
         with self.patches:
             self.layout: Layout = create_layout(recipe.parallel)
             seed_random_states(recipe.run.seed)

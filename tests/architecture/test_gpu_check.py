@@ -14,6 +14,7 @@ PARTS = [
     "loss_head",
     "memory",
     "hopper",
+    "libraries",
     "csrc",
     "triton",
 ]

@@ -66,6 +66,13 @@ def test_no_files_import_each_other(sources: Sequence[Source]) -> None:
         ("phi4/train/x.py", "from phi4_kernels.dispatch import f", "train may not import phi4_k"),
         ("kernels/phi4_kernels/op.py", "import phi4.errors", "may not import phi4"),
         ("kernels/phi4_kernels/op.py", "import einops", "may not import einops"),
+        ("kernels/phi4_kernels/attention/op.py", "import flash_attn", "may not import flash_attn"),
+        (
+            "kernels/phi4_kernels/attention/flash_impl.py",
+            "from flash_attn import x",
+            "imports flash_attn inside a function only",
+        ),
+        ("phi4/engine/x.py", "import flash_attn", "flash_attn is imported in kernels/"),
         ("kernels/phi4_kernels/bench/providers/x.py", "import liger_kernel", "inside a function"),
         (
             "kernels/phi4_kernels/bench/providers/x.py",
@@ -115,6 +122,7 @@ def test_planted_violation_is_found(tmp_path: Path, path: str, text: str, messag
         ("phi4/data/a.py", "import numpy\nfrom phi4.config import Recipe"),
         ("kernels/phi4_kernels/a/op.py", "import torch.distributed\nfrom phi4_kernels import b"),
         ("kernels/phi4_kernels/bench/providers/a.py", "def f():\n    import liger_kernel"),
+        ("kernels/phi4_kernels/attention/flash_impl.py", "def f():\n    import flash_attn"),
         ("kernels/phi4_kernels/testing/a.py", "import os\nos.environ"),
     ],
 )

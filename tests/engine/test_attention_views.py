@@ -50,3 +50,25 @@ def test_queries_keys_and_values_are_views_of_qkv(monkeypatch: pytest.MonkeyPatc
     assert [x.shape for x in seen] == [(LENGTH, 2, 3, 8), (LENGTH, 2, 8), (LENGTH, 2, 8)]
     for view in seen:
         assert view.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(("device", "is_shortcut"), [("cpu", True), ("meta", False)])
+def test_torch_attends_by_rows_on_the_host_alone(
+    device: str, is_shortcut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the backward pass of PyTorch's own function has other bits in every run."""
+    asked = []
+
+    def attend(q, k, v, ranges, **options):
+        asked.append(options["implementation"])
+        return SimpleNamespace(out=torch.zeros_like(q))
+
+    monkeypatch.setattr(attention, "attention", attend)
+    core = SimpleNamespace(
+        implementation="torch", context_group=SimpleNamespace(size=lambda: 1), scale=1.0
+    )
+    documents = SimpleNamespace(one_per_row=True, visible=((None,),))
+    q, k, v = (torch.zeros(LENGTH, 2, heads, 8, device=device) for heads in (4, 2, 2))
+    out = CoreAttention.forward(core, q, k, v, packed_seq_params=documents)
+    assert out.shape == (LENGTH, 2, 4 * 8)
+    assert asked == ([] if is_shortcut else ["torch"])

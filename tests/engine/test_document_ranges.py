@@ -4,12 +4,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from phi4.config import ParallelConfig
 from phi4.engine.layout import Layout, context_chunks
 from phi4.engine.model.document_ranges import visible_keys
+from phi4.engine.model.placement import map_tensors
 
 VARIANTS = ("all_gather", "ring")
 
@@ -78,6 +80,20 @@ def test_each_query_sees_its_document_so_far_once(variant, batch):
         queries = tokens_of(layout.context_chunks(length), num_rows, length)
         seen = seen_by_rank(cu_seqlens, num_rows, length, layout)
         assert sorted(seen) == expected_pairs(cu_seqlens, sorted(queries))
+
+
+@given(rows(), st.sampled_from(["all_gather", "ring"]))
+def test_the_host_knows_which_ranges_are_whole_documents(batch, variant):
+    cu_seqlens, num_rows, length, cp_size = batch
+    for rank in range(cp_size):
+        layout = layout_of(rank, cp_size, variant)
+        plan = visible_keys(cu_seqlens, num_rows, length, layout)
+        for ranges in (ranges for block in plan for ranges in block if ranges is not None):
+            # Raises where it is claimed and not so.
+            ranges.validate()
+            assert map_tensors(ranges, torch.clone).num_tokens == ranges.num_tokens
+            if cp_size == 1:
+                assert ranges.num_tokens == num_rows * length
 
 
 def test_blocks_that_no_document_shares_are_left_out():

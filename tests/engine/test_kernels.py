@@ -21,15 +21,22 @@ from phi4_kernels.testing.interpreted import InterpretedProcess
 from phi4.config import KernelsConfig
 from phi4.engine.generation.generator import CacheSize, Generator
 from phi4.engine.model import attention, layers
-from phi4.engine.model.implementations import choose, decoding_implementation
+from phi4.engine.model.implementations import (
+    attention_needs,
+    choose,
+    decoding_implementation,
+    gathering_implementation,
+)
 from phi4.engine.model.rope import RopeCache, rope_cos_sin
 from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
 from phi4.verify.parity import LEARNING_RATE, LOSS_TOLERANCE, PARAMETER_TOLERANCE
+from tests.kernels.foreign_attention import LIBRARIES, installed
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.generation import Asked, collect, generate
 from tests.support.ranks import run_ranks
 
+GPU = torch.device("cuda", 0)
 OPS = ("rope", "rms_norm", "swiglu", "attention", "cross_entropy")
 STEPS, NUM_LAYERS = 1, 2
 RECIPE = (
@@ -161,9 +168,7 @@ def test_auto_takes_torch_on_a_cpu_and_says_why():
 
 def test_heads_that_attention_kernels_do_not_take(monkeypatch):
     proven = dispatch.Choice("attention", "triton", "auto: proven")
-    monkeypatch.setattr(
-        dispatch, "choose", lambda op, asked, device, evidence: replace(proven, op=op)
-    )
+    monkeypatch.setattr(dispatch, "choose", lambda op, asked, device, **_: replace(proven, op=op))
     device = torch.device("cpu")
     chosen = {head_dim: choose(KernelsConfig(), device, head_dim)[3] for head_dim in (8, 128)}
     assert chosen[128].describe() == "attention: triton (auto: proven)"
@@ -171,6 +176,44 @@ def test_heads_that_attention_kernels_do_not_take(monkeypatch):
     assert chosen[8].describe() == f"attention: torch ({reason})"
     with pytest.raises(ConfigError, match=r"kernels.attention=triton: .* is 8; use auto or torch"):
         choose(KernelsConfig(attention="triton"), device, 8)
+
+
+@pytest.mark.parametrize(
+    ("named", "overrides", "parts"),
+    [
+        ("flash", (), None),
+        ("cudnn", (), ("a caller that asks for equal bits", "kernels.deterministic=true")),
+        ("cudnn", ("kernels.deterministic=false",), None),
+        ("flash", ("parallel.context=2",), ("does not serve ranges", "parallel.context=2")),
+        ("flash", ("precision.dtype=fp32",), ("does not serve float32", "precision.dtype=fp32")),
+        ("flash", ("model.hidden_size=320",), ("head dims 64, 96, 128, the model's is 80",)),
+    ],
+)
+def test_what_a_recipe_asks_of_attention_is_checked_at_the_start(named, overrides, parts):
+    recipe = tiny_recipe(*RECIPE, "precision.dtype=bf16", f"kernels.attention={named}", *overrides)
+    arguments = (recipe.kernels, GPU, recipe.model.head_dim, None, attention_needs(recipe))
+    with installed(*LIBRARIES):
+        if parts is None:
+            assert choose(*arguments)[3].implementation == named
+            return
+        with pytest.raises(ConfigError) as raised:
+            choose(*arguments)
+    text = str(raised.value)
+    assert text.startswith(f"kernels.attention={named}: ") and "\n" not in text
+    assert all(part in text for part in parts), text
+
+
+def test_an_absent_library_is_one_clear_error():
+    with installed(), pytest.raises(ConfigError, match=r"kernels.attention=cudnn: .* is absent: "):
+        choose(KernelsConfig(attention="cudnn"), GPU, 128)
+
+
+@pytest.mark.parametrize(
+    ("op", "text"), [("rope", "no implementation 'flash'; there are"), ("swiglu", "there are")]
+)
+def test_an_op_without_the_implementation_says_which_there_are(op, text):
+    with pytest.raises(ConfigError, match=text):
+        choose(KernelsConfig(**{op: "flash"}), torch.device("cpu"))
 
 
 def test_required_kernels_leave_nothing_to_torch_that_nobody_gave_it():
@@ -195,8 +238,15 @@ def test_angles_by_position_are_the_angles_of_the_tables_per_token():
 def test_every_implementation_of_attention_has_one_that_decodes():
     chosen = {name: decoding_implementation(name) for name in registry.implementations("attention")}
 
-    assert chosen == {"gluon": "triton", "torch": "torch", "triton": "triton"}
+    others = dict.fromkeys(("cudnn", "flash", "gluon"), "triton")
+    assert chosen == {"torch": "torch", "triton": "triton"} | others
     assert all(registry.provides("attention", name, "decode") for name in chosen.values())
+
+
+def test_every_implementation_of_attention_has_one_for_gathered_keys():
+    names = registry.implementations("attention")
+    chosen = {name: gathering_implementation(name) for name in names}
+    assert chosen == {name: name for name in names} | {"cudnn": "triton", "flash": "triton"}
 
 
 # What follows runs in the interpreting process and its ranks.

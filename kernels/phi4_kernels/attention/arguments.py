@@ -10,11 +10,14 @@ from phi4_kernels.attention.block_table import BlockTable
 from phi4_kernels.attention.ranges import Ranges
 from phi4_kernels.checks import FLOAT_DTYPES, expect_dtype, expect_same_device, expect_shape
 from phi4_kernels.errors import KernelError, ShapeError
+from phi4_kernels.registry import need_of
 
 # Shape legend: T queries, U keys, N query heads, K key-value heads, D head dim.
 
 HEAD_DIMS = (64, 96, 128)
 """What every implementation takes; torch takes any."""
+ANY_RANGES = "ranges other than causal documents side by side that hold all tokens"
+"""What implementations that take boundaries of documents alone do not serve."""
 
 
 class Attention(NamedTuple):
@@ -67,6 +70,15 @@ def checked(
     return scale
 
 
+def needs(q: Tensor, k: Tensor, ranges: Ranges, causal: bool) -> tuple[str, ...]:
+    """What a call asks of an implementation that not every one serves; reads no device memory."""
+    of_dtype = need_of(q.dtype)
+    is_packed = causal and ranges.num_tokens is not None
+    if is_packed and ranges.num_tokens == q.shape[0] == k.shape[0]:
+        return (of_dtype,)
+    return of_dtype, ANY_RANGES
+
+
 def check_head_dim(q: Tensor, name: str) -> None:
     """Raise ShapeError unless implementation `name` takes q's head dim."""
     if name != "torch" and q.shape[-1] not in HEAD_DIMS:
@@ -88,6 +100,14 @@ def for_implementation(q: Tensor, name: str) -> Tensor:
     """q as the implementation takes it: Triton by group too, the others [T, N, D] alone, which
     copies a q that is a view into packed QKV."""
     return q if name == "triton" or q.dim() == 3 else q.flatten(1, 2)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x as libraries read it, 16 bytes at a time; a view that does not lie so is copied."""
+    are_whole = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    if are_whole and x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def fake_forward(q: Tensor) -> tuple[Tensor, Tensor]:

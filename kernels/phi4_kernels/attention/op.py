@@ -19,6 +19,7 @@ from phi4_kernels.attention.arguments import (
     checked,
     fake_forward,
     for_implementation,
+    needs,
 )
 from phi4_kernels.attention.ranges import Ranges
 from phi4_kernels.autograd import once_differentiable, without_autocast
@@ -70,7 +71,8 @@ def attention(
     """
     scale = checked(q, k, v, ranges, scale)
     check_margin(sm_margin)
-    name = dispatch.resolve("attention", implementation, q.device)
+    asked = needs(q, k, ranges, causal)
+    name = dispatch.resolve("attention", implementation, q.device, None, asked)
     check_head_dim(q, name)
     q = for_implementation(q, name)
     where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
@@ -95,7 +97,8 @@ def attention_forward(
     """`attention` without autograd, for callers that merge results over parts of the keys."""
     scale = checked(q, k, v, ranges, scale)
     check_margin(sm_margin)
-    name = dispatch.resolve("attention", implementation, q.device)
+    asked = needs(q, k, ranges, causal)
+    name = dispatch.resolve("attention", implementation, q.device, None, asked)
     check_head_dim(q, name)
     q = for_implementation(q, name)
     where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
@@ -143,7 +146,8 @@ def attention_backward(
     expect_dtype("attention_backward", "lse", lse, (torch.float32,))
     expect_shape("attention_backward", "lse", lse, shape[:2], "pass forward's")
     expect_same_device("attention_backward", q=q, dout=dout, out=out, lse=lse)
-    name = dispatch.resolve("attention", implementation, q.device)
+    asked = needs(q, k, ranges, causal)
+    name = dispatch.resolve("attention", implementation, q.device, None, asked)
     check_head_dim(q, name)
     q = for_implementation(q, name)
     tensors = (_unit_stride(dout), q, k, v, _unit_stride(out), lse.contiguous())

@@ -38,6 +38,9 @@ class Ranges:
     """At least the queries of the longest range; more costs nothing but a wrong launch row."""
     max_keys: int
     """At least the keys of the longest range."""
+    num_tokens: int | None = None
+    """Tokens of documents that follow each other from token 0 and hold all queries and keys; None
+    where the host does not know that they do. Some implementations serve nothing else."""
 
     def __post_init__(self) -> None:
         if self.q_offsets.dim() != 1 or not self.q_offsets.numel():
@@ -61,14 +64,16 @@ class Ranges:
         object.__setattr__(self, "q_offsets", self.q_offsets.view(-1))
 
     @classmethod
-    def packed(cls, cu_seqlens: Tensor, max_length: int) -> "Ranges":
+    def packed(cls, cu_seqlens: Tensor, max_length: int, num_tokens: int | None = None) -> "Ranges":
         """Self attention over packed documents.
 
         Args:
             cu_seqlens: [documents + 1], int32, from 0, ascending.
             max_length: at least the tokens of the longest document.
+            num_tokens: the last of cu_seqlens, if the host knows it.
         """
-        return cls(cu_seqlens, cu_seqlens[:-1], cu_seqlens[1:], max_length, max_length)
+        sides = cu_seqlens, cu_seqlens[:-1], cu_seqlens[1:]
+        return cls(*sides, max_length, max_length, num_tokens)
 
     @classmethod
     def of(
@@ -93,7 +98,7 @@ class Ranges:
         queries, keys = parts[0].diff(), parts[2] - parts[1]
         longest = (int(part.max()) if part.numel() else 0 for part in (queries, keys))
         device = torch.get_default_device() if device is None else device
-        return cls(*(part.to(device) for part in parts), *longest)
+        return cls(*(part.to(device) for part in parts), *longest, _num_tokens(*parts))
 
     def validate(self, num_queries: int | None = None, num_keys: int | None = None) -> None:
         """Raise PositionError unless all is in order and within the given sizes; synchronises."""
@@ -117,7 +122,21 @@ class Ranges:
                     "overlap; sort the documents"
                 )
             spans.append((name, values[0], values[-1]) if values else (name, 0, 0))
+        found = _num_tokens(self.q_offsets, self.k_starts, self.k_ends)
+        if self.num_tokens not in (None, found):
+            raise PositionError(
+                f"Ranges: num_tokens is {self.num_tokens}; expected documents side by side from "
+                "token 0 that hold as many; leave it out for other ranges"
+            )
         return spans
+
+
+def _num_tokens(q_offsets: Tensor, k_starts: Tensor, k_ends: Tensor) -> int | None:
+    """See Ranges.num_tokens; reads the boundaries."""
+    begins, ends = q_offsets[:-1], q_offsets[1:]
+    if q_offsets[0] or not (torch.equal(begins, k_starts) and torch.equal(ends, k_ends)):
+        return None
+    return int(q_offsets[-1])
 
 
 def _first_descent(values: list[int]) -> str:

@@ -68,7 +68,7 @@ def _margins(op: str, name: str) -> OpTable:
     """How much of the error rule each function uses up, on two sizes of each."""
     where = "on the GPU" if torch.cuda.is_available() else _HOST_FORMS.get(name, "on the CPU")
     title = f"Error rule, {name} {where}; 1.00 is the limit"
-    if name == "cuda" and (reason := cuda_library.missing()):
+    if reason := registry.missing(op, name):
         return OpTable(title, (), (), f"not run: {reason}")
     if name == "gluon" and not torch.cuda.is_available():
         return OpTable(title, (), (), "not run: tests/kernels/test_gluon_attention.py emulates it")
@@ -96,7 +96,7 @@ class _Checks:
     def __enter__(self) -> "_Checks":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._process is not None:
             self._process.close()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from phi4_kernels import cuda_library, dispatch, registry
+from phi4_kernels import dispatch, registry
 from phi4_kernels.evidence import SPEED_GATED, GpuMachine, KernelEvidence, Row
 from phi4_kernels.qualification.cache import RowCache, held
 
@@ -166,15 +166,12 @@ def _candidates(ops: Sequence[str]) -> list[Candidate]:
     return [(op, n) for op in ops for n in dispatch.candidates(op) if n not in SPEED_GATED]
 
 
-def _absent(name: str) -> str | None:
-    return cuda_library.missing() if name == "cuda" else None
-
-
 def _unproven(machine: GpuMachine, evidence: KernelEvidence, ops: Sequence[str]) -> list[Candidate]:
     return [
         (op, name)
         for op, name in _candidates(ops)
-        if not _absent(name) and not evidence.verdict(op, name, machine, same_device=True)
+        if not registry.missing(op, name)
+        and not evidence.verdict(op, name, machine, same_device=True)
     ]
 
 
@@ -187,7 +184,7 @@ def _untimed(
         names = [
             name
             for other, name in _candidates([op])
-            if not _absent(name) and evidence.proof(other, name, machine)
+            if not registry.missing(op, name) and evidence.proof(other, name, machine)
         ]
         if names and not evidence.times(op, [*names, "torch"], machine):
             found.append((op, [*names, "torch"]))
@@ -199,7 +196,7 @@ def _findings(
 ) -> Iterator[KernelFinding]:
     for op, name in _candidates(ops):
         row = work.evidence.verdict(op, name, machine, same_device=True)
-        if reason := _absent(name):
+        if reason := registry.missing(op, name):
             yield KernelFinding(op, name, "absent", reason)
         elif row is None:
             yield KernelFinding(op, name, "not in time", "the next start goes on with it")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from phi4_kernels import cuda_library, dispatch, registry
+from phi4_kernels import dispatch, registry
 from phi4_kernels.testing import evidence_rows
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
@@ -29,8 +29,8 @@ def _numbers(options: argparse.Namespace) -> int:
     failures = 0
     for op in [options.op] if options.op else registry.OPS:
         implementation = options.implementation or registry.default_kernel(op)
-        if implementation == "cuda" and (reason := cuda_library.missing()):
-            print(f"{op} cuda: not run: {reason}")
+        if reason := registry.missing(op, implementation):
+            print(f"{op} {implementation}: not run: {reason}")
             failures += options.record
             continue
         result = _run_numbers(op, implementation, on_gpu, options.jobs)

@@ -29,8 +29,16 @@ def names(entry: registry.Entry, implementation: str | None = None) -> list[Chec
         (entry.name, case.name, name)
         for case in entry.proof_cases
         for name, dtype in DTYPES.items()
-        if dtype in entry.dtypes and dtype in taken
+        if dtype in entry.dtypes and dtype in taken and not _unserved(entry, case, implementation)
     ]
+
+
+def _unserved(
+    entry: registry.Entry, case: registry.Case, implementation: str | None
+) -> tuple[str, ...]:
+    if not case.needs or implementation not in registry.implementations(entry.op):
+        return ()
+    return registry.unserved(entry.op, implementation, case.needs)
 
 
 def _find(entry: str, case: str) -> tuple[registry.Entry, registry.Case]:

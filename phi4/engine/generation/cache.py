@@ -14,7 +14,10 @@ from phi4_kernels.attention import Attention, BlockTable, Ranges, attention_forw
 from phi4.engine.generation.blocks import BlockCopy, slots_of
 from phi4.engine.generation.steps import StepRow
 from phi4.engine.model.attention import CoreAttention
-from phi4.engine.model.implementations import decoding_implementation
+from phi4.engine.model.implementations import (
+    decoding_implementation,
+    gathering_implementation,
+)
 
 # Shape legend: P slots, T new tokens, U keys of all rows, N query heads and K key-value heads per
 # tensor rank, D head dim.
@@ -210,7 +213,8 @@ class _Chunks:
         """[T, N, D]."""
         keys = keys_PKD.index_select(0, self._slots_U)
         values = values_PKD.index_select(0, self._slots_U)
-        options = {"scale": core.scale, "implementation": core.implementation}
+        implementation = gathering_implementation(core.implementation)
+        options = {"scale": core.scale, "implementation": implementation}
         return attention_forward(q_TND, keys, values, self._ranges, **options).out
 
 

@@ -183,8 +183,10 @@ class CoreAttention(torch.nn.Module):
         """
         refuse("core attention", {"attention_mask": attention_mask, **others}, _CORE_ATTENTION)
         documents, options = packed_seq_params, {"scale": self.scale}
-        if documents.one_per_row and self.implementation == "torch":
-            # Rows as a batch need no copy into one sequence.
+        is_on_host = q.device.type == "cpu"
+        if documents.one_per_row and self.implementation == "torch" and is_on_host:
+            # Rows as a batch need no copy into one sequence. On a GPU its backward would add in
+            # any order; the op's does not.
             q_SBND = q.reshape(*q.shape[:2], -1, q.shape[-1])
             q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBKD, v_SBKD))
             out = F.scaled_dot_product_attention(

@@ -95,6 +95,14 @@ def chunk_ranges(
     return HostRanges(*(x.astype(np.int32) for x in (q_offsets, k_starts[kept], k_ends[kept])))
 
 
+def _num_tokens(host: HostRanges) -> int | None:
+    """See `Ranges.num_tokens`; a chunk's queries begin at 0."""
+    begins, ends = host.q_offsets[:-1], host.q_offsets[1:]
+    are_documents = np.array_equal(begins, host.k_starts) and np.array_equal(ends, host.k_ends)
+    return int(ends[-1]) if are_documents else None
+
+
 def _as_tensors(found: HostRanges) -> Ranges | None:
     longest = [int(x.max()) for x in (np.diff(found.q_offsets), found.k_ends - found.k_starts)]
-    return Ranges(*map(torch.from_numpy, found), *longest) if longest[1] else None
+    parts = map(torch.from_numpy, found)
+    return Ranges(*parts, *longest, _num_tokens(found)) if longest[1] else None

@@ -3,17 +3,18 @@
 A choice is made at start, with its reason, and logged; nothing falls back later.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from phi4_kernels import dispatch, registry
-from phi4_kernels.attention.arguments import HEAD_DIMS
+from phi4_kernels.attention.arguments import ANY_RANGES, HEAD_DIMS
 from phi4_kernels.dispatch import Choice
 from phi4_kernels.errors import KernelError
 from phi4_kernels.evidence import KernelEvidence
 
-from phi4.config import KernelsConfig
+from phi4.config import KernelsConfig, Recipe
+from phi4.engine.precision import torch_dtype
 from phi4.errors import ConfigError
 
 
@@ -22,6 +23,7 @@ def choose(
     device: torch.device,
     head_dim: int = HEAD_DIMS[0],
     evidence: KernelEvidence | None = None,
+    needs: Mapping[str, str] | None = None,
 ) -> tuple[Choice, ...]:
     """The implementation of every op on a device, for attention heads of this width.
 
@@ -30,23 +32,47 @@ def choose(
         device: of the tensors.
         head_dim: of the model.
         evidence: what is known of the implementations; None takes what this machine has on file.
+        needs: see `attention_needs`; None asks for nothing.
 
     Raises:
-        ConfigError: an implementation was named that does not exist or cannot run here, or torch
-            would run an op although kernels.qualify is `required`.
+        ConfigError: an implementation was named that does not exist, cannot run here or does not
+            serve the recipe, or torch would run an op although kernels.qualify is `required`.
     """
-    choices = [_choose(op, asked, device, evidence) for op, asked in kernels.by_op().items()]
+    of_op = {"attention": needs or {}}
+    choices = [
+        _choose(op, asked, device, of_op.get(op, {}), evidence)
+        for op, asked in kernels.by_op().items()
+    ]
     choices = [_for_heads(choice, kernels, head_dim) for choice in choices]
     if kernels.qualify == "required":
         _require_kernels(kernels, choices)
     return tuple(choices)
 
 
-def _choose(op: str, asked: str, device: torch.device, evidence: KernelEvidence | None) -> Choice:
+def attention_needs(recipe: Recipe) -> dict[str, str]:
+    """What a recipe asks of attention that not every implementation serves, and by which key."""
+    precision, context = recipe.precision, recipe.parallel.context
+    needs = {registry.need_of(torch_dtype(precision)): f"precision.dtype={precision.dtype}"}
+    if context > 1:
+        needs[ANY_RANGES] = f"parallel.context={context}"
+    if recipe.kernels.deterministic:
+        needs[registry.EQUAL_BITS] = "kernels.deterministic=true"
+    return needs
+
+
+def _choose(
+    op: str,
+    asked: str,
+    device: torch.device,
+    needs: Mapping[str, str],
+    evidence: KernelEvidence | None,
+) -> Choice:
     try:
-        return dispatch.choose(op, asked, device, evidence=evidence)
+        return dispatch.choose(op, asked, device, needs=tuple(needs), evidence=evidence)
     except KernelError as error:
-        raise ConfigError(f"kernels.{op}={asked}: {error}") from error
+        keys = [key for need, key in needs.items() if need in str(error)]
+        by = f" (asked by {', '.join(keys)})" if keys else ""
+        raise ConfigError(f"kernels.{op}={asked}: {error}{by}") from error
 
 
 def _require_kernels(kernels: KernelsConfig, choices: Sequence[Choice]) -> None:
@@ -79,6 +105,15 @@ def implementation_of(op: str, choices: Sequence[Choice]) -> str:
 def decoding_implementation(attention: str) -> str:
     """What attends to a cache's blocks under the chosen implementation of attention.
 
-    Gluon has no such form; Triton, which runs wherever Gluon does, has.
+    Triton has such a form, and runs wherever those do that have none.
     """
     return attention if registry.provides("attention", attention, "decode") else "triton"
+
+
+def gathering_implementation(attention: str) -> str:
+    """What attends to gathered keys of a cache under the chosen implementation of attention.
+
+    There a document has more keys than queries, which Triton takes, and runs wherever those do that
+    take whole documents alone.
+    """
+    return "triton" if registry.unserved("attention", attention, (ANY_RANGES,)) else attention

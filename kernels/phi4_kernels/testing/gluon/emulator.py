@@ -85,11 +85,17 @@ def emulating(schedule: Schedule | None = None, num_processors: int = 2) -> Iter
     """
     genuine = dispatch.choose
 
-    def choose(op: str, requested: str, device: torch.device, step: str | None = None) -> Choice:
+    def choose(
+        op: str,
+        requested: str,
+        device: torch.device,
+        step: str | None = None,
+        needs: tuple[str, ...] = (),
+    ) -> Choice:
         is_ours = requested == "gluon" and registry.provides(op, "gluon", step)
         if is_ours and device.type == "cpu":
             return Choice(op, "gluon", "named; emulated on the CPU")
-        return genuine(op, requested, device, step)
+        return genuine(op, requested, device, step, needs)
 
     def run(self: GluonJITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         _run(schedule or Schedule(), self, *args, grid=grid, **options)
