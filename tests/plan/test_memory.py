@@ -52,7 +52,7 @@ def state_bytes(engine: Any, recipe: Recipe) -> dict[str, int]:
         for parameter in chunk.parameters():
             parameter.main_grad.fill_(1.0)
     with engine.patches:
-        engine.optimizer.step()
+        engine.optimizer.step(torch.ones((), dtype=torch.float64), torch.tensor(True))
     parameters = list(engine.bare_chunks[0].parameters())
     buffers = [buffer for chunk in engine.chunks for buffer in chunk.buffers]
     state: dict[int, int] = {}

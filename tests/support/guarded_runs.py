@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 
 from phi4.data.stream.batch import Batch
-from phi4.data.stream.loader import Loader
+from phi4.data.stream.read_ahead import ReadAheadLoader
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Loss
 from phi4.engine.platform import connect, disconnect
@@ -124,10 +124,10 @@ class Stopping(Hook):
         return CONTINUE
 
 
-def marking_loader(poison: Poison) -> type[Loader]:
+def marking_loader(poison: Poison) -> type[ReadAheadLoader]:
     """A loader that marks rows by the place in the stream that they were drawn from."""
 
-    class MarkingLoader(Loader):
+    class MarkingLoader(ReadAheadLoader):
         def next_step(self, **layout: int) -> list[Batch]:
             drawn = self.state()["sources"]["a"]["drawn"] // ROWS + 1
             batches = super().next_step(**layout)
@@ -150,7 +150,8 @@ def start(rank: int, world_size: int, root: Path, plan: RunPlan) -> Ended | None
     said: list[str] = []
     with ExitStack() as stack:
         stack.enter_context(chdir(root))
-        stack.enter_context(patch("phi4.train.sources.Loader", marking_loader(plan.poison)))
+        loader = marking_loader(plan.poison)
+        stack.enter_context(patch("phi4.train.sources.ReadAheadLoader", loader))
         finish = stack.enter_context(patch.object(Trackers, "finish"))
         stack.enter_context(patch("phi4.train.session.print_line", said.append))
         if plan.fault:

@@ -20,7 +20,7 @@ from phi4.data.files.token_file import TokenFile
 from phi4.data.files.token_writer import TokenFileWriter
 from phi4.data.stream import window_table
 from phi4.data.stream.batch import Batch
-from phi4.data.stream.loader import Loader
+from phi4.data.stream.read_ahead import ReadAheadLoader
 from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.engine.platform import Platform, connect, disconnect
 from phi4.errors import Phi4Error
@@ -53,7 +53,7 @@ MIDTRAIN = (
 )
 
 
-class Recorded(Loader):
+class Recorded(ReadAheadLoader):
     """A loader that keeps what it served."""
 
     served: list[tuple[int, list[Batch]]]
@@ -74,7 +74,8 @@ def _train(rank: int, world_size: int, root: Path, overrides: tuple[str, ...]) -
     platform = connect("cpu", rank=rank, world_size=size, rendezvous=meeting)
     Recorded.served = []
     computing = patch("phi4.data.stream.window_table._computed", wraps=window_table._computed)
-    with chdir(root), patch("phi4.train.sources.Loader", Recorded), computing as computed:
+    recording = patch("phi4.train.sources.ReadAheadLoader", Recorded)
+    with chdir(root), recording, computing as computed:
         run_training(recipe, platform, NextToken(), allow_change=True)
     disconnect()
     served = [(dp, np.concatenate([b.tokens for b in batches])) for dp, batches in Recorded.served]
@@ -243,7 +244,8 @@ def test_ledger_of_another_stream_is_refused_before_the_run_exists(
 def _open_what_is_missing(rank: int, world_size: int, root: Path) -> str:
     recipe = tiny_recipe(*MODEL, "data.sources=[{name='web', path='nowhere'}]")
     platform = connect("cpu", rank=rank, world_size=world_size, rendezvous=rendezvous())
-    with chdir(root), patch("phi4.train.sources.Loader", wraps=Loader) as opened:
+    watching = patch("phi4.train.sources.ReadAheadLoader", wraps=ReadAheadLoader)
+    with chdir(root), watching as opened:
         with pytest.raises(Phi4Error) as caught:
             open_sources(recipe, check_tokenizer(recipe), RunState(), platform)
         return f"{opened.call_count} {caught.value}"

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from phi4.cli.data import app
 from phi4.data.stream import loader as loaders
 from phi4.data.stream.batch import Batch
-from phi4.data.stream.loader import Loader
+from phi4.data.stream.read_ahead import ReadAheadLoader
 from phi4.engine.platform import connect, disconnect
 from phi4.errors import Phi4Error, PlatformError
 from phi4.rundir.manifest import read_manifest
@@ -67,7 +67,7 @@ class KilledAfterwards(Hook):
         return {}
 
 
-class Recorded(Loader):
+class Recorded(ReadAheadLoader):
     """A loader that keeps what it served, and can skip rows where it goes on."""
 
     served: ClassVar[list[list[Batch]]] = []
@@ -127,7 +127,7 @@ def start(rank: int, world_size: int, root: Path, plan: Plan) -> Outcome | None:
     Recorded.served, Recorded.skipped_rows = [], plan.skipped_rows
     with ExitStack() as stack:
         stack.enter_context(chdir(root))
-        stack.enter_context(patch("phi4.train.sources.Loader", Recorded))
+        stack.enter_context(patch("phi4.train.sources.ReadAheadLoader", Recorded))
         finish = stack.enter_context(patch.object(Trackers, "finish"))
         read = patch.object(loaders, "read_source", wraps=loaders.read_source)
         reads = stack.enter_context(read)
