@@ -155,8 +155,8 @@ def mutants(rank: int, size: int) -> list[Results]:
     found = []
     with gloo_group(rank, size):
         for kind, old, new in (
-            (KINDS[1], "is_alone = self.shard.group is None or", "is_alone = True or"),
-            (KINDS[0], "partial = wide_product(dlogits,", "partial = torch.mm(dlogits,"),
+            (KINDS[1], "if group is None or", "if True or"),
+            (KINDS[0], "share = wide_product(dlogits,", "share = torch.mm(dlogits,"),
         ):
             with mutant("cross_entropy", "chunks.py", old, new):
                 found.append(on_rank(rank, size, kind, "summed"))

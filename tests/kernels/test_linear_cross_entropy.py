@@ -81,10 +81,10 @@ def test_collectives_are_what_the_docstring_says() -> None:
         assert calls["per token"] == [statistics] * 2 + [reduced] * 2
         gathered = ("all_gather_into_tensor", 5 * 24 * 4)
         scattered = ("reduce_scatter_tensor", 10 * 24 * 4)
-        assert calls["summed, sequence"] == [gathered, statistics, scattered] * 2
-        assert (
-            calls["per token, sequence"] == [gathered, statistics] * 2 + [gathered, scattered] * 2
-        )
+        # A chunk is gathered while the one before it is computed with.
+        ahead = [gathered] * 2
+        assert calls["summed, sequence"] == ahead + [statistics, scattered] * 2
+        assert calls["per token, sequence"] == ahead + [statistics] * 2 + ahead + [scattered] * 2
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])

@@ -1,8 +1,9 @@
 """What happens to one chunk of tokens: product, loss, gradients, and what ranks exchange for it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,13 +63,25 @@ class Head(NamedTuple):
         step = max(1, self.layout.chunk_tokens // self.num_parts)
         return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
-    def gathered(self, rows: Tensor) -> Tensor:
-        """A chunk's hidden states: this rank's rows, or those of all ranks one after the other."""
+    def gathered(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The chunks' spans and hidden states: this rank's rows, or those of all ranks one after
+        the other. Each is gathered while the one before it is computed with."""
+        before: tuple[slice, Callable[[], Tensor]] | None = None
+        for span in self.spans(rows.shape[0]):
+            started = self._gather(rows[span])
+            if before is not None:
+                yield before[0], before[1]()
+            before = (span, started)
+        if before is not None:
+            yield before[0], before[1]()
+
+    def _gather(self, rows: Tensor) -> Callable[[], Tensor]:
         if self.num_parts == 1:
-            return rows
+            return lambda: rows
         whole = rows.new_empty((self.num_parts * rows.shape[0], rows.shape[1]))
-        dist.all_gather_into_tensor(whole, rows.contiguous(), group=self.shard.group)
-        return whole
+        group, own = self.shard.group, rows.contiguous()
+        work = dist.all_gather_into_tensor(whole, own, group=group, async_op=True)
+        return partial(_waited, work, whole)
 
     def of_chunk(self, per_token: Tensor | None, span: slice) -> Tensor | None:
         """The chunk's part of a flat per-token tensor, in the order of `gathered`."""
@@ -76,20 +89,26 @@ class Head(NamedTuple):
             return None
         return per_token.unflatten(0, (self.num_parts, -1))[:, span].flatten(0, 1)
 
-    def hidden_gradient(self, dlogits: Tensor) -> Tensor:
-        """[rows, H] for this rank's rows, summed over the ranks in fp32."""
-        is_alone = self.shard.group is None or self.shard.size == 1
-        if is_alone and dlogits.dtype != torch.float32:
-            return dlogits @ self.weight
-        partial = wide_product(dlogits, self.weight)
-        if is_alone:
-            return partial
+    def hidden_gradient(self, dlogits: Tensor) -> Callable[[], Tensor]:
+        """Begin [rows, H] for this rank's rows, summed over the ranks in fp32; the call has it."""
+        group = self.shard.group
+        if group is None or self.shard.size == 1:
+            is_wide = dlogits.dtype == torch.float32
+            alone = wide_product(dlogits, self.weight) if is_wide else dlogits @ self.weight
+            return lambda: alone
+        share = wide_product(dlogits, self.weight)
         if self.num_parts == 1:
-            dist.all_reduce(partial, group=self.shard.group)
-            return partial
-        mine = partial.new_empty((partial.shape[0] // self.num_parts, partial.shape[1]))
-        dist.reduce_scatter_tensor(mine, partial, group=self.shard.group)
-        return mine
+            return partial(_waited, dist.all_reduce(share, group=group, async_op=True), share)
+        mine = share.new_empty((share.shape[0] // self.num_parts, share.shape[1]))
+        work = dist.reduce_scatter_tensor(mine, share, group=group, async_op=True)
+        # `share` lives until the sum is made.
+        return partial(_waited, work, mine, share)
+
+
+def _waited(work: Any, result: Tensor, *_kept: Tensor) -> Tensor:
+    """What a collective made; on a GPU the stream waits, not the host."""
+    work.wait()
+    return result
 
 
 class Tokens(NamedTuple):
@@ -111,18 +130,18 @@ class Gradients:
             self.weight = weight.new_zeros(weight.shape, dtype=torch.float32)
 
     def add(self, head: Head, span: slice, rows: Tensor, dlogits: Tensor) -> None:
-        """Add a chunk."""
-        if self.hidden is not None:
-            self.hidden[span] = head.hidden_gradient(dlogits)
+        """Add a chunk; the ranks sum the one gradient while the other is computed."""
+        of_hidden = None if self.hidden is None else head.hidden_gradient(dlogits)
         if self.weight is not None:
             add_wide_product(self.weight, dlogits, rows)
+        if of_hidden is not None:
+            self.hidden[span] = of_hidden()
 
 
 def _forward_chunk(
-    head: Head, rows: Tensor, tokens: Tokens, span: slice, gradients: Gradients | None
+    head: Head, whole: Tensor, tokens: Tokens, span: slice, gradients: Gradients | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, log-probabilities and normalizer of a chunk; a function, so that its logits go."""
-    whole = head.gathered(rows[span])
     logits = whole @ head.weight.t()
     ids, scales = head.of_chunk(tokens.ids, span), head.of_chunk(tokens.scales, span)
     common = (head.options, head.shard, head.name)
@@ -147,8 +166,8 @@ def forward(
         torch.empty((num_tokens, 3), **fp32),
     )
     split = (head.num_parts, -1)
-    for span in head.spans(rows.shape[0]):
-        parts = _forward_chunk(head, rows, tokens, span, gradients)
+    for span, whole in head.gathered(rows):
+        parts = _forward_chunk(head, whole, tokens, span, gradients)
         for output, part in zip(outputs, parts, strict=True):
             output.unflatten(0, split)[:, span] = part.unflatten(0, split)
     return outputs
@@ -162,20 +181,19 @@ def backward(
     gradients: Gradients,
 ) -> None:
     """Add the gradients of all tokens; `saved` holds normalizer, dlosses, dlog_probs."""
-    for span in head.spans(rows.shape[0]):
-        _backward_chunk(head, rows, tokens, span, saved, gradients)
+    for span, whole in head.gathered(rows):
+        _backward_chunk(head, whole, tokens, span, saved, gradients)
 
 
 def _backward_chunk(
     head: Head,
-    rows: Tensor,
+    whole: Tensor,
     tokens: Tokens,
     span: slice,
     saved: tuple[Tensor | None, ...],
     gradients: Gradients,
 ) -> None:
     """Add a chunk's gradients; `saved` holds normalizer, dlosses, dlog_probs of all tokens."""
-    whole = head.gathered(rows[span])
     logits = whole @ head.weight.t()
     ids, scales = head.of_chunk(tokens.ids, span), head.of_chunk(tokens.scales, span)
     normalizer, *incoming = (head.of_chunk(tensor, span) for tensor in saved)
