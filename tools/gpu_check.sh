@@ -25,6 +25,7 @@ jobs=$(getconf _NPROCESSORS_ONLN)
 
 declare -A parts=(
     [numbers]="the error rule on every case of every op; the rows that let auto choose a kernel"
+    [qualify]="what phi4 train does on a new card: two sizes of every op, timed beside torch, in 60 s"
     [steps]="training at phi-4's width beside megatron-core, plain torch, transformers and Liger"
     [engine]="ten steps on the GPU against the CPU, saved and resumed on either"
     [attention]="attention timed beside cuDNN and FlashAttention where they are installed"
@@ -35,7 +36,7 @@ declare -A parts=(
     [csrc]="tests marked gpu of the CUDA ops"
     [triton]="tests marked gpu of the Triton ops"
 )
-order=(numbers steps engine attention loss_head memory hopper libraries csrc triton)
+order=(numbers qualify steps engine attention loss_head memory hopper libraries csrc triton)
 
 within() {  # run a command in what is left of the part's time; a failure does not end the part
     local left=$((part_ends - SECONDS)) code=0
@@ -59,6 +60,7 @@ timed() {  # the bench checks an op again before it times it, so a red op has no
 }
 
 part_numbers() { within "$python" -m phi4_kernels.testing numbers --jobs "$jobs" --record; }
+part_qualify() { within "$python" -m phi4_kernels.qualification --again; }
 part_steps() {  # it ends by itself and says what there was no time for
     within "$python" tools/gpu_step_time.py --out benchmarks/gpu_step_time.jsonl \
         --seconds "$part_seconds"

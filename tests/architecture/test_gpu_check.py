@@ -8,6 +8,7 @@ from tests.architecture.sizes import ROOT
 
 PARTS = [
     "numbers",
+    "qualify",
     "steps",
     "engine",
     "attention",

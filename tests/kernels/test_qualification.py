@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -321,3 +323,13 @@ def test_the_prover_judges_processes(
     else:
         assert found["num_checks"] == 2 and found["worst_margin"] == result["worst_margin"]
         assert len(found["red"]) == len(result["red"])
+
+
+def test_the_command_says_that_there_is_no_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "phi4_kernels.qualification", "--op", "rope"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "nothing to qualify" in done.stdout, done.stderr
