@@ -98,8 +98,10 @@ class Totals:
         # Tensor ranks hold copies; only the last stage's first tensor rank has what counts.
         if not (layout.is_last_stage and layout.tp_rank == 0):
             self.sums.zero_()
-        if any(asked):
-            self.sums[self._num_sums :] = self.sums.new_tensor(asked)
+        for index, flag in enumerate(asked):
+            if flag:
+                # A constant of a kernel: a tensor made on the host would be a copy that waits.
+                self.sums[self._num_sums + index].fill_(1.0)
         dist.all_reduce(self.sums)
 
     def loss_within(self, limit: float) -> torch.Tensor:

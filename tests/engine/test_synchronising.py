@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from phi4.engine.agreement import Asked
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Loss
 from phi4.stages.pretrain import NextToken
@@ -85,7 +86,10 @@ def waits(
 
 
 def train(engine: Engine, step: int, objective: NextToken) -> None:
-    engine.train_step(batches_of(engine, step), objective, learning_rate=1e-2)
+    # As while a save is under way: what a rank tells goes to the device in every step.
+    told = Asked(save_is_busy=True)
+    batches = batches_of(engine, step)
+    engine.train_step(batches, objective, learning_rate=1e-2, asked=lambda: told)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
