@@ -62,6 +62,8 @@ PLANTED = {
     "aten::nonzero": lambda x: x.nonzero(),
     "aten::index": lambda x: x.view(1)[x.view(1) > 0],
     "aten::_to_copy to the device": lambda x: torch.ones(2).to(x.device, non_blocking=True),
+    "tensor on the device": lambda x: torch.tensor([1.0, 2.0], device=x.device),
+    "new_tensor on the device": lambda x: x.new_tensor([1.0, 2.0]),
     "aten::copy_ to the device": lambda x: x.detach().clone().copy_(torch.ones(())),
 }
 

@@ -5,7 +5,7 @@ what is on the host are told apart. Its collectives move nothing, so one process
 """
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -45,6 +45,29 @@ class Waits(TorchDispatchMode):
         self.pinned: set[int] = set()
         """Addresses of staging blocks."""
         self._works: list[FakeWork] = []
+        self._is_entered = self._is_making = False
+
+    def __enter__(self) -> "Waits":
+        self._is_entered = True
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._is_entered = False
+        super().__exit__(*exception)
+
+    def from_host_values(self, name: str, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """In place of what makes tensors of Python values, which no operator shows."""
+
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            # Under a torch-function mode it is asked again for the same tensor.
+            is_first, self._is_making = not self._is_making, True
+            made = make(*args, **kwargs)
+            self._is_making = not is_first
+            if self._is_entered and made.is_meta and is_first:
+                self._note(f"{name} on the device")
+            return made
+
+        return call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See TorchDispatchMode."""
@@ -128,6 +151,9 @@ def engine_on_paper(recipe: Recipe, rank: int) -> Iterator[tuple[Engine, Waits]]
     replaced = {
         (placement, "staging_block"): waits.staging_block,
         (p2p_communication.torch.distributed, "batch_isend_irecv"): lambda exchanges: [],
+        (torch, "tensor"): waits.from_host_values("tensor", torch.tensor),
+        (torch, "as_tensor"): waits.from_host_values("as_tensor", torch.as_tensor),
+        (Tensor, "new_tensor"): waits.from_host_values("new_tensor", Tensor.new_tensor),
     }
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
