@@ -31,7 +31,11 @@ def without_autocast(function: _Function) -> _Function:
 
 def needs_graph(*tensors: Tensor | None) -> bool:
     """Whether autograd records what happens to one of these: a Function costs ten microseconds."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def once_differentiable(op: str) -> Callable[[_Function], _Function]:

@@ -92,5 +92,7 @@ def expect_rows_in_place(op: str, name: str, tensor: Tensor, row_dims: int) -> N
 
 def rows_of(tensor: Tensor) -> Tensor:
     """`tensor` [..., H] as [T, H] with unit last stride, without a copy where strides allow."""
+    if tensor.dim() == 2 and tensor.stride(1) == 1:
+        return tensor
     rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.numel() == 0 else rows.contiguous()

@@ -57,7 +57,7 @@ def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
         return torch_impl.swiglu(gate_up)
     rows = rows_of(gate_up)
     out = _SwiGLUFunction.apply(rows, name) if needs_graph(rows) else _forward(rows, name)
-    return out.view(*gate_up.shape[:-1], width)
+    return out if gate_up.dim() == 2 else out.view(*gate_up.shape[:-1], width)
 
 
 @without_autocast

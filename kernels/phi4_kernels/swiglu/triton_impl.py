@@ -123,10 +123,10 @@ def _swiglu_backward_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _grid(row: Launch, num_rows: int, width: int) -> tuple[int, dict[str, int]]:
-    block = launch.divisor_block(width, row.block, _SMALLEST_EXACT_BLOCK)
+def _grid(widest: int, rows: int, num_rows: int, width: int) -> tuple[int, dict[str, int]]:
+    block = launch.divisor_block(width, widest, _SMALLEST_EXACT_BLOCK)
     # A narrower tile is taller: every thread keeps its 16-byte pieces.
-    rows = row.rows * row.block // block
+    rows = rows * widest // block
     programs = launch.ceil_div(num_rows, rows) * launch.ceil_div(width, block)
     return programs, {"WIDTH": width, "ROWS": rows, "BLOCK": block}
 
@@ -137,7 +137,7 @@ def forward(gate_up: Tensor) -> Tensor:
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         row = launch.pick(FORWARD, width)
-        programs, tile = _grid(row, num_rows, width)
+        programs, tile = _grid(row.block, row.rows, num_rows, width)
         _swiglu_forward_kernel[(programs,)](
             gate_up,
             None,
@@ -158,7 +158,7 @@ def forward_fp8(gate_up: Tensor, scale: Tensor, columnwise: bool) -> tuple[Tenso
     """[T, 2F] -> e4m3 [T, F], its transpose (empty unless columnwise), amax []."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     row = launch.pick(COLUMNWISE if columnwise else FORWARD, width)
-    programs, tile = _grid(row, num_rows, width)
+    programs, tile = _grid(row.block, row.rows, num_rows, width)
     fp8 = {"dtype": torch.float8_e4m3fn, "device": gate_up.device}
     out = torch.empty((num_rows, width), **fp8)
     transposed = torch.empty((width, num_rows) if columnwise else (0, 0), **fp8)
@@ -189,7 +189,7 @@ def backward(dout: Tensor, gate_up: Tensor, emit_product: bool) -> tuple[Tensor,
     product = torch.empty((num_rows, width) if emit_product else (0, 0), **like)
     if dout.numel():
         row = launch.pick(BACKWARD, width)
-        programs, tile = _grid(row, num_rows, width)
+        programs, tile = _grid(row.block, row.rows, num_rows, width)
         _swiglu_backward_kernel[(programs,)](
             dout,
             gate_up,
