@@ -196,6 +196,8 @@ def missing(op: str, name: str) -> str | None:
     """Why this machine lacks what an implementation calls; None where it is there."""
     if name == "cuda":
         return cuda_library.missing()
+    if name in ("triton", "gluon") and importlib.util.find_spec("triton") is None:
+        return "triton is not installed; install it beside torch"
     is_foreign = name in FOREIGN and name in implementations(op)
     return implementation(op, name).missing() if is_foreign else None
 

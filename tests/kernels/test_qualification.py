@@ -231,6 +231,18 @@ def test_a_cuda_op_that_is_not_built_is_absent(
     assert not machine.proved and not is_needed(H200, dispatch.known(), ("adamw",))
 
 
+def test_without_triton_its_kernels_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = registry.importlib.util.find_spec
+    monkeypatch.setattr(
+        registry.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
+    )
+    machine = Simulated()
+    done = qualify(machine, ops=OPS)
+    assert _verdicts(done) == dict.fromkeys(OPS, "absent") and not machine.proved
+    assert "triton is not installed" in done.findings[0].detail
+    assert not is_needed(H200, dispatch.known(), OPS)
+
+
 def _hold(path: Path, entered: Any, leave: Any) -> None:
     with held(path, wait_seconds=30):
         entered.set()
