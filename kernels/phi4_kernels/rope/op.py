@@ -189,10 +189,10 @@ class _RopeQKVFunction(torch.autograd.Function):
         packed = qkv.detach().flatten(1)
         if name == "torch":
             torch_impl.forward(packed, layout, cos, sin, position_ids, cu_seqlens)
-        else:
-            q, k, _ = layout.split(packed)
-            _rope_forward(q, k, cos, sin, position_ids, cu_seqlens, name)
-        return layout.split(packed)
+            return layout.split(packed)
+        q, k, v = layout.split(packed)
+        _rope_forward(q, k, cos, sin, position_ids, cu_seqlens, name)
+        return q, k, v
 
     @staticmethod
     @once_differentiable("rope_qkv")
