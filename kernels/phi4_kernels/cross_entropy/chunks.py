@@ -81,7 +81,7 @@ class Head(NamedTuple):
         whole = rows.new_empty((self.num_parts * rows.shape[0], rows.shape[1]))
         group, own = self.shard.group, rows.contiguous()
         work = dist.all_gather_into_tensor(whole, own, group=group, async_op=True)
-        return partial(_waited, work, whole)
+        return partial(_waited, work, whole, own)
 
     def of_chunk(self, per_token: Tensor | None, span: slice) -> Tensor | None:
         """The chunk's part of a flat per-token tensor, in the order of `gathered`."""
@@ -101,13 +101,14 @@ class Head(NamedTuple):
             return partial(_waited, dist.all_reduce(share, group=group, async_op=True), share)
         mine = share.new_empty((share.shape[0] // self.num_parts, share.shape[1]))
         work = dist.reduce_scatter_tensor(mine, share, group=group, async_op=True)
-        # `share` lives until the sum is made.
         return partial(_waited, work, mine, share)
 
 
-def _waited(work: Any, result: Tensor, *_kept: Tensor) -> Tensor:
-    """What a collective made; on a GPU the stream waits, not the host."""
+def _waited(work: Any, result: Tensor, source: Tensor | None = None) -> Tensor:
+    """What a collective makes of `source`; on a GPU the stream waits, not the host."""
     work.wait()
+    # It has to live until here.
+    del source
     return result
 
 
