@@ -18,8 +18,8 @@ ROW |= {"bytes": 268435456, "flops": 268435456, "commit": "abc"}
 ROW |= {"copy_bytes_per_second": 4.3e12, "matmul_flops_per_second": 7.9e14}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
-def test_without_a_gpu_there_is_nothing_to_qualify() -> None:
+def test_without_a_gpu_there_is_nothing_to_qualify(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = CliRunner().invoke(app, ["qualify"])
     assert isinstance(done.exception, PlatformError)
     assert "nothing to qualify" in str(done.exception)

@@ -201,7 +201,7 @@ def forward(
     max_keys: int,
     causal: bool,
     scale: float,
-    sm_margin: int = 0,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
     """See op.attention_forward; the ranges are documents, as NOT_SERVED says."""
     if not q.shape[0]:
@@ -225,7 +225,7 @@ def backward(
     max_keys: int,
     causal: bool,
     scale: float,
-    sm_margin: int = 0,
+    sm_margin: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See op.attention_backward."""
     if not q.shape[0]:

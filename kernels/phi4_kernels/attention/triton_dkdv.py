@@ -56,7 +56,10 @@ def _dkdv_block(
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of the queries of one head, the group's `member`."""
+    """One block of the queries of one head, the group's `member`.
+
+    P = exp2(K Q^T scale_log2 - lse2), dV += P dO, dS = P (V dO^T - delta), dK += dS Q.
+    """
     member = tl.cast(member, tl.int64)
     q_ptr += member * stride_q_head
     dout_ptr += member * stride_dout_head

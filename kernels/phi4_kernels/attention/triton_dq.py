@@ -29,6 +29,7 @@ def _dq_block(
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
+    """One block of keys: P = exp2(Q K^T scale_log2 - lse2), dS = P (dO V^T - delta), dQ += dS K."""
     k = load(k_ptr, key, last, stride_k, KEYS, DIM, PADDED, MASKED)
     v = load(v_ptr, key, last, stride_v, KEYS, DIM, PADDED, MASKED)
     if MASKED:
@@ -108,49 +109,17 @@ def dq_kernel(
     acc = tl.zeros((QUERIES, PADDED), tl.float32)
     for key in range(full, full_end, KEYS):
         acc = _dq_block(
-            q,
-            dout,
-            lse2,
-            delta,
-            acc,
-            k_ptr,
-            v_ptr,
-            key,
-            last,
-            low,
-            high,
-            stride_k,
-            stride_v,
-            scale_log2,
-            KEYS,
-            DIM,
-            PADDED,
-            False,
-        )
+            q, dout, lse2, delta, acc, k_ptr, v_ptr, key, last, low, high,
+            stride_k, stride_v, scale_log2, KEYS, DIM, PADDED, False,
+        )  # fmt: skip
     before = (full - first) // KEYS
     num_border = before + tl.cdiv(tl.maximum(last - full_end, 0), KEYS)
     for border in tl.range(0, num_border, num_stages=BORDER_STAGES):
         key = tl.where(border < before, first, full_end - before * KEYS) + border * KEYS
         acc = _dq_block(
-            q,
-            dout,
-            lse2,
-            delta,
-            acc,
-            k_ptr,
-            v_ptr,
-            key,
-            last,
-            low,
-            high,
-            stride_k,
-            stride_v,
-            scale_log2,
-            KEYS,
-            DIM,
-            PADDED,
-            True,
-        )
+            q, dout, lse2, delta, acc, k_ptr, v_ptr, key, last, low, high,
+            stride_k, stride_v, scale_log2, KEYS, DIM, PADDED, True,
+        )  # fmt: skip
     pointers = block(dq_ptr + head * DIM, first_row, num_heads * DIM, QUERIES, PADDED)
     mask = is_own[:, None] & (tl.arange(0, PADDED)[None, :] < DIM)
     tl.store(pointers, (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask)

@@ -91,7 +91,8 @@ def _attend(
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys: online softmax in powers of 2."""
+    """One block of keys, S = Q K^T scale_log2: m' = max(m, S), P = exp2(S - m'),
+    l' = l exp2(m - m') + sum(P), O' = O exp2(m - m') + P V."""
     k = load(k_ptr, key, last, stride_k, KEYS, DIM, PADDED, MASKED)
     v = load(v_ptr, key, last, stride_v, KEYS, DIM, PADDED, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -156,46 +157,16 @@ def _forward_kernel(
     total = tl.zeros((QUERIES,), tl.float32)
     for key in range(full, full_end, KEYS):
         acc, largest, total = _attend(
-            q,
-            acc,
-            largest,
-            total,
-            k_ptr,
-            v_ptr,
-            key,
-            last,
-            low,
-            high,
-            stride_k,
-            stride_v,
-            scale_log2,
-            KEYS,
-            DIM,
-            PADDED,
-            False,
-        )
+            q, acc, largest, total, k_ptr, v_ptr, key, last, low, high,
+            stride_k, stride_v, scale_log2, KEYS, DIM, PADDED, False,
+        )  # fmt: skip
     before = (full - first) // KEYS
     for border in range(0, before + tl.cdiv(tl.maximum(last - full_end, 0), KEYS)):
         key = tl.where(border < before, first, full_end - before * KEYS) + border * KEYS
         acc, largest, total = _attend(
-            q,
-            acc,
-            largest,
-            total,
-            k_ptr,
-            v_ptr,
-            key,
-            last,
-            low,
-            high,
-            stride_k,
-            stride_v,
-            scale_log2,
-            KEYS,
-            DIM,
-            PADDED,
-            True,
-        )
+            q, acc, largest, total, k_ptr, v_ptr, key, last, low, high,
+            stride_k, stride_v, scale_log2, KEYS, DIM, PADDED, True,
+        )  # fmt: skip
     is_own = rows < end_row
     divisor = tl.where(total == 0.0, 1.0, total)
     out = acc / divisor[:, None]

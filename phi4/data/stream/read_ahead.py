@@ -95,5 +95,5 @@ class _Ahead:
     def _run(self, make: Callable[[], list[Batch]]) -> None:
         try:
             self._made.set_result(make())
-        except BaseException as error:
+        except BaseException as error:  # raised where the step is asked for
             self._made.set_exception(error)
