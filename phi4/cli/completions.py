@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import typer
 
-from phi4.cli.prompts import Prompt
 from phi4.cli.sampling_options import SamplingOptions
 from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.errors import ConfigError
 from phi4.sampling.batch import events
 from phi4.sampling.checks import check_request
+from phi4.sampling.prompts import Prompt
 from phi4.sampling.protocol import Completion, ModelLimits, NewToken, Request, Sampler
 from phi4.sampling.text import TextStream, completion_text
 

@@ -10,7 +10,6 @@ import typer
 
 from phi4.cli.completions import Asking, print_finished, print_json, print_live
 from phi4.cli.model_ranks import CheckpointPath, on_model_ranks
-from phi4.cli.prompts import STDIN, Prompt, PromptReader
 from phi4.cli.sampling_options import (
     CacheTokens,
     MaxTokens,
@@ -23,6 +22,7 @@ from phi4.cli.sampling_options import (
     TopP,
 )
 from phi4.errors import ConfigError, DataError
+from phi4.sampling.prompts import STDIN, Prompt, PromptReader
 from phi4.sampling.protocol import ModelLimits, Sampler
 
 _OVERRIDE = re.compile(r"[a-z_]+\.[a-z_0-9]+=")

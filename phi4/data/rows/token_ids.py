@@ -48,7 +48,7 @@ def read_pair_ids(row: Mapping[str, object], vocab_size: int) -> PairIds:
     Raises:
         DataError: a column is missing or no list of ids, or it is empty.
     """
-    prompt, chosen, rejected = (_ids(row, name, vocab_size) for name in PAIR_ID_COLUMNS)
+    prompt, chosen, rejected = (read_ids(row, name, vocab_size) for name in PAIR_ID_COLUMNS)
     return PairIds(prompt, chosen, rejected)
 
 
@@ -65,12 +65,12 @@ def read_pivots(row: Mapping[str, object], vocab_size: int) -> Pivots:
             trajectory or has two pivots, or the ids of a pivot are equal.
     """
     if "pivots" in row:
-        ids = _ids(row, "ids", vocab_size)
+        ids = read_ids(row, "ids", vocab_size)
         pivots = row["pivots"]
         if not isinstance(pivots, Sequence) or isinstance(pivots, str) or not pivots:
             raise DataError(f"pivots is {shown(pivots)}; expected a list of at least one")
     else:
-        ids = _ids(row, "prompt_ids", vocab_size)
+        ids = read_ids(row, "prompt_ids", vocab_size)
         pivots = [{"position": len(ids) - 1, **row}]
     found = sorted(_pivot(value, len(ids), vocab_size) for value in pivots)
     positions, chosen, rejected = zip(*found, strict=True)
@@ -96,7 +96,12 @@ def _pivot(value: object, length: int, vocab_size: int) -> tuple[int, int, int]:
     return position, chosen, rejected
 
 
-def _ids(row: Mapping[str, object], column: str, vocab_size: int) -> tuple[int, ...]:
+def read_ids(row: Mapping[str, object], column: str, vocab_size: int) -> tuple[int, ...]:
+    """The token ids of a column.
+
+    Raises:
+        DataError: it is missing, empty or no list of ids.
+    """
     if column not in row:
         raise DataError(f"row of token ids lacks `{column}`: it has {column_names(row)}")
     value = row[column]

@@ -1,7 +1,7 @@
-"""What a command is to continue or answer: texts and conversations, of its arguments or a file."""
+"""What a model is to continue or answer: texts and conversations, of arguments or a file."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +65,21 @@ class PromptReader:
     def _of_line(self, line: bytes, num_bytes: int, place: str) -> Prompt:
         try:
             row = parse_row(line, num_bytes)
-            if "messages" in row and "prompt" not in row:
-                return self._of_messages(read_messages(row["messages"], "messages"), place)
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
+        return self.of_row(row, place)
+
+    def of_row(self, row: Mapping[str, object], place: str) -> Prompt:
+        """The prompt of a row.
+
+        Raises:
+            DataError: it has none, or two; the message begins with the place.
+        """
+        if "messages" in row and "prompt" not in row:
+            try:
+                return self._of_messages(read_messages(row["messages"], "messages"), place)
+            except DataError as error:
+                raise DataError(f"{place}: {error}") from None
         if "messages" in row or not isinstance(row.get("prompt"), str):
             raise DataError(
                 f'{place}: expected {{"prompt": "text"}} or {{"messages": [...]}}, got the keys '

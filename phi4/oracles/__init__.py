@@ -1,0 +1,1 @@
+"""Whether an answer is right: exact, choice, math and code, and the sandbox that runs programs."""

@@ -1,0 +1,1 @@
+"""Preference data: pivotal token search, judged pairs, refusals and rejection sampling."""

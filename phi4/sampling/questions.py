@@ -1,0 +1,99 @@
+"""Questions with keys: what a model is asked, and what its answers are compared with.
+
+The decision: a question is known by the token ids of its prompt, so that two files in another
+order, or in another form of the same prompt, mean the same questions.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from phi4.data.files.jsonl import open_lines, parse_row, read_lines, reading
+from phi4.data.rows.messages import column_names
+from phi4.data.rows.token_ids import read_ids
+from phi4.errors import DataError
+from phi4.sampling.prompts import PromptReader
+
+
+@dataclass(frozen=True)
+class KeyedQuestion:
+    """One question.
+
+    Attributes:
+        id: of the row, or made of the prompt's ids.
+        prompt: token ids.
+        text: of the prompt for people; empty for ids.
+        key: the row's `answer`, for an oracle; None without one.
+        task: the row's `task`, which balances mixtures; empty without one.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    text: str
+    key: object
+    task: str
+
+
+def read_questions(path: Path, reader: PromptReader) -> Iterator[KeyedQuestion]:
+    """The questions of a JSON Lines file.
+
+    Args:
+        path: each line has `prompt` (a text), `messages` or `prompt_ids`, and may have `id`,
+            `answer` and `task`.
+        reader: whether a text is a user's turn, and the tokenizer.
+
+    Raises:
+        DataError: the file cannot be read, a line is no question, or two have one id.
+    """
+    places: dict[str, str] = {}
+    with reading(path), open_lines(path) as lines:
+        for number, (line, num_bytes) in enumerate(read_lines(lines), start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                question = _question(parse_row(line, num_bytes), reader, place)
+            except DataError as error:
+                said = str(error)
+                raise DataError(said if said.startswith(place) else f"{place}: {said}") from None
+            if question.id in places:
+                raise DataError(
+                    f"{place}: question {question.id!r} is also at {places[question.id]}; drop "
+                    "one, or give them an `id` each"
+                )
+            places[question.id] = place
+            yield question
+
+
+def _question(row: Mapping[str, object], reader: PromptReader, place: str) -> KeyedQuestion:
+    if "prompt_ids" in row:
+        if "prompt" in row or "messages" in row:
+            raise DataError(f"a question has one prompt, this row has {column_names(row)}")
+        ids, text = read_ids(row, "prompt_ids", reader.tokenizer.vocab_size), ""
+    else:
+        prompt = reader.of_row(row, place)
+        ids, text = prompt.ids, _shown_text(row)
+    name, task = row.get("id"), row.get("task", "")
+    if name is not None and type(name) not in (str, int):
+        raise DataError(f"id is {name!r}; expected a string or an integer")
+    if not isinstance(task, str):
+        raise DataError(f"task is {task!r}; expected a string")
+    return KeyedQuestion(
+        id=question_id(ids) if name is None else str(name),
+        prompt=ids,
+        text=text,
+        key=row.get("answer"),
+        task=task,
+    )
+
+
+def question_id(prompt: tuple[int, ...]) -> str:
+    """The id of a question whose row has none."""
+    return hashlib.sha256(" ".join(map(str, prompt)).encode()).hexdigest()[:16]
+
+
+def _shown_text(row: Mapping[str, object]) -> str:
+    """The text, or the last turn of the messages."""
+    prompt = row.get("prompt")
+    return prompt if isinstance(prompt, str) else str(row["messages"][-1]["content"])
