@@ -1,0 +1,71 @@
+"""Answers of a model to questions, as rows of a file.
+
+The decision: a row holds its question too, so that whatever reads answers (grading, rejection
+sampling, judged pairs, refusals) needs no other file, and files of several models can be joined.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from phi4.errors import DataError
+
+
+class AnswerRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One sample of a model's answer to a question.
+
+    Attributes:
+        question: id of the question.
+        prompt_ids: the question's prompt as the model saw it.
+        prompt: the prompt as text for people; empty where only ids were given.
+        key: what an oracle compares with; None without one.
+        task: of the question.
+        model: identity of the model.
+        sample: index of the sample, from 0.
+        seed: of the question's request.
+        temperature: of the draw.
+        ids: token ids of the answer, with the stop id that ended it.
+        text: of the ids without the stop.
+        finish_reason: `stop` or `length`.
+    """
+
+    question: str
+    prompt_ids: list[int]
+    prompt: str
+    key: Any
+    task: str
+    model: str
+    sample: int
+    seed: int
+    temperature: float
+    ids: list[int]
+    text: str
+    finish_reason: str
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the model ended it; an answer that was cut off is a failure."""
+        return self.finish_reason == "stop"
+
+
+def read_answers(path: Path) -> Iterator[AnswerRow]:
+    """The rows of a file that `phi4 answers draw` wrote.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no answer.
+    """
+    decoder = msgspec.json.Decoder(AnswerRow)
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    yield decoder.decode(line)
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                    raise DataError(
+                        f"{path}:{number} is no answer: {error}; draw answers with `phi4 answers "
+                        "draw`"
+                    ) from None
+    except OSError as error:
+        raise DataError(f"answers {path} cannot be read: {error.strerror}") from None
