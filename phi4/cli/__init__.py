@@ -22,6 +22,7 @@ COMMANDS = {
 GROUPS = {
     "launch": "Runs on a Slurm cluster, or here; are the machines fit for it?",
     "data": "Token files: build, inspect, check.",
+    "judge": "Pairs of whole answers, ordered by a judge or an oracle.",
     "dpo": "Preferences: the reference model's log-probabilities.",
     "model": "Phi-4's shape in numbers.",
     "convert": "Hugging Face checkpoints in and out.",

@@ -56,16 +56,26 @@ def read_answers(path: Path) -> Iterator[AnswerRow]:
     Raises:
         DataError: the file cannot be read, or a line is no answer.
     """
-    decoder = msgspec.json.Decoder(AnswerRow)
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                try:
-                    yield decoder.decode(line)
-                except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                    raise DataError(
-                        f"{path}:{number} is no answer: {error}; draw answers with `phi4 answers "
-                        "draw`"
-                    ) from None
+                yield parse_answer(line, f"{path}:{number}")
     except OSError as error:
         raise DataError(f"answers {path} cannot be read: {error.strerror}") from None
+
+
+def parse_answer(line: bytes, place: str) -> AnswerRow:
+    """The answer of a line.
+
+    Raises:
+        DataError: it is none; the message begins with the place.
+    """
+    try:
+        return _DECODER.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{place} is no answer: {error}; draw answers with `phi4 answers draw`"
+        ) from None
+
+
+_DECODER = msgspec.json.Decoder(AnswerRow)

@@ -1,0 +1,1 @@
+"""Pairs of whole answers that a judge or an oracle ordered: any model against any other."""

@@ -1,0 +1,55 @@
+"""Which answers to a prompt are compared: any model's with any other's.
+
+Source: report, section 4.3: all combinations of the models' replies.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from phi4.pts.answers import AnswerRow
+from phi4.pts.judged.recipe import PairsSection
+
+
+@dataclass(frozen=True)
+class AnswerPair:
+    """Two answers to one prompt."""
+
+    left: AnswerRow
+    right: AnswerRow
+
+
+def comparisons_of(
+    rows: Sequence[AnswerRow], pairs: PairsSection, counts: Counter[str]
+) -> list[AnswerPair]:
+    """The comparisons of one prompt's answers.
+
+    Args:
+        rows: all answers to the prompt.
+        pairs: what is compared.
+        counts: of what is left out, by reason: `empty` answers, and `identical`, `not_drawn`
+            comparisons.
+    """
+    given = [row for row in rows if row.ids]
+    counts["empty"] += len(rows) - len(given)
+    found: list[AnswerPair] = []
+    for left, right in combinations(given, 2):
+        if left.model == right.model and not pairs.same_model:
+            continue
+        if left.ids == right.ids or left.text == right.text:
+            counts["identical"] += 1
+            continue
+        found.append(AnswerPair(left, right))
+    if not pairs.max_per_prompt or len(found) <= pairs.max_per_prompt:
+        return found
+    counts["not_drawn"] += len(found) - pairs.max_per_prompt
+    order = sorted(range(len(found)), key=lambda index: _draw(found[index], pairs.seed))
+    return [found[index] for index in sorted(order[: pairs.max_per_prompt])]
+
+
+def _draw(comparison: AnswerPair, seed: int) -> bytes:
+    """Orders comparisons by chance, whatever the order of the files."""
+    sides = sorted((row.model, row.sample) for row in (comparison.left, comparison.right))
+    return hashlib.sha256(repr((seed, comparison.left.question, sides)).encode()).digest()

@@ -1,0 +1,121 @@
+"""A judge's reply as an opinion: faults, a comparison, and scores of both answers.
+
+The decision: a reply counts as a whole or not at all. It is one JSON object of the right form, with
+white space or one code fence around it. A second object, words beside it, a key that stands twice
+or an end that is missing makes it invalid; nothing is searched for in a reply.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from phi4.errors import DataError
+from phi4.sampling.judge_prompt import Showing
+
+_FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
+_MAX_DEPTH_TEXT = 1 << 20
+
+Score = Annotated[int, Field(ge=1, le=5)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class AnswerFault(_Part):
+    """Something that is wrong with an answer."""
+
+    cause: Literal["comprehension", "logic", "fact", "style"]
+    description: str
+
+
+class Ratings(_Part):
+    """An answer in numbers from 1, the worst, to 5."""
+
+    accuracy: Score
+    style: Score
+    detail: Score
+
+    @property
+    def overall(self) -> float:
+        """The mean of the three."""
+        return (self.accuracy + self.style + self.detail) / 3
+
+
+class FaultLists(_Part):
+    """The faults of both answers."""
+
+    first: list[AnswerFault]
+    second: list[AnswerFault]
+
+
+class RatingsOfBoth(_Part):
+    """The ratings of both answers."""
+
+    first: Ratings
+    second: Ratings
+
+
+class Opinion(_Part):
+    """What a judge says of two answers. Source: report, appendix A.2."""
+
+    faults: FaultLists
+    comparison: str
+    scores: RatingsOfBoth
+
+
+class OpinionError(DataError):
+    """A reply is no opinion; the message is the reason."""
+
+
+def read_opinion(reply: str, showing: Showing) -> Opinion:
+    """The opinion that a reply is.
+
+    Args:
+        reply: text of the judge's completion.
+        showing: what it was asked about: a reply that only repeats an answer is none.
+
+    Raises:
+        OpinionError: it is not exactly one JSON object of this form.
+    """
+    text = reply.strip()
+    if fenced := _FENCED.fullmatch(text):
+        text = fenced[1].strip()
+    if len(text) > _MAX_DEPTH_TEXT:
+        raise OpinionError(f"{len(text)} characters; at most {_MAX_DEPTH_TEXT} are read")
+    value = _one_object(text)
+    bare = _without_space(text)
+    if any(bare in _without_space(answer) for answer in (showing.first, showing.second)):
+        raise OpinionError("repeats an object that stands in an answer")
+    try:
+        return Opinion.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the object"
+        raise OpinionError(f"wrong form: {place}: {first['msg']}") from None
+
+
+def _one_object(text: str) -> dict[str, object]:
+    if not text.startswith("{"):
+        raise OpinionError("does not begin with a JSON object" if text else "empty")
+    try:
+        value, end = json.JSONDecoder(object_pairs_hook=_no_key_twice).raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        raise OpinionError(f"truncated or no JSON: {error}") from None
+    if text[end:].strip():
+        raise OpinionError(f"goes on behind its object: {text[end:].strip()[:40]!r}")
+    return value
+
+
+def _no_key_twice(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise OpinionError("a key stands twice in an object")
+    return found
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
