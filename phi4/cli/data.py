@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from phi4.cli import data_inspect, data_ledger, data_pairs, data_quality
+from phi4.cli import data_best_of, data_inspect, data_ledger, data_pairs, data_quality
 from phi4.cli.data_options import (
     MaxRejected,
     Pairs,
@@ -33,6 +33,7 @@ from phi4.errors import ConfigError, DataError
 app = typer.Typer(
     cls=FileErrorsGroup, help="Token files: build, inspect, check.", no_args_is_help=True
 )
+data_best_of.register(app)
 data_inspect.register(app)
 data_ledger.register(app)
 data_pairs.register(app)

@@ -1,0 +1,58 @@
+"""Rows that a user wrote: JSON Lines files of few columns, every fault with its line."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from phi4.data.files.jsonl import open_lines, parse_row, read_lines, reading
+from phi4.errors import DataError
+
+
+def read_json_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield the place of each row, for errors, and its columns; blank lines are skipped.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no JSON object.
+    """
+    with reading(path), open_lines(path) as lines:
+        for number, (line, num_bytes) in enumerate(read_lines(lines), start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                row = parse_row(line, num_bytes)
+            except DataError as error:
+                raise DataError(f"{place}: {error}") from None
+            yield place, row
+
+
+def text_of(row: Mapping[str, object], column: str, place: str) -> str:
+    """The text of a column.
+
+    Raises:
+        DataError: it is missing, empty or no string.
+    """
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{place}: {column} is {value!r}; expected a text")
+    return value
+
+
+def optional_text_of(row: Mapping[str, object], column: str, place: str) -> str | None:
+    """The text of a column; None where it is null or missing.
+
+    Raises:
+        DataError: it is something else.
+    """
+    return None if row.get(column) is None else text_of(row, column, place)
+
+
+def question_of(row: Mapping[str, object], place: str) -> str:
+    """The id of a question in a column `question`.
+
+    Raises:
+        DataError: it is no string and no integer.
+    """
+    value = row.get("question")
+    if type(value) not in (str, int):
+        raise DataError(f"{place}: question is {value!r}; expected the id of a question")
+    return str(value)
