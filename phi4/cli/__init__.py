@@ -24,6 +24,7 @@ GROUPS = {
     "data": "Token files: build, inspect, check.",
     "judge": "Pairs of whole answers, ordered by a judge or an oracle.",
     "unknown": "Rows that teach a model to say what it does not know.",
+    "pts": "Pivotal tokens.",
     "dpo": "Preferences: the reference model's log-probabilities.",
     "model": "Phi-4's shape in numbers.",
     "convert": "Hugging Face checkpoints in and out.",

@@ -13,7 +13,7 @@ from phi4.pts.answers import AnswerRow
 from phi4.pts.grading import grade_answers
 from phi4.pts.row_files import RowFiles, write_report
 from phi4.pts.unknown.records import (
-    Measured,
+    MeasuredQuestion,
     Record,
     RecordRules,
     bogus_records,
@@ -107,7 +107,7 @@ def build_unknown(
     with RowFiles(out, (SFT, DPO)) as files:
         for rows in questions:
             seen.add(rows[0].question)
-            measured = Measured(rows, grade_answers(oracle, rows))
+            measured = MeasuredQuestion(rows, grade_answers(oracle, rows))
             _count(measured, rules, report)
             _write_question(measured, texts, rules, tokenizer, files, report)
         for one in texts.safety:
@@ -123,7 +123,7 @@ def build_unknown(
 
 
 def _write_question(
-    measured: Measured,
+    measured: MeasuredQuestion,
     texts: UnknownTexts,
     rules: RecordRules,
     tokenizer: Tokenizer,
@@ -152,7 +152,7 @@ def _write(files: RowFiles, name: str, records: Iterable[Record], report: Unknow
         files.add(name, row | {"kind": record.kind})
 
 
-def _count(measured: Measured, rules: RecordRules, report: UnknownReport) -> None:
+def _count(measured: MeasuredQuestion, rules: RecordRules, report: UnknownReport) -> None:
     counts, accuracy = report.counts, measured.accuracy
     counts["questions"] += 1
     counts["answers"] += len(measured.rows)

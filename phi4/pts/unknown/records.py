@@ -46,7 +46,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredQuestion:
     """A question with the model's graded answers.
 
     Attributes:
@@ -90,7 +90,7 @@ class Measured:
 
 
 def sft_records(
-    measured: Measured, refusal: Refusal | None, rules: RecordRules, tokenizer: Tokenizer
+    measured: MeasuredQuestion, refusal: Refusal | None, rules: RecordRules, tokenizer: Tokenizer
 ) -> Iterator[Record]:
     """Yield the row for fine-tuning on a question, if there is one."""
     accuracy = measured.accuracy
@@ -117,7 +117,7 @@ def bogus_records(
 
 
 def preference_records(
-    measured: Measured, refusal: Refusal, rules: RecordRules, tokenizer: Tokenizer
+    measured: MeasuredQuestion, refusal: Refusal, rules: RecordRules, tokenizer: Tokenizer
 ) -> Iterator[Record]:
     """Yield the preferences of a question: a right answer over the refusal, that over a wrong one.
 
@@ -153,7 +153,7 @@ def commonest(rows: Sequence[AnswerRow]) -> AnswerRow:
 
 
 def _turns(
-    measured: Measured, refusal: Refusal | None, tokenizer: Tokenizer
+    measured: MeasuredQuestion, refusal: Refusal | None, tokenizer: Tokenizer
 ) -> tuple[Message, ...]:
     if refusal is not None and refusal.prompt is not None:
         return (Message(Role.USER, refusal.prompt),)

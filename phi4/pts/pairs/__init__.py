@@ -1,0 +1,1 @@
+"""Pairs of single tokens, made of the pivots that a search found."""

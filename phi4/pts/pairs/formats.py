@@ -1,0 +1,135 @@
+"""Pairs of tokens as rows: our own, TRL's columns, and those of codelion's pts.
+
+Ours hold ids, and all pivots of a trajectory that can share one forward pass. The others hold text;
+a pivot whose text is not its ids is left out, with the reason.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from phi4.data.vocabulary.tokenizer import Tokenizer
+from phi4.errors import DataError
+from phi4.pts.pairs.pivot_file import PivotItem
+from phi4.pts.pairs.token_text import TokenText
+from phi4.sampling.chat import read_chat_prompt
+
+_NO_TEXT = "its text does not encode to its ids"
+
+
+Written = tuple[list[PivotItem], dict[str, Any]]
+"""A row, and the pivots that are in it."""
+
+
+def id_rows(items: Sequence[PivotItem]) -> Iterator[Written]:
+    """Yield rows of `ids` and `pivots` for `phi4 data pairs`.
+
+    Two pivots at one place of a trajectory are in two rows.
+
+    Args:
+        items: pivots with both tokens, each once.
+    """
+    trajectories: dict[int, list[PivotItem]] = {}
+    for item in items:
+        trajectories.setdefault(id(item.trajectory), []).append(item)
+    for found in trajectories.values():
+        for _, row in groupby(_by_turn(found), key=lambda turned: turned[0]):
+            together = [item for _, item in row]
+            yield together, _id_row(together)
+
+
+def _by_turn(items: Sequence[PivotItem]) -> list[tuple[int, PivotItem]]:
+    """Pivots with the number of those before it at the same place, by this number."""
+    earlier: Counter[int] = Counter()
+    turns = []
+    for item in items:
+        turns.append((earlier[item.end], item))
+        earlier[item.end] += 1
+    return sorted(turns, key=lambda turned: (turned[0], turned[1].end))
+
+
+def _id_row(items: Sequence[PivotItem]) -> dict[str, Any]:
+    last = items[-1]
+    return {
+        "ids": last.prefix.tolist(),
+        "pivots": [
+            {
+                "position": item.end - 1,
+                "chosen_id": item.chosen,
+                "rejected_id": item.rejected,
+                "dp": item.dp,
+            }
+            for item in items
+        ],
+        "question": last.question,
+        "task": last.task,
+        "model": last.model,
+    }
+
+
+def trl_rows(
+    items: Sequence[PivotItem], tokenizer: Tokenizer, left_out: Counter[str]
+) -> Iterator[Written]:
+    """Yield rows of `prompt`, `chosen` and `rejected` text.
+
+    Args:
+        items: pivots with both tokens, each once.
+        tokenizer: of the ids.
+        left_out: counted by reason.
+    """
+    form = TokenText(tokenizer)
+    for item in items:
+        prompt = form.text(item.prefix)
+        tokens = (item.chosen, item.rejected)
+        sides = [prompt and form.follows(item.prefix, prompt, token) for token in tokens]
+        if prompt is None or None in sides:
+            left_out[_NO_TEXT] += 1
+            continue
+        about = {"question": item.question, "task": item.task, "dp": item.dp}
+        yield [item], {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]} | about
+
+
+def codelion_rows(
+    items: Sequence[PivotItem], tokenizer: Tokenizer, left_out: Counter[str]
+) -> Iterator[Written]:
+    """Yield rows of codelion's pts, one a pivot, with the other token where there is one.
+
+    Args:
+        items: pivots, each once.
+        tokenizer: of the ids.
+        left_out: counted by reason.
+    """
+    form = TokenText(tokenizer)
+    for item in items:
+        context = form.text(item.prefix)
+        token = context and form.follows(item.prefix, context, item.token)
+        if context is None or token is None:
+            left_out[_NO_TEXT] += 1
+            continue
+        other = item.rejected if item.dp > 0 else item.chosen
+        named = "rejected_token" if item.dp > 0 else "chosen_token"
+        row = {
+            "model_id": item.model,
+            "query": _query(item, tokenizer),
+            "pivot_context": context,
+            "pivot_token": token,
+            "pivot_token_id": item.token,
+            "prob_before": item.before,
+            "prob_after": item.after,
+            "prob_delta": item.dp,
+            "is_positive": item.dp > 0,
+            "task_type": item.task or "generic",
+            "dataset_item_id": item.question,
+            named: None if other is None else form.follows(item.prefix, context, other),
+        }
+        yield [item], row
+
+
+def _query(item: PivotItem, tokenizer: Tokenizer) -> str:
+    """The user's last turn; the whole prompt where it is no conversation."""
+    prompt = item.trajectory[: item.num_prompt].tolist()
+    try:
+        return read_chat_prompt(prompt, tokenizer)[-1].content
+    except (DataError, IndexError):
+        return tokenizer.decode(prompt)
