@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from phi4.cli import main
 from phi4.data.preference.encode import encode_preference
 from phi4.data.vocabulary.chat import Message, Role
+from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.errors import ConfigError, DataError
 from phi4.pts.pairs.choose import MixtureRules, choose, task_quotas
+from phi4.pts.pairs.formats import trl_rows
 from phi4.pts.pairs.job import PairFormat, PairReport, write_pairs
 from phi4.pts.pairs.pivot_file import PivotItem, Trajectories, read_pivot_files
 from phi4.sampling.chat import chat_prompt
@@ -207,6 +209,20 @@ def test_trl_rows_encode_to_their_ids(tmp_path: Path) -> None:
     )
     assert (row["chosen"], row["rejected"]) == ("i", "Z")
     assert report.left_out == {"its text does not encode to its ids": 2}
+
+
+def test_token_that_text_would_merge_with_its_prefix_is_left_out(tmp_path: Path) -> None:
+    ranks = {token: n for n, token in enumerate([*(bytes([b]) for b in range(256)), b"it"])}
+    merging = Tokenizer(ranks)
+    trajectory = Trajectories().of([*b"so i"])
+    items = [
+        PivotItem("q", "", "m", trajectory, 1, 4, chosen, rejected, 0.4)
+        for chosen, rejected in ((ord("t"), ord("s")), (ord("s"), ord("t")), (ord("s"), ord("f")))
+    ]
+    left_out: Counter[str] = Counter()
+    rows = [row for _, row in trl_rows(items, merging, left_out)]
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("s", "f")]
+    assert left_out.total() == 2
 
 
 def test_codelions_rows_there_and_back(tmp_path: Path) -> None:

@@ -106,6 +106,13 @@ def test_answer_that_was_cut_off_is_wrong(tmp_path: Path) -> None:
     assert [row["kind"] for row in sft] == ["refusal"] and report.counts["cut_off"] == 1
 
 
+def test_verdicts_stay_with_their_answers_where_some_are_cut_off(tmp_path: Path) -> None:
+    answers = [*said("Paris", ended=False), *said("Lyon", "Paris")[1:], *said("", "", "Lyon")[2:]]
+    _, dpo, _ = build(tmp_path, answers)
+    assert [(row["right"], row["graded"]) for row in dpo] == [(1, 3)] * 2
+    assert [sides(row)[0] for row in dpo] == ["Paris", "I do "]
+
+
 def test_bogus_questions_are_always_refused(tmp_path: Path) -> None:
     bogus = (
         {"question": ASKED, "bogus": "Capital of Fronce?", "refusal": "No such land."},
@@ -133,7 +140,7 @@ def test_safety_prompts_are_refused_before_any_question(tmp_path: Path) -> None:
 
 def test_texts_of_a_question_are_used_before_the_models(tmp_path: Path) -> None:
     own = {"question": ASKED, "refusal": "Hm.", "prompt": "What is it?", "answer": "It is Paris."}
-    sft, dpo, _ = build(tmp_path, said("Paris", "Paris", "Lyon", chat=False), (own,))
+    sft, dpo, _ = build(tmp_path, said(" Paris", " Paris", "Lyon", chat=False), (own,))
     assert [turn["content"] for turn in sft[0]["messages"]] == ["What is it?", "It is Paris."]
     assert [sides(row) for row in dpo] == [
         ("Paris", "Hm.<|im_end|>"),

@@ -12,7 +12,7 @@ from phi4.errors import ConfigError, DataError
 from phi4.sampling.chat import chat_prompt
 from phi4.sampling.judge import JudgeSampling, ModelJudge, hear
 from phi4.sampling.judge_prompt import JudgePrompt, Showing
-from phi4.sampling.judge_replies import ReplyStore
+from phi4.sampling.judge_replies import ReplyStore, reply_key
 from phi4.sampling.judge_reply import OpinionError, read_opinion
 from phi4.sampling.scripted import AnswerTable, ScriptedSampler
 from tests.pts.judges import FunctionJudge, opinion
@@ -57,7 +57,7 @@ NO_OPINIONS = {
     "two fences": f"```json\n{GOOD}\n```\n```json\n{GOOD}\n```",
     "a list": f"[{GOOD}]",
     "another form": '{"winner": "first"}',
-    "a key twice": GOOD[:-1] + ', "scores": {}}',
+    "a key twice": GOOD[:-1] + ', "comparison": "The other is."}',
     "a key too many": opinion(5, 1, winner="first"),
     "a score of 6": opinion(6, 1),
     "a score of 0": opinion(0, 1),
@@ -206,6 +206,15 @@ def test_killed_job_asks_nothing_twice(tokenizer, prompt, tmp_path: Path) -> Non
     assert all(heard.opinion for heard in first)
 
 
+def test_key_of_a_reply_holds_all_it_depends_on() -> None:
+    arguments = ("judge", [1, 2], {"seed": 0}, 0)
+    others = ("another", [1, 3], {"seed": 1}, 1)
+    keys = {reply_key(*arguments)}
+    for place, other in enumerate(others):
+        keys.add(reply_key(*arguments[:place], other, *arguments[place + 1 :]))
+    assert len(keys) == 5
+
+
 def test_another_attempt_has_another_seed_and_a_temperature(tokenizer, prompt, tmp_path) -> None:
     judge = model_judge(tokenizer, prompt, tmp_path / "s", {SHOWING: "no"})
     hear(judge, [SHOWING], 2)
@@ -218,9 +227,8 @@ def test_prompt_that_is_too_long_is_left_out(tokenizer, prompt, tmp_path, limits
     judge = model_judge(tokenizer, prompt, tmp_path / "s", {SHOWING: GOOD}, **limits)
     (heard,) = hear(judge, [SHOWING], 2)
     assert heard.opinion is None and judge._sampler.requests == []
-    assert [refused.reason.partition(" tokens; the limit is")[1] for refused in heard.refused] != [
-        ""
-    ]
+    (refused,) = heard.refused
+    assert " tokens; the limit is" in refused.reason
 
 
 def test_store_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -80,14 +80,12 @@ def trl_rows(
     """
     form = TokenText(tokenizer)
     for item in items:
-        prompt = form.text(item.prefix)
-        tokens = (item.chosen, item.rejected)
-        sides = [prompt and form.follows(item.prefix, prompt, token) for token in tokens]
-        if prompt is None or None in sides:
+        chosen, rejected = (form.text(item.prefix, t) for t in (item.chosen, item.rejected))
+        if chosen is None or rejected is None:
             left_out[_NO_TEXT] += 1
             continue
         about = {"question": item.question, "task": item.task, "dp": item.dp}
-        yield [item], {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]} | about
+        yield [item], {"prompt": chosen[0], "chosen": chosen[1], "rejected": rejected[1]} | about
 
 
 def codelion_rows(
@@ -102,13 +100,14 @@ def codelion_rows(
     """
     form = TokenText(tokenizer)
     for item in items:
-        context = form.text(item.prefix)
-        token = context and form.follows(item.prefix, context, item.token)
-        if context is None or token is None:
+        found = form.text(item.prefix, item.token)
+        if found is None:
             left_out[_NO_TEXT] += 1
             continue
+        context, token = found
         other = item.rejected if item.dp > 0 else item.chosen
         named = "rejected_token" if item.dp > 0 else "chosen_token"
+        other_text = None if other is None else form.text(item.prefix, other)
         row = {
             "model_id": item.model,
             "query": _query(item, tokenizer),
@@ -121,7 +120,7 @@ def codelion_rows(
             "is_positive": item.dp > 0,
             "task_type": item.task or "generic",
             "dataset_item_id": item.question,
-            named: None if other is None else form.follows(item.prefix, context, other),
+            named: other_text and other_text[1],
         }
         yield [item], row
 

@@ -26,24 +26,17 @@ class TokenText:
             ids += self._tokenizer.encode(piece) if special is None else [special]
         return ids
 
-    def text(self, ids: Sequence[int]) -> str | None:
-        """The text that encodes to these ids; None where there is none."""
-        try:
-            text = b"".join(self._tokenizer.bytes_of(int(i)) for i in ids).decode()
-        except UnicodeDecodeError:
-            return None
-        return text if self.ids(text) == [int(i) for i in ids] else None
-
-    def follows(self, prefix: Sequence[int], text: str, token: int) -> str | None:
-        """The text of a token behind a prefix, where the two together encode to their ids.
+    def text(self, prefix: Sequence[int], token: int) -> tuple[str, str] | None:
+        """The texts of a prefix and of a token behind it; None where they mean other ids.
 
         Args:
             prefix: ids.
-            text: of the prefix.
-            token: that follows it.
+            token: that follows.
         """
+        ids = [*map(int, prefix), token]
+        pieces = [self._tokenizer.bytes_of(token_id) for token_id in ids]
         try:
-            piece = self._tokenizer.bytes_of(token).decode()
+            before, after = b"".join(pieces[:-1]).decode(), pieces[-1].decode()
         except UnicodeDecodeError:
             return None
-        return piece if self.ids(text + piece) == [*(int(i) for i in prefix), token] else None
+        return (before, after) if self.ids(before + after) == ids else None
