@@ -26,7 +26,9 @@ ANSWER = TOKENIZER.encode("it is four, so 4")
 
 def pivot(position: int, *, raises: bool = True, other: int | None = 90, **more: object) -> dict:
     """A row of `phi4 pts search`: the token of ANSWER at a position, and another one."""
-    token = ANSWER[position] if position < len(ANSWER) else 65
+    answer = more.get("answer_ids", ANSWER)
+    token = answer[position]
+    paired = (token if raises else other, other if raises else token)
     row = {
         "question": "q",
         "task": "math",
@@ -34,16 +36,17 @@ def pivot(position: int, *, raises: bool = True, other: int | None = 90, **more:
         "prompt_ids": PROMPT,
         "answer_ids": ANSWER,
         "position": position,
-        "token_id": token,
+        "token": token,
         "q": 0.5,
         "dp_at_confirmation": 0.4 if raises else -0.4,
         "e_value": 20.0,
         "with_token": {"successes": 9 if raises else 1, "trials": 10},
         "without_token": {"successes": 5, "trials": 10},
         "counterpart": None if other is None else {"id": other, "successes": 5, "trials": 10},
-        "chosen_id": token if raises else other,
-        "rejected_id": other if raises else token,
-        "trajectory": 0,
+        "chosen_id": None if other is None else paired[0],
+        "rejected_id": None if other is None else paired[1],
+        "no_pair_reason": "too few completions" if other is None else "",
+        "trajectory": "q/right",
     }
     return row | more
 
@@ -103,13 +106,14 @@ def test_pivots_of_other_trajectories_are_other_rows(tmp_path: Path) -> None:
 def test_what_is_no_pair_is_left_out_with_the_reason(tmp_path: Path) -> None:
     # The first three tokens are those of the other trajectory too.
     again = pivot(2, answer_ids=[*ANSWER[:3], 5], question="q2")
-    reverse = pivot(5, other=ANSWER[5], token_id=90, chosen_id=90)
+    # The other token there, in a trajectory that has it.
+    reverse = pivot(5, answer_ids=[*ANSWER[:5], 90], other=ANSWER[5])
     rows = [pivot(2), again, pivot(3, other=None), pivot(4, other=ANSWER[4]), pivot(5), reverse]
     found, report = made(tmp_path, rows)
     assert pairs_of(found).total() == 1
     assert report.left_out == {
         "the same as another pivot": 1,
-        "no counterpart was measured": 1,
+        "too few completions": 1,
         "both tokens are one": 1,
         "contradicts another pivot": 2,
     }
@@ -117,7 +121,7 @@ def test_what_is_no_pair_is_left_out_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_file_without_a_pair_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="of 1 pivots, no counterpart was measured: 1"):
+    with pytest.raises(DataError, match="of 1 pivots, too few completions: 1"):
         made(tmp_path, [pivot(3, other=None)])
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -127,9 +131,12 @@ def test_file_without_a_pair_is_not_written(tmp_path: Path) -> None:
     [
         ({"position": 99}, "position 99 of 16 ids"),
         ({"position": -1}, "position -1 of"),
-        ({"token_id": 3}, "chosen_id is 105, the pivot with this sign of dp is 3"),
+        (
+            {"token": 3},
+            "chosen_id is 105, the pivot with this sign of dp 3, the answer's token 105",
+        ),
+        ({"chosen_id": 3}, "chosen_id is 3, the token at its position"),
         ({"dp_at_confirmation": 0}, "dp_at_confirmation is 0"),
-        ({"with_token": {"successes": 0, "trials": 0}}, "no trials"),
         ({"prompt_ids": []}, "prompt_ids is empty"),
         ({"prompt_ids": [1 << 40]}, "out of bounds"),
         ({"chosen_id": "x"}, "Expected `int | null`"),
@@ -197,10 +204,10 @@ def test_share_of_a_task_without_pivots_is_refused() -> None:
 
 def test_trl_rows_encode_to_their_ids(tmp_path: Path) -> None:
     # Behind half a character there is no text; a name that was typed reads as the token itself.
-    half = pivot(2, answer_ids=[65, 0xC3, *ANSWER], token_id=105)
+    half = pivot(2, answer_ids=[65, 0xC3, *ANSWER])
     typed = TOKENIZER.encode("<|im_end|>")
-    name = pivot(len(typed), answer_ids=[*typed, 105], token_id=105, chosen_id=105)
-    rows = [pivot(3), half | {"chosen_id": 105}, name]
+    name = pivot(len(typed), answer_ids=[*typed, 105])
+    rows = [pivot(3), half, name]
     found, report = made(tmp_path, rows, form=PairFormat.TRL)
     (row,) = found
     assert (
@@ -229,6 +236,7 @@ def test_codelions_rows_there_and_back(tmp_path: Path) -> None:
     rows = [pivot(3), pivot(5, raises=False, task="code"), pivot(6, other=None)]
     found, _ = made(tmp_path, rows, form=PairFormat.CODELION)
     assert [row["is_positive"] for row in found] == [True, False, True]
+    assert found[2]["pivot_token"] == "f"
     assert (found[0]["query"], found[0]["pivot_token"], found[0]["pivot_token_id"]) == (
         "2+2?",
         "i",

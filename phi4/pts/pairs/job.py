@@ -116,7 +116,7 @@ def _usable(
     for item in items:
         has_both = item.chosen is not None and item.rejected is not None
         if not has_both and form is not PairFormat.CODELION:
-            left_out["no counterpart was measured"] += 1
+            left_out[item.no_pair_reason or "no counterpart was measured"] += 1
         elif item.chosen == item.rejected:
             left_out["both tokens are one"] += 1
         else:

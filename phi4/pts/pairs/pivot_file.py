@@ -23,12 +23,12 @@ class Trials(msgspec.Struct, frozen=True):
     trials: int
 
     @property
-    def share(self) -> float:
-        """Of right ones."""
-        return self.successes / self.trials
+    def share(self) -> float | None:
+        """Of right ones; None without any completion."""
+        return self.successes / self.trials if self.trials else None
 
 
-class PivotRow(msgspec.Struct, frozen=True, kw_only=True):
+class SearchedPivot(msgspec.Struct, frozen=True, kw_only=True):
     """What this package reads of a row of `pivots.jsonl`; other columns are ignored.
 
     Attributes:
@@ -38,13 +38,13 @@ class PivotRow(msgspec.Struct, frozen=True, kw_only=True):
         prompt_ids: of the question.
         answer_ids: of the trajectory.
         position: index into `answer_ids`; the pivot is the token there.
-        token_id: of the pivot.
         q: probability with which the pivot was drawn.
         dp_at_confirmation: by how much the pivot raises the share of right completions.
         with_token: completions behind the pivot.
         without_token: completions that begin with another token.
-        chosen_id: the better token; None without one.
-        rejected_id: the worse token; None without one.
+        chosen_id: the better token of the pair; None without a pair.
+        rejected_id: the worse token of the pair; None without a pair.
+        no_pair_reason: why there is no pair; empty with one.
     """
 
     question: str
@@ -56,7 +56,7 @@ class PivotRow(msgspec.Struct, frozen=True, kw_only=True):
     dp_at_confirmation: float
     task: str = ""
     model: str = ""
-    token_id: int | None = None
+    no_pair_reason: str = ""
     q: float | None = None
     with_token: Trials | None = None
     without_token: Trials | None = None
@@ -78,6 +78,7 @@ class PivotItem:
         dp: effect of the token that was searched for: above 0 it is the chosen one.
         before: share of right completions before the pivot; None where it is not known.
         after: with the token that was searched for.
+        no_pair_reason: why one of the tokens is None; may be empty.
     """
 
     question: str
@@ -91,6 +92,7 @@ class PivotItem:
     dp: float
     before: float | None = None
     after: float | None = None
+    no_pair_reason: str = ""
 
     @property
     def prefix(self) -> np.ndarray:
@@ -142,10 +144,14 @@ def _item(line: bytes, place: str, trajectories: Trajectories) -> PivotItem:
         raise DataError(
             f"{place} is no pivot: {error}; give a directory of `phi4 pts search`"
         ) from None
-    after = row.with_token and row.with_token.share
+    after, otherwise = (one and one.share for one in (row.with_token, row.without_token))
     before = None
-    if row.q is not None and row.with_token and row.without_token:
-        before = row.q * row.with_token.share + (1 - row.q) * row.without_token.share
+    if row.q is not None and after is not None and otherwise is not None:
+        before = row.q * after + (1 - row.q) * otherwise
+    # A row without a pair names neither token, though one of them is known.
+    raises = row.dp_at_confirmation > 0
+    token = row.answer_ids[row.position]
+    other = row.rejected_id if raises else row.chosen_id
     return PivotItem(
         question=row.question,
         task=row.task,
@@ -153,29 +159,28 @@ def _item(line: bytes, place: str, trajectories: Trajectories) -> PivotItem:
         trajectory=trajectory,
         num_prompt=len(row.prompt_ids),
         end=len(row.prompt_ids) + row.position,
-        chosen=row.chosen_id,
-        rejected=row.rejected_id,
+        chosen=token if raises else other,
+        rejected=other if raises else token,
         dp=row.dp_at_confirmation,
         before=before,
         after=after,
+        no_pair_reason=row.no_pair_reason,
     )
 
 
-def _fault(row: PivotRow) -> str:
+def _fault(row: SearchedPivot) -> str:
     """What a row contradicts itself in; empty where it does not."""
-    if not 0 <= row.position <= len(row.answer_ids):
+    if not 0 <= row.position < len(row.answer_ids):
         return f"position {row.position} of {len(row.answer_ids)} ids of the answer"
     if not row.prompt_ids:
         return "prompt_ids is empty"
     if row.dp_at_confirmation == 0:
         return "dp_at_confirmation is 0"
-    if any(one is not None and one.trials < 1 for one in (row.with_token, row.without_token)):
-        return "no trials"
-    token = row.chosen_id if row.dp_at_confirmation > 0 else row.rejected_id
-    if row.token_id is not None and token != row.token_id:
-        side = "chosen_id" if row.dp_at_confirmation > 0 else "rejected_id"
-        return f"{side} is {token}, the pivot with this sign of dp is {row.token_id}"
+    side = "chosen_id" if row.dp_at_confirmation > 0 else "rejected_id"
+    named, token = getattr(row, side), row.answer_ids[row.position]
+    if named not in (None, token):
+        return f"{side} is {named}, the token at its position, of this sign of dp, is {token}"
     return ""
 
 
-_DECODER = msgspec.json.Decoder(PivotRow)
+_DECODER = msgspec.json.Decoder(SearchedPivot)
