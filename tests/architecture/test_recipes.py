@@ -44,3 +44,19 @@ def test_14b_recipes_are_the_reports() -> None:
         step_tokens = recipe.batch.global_batch_size * recipe.data.sequence_length
         assert step_tokens == 23_592_960
         assert recipe.run.steps == round(tokens / step_tokens)
+
+
+def test_refusals_are_a_small_part_of_14b_mixtures() -> None:
+    shares = {}
+    for path in (path for path in RECIPES if path.stem.startswith("phi4_14b")):
+        sources = load_recipe(path).data.sources
+        total = sum(source.weight for source in sources)
+        for source in sources:
+            if source.name.startswith("unknown"):
+                shares[path.stem] = source.weight / total
+    # Tables 7 and 8 of the report, and ours.
+    assert shares == {
+        "phi4_14b_dpo_pivotal": pytest.approx(0.012, abs=0.0005),
+        "phi4_14b_dpo_judge": pytest.approx(0.052, abs=0.0005),
+        "phi4_14b_sft": pytest.approx(0.02),
+    }

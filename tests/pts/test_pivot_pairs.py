@@ -131,10 +131,6 @@ def test_file_without_a_pair_is_not_written(tmp_path: Path) -> None:
     [
         ({"position": 99}, "position 99 of 16 ids"),
         ({"position": -1}, "position -1 of"),
-        (
-            {"token": 3},
-            "chosen_id is 105, the pivot with this sign of dp 3, the answer's token 105",
-        ),
         ({"chosen_id": 3}, "chosen_id is 3, the token at its position"),
         ({"dp_at_confirmation": 0}, "dp_at_confirmation is 0"),
         ({"prompt_ids": []}, "prompt_ids is empty"),
