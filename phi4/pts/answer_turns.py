@@ -18,9 +18,12 @@ def turns_of(row: AnswerRow, tokenizer: Tokenizer) -> tuple[Message, ...]:
         DataError: the ids are of another tokenizer, or have no text.
     """
     _check_tokenizer(row, tokenizer)
-    if tokenizer.im_sep_id in row.prompt_ids:
-        return read_chat_prompt(row.prompt_ids, tokenizer)
-    return (Message(Role.USER, row.prompt or plain_text(row.prompt_ids, tokenizer)),)
+    try:
+        if tokenizer.im_sep_id in row.prompt_ids:
+            return read_chat_prompt(row.prompt_ids, tokenizer)
+        return (Message(Role.USER, row.prompt or plain_text(row.prompt_ids, tokenizer)),)
+    except DataError as error:
+        raise DataError(f"question {row.question!r}: {error}") from None
 
 
 def _check_tokenizer(row: AnswerRow, tokenizer: Tokenizer) -> None:

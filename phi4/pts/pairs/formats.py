@@ -119,6 +119,7 @@ def codelion_rows(
             "prob_delta": item.dp,
             "is_positive": item.dp > 0,
             "task_type": item.task or "generic",
+            "dataset_id": None,
             "dataset_item_id": item.question,
             named: other_text and other_text[1],
         }
