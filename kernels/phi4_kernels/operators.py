@@ -32,13 +32,12 @@ def register(op: str, step: str, schema: str, fake: Callable[..., Any]) -> Any:
     signature = schema.removeprefix(name).replace(") ->", ", str implementation) ->", 1)
 
     def launch(*args: Any) -> Any:
-        *inputs, implementation = args
-        run, device = getattr(registry.implementation(op, implementation), step), inputs[0].device
+        run, device = getattr(registry.implementation(op, args[-1]), step), args[0].device
         if device.type == "cpu" or device.index == torch.cuda.current_device():
-            return run(*inputs)
+            return run(*args[:-1])
         # Triton launches on the current device, wherever the tensors are.
         with torch.cuda.device(device):
-            return run(*inputs)
+            return run(*args[:-1])
 
     return define(name, signature, launch, lambda *args: fake(*args[:-1]))
 
@@ -114,7 +113,9 @@ def _direct(kernel: Callable[..., Any], dispatched: Callable[..., Any]) -> Calla
     )
 
     def call(*args: Any, **named: Any) -> Any:
-        first = args[0] if not isinstance(args[0], list) else args[0][0] if args[0] else None
+        first = args[0]
+        if isinstance(first, list) and first:
+            first = first[0]
         is_plain = type(first) in _PLAIN and not named
         if not is_plain or is_compiling() or num_modes() or is_profiling():
             return dispatched(*args, **named)

@@ -10,8 +10,11 @@ from phi4_kernels.cross_entropy import (
     LossOptions,
     cross_entropy,
     linear_cross_entropy,
+    op,
     reference,
 )
+from phi4_kernels.cross_entropy.op import VocabularyShard
+from phi4_kernels.cross_entropy.options import PLAIN
 from phi4_kernels.testing import error_rule, random_inputs
 from torch._inductor import config as inductor
 
@@ -139,6 +142,21 @@ def padded_rows_compile(implementation: str) -> None:
         expected = torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
         for one, other in zip(ours, expected, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def one_launch_has_the_bits_of_two(implementation: str) -> None:
+    """Where there is nothing to exchange, a kernel gives what two give with an exchange between."""
+    for dtype, peaked in KINDS:
+        given = problem(dtype, peaked)
+        logits, targets, scales = (given[name] for name in ("logits", "targets", "weights"))
+        targets[1] = VOCABULARY
+        for options in (PLAIN, OPTIONS):
+            common = (options, VocabularyShard.of(None, VOCABULARY), implementation)
+            statistics = op.run_statistics(logits, targets, *common)
+            two = op.run_combine(statistics, targets, scales, *common)
+            one = op.run_forward(logits, targets, scales, *common)
+            for first, second in zip(one, two, strict=True):
+                assert first.view(torch.int32).equal(second.view(torch.int32))
 
 
 def ignored_rows_are_not_read(implementation: str) -> None:

@@ -79,6 +79,7 @@ def test_interpreted_kernels_on_two_ranks(process: InterpretedProcess, tmp_path:
     "check",
     [
         "one_graph",
+        "one_launch_has_the_bits_of_two",
         "ignored_rows_are_not_read",
         "a_foreign_target_gives_nan",
         "masked_columns_get_nothing",

@@ -64,7 +64,11 @@ def test_outputs_are_poisoned(dtype: torch.dtype) -> None:
         assert torch.empty(3, 5, dtype=dtype).float().isnan().all()
         assert torch.empty((3, 5), dtype=dtype).shape == (3, 5)
         assert torch.empty_strided((3, 5), (7, 1), dtype=dtype).stride() == (7, 1)
+        like = torch.empty(2, dtype=dtype)
+        assert like.new_empty(3, 5).float().isnan().all() and like.new_empty(3).dtype is dtype
+        assert like.new_empty((3, 5), dtype=torch.int8).eq(-1).all()
     assert torch.empty(0).device.type == "cpu"
+    assert "new_empty" not in vars(torch.Tensor)
 
 
 @pytest.mark.parametrize("offset", [-1, 15])

@@ -255,14 +255,14 @@ MUTANTS = {
         lambda total, left, right: total.copy_((total + left.t() @ right).bfloat16()),
         "into main_grad",
     ),
-    "unweighted": (chunks, "run_combine", None, "summed"),
+    "unweighted": (chunks, "run_forward", None, "summed"),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_is_found(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, name, wrong, form = MUTANTS[mutant]
-    genuine = chunks.run_combine
+    genuine = chunks.run_forward
     kind = checks.KINDS[1]
     checks.expect_right([checks.on_rank(0, 1, kind, form, chunk=3)], kind, form)
     monkeypatch.setattr(owner, name, wrong or (lambda *args: genuine(*args[:2], None, *args[3:])))

@@ -44,6 +44,11 @@ _SHIPPED = (
     _case("v12544-all-terms", 4, 12544, **_ALL_TERMS),
     _case("v4096", 4, 4096),
 )
+# Of several ranks: one rank's launch is another kernel's.
+_SHARDED_SHIPPED = (
+    _case("p8-v100352-all-terms", 4, 100352, ranks=8, **_ALL_TERMS),
+    _case("p2-v8192", 4, 8192, ranks=2),
+)
 _BENCH = tuple(_case(f"t{tokens}-v100352", tokens, 100352) for tokens in (4096, 16384))
 
 
@@ -176,7 +181,7 @@ ENTRIES = (
         reference=_whole,
         make=_make_sharded,
         proof_cases=_SHARDED_PROOF,
-        shipped_cases=(),
+        shipped_cases=_SHARDED_SHIPPED,
         bench_cases=_BENCH[-1:],
         cost=lambda case, dtype: _cost(case, dtype, passes=3),
         differentiable=False,

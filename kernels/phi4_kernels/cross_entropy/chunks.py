@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phi4_kernels.cross_entropy.fp32_products import add_wide_product, wide_product
-from phi4_kernels.cross_entropy.op import VocabularyShard, run_backward, run_combine, run_statistics
+from phi4_kernels.cross_entropy.op import VocabularyShard, run_backward, run_forward
 from phi4_kernels.cross_entropy.options import LossOptions
 from phi4_kernels.errors import KernelError
 
@@ -146,8 +146,7 @@ def _forward_chunk(
     logits = whole @ head.weight.t()
     ids, scales = head.of_chunk(tokens.ids, span), head.of_chunk(tokens.scales, span)
     common = (head.options, head.shard, head.name)
-    statistics = run_statistics(logits, ids, *common)
-    results = run_combine(statistics, ids, scales, *common)
+    results = run_forward(logits, ids, scales, *common)
     if gradients is not None:
         incoming = (torch.ones_like(results[0]), None)
         run_backward(logits, ids, scales, results[2], incoming, *common)

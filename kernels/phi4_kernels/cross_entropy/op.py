@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phi4_kernels import dispatch
-from phi4_kernels.autograd import once_differentiable, without_autocast
+from phi4_kernels.autograd import needs_graph, once_differentiable, without_autocast
 from phi4_kernels.checks import (
     FLOAT_DTYPES,
     expect_dtype,
@@ -93,9 +93,15 @@ def cross_entropy(
     if dispatch.debug():
         check_values(targets, options, shard)
     name = dispatch.resolve("cross_entropy", implementation, logits.device)
-    return CrossEntropy(
-        *_CrossEntropyFunction.apply(logits, targets, weights, options, shard, name)
-    )
+    rows, ids, scales = logits.flatten(0, -2), flat(targets), flat(weights)
+    common = (options, shard, name)
+    if needs_graph(logits):
+        losses, log_probs = _CrossEntropyFunction.apply(rows, ids, scales, common)
+    else:
+        losses, log_probs, _ = run_forward(rows, ids, scales, *common)
+    if targets.dim() > 1:
+        losses, log_probs = losses.view(targets.shape), log_probs.view(targets.shape)
+    return CrossEntropy(losses, log_probs)
 
 
 def _check(logits: Tensor, targets: Tensor, weights: Tensor | None) -> None:
@@ -156,6 +162,26 @@ def check_values(targets: Tensor, options: LossOptions, shard: VocabularyShard) 
         )
 
 
+def run_forward(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    options: LossOptions,
+    shard: VocabularyShard,
+    name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [T], log-probabilities [T] and what backward needs [T, 3], all fp32.
+
+    Collectives: those of run_statistics.
+    """
+    if shard.size > 1 or name == "torch":
+        statistics = run_statistics(logits, targets, options, shard, name)
+        return run_combine(statistics, targets, weights, options, shard, name)
+    # With nothing to exchange one launch does both.
+    constants = (options.ignore_index, options.label_smoothing, options.z_loss)
+    return _forward(logits, targets, weights, *constants, name)
+
+
 def run_statistics(
     logits: Tensor, targets: Tensor, options: LossOptions, shard: VocabularyShard, name: str
 ) -> Tensor:
@@ -209,7 +235,7 @@ def _named(operator: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 def flat(tensor: Tensor | None) -> Tensor | None:
     """[...] as contiguous [T]; None stays None."""
-    return None if tensor is None else tensor.reshape(-1).contiguous()
+    return None if tensor is None else tensor.flatten().contiguous()
 
 
 class _CrossEntropyFunction(torch.autograd.Function):
@@ -219,39 +245,47 @@ class _CrossEntropyFunction(torch.autograd.Function):
         logits: Tensor,
         targets: Tensor,
         weights: Tensor | None,
-        options: LossOptions,
-        shard: VocabularyShard,
-        name: str,
+        common: tuple[LossOptions, VocabularyShard, str],
     ) -> tuple[Tensor, Tensor]:
-        rows = logits.detach().flatten(0, -2)
-        ids, scales = flat(targets), flat(weights)
-        statistics = run_statistics(rows, ids, options, shard, name)
-        losses, log_probs, normalizer = run_combine(statistics, ids, scales, options, shard, name)
+        losses, log_probs, normalizer = run_forward(logits, targets, weights, *common)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, ids, scales, normalizer)
-        ctx.options, ctx.shard, ctx.name, ctx.overwritten = options, shard, name, False
-        return losses.view(targets.shape), log_probs.view(targets.shape)
+        ctx.save_for_backward(logits, targets, weights, normalizer)
+        ctx.common = common
+        return losses, log_probs
 
     @staticmethod
     @once_differentiable("cross_entropy")
     def backward(
         ctx: Any, dlosses: Tensor | None, dlog_probs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if ctx.overwritten:
+        if ctx.common is None:
             raise KernelError(
                 "cross_entropy: backward ran before; expected once, because the gradient took the "
                 "logits' place; sum the losses before one backward, or run forward again"
             )
         if dlosses is None and dlog_probs is None:
-            return None, None, None, None, None, None
-        logits, ids, scales, normalizer = ctx.saved_tensors
-        gradient = logits.detach()
-        rows, gradients = gradient.flatten(0, -2), (flat(dlosses), flat(dlog_probs))
-        run_backward(rows, ids, scales, normalizer, gradients, ctx.options, ctx.shard, ctx.name)
-        ctx.overwritten = True
-        return gradient, None, None, None, None, None
+            return None, None, None, None
+        logits, targets, weights, normalizer = ctx.saved_tensors
+        gradient, incoming = logits.detach(), (flat(dlosses), flat(dlog_probs))
+        run_backward(gradient, targets, weights, normalizer, incoming, *ctx.common)
+        # The logits are gone.
+        ctx.common = None
+        return gradient, None, None, None
 
 
+def _fake_results(empty: Callable[..., Tensor], num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((num_tokens,), (num_tokens,), (num_tokens, 3))
+    losses, log_probs, normalizer = (empty(shape, dtype=torch.float32) for shape in shapes)
+    return losses, log_probs, normalizer
+
+
+_forward = register(
+    "cross_entropy",
+    "forward",
+    "cross_entropy_forward(Tensor logits, Tensor targets, Tensor? weights, int ignore_index, "
+    "float label_smoothing, float z_loss) -> (Tensor losses, Tensor log_probs, Tensor normalizer)",
+    lambda logits, targets, *others: _fake_results(targets.new_empty, targets.shape[0]),
+)
 _statistics = register(
     "cross_entropy",
     "statistics",
@@ -267,11 +301,7 @@ _combine = register(
     "cross_entropy_combine(Tensor statistics, Tensor targets, Tensor? weights, int vocabulary, "
     "int ignore_index, float label_smoothing, float z_loss) "
     "-> (Tensor losses, Tensor log_probs, Tensor normalizer)",
-    lambda statistics, *others: (
-        statistics.new_empty(statistics.shape[1]),
-        statistics.new_empty(statistics.shape[1]),
-        statistics.new_empty((statistics.shape[1], 3)),
-    ),
+    lambda statistics, *others: _fake_results(statistics.new_empty, statistics.shape[1]),
 )
 _backward = register(
     "cross_entropy",

@@ -54,6 +54,117 @@ def _accumulate(
 
 
 @triton.jit
+def _row_statistics(
+    row_ptr, target, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUMMED: tl.constexpr
+):
+    b_largest = tl.full((BLOCK // PACK,), LOWEST, tl.float32)
+    b_total = tl.zeros((BLOCK // PACK,), tl.float32)
+    b_summed = tl.zeros((BLOCK // PACK,), tl.float32)
+    whole: tl.constexpr = WIDTH // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        b_largest, b_total, b_summed = _accumulate(
+            row_ptr, start, b_largest, b_total, b_summed, WIDTH, BLOCK, False, SUMMED
+        )
+    if whole < WIDTH:
+        b_largest, b_total, b_summed = _accumulate(
+            row_ptr, whole, b_largest, b_total, b_summed, WIDTH, BLOCK, True, SUMMED
+        )
+    highest = tl.max(b_largest)
+    total = tl.sum(b_total * tl.exp(b_largest - highest))
+    column = target - first
+    owned = (column >= 0) & (column < WIDTH)
+    picked = tl.load(row_ptr + column, mask=owned, other=0.0).to(tl.float32)
+    return highest, total, picked, tl.sum(b_summed)
+
+
+@triton.jit
+def _store_losses(
+    tokens,
+    live,
+    largest,
+    total,
+    picked,
+    summed,
+    targets_ptr,
+    weights_ptr,
+    losses_ptr,
+    log_probs_ptr,
+    normalizer_ptr,
+    vocabulary,
+    ignore_index,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+):
+    # A few numbers per token, so in fp64: the loss of a confident model is a difference near 0.
+    target = tl.load(targets_ptr + tokens, mask=live, other=0).to(tl.int64)
+    counted = target != ignore_index
+    total = tl.where((target >= 0) & (target < vocabulary), total, float("nan"))
+    total = tl.where(counted, total, 1.0)
+    log_sum = tl.log(total)
+    log_normalizer = largest.to(tl.float64) + log_sum
+    log_prob = picked - largest.to(tl.float64) - log_sum
+    loss = -log_prob
+    if SMOOTHING > 0:
+        loss = (1 - SMOOTHING) * loss + SMOOTHING * (log_normalizer - summed / vocabulary)
+    if Z_LOSS > 0:
+        loss += Z_LOSS * log_normalizer * log_normalizer
+    if weights_ptr is not None:
+        loss *= tl.load(weights_ptr + tokens, mask=live, other=0.0).to(tl.float64)
+    tl.store(losses_ptr + tokens, tl.where(counted, loss, 0.0).to(tl.float32), mask=live)
+    tl.store(log_probs_ptr + tokens, tl.where(counted, log_prob, 0.0).to(tl.float32), mask=live)
+    out_ptr = normalizer_ptr + tokens * 3
+    tl.store(out_ptr, tl.where(counted, largest, 0.0), mask=live)
+    tl.store(out_ptr + 1, tl.where(counted, 1.0 / total, 0.0).to(tl.float32), mask=live)
+    slope = 1.0 + 2.0 * Z_LOSS * log_normalizer
+    tl.store(out_ptr + 2, tl.where(counted, slope, 0.0).to(tl.float32), mask=live)
+
+
+@triton.jit
+def _cross_entropy_forward_kernel(
+    logits_ptr,
+    targets_ptr,
+    weights_ptr,
+    losses_ptr,
+    log_probs_ptr,
+    normalizer_ptr,
+    stride_logits,
+    ignore_index,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row).to(tl.int64)
+    highest = 0.0
+    total = 0.0
+    picked = 0.0
+    summed = 0.0
+    if target != ignore_index:
+        row_ptr = logits_ptr + row * stride_logits
+        highest, total, picked, summed = _row_statistics(
+            row_ptr, target, 0, WIDTH, BLOCK, SMOOTHING > 0
+        )
+    _store_losses(
+        row,
+        True,
+        highest,
+        total.to(tl.float64),
+        picked.to(tl.float64),
+        summed.to(tl.float64),
+        targets_ptr,
+        weights_ptr,
+        losses_ptr,
+        log_probs_ptr,
+        normalizer_ptr,
+        WIDTH,
+        ignore_index,
+        SMOOTHING,
+        Z_LOSS,
+    )
+
+
+@triton.jit
 def _cross_entropy_statistics_kernel(
     logits_ptr,
     targets_ptr,
@@ -74,24 +185,9 @@ def _cross_entropy_statistics_kernel(
     summed = 0.0
     if target != ignore_index:
         row_ptr = logits_ptr + row * stride_logits
-        b_largest = tl.full((BLOCK // PACK,), LOWEST, tl.float32)
-        b_total = tl.zeros((BLOCK // PACK,), tl.float32)
-        b_summed = tl.zeros((BLOCK // PACK,), tl.float32)
-        whole: tl.constexpr = WIDTH // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
-            b_largest, b_total, b_summed = _accumulate(
-                row_ptr, start, b_largest, b_total, b_summed, WIDTH, BLOCK, False, SUMMED
-            )
-        if whole < WIDTH:
-            b_largest, b_total, b_summed = _accumulate(
-                row_ptr, whole, b_largest, b_total, b_summed, WIDTH, BLOCK, True, SUMMED
-            )
-        highest = tl.max(b_largest)
-        total = tl.sum(b_total * tl.exp(b_largest - highest))
-        summed = tl.sum(b_summed)
-        column = target - first
-        owned = (column >= 0) & (column < WIDTH)
-        picked = tl.load(row_ptr + column, mask=owned, other=0.0).to(tl.float32)
+        highest, total, picked, summed = _row_statistics(
+            row_ptr, target, first, WIDTH, BLOCK, SUMMED
+        )
     tl.store(out_ptr, highest)
     tl.store(out_ptr + 1, total)
     tl.store(out_ptr + 2, picked)
@@ -127,7 +223,6 @@ def _cross_entropy_combine_kernel(
     total = tl.zeros((BLOCK,), tl.float64)
     picked = tl.zeros((BLOCK,), tl.float64)
     summed = tl.zeros((BLOCK,), tl.float64)
-    # A few numbers per token, so in fp64: the loss of a confident model is a difference near 0.
     for rank in tl.static_range(RANKS):
         rank_ptr = token_ptr + rank * rank_stride
         local = tl.load(rank_ptr, mask=live, other=0.0).to(tl.float64)
@@ -136,27 +231,23 @@ def _cross_entropy_combine_kernel(
         picked += tl.load(rank_ptr + 2, mask=live, other=0.0).to(tl.float64)
         if SMOOTHING > 0:
             summed += tl.load(rank_ptr + 3, mask=live, other=0.0).to(tl.float64)
-    target = tl.load(targets_ptr + tokens, mask=live, other=0).to(tl.int64)
-    counted = target != ignore_index
-    total = tl.where((target >= 0) & (target < vocabulary), total, float("nan"))
-    total = tl.where(counted, total, 1.0)
-    log_sum = tl.log(total)
-    log_normalizer = largest.to(tl.float64) + log_sum
-    log_prob = picked - largest.to(tl.float64) - log_sum
-    loss = -log_prob
-    if SMOOTHING > 0:
-        loss = (1 - SMOOTHING) * loss + SMOOTHING * (log_normalizer - summed / vocabulary)
-    if Z_LOSS > 0:
-        loss += Z_LOSS * log_normalizer * log_normalizer
-    if weights_ptr is not None:
-        loss *= tl.load(weights_ptr + tokens, mask=live, other=0.0).to(tl.float64)
-    tl.store(losses_ptr + tokens, tl.where(counted, loss, 0.0).to(tl.float32), mask=live)
-    tl.store(log_probs_ptr + tokens, tl.where(counted, log_prob, 0.0).to(tl.float32), mask=live)
-    out_ptr = normalizer_ptr + tokens * 3
-    tl.store(out_ptr, tl.where(counted, largest, 0.0), mask=live)
-    tl.store(out_ptr + 1, tl.where(counted, 1.0 / total, 0.0).to(tl.float32), mask=live)
-    slope = 1.0 + 2.0 * Z_LOSS * log_normalizer
-    tl.store(out_ptr + 2, tl.where(counted, slope, 0.0).to(tl.float32), mask=live)
+    _store_losses(
+        tokens,
+        live,
+        largest,
+        total,
+        picked,
+        summed,
+        targets_ptr,
+        weights_ptr,
+        losses_ptr,
+        log_probs_ptr,
+        normalizer_ptr,
+        vocabulary,
+        ignore_index,
+        SMOOTHING,
+        Z_LOSS,
+    )
 
 
 @triton.jit
@@ -239,8 +330,45 @@ def _cross_entropy_backward_kernel(
 
 
 @cache
-def _block(row: Launch, width: int) -> int:
-    return max(PACK.value, min(row.block, triton.next_power_of_2(width)))
+def _block(widest: int, width: int) -> int:
+    return max(PACK.value, min(widest, triton.next_power_of_2(width)))
+
+
+def forward(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See op._forward."""
+    num_tokens, width = logits.shape
+    outputs = _per_token(num_tokens, targets.device)
+    if num_tokens:
+        row = launch.pick(FORWARD, width)
+        _cross_entropy_forward_kernel[(num_tokens,)](
+            logits,
+            targets,
+            weights,
+            *outputs,
+            logits.stride(0),
+            ignore_index,
+            SMOOTHING=label_smoothing,
+            Z_LOSS=z_loss,
+            WIDTH=width,
+            BLOCK=_block(row.block, width),
+            num_warps=row.num_warps,
+        )
+    return outputs
+
+
+def _per_token(num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, log-probabilities and normalizer, not yet written."""
+    fp32 = torch.float32
+    losses = torch.empty(num_tokens, dtype=fp32, device=device)
+    log_probs = torch.empty(num_tokens, dtype=fp32, device=device)
+    return losses, log_probs, torch.empty((num_tokens, 3), dtype=fp32, device=device)
 
 
 def statistics(
@@ -260,7 +388,7 @@ def statistics(
             first,
             ignore_index,
             WIDTH=width,
-            BLOCK=_block(row, width),
+            BLOCK=_block(row.block, width),
             SUMMED=with_sum,
             num_warps=row.num_warps,
         )
@@ -278,17 +406,13 @@ def combine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See op._combine."""
     ranks, num_tokens, _ = statistics.shape
-    fp32 = {"dtype": torch.float32, "device": statistics.device}
-    losses, log_probs = torch.empty(num_tokens, **fp32), torch.empty(num_tokens, **fp32)
-    normalizer = torch.empty((num_tokens, 3), **fp32)
+    outputs = _per_token(num_tokens, statistics.device)
     if num_tokens:
         _cross_entropy_combine_kernel[(launch.ceil_div(num_tokens, COMBINE_BLOCK),)](
             statistics,
             targets,
             weights,
-            losses,
-            log_probs,
-            normalizer,
+            *outputs,
             num_tokens,
             vocabulary,
             ignore_index,
@@ -298,7 +422,7 @@ def combine(
             BLOCK=COMBINE_BLOCK,
             num_warps=4,
         )
-    return losses, log_probs, normalizer
+    return outputs
 
 
 def backward(
@@ -330,6 +454,6 @@ def backward(
             ignore_index,
             SMOOTHING=label_smoothing,
             WIDTH=width,
-            BLOCK=_block(row, width),
+            BLOCK=_block(row.block, width),
             num_warps=row.num_warps,
         )

@@ -56,7 +56,8 @@ def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
     if name == "torch":
         return torch_impl.swiglu(gate_up)
     rows = rows_of(gate_up)
-    out = _SwiGLUFunction.apply(rows, name) if needs_graph(rows) else _forward(rows, name)
+    run = _SwiGLUFunction.apply if needs_graph(rows) else _swiglu_forward
+    out = run(rows, name)
     return out if gate_up.dim() == 2 else out.view(*gate_up.shape[:-1], width)
 
 
@@ -166,13 +167,13 @@ class _SwiGLUFunction(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.name = name
-        return _forward(gate_up, name)
+        return _swiglu_forward(gate_up, name)
 
     @staticmethod
     @once_differentiable("swiglu")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        return _backward(rows_of(dout), gate_up, False, ctx.name)[0], None
+        return _swiglu_backward(rows_of(dout), gate_up, False, ctx.name)[0], None
 
 
 class _SwiGLULinearFunction(torch.autograd.Function):

@@ -133,8 +133,9 @@ def _grid(widest: int, rows: int, num_rows: int, width: int) -> tuple[int, dict[
 
 def forward(gate_up: Tensor) -> Tensor:
     """[T, 2F] -> [T, F]."""
-    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    num_rows, both_widths = gate_up.shape
+    width = both_widths // 2
+    out = gate_up.new_empty(num_rows, width)
     if out.numel():
         row = launch.pick(FORWARD, width)
         programs, tile = _grid(row.block, row.rows, num_rows, width)

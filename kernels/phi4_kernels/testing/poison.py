@@ -1,13 +1,14 @@
 """Buffers between guard bands, filled with NaN: what a kernel must not touch, and must overwrite.
 
-Inside `poisoned()` every `torch.empty*` of the implementations returns such a buffer. An output
-element left unwritten stays NaN, a read past an end yields NaN, a write past an end breaks a band.
-Inputs are put between bands with `guarded`.
+Inside `poisoned()` `torch.empty`, `torch.empty_strided` and `Tensor.new_empty` return such a
+buffer. An output element left unwritten stays NaN, a read past an end yields NaN, a write past an
+end breaks a band. Inputs are put between bands with `guarded`.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -59,8 +60,8 @@ _EMPTY = torch.empty
 
 @contextmanager
 def poisoned() -> Iterator[Guard]:
-    """Poison and guard all that `torch.empty` and `torch.empty_strided` allocate inside."""
-    guard, builtin_strided = Guard(), torch.empty_strided
+    """Poison and guard all that the functions of the module's head allocate inside."""
+    guard = Guard()
 
     def empty(*size: Any, dtype: Any = None, device: Any = None) -> Tensor:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
@@ -71,8 +72,11 @@ def poisoned() -> Iterator[Guard]:
     def empty_strided(size: Any, stride: Any, *, dtype: Any, device: Any = None) -> Tensor:
         return guard.allocate(tuple(size), tuple(stride), dtype, device or "cpu")
 
-    torch.empty, torch.empty_strided = empty, empty_strided
-    try:
+    def new_empty(like: Tensor, *size: Any, dtype: Any = None, device: Any = None) -> Tensor:
+        return empty(*size, dtype=dtype or like.dtype, device=device or like.device)
+
+    with (
+        mock.patch.multiple(torch, empty=empty, empty_strided=empty_strided),
+        mock.patch.object(Tensor, "new_empty", new_empty),
+    ):
         yield guard
-    finally:
-        torch.empty, torch.empty_strided = _EMPTY, builtin_strided
