@@ -8,8 +8,15 @@ from unittest import mock
 
 import torch
 
+from phi4.engine.model import placement
 from phi4.engine.model.micro_batch import MicroBatches
-from phi4.engine.model.placement import SideStream, map_tensors, on_device, staging_block
+from phi4.engine.model.placement import (
+    SideStream,
+    in_one_block,
+    map_tensors,
+    on_device,
+    staging_block,
+)
 
 CPU = torch.device("cpu")
 
@@ -51,15 +58,37 @@ def tensors_of(value: object) -> list[torch.Tensor]:
     return found
 
 
-def test_a_copy_has_the_values_in_one_block() -> None:
-    value = nested()
-    placed = on_device(value, CPU)
+def same_contiguous(placed: Nested, value: Nested) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Check the values; the tensors of both, in pairs."""
     assert placed.pairs[0].longest == 7 and placed.pairs[1].first is None
     assert placed.whole is placed.again
-    for ours, given in zip(tensors_of(placed), tensors_of(value), strict=True):
+    pairs = list(zip(tensors_of(placed), tensors_of(value), strict=True))
+    for ours, given in pairs:
         assert ours.dtype is given.dtype and torch.equal(ours, given)
-        assert ours.data_ptr() % ours.itemsize == 0
-    assert len({x.untyped_storage().data_ptr() for x in tensors_of(placed)}) == 1
+        assert ours.is_contiguous() and ours.data_ptr() % ours.itemsize == 0
+    return pairs
+
+
+def test_a_copy_has_the_values_in_one_block() -> None:
+    value = on_device(nested(), CPU)
+    placed = in_one_block(value, tensors_of(value), CPU)
+    pairs = same_contiguous(placed, value)
+    assert len({ours.untyped_storage().data_ptr() for ours, _ in pairs}) == 1
+
+
+def test_a_gpu_gets_the_block() -> None:
+    value, device = nested(), torch.device("cuda", 1)
+    with mock.patch.object(placement, "in_one_block") as moved:
+        assert on_device(value, device) is moved.return_value
+    given, tensors, where = moved.call_args.args
+    same_contiguous(given, value)
+    assert {*map(id, tensors)} == {*map(id, tensors_of(given))} and where == device
+
+
+def test_a_cpu_copies_only_what_has_gaps() -> None:
+    value = nested()
+    for ours, given in same_contiguous(on_device(value, CPU), value):
+        assert (ours is given) == given.is_contiguous()
 
 
 def test_what_a_gpu_copies_from_is_pinned() -> None:

@@ -2,10 +2,11 @@
 
 A copy from pageable memory holds the host until the device has done everything before it, and one
 on the stream that computes waits for what was computed. Here the host's values are packed into one
-pinned block, which one copy moves while an earlier micro-batch is computed.
+pinned block, which one copy moves while an earlier micro-batch is computed. A CPU computes on them
+where they are.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -41,14 +42,26 @@ def staging_block(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 def on_device(value: Value, device: torch.device) -> Value:
-    """A copy of a value whose tensors are on the device; waits for nothing.
+    """A value whose tensors are on the device, contiguous; waits for nothing.
 
     Args:
-        value: its tensors are on the host. One that occurs twice is one in the copy too.
-        device: where to, in one copy of one block; a CPU keeps the block.
+        value: its tensors are on the host. One that occurs twice is one in the result too.
+        device: where to, in one copy of one block; for a CPU only what has gaps is copied.
     """
-    found: dict[int, np.ndarray] = {}
-    map_tensors(value, lambda x: (found.setdefault(id(x), x.contiguous().numpy()), x)[1])
+    found: dict[int, torch.Tensor] = {}
+    compact = map_tensors(value, lambda x: found.setdefault(id(x), x.contiguous()))
+    return compact if device.type == "cpu" else in_one_block(compact, found.values(), device)
+
+
+def in_one_block(value: Value, tensors: Iterable[torch.Tensor], device: torch.device) -> Value:
+    """A copy of a value on the device by a block.
+
+    Args:
+        value: on the host.
+        tensors: those of the value, all contiguous.
+        device: where to.
+    """
+    found: dict[int, np.ndarray] = {id(x): x.numpy() for x in tensors}
     starts, end = {}, 0
     for key, array in found.items():
         starts[key] = end
