@@ -33,6 +33,11 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "kills": ("phi4", "verify", "kills", "--kills=100"),
     "step-time": ("tools.step_time", "--json=benchmarks/step_time.jsonl"),
     "step-time-packed": ("tools.step_time", "--documents=4"),
+    "weight-gradients": (
+        *("tools.step_time_before", "cc6d39c^", "--after=cc6d39c", "--pairs=40", "--limit=0.97"),
+        *("--dtype", "fp32", "bf16", "--tensor", "1", "2"),
+        "--json=benchmarks/step_time_before.jsonl",
+    ),
     "host-time": ("tools.host_time", "--json=benchmarks/host_time.jsonl"),
     "generation-time": ("tools.generation_time", "--json=benchmarks/generation.jsonl"),
     "stragglers": ("tools.prove_stragglers",),
