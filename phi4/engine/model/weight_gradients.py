@@ -18,8 +18,8 @@ def add_weight_gradient(
 ) -> None:
     """main_grad_OI, fp32, += grad_output_TO.T @ input_TI, summed in fp32 in any dtype of the two.
 
-    A GPU's product takes bf16 and adds in fp32; a CPU's product does not, and its fp32 product of
-    widened factors is faster than its bf16 one.
+    A GPU's product takes bf16 and adds in fp32. A CPU's bf16 product would round what it adds to
+    bf16, so the factors are widened, which costs time where a processor has instructions for bf16.
     """
     if main_grad_OI.is_cuda:
         grad_output_OT = grad_output_TO.t()
