@@ -3,40 +3,31 @@
 Everything that can be wrong is checked before anything is written over.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import msgspec
-
-from phi4.config import Recipe, dump_toml
+from phi4.config import Recipe
 from phi4.data.stream.loader import Loader
 from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer
 from phi4.engine.agreement import decided_by_writer, done_by_all, raise_together
 from phi4.engine.checkpoint import (
     Replicas,
-    find_checkpoint_together,
-    load_checkpoint,
-    verify_checkpoint,
 )
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
 from phi4.engine.qualified import qualified_evidence
-from phi4.errors import CheckpointError, OwnershipError, TokenizerError
+from phi4.errors import TokenizerError
 from phi4.rundir import Lease
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint
-from phi4.rundir.manifest import manifest_hash
-from phi4.rundir.names import CONFIG_FILE
 from phi4.rundir.replica import replica_place
-from phi4.rundir.roll_back import commit_roll_back, follows_roll_back, forget_roll_back
-from phi4.rundir.state import RunState, read_recipe
-from phi4.track import Trackers, open_trackers, recipe_params
+from phi4.rundir.state import RunState
 from phi4.train.checkpointing import Checkpointer
 from phi4.train.evaluation import HeldOutLoss
 from phi4.train.hooks import Hook, HookFactory, RunContext
+from phi4.train.initial_weights import with_initial_weights
 from phi4.train.ledger_record import LedgerRecord
 from phi4.train.loop import Ending, train
 from phi4.train.meter import Meter
@@ -48,6 +39,7 @@ from phi4.train.reliability.same_start import require_same_start
 from phi4.train.reliability.stragglers import stragglers
 from phi4.train.reliability.watchdog import Watchdog, watched
 from phi4.train.resume import first_state, resume
+from phi4.train.run_record import begin_record, failure_recorded
 from phi4.train.sources import open_sources
 
 Say = Callable[[str], None]
@@ -171,7 +163,7 @@ def _run(start: _Start, hooks: Sequence[HookFactory]) -> Ending:
             )
         done_by_all(platform, partial(data.go_to, recipe, state))
     else:
-        state = _begin(recipe, engine, state, say)
+        state = with_initial_weights(recipe, engine, state, say)
     context = RunContext(
         recipe=recipe,
         platform=platform,
@@ -240,9 +232,9 @@ def _trained(
     hooks = [hook for make in (*OWN_HOOKS, *factories) for hook in make(context)]
     checkpointer = Checkpointer(context)
     hooks.append(checkpointer.hook)
-    trackers = _begin_record(context)
+    trackers = begin_record(context)
     watchdog.at_end(partial(trackers.finish, "failed"))
-    with _failure_recorded(trackers):
+    with failure_recorded(trackers):
         ending = train(context, loader, hooks, checkpointer, trackers)
     with context.phases.during("end", ending.state.step):
         trackers.finish(ending.status)
@@ -258,89 +250,6 @@ def _fresh_state(recipe: Recipe) -> RunState | None:
     if latest_checkpoint(checkpoints_dir(recipe.run.dir)) is not None:
         return None
     return first_state(recipe)
-
-
-def _begin(recipe: Recipe, engine: Engine, state: RunState, say: Say) -> RunState:
-    """The state of a run that begins, with the weights that it begins with."""
-    if recipe.run.init_from is not None:
-        checkpoint = initialise_from(engine, Path(recipe.run.init_from), say)
-        digest = decided_by_writer(engine.platform, partial(manifest_hash, checkpoint))
-        state = msgspec.structs.replace(
-            state, weights_from=str(checkpoint), weights_manifest_sha256=digest
-        )
-    if state.ledger_from:
-        say(f"data: continuing the ledger of {state.ledger_from}")
-    return state
-
-
-def initialise_from(engine: Engine, place: Path, say: Say) -> Path:
-    """Take the weights, and nothing else, of a checkpoint of the same shape.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        CheckpointError: damaged, or its model has another shape.
-        PlatformError: a rank does not see the checkpoint.
-
-    Collectives: broadcasts of what rank 0 found, an all-gather of who sees it, and those of
-    `load_checkpoint`.
-    """
-    checkpoint = find_checkpoint_together(engine.platform, place)
-    verified = verify_checkpoint(engine, checkpoint)
-    shape = decided_by_writer(engine.platform, lambda: read_recipe(checkpoint).model)
-    asked = engine.recipe.model
-    # RoPE has no weights, so its base and the longest sequence may change: midtraining does that.
-    free = {"rope_theta": 0.0, "max_position_embeddings": 0, "init_std": 0.0}
-    if shape.model_copy(update=free) != asked.model_copy(update=free):
-        raise CheckpointError(
-            f"{checkpoint} holds a model of another shape than the recipe's; give the [model] "
-            "table of its recipe.toml"
-        )
-    load_checkpoint(engine, checkpoint, verified, optimizer=False)
-    say(f"initial weights from {checkpoint}")
-    return checkpoint
-
-
-def _begin_record(context: RunContext) -> Trackers:
-    """The run's trackers, once this attempt begins to write.
-
-    What is recorded of steps after the one it goes on from is cut off here.
-
-    Collectives: a broadcast of the writer's outcome over all ranks.
-    """
-    recipe, state = context.recipe, context.state
-    opened = [open_trackers(recipe, resume_step=state.step, is_writer=False)]
-
-    def begin() -> None:
-        context.lease.begin()
-        run_dir = Path(recipe.run.dir)
-        if state.step == 0:
-            forget_roll_back(run_dir)
-        elif follows_roll_back(state):
-            # Whatever a kill left undone of it; and the state may be of a checkpoint before it.
-            commit_roll_back(run_dir, state)
-        config = run_dir / CONFIG_FILE
-        config.write_text(dump_toml(recipe), encoding="utf-8")
-        opened[:] = [open_trackers(recipe, resume_step=state.step, is_writer=True, say=context.say)]
-        opened[0].start(recipe_params(recipe), [config])
-
-    decided_by_writer(context.platform, begin)
-    return opened[0]
-
-
-@contextmanager
-def _failure_recorded(trackers: Trackers) -> Iterator[None]:
-    """Tell the trackers of a run that ends with an error."""
-    try:
-        yield
-    except OwnershipError:
-        # The record and the run in MLflow are the new owner's now.
-        raise
-    except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt)
-        trackers.finish("interrupted" if stopped else "failed")
-        raise
 
 
 def check_tokenizer(recipe: Recipe) -> TokenizerFacts:

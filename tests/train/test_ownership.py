@@ -105,7 +105,7 @@ def test_rank_that_does_not_see_run_dir_is_named_before_anything_is_written(pool
 FILE_SYSTEM_QUESTIONS = (
     "phi4.train.session.latest_checkpoint",
     "phi4.train.session.first_state",
-    "phi4.train.session.read_recipe",
+    "phi4.train.initial_weights.read_recipe",
     "phi4.train.resume.read_recipe",
     "phi4.train.resume.read_state",
     "phi4.train.resume.read_roll_back",

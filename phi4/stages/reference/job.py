@@ -28,7 +28,8 @@ from phi4.stages.reference.chunks import (
 )
 from phi4.stages.reference.sides import segment_sums
 from phi4.stages.reference.sources import open_preferences, read_batch
-from phi4.train.session import check_tokenizer, initialise_from, print_line
+from phi4.train.initial_weights import initialise_from
+from phi4.train.session import check_tokenizer, print_line
 from phi4.train.sources import opened_writer_first
 
 Say = Callable[[str], None]
