@@ -2,7 +2,8 @@
 
 Each side is processes of its own that import its own tree and do the steps of tools/step_time.py,
 each on one CPU thread. The sides take turns, and every other pair swaps the order, so what else
-runs on the machine meets both alike. What a commit alone costs is `COMMIT^ --after COMMIT`.
+runs on the machine meets both alike. Where a process has its memory alone moves its steps by some
+percent, so both start anew a few times. What a commit alone costs is `COMMIT^ --after COMMIT`.
 
     python -m tools.step_time_before COMMIT --pairs 200 --json benchmarks/step_time_before.jsonl
     python -m tools.step_time_before COMMIT^ --after COMMIT --dtype fp32 bf16 --tensor 1 2
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
@@ -23,10 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from phi4.verify.measured_rows import append_row, provenance
-from tools.step_time import ratio_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 8
+STARTS = 4
 _WORKER = """
 import sys, time
 from phi4.config import with_overrides
@@ -124,6 +125,26 @@ def checkout_of(commit: str) -> Iterator[Path]:
         yield Path(name)
 
 
+def time_pairs(sides: Sequence[Side], pairs: int) -> tuple[np.ndarray, list[float]]:
+    """Wall and CPU seconds [pairs, sides, 2], and the losses of the last step before them."""
+    times = np.empty((pairs, 2, 2))
+    for index in range(WARM_UP_STEPS):
+        losses = [side.step(index)[2] for side in sides]
+    for index in range(pairs):
+        for which in (1, 0) if index % 2 else (0, 1):
+            times[index, which] = sides[which].step(WARM_UP_STEPS + index)[:2]
+    for side in sides:
+        side.close()
+    return times, losses
+
+
+def interval_over_starts(ratios: np.ndarray) -> list[float]:
+    """Median of [starts, pairs], and the ends of its 95% bootstrap interval over whole starts."""
+    draws = np.random.default_rng(0).integers(len(ratios), size=(10_000, len(ratios)))
+    medians = np.median(ratios[draws].reshape(10_000, -1), axis=1)
+    return [round(float(x), 4) for x in (np.median(ratios), *np.percentile(medians, [2.5, 97.5]))]
+
+
 def compare(
     commit: str, pairs: int, *, after: str | None, num_ranks: int, dtype: str
 ) -> dict[str, object]:
@@ -131,24 +152,21 @@ def compare(
 
     Args:
         commit: the earlier one.
-        pairs: how many steps each side is timed for.
+        pairs: how many steps each side is timed for, over all starts.
         after: the later one; None is this checkout.
         num_ranks: tensor ranks of each side.
         dtype: of the recipe.
     """
-    times = np.empty((pairs, 2, 2))
     later = nullcontext(ROOT) if after is None else checkout_of(after)
     with checkout_of(commit) as before, later as tree:
-        sides = [Side(root, num_ranks, dtype) for root in (tree, before)]
-        for index in range(WARM_UP_STEPS):
-            losses = [side.step(index)[2] for side in sides]
-        for index in range(pairs):
-            for which in (1, 0) if index % 2 else (0, 1):
-                times[index, which] = sides[which].step(WARM_UP_STEPS + index)[:2]
-        for side in sides:
-            side.close()
-    ratio, *interval = ratio_interval(*times[..., 0].T)
-    cpu_ratio, *cpu_interval = ratio_interval(*times[..., 1].T)
+        starts = []
+        for _ in range(STARTS):
+            sides = [Side(root, num_ranks, dtype) for root in (tree, before)]
+            times, losses = time_pairs(sides, pairs // STARTS)
+            starts.append(times)
+    wall, cpu = np.moveaxis(np.stack(starts), -1, 0)
+    ratio, *interval = interval_over_starts(wall[..., 0] / wall[..., 1])
+    cpu_ratio, *cpu_interval = interval_over_starts(cpu[..., 0] / cpu[..., 1])
     return {
         "before": name_of(commit),
         "after": "the checkout" if after is None else name_of(after),
@@ -159,7 +177,8 @@ def compare(
         "cpu_ratio": cpu_ratio,
         "cpu_ratio_95": cpu_interval,
         "loss_difference": abs(losses[0] - losses[1]) / losses[1],
-        "pairs": pairs,
+        "pairs": pairs // STARTS * STARTS,
+        "starts": STARTS,
     }
 
 
