@@ -6,7 +6,7 @@ pinned block, which one copy moves while an earlier micro-batch is computed. A C
 where they are.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -50,18 +50,18 @@ def on_device(value: Value, device: torch.device) -> Value:
     """
     found: dict[int, torch.Tensor] = {}
     compact = map_tensors(value, lambda x: found.setdefault(id(x), x.contiguous()))
-    return compact if device.type == "cpu" else in_one_block(compact, found.values(), device)
+    return compact if device.type == "cpu" else in_one_block(value, found, device)
 
 
-def in_one_block(value: Value, tensors: Iterable[torch.Tensor], device: torch.device) -> Value:
+def in_one_block(value: Value, tensors: Mapping[int, torch.Tensor], device: torch.device) -> Value:
     """A copy of a value on the device by a block.
 
     Args:
         value: on the host.
-        tensors: those of the value, all contiguous.
+        tensors: those of the value made contiguous, by the `id` of each.
         device: where to.
     """
-    found: dict[int, np.ndarray] = {id(x): x.numpy() for x in tensors}
+    found: dict[int, np.ndarray] = {key: x.numpy() for key, x in tensors.items()}
     starts, end = {}, 0
     for key, array in found.items():
         starts[key] = end
