@@ -29,6 +29,12 @@ SUB_LAYERS: Mapping[str, Layers] = {
         ("rendezvous", "forward_timer"),
         ("sign_in",),
     ),
+    "phi4.oracles": (
+        ("registry",),
+        ("exact", "choice", "math", "code"),
+        ("sandbox",),
+        ("verdict",),
+    ),
     "phi4_kernels": (
         ("qualification",),
         ("bench",),

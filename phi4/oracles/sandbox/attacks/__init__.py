@@ -1,0 +1,1 @@
+"""Programs that attack the sandbox. They run inside it and are never imported."""

@@ -1,0 +1,11 @@
+"""More memory in one process than its address space may have."""
+
+import mmap
+
+kept = []
+try:
+    while len(kept) < 24:
+        kept.append(mmap.mmap(-1, 64 << 20))
+    print(f"{64 * len(kept)} MiB")
+except OSError:
+    print("refused")

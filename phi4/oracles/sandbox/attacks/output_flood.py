@@ -1,0 +1,6 @@
+"""Output without end."""
+
+import sys
+
+for _ in range(300):
+    sys.stdout.write("y" * (1 << 20))

@@ -1,0 +1,5 @@
+"""Nothing, for long."""
+
+import time
+
+time.sleep(600)
