@@ -30,6 +30,7 @@ GROUPS = {
     "convert": "Hugging Face checkpoints in and out.",
     "verify": "Proofs to run on this machine: parity, resume, leak, preempt, kills.",
     "bench": "Benchmarks of the kernels.",
+    "sandbox": "The sandbox that runs programs of a model: does it hold here?",
     "kernels": "Implementations of the ops and what is proven of them.",
 }
 

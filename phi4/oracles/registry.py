@@ -1,20 +1,106 @@
-"""Oracles by the name that a user gives."""
+"""Oracles by the name that a user gives: ours, and those that installed packages bring.
 
-from collections.abc import Callable, Mapping
+The decision: a plug-in is a guest. One that cannot be opened is an error before anything is graded;
+one that fails while it grades makes an answer ungradable and never ends a run.
+"""
 
-from phi4.errors import ConfigError
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+
+from phi4.errors import ConfigError, Phi4Error
+from phi4.oracles.choice import ChoiceOracle
+from phi4.oracles.code import CodeOracle
 from phi4.oracles.exact import ExactOracle
-from phi4.oracles.verdict import Oracle
+from phi4.oracles.math import MathOracle
+from phi4.oracles.verdict import Grade, Graded, Oracle, ToGrade
 
-_ORACLES: Mapping[str, Callable[[], Oracle]] = {"exact": ExactOracle}
+ENTRY_POINTS = "phi4.oracles"
+"""Group of entry points; each is called without arguments and returns an `Oracle`."""
+
+_ORACLES: Mapping[str, Callable[[], Oracle]] = {
+    oracle.name: oracle for oracle in (ExactOracle, ChoiceOracle, MathOracle, CodeOracle)
+}
 
 
 def open_oracle(name: str) -> Oracle:
     """The oracle of a name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the package that brings it does not work.
+        PlatformError: this machine lacks what it needs.
     """
-    if name not in _ORACLES:
-        raise ConfigError(f"--oracle={name} is unknown; expected one of {', '.join(_ORACLES)}")
-    return _ORACLES[name]()
+    if name in _ORACLES:
+        return _ORACLES[name]()
+    found = metadata.entry_points(group=ENTRY_POINTS)
+    named = [entry for entry in found if entry.name == name]
+    if not named:
+        known = ", ".join([*_ORACLES, *sorted({entry.name for entry in found})])
+        raise ConfigError(f"--oracle={name} is unknown; expected one of {known}")
+    if len(named) > 1:
+        values = " and ".join(entry.value for entry in named)
+        raise ConfigError(f"--oracle={name} is {values}; uninstall one of these packages")
+    return _opened(named[0])
+
+
+def _opened(entry: metadata.EntryPoint) -> Oracle:
+    try:
+        oracle = entry.load()()
+    except Phi4Error:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"--oracle={entry.name} ({entry.value}) does not open: {_line(error)}; repair or "
+            "uninstall the package that brings it"
+        ) from error
+    if not callable(getattr(oracle, "grade", None)) or not callable(getattr(oracle, "close", None)):
+        raise ConfigError(
+            f"--oracle={entry.name} ({entry.value}) is a {type(oracle).__name__} without grade and "
+            "close; expected an oracle as phi4.oracles.verdict describes it"
+        )
+    return GuestOracle(entry.name, oracle)
+
+
+class GuestOracle:
+    """An oracle of another package, whose failures are verdicts.
+
+    Args:
+        name: of its entry point.
+        guest: what it opened.
+    """
+
+    def __init__(self, name: str, guest: Oracle) -> None:
+        self.name = name
+        self._guest = guest
+
+    def grade(self, answers: Sequence[ToGrade]) -> list[Graded]:
+        """See `Oracle.grade`; where all fail together, each is tried by itself."""
+        graded = self._tried(answers)
+        if isinstance(graded, list):
+            return graded
+        if len(answers) == 1:
+            return [Graded(Grade.UNGRADABLE, graded)]
+        return [one for answer in answers for one in self.grade([answer])]
+
+    def close(self) -> None:
+        """See `Oracle.close`; its failure is of no use to anybody at the end."""
+        try:
+            self._guest.close()
+        except Exception:
+            return
+
+    def _tried(self, answers: Sequence[ToGrade]) -> list[Graded] | str:
+        """Its verdicts, or what is wrong with it."""
+        try:
+            graded = list(self._guest.grade(answers))
+        except Exception as error:
+            return f"oracle {self.name} failed: {_line(error)}"
+        if len(graded) != len(answers):
+            return f"oracle {self.name} gave {len(graded)} verdicts for {len(answers)} answers"
+        for one in graded:
+            if not isinstance(one, Graded) or not isinstance(one.outcome, Grade):
+                return f"oracle {self.name} gave a {type(one).__name__}, which is no verdict"
+        return graded
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,97 @@
+"""Whether a value that a program printed is the expected one.
+
+The decision: both are plain JSON by the time they are compared, read by our own reader from bytes,
+so nothing of the program's takes part in the comparison. A number is equal to a number of the same
+value, 2 to 2.0; true is no number.
+"""
+
+import json
+import math
+
+
+def same_value(got: object, expected: object, tolerance: float | None) -> bool:
+    """Whether two JSON values are equal.
+
+    Args:
+        got: from the program.
+        expected: of the key.
+        tolerance: for numbers, absolute or relative, whichever allows more; None for exact.
+    """
+    if isinstance(expected, bool) or isinstance(got, bool):
+        return got is expected
+    if isinstance(expected, int | float):
+        return isinstance(got, int | float) and _same_number(got, expected, tolerance)
+    if type(got) is not type(expected):
+        return False
+    if isinstance(expected, list):
+        return len(got) == len(expected) and all(
+            same_value(one, other, tolerance) for one, other in zip(got, expected, strict=True)
+        )
+    if isinstance(expected, dict):
+        return got.keys() == expected.keys() and all(
+            same_value(got[name], value, tolerance) for name, value in expected.items()
+        )
+    return got == expected
+
+
+def same_output(got: bytes, expected: str, tolerance: float | None) -> bool:
+    """Whether a program's output is the expected text, apart from space at the ends of lines.
+
+    Empty lines at the end do not count. With a tolerance, words that are numbers on both sides may
+    differ by it, and space of any kind separates words.
+    """
+    try:
+        text = got.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    if tolerance is None:
+        return _lines(text) == _lines(expected)
+    words, others = text.split(), expected.split()
+    return len(words) == len(others) and all(
+        _same_word(word, other, tolerance) for word, other in zip(words, others, strict=True)
+    )
+
+
+def read_json(text: bytes) -> object:
+    """A JSON value.
+
+    Raises:
+        ValueError: it is none, too deep, or holds NaN, an infinity or a number of thousands of
+            digits.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _lines(text: str) -> list[str]:
+    lines = [line.rstrip() for line in text.split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def _same_word(word: str, other: str, tolerance: float) -> bool:
+    if word == other:
+        return True
+    try:
+        numbers = float(word), float(other)
+    except ValueError:
+        return False
+    return _same_number(*numbers, tolerance)
+
+
+def _same_number(got: float, expected: float, tolerance: float | None) -> bool:
+    if got == expected:
+        return True
+    if tolerance is None:
+        return False
+    try:
+        return math.isclose(got, expected, rel_tol=min(tolerance, 1.0), abs_tol=tolerance)
+    except OverflowError:
+        return False

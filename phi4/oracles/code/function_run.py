@@ -1,0 +1,78 @@
+"""Grades a Python function: one sandbox calls it for all cases, the values are compared here.
+
+The decision: the expected values never enter the sandbox, so a program that forges what it likes
+has to forge the right value, and has one try for each case.
+"""
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from phi4.oracles.code.comparing import read_json, same_value
+from phi4.oracles.code.key import CodeKey
+from phi4.oracles.sandbox import Ended, Limits, Outcome, Task, Tools, run
+from phi4.oracles.sandbox.languages import PYTHON
+from phi4.oracles.verdict import Grade
+
+_HARNESS = Path(__file__).with_name("function_harness.py")
+
+
+def grade_function(source: str, key: CodeKey, tools: Tools) -> tuple[Grade, str]:
+    """Verdict and reason of a function in a source text."""
+    nonces = [secrets.token_hex(8) for _ in range(len(key.cases) + 1)]
+    asked = {
+        "nonce": nonces[0],
+        "function": key.function,
+        "cases": [
+            {"nonce": nonce, "arguments": case.arguments}
+            for nonce, case in zip(nonces[1:], key.cases, strict=True)
+        ],
+    }
+    expected_bytes = len(json.dumps([case.expected for case in key.cases]))
+    files = {
+        "harness.py": _HARNESS.read_bytes(),
+        "solution.py": source.encode("utf-8", errors="replace"),
+    }
+    limits = replace(
+        Limits(),
+        cpu_seconds=key.cpu_seconds,
+        output_bytes=Limits.output_bytes + 4 * expected_bytes,
+    )
+    task = Task((*PYTHON, "/program/harness.py"), files, json.dumps(asked).encode())
+    ended = run(task, limits, tools)
+    return _verdict(ended, nonces, key)
+
+
+def _verdict(ended: Ended, nonces: Sequence[str], key: CodeKey) -> tuple[Grade, str]:
+    if ended.says_nothing:
+        return Grade.UNGRADABLE, f"sandbox {ended.outcome}: {ended.reason}"
+    lines = ended.stdout.split(b"\n")
+    if _said(lines[0], nonces[0]) is None:
+        said = ended.stderr.decode(errors="replace").strip().rpartition("\n")[2][:200]
+        return Grade.UNGRADABLE, f"python did not reach the answer ({ended.outcome}): {said}"
+    if ended.outcome is not Outcome.FINISHED:
+        return Grade.WRONG, f"{ended.outcome}: {ended.reason}"
+    for number, (nonce, case) in enumerate(zip(nonces[1:], key.cases, strict=True), 1):
+        said = _said(lines[number], nonce) if number < len(lines) else None
+        if said is None:
+            loading = _said(lines[1], nonces[0]) if len(lines) > 1 else None
+            problem = loading and loading.get("problem")
+            return Grade.WRONG, str(problem or f"case {number}: no value, the program left")
+        if "value" not in said:
+            return Grade.WRONG, f"case {number}: {said.get('problem')}"
+        if not same_value(said["value"], case.expected, key.tolerance):
+            return Grade.WRONG, f"case {number}: another value than expected"
+    if lines[len(nonces) :] != [b""] or ended.exit_status != 0:
+        return Grade.WRONG, "something else was written where the values go"
+    return Grade.RIGHT, ""
+
+
+def _said(line: bytes, nonce: str) -> dict | None:
+    """A line of the harness for one nonce; None where it is none."""
+    try:
+        said = read_json(line)
+    except ValueError:
+        return None
+    return said if isinstance(said, dict) and said.get("nonce") == nonce else None

@@ -1,0 +1,85 @@
+"""The final answer in a text, and its one spelling.
+
+The decision: the last statement counts, because a model corrects itself downwards.
+"""
+
+import re
+from collections.abc import Iterator
+
+MAX_CHARACTERS = 200
+"""A final answer that is longer is graded by equality alone: graders blow up on long ones."""
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\b\s*")
+_STATED = re.compile(
+    r"(?:####|\b(?:final\s+)?answer\b\s*(?:\*\*)?\s*(?:is|:|=)\s*:?)\s*(?:\*\*)?\s*([^\n]+)",
+    re.IGNORECASE,
+)
+_SPELLINGS = (
+    ("−", "-"), ("×", r"\times "), ("·", r"\cdot "), ("÷", r"\div "),
+    ("°", r"^\circ"), ("％", "%"), ("²", "^2"), ("³", "^3"), ("π", r"\pi "), ("∞", r"\infty "),
+    ("≤", r"\le "), ("≥", r"\ge "), ("√", r"\sqrt"), ("\u00a0", " "), ("\u202f", " "),
+    (r"\dfrac", r"\frac"), (r"\tfrac", r"\frac"), (r"\cfrac", r"\frac"), (r"\%", "%"),
+    ("{,}", ","), (r"\(", ""), (r"\)", ""), (r"\[", ""), (r"\]", ""), (r"\displaystyle", ""),
+    (r"\,", " "), (r"\;", " "), (r"\:", " "), (r"\!", ""), ("\\ ", " "), (r"\quad", " "),
+    ("~", " "), ("**", ""), (r"\leq", r"\le"), (r"\geq", r"\ge"), (r"\lbrace", r"\{"),
+    (r"\rbrace", r"\}"), (r"\mathrm", r"\text"), (r"\textrm", r"\text"), (r"\textbf", r"\text"),
+    (r"\mathbf", r"\text"), (r"\mbox", r"\text"),
+)  # fmt: skip
+_SIZES = re.compile(r"\\(?:left|right|big|Big|bigg|Bigg)[lrm]?(?![a-zA-Z])\s*")
+_TIGHT = re.compile(r"\s*([^\w\s\\.%])\s*")
+
+
+def final_answer(text: str) -> str | None:
+    """What a text states last: its last complete box, else what follows the last "answer is", else
+    its last line.
+
+    None where it states nothing.
+    """
+    boxes = list(_boxes(text))
+    if boxes:
+        return boxes[-1].strip() or None
+    # A sentence may follow on the same line.
+    stated = [re.split(r"\.\s", match[1])[0] for match in _STATED.finditer(text)]
+    lines = [line for line in text.split("\n") if line.strip()]
+    last = stated[-1] if stated else lines[-1] if lines else ""
+    return last.strip() or None
+
+
+def spelled(text: str) -> str:
+    """A final answer in one spelling of LaTeX: no delimiters, sizes or spacing commands."""
+    for other, ours in _SPELLINGS:
+        text = text.replace(other, ours)
+    text = _SIZES.sub("", text)
+    # Of an even number of dollars each pair is a delimiter; a single one is money.
+    bare = re.findall(r"(?<!\\)\$", text)
+    if len(bare) % 2 == 0:
+        text = re.sub(r"(?<!\\)\$", "", text)
+    text = text.replace(r"\$", "$")
+    text = re.sub(r"[.,;:]+\s*$", "", text.strip()) if not text.strip().endswith("...") else text
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def tight(text: str) -> str:
+    """A spelled answer without the space that means nothing; that of `1 1/2` stays."""
+    return _TIGHT.sub(r"\1", text)
+
+
+def _boxes(text: str) -> Iterator[str]:
+    for box in _BOX.finditer(text):
+        rest = text[box.end() :]
+        if rest.startswith("{"):
+            content = _braced(rest)
+            if content is not None:
+                yield content
+        elif plain := re.match(r"[^\s$\\]+", rest):
+            yield plain[0]
+
+
+def _braced(text: str) -> str | None:
+    """Between the brace that a text begins with and its partner; None where there is none."""
+    depth = 0
+    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if depth == 0:
+            return text[1 : found.start()]
+    return None

@@ -1,0 +1,104 @@
+"""Processes that run math-verify, killed and replaced when one takes too long.
+
+The decision: its limits are ours: memory and processor time inside, the wall clock outside. What a
+killed worker was asked has no answer, and the next question gets a new worker.
+"""
+
+import json
+import queue
+import select
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+from phi4.oracles.verdict import Grade
+
+WALL_SECONDS = 600.0
+"""Of one question. Processor time ends a blow-up first, unless the machine is very busy."""
+
+
+class VerifyWorkers:
+    """Up to `num_workers` processes, started when they are needed.
+
+    `ask` may be called by that many threads at once.
+
+    Args:
+        num_workers: at least 1.
+        wall_seconds: of one question.
+    """
+
+    def __init__(self, num_workers: int, wall_seconds: float = WALL_SECONDS) -> None:
+        self._wall_seconds = wall_seconds
+        self._idle: queue.SimpleQueue[_VerifyWorker | None] = queue.SimpleQueue()
+        self._num_workers = num_workers
+        for _ in range(num_workers):
+            self._idle.put(None)
+
+    def ask(self, key: str, answer: str) -> tuple[Grade, str]:
+        """What `verify_worker.judge` says; ungradable where it came to no end."""
+        worker = self._idle.get()
+        try:
+            worker = worker or _VerifyWorker()
+            told = worker.ask(key, answer, self._wall_seconds)
+            if told is None:
+                worker.kill()
+                worker = None
+                return Grade.UNGRADABLE, "math-verify ran out of time or memory"
+            return Grade(told[0]), told[1]
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """End the processes; a later question starts new ones."""
+        for _ in range(self._num_workers):
+            worker = self._idle.get()
+            if worker is not None:
+                worker.kill()
+            self._idle.put(None)
+
+
+class _VerifyWorker:
+    """One process."""
+
+    def __init__(self) -> None:
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}\n"
+            "from phi4.oracles.math.verify_worker import main\nmain()"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def ask(self, key: str, answer: str, wall_seconds: float) -> tuple[str, str] | None:
+        """Its answer, or None where it gives none in time."""
+        question = json.dumps([key, answer]) + "\n"
+        try:
+            self._process.stdin.write(question.encode())
+            self._process.stdin.flush()
+        except OSError:
+            return None
+        line = self._line(time.monotonic() + wall_seconds)
+        return None if line is None else tuple(json.loads(line))
+
+    def kill(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):
+                pipe.close()
+
+    def _line(self, deadline: float) -> bytes | None:
+        fd, line = self._process.stdout.fileno(), b""
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+            data = self._process.stdout.read1(1 << 16) if ready else b""
+            if not data:
+                return None
+            line += data
+        return line
