@@ -11,9 +11,9 @@ MAX_CHARACTERS = 200
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\b\s*")
 _STATED = re.compile(
-    r"(?:####|\b(?:final\s+)?answer\b\s*(?:\*\*)?\s*(?:is|:|=)\s*:?)\s*(?:\*\*)?\s*([^\n]+)",
-    re.IGNORECASE,
+    r"(?:####|\banswer\b\s*(?:\*\*)?\s*(?:is|:|=)\s*:?)\s*(?:\*\*)?[^\S\n]*(?=\S)", re.IGNORECASE
 )
+_SENTENCE_END = re.compile(r"\n|\.\s")
 _SPELLINGS = (
     ("−", "-"), ("×", r"\times "), ("·", r"\cdot "), ("÷", r"\div "),
     ("°", r"^\circ"), ("％", "%"), ("²", "^2"), ("³", "^3"), ("π", r"\pi "), ("∞", r"\infty "),
@@ -39,7 +39,7 @@ def final_answer(text: str) -> str | None:
     if boxes:
         return boxes[-1].strip() or None
     # A sentence may follow on the same line.
-    stated = [re.split(r"\.\s", match[1])[0] for match in _STATED.finditer(text)]
+    stated = [_SENTENCE_END.split(text[found.end() :])[0] for found in _STATED.finditer(text)]
     lines = [line for line in text.split("\n") if line.strip()]
     last = stated[-1] if stated else lines[-1] if lines else ""
     return last.strip() or None
