@@ -65,6 +65,8 @@ def _start(
             start_new_session=True,
         )
     opened.enter_context(process)
+    # Before it is waited for, whatever happens in between.
+    opened.callback(process.kill)
     return _SandboxWatch(process, status_out, nonce, limits, opened)
 
 
@@ -221,6 +223,11 @@ class _SandboxWatch:
                     os.kill(pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
+        if self._first_fd is not None:
+            # Where this process adopts orphans, as the first one of a container does, that one is
+            # ours to bury.
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, self._first_fd, os.WEXITED | os.WNOHANG)
         return gone
 
     def _ended(self, cut: tuple[Outcome, str] | None) -> Ended:

@@ -14,6 +14,7 @@ from phi4.oracles.verdict import Grade, ToGrade
 R, W, U = Grade.RIGHT, Grade.WRONG, Grade.UNGRADABLE
 
 EXACT = [
+    ("5 gallons", "5 liters", {U}),
     ("1/2", "0.5", {R}),
     (r"\frac12", "1/2", {R}),
     (r"\frac{1}{2}", r"\boxed{0.5}", {R}),

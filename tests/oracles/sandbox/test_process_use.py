@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -63,6 +64,22 @@ def test_processor_time_of_ended_processes_stays() -> None:
         process.kill()
     assert use.num_processes == 1
     assert use.cpu_seconds >= 0.08
+
+
+def test_thread_that_runs_wants_a_processor_between_two_ticks() -> None:
+    source = "import threading\ndef spin():\n    while True: pass\n"
+    source += "threading.Thread(target=spin).start()\nprint('runs', flush=True)"
+    command = [sys.executable, "-I", "-S", "-c", source]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"runs\n"
+        meter = UseMeter(process.pid)
+        wait_until(lambda: meter.look().wants_cpu, "the thread")
+        # Processor time is told in steps of a hundredth of a second; these looks take less.
+        looks = [meter.look() for _ in range(50)]
+        process.kill()
+    told = [use.cpu_seconds for use in looks]
+    assert any(one == other for one, other in pairwise(told))
+    assert sum(use.wants_cpu for use in looks) > 40
 
 
 def test_process_that_is_gone_uses_nothing() -> None:

@@ -1,6 +1,10 @@
 """How runs end, and that a sandbox that cannot start is never the program's fault."""
 
 import os
+import select
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +17,8 @@ from phi4.errors import PlatformError
 from phi4.oracles.sandbox import Ended, Limits, Outcome, Task, Tools, find_tools, run
 from phi4.oracles.sandbox.hostile import ATTACKS, is_held, run_attack
 from phi4.oracles.sandbox.languages import PYTHON
-from phi4.oracles.sandbox.process_use import Use, UseMeter
+from phi4.oracles.sandbox.process_use import Use, UseMeter, descendants
+from tests.support.waiting import wait_until
 
 QUICK = Limits(cpu_seconds=2.0, idle_seconds=5.0)
 
@@ -179,6 +184,55 @@ def test_eight_at_once_are_as_alone(tools: Tools) -> None:
         told = [pool.submit(honest, number) for number in range(4)]
         assert [one.result() for one in held] == [True] * 4
         assert [one.result() for one in told] == [b"0\n", b"1\n", b"2\n", b"3\n"]
+
+
+def test_sandbox_that_somebody_else_ends_says_nothing(
+    tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(self: UseMeter) -> Use:
+        [outer] = [pid for pid in descendants(os.getpid()) if self.first_pid in descendants(pid)]
+        os.kill(outer, signal.SIGKILL)
+        return Use(2, 0, 0.0, True)
+
+    monkeypatch.setattr(UseMeter, "look", look)
+    ended = run(shell("sleep 600"), QUICK, tools)
+    assert ended.outcome is Outcome.UNDECIDED
+    assert "from outside" in ended.reason
+
+
+def test_interrupted_run_leaves_nothing(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def look(self: UseMeter) -> Use:
+        seen.append(os.pidfd_open(self.first_pid))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(UseMeter, "look", look)
+    with pytest.raises(KeyboardInterrupt):
+        run(shell("sleep 600"), QUICK, tools)
+    [first] = seen
+    assert wait_until(lambda: select.select([first], [], [], 0)[0], "the end of the sandbox")
+    os.close(first)
+
+
+ADOPTS = """
+import ctypes, os
+from phi4.oracles.sandbox import Limits, Task, find_tools, run
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+tools = find_tools()
+for line in ("exit 0", "sleep 600 & exit 0", "sleep 600"):
+    print(run(Task(("/bin/sh", "-c", line)), Limits(idle_seconds=0.2), tools).outcome)
+try:
+    print(os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+except ChildProcessError:
+    print("none left")
+"""
+
+
+def test_first_process_of_a_container_gets_no_zombies(tools: Tools) -> None:
+    code = f"import sys; sys.path[:] = {sys.path!r}\n{ADOPTS}"
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert printed.split("\n") == ["finished", "finished", "timeout", "none left", ""]
 
 
 def test_verdicts_are_plain_values() -> None:
