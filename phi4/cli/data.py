@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from phi4.cli import data_best_of, data_inspect, data_ledger, data_pairs, data_quality
+from phi4.cli import (
+    data_best_of,
+    data_inspect,
+    data_ledger,
+    data_pairs,
+    data_quality,
+    data_reasoning,
+)
 from phi4.cli.data_options import (
     MaxRejected,
     Pairs,
@@ -38,6 +45,7 @@ data_inspect.register(app)
 data_ledger.register(app)
 data_pairs.register(app)
 data_quality.register(app)
+data_reasoning.register(app)
 
 Prefix = Annotated[str, typer.Argument(help="Path of a .bin/.idx pair without the suffix.")]
 

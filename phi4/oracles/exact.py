@@ -1,12 +1,16 @@
 """Answers that have to be the key, character by character but for space around them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from phi4.oracles.verdict import Grade, Graded, ToGrade
 
 
 class ExactOracle:
-    """The answer is the key; a key is a string or a list of strings, any of which is right."""
+    """The answer is the key; a key is a string or a list of strings, any of which is right.
+
+    `{"last": KEY, "separator": "="}` compares only what follows the last separator, or all of an
+    answer without one: of an answer that ends with its result.
+    """
 
     name = "exact"
 
@@ -19,9 +23,22 @@ class ExactOracle:
 
 
 def _graded(one: ToGrade) -> Graded:
-    keys = [one.key] if isinstance(one.key, str) else one.key
+    answer, key = one.answer, one.key
+    if isinstance(key, Mapping):
+        separator = key.get("separator")
+        if set(key) != {"last", "separator"} or not isinstance(separator, str) or not separator:
+            return _foreign(one.key)
+        answer, key = answer.rpartition(separator)[2], key["last"]
+    keys = [key] if isinstance(key, str) else key
     if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
-        return Graded(Grade.UNGRADABLE, f"key is {one.key!r}; expected a string or a list of them")
-    if one.answer.strip() in (key.strip() for key in keys):
+        return _foreign(one.key)
+    if answer.strip() in (key.strip() for key in keys):
         return Graded(Grade.RIGHT)
     return Graded(Grade.WRONG, "not equal to the key")
+
+
+def _foreign(key: object) -> Graded:
+    return Graded(
+        Grade.UNGRADABLE,
+        f'key is {key!r}; expected a string, a list of them, or {{"last": ..., "separator": ...}}',
+    )
