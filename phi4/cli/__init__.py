@@ -22,9 +22,10 @@ COMMANDS = {
 GROUPS = {
     "launch": "Runs on a Slurm cluster, or here; are the machines fit for it?",
     "data": "Token files: build, inspect, check.",
+    "answers": "Answers of a model to questions: draw them, score them.",
+    "pts": "Pivotal tokens: search, pairs, and which checkpoint to go on with.",
     "judge": "Pairs of whole answers, ordered by a judge or an oracle.",
     "unknown": "Rows that teach a model to say what it does not know.",
-    "pts": "Pivotal tokens.",
     "dpo": "Preferences: the reference model's log-probabilities.",
     "model": "Phi-4's shape in numbers.",
     "convert": "Hugging Face checkpoints in and out.",

@@ -7,6 +7,8 @@ RUN/
   ledger.jsonl           what the data ledger counted, where a blend is weighed by loss tokens
   roll_back.json         where the newest roll back went on from, and what data it skipped
   reference.json         the reference model that a preference run began with
+  selected.json          success of its checkpoints on held-out questions, and the best one
+  selection/             the answers that selected.json is about
   start_gate.json        what the checks before the first step found, or that they were skipped
   slurm/                 scripts, outputs and attempts of the jobs that `phi4 launch` submitted
   stop                   created by a user: the run saves and ends; removed then
@@ -26,6 +28,8 @@ MLFLOW_ID_FILE = "mlflow_run_id"
 LEDGER_FILE = "ledger.jsonl"
 ROLL_BACK_FILE = "roll_back.json"
 REFERENCE_FILE = "reference.json"
+SELECTED_FILE = "selected.json"
+SELECTION_DIR = "selection"
 GATE_FILE = "start_gate.json"
 SLURM_DIR = "slurm"
 STOP_FILE = "stop"

@@ -1,0 +1,240 @@
+"""`phi4 answers`: what a model answers to a file of questions, and how often it is right."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phi4.cli.asked_model import ModelPlace, find_asked_model
+from phi4.cli.data_options import Ranks
+from phi4.cli.file_errors import FileErrorsGroup
+from phi4.cli.sampling_options import (
+    CacheTokens,
+    MaxTokens,
+    MinP,
+    SamplingOptions,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
+from phi4.errors import DataError
+from phi4.oracles.registry import open_oracle
+from phi4.pts.answers import read_answers
+from phi4.pts.draw_answers import AnswerFile, AnswerSettings, draw_answers, questions_digest
+from phi4.pts.score import Score, gain, score_answers
+from phi4.sampling.prompts import PromptReader
+from phi4.sampling.questions import read_questions
+
+if TYPE_CHECKING:
+    from phi4.sampling.protocol import Sampler
+
+app = typer.Typer(
+    cls=FileErrorsGroup,
+    help="Answers of a model to questions: draw them, score them.",
+    no_args_is_help=True,
+)
+
+Questions = Annotated[
+    Path,
+    typer.Option(
+        "--questions",
+        help="JSON Lines with `prompt` (a text), `messages` or `prompt_ids`; with `answer`, the "
+        "key, where answers are graded.",
+    ),
+]
+IsChat = Annotated[bool, typer.Option("--chat", help="A `prompt` is a user's turn.")]
+OracleName = Annotated[
+    str, typer.Option("--oracle", help="Says whether an answer is right, for example exact.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Layout of a model on disk, as parallel.tensor=2.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.callback()
+def _group() -> None:
+    """Answers of a model to questions: draw them, score them."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a command draws answers.
+
+    Attributes:
+        questions: file of questions.
+        n: samples of each.
+        chat: whether a `prompt` is a user's turn.
+        options: of the draws.
+        overrides: layout of a model on disk.
+        ranks: rank file of an endpoint's tokenizer.
+        cache_tokens: as in `on_model_ranks`.
+    """
+
+    questions: Path
+    n: int
+    chat: bool
+    options: SamplingOptions
+    overrides: Sequence[str] = ()
+    ranks: str | None = None
+    cache_tokens: int | None = None
+
+    def draw(self, place: str, out: Path) -> int:
+        """Draw the answers of a model into a file, or what the file lacks of them.
+
+        Args:
+            place: of the model, as `find_asked_model` takes it.
+            out: the file.
+
+        Returns:
+            Exit code of the processes that drew.
+
+        Raises:
+            ConfigError: the file is of other settings.
+        """
+        model = find_asked_model(place, self.overrides, self.ranks)
+        tokenizer = model.tokenizer()
+        questions = list(read_questions(self.questions, PromptReader(tokenizer, self.chat, None)))
+        if not questions:
+            raise DataError(f"--questions={self.questions} has no question; write one a line")
+        settings = AnswerSettings(
+            model=model.identity,
+            questions=questions_digest(questions),
+            n=self.n,
+            max_tokens=self.options.max_tokens,
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            top_k=self.options.top_k,
+            min_p=self.options.min_p,
+            seed=self.options.seed,
+            stop=self.options.stop,
+        )
+        file = AnswerFile(out, settings)
+        if not file.begin():
+            typer.echo(f"{out} is finished: {len(questions)} questions, {self.n} answers each")
+            return 0
+
+        def use(sampler: "Sampler") -> None:
+            count = draw_answers(sampler, questions, tokenizer, file)
+            earlier = f", {len(questions) - count} of them earlier" * (count < len(questions))
+            typer.echo(f"{out}: {len(questions)} questions{earlier}, {self.n} answers each")
+
+        return model.ask(self._arguments(place, out), self.cache_tokens, use)
+
+    def _arguments(self, place: str, out: Path) -> list[str]:
+        """What makes `phi4` draw the same, for the workers of a layout."""
+        values = {"--ranks": self.ranks, "--cache-tokens": self.cache_tokens}
+        return [
+            *("answers", "draw", f"--questions={self.questions}", f"--out={out}", f"--n={self.n}"),
+            *(["--chat"] if self.chat else []),
+            *(f"{name}={value}" for name, value in values.items() if value is not None),
+            *self.options.arguments(),
+            *("--", place, *self.overrides),
+        ]
+
+
+@app.command()
+def draw(
+    model: ModelPlace,
+    questions: Questions,
+    out: Annotated[Path, typer.Option(help="File of answers to write, JSON Lines.")],
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each question.")] = 8,
+    chat: IsChat = False,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    ranks: Ranks = None,
+    cache_tokens: CacheTokens = None,
+) -> None:
+    """Draw answers to every question of a file; a job that was stopped goes on.
+
+    A question's answers depend on the seed and on the question, not on the others. Rows hold the
+    question and its key, so nothing else is needed to grade them. An answer is cut off after
+    --max-tokens, or where the model has no more room. Until all are there they are in
+    OUT.journal; OUT.settings.json says how they were drawn, and a file of other settings is
+    refused.
+    """
+    options = SamplingOptions(max_tokens, temperature, top_p, top_k, min_p, seed, tuple(stop or ()))
+    drawing = Drawing(questions, n, chat, options, overrides or (), ranks, cache_tokens)
+    raise typer.Exit(drawing.draw(model, out))
+
+
+@app.command()
+def score(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="ANSWERS [AFTER]", help="One file of answers, or two.")
+    ],
+    oracle: OracleName,
+    as_json: AsJson = False,
+) -> None:
+    """How often the answers of a file are right; with a second file, how much more often its are.
+
+    Accuracy is a mean over questions, ± its standard error. An answer that was cut off is wrong.
+    One that cannot be graded is neither right nor wrong, and is counted apart. Two files are
+    compared question by question.
+    """
+    if len(files) > 2:
+        raise DataError(f"{len(files)} files; give one, or two to compare")
+    scores = [scored(path, oracle) for path in files]
+    compared = gain(*scores) if len(scores) == 2 else None
+    if as_json:
+        rows = [score_row(path, one) for path, one in zip(files, scores, strict=True)]
+        extra = {} if compared is None else {"gain": vars(compared)}
+        typer.echo(json.dumps({"scores": rows, **extra}))
+        return
+    for path, one in zip(files, scores, strict=True):
+        typer.echo(f"{path}: {_described(one)}")
+    if compared is not None:
+        typer.echo(f"gain: {compared}, over {compared.num_questions} questions")
+
+
+def scored(path: Path, oracle_name: str) -> Score:
+    """The score of a file of answers.
+
+    Raises:
+        ConfigError: there is no such oracle.
+        DataError: the file cannot be read or has no answer.
+    """
+    oracle = open_oracle(oracle_name)
+    try:
+        return score_answers(read_answers(path), oracle)
+    finally:
+        oracle.close()
+
+
+def score_row(path: Path, score: Score) -> Mapping[str, object]:
+    """A score as a JSON object."""
+    accuracy = score.accuracy
+    return {
+        "answers": str(path),
+        "accuracy": accuracy.mean,
+        "standard_error": accuracy.standard_error,
+        "num_questions": accuracy.num_questions,
+        "num_answers": score.num_answers,
+        "num_truncated": score.num_truncated,
+        "num_ungradable": score.num_ungradable,
+        "num_ungraded_questions": score.num_ungraded_questions,
+    }
+
+
+def _described(score: Score) -> str:
+    accuracy = score.accuracy
+    text = f"{accuracy} right, {accuracy.num_questions} questions, {score.num_answers} answers"
+    if score.num_truncated:
+        text += f", {score.num_truncated} cut off and wrong"
+    if score.num_ungradable:
+        text += (
+            f", {score.num_ungradable} could not be graded and do not count; "
+            f"{score.num_ungraded_questions} questions have no other"
+        )
+    return text

@@ -1,0 +1,95 @@
+"""`phi4 pts select`: the checkpoint of a run that answers held-out questions best."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi4.cli.answers import Drawing, OracleName, Overrides, Questions, scored
+from phi4.cli.sampling_options import CacheTokens, MaxTokens, SamplingOptions, Seed, Temperature
+from phi4.config import load_recipe
+from phi4.errors import CheckpointError
+from phi4.pts.score import Estimate
+from phi4.pts.select_checkpoint import (
+    Candidate,
+    CandidateRow,
+    Selection,
+    best_of,
+    compare,
+    write_selection,
+)
+from phi4.rundir.checkpoints import checkpoints_dir, complete_checkpoints, find_checkpoint
+from phi4.rundir.names import CONFIG_FILE, SELECTED_FILE, SELECTION_DIR
+
+START = "start"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `phi4 pts`."""
+    app.command("select")(select)
+
+
+def select(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, as of `phi4 train`.")],
+    questions: Questions,
+    oracle: OracleName,
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each question.")] = 8,
+    text: Annotated[
+        bool, typer.Option("--text", help="A `prompt` is a text to go on with, not a user's turn.")
+    ] = False,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 1.0,
+    seed: Seed = 0,
+    cache_tokens: CacheTokens = None,
+) -> None:
+    """Draw answers of every kept checkpoint of a run, and of the model that it started from.
+
+    The share of right answers is printed for each, with its gain over the start, ± standard error.
+    RUN/selected.json holds these figures and the best checkpoint, whose path is the last line: the
+    run.init_from of what comes next. Ask questions that are in no training data, and keep others
+    for the figures at the end: the best of several is better by chance, too.
+    """
+    options = SamplingOptions(max_tokens, temperature, 1.0, 0, 0.0, seed, ())
+    places = dict(_candidates(run))
+    drawing = Drawing(questions, n, not text, options, overrides or (), None, cache_tokens)
+    answers = {name: run / SELECTION_DIR / f"{name}.jsonl" for name in places}
+    for name, checkpoint in places.items():
+        if code := drawing.draw(str(checkpoint), answers[name]):
+            raise typer.Exit(code)
+    rows = compare([Candidate(k, places[k], scored(answers[k], oracle)) for k in places])
+    best = best_of(rows)
+    write_selection(
+        run / SELECTED_FILE,
+        Selection(
+            checkpoint=best.checkpoint,
+            questions=str(questions),
+            oracle=oracle,
+            n=n,
+            candidates=rows,
+        ),
+    )
+    typer.echo("\n".join(_table(rows, best)))
+    typer.echo(best.checkpoint)
+
+
+def _candidates(run: Path) -> Iterator[tuple[str, Path]]:
+    """Name and directory of the start, where the run has one, and of every checkpoint."""
+    checkpoints = complete_checkpoints(checkpoints_dir(run))
+    if not checkpoints:
+        raise CheckpointError(f"no checkpoint in {run}; give the directory of a run that has some")
+    recipe = load_recipe(run / CONFIG_FILE)
+    if recipe.run.init_from is not None:
+        yield START, find_checkpoint(Path(recipe.run.init_from))
+    for one in checkpoints:
+        yield one.name, one
+
+
+def _table(rows: tuple[CandidateRow, ...], best: CandidateRow) -> Iterator[str]:
+    yield f"{'':14}{'right':16}gain"
+    for row in rows:
+        accuracy = Estimate(row.accuracy, row.standard_error, 0)
+        compared = Estimate(row.gain, row.gain_standard_error, 0)
+        mark = "  best" if row is best else ""
+        yield f"{row.name:14}{accuracy!s:16}{compared!s:16}{mark}".rstrip()
