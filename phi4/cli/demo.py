@@ -1,19 +1,17 @@
 """`phi4 demo`: from a corpus to text on one machine, in the commands a user would type."""
 
 import json
-import shlex
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from phi4.config import SourceConfig, load_recipe
-from phi4.errors import Phi4Error
+from phi4.cli.demo_commands import moved_recipe, run_phi4
+from phi4.cli.demo_figures import post_train
+from phi4.cli.demo_post_training import USUAL_OUT, ChainSettings
+from phi4.errors import ConfigError, Phi4Error
 from phi4.rundir import require_free
 from phi4.rundir.checkpoints import find_checkpoint
 from phi4.rundir.names import METRICS_FILE
@@ -27,11 +25,27 @@ NATS_BELOW_UNIGRAM = 0.5
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Directory of everything the demo makes.")
-    ] = DEFAULT_OUT,
+        Path | None,
+        typer.Option(
+            help=f"Directory of everything the demo makes; {DEFAULT_OUT}, or {USUAL_OUT} with "
+            "--post-training.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Append the result as a row to this file.")
     ] = None,
+    post_training: Annotated[
+        bool,
+        typer.Option(
+            "--post-training",
+            help="Instead: a small model that reasons, from pretraining to two rounds of "
+            "preferences; goes on where it was stopped.",
+        ),
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, help="With --post-training: of data, draws and training.")
+    ] = 0,
 ) -> None:
     """Train a small Phi-4 on this machine, from corpus to text.
 
@@ -39,7 +53,22 @@ def demo(
     pipeline 2), resumes with context 2, midtrains, generates text and compares three layouts with
     one process. Each step is a `phi4` command that is printed first; the exit code is that of the
     first one that fails.
+
+    With --post-training it is another model on another task, arithmetic modulo 10: pretraining,
+    fine-tuning on the best of its own answers, search for the tokens that decide whether an answer
+    is right, preferences of these, and preferences of whole answers. After every stage it says how
+    many held-out problems are answered right, and at the end it shows a table.
     """
+    if post_training:
+        post_train(ChainSettings(out=out or USUAL_OUT, seed=seed), json_file)
+        return
+    if seed:
+        raise ConfigError("--seed has no effect without --post-training; leave it out")
+    _pretrain(out or DEFAULT_OUT, json_file)
+
+
+def _pretrain(out: Path, json_file: Path | None) -> None:
+    """Everything but post-training."""
     started = time.monotonic()
     data, run, midtrain = out / "data", out / "run", out / "midtrain"
     for earlier in (run, midtrain):
@@ -48,14 +77,14 @@ def demo(
         if earlier.exists():
             typer.echo(f"removing the run of an earlier demo in {earlier}")
             shutil.rmtree(earlier)
-    train = ["train", RECIPE, *_recipe_overrides(RECIPE, out)]
-    _phi4("The corpus: sources and documentation of this Python.", "data", "demo", "--out", data)
-    _phi4(
+    train = ["train", RECIPE, *moved_recipe(RECIPE, out, DEFAULT_OUT)]
+    run_phi4("The corpus: sources and documentation of this Python.", "data", "demo", "--out", data)
+    run_phi4(
         "Tensor 2 x pipeline 2 with sequence parallelism: four processes.",
         *train,
         f"run.steps={FIRST_STEPS}",
     )
-    _phi4(
+    run_phi4(
         "The same run goes on in another layout: context 2.",
         *train,
         f"run.steps={ALL_STEPS}",
@@ -63,13 +92,13 @@ def demo(
         *("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"),
         "parallel.context=2",
     )
-    _phi4(
+    run_phi4(
         "Midtraining: rows four times as long, 30% long documents, 70% recall that goes on in the "
         "data where pretraining left them.",
-        *("train", MIDTRAIN, *_recipe_overrides(MIDTRAIN, out)),
+        *("train", MIDTRAIN, *moved_recipe(MIDTRAIN, out, DEFAULT_OUT)),
     )
-    _phi4("What it has been fed.", "data", "ledger", midtrain)
-    _phi4(
+    run_phi4("What it has been fed.", "data", "ledger", midtrain)
+    run_phi4(
         "What it writes.",
         "generate",
         midtrain,
@@ -79,7 +108,7 @@ def demo(
         "--temperature",
         0.7,
     )
-    _phi4(
+    run_phi4(
         "Three layouts against one process.",
         *("verify", "parity", RECIPE, "--steps", 3, "--layouts", "tp2+sp,pp2,tp2xcp2+sp"),
     )
@@ -91,45 +120,6 @@ def demo(
 
         steps = {"steps": ALL_STEPS, "held_out_nats_below_unigram": round(gain, 3)}
         append_row(json_file, {"benchmark": "demo", "seconds": round(seconds), **steps})
-
-
-def _phi4(why: str, *words: object) -> None:
-    command = [str(word) for word in words]
-    typer.secho(f"\n{why}\n$ phi4 {shlex.join(command)}", bold=True)
-    code = subprocess.run([sys.executable, "-m", "phi4", *command], check=False).returncode
-    if code:
-        raise typer.Exit(code)
-
-
-def _recipe_overrides(path: str, out: Path) -> Sequence[str]:
-    """Overrides only where the demo does not run in its usual place."""
-    if out == DEFAULT_OUT:
-        return []
-    recipe = load_recipe(path)
-    overrides = [
-        f"run.dir={_moved(recipe.run.dir, out)}",
-        f"tokenizer.path={_moved(recipe.tokenizer.path, out)}",
-        f"data.sources={_moved_sources(recipe.data.sources, out)}",
-        f"data.held_out={_moved_sources(recipe.data.held_out, out)}",
-    ]
-    before = {
-        "run.init_from": recipe.run.init_from,
-        "data.continue_from": recipe.data.continue_from,
-    }
-    return overrides + [f"{key}={_moved(run, out)}" for key, run in before.items() if run]
-
-
-def _moved_sources(sources: Sequence[SourceConfig], out: Path) -> str:
-    """The sources as a TOML list."""
-    entries = []
-    for source in sources:
-        keys = source.model_dump(exclude_unset=True) | {"path": str(_moved(source.path, out))}
-        entries.append(", ".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
-    return "[" + ", ".join(f"{{ {entry} }}" for entry in entries) + "]"
-
-
-def _moved(path: str, out: Path) -> Path:
-    return out / Path(path).relative_to(DEFAULT_OUT)
 
 
 def _draw(run: Path) -> Path:

@@ -1,8 +1,14 @@
-"""The loss curve of a run as a picture, drawn from metrics.jsonl."""
+"""Pictures: the loss curve of a run from metrics.jsonl, and figures as bars."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from phi4.rundir.step_log import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def draw_losses(metrics: Path, out: Path) -> Path:
@@ -11,14 +17,8 @@ def draw_losses(metrics: Path, out: Path) -> Path:
     Raises:
         DataError: the metrics file is missing or damaged.
     """
-    # Drawn on a machine without a display; importing it costs half a second.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     steps = read_metrics(metrics)
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = _axes()
     axes.plot(
         [s["consumed_tokens"] for s in steps], [s["loss"] for s in steps], lw=1, label="training"
     )
@@ -32,3 +32,52 @@ def draw_losses(metrics: Path, out: Path) -> Path:
     axes.legend()
     figure.savefig(out)
     return out
+
+
+class Bars(NamedTuple):
+    """Bars of one colour.
+
+    Attributes:
+        label: in the legend.
+        heights: one per group.
+        errors: standard errors of the heights.
+    """
+
+    label: str
+    heights: Sequence[float]
+    errors: Sequence[float]
+
+
+def draw_bars(groups: Sequence[str], bars: Sequence[Bars], title: str, out: Path) -> Path:
+    """Draw groups of bars with their standard errors; returns `out` (PNG).
+
+    Args:
+        groups: names below the bars.
+        bars: side by side in every group.
+        title: what the heights are, from 0 to 1.
+        out: file.
+    """
+    figure, axes = _axes()
+    width = 0.8 / len(bars)
+    for index, one in enumerate(bars):
+        places = [group + (index + 0.5) * width - 0.4 for group in range(len(groups))]
+        drawn = axes.bar(places, one.heights, width, yerr=one.errors, capsize=3, label=one.label)
+        axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylim(0, 1.1)
+    axes.set_ylabel(title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="upper left")
+    figure.savefig(out)
+    return out
+
+
+def _axes() -> tuple["Figure", "Axes"]:
+    """A figure of a machine without a display."""
+    # Importing it costs half a second.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()

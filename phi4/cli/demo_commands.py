@@ -1,0 +1,66 @@
+"""The commands of a demo: printed, run, and with their recipes moved where the demo does not run in
+its usual place."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from phi4.config import SourceConfig, load_recipe
+
+
+def run_phi4(why: str, *words: object) -> None:
+    """Print a `phi4` command and run it.
+
+    Args:
+        why: a line about it.
+        words: of the command.
+
+    Raises:
+        typer.Exit: with its exit code, where it failed.
+    """
+    command = [str(word) for word in words]
+    typer.secho(f"\n{why}\n$ phi4 {shlex.join(command)}", bold=True)
+    code = subprocess.run([sys.executable, "-m", "phi4", *command], check=False).returncode
+    if code:
+        raise typer.Exit(code)
+
+
+def moved_recipe(path: str, out: Path, usual: Path) -> Sequence[str]:
+    """Overrides that move all files of a recipe; none in the usual place.
+
+    Args:
+        path: of the recipe.
+        out: where the demo runs.
+        usual: where the recipe says that it does.
+    """
+    if out == usual:
+        return []
+    recipe = load_recipe(path)
+
+    def moved(name: str) -> Path:
+        return out / Path(name).relative_to(usual)
+
+    def sources(entries: Sequence[SourceConfig]) -> str:
+        rows = [
+            one.model_dump(exclude_unset=True) | {"path": str(moved(one.path))} for one in entries
+        ]
+        keys = [", ".join(f"{key} = {json.dumps(row[key])}" for key in row) for row in rows]
+        return "[" + ", ".join(f"{{ {entry} }}" for entry in keys) + "]"
+
+    optional = {
+        "run.init_from": recipe.run.init_from,
+        "data.continue_from": recipe.data.continue_from,
+        "data.reference_cache": recipe.data.reference_cache,
+    }
+    return [
+        f"run.dir={moved(recipe.run.dir)}",
+        f"tokenizer.path={moved(recipe.tokenizer.path)}",
+        f"data.sources={sources(recipe.data.sources)}",
+        *([f"data.held_out={sources(recipe.data.held_out)}"] if recipe.data.held_out else []),
+        *(f"{key}={moved(name)}" for key, name in optional.items() if name),
+    ]

@@ -1,0 +1,241 @@
+"""`phi4 demo --post-training`: from a base model to two rounds of preferences, in `phi4` commands.
+
+The decision: every stage is the commands that a user would type, and every one of them goes on
+where it was stopped, so the chain has no state of its own besides the files that they leave.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+from phi4.cli.answers import scored
+from phi4.cli.demo_commands import moved_recipe, run_phi4
+from phi4.pts.score import Estimate, Score, gain
+from phi4.pts.select_checkpoint import read_selection
+from phi4.rundir.names import SELECTED_FILE
+
+USUAL_OUT = Path("runs/reasoning")
+ORACLE = "exact"
+RECIPES = "examples/recipes"
+SAMPLES = 8
+BASE_ANSWERS, JUDGED_ANSWERS, COMPARISONS = 8, 8, 6
+"""Answers to a question that fine-tuning and the judge choose from; comparisons of a question."""
+_CACHE_TOKENS = 65_536
+_ROW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """What a chain is run on.
+
+    Attributes:
+        out: directory of everything.
+        seed: of data, draws and training.
+        num_operators: of an expression.
+        scale: of documents and questions.
+        overrides: of all recipes.
+    """
+
+    out: Path = USUAL_OUT
+    seed: int = 0
+    num_operators: int = 3
+    scale: float = 1.0
+    overrides: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """What a stage's model does on the test questions.
+
+    Attributes:
+        name: of the stage.
+        model: its checkpoint or run.
+        sampled: score of answers drawn at temperature 1.
+        greedy: score of the likeliest answers.
+    """
+
+    name: str
+    model: Path
+    sampled: Score
+    greedy: Score
+
+
+class PostTraining:
+    """The stages, each a method that runs its commands and returns the model to go on with.
+
+    Args:
+        settings: of the chain.
+    """
+
+    def __init__(self, settings: ChainSettings) -> None:
+        self._settings = settings
+        self._out = settings.out
+        self.data = settings.out / "data"
+
+    def base(self) -> Path:
+        """Build the data, and pretrain."""
+        settings = self._settings
+        run_phi4(
+            "The task: arithmetic modulo 10, written by somebody who takes sums before products.",
+            *("data", "reasoning", f"--out={self.data}", f"--seed={settings.seed}"),
+            *(f"--operators={settings.num_operators}", f"--scale={settings.scale}"),
+        )
+        self._train("Pretraining on all that was written, right or wrong.", "pretrain")
+        return self._out / "base"
+
+    def fine_tuned(self, base: Path) -> Path:
+        """Fine-tune on the best of the base model's own answers."""
+        answers, rows = self._out / "answers/base_sft.jsonl", self.data / "best_of.jsonl"
+        self._draw(
+            "The base model answers each question several times.",
+            *(base, "sft", answers, BASE_ANSWERS),
+        )
+        run_phi4(
+            "Of its answers to a question, a right one is kept.",
+            *("data", "best-of", f"--answers={answers}", f"--oracle={ORACLE}", f"--out={rows}"),
+            f"--ranks={self._ranks}",
+        )
+        run_phi4(
+            "They become conversations.",
+            *("data", "tokenize", rows, f"--out={self.data / 'best_of'}"),
+            *(f"--ranks={self._ranks}", "--overwrite"),
+        )
+        self._train("Supervised fine-tuning.", "sft", f"run.init_from={base}")
+        return self.selected(self._out / "sft")
+
+    def pivotal(self, start: Path) -> Path:
+        """Search pivotal tokens of a model, and prefer the better one of two."""
+        found, rows = self._out / "search", self.data / "pivots.jsonl"
+        run_phi4(
+            "Which tokens decide whether an answer becomes right?",
+            *("pts", "search", start, f"--questions={self.data / 'search.jsonl'}"),
+            *(f"--oracle={ORACLE}", f"--out={found}", f"--seed={self._settings.seed}"),
+            *(f"--max-tokens={self.max_tokens}", f"--cache-tokens={_CACHE_TOKENS}"),
+        )
+        run_phi4(
+            "Each with a token that does better or worse.", "pts", "pairs", found, "--out", rows
+        )
+        self.write_pairs(rows)
+        return self.preferred("dpo_pivotal", start)
+
+    def judged(self, start: Path) -> Path:
+        """Let the oracle judge a model's answers against each other, and prefer the right ones."""
+        answers, found = self._out / "answers/judged.jsonl", self._out / "judged"
+        self._draw(
+            "The model answers other questions several times.",
+            *(start, "judge", answers, JUDGED_ANSWERS, "--chat"),
+        )
+        run_phi4(
+            "A judge compares the answers to a question; here it is the oracle.",
+            *("judge", "pairs", f"--answers={answers}", f"--judge=oracle:{ORACLE}"),
+            *(f"--out={found}", "pairs.same_model=true", f"pairs.max_per_prompt={COMPARISONS}"),
+        )
+        self.write_pairs(found / "overall.jsonl", "judged")
+        return self.preferred("dpo_judge", start)
+
+    def judged_only(self, start: Path) -> Path:
+        """The second round's pairs without the first round."""
+        return self.preferred("dpo_judge", start, "dpo_judge_only")
+
+    def write_pairs(self, rows: Path, name: str | None = None) -> None:
+        """Make a token file of preferences.
+
+        Args:
+            rows: JSON Lines.
+            name: of the token file; that of the rows without one.
+        """
+        run_phi4(
+            "The preferences become a token file.",
+            *("data", "pairs", rows, f"--out={self.data / (name or rows.stem)}"),
+            *(f"--ranks={self._ranks}", f"--row-tokens={_ROW_TOKENS}", "--overwrite"),
+        )
+
+    def preferred(self, recipe: str, start: Path, name: str | None = None, *overrides: str) -> Path:
+        """Train a recipe of preferences, in a run of its own where it has a name."""
+        words = [f"run.init_from={start}", *overrides]
+        if name is not None:
+            cache = self._out / f"{name}_reference"
+            words += [f"run.dir={self._out / name}", f"data.reference_cache={cache}"]
+        recipe_words = self._recipe(recipe, *words)
+        run_phi4("What the model thinks of both sides before.", "dpo", "cache-ref", *recipe_words)
+        run_phi4("Direct preference optimisation.", "train", *recipe_words)
+        return self.selected(self._out / (name or recipe))
+
+    def selected(self, run: Path) -> Path:
+        """The checkpoint of a run that answers the questions for choosing best."""
+        run_phi4(
+            "A loss does not say where to stop: the share of right answers does.",
+            *("pts", "select", run, f"--questions={self.data / 'stop.jsonl'}"),
+            *(f"--oracle={ORACLE}", f"--n={SAMPLES}", f"--seed={self._settings.seed}"),
+            *(f"--max-tokens={self.max_tokens}", f"--cache-tokens={_CACHE_TOKENS}"),
+        )
+        return Path(read_selection(run / SELECTED_FILE).checkpoint)
+
+    def figures(self, name: str, model: Path, *, chat: bool = True) -> StageFigures:
+        """Answer the test questions, and print how many answers are right."""
+        label = name.lower().replace(" ", "_").replace("_+_", "_")
+        sampled, greedy = (
+            self._out / f"answers/test_{label}{how}.jsonl" for how in ("", "_greedy")
+        )
+        words = ("--chat",) if chat else ()
+        self._draw(f"{name} on the test questions.", model, "test", sampled, SAMPLES, *words)
+        run_phi4("How many are right?", "answers", "score", sampled, f"--oracle={ORACLE}")
+        likeliest = ("--temperature=0", *words)
+        self._draw("Its likeliest answers.", model, "test", greedy, 1, *likeliest)
+        return StageFigures(name, model, scored(sampled, ORACLE), scored(greedy, ORACLE))
+
+    @property
+    def max_tokens(self) -> int:
+        """Room for answers that are longer than they should be."""
+        count = self._settings.num_operators
+        return 2 * count * (count + 1)
+
+    @cached_property
+    def _ranks(self) -> Path:
+        return self.data / "bpe.tiktoken"
+
+    def _draw(self, why: str, model: Path, questions: str, out: Path, n: int, *words: str) -> None:
+        run_phi4(
+            why,
+            *("answers", "draw", model, f"--questions={self.data / questions}.jsonl"),
+            *(f"--out={out}", f"--n={n}", *words, f"--seed={self._settings.seed}"),
+            *(f"--max-tokens={self.max_tokens}", f"--cache-tokens={_CACHE_TOKENS}"),
+        )
+
+    def _train(self, why: str, recipe: str, *overrides: str) -> None:
+        run_phi4(why, "train", *self._recipe(recipe, *overrides))
+
+    def _recipe(self, name: str, *overrides: str) -> list[str]:
+        """A recipe's path and its overrides; later ones count."""
+        path, settings = f"{RECIPES}/reasoning_{name}.toml", self._settings
+        moved = moved_recipe(path, settings.out, USUAL_OUT)
+        seed = [f"run.seed={settings.seed}"] if settings.seed else []
+        words: dict[str, str] = {}
+        for word in (*moved, *seed, *overrides, *settings.overrides):
+            words[word.partition("=")[0]] = word
+        return [path, *words.values()]
+
+
+def run_chain(settings: ChainSettings) -> list[StageFigures]:
+    """All stages in order, each measured on the test questions as it ends."""
+    chain = PostTraining(settings)
+    base = chain.base()
+    figures = [chain.figures("base", base, chat=False)]
+    sft = chain.fine_tuned(base)
+    figures.append(chain.figures("SFT", sft))
+    first = chain.pivotal(sft)
+    figures.append(chain.figures("DPO 1", first))
+    second = chain.judged(first)
+    figures.append(chain.figures("DPO 1 + 2", second))
+    only = chain.judged_only(sft)
+    # Where the report's Table 9 has it: before the model that had both rounds.
+    figures.insert(-1, chain.figures("DPO 2 only", only))
+    return figures
+
+
+def gains(figures: Sequence[StageFigures]) -> dict[str, Estimate]:
+    """How much better each stage of the chain is than the one before it."""
+    chain = [one for one in figures if one.name != "DPO 2 only"]
+    return {after.name: gain(before.sampled, after.sampled) for before, after in pairwise(chain)}

@@ -1,0 +1,134 @@
+"""What `phi4 demo --post-training` runs, and the figures that it ends with."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from phi4.cli import demo_figures, demo_post_training
+from phi4.cli.demo_post_training import ChainSettings, StageFigures, run_chain
+from phi4.config import check, load_recipe
+from phi4.pts.score import Score
+from phi4.pts.select_checkpoint import Selection
+from phi4.stages import stage_of
+
+SHARES = {"base": 0.4, "sft": 0.5, "dpo_pivotal": 0.7, "dpo_judge": 0.8, "dpo_judge_only": 0.6}
+
+
+def score(share: float) -> Score:
+    """Ten questions, whose shares are around the given one."""
+    shares = {str(i): share + (0.05 if i % 2 else -0.05) for i in range(10)}
+    return Score(shares, 80, 0, 0, 0)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands of a chain, none of which is run."""
+    commands: list[list[str]] = []
+
+    def run_phi4(why: str, *words: object) -> None:
+        assert why.endswith((".", "?"))
+        commands.append(list(map(str, words)))
+
+    def read_selection(path: Path) -> Selection:
+        checkpoint = path.parent / "checkpoints/step_0000030"
+        return Selection(checkpoint=str(checkpoint), questions="", oracle="", n=8, candidates=())
+
+    def scored(path: Path, oracle: str) -> Score:
+        return score({"test_base": 0.4}.get(path.stem, 0.5))
+
+    monkeypatch.setattr(demo_post_training, "run_phi4", run_phi4)
+    monkeypatch.setattr(demo_post_training, "read_selection", read_selection)
+    monkeypatch.setattr(demo_post_training, "scored", scored)
+    return commands
+
+
+def recipes_of(commands: list[list[str]]) -> Mapping[str, object]:
+    """Recipes that the chain trains, by run.dir."""
+    trained = [words[1:] for words in commands if words[0] == "train"]
+    found = [load_recipe(words[0], words[1:]) for words in trained]
+    return {Path(recipe.run.dir).name: recipe for recipe in found}
+
+
+@pytest.mark.parametrize("out", ["runs/reasoning", "/elsewhere/x y"])
+def test_every_stage_goes_on_with_the_best_of_the_one_before(
+    ran: list[list[str]], out: str
+) -> None:
+    figures = run_chain(ChainSettings(out=Path(out), seed=7))
+    assert [one.name for one in figures] == ["base", "SFT", "DPO 1", "DPO 2 only", "DPO 1 + 2"]
+    recipes = recipes_of(ran)
+    origins = {"sft": "base", "dpo_pivotal": "sft", "dpo_judge": "dpo_pivotal"}
+    origins["dpo_judge_only"] = "sft"
+    assert recipes.keys() == {"base", *origins}
+    for name, recipe in recipes.items():
+        check(recipe, stage_rules=[stage_of(recipe).violations])
+        assert recipe.run.seed == 7
+        assert recipe.run.dir == f"{out}/{name}"
+        selected = "" if name in ("base", "sft") else "/checkpoints/step_0000030"
+        expected = f"{out}/{origins[name]}{selected}" if name in origins else None
+        assert recipe.run.init_from == expected
+        assert all(source.path.startswith(f"{out}/data/") for source in recipe.data.sources)
+    caches = [recipes[name].data.reference_cache for name in recipes if name.startswith("dpo")]
+    assert len(set(caches)) == 3 and all(str(one).startswith(out) for one in caches)
+    # The reference is computed for the recipe that is then trained.
+    for words in ran:
+        if words[:2] == ["dpo", "cache-ref"]:
+            assert ["train", *words[2:]] in ran
+
+
+def test_questions_of_a_stage_are_used_by_no_other(ran: list[list[str]]) -> None:
+    run_chain(ChainSettings())
+    uses: dict[str, set[str]] = {}
+    for words in ran:
+        for word in words:
+            if word.startswith("--questions="):
+                uses.setdefault(Path(word).stem, set()).add(" ".join(words[:2]))
+    assert uses == {
+        "sft": {"answers draw"},
+        "search": {"pts search"},
+        "judge": {"answers draw"},
+        "stop": {"pts select"},
+        "test": {"answers draw"},
+    }
+    # The test questions are asked once per stage and temperature, when the stage has ended.
+    tests = [shlex.join(words) for words in ran if any("data/test.jsonl" in w for w in words)]
+    assert len(tests) == len(set(tests)) == 2 * 5
+
+
+def test_draws_depend_on_the_seed(ran: list[list[str]]) -> None:
+    run_chain(ChainSettings(seed=7))
+    for words in ran:
+        if words[:2] in (["answers", "draw"], ["pts", "search"], ["pts", "select"]):
+            assert "--seed=7" in words
+
+
+def test_overrides_reach_all_recipes(ran: list[list[str]]) -> None:
+    run_chain(ChainSettings(overrides=("run.steps=2", "parallel.data=1")))
+    recipes = recipes_of(ran)
+    assert {recipe.run.steps for recipe in recipes.values()} == {2}
+    assert {recipe.parallel.data for recipe in recipes.values()} == {1}
+
+
+def figures() -> list[StageFigures]:
+    names = {"base": "base", "SFT": "sft", "DPO 1": "dpo_pivotal"}
+    names |= {"DPO 2 only": "dpo_judge_only", "DPO 1 + 2": "dpo_judge"}
+    return [
+        StageFigures(name, Path(f"runs/{run}"), score(SHARES[run]), score(SHARES[run] + 0.1))
+        for name, run in names.items()
+    ]
+
+
+def test_table_and_picture(tmp_path: Path) -> None:
+    lines = list(demo_figures.table(figures()))
+    assert lines[1].split("  ")[0] == "" and lines[1].split()[:2] == ["base", "SFT"]
+    assert [line.split()[0] for line in lines[2:4]] == ["sampled", "greedy"]
+    assert lines[2].count("± 0.017") == 5
+    assert "0.800 ± 0.017" in lines[2] and "0.900 ± 0.017" in lines[3]
+    # The second round alone is no step of the chain.
+    gains = [line.split(" ± ")[0].split() for line in lines[5:]]
+    assert gains == [["SFT", "+0.100"], ["DPO", "1", "+0.200"], ["DPO", "1", "+", "2", "+0.100"]]
+    drawn = demo_figures.picture(figures(), tmp_path / "stages.png")
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    row = demo_figures.figures_row(ChainSettings(seed=3), figures())
+    assert row["seed"] == 3 and row["stages"]["DPO 1"]["sampled"]["mean"] == pytest.approx(0.7)
