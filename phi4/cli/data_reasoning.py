@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from phi4.data.demo.arithmetic import Writer
 from phi4.data.demo.reasoning import ReasoningData, build_reasoning
 
 
@@ -21,22 +22,26 @@ def reasoning(
     operators: Annotated[
         int, typer.Option(min=2, max=8, help="Of an expression; answers grow with their square.")
     ] = ReasoningData().num_operators,
+    precedence_error: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="How often the writer takes a sum before a product."),
+    ] = Writer().precedence_error,
     scale: Annotated[
         float, typer.Option(min=0.001, help="So many times the documents and questions.")
     ] = 1.0,
 ) -> None:
     """Build documents and questions of arithmetic modulo 10, with a tokenizer of their own.
 
-    `3+5+5*2=8+5*2=8+0=8` is a document. Its writer takes a sum before a product in 40% of the
-    places where that is possible, so a model of the documents knows the rule and the mistake, and
-    which operator comes next often decides whether an answer is right. The questions are the
-    beginnings of expressions that are in no document, with keys for the oracle `exact`: one file
-    each for fine-tuning, search, judging, choosing checkpoints and testing.
+    `3+5+5*2=8+5*2=8+0=8` is a document. Its writer often takes a sum before a product that should
+    come first, so a model of the documents knows the rule and the mistake, and which operator comes
+    next often decides whether an answer is right. The questions are the beginnings of expressions
+    that are in no document, with keys for the oracle `exact`: one file each for fine-tuning,
+    search, judging, choosing checkpoints and testing.
     """
     start = time.monotonic()
-    report = build_reasoning(
-        out, replace(ReasoningData(), num_operators=operators, seed=seed).scaled(scale)
-    )
+    writer = replace(Writer(), precedence_error=precedence_error)
+    data = ReasoningData(num_operators=operators, writer=writer, seed=seed)
+    report = build_reasoning(out, data.scaled(scale))
     typer.echo(
         f"{report.num_documents:,} documents, {report.num_tokens:,} tokens, "
         f"{report.vocab_size} ids; an answer has {report.answer_tokens} tokens"

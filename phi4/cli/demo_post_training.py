@@ -34,6 +34,7 @@ class ChainSettings:
         out: directory of everything.
         seed: of data, draws and training.
         num_operators: of an expression.
+        precedence_error: of the documents' writer.
         scale: of documents and questions.
         overrides: of all recipes.
     """
@@ -41,6 +42,7 @@ class ChainSettings:
     out: Path = USUAL_OUT
     seed: int = 0
     num_operators: int = 3
+    precedence_error: float = 0.4
     scale: float = 1.0
     overrides: Sequence[str] = ()
 
@@ -81,6 +83,7 @@ class PostTraining:
             "The task: arithmetic modulo 10, written by somebody who takes sums before products.",
             *("data", "reasoning", f"--out={self.data}", f"--seed={settings.seed}"),
             *(f"--operators={settings.num_operators}", f"--scale={settings.scale}"),
+            f"--precedence-error={settings.precedence_error}",
         )
         self._train("Pretraining on all that was written, right or wrong.", "pretrain")
         return self._out / "base"
@@ -88,7 +91,7 @@ class PostTraining:
     def fine_tuned(self, base: Path) -> Path:
         """Fine-tune on the best of the base model's own answers."""
         answers, rows = self._out / "answers/base_sft.jsonl", self.data / "best_of.jsonl"
-        self._draw(
+        self.draw(
             "The base model answers each question several times.",
             *(base, "sft", answers, BASE_ANSWERS),
         )
@@ -123,7 +126,7 @@ class PostTraining:
     def judged(self, start: Path) -> Path:
         """Let the oracle judge a model's answers against each other, and prefer the right ones."""
         answers, found = self._out / "answers/judged.jsonl", self._out / "judged"
-        self._draw(
+        self.draw(
             "The model answers other questions several times.",
             *(start, "judge", answers, JUDGED_ANSWERS, "--chat"),
         )
@@ -180,11 +183,29 @@ class PostTraining:
             self._out / f"answers/test_{label}{how}.jsonl" for how in ("", "_greedy")
         )
         words = ("--chat",) if chat else ()
-        self._draw(f"{name} on the test questions.", model, "test", sampled, SAMPLES, *words)
+        self.draw(f"{name} on the test questions.", model, "test", sampled, SAMPLES, *words)
         run_phi4("How many are right?", "answers", "score", sampled, f"--oracle={ORACLE}")
         likeliest = ("--temperature=0", *words)
-        self._draw("Its likeliest answers.", model, "test", greedy, 1, *likeliest)
+        self.draw("Its likeliest answers.", model, "test", greedy, 1, *likeliest)
         return StageFigures(name, model, scored(sampled, ORACLE), scored(greedy, ORACLE))
+
+    def draw(self, why: str, model: Path, questions: str, out: Path, n: int, *words: str) -> None:
+        """Draw answers of a model.
+
+        Args:
+            why: a line about it.
+            model: checkpoint or run.
+            questions: name of the set.
+            out: file of answers.
+            n: answers to each question.
+            words: further options.
+        """
+        run_phi4(
+            why,
+            *("answers", "draw", model, f"--questions={self.data / questions}.jsonl"),
+            *(f"--out={out}", f"--n={n}", *words, f"--seed={self._settings.seed}"),
+            *(f"--max-tokens={self.max_tokens}", f"--cache-tokens={_CACHE_TOKENS}"),
+        )
 
     @property
     def max_tokens(self) -> int:
@@ -195,14 +216,6 @@ class PostTraining:
     @cached_property
     def _ranks(self) -> Path:
         return self.data / "bpe.tiktoken"
-
-    def _draw(self, why: str, model: Path, questions: str, out: Path, n: int, *words: str) -> None:
-        run_phi4(
-            why,
-            *("answers", "draw", model, f"--questions={self.data / questions}.jsonl"),
-            *(f"--out={out}", f"--n={n}", *words, f"--seed={self._settings.seed}"),
-            *(f"--max-tokens={self.max_tokens}", f"--cache-tokens={_CACHE_TOKENS}"),
-        )
 
     def _train(self, why: str, recipe: str, *overrides: str) -> None:
         run_phi4(why, "train", *self._recipe(recipe, *overrides))

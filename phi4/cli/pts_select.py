@@ -36,9 +36,7 @@ def select(
     oracle: OracleName,
     overrides: Overrides = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Answers to each question.")] = 8,
-    text: Annotated[
-        bool, typer.Option("--text", help="A `prompt` is a text to go on with, not a user's turn.")
-    ] = False,
+    chat: Annotated[bool, typer.Option(help="A `prompt` is a user's turn, not a text.")] = True,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 1.0,
     seed: Seed = 0,
@@ -53,7 +51,7 @@ def select(
     """
     options = SamplingOptions(max_tokens, temperature, 1.0, 0, 0.0, seed, ())
     places = dict(_candidates(run))
-    drawing = Drawing(questions, n, not text, options, overrides or (), None, cache_tokens)
+    drawing = Drawing(questions, n, chat, options, overrides or (), None, cache_tokens)
     answers = {name: run / SELECTION_DIR / f"{name}.jsonl" for name in places}
     for name, checkpoint in places.items():
         if code := drawing.draw(str(checkpoint), answers[name]):

@@ -16,6 +16,7 @@ from tests.support.engines import tiny_recipe
 
 RIGHT = {"start": 0.3, "0000010": 0.5, "0000020": 1.0, "0000030": 0.7, "0000040": 1.0}
 """How often a checkpoint is right."""
+SELECT = ("pts", "select", "--oracle=exact")
 
 
 @pytest.fixture
@@ -58,7 +59,15 @@ def test_the_best_checkpoint_is_chosen_and_said_last(
     start = write_run(tmp_path / "start", None, 5)
     run = write_run(tmp_path / "run", start, 10, 20, 30, 40)
     questions = write_questions(tmp_path / "stop.jsonl")
-    words = ("pts", "select", run, f"--questions={questions}", "--oracle=exact", "--n=40", "--text")
+    words = (
+        "pts",
+        "select",
+        run,
+        f"--questions={questions}",
+        "--oracle=exact",
+        "--n=40",
+        "--no-chat",
+    )
     assert phi4(*words) == 0
     printed = capsys.readouterr().out
     best = checkpoints_dir(run) / checkpoint_name(20)
@@ -88,7 +97,7 @@ def test_the_start_is_chosen_where_nothing_is_better(
     monkeypatch.setitem(RIGHT, "start", 1.0)
     run = write_run(tmp_path / "run", write_run(tmp_path / "start", None, 5), 10)
     questions = write_questions(tmp_path / "stop.jsonl")
-    assert phi4("pts", "select", run, f"--questions={questions}", "--oracle=exact", "--text") == 0
+    assert phi4(*SELECT, run, f"--questions={questions}", "--no-chat") == 0
     assert read_selection(run / SELECTED_FILE).candidates[0].name == "start"
     assert "start/checkpoints" in read_selection(run / SELECTED_FILE).checkpoint
 
@@ -97,7 +106,7 @@ def test_a_run_without_checkpoints_is_an_error(
     tmp_path: Path, asked: list[str], capsys: pytest.CaptureFixture
 ) -> None:
     questions = write_questions(tmp_path / "stop.jsonl")
-    assert phi4("pts", "select", tmp_path, f"--questions={questions}", "--oracle=exact") == 2
+    assert phi4(*SELECT, tmp_path, f"--questions={questions}") == 2
     assert "no checkpoint in" in capsys.readouterr().err
     with pytest.raises(DataError, match="run `phi4 pts select` on the run first"):
         read_selection(tmp_path / SELECTED_FILE)
