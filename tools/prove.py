@@ -40,6 +40,10 @@ PROOFS: dict[str, tuple[str, ...]] = {
     ),
     "host-time": ("tools.host_time", "--json=benchmarks/host_time.jsonl"),
     "generation-time": ("tools.generation_time", "--json=benchmarks/generation.jsonl"),
+    "post-training": (
+        *("tools.post_training", "--seeds", "1", "2", "3"),
+        "--json=benchmarks/post_training.jsonl",
+    ),
     "stragglers": ("tools.prove_stragglers",),
     "slurm": ("tools.slurm_cases", "--json=benchmarks/slurm_cases.jsonl"),
     "kernels": ("phi4_kernels.testing", "numbers"),

@@ -46,6 +46,24 @@ class ChainSettings:
     scale: float = 1.0
     overrides: Sequence[str] = ()
 
+    def data_options(self) -> list[str]:
+        """Options of `phi4 data reasoning`, where they are not its defaults."""
+        names = {
+            "operators": "num_operators",
+            "precedence-error": "precedence_error",
+            "scale": "scale",
+        }
+        options = [
+            f"--{option}={getattr(self, name)}"
+            for option, name in names.items()
+            if getattr(self, name) != getattr(ChainSettings, name)
+        ]
+        return [*options, *self.seed_option()]
+
+    def seed_option(self) -> list[str]:
+        """Of every command that draws."""
+        return [f"--seed={self.seed}"] if self.seed else []
+
 
 @dataclass(frozen=True)
 class StageFigures:
@@ -81,9 +99,7 @@ class PostTraining:
         settings = self._settings
         run_phi4(
             "The task: arithmetic modulo 10, written by somebody who takes sums before products.",
-            *("data", "reasoning", f"--out={self.data}", f"--seed={settings.seed}"),
-            *(f"--operators={settings.num_operators}", f"--scale={settings.scale}"),
-            f"--precedence-error={settings.precedence_error}",
+            *("data", "reasoning", f"--out={self.data}", *settings.data_options()),
         )
         self._train("Pretraining on all that was written, right or wrong.", "pretrain")
         return self._out / "base"
@@ -114,11 +130,11 @@ class PostTraining:
         run_phi4(
             "Which tokens decide whether an answer becomes right?",
             *("pts", "search", start, f"--questions={self.data / 'search.jsonl'}"),
-            *(f"--oracle={ORACLE}", f"--out={found}", f"--seed={self._settings.seed}"),
-            *(f"--max-tokens={self.max_tokens}", f"--cache-tokens={_CACHE_TOKENS}"),
+            *(f"--oracle={ORACLE}", f"--out={found}", *self._drawing()),
         )
         run_phi4(
-            "Each with a token that does better or worse.", "pts", "pairs", found, "--out", rows
+            "Each with a token that does better or worse.",
+            *("pts", "pairs", found, f"--out={rows}"),
         )
         self.write_pairs(rows)
         return self.preferred("dpo_pivotal", start)
@@ -171,8 +187,7 @@ class PostTraining:
         run_phi4(
             "A loss does not say where to stop: the share of right answers does.",
             *("pts", "select", run, f"--questions={self.data / 'stop.jsonl'}"),
-            *(f"--oracle={ORACLE}", f"--n={SAMPLES}", f"--seed={self._settings.seed}"),
-            *(f"--max-tokens={self.max_tokens}", f"--cache-tokens={_CACHE_TOKENS}"),
+            *(f"--oracle={ORACLE}", f"--n={SAMPLES}", *self._drawing()),
         )
         return Path(read_selection(run / SELECTED_FILE).checkpoint)
 
@@ -203,8 +218,7 @@ class PostTraining:
         run_phi4(
             why,
             *("answers", "draw", model, f"--questions={self.data / questions}.jsonl"),
-            *(f"--out={out}", f"--n={n}", *words, f"--seed={self._settings.seed}"),
-            *(f"--max-tokens={self.max_tokens}", f"--cache-tokens={_CACHE_TOKENS}"),
+            *(f"--out={out}", f"--n={n}", *words, *self._drawing()),
         )
 
     @property
@@ -216,6 +230,11 @@ class PostTraining:
     @cached_property
     def _ranks(self) -> Path:
         return self.data / "bpe.tiktoken"
+
+    def _drawing(self) -> list[str]:
+        """Options of every command that draws."""
+        room = [f"--max-tokens={self.max_tokens}", f"--cache-tokens={_CACHE_TOKENS}"]
+        return [*room, *self._settings.seed_option()]
 
     def _train(self, why: str, recipe: str, *overrides: str) -> None:
         run_phi4(why, "train", *self._recipe(recipe, *overrides))

@@ -1,46 +1,31 @@
 """What `phi4 demo --post-training` runs, and the figures that it ends with."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from phi4.cli import demo_figures, demo_post_training
-from phi4.cli.demo_post_training import ChainSettings, StageFigures, run_chain
+from phi4.cli import _app, demo_figures
+from phi4.cli.demo_post_training import ChainSettings, StageFigures
 from phi4.config import check, load_recipe
-from phi4.pts.score import Score
-from phi4.pts.select_checkpoint import Selection
 from phi4.stages import stage_of
+from tests.support.planned_demo import BEST, even_score, planned_commands
+
+Plan = Callable[..., list[list[str]]]
 
 SHARES = {"base": 0.4, "sft": 0.5, "dpo_pivotal": 0.7, "dpo_judge": 0.8, "dpo_judge_only": 0.6}
 
 
-def score(share: float) -> Score:
-    """Ten questions, whose shares are around the given one."""
-    shares = {str(i): share + (0.05 if i % 2 else -0.05) for i in range(10)}
-    return Score(shares, 80, 0, 0, 0)
-
-
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def planned(monkeypatch: pytest.MonkeyPatch) -> Plan:
     """The commands of a chain, none of which is run."""
-    commands: list[list[str]] = []
 
-    def run_phi4(why: str, *words: object) -> None:
-        assert why.endswith((".", "?"))
-        commands.append(list(map(str, words)))
+    def commands(**settings: object) -> list[list[str]]:
+        return planned_commands(ChainSettings(**settings), monkeypatch)
 
-    def read_selection(path: Path) -> Selection:
-        checkpoint = path.parent / "checkpoints/step_0000030"
-        return Selection(checkpoint=str(checkpoint), questions="", oracle="", n=8, candidates=())
-
-    def scored(path: Path, oracle: str) -> Score:
-        return score({"test_base": 0.4}.get(path.stem, 0.5))
-
-    monkeypatch.setattr(demo_post_training, "run_phi4", run_phi4)
-    monkeypatch.setattr(demo_post_training, "read_selection", read_selection)
-    monkeypatch.setattr(demo_post_training, "scored", scored)
     return commands
 
 
@@ -52,11 +37,8 @@ def recipes_of(commands: list[list[str]]) -> Mapping[str, object]:
 
 
 @pytest.mark.parametrize("out", ["runs/reasoning", "/elsewhere/x y"])
-def test_every_stage_goes_on_with_the_best_of_the_one_before(
-    ran: list[list[str]], out: str
-) -> None:
-    figures = run_chain(ChainSettings(out=Path(out), seed=7))
-    assert [one.name for one in figures] == ["base", "SFT", "DPO 1", "DPO 2 only", "DPO 1 + 2"]
+def test_every_stage_goes_on_with_the_best_of_the_one_before(planned: Plan, out: str) -> None:
+    ran = planned(out=Path(out), seed=7)
     recipes = recipes_of(ran)
     origins = {"sft": "base", "dpo_pivotal": "sft", "dpo_judge": "dpo_pivotal"}
     origins["dpo_judge_only"] = "sft"
@@ -65,7 +47,7 @@ def test_every_stage_goes_on_with_the_best_of_the_one_before(
         check(recipe, stage_rules=[stage_of(recipe).violations])
         assert recipe.run.seed == 7
         assert recipe.run.dir == f"{out}/{name}"
-        selected = "" if name in ("base", "sft") else "/checkpoints/step_0000030"
+        selected = "" if name in ("base", "sft") else f"/{BEST}"
         expected = f"{out}/{origins[name]}{selected}" if name in origins else None
         assert recipe.run.init_from == expected
         assert all(source.path.startswith(f"{out}/data/") for source in recipe.data.sources)
@@ -77,8 +59,8 @@ def test_every_stage_goes_on_with_the_best_of_the_one_before(
             assert ["train", *words[2:]] in ran
 
 
-def test_questions_of_a_stage_are_used_by_no_other(ran: list[list[str]]) -> None:
-    run_chain(ChainSettings())
+def test_questions_of_a_stage_are_used_by_no_other(planned: Plan) -> None:
+    ran = planned()
     uses: dict[str, set[str]] = {}
     for words in ran:
         for word in words:
@@ -96,25 +78,46 @@ def test_questions_of_a_stage_are_used_by_no_other(ran: list[list[str]]) -> None
     assert len(tests) == len(set(tests)) == 2 * 5
 
 
-def test_draws_depend_on_the_seed(ran: list[list[str]]) -> None:
-    run_chain(ChainSettings(seed=7))
+def test_draws_depend_on_the_seed(planned: Plan) -> None:
+    ran = planned(seed=7)
     for words in ran:
         if words[:2] in (["answers", "draw"], ["pts", "search"], ["pts", "select"]):
             assert "--seed=7" in words
 
 
-def test_overrides_reach_all_recipes(ran: list[list[str]]) -> None:
-    run_chain(ChainSettings(overrides=("run.steps=2", "parallel.data=1")))
+def test_overrides_reach_all_recipes(planned: Plan) -> None:
+    ran = planned(overrides=("run.steps=2", "parallel.data=1"))
     recipes = recipes_of(ran)
     assert {recipe.run.steps for recipe in recipes.values()} == {2}
     assert {recipe.parallel.data for recipe in recipes.values()} == {1}
+
+
+NOT_YET = {("data", "best-of"), ("pts", "search"), ("pts", "pairs"), ("judge", "pairs")}
+"""Commands of the chain that this tree does not have; the test below says so when it has."""
+
+
+def parsed(words: Sequence[str]) -> bool:
+    """Whether there is such a command; an option or argument that it lacks is an error."""
+    command, left = get_command(_app(words)), list(words)
+    while isinstance(command, TyperGroup):
+        command, left = command.commands.get(left[0]), left[1:]
+    if command is not None:
+        command.make_context("phi4", left)
+    return command is not None
+
+
+def test_commands_are_spelled_as_they_are_parsed(planned: Plan) -> None:
+    ran = planned(seed=7, num_operators=4, precedence_error=0.3, scale=0.5)
+    assert {tuple(words[:2]) for words in ran if not parsed(words)} == NOT_YET
 
 
 def figures() -> list[StageFigures]:
     names = {"base": "base", "SFT": "sft", "DPO 1": "dpo_pivotal"}
     names |= {"DPO 2 only": "dpo_judge_only", "DPO 1 + 2": "dpo_judge"}
     return [
-        StageFigures(name, Path(f"runs/{run}"), score(SHARES[run]), score(SHARES[run] + 0.1))
+        StageFigures(
+            name, Path(f"runs/{run}"), even_score(SHARES[run]), even_score(SHARES[run] + 0.1)
+        )
         for name, run in names.items()
     ]
 
