@@ -1,8 +1,8 @@
-"""`phi4 pts`: pivotal tokens, and which checkpoint to go on with."""
+"""`phi4 pts`: tokens that decide whether an answer becomes right."""
 
 import typer
 
-from phi4.cli import pts_pairs, pts_select
+from phi4.cli import pts_pairs, pts_search, pts_select, pts_show
 from phi4.cli.file_errors import FileErrorsGroup
 
 app = typer.Typer(
@@ -10,8 +10,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Pivotal tokens: search, pairs, and which checkpoint to go on with.",
 )
-pts_pairs.register(app)
-pts_select.register(app)
+for command in (pts_search, pts_show, pts_pairs, pts_select):
+    command.register(app)
 
 
 @app.callback()

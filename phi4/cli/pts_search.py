@@ -1,0 +1,152 @@
+"""`phi4 pts search`: which tokens of a model's answers changed the chance that they are right."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phi4.cli.asked_model import ModelPlace, RemoteModel, find_asked_model
+from phi4.cli.data_options import Ranks
+from phi4.cli.sampling_options import CacheTokens, MaxTokens, Temperature, TopP
+from phi4.errors import ConfigError
+from phi4.oracles.registry import open_oracle
+from phi4.pts.search.command import Search, search_and_write
+from phi4.pts.search.drawing import DrawOptions
+from phi4.pts.search.endpoint import check_endpoint, check_endpoint_options
+from phi4.pts.search.settings import SearchMode, settings_of
+from phi4.pts.search.store import check_store
+from phi4.pts.search.two_requests import TwoRequestSampler
+from phi4.sampling.prompts import PromptReader
+from phi4.sampling.questions import read_questions
+
+if TYPE_CHECKING:
+    from phi4.sampling.protocol import Sampler
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Layout of a model on disk, as parallel.tensor=2.")
+]
+Questions = Annotated[
+    Path,
+    typer.Option(
+        help="JSON Lines with `prompt` (a text), `messages` or `prompt_ids`, and `answer`, the key "
+        "that the oracle compares with; `id` and `task` as well, if you like."
+    ),
+]
+OracleName = Annotated[
+    str, typer.Option("--oracle", help="Says whether an answer is right, for example exact.")
+]
+Out = Annotated[Path, typer.Option(help="Directory of the search; the same command goes on in it.")]
+Mode = Annotated[
+    SearchMode,
+    typer.Option(
+        help="default confirms what a tree finds; thorough confirms every token that can be "
+        "pivotal, at three times the cost; report is the report's search, without confirmation."
+    ),
+]
+IsChat = Annotated[bool, typer.Option(help="A `prompt` is a user's turn, not a text.")]
+System = Annotated[
+    str | None, typer.Option(help="System turn of conversations without one; needs --chat.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of all draws.")]
+Alpha = Annotated[
+    float,
+    typer.Option(
+        help="Level: the expected share of a question's confirmed tokens that have no effect."
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `phi4 pts`."""
+    app.command("search")(search)
+
+
+def search(
+    model: ModelPlace,
+    overrides: Overrides = None,
+    *,
+    questions: Questions,
+    oracle: OracleName,
+    out: Out,
+    mode: Mode = SearchMode.DEFAULT,
+    chat: IsChat = True,
+    system: System = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    alpha: Alpha = 0.1,
+    ranks: Ranks = None,
+    cache_tokens: CacheTokens = None,
+) -> None:
+    """Search a model's answers for pivotal tokens.
+
+    A question is searched where 20 to 80 % of 16 answers are right, in one right and one wrong
+    answer. OUT holds pivots.jsonl (a row per pivot, with the token that makes a pair of it where
+    there is one), trajectories.jsonl (for `phi4 pts show`), report.json, and search.sqlite with
+    every completion's verdict. A search that was stopped goes on with the same command, and draws
+    nothing again.
+
+    An endpoint has to take prompts as token ids, and to give the ids and log-probs of what it draws
+    (vLLM does); it is searched at temperature 1 and top-p 1.
+    """
+    _check(temperature, system, chat)
+    asked = find_asked_model(model, overrides or (), ranks)
+    is_remote = isinstance(asked, RemoteModel)
+    options = DrawOptions(seed=seed, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    if is_remote:
+        check_endpoint_options(options)
+    tokenizer = asked.tokenizer()
+    job = Search(
+        questions=tuple(read_questions(questions, PromptReader(tokenizer, chat, system))),
+        settings=settings_of(mode, seed, alpha),
+        options=options,
+        model=asked.identity,
+        oracle=oracle,
+        directory=out,
+    )
+    # Whatever is wrong is said before processes start and weights are read.
+    open_oracle(oracle).close()
+    check_store(out, job.identity)
+
+    def use(sampler: "Sampler") -> None:
+        grader = open_oracle(oracle)
+        try:
+            if is_remote:
+                sampler = TwoRequestSampler(sampler)
+                check_endpoint(sampler, job.questions[0].prompt)
+            report = search_and_write(job, sampler, tokenizer, grader)
+        finally:
+            grader.close()
+        typer.echo("\n".join(report.lines()))
+
+    values = {
+        "--questions": questions,
+        "--oracle": oracle,
+        "--out": out,
+        "--mode": mode.value,
+        "--system": system,
+        "--max-tokens": max_tokens,
+        "--temperature": temperature,
+        "--top-p": top_p,
+        "--seed": seed,
+        "--alpha": alpha,
+        "--ranks": ranks,
+        "--cache-tokens": cache_tokens,
+    }
+    argv = [
+        *("pts", "search", "--chat" if chat else "--no-chat"),
+        *(f"{name}={value}" for name, value in values.items() if value is not None),
+        *("--", asked.identity, *(overrides or ())),
+    ]
+    raise typer.Exit(asked.ask(argv, cache_tokens, use))
+
+
+def _check(temperature: float, system: str | None, chat: bool) -> None:
+    if temperature <= 0:
+        raise ConfigError(
+            f"--temperature={temperature:g} draws one answer only; a search needs draws that "
+            "differ, as at 1"
+        )
+    if system is not None and not chat:
+        raise ConfigError("--system begins conversations, and the prompts are texts; add --chat")

@@ -1,0 +1,53 @@
+"""`phi4 pts show`: a trajectory of a search, coloured by the chance of a right answer."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi4.errors import DataError
+from phi4.pts.search.rows import TRAJECTORIES_NAME, read_trajectories
+
+Directory = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Of a search, as --out of `phi4 pts search`.")
+]
+Number = Annotated[
+    int,
+    typer.Option(
+        "--trajectory", min=0, help="Which, in the order of trajectories.jsonl; 0 is the first."
+    ),
+]
+Png = Annotated[Path | None, typer.Option(help="Draw it into this file, too.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `phi4 pts`."""
+    app.command("show")(show)
+
+
+def show(directory: Directory, trajectory: Number = 0, png: Png = None) -> None:
+    """Print a trajectory, its tokens coloured by p, the chance of a right answer behind them.
+
+    Red is p near 0, blue is p near 1, grey is unknown. A pivot is underlined and followed by the
+    change of p that was measured when it was confirmed, which is further from 0 than the truth.
+    Below stands where p was measured, by how many completions, and for what.
+    """
+    # Importing it costs what a command without colours need not pay.
+    from rich.console import Console
+
+    from phi4.pts.search.show import draw_trajectory, measured_lines, trajectory_text
+
+    rows = list(read_trajectories(directory / TRAJECTORIES_NAME))
+    if trajectory >= len(rows):
+        raise DataError(f"--trajectory={trajectory}, but {directory} has {len(rows)}; count from 0")
+    row = rows[trajectory]
+    console = Console(soft_wrap=True, highlight=False)
+    verdict = "right" if row.is_right else "wrong"
+    console.print(f"{row.trajectory} ({trajectory} of {len(rows)}): {verdict}", markup=False)
+    if row.prompt:
+        console.print(row.prompt, markup=False, style="dim")
+    console.print(trajectory_text(row))
+    for line in measured_lines(row):
+        console.print(line, markup=False)
+    if png is not None:
+        typer.echo(f"picture: {draw_trajectory(row, png)}")

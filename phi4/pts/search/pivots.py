@@ -1,0 +1,217 @@
+"""From candidates to pivots: confirmed, measured with and without, with a counterpart.
+
+The decision: a counterpart is a token that the sampler drew in the pivot's place, with measured
+completions behind it. A pivot for which there is none is kept without a pair, and says why.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from phi4.oracles.verdict import Grade
+from phi4.pts.search.confirm import Confirmation
+from phi4.pts.search.rollouts import (
+    NO_TOKEN,
+    Asks,
+    Purpose,
+    Rollout,
+    RolloutBlock,
+    Share,
+    Start,
+    share_of,
+)
+from phi4.pts.search.settings import SearchSettings
+from phi4.pts.search.tree import CandidateToken, MeasuredPrefixes, Trajectory
+
+_MAX_LOG = 300 * math.log(10)
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """A token in a pivot's place, and what came of the completions behind it."""
+
+    id: int
+    share: Share
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """A token that changed p.
+
+    Attributes:
+        candidate: where.
+        effect: change of p as measured; biased away from 0 by the stopping of the test.
+        log_e: of its e-value; None where nothing was confirmed.
+        with_token: completions behind the token.
+        without: completions behind other tokens in its place.
+        counterpart: the other token of its pair; None without a pair.
+        no_pair_reason: why there is none; empty with a pair.
+    """
+
+    candidate: CandidateToken
+    effect: float
+    log_e: float | None
+    with_token: Share
+    without: Share
+    counterpart: TokenShare | None
+    no_pair_reason: str
+
+    @property
+    def e_value(self) -> float | None:
+        """Of its test, at most 1e300."""
+        return None if self.log_e is None else math.exp(min(self.log_e, _MAX_LOG))
+
+
+@dataclass(frozen=True)
+class _Tested:
+    candidate: CandidateToken
+    effect: float
+    log_e: float | None
+    with_token: Share
+    others: Sequence[Rollout]
+
+
+def confirm_candidates(
+    candidates: Sequence[CandidateToken],
+    trajectories: Sequence[Trajectory],
+    settings: SearchSettings,
+) -> Asks[list[Confirmation]]:
+    """Test every candidate on fresh completions, all of them side by side."""
+    tests = [
+        Confirmation(trajectories[one.trajectory].q(one.position), len(candidates), settings)
+        for one in candidates
+    ]
+    while running := [index for index, test in enumerate(tests) if test.is_open]:
+        blocks: list[RolloutBlock] = []
+        for index in running:
+            blocks += _sides(candidates[index], trajectories, tests[index].num_blocks, settings)
+        drawn = iter((yield blocks))
+        for index in running:
+            one = candidates[index]
+            trajectory = trajectories[one.trajectory]
+            if one.position + 1 == len(trajectory.ids):
+                with_token = [_verdict(trajectory)] * settings.block_draws
+            else:
+                with_token = next(drawn)
+            tests[index].add(with_token, next(drawn))
+    return tests
+
+
+def _sides(
+    one: CandidateToken, trajectories: Sequence[Trajectory], number: int, settings: SearchSettings
+) -> list[RolloutBlock]:
+    """With the token and without it; behind the last token there is nothing to draw."""
+    ids = trajectories[one.trajectory].ids
+    prefix, token = ids[: one.position], ids[one.position]
+    starts = [Start(prefix, forced=token), Start(prefix, forbidden=token)]
+    if one.position + 1 == len(ids):
+        del starts[0]
+    return [RolloutBlock(Purpose.CONFIRM, start, number, settings.block_draws) for start in starts]
+
+
+def _verdict(trajectory: Trajectory) -> Rollout:
+    grade = Grade.RIGHT if trajectory.is_right else Grade.WRONG
+    return Rollout(grade, trajectory.ids[-1], 0)
+
+
+def pivots_of_tests(
+    candidates: Sequence[CandidateToken],
+    tests: Sequence[Confirmation],
+    trajectories: Sequence[Trajectory],
+    settings: SearchSettings,
+) -> Asks[list[Pivot]]:
+    """The confirmed candidates whose effect is large enough, with counterparts.
+
+    Args:
+        candidates: that e-BH confirmed.
+        tests: of each.
+        trajectories: of the question.
+        settings: of the search.
+    """
+    kept = [
+        _Tested(one, test.effect, test.log_e, test.shares[0], test.without)
+        for one, test in zip(candidates, tests, strict=True)
+        if abs(test.effect) >= settings.min_effect
+    ]
+    return (yield from _with_counterparts(kept, trajectories, settings))
+
+
+def pivots_of_tree(
+    candidates: Sequence[CandidateToken],
+    measured: MeasuredPrefixes,
+    trajectories: Sequence[Trajectory],
+    settings: SearchSettings,
+) -> Asks[list[Pivot]]:
+    """Every candidate as a pivot, by what the tree measured."""
+    kept = []
+    for one in candidates:
+        ids = trajectories[one.trajectory].ids
+        prefix, behind = ids[: one.position], ids[: one.position + 1]
+        with_token = measured.shares[behind]
+        effect = with_token.value - measured.shares[prefix].value
+        others = [drawn for drawn in measured.drawn[prefix] if drawn.first != ids[one.position]]
+        kept.append(_Tested(one, effect, None, with_token, others))
+    return (yield from _with_counterparts(kept, trajectories, settings))
+
+
+def _with_counterparts(
+    tested: Sequence[_Tested], trajectories: Sequence[Trajectory], settings: SearchSettings
+) -> Asks[list[Pivot]]:
+    """Few completions may follow every other token: the likeliest ones are drawn after."""
+    by_token = [_by_first(one.others) for one in tested]
+    blocks: list[RolloutBlock] = []
+    owners: list[int] = []
+    for index, (one, drawn) in enumerate(zip(tested, by_token, strict=True)):
+        shares = {token: share_of(rollouts) for token, rollouts in drawn.items()}
+        if all(share.trials < settings.counterpart_trials for share in shares.values()):
+            likeliest = sorted(drawn, key=lambda token: (-len(drawn[token]), token))
+            prefix = trajectories[one.candidate.trajectory].ids[: one.candidate.position]
+            for token in likeliest[: settings.counterpart_tokens]:
+                lacking = settings.counterpart_trials - shares[token].trials
+                start = Start(prefix, forced=token)
+                blocks.append(RolloutBlock(Purpose.COUNTERPART, start, 0, lacking))
+                owners.append(index)
+    if blocks:
+        drawn_after = yield blocks
+        for index, block, rollouts in zip(owners, blocks, drawn_after, strict=True):
+            by_token[index][block.start.forced] += rollouts
+    return [_pivot(one, drawn, settings) for one, drawn in zip(tested, by_token, strict=True)]
+
+
+def _by_first(rollouts: Sequence[Rollout]) -> dict[int, list[Rollout]]:
+    grouped: dict[int, list[Rollout]] = defaultdict(list)
+    for one in rollouts:
+        if one.first != NO_TOKEN:
+            grouped[one.first].append(one)
+    return dict(grouped)
+
+
+def _pivot(one: _Tested, drawn: dict[int, list[Rollout]], settings: SearchSettings) -> Pivot:
+    counterpart, reason = _counterpart(one, drawn, settings)
+    return Pivot(
+        candidate=one.candidate,
+        effect=one.effect,
+        log_e=one.log_e,
+        with_token=one.with_token,
+        without=share_of(one.others),
+        counterpart=counterpart,
+        no_pair_reason=reason,
+    )
+
+
+def _counterpart(
+    one: _Tested, drawn: dict[int, list[Rollout]], settings: SearchSettings
+) -> tuple[TokenShare | None, str]:
+    """The token whose share is the furthest on the other side, or why there is none."""
+    raises = one.effect > 0
+    shares = [TokenShare(token, share_of(rollouts)) for token, rollouts in drawn.items()]
+    least = settings.counterpart_trials
+    known = [token for token in shares if token.share.trials >= least]
+    if not known:
+        return None, f"no other token has {least} graded completions"
+    sign = 1 if raises else -1
+    found = min(known, key=lambda token: (sign * token.share.value, token.id))
+    if sign * found.share.value >= sign * one.with_token.value:
+        return None, "no other token with enough completions is on the other side"
+    return found, ""

@@ -1,0 +1,168 @@
+"""The searches of many questions over one sampler.
+
+The decision: questions wait side by side, and what any of them asks for goes to the sampler at
+once. Grades come from a thread of their own, so that the model draws while a sandbox runs
+programs. Neither decides a result: what a block holds depends on its seed alone.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+from phi4.pts.search.drawing import AskedBlock, BlockDrawing
+from phi4.pts.search.question import QuestionFound, search_question
+from phi4.pts.search.rollouts import Rollout, RolloutBlock
+from phi4.pts.search.settings import SearchSettings
+from phi4.pts.search.store import SearchStore, StoredBlock
+from phi4.sampling.batch import MAX_OPEN
+from phi4.sampling.protocol import Completion, Sampler
+from phi4.sampling.questions import KeyedQuestion
+
+MAX_QUESTIONS = 256
+"""Questions that are searched at once."""
+
+_POLL_SECONDS = 0.05
+"""Between two looks at the sampler while only grades are missing: its ranks want to be called."""
+
+
+class _OpenQuestion:
+    """A question, and the blocks that it waits for."""
+
+    def __init__(self, question: KeyedQuestion, settings: SearchSettings) -> None:
+        self.question = question
+        self.found: QuestionFound | None = None
+        self._searching = search_question(settings)
+        self._ask(next(self._searching))
+
+    def take(self, index: int, rollouts: tuple[Rollout, ...]) -> None:
+        """What came of a block; once it was the last one, go on to the next blocks or the end."""
+        self._rollouts[index] = rollouts
+        if len(self._rollouts) < len(self.blocks):
+            return
+        try:
+            self._ask(self._searching.send([self._rollouts[i] for i in range(len(self.blocks))]))
+        except StopIteration as stop:
+            self.found = stop.value
+
+    def _ask(self, blocks: Sequence[RolloutBlock]) -> None:
+        self.blocks, self._rollouts = blocks, {}
+
+
+class _Wanted(NamedTuple):
+    """A block of an open question, by its index among those that it waits for."""
+
+    of: _OpenQuestion
+    index: int
+
+    @property
+    def asked(self) -> AskedBlock:
+        return AskedBlock(self.of.question, self.of.blocks[self.index])
+
+
+class SearchRun:
+    """Searches questions until all have ended.
+
+    Args:
+        sampler: that draws; nobody else uses it.
+        drawing: requests and grades.
+        store: what is there is not drawn; what is drawn goes there.
+        settings: of the search.
+        finished: called with what came of a question, in the order in which they end.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        drawing: BlockDrawing,
+        store: SearchStore,
+        settings: SearchSettings,
+        finished: Callable[[KeyedQuestion, QuestionFound], None],
+    ) -> None:
+        self._sampler, self._drawing, self._store = sampler, drawing, store
+        self._settings, self._finished = settings, finished
+        self._num_open = 0
+        self._waiting: deque[_Wanted] = deque()
+        self._in_flight: dict[int, tuple[_Wanted, list[Completion]]] = {}
+        self._drawn: list[tuple[_Wanted, list[Completion]]] = []
+
+    def run(self, questions: Iterable[KeyedQuestion]) -> None:
+        """Search them all.
+
+        Raises:
+            SamplerError: the model failed; what was stored is not drawn again.
+        """
+        coming = iter(questions)
+        with ThreadPoolExecutor(1) as grader:
+            grading: Future[list[tuple[Rollout, ...]]] | None = None
+            batch: list[tuple[_Wanted, list[Completion]]] = []
+            while True:
+                self._open(coming)
+                if not self._num_open:
+                    return
+                self._draw()
+                if grading is None and self._drawn:
+                    batch, self._drawn = self._drawn, []
+                    pairs = [(wanted.asked, completions) for wanted, completions in batch]
+                    grading = grader.submit(self._drawing.graded, pairs)
+                if grading is not None and not self._in_flight:
+                    wait([grading], _POLL_SECONDS)
+                if grading is not None and grading.done():
+                    self._store_batch([wanted for wanted, _ in batch], grading.result())
+                    grading = None
+
+    def _open(self, coming: Iterator[KeyedQuestion]) -> None:
+        while self._num_open < MAX_QUESTIONS:
+            question = next(coming, None)
+            if question is None:
+                return
+            self._num_open += 1
+            self._ask(_OpenQuestion(question, self._settings))
+
+    def _ask(self, one: _OpenQuestion) -> None:
+        """Queue what the store lacks of a question's blocks; go on as far as it lacks nothing."""
+        while one.found is None:
+            blocks = one.blocks
+            stored = [self._store.rollouts(one.question.prompt, block) for block in blocks]
+            self._waiting += [
+                _Wanted(one, index) for index, found in enumerate(stored) if found is None
+            ]
+            for index, found in enumerate(stored):
+                if found is not None:
+                    one.take(index, found)
+            if one.found is None and one.blocks is blocks:
+                return
+        self._num_open -= 1
+        self._finished(one.question, one.found)
+
+    def _draw(self) -> None:
+        """Submit what waits, and take one step of the sampler."""
+        while self._waiting and len(self._in_flight) < MAX_OPEN:
+            wanted = self._waiting.popleft()
+            request_id = self._sampler.submit(self._drawing.request(wanted.asked))
+            self._in_flight[request_id] = (wanted, [])
+        for event in self._sampler.step():
+            if not isinstance(event, Completion):
+                continue
+            wanted, completions = self._in_flight[event.request_id]
+            completions.append(event)
+            if len(completions) == wanted.asked.block.n:
+                del self._in_flight[event.request_id]
+                completions.sort(key=lambda completion: completion.sample)
+                self._drawn.append((wanted, completions))
+
+    def _store_batch(self, batch: Sequence[_Wanted], graded: Sequence[tuple[Rollout, ...]]) -> None:
+        self._store.save(
+            StoredBlock(
+                wanted.of.question.prompt,
+                wanted.asked.block,
+                self._drawing.request(wanted.asked).seed,
+                rollouts,
+            )
+            for wanted, rollouts in zip(batch, graded, strict=True)
+        )
+        for wanted, rollouts in zip(batch, graded, strict=True):
+            blocks = wanted.of.blocks
+            wanted.of.take(wanted.index, rollouts)
+            if wanted.of.blocks is not blocks or wanted.of.found is not None:
+                self._ask(wanted.of)
