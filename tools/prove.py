@@ -39,6 +39,7 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "--json=benchmarks/step_time_before.jsonl",
     ),
     "host-time": ("tools.host_time", "--json=benchmarks/host_time.jsonl"),
+    "pts-simulation": ("tools.pts_simulation", "--json=benchmarks/pts_simulation.jsonl"),
     "generation-time": ("tools.generation_time", "--json=benchmarks/generation.jsonl"),
     "post-training": (
         *("tools.post_training", "--seeds", "1", "2", "3"),

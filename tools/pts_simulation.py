@@ -5,13 +5,16 @@ effects, many small ones, and effects that are taken back. Then ours searches an
 effect. The verdict is whether ours keeps its bounds; `docs/pts.md` shows the rows.
 
     python -m tools.pts_simulation --answers 600 --json benchmarks/pts_simulation.jsonl
+    python -m tools.pts_simulation --docs
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +22,7 @@ from phi4.pts.search.question import search_trajectories
 from phi4.pts.search.settings import SearchMode, SearchSettings, settings_of
 from phi4.pts.search.tree import Trajectory
 from phi4.verify.measured_rows import append_row
+from tools.marked_block import replace_block
 from tools.pts_worlds import (
     REGIMES,
     KnownAnswer,
@@ -29,8 +33,12 @@ from tools.pts_worlds import (
     run_in,
 )
 
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "benchmarks" / "pts_simulation.jsonl"
+PAGE = ROOT / "docs" / "pts.md"
 NUM_TOKENS = 120
 NO_EFFECT = 0.1
+NO_EFFECTS = "none"
 MAX_FALSE = 0.05
 MAX_WRONG_SIGN = 0.01
 MAX_COMPLETIONS = 620
@@ -164,13 +172,45 @@ def faults(regime: str, found: Findings) -> Iterator[str]:
     yield from (f"{regime}: {text}" for text, is_broken in bounds.items() if is_broken)
 
 
+def newest_rows() -> list[dict[str, Any]]:
+    """The newest committed row of every regime and method, in the order of the table."""
+    rows = {}
+    for line in ROWS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows[row["regime"], row["method"]] = row
+    return list(rows.values())
+
+
+def page_with(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page with the rows as its table."""
+    lines = [
+        "| effects | search | false | wrong sign | recall of 0.2 | recall of 0.3 | completions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shares = ("false", "wrong_sign", "recall", "recall_large")
+        if row["regime"] == NO_EFFECTS:
+            found = f"{row['answers_with_pivots']:.1%} of answers have one"
+            cells = [found, "", "", ""]
+        else:
+            cells = [f"{row[name]:.1%}" for name in shares]
+        line = (row["regime"], row["method"], *cells, f"{row['completions']:,.0f}")
+        lines.append(f"| {' | '.join(line)} |")
+    text = PAGE.read_text(encoding="utf-8")
+    return replace_block(text, "pts simulation", "\n".join(lines))
+
+
 def main() -> int:
     """Command line; exit 1 where a bound is broken."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--answers", type=int, default=600)
     parser.add_argument("--seed", type=int, default=2024)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--docs", action="store_true", help="only write docs/pts.md")
     asked = parser.parse_args()
+    if asked.docs:
+        PAGE.write_text(page_with(newest_rows()), encoding="utf-8")
+        return 0
     broken: list[str] = []
     print(f"{'regime':13}{'method':22}false  sign  prec  recall  of .3  completions  with pivots")
     for regime in REGIMES:
@@ -181,9 +221,9 @@ def main() -> int:
             if method is OURS:
                 broken += faults(regime.name, found)
     flat = measure(OURS, draw_flat_answers(asked.answers, asked.seed), asked.seed)
-    _tell("no effect", OURS, flat, asked)
+    _tell(NO_EFFECTS, OURS, flat, asked)
     if flat.answers_with_pivots > MAX_FLAT_ANSWERS:
-        broken.append(f"no effect: pivots in {flat.answers_with_pivots:.1%} of answers")
+        broken.append(f"none: pivots in {flat.answers_with_pivots:.1%} of answers")
     print("; ".join(broken) or f"all bounds hold on {asked.answers} answers of each regime")
     return 1 if broken else 0
 

@@ -27,7 +27,6 @@ GROUPS = {
     "judge": "Pairs of whole answers, ordered by a judge or an oracle.",
     "unknown": "Rows that teach a model to say what it does not know.",
     "dpo": "Preferences: the reference model's log-probabilities.",
-    "pts": "Pivotal tokens: search for them, look at them.",
     "model": "Phi-4's shape in numbers.",
     "convert": "Hugging Face checkpoints in and out.",
     "verify": "Proofs to run on this machine: parity, resume, leak, preempt, kills.",

@@ -130,11 +130,21 @@ def pivots_of_tests(
         settings: of the search.
     """
     kept = [
-        _Tested(one, test.effect, test.log_e, test.shares[0], test.without)
+        _Tested(one, test.effect, test.log_e, _share_behind(one, test, trajectories), test.without)
         for one, test in zip(candidates, tests, strict=True)
         if abs(test.effect) >= settings.min_effect
     ]
     return (yield from _with_counterparts(kept, trajectories, settings))
+
+
+def _share_behind(
+    one: CandidateToken, test: Confirmation, trajectories: Sequence[Trajectory]
+) -> Share:
+    """Completions with the token; behind the last one nothing is drawn, and the verdict counts."""
+    trajectory = trajectories[one.trajectory]
+    if one.position + 1 == len(trajectory.ids):
+        return Share(int(trajectory.is_right), 1)
+    return test.shares[0]
 
 
 def pivots_of_tree(

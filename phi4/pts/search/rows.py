@@ -55,7 +55,7 @@ class PivotRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         dp_at_confirmation: change of the chance as measured when the test stopped. Biased away from
             0, because a test stops at extremes: no measure of the effect.
         e_value: of the test against no effect; null where the mode confirms nothing.
-        with_token: completions behind the token.
+        with_token: completions behind the token; the verdict alone where it is the last one.
         without_token: completions behind other tokens in its place.
         counterpart: the other token of the pair; null without a pair.
         counterpart_text: for people.

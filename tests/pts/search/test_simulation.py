@@ -9,12 +9,15 @@ from phi4.pts.search.rollouts import Purpose, Rollout, RolloutBlock, Start, shar
 from tools.pts_simulation import (
     MAX_FLAT_ANSWERS,
     OURS,
+    PAGE,
     REPORT,
     TOKEN_MIDDLE,
     draw_answers,
     draw_flat_answers,
     faults,
     measure,
+    newest_rows,
+    page_with,
 )
 from tools.pts_worlds import REGIMES, KnownAnswer, KnownWorld, draw_answer
 
@@ -35,6 +38,12 @@ def test_bounds_hold_and_others_lie_below(regime) -> None:
 def test_questions_without_a_pivot_seldom_yield_one() -> None:
     found = measure(OURS, draw_flat_answers(NUM_ANSWERS, SEED), SEED)
     assert found.answers_with_pivots <= MAX_FLAT_ANSWERS
+
+
+def test_page_says_what_the_rows_say() -> None:
+    assert page_with(newest_rows()) == PAGE.read_text(encoding="utf-8"), (
+        "run: python -m tools.pts_simulation --docs"
+    )
 
 
 class ReusingWorld(KnownWorld):
