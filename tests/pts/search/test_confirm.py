@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from phi4.oracles.verdict import Grade
 from phi4.pts.search.confirm import Confirmation, EProcess, confirmed
+from phi4.pts.search.pivots import pivots_of_tests
 from phi4.pts.search.rollouts import Rollout, Share
 from phi4.pts.search.settings import SearchMode, settings_of
+from phi4.pts.search.tree import CandidateToken, Trajectory
 
 SETTINGS = settings_of(SearchMode.DEFAULT)
 NUM_CANDIDATES = 6
@@ -146,6 +148,20 @@ def test_many_candidates_raise_the_bound_of_one() -> None:
     assert among_many.is_open
     assert confirmed([alone.log_e], 0.1) == [0]
     assert confirmed([alone.log_e] + [0.0] * 10**3, 1e-9) == []
+
+
+def test_small_effect_is_confirmed_and_yet_no_pivot() -> None:
+    right, wrong = Rollout(Grade.RIGHT, 1, 1), Rollout(Grade.WRONG, 2, 1)
+    for q, num in ((0.75, 1), (0.81, 0)):
+        trajectory = Trajectory((1, 1), (math.log(q), -0.1), True)
+        test = Confirmation(q, 1, SETTINGS)
+        for _ in range(4):
+            test.add([right] * 8, [wrong] * 8)
+        assert confirmed([test.log_e], SETTINGS.alpha) == [0]
+        asks = pivots_of_tests([CandidateToken(0, 0)], [test], [trajectory], SETTINGS)
+        with pytest.raises(StopIteration) as ended:
+            next(asks)
+        assert len(ended.value.value) == num
 
 
 def test_mode_without_confirmation_asks_for_nothing() -> None:

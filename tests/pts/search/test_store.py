@@ -135,6 +135,15 @@ def test_seed_is_of_search_prompt_start_purpose_and_number(one, other) -> None:
     assert (seeds[0] == seeds[1]) == (key(one) == key(other))
 
 
+def test_each_part_of_a_block_changes_its_seed_and_its_size_does_not() -> None:
+    blocks = [BLOCK, *(other for other in OTHERS if other.n == BLOCK.n)]
+    seeds = [block_seed(3, PROMPT, block) for block in blocks]
+    seeds += [block_seed(4, PROMPT, BLOCK), block_seed(3, (1,), BLOCK)]
+    seeds += [block_seed(3, (1,), replace(BLOCK, start=Start((2, 5))))]
+    assert len(set(seeds)) == len(OTHERS) + 3
+    assert block_seed(3, PROMPT, replace(BLOCK, n=9, along=(1,))) == seeds[0]
+
+
 def test_identity_holds_every_setting_and_every_option(tmp_path) -> None:
     search = job(tmp_path)
     names = {*vars(search.settings), *vars(search.options)}
