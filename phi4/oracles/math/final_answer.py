@@ -19,12 +19,14 @@ _SPELLINGS = (
     ("°", r"^\circ"), ("％", "%"), ("²", "^2"), ("³", "^3"), ("π", r"\pi "), ("∞", r"\infty "),
     ("≤", r"\le "), ("≥", r"\ge "), ("√", r"\sqrt"), ("\u00a0", " "), ("\u202f", " "),
     (r"\dfrac", r"\frac"), (r"\tfrac", r"\frac"), (r"\cfrac", r"\frac"), (r"\%", "%"),
-    ("{,}", ","), (r"\(", ""), (r"\)", ""), (r"\[", ""), (r"\]", ""), (r"\displaystyle", ""),
-    (r"\,", " "), (r"\;", " "), (r"\:", " "), (r"\!", ""), ("\\ ", " "), (r"\quad", " "),
-    ("~", " "), ("**", ""), (r"\leq", r"\le"), (r"\geq", r"\ge"), (r"\lbrace", r"\{"),
+    ("{,}", ","), (r"\displaystyle", ""), (r"\quad", " "), ("~", " "), ("**", ""),
+    (r"\leq", r"\le"), (r"\geq", r"\ge"), (r"\lbrace", r"\{"),
     (r"\rbrace", r"\}"), (r"\mathrm", r"\text"), (r"\textrm", r"\text"), (r"\textbf", r"\text"),
     (r"\mathbf", r"\text"), (r"\mbox", r"\text"),
 )  # fmt: skip
+_SPACING = re.compile(r"(?<!\\)\\[,;:! ]")
+_DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]")
+"""Not after a backslash: two of them end the row of a matrix."""
 _SIZES = re.compile(r"\\(?:left|right|big|Big|bigg|Bigg)[lrm]?(?![a-zA-Z])\s*")
 _TIGHT = re.compile(r"\s*([^\w\s\\.%])\s*")
 
@@ -49,7 +51,7 @@ def spelled(text: str) -> str:
     """A final answer in one spelling of LaTeX: no delimiters, sizes or spacing commands."""
     for other, ours in _SPELLINGS:
         text = text.replace(other, ours)
-    text = _SIZES.sub("", text)
+    text = _SIZES.sub("", _DELIMITERS.sub("", _SPACING.sub(" ", text)))
     # Of an even number of dollars each pair is a delimiter; a single one is money.
     bare = re.findall(r"(?<!\\)\$", text)
     if len(bare) % 2 == 0:

@@ -17,7 +17,7 @@ from phi4.oracles.verdict import Grade, Graded, ToGrade
 
 _REMEDY = "math-verify is not installed; pip install 'phi4[posttraining]'"
 _COMMAND = re.compile(r"\\(?:begin|end)\{[a-z]*matrix\}|\\[a-zA-Z]+")
-_LONG_WORD = re.compile(r"[A-Za-z]{3,}")
+_WORDS = re.compile(r"[A-Za-z]{3,}|\b(?:or|is|if|to|in|of|as|at|by|no|on|so)\b")
 _FUNCTIONS = set(
     [
         "sin",
@@ -92,9 +92,11 @@ class MathOracle:
         for text in (compared.key, compared.answer):
             if _HUGE.search(text):
                 return Graded(Grade.UNGRADABLE, "a power or factorial is too large to compute")
-            words = set(_LONG_WORD.findall(_COMMAND.sub(" ", text))) - _FUNCTIONS
+            words = set(_WORDS.findall(_COMMAND.sub(" ", text))) - _FUNCTIONS
             if words or r"\text" in text:
                 return Graded(Grade.UNGRADABLE, "holds words")
+            if r"\circ" in text:
+                return Graded(Grade.UNGRADABLE, "holds degrees, which math-verify does not read")
         if self._version is None:
             return Graded(Grade.UNGRADABLE, _REMEDY)
         grade, reason = self._workers.ask(compared.key, compared.answer)

@@ -59,6 +59,7 @@ _DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*([CF]?)$")
 _WORDS = re.compile(
     r"(?<=[\d)}])(\s*)([A-Za-zµ]+(?: [A-Za-z]+)?(?:/[A-Za-z]+)?)(?:\^\{?([0-9])\}?)?$"
 )
+_ANGLES = re.compile(r"sin|cos|tan|cot|sec|csc")
 _MONEY = re.compile(r"^(-?)\s*([$€£])\s*(?=[\d.\\(])")
 
 _FACTORS: Mapping[str, tuple[str, Fraction]] = {
@@ -116,10 +117,15 @@ def amount(text: str) -> Amount:
         text, money = found[1] + text[found.end() :], found[2]
     for take in (_percent, _degrees, _text_unit, _word_unit):
         if (taken := take(text)) is not None and taken.body:
-            if money and taken.unit:
+            if (money and taken.unit) or _is_angle(taken):
                 return Amount(text)
             return Amount(taken.body, taken.unit or money, taken.scale)
     return Amount(text, money)
+
+
+def _is_angle(taken: Amount) -> bool:
+    """Whether the degrees are the argument of a function: `\\sin 30^\\circ`."""
+    return taken.unit.startswith("degree") and bool(_ANGLES.search(taken.body))
 
 
 def factor(unit: str) -> tuple[str, Fraction] | None:

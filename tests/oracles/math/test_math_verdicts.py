@@ -15,6 +15,15 @@ R, W, U = Grade.RIGHT, Grade.WRONG, Grade.UNGRADABLE
 
 EXACT = [
     ("5 gallons", "5 liters", {U}),
+    (r"\sin 30^\circ", "1/2", {U}),
+    (r"\sin 30 \text{ degrees}", "0.5", {U}),
+    (r"\frac{\pi}{3}", r"\pi + 60^\circ + 1", {U}),
+    ("1 hour", "60", {U}),
+    ("1 hour", "60 minutes", {R}),
+    ("5", "5 or more", {U}),
+    ("5", "2 or 5", {U}),
+    (r"12.00 \text{ dollars}", r"\$12", {R}),
+    ("3,5,7", "3,5", {W}),
     ("1/2", "0.5", {R}),
     (r"\frac12", "1/2", {R}),
     (r"\frac{1}{2}", r"\boxed{0.5}", {R}),
@@ -82,6 +91,12 @@ EXACT = [
 """Decided by ourselves, or refused by ourselves."""
 
 VERIFIED = [
+    (r"\begin{pmatrix}-1\\2\end{pmatrix}", r"\begin{pmatrix} -1 \\ 2 \end{pmatrix}", {R}),
+    (r"\frac{1}{3}\pi", "1.047197551196597746154214461", {W}),
+    ("p - q", "q-p", {W}),
+    ("5", "5x", {W}),
+    (r"|x|", "x", {W, U}),
+    (r"\frac{\sqrt{3}}{2}", r"\sqrt{3/4}", {R}),
     (r"\sqrt{8}", r"2\sqrt{2}", {R}),
     ("(0,1)", "0<x<1", {R, U}),
     ("0<x<1", "(0,1)", {R, U}),
