@@ -2,6 +2,8 @@
 
 import errno
 import platform
+import re
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +66,23 @@ def test_sockets_are_of_families_that_namespaces_hold(machine: str) -> None:
     assert {verdict(program, word, SOCKET[at], family) for family in (1, 2, 10)} == {ALLOW}
     for family in (0, 3, AF_NETLINK, 17, 38, AF_VSOCK):
         assert verdict(program, word, SOCKET[at], family) == ERRNO | errno.EPERM
+
+
+@pytest.mark.parametrize(
+    ("machine", "header"),
+    [("x86_64", "x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", "asm-generic/unistd.h")],
+)
+def test_numbers_are_those_of_the_headers(machine: str, header: str) -> None:
+    path = Path("/usr/include", header)
+    if not path.exists():
+        return  # comes with the C library's headers; any machine that has them checks for all
+    found = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", path.read_text())
+    numbers = {name: int(number) for name, number in found}
+    ours = DENIED | {"clone": CLONE, "clone3": CLONE3, "socket": SOCKET}
+    known = {name: row[column(machine)] for name, row in ours.items() if name in numbers}
+    known = {name: number for name, number in known.items() if number is not None}
+    assert known == {name: numbers[name] for name in known}
+    assert len(known) > 50
 
 
 def test_filter_of_this_machine_has_its_numbers() -> None:
