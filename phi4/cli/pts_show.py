@@ -39,7 +39,8 @@ def show(directory: Directory, trajectory: Number = 0, png: Png = None) -> None:
 
     rows = list(read_trajectories(directory / TRAJECTORIES_NAME))
     if trajectory >= len(rows):
-        raise DataError(f"--trajectory={trajectory}, but {directory} has {len(rows)}; count from 0")
+        has = f"has {len(rows)}; count from 0" if rows else "has none, for it kept no question"
+        raise DataError(f"--trajectory={trajectory}, but {directory} {has}")
     row = rows[trajectory]
     console = Console(soft_wrap=True, highlight=False)
     verdict = "right" if row.is_right else "wrong"

@@ -7,7 +7,7 @@ questions, so a search that was killed ten times leaves the bytes of one that wa
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def _write(search: Search, store: SearchStore) -> SearchReport:
     partial = [search.directory / f"{name}.partial" for name in names]
     with partial[0].open("wb") as pivots, partial[1].open("wb") as trajectories:
 
-        def written():
+        def written() -> Iterator[QuestionRows]:
             for question in search.questions:
                 rows = decoder.decode(store.result(question.id))
                 pivots.writelines(json_encoder.encode(one) + b"\n" for one in rows.pivots)

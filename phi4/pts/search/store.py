@@ -7,7 +7,7 @@ that were in flight and for no other one, and a block is never half there.
 
 import fcntl
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +141,7 @@ class SearchStore:
 
 
 @contextmanager
-def opened_store(directory: Path, identity: Mapping[str, str]):
+def opened_store(directory: Path, identity: Mapping[str, str]) -> Iterator[SearchStore]:
     """The store of a search, which nobody else writes to meanwhile.
 
     Args:
@@ -185,7 +185,7 @@ def check_store(directory: Path, identity: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def _connected(path: Path):
+def _connected(path: Path) -> Iterator[sqlite3.Connection]:
     connection = sqlite3.connect(path)
     try:
         # Readers, `phi4 pts show` for one, never wait for the search.

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from phi4.errors import ConfigError
+from phi4.errors import ConfigError, SamplerError
 from phi4.pts.search.command import Search, search_and_write
 from phi4.pts.search.rows import PivotRow, TrajectoryRow, read_pivots, read_trajectories
 from phi4.pts.search.settings import SearchMode, settings_of
@@ -204,6 +204,32 @@ def test_questions_together_and_alone_give_the_same_rows(default, tokenizer, tmp
         search = job(tmp_path / one.id, questions=(one,))
         alone += searched(search, tokenizer)[0]
     assert sorted(map(repr, alone)) == sorted(map(repr, pivots))
+
+
+def test_few_questions_and_requests_at_once_change_nothing(
+    default, tokenizer, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("phi4.pts.search.run.MAX_QUESTIONS", 1)
+    monkeypatch.setattr("phi4.pts.search.run.MAX_OPEN", 3)
+    pivots = searched(job(tmp_path, 2), tokenizer)[0]
+    assert pivots == [one for one in default[0] if one.question in ("q0", "q1")]
+
+
+def test_model_that_fails_ends_the_search_and_it_goes_on(default, tokenizer, tmp_path) -> None:
+    class Failing(RecordingSampler):
+        """Fails in the middle of the confirmations."""
+
+        def step(self):
+            if len(self.completions) > 600:
+                raise SamplerError("the endpoint is gone", 0)
+            return super().step()
+
+    with pytest.raises(SamplerError, match="is gone"):
+        searched(job(tmp_path, 2), tokenizer, Failing(tokenizer))
+    assert not (tmp_path / FILES[0]).exists()
+    pivots, _, sampler, _ = searched(job(tmp_path, 2), tokenizer)
+    assert pivots == [one for one in default[0] if one.question in ("q0", "q1")]
+    assert not any(one.log_probs for one in sampler.requests)
 
 
 def test_report_mode_is_one_tree_without_confirmation(tokenizer, tmp_path) -> None:
