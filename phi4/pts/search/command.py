@@ -30,6 +30,7 @@ from phi4.pts.search.rows import (
 from phi4.pts.search.run import SearchRun
 from phi4.pts.search.settings import SearchSettings
 from phi4.pts.search.store import SearchStore, opened_store
+from phi4.pts.search.two_requests import TwoRequestSampler
 from phi4.sampling.protocol import Sampler
 from phi4.sampling.questions import KeyedQuestion
 
@@ -98,6 +99,9 @@ def search_and_write(
         ConfigError: the directory holds another search.
         SamplerError: the model failed; the same search goes on from there.
     """
+    if search.options.top_p < 1:
+        # The completions without a token have to be those that the sampler would draw.
+        sampler = TwoRequestSampler(sampler, redraws=True)
     encoder = msgspec.msgpack.Encoder()
     drawing = BlockDrawing(search.options, tokenizer, oracle)
     with opened_store(search.directory, search.identity) as store:

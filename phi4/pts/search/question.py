@@ -170,7 +170,7 @@ def _reason_to_drop(rollouts: Sequence[Rollout], screen: Share, settings: Search
 
 def _trajectories(rollouts: Sequence[Rollout]) -> tuple[Trajectory, ...]:
     """The first right and the first wrong answer; what was cut off is no whole answer."""
-    finished = [one for one in rollouts if not one.is_truncated]
+    finished = [one for one in rollouts if one.ids and not one.is_truncated]
     picked = [
         next((one for one in finished if one.grade is grade), None)
         for grade in (Grade.RIGHT, Grade.WRONG)

@@ -95,15 +95,15 @@ class SearchReport:
             f"cost: {shown}, {self.seconds:,.1f} seconds; {self.reused:,} completions reused, "
             f"{self.cost.truncated:,} cut off, {self.cost.ungradable:,} ungradable",
             f"per pivot: {per_pivot or 'there is none'}",
-            self.level(),
+            f"level: {self.level()}",
         ]
 
     def level(self) -> str:
         """What the level bounds, in a sentence."""
         if self.settings.mode is SearchMode.REPORT:
-            return "level: none; this mode confirms nothing, so its error rate is not bounded"
+            return "none; this mode confirms nothing, so its error rate is not bounded"
         return (
-            "level: the expected share of a question's confirmed tokens without any effect is at "
+            "the expected share of a question's confirmed tokens without any effect is at "
             f"most {self.settings.alpha:g}; for effects between 0 and 0.1 there is no bound, only "
             "the simulations of docs/pts.md"
         )

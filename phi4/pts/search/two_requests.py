@@ -1,8 +1,10 @@
-"""Forbidding the first token at an endpoint that can forbid tokens only at every position.
+"""A forbidden first token where one request cannot forbid it: first tokens, then the rest.
 
-The decision: such a request becomes two. The first draws one token of each sample under a bias;
-the second goes on from each different token without it. The samples are draws of the same
-distribution as those of one request, and the search sees one request either way.
+The decision: such a request becomes two, and the search sees one. An endpoint can ban a token at
+every position only, so the first request draws one token of each sample under the ban. Where the
+sampler cuts its distribution off (top-p), a ban would let tokens in that it never draws; there the
+first request draws without a ban, and the forbidden ones are drawn again. The second goes on from
+each different token.
 """
 
 import hashlib
@@ -19,8 +21,12 @@ from phi4.sampling.protocol import (
     Request,
     Sampler,
     ScoredPrompt,
-    Token,
 )
+
+_DRAWS_PER_SAMPLE = 6
+"""First tokens that are drawn without a ban for one that is wanted."""
+
+_MAX_ROUNDS = 100
 
 
 @dataclass
@@ -29,34 +35,41 @@ class _OpenRequest:
 
     Attributes:
         request: as it was asked.
-        first_part: the request below that draws first tokens; None without one, or behind it.
-        parts: open requests below, each with the samples that it draws.
-        first: first tokens, by sample, once the first part drew them.
+        is_split: whether it is asked in two parts.
+        parts: open requests below, each with the samples that it draws; None for first tokens.
+        first: of each sample, once it is drawn.
+        drawn: completions of the open request for first tokens.
+        num_rounds: requests for first tokens so far.
         num_left: samples without a completion.
-        is_cancelled: no second part is asked for.
+        is_cancelled: nothing more is asked for.
     """
 
     request: Request
-    first_part: int | None
-    parts: dict[int, Sequence[int]]
-    first: dict[int, Token] = field(default_factory=dict)
+    is_split: bool
+    parts: dict[int, Sequence[int] | None] = field(default_factory=dict)
+    first: list[Completion] = field(default_factory=list)
+    drawn: list[Completion] = field(default_factory=list)
+    num_rounds: int = 0
     num_left: int = 0
     is_cancelled: bool = False
 
 
 class TwoRequestSampler:
-    """A `Sampler` over one that refuses `forbidden_first` with more than one new token.
+    """A `Sampler` whose `forbidden_first` is exact on the sampler below.
 
     Args:
         sampler: below; this one closes it.
+        redraws: draw first tokens without a ban, and again those that are forbidden.
     """
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: Sampler, redraws: bool = False) -> None:
         self._sampler = sampler
+        self._redraws = redraws
         self._num_requests = 0
         self._open: dict[int, _OpenRequest] = {}
         self._owners: dict[int, int] = {}
         self._happened: list[Event] = []
+        self._failed: list[SamplerError] = []
 
     @property
     def limits(self) -> ModelLimits:
@@ -69,41 +82,39 @@ class TwoRequestSampler:
         Raises:
             ConfigError: stop strings together with a forbidden first token are asked for, too.
         """
-        is_split = bool(request.forbidden_first) and not request.forced and request.max_tokens > 1
+        is_split = bool(request.forbidden_first) and not request.forced
+        is_split = is_split and (self._redraws or request.max_tokens > 1)
         if is_split and request.stop_strings:
             raise ConfigError(
-                "an endpoint cannot forbid the first token and stop at a string, which may begin "
+                "a request cannot forbid the first token and stop at a string, which may begin "
                 "with it; leave stop_strings out"
             )
-        part = self._sampler.submit(replace(request, max_tokens=1) if is_split else request)
+        one = _OpenRequest(request, is_split, num_left=request.n)
         request_id = self._num_requests
+        if is_split:
+            self._ask_first(one, request_id)
+        else:
+            self._ask(one, request_id, request, range(request.n))
         self._num_requests += 1
-        parts = {part: range(request.n)}
-        self._open[request_id] = _OpenRequest(
-            request, part if is_split else None, parts, num_left=request.n
-        )
-        self._owners[part] = request_id
+        self._open[request_id] = one
         return request_id
 
     def step(self) -> Sequence[Event]:
         """See `Sampler.step`."""
-        failed: SamplerError | None = None
         try:
             events = self._sampler.step()
         except SamplerError as error:
-            events, failed = (), error
+            events = ()
+            self._fail(error)
         for event in events:
             # A request that failed is gone; what is still said of its parts is dropped.
             if event.request_id in self._owners:
                 try:
                     self._take(event, self._owners[event.request_id])
                 except SamplerError as error:
-                    failed = error
-                    self._sampler.cancel(event.request_id)
-        if failed is not None and failed.request_id in self._owners:
-            request_id = self._owners[failed.request_id]
-            self._forget(request_id)
-            raise SamplerError(str(failed), request_id) from None
+                    self._fail(error)
+        if self._failed:
+            raise self._failed.pop(0)
         happened, self._happened = self._happened, []
         return happened
 
@@ -122,75 +133,126 @@ class TwoRequestSampler:
 
     def _take(self, event: Event, request_id: int) -> None:
         one = self._open[request_id]
+        samples = one.parts[event.request_id]
         if isinstance(event, ScoredPrompt):
             self._happened.append(replace(event, request_id=request_id))
-            return
-        sample = one.parts[event.request_id][event.sample]
-        if isinstance(event, NewToken):
-            if event.request_id == one.first_part:
-                _check(event.token, one.request, event.request_id)
+        elif samples is None:
+            self._take_first(event, one, request_id)
+        elif isinstance(event, NewToken):
+            sample = samples[event.sample]
             self._happened.append(NewToken(request_id, sample, event.token))
-            return
-        is_first = event.request_id == one.first_part
-        if is_first and event.finish_reason is FinishReason.LENGTH:
-            one.first[sample] = event.tokens[0]
         else:
-            before = (one.first[sample],) if sample in one.first else ()
-            self._end(one, replace(event, request_id=request_id, sample=sample), before)
+            sample = samples[event.sample]
+            before = one.first[sample].tokens if one.is_split else ()
+            ended = replace(event, request_id=request_id, sample=sample)
+            self._end(one, replace(ended, tokens=(*before, *event.tokens)))
         if one.num_left == 0:
             self._forget(request_id)
-        elif is_first and len(one.first) == one.num_left:
+
+    def _take_first(self, event: NewToken | Completion, one: _OpenRequest, request_id: int) -> None:
+        """First tokens are told once all of a request are there."""
+        if isinstance(event, NewToken):
+            return
+        one.drawn.append(event)
+        if len(one.drawn) < self._num_first(one):
+            return
+        drawn, one.drawn = sorted(one.drawn, key=lambda ended: ended.sample), []
+        if one.is_cancelled:
+            one.first = [replace(ended, tokens=()) for ended in drawn[: one.request.n]]
+        else:
+            allowed = self._allowed(drawn, one, event.request_id)
+            one.first += allowed[: one.request.n - len(one.first)]
+        del one.parts[event.request_id], self._owners[event.request_id]
+        if len(one.first) < one.request.n:
+            self._ask_first(one, request_id)
+        else:
             self._ask_second(one, request_id)
 
-    def _end(self, one: _OpenRequest, ended: Completion, before: tuple[Token, ...]) -> None:
-        one.num_left -= 1
-        self._happened.append(replace(ended, tokens=(*before, *ended.tokens)))
+    def _allowed(
+        self, drawn: Sequence[Completion], one: _OpenRequest, part: int
+    ) -> list[Completion]:
+        banned = one.request.forbidden_first
+        kept = [ended for ended in drawn if not {token.id for token in ended.tokens} & banned]
+        if not self._redraws and len(kept) < len(drawn):
+            # A server that does not know the bias would draw what is forbidden, unnoticed.
+            raise SamplerError(
+                f"the endpoint drew one of the token ids {sorted(banned)}, which logit_bias=-100 "
+                "forbids; use one that takes logit_bias",
+                part,
+            )
+        if not kept and one.num_rounds == _MAX_ROUNDS:
+            raise SamplerError("the model draws forbidden first tokens only", part)
+        return kept
+
+    def _num_first(self, one: _OpenRequest) -> int:
+        lacking = one.request.n - len(one.first)
+        return lacking * _DRAWS_PER_SAMPLE if self._redraws else lacking
+
+    def _ask_first(self, one: _OpenRequest, request_id: int) -> None:
+        request = replace(one.request, max_tokens=1, n=self._num_first(one))
+        if self._redraws:
+            seed = _seed(one.request.seed, f"round {one.num_rounds}")
+            request = replace(request, forbidden_first=frozenset(), seed=seed)
+        one.num_rounds += 1
+        self._ask(one, request_id, request, None)
 
     def _ask_second(self, one: _OpenRequest, request_id: int) -> None:
+        """Go on from each different first token; it ended the sample where it is a stop."""
         request = one.request
-        del one.parts[one.first_part], self._owners[one.first_part]
-        one.first_part = None
         by_token: dict[int, list[int]] = {}
-        for sample in sorted(one.first):
-            by_token.setdefault(one.first[sample].id, []).append(sample)
+        for sample, ended in enumerate(one.first):
+            self._happened += [NewToken(request_id, sample, token) for token in ended.tokens]
+            goes_on = ended.finish_reason is FinishReason.LENGTH and request.max_tokens > 1
+            if goes_on and not one.is_cancelled:
+                by_token.setdefault(ended.tokens[0].id, []).append(sample)
+            else:
+                reason = FinishReason.CANCELLED if one.is_cancelled else ended.finish_reason
+                ended = replace(ended, request_id=request_id, sample=sample, finish_reason=reason)
+                self._end(one, ended)
         for token_id, samples in by_token.items():
-            if one.is_cancelled:
-                for sample in samples:
-                    ended = Completion(request_id, sample, (), FinishReason.CANCELLED)
-                    self._end(one, ended, (one.first[sample],))
-                continue
-            part = self._sampler.submit(
-                replace(
-                    request,
-                    prompt=(*request.prompt, token_id),
-                    n=len(samples),
-                    max_tokens=request.max_tokens - 1,
-                    forbidden_first=frozenset(),
-                    prompt_log_probs=False,
-                    seed=_seed(request.seed, token_id),
-                )
+            rest = replace(
+                request,
+                prompt=(*request.prompt, token_id),
+                n=len(samples),
+                max_tokens=request.max_tokens - 1,
+                forbidden_first=frozenset(),
+                prompt_log_probs=False,
+                seed=_seed(request.seed, f"token {token_id}"),
             )
-            one.parts[part] = samples
-            self._owners[part] = request_id
-        if one.num_left == 0:
-            self._forget(request_id)
+            self._ask(one, request_id, rest, samples)
+
+    def _ask(
+        self,
+        one: _OpenRequest,
+        request_id: int,
+        request: Request,
+        samples: Sequence[int] | None,
+    ) -> None:
+        part = self._sampler.submit(request)
+        one.parts[part] = samples
+        self._owners[part] = request_id
+
+    def _end(self, one: _OpenRequest, ended: Completion) -> None:
+        one.num_left -= 1
+        self._happened.append(ended)
+
+    def _fail(self, error: SamplerError) -> None:
+        """A part failed, and its request with it."""
+        if error.request_id not in self._owners:
+            return
+        request_id = self._owners[error.request_id]
+        for part in self._open[request_id].parts:
+            if part != error.request_id:
+                self._sampler.cancel(part)
+        self._forget(request_id)
+        self._failed.append(SamplerError(str(error), request_id))
 
     def _forget(self, request_id: int) -> None:
-        for part in self._open.pop(request_id).parts:
-            del self._owners[part]
+        self._open.pop(request_id, None)
+        self._owners = {part: one for part, one in self._owners.items() if one != request_id}
 
 
-def _check(token: Token, request: Request, part: int) -> None:
-    """A server that does not know the bias would draw what is forbidden, unnoticed."""
-    if token.id in request.forbidden_first:
-        raise SamplerError(
-            f"the endpoint drew token id {token.id}, which logit_bias=-100 forbids; use one that "
-            "takes logit_bias",
-            part,
-        )
-
-
-def _seed(seed: int, token_id: int) -> int:
-    """Of the second part behind a token."""
-    digest = hashlib.blake2b(f"{seed} {token_id}".encode(), digest_size=8).digest()
+def _seed(seed: int, name: str) -> int:
+    """Of a part of a request."""
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

@@ -71,17 +71,42 @@ def test_first_token_is_forbidden_and_later_ones_are_not(tokenizer) -> None:
     assert len({body["seed"] for body in bodies}) == 3
 
 
-def test_shares_are_those_of_one_request(tokenizer) -> None:
+@pytest.mark.parametrize("redraws", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_shares_are_those_of_one_request(tokenizer, redraws: bool, temperature: float) -> None:
     """On a sampler that can do both: the same distribution, told by its tokens."""
-    request, wanted = asking(n=1500, max_tokens=2), {}
+    request, wanted = asking(n=1000, max_tokens=2, temperature=temperature), {}
     for name in ("one", "two"):
         below = ScriptedSampler(letters, tokenizer)
-        sampler = TwoRequestSampler(below) if name == "two" else below
+        sampler = TwoRequestSampler(below, redraws) if name == "two" else below
         counts = Counter(map(tuple, drawn_ids(run(sampler, request)[0])))
         wanted[name] = {ids: num / request.n for ids, num in counts.items()}
     assert wanted["one"].keys() == wanted["two"].keys()
     for ids, share in wanted["one"].items():
         assert share == pytest.approx(wanted["two"][ids], abs=0.05)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_redraws_stay_in_the_nucleus_where_a_ban_would_leave_it(tokenizer, max_tokens) -> None:
+    """Top-p keeps A, B and C; without A, a ban would let the end in."""
+    request = asking(top_p=0.75, n=60, max_tokens=max_tokens)
+    banned = run(ScriptedSampler(letters, tokenizer), request)[0]
+    assert END in {ids[0] for ids in drawn_ids(banned)}
+    found = run(TwoRequestSampler(ScriptedSampler(letters, tokenizer), redraws=True), request)[0]
+    check_events(request, found, tokenizer)
+    counts = Counter(ids[0] for ids in drawn_ids(found))
+    assert counts.keys() == {B, C} and counts[B] > counts[C] > 10
+
+
+def test_redraws_go_on_until_there_are_enough_and_then_give_up(tokenizer) -> None:
+    def rarely(ids: tuple[int, ...]) -> dict[int, float]:
+        return {A: 0.98, B: 0.02} if len(ids) == 1 else {END: 1.0}
+
+    sampler = TwoRequestSampler(ScriptedSampler(rarely, tokenizer), redraws=True)
+    assert drawn_ids(run(sampler, asking(n=5))[0]) == [[B, END]] * 5
+    with pytest.raises(SamplerError, match="forbidden first tokens only") as caught:
+        run(sampler, asking(n=5, forbidden_first=frozenset((A, B))))
+    assert caught.value.request_id == 1
 
 
 def test_other_requests_pass_as_they_are(tokenizer) -> None:
@@ -106,9 +131,10 @@ def test_stop_strings_are_refused(tokenizer) -> None:
     assert not sampler.step()
 
 
+@pytest.mark.parametrize("redraws", [False, True])
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
-def test_cancel_ends_every_sample_once(tokenizer, steps: int) -> None:
-    sampler = TwoRequestSampler(ScriptedSampler(letters, tokenizer))
+def test_cancel_ends_every_sample_once(tokenizer, steps: int, redraws: bool) -> None:
+    sampler = TwoRequestSampler(ScriptedSampler(letters, tokenizer), redraws)
     request_id = sampler.submit(asking(max_tokens=50))
     happened = [event for _ in range(steps) for event in sampler.step()]
     sampler.cancel(request_id)
@@ -134,7 +160,7 @@ def test_server_that_ignores_the_ban_is_an_error_of_its_request(tokenizer) -> No
             except SamplerError as error:
                 failed.append(error)
     assert [error.request_id for error in failed] == [bad]
-    assert "drew token id 65, which logit_bias=-100 forbids" in str(failed[0])
+    assert "drew one of the token ids [65], which logit_bias=-100 forbids" in str(failed[0])
     assert {event.request_id for event in happened if event.request_id != bad} == {0, other}
 
 

@@ -67,14 +67,14 @@ def searched(
 
 @pytest.fixture(scope="module")
 def default(tokenizer, tmp_path_factory):
-    """Six questions, searched once."""
+    """Four questions, searched once."""
     directory = tmp_path_factory.mktemp("default")
-    return *searched(job(directory, 6), tokenizer), directory
+    return *searched(job(directory, 4), tokenizer), directory
 
 
 def test_planted_pivots_are_all_there_once_and_nothing_else(default) -> None:
     pivots, trajectories, *_ = default
-    assert len(trajectories) == 12
+    assert len(trajectories) == 8
     assert {one.is_right for one in trajectories} == {True, False}
     expected = Counter(
         (one.question, tuple(one.ids[: position + 1]), effect > 0)
@@ -180,7 +180,7 @@ def test_prefixes_are_the_drawn_ids_even_inside_a_character(default, tokenizer) 
 def test_search_asks_for_what_it_needs_and_in_batches(default) -> None:
     _, _, sampler, oracle, directory = default
     screens = [one for one in sampler.requests if one.log_probs]
-    assert [one.n for one in screens] == [16] * 6
+    assert [one.n for one in screens] == [16] * 4
     forced = [one for one in sampler.requests if one.forced]
     forbidden = [one for one in sampler.requests if one.forbidden_first]
     assert {one.n for one in forced + forbidden} == {8}
@@ -193,14 +193,14 @@ def test_search_asks_for_what_it_needs_and_in_batches(default) -> None:
     assert report["completions"] == len(sampler.completions)
     drawn = sum(len(one.tokens) for one in sampler.completions)
     assert report["tokens"] == drawn - sum(one.n * len(one.forced) for one in sampler.requests)
-    assert (report["questions"], report["kept"], report["dropped"]) == (6, 6, {})
+    assert (report["questions"], report["kept"], report["dropped"]) == (4, 4, {})
     assert report["per_pivot"]["completions"] > 0
 
 
 def test_questions_together_and_alone_give_the_same_rows(default, tokenizer, tmp_path) -> None:
     pivots, *_ = default
     alone = []
-    for one in reversed(questions(6)):
+    for one in reversed(questions(4)):
         search = job(tmp_path / one.id, questions=(one,))
         alone += searched(search, tokenizer)[0]
     assert sorted(map(repr, alone)) == sorted(map(repr, pivots))
@@ -220,16 +220,25 @@ def test_model_that_fails_ends_the_search_and_it_goes_on(default, tokenizer, tmp
         """Fails in the middle of the confirmations."""
 
         def step(self):
-            if len(self.completions) > 600:
+            if len(self.completions) > 400:
                 raise SamplerError("the endpoint is gone", 0)
             return super().step()
 
     with pytest.raises(SamplerError, match="is gone"):
-        searched(job(tmp_path, 2), tokenizer, Failing(tokenizer))
+        searched(job(tmp_path, 1), tokenizer, Failing(tokenizer))
     assert not (tmp_path / FILES[0]).exists()
-    pivots, _, sampler, _ = searched(job(tmp_path, 2), tokenizer)
-    assert pivots == [one for one in default[0] if one.question in ("q0", "q1")]
+    pivots, _, sampler, _ = searched(job(tmp_path, 1), tokenizer)
+    assert pivots == [one for one in default[0] if one.question == "q0"]
     assert not any(one.log_probs for one in sampler.requests)
+
+
+def test_top_p_forbids_nothing_below_and_finds_the_same_kind(tokenizer, tmp_path) -> None:
+    """A nucleus of 0.95 leaves the planted model as it is, but for what is rarely drawn."""
+    search = job(tmp_path, num=1, options=replace(OPTIONS, top_p=0.95))
+    pivots, _, sampler, _ = searched(search, tokenizer)
+    assert not any(one.forbidden_first for one in sampler.requests)
+    assert pivots and {one.position for one in pivots} <= {FORK, TURN, LAST}
+    assert all(one.counterpart.id != one.token for one in pivots if one.counterpart)
 
 
 def test_report_mode_is_one_tree_without_confirmation(tokenizer, tmp_path) -> None:
@@ -325,13 +334,13 @@ def test_pivot_without_a_counterpart_says_why(tokenizer, tmp_path) -> None:
         return chances(answer)[1]
 
     settings = settings_of(SearchMode.DEFAULT, seed=3)
-    pivots, *_ = searched(job(tmp_path / "a"), tokenizer, RecordingSampler(tokenizer, script))
+    pivots, *_ = searched(job(tmp_path / "a", 1), tokenizer, RecordingSampler(tokenizer, script))
     fork = next(one for one in pivots if one.token == GOOD)
     # The likeliest few were forced, until each had enough.
     assert fork.counterpart.id in others
     assert fork.counterpart.trials == 8
 
-    lone = job(tmp_path / "b", settings=replace(settings, counterpart_tokens=0))
+    lone = job(tmp_path / "b", 1, settings=replace(settings, counterpart_tokens=0))
     pivots, *_ = searched(lone, tokenizer, RecordingSampler(tokenizer, script))
     fork = next(one for one in pivots if one.token == GOOD)
     assert fork.counterpart is None and fork.chosen_id is None and fork.rejected_id is None
