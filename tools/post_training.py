@@ -37,6 +37,8 @@ from phi4.verify.measured_rows import append_row, provenance
 LEAST_ERRORS = 2.0
 """Standard errors that a stage has to gain."""
 LONG_OPERATORS, LONG_PRECEDENCE_ERROR = 6, 0.2
+LONG_BASE = ("run.steps=2000",)
+"""Documents of the long task have three times the tokens."""
 MOST_COMPARISONS = 40
 """Of a question's answers; more would only repeat the answers."""
 
@@ -154,7 +156,12 @@ def _settings(
     )
     if task == "short":
         return short
-    return replace(short, num_operators=LONG_OPERATORS, precedence_error=LONG_PRECEDENCE_ERROR)
+    return replace(
+        short,
+        num_operators=LONG_OPERATORS,
+        precedence_error=LONG_PRECEDENCE_ERROR,
+        base_overrides=LONG_BASE,
+    )
 
 
 def _errors(one: Estimate) -> float:

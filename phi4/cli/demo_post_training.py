@@ -37,6 +37,7 @@ class ChainSettings:
         precedence_error: of the documents' writer.
         scale: of documents and questions.
         overrides: of all recipes.
+        base_overrides: of the base model's recipe besides.
     """
 
     out: Path = USUAL_OUT
@@ -45,6 +46,7 @@ class ChainSettings:
     precedence_error: float = 0.4
     scale: float = 1.0
     overrides: Sequence[str] = ()
+    base_overrides: Sequence[str] = ()
 
     def data_options(self) -> list[str]:
         """Options of `phi4 data reasoning`, where they are not its defaults."""
@@ -101,7 +103,8 @@ class PostTraining:
             "The task: arithmetic modulo 10, written by somebody who takes sums before products.",
             *("data", "reasoning", f"--out={self.data}", *settings.data_options()),
         )
-        self._train("Pretraining on all that was written, right or wrong.", "pretrain")
+        why = "Pretraining on all that was written, right or wrong."
+        self._train(why, "pretrain", *settings.base_overrides)
         return self._out / "base"
 
     def fine_tuned(self, base: Path) -> Path:

@@ -90,6 +90,8 @@ def test_overrides_reach_all_recipes(planned: Plan) -> None:
     recipes = recipes_of(ran)
     assert {recipe.run.steps for recipe in recipes.values()} == {2}
     assert {recipe.parallel.data for recipe in recipes.values()} == {1}
+    longer = recipes_of(planned(base_overrides=("run.steps=3",)))
+    assert [name for name, recipe in longer.items() if recipe.run.steps == 3] == ["base"]
 
 
 NOT_YET = {("data", "best-of"), ("pts", "search"), ("pts", "pairs"), ("judge", "pairs")}
