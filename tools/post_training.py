@@ -6,12 +6,16 @@ Four questions, each answered by a row of figures, whatever they are:
   than two standard errors, paired? This one is the verdict.
 - `full_pairs_equal_pairs`: what becomes of as many pairs of whole answers in place of the pivots?
 - `full_pairs_equal_completions`: and of the pairs that as many completions give as the search drew?
-- `long`: all of this again on answers of 42 tokens, whose writer errs half as often.
+- `--tasks long`: all of this again on answers of 42 tokens, whose writer errs half as often.
 
-    python -m tools.post_training --seeds 1 2 3 --json benchmarks/post_training.jsonl
+Seeds are made of the hash of the recipes and of the chain, so they are drawn when those are frozen,
+and nobody has seen their test questions before.
+
+    python -m tools.post_training --draw 3 --json benchmarks/post_training.jsonl
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -39,6 +43,12 @@ LEAST_ERRORS = 2.0
 LONG_OPERATORS, LONG_PRECEDENCE_ERROR = 6, 0.2
 LONG_BASE = ("run.steps=2000",)
 """Documents of the long task have three times the tokens."""
+FROZEN = (
+    "examples/recipes/reasoning_*.toml",
+    "phi4/cli/demo_post_training.py",
+    "phi4/data/demo/reasoning.py",
+)
+"""What seeds are drawn from."""
 MOST_COMPARISONS = 40
 """Of a question's answers; more would only repeat the answers."""
 
@@ -46,17 +56,19 @@ MOST_COMPARISONS = 40
 def main() -> int:
     """Command line; exit 1 where a stage of the short task gains too little."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--draw", type=int, default=3, help="so many seeds are drawn")
+    parser.add_argument("--seeds", type=int, nargs="+", help="these seeds in place of drawn ones")
     parser.add_argument("--out", type=Path, default=Path("runs/post_training"))
     parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--tasks", nargs="+", choices=("short", "long"), default=["short", "long"])
+    parser.add_argument("--tasks", nargs="+", choices=("short", "long"), default=["short"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="of all recipes, as run.steps=2")
     asked = parser.parse_args()
+    seeds = asked.seeds or drawn_seeds(asked.draw)
     commit = provenance()["commit"]
     failed = []
     for task in asked.tasks:
-        for seed in asked.seeds:
+        for seed in seeds:
             settings = _settings(task, seed, asked.out, asked.scale, asked.overrides)
             rows = list(measure(settings))
             for row in rows:
@@ -69,8 +81,18 @@ def main() -> int:
     if failed:
         print(f"a stage gained too little with seeds {failed}")
         return 1
-    print(f"every stage gained more than {LEAST_ERRORS:g} standard errors, seeds {asked.seeds}")
+    print(f"every stage gained more than {LEAST_ERRORS:g} standard errors, seeds {seeds}")
     return 0
+
+
+def drawn_seeds(num: int) -> list[int]:
+    """Seeds that follow from the recipes and the chain as they stand."""
+    digest = hashlib.sha256()
+    for pattern in FROZEN:
+        for path in sorted(Path().glob(pattern)):
+            digest.update(path.read_bytes())
+    numbers = digest.digest()
+    return [int.from_bytes(numbers[2 * index : 2 * index + 2]) for index in range(num)]
 
 
 def measure(settings: ChainSettings) -> list[dict[str, object]]:

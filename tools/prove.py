@@ -41,8 +41,9 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "host-time": ("tools.host_time", "--json=benchmarks/host_time.jsonl"),
     "pts-simulation": ("tools.pts_simulation", "--json=benchmarks/pts_simulation.jsonl"),
     "generation-time": ("tools.generation_time", "--json=benchmarks/generation.jsonl"),
-    "post-training": (
-        *("tools.post_training", "--seeds", "1", "2", "3"),
+    "post-training": ("tools.post_training", "--json=benchmarks/post_training.jsonl"),
+    "post-training-long": (
+        *("tools.post_training", "--tasks", "long", "--draw=1"),
         "--json=benchmarks/post_training.jsonl",
     ),
     "stragglers": ("tools.prove_stragglers",),
