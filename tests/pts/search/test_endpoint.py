@@ -22,6 +22,7 @@ from tests.pts.search.planted import (
     TURN,
     LastLetterOracle,
     PlantedScript,
+    RecordingSampler,
     questions,
     true_effects,
 )
@@ -102,8 +103,11 @@ def test_redraws_go_on_until_there_are_enough_and_then_give_up(tokenizer) -> Non
     def rarely(ids: tuple[int, ...]) -> dict[int, float]:
         return {A: 0.98, B: 0.02} if len(ids) == 1 else {END: 1.0}
 
-    sampler = TwoRequestSampler(ScriptedSampler(rarely, tokenizer), redraws=True)
+    below = RecordingSampler(tokenizer, rarely)
+    sampler = TwoRequestSampler(below, redraws=True)
     assert drawn_ids(run(sampler, asking(n=5))[0]) == [[B, END]] * 5
+    # No round repeats the draws of another one.
+    assert len({request.seed for request in below.requests}) == len(below.requests) > 3
     with pytest.raises(SamplerError, match="forbidden first tokens only") as caught:
         run(sampler, asking(n=5, forbidden_first=frozenset((A, B))))
     assert caught.value.request_id == 1

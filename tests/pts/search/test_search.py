@@ -211,7 +211,9 @@ def test_few_questions_and_requests_at_once_change_nothing(
 ) -> None:
     monkeypatch.setattr("phi4.pts.search.run.MAX_QUESTIONS", 1)
     monkeypatch.setattr("phi4.pts.search.run.MAX_OPEN", 3)
-    pivots = searched(job(tmp_path, 2), tokenizer)[0]
+    pivots, _, sampler, _ = searched(job(tmp_path, 2), tokenizer)
+    order = [request.prompt[1] for request in sampler.requests]
+    assert order == sorted(order)
     assert pivots == [one for one in default[0] if one.question in ("q0", "q1")]
 
 

@@ -7,11 +7,13 @@ from phi4.pts.search.rows import PivotMark, PointRow, TrajectoryRow
 from phi4.pts.search.show import (
     color_of,
     draw_trajectory,
+    ink_of,
     measured_lines,
     shares_behind,
     trajectory_text,
 )
 
+BLACK, WHITE = "#000000", "#ffffff"
 TEXTS = ["The", " sum", " is", " $", "4", "$\n", "[x]", "你", "."]
 ROW = TrajectoryRow(
     trajectory="q7/right",
@@ -40,6 +42,7 @@ def test_colors_go_from_one_end_to_the_other() -> None:
     colors = [color_of(share) for share in shares]
     assert len(set(colors)) == 6 and colors == sorted(colors, key=colors.index)
     assert color_of(None) not in colors
+    assert [ink_of(share) for share in (0.0, 0.5, 1.0, None)] == [WHITE, BLACK, WHITE, BLACK]
 
 
 def test_text_is_the_answer_with_its_pivots_marked() -> None:
