@@ -170,21 +170,24 @@ def _with_counterparts(
 ) -> Asks[list[Pivot]]:
     """Few completions may follow every other token: the likeliest ones are drawn after."""
     by_token = [_by_first(one.others) for one in tested]
-    blocks: list[RolloutBlock] = []
-    owners: list[int] = []
+    lacking: dict[Start, int] = {}
+    owners: dict[Start, list[int]] = defaultdict(list)
     for index, (one, drawn) in enumerate(zip(tested, by_token, strict=True)):
         shares = {token: share_of(rollouts) for token, rollouts in drawn.items()}
-        if all(share.trials < settings.counterpart_trials for share in shares.values()):
-            likeliest = sorted(drawn, key=lambda token: (-len(drawn[token]), token))
-            prefix = trajectories[one.candidate.trajectory].ids[: one.candidate.position]
-            for token in likeliest[: settings.counterpart_tokens]:
-                lacking = settings.counterpart_trials - shares[token].trials
-                start = Start(prefix, forced=token)
-                blocks.append(RolloutBlock(Purpose.COUNTERPART, start, 0, lacking))
-                owners.append(index)
-    if blocks:
-        drawn_after = yield blocks
-        for index, block, rollouts in zip(owners, blocks, drawn_after, strict=True):
+        if any(share.trials >= settings.counterpart_trials for share in shares.values()):
+            continue
+        likeliest = sorted(drawn, key=lambda token: (-len(drawn[token]), token))
+        prefix = trajectories[one.candidate.trajectory].ids[: one.candidate.position]
+        for token in likeliest[: settings.counterpart_tokens]:
+            # Pivots of two trajectories in one place share what follows a third token.
+            start = Start(prefix, forced=token)
+            num_lacking = settings.counterpart_trials - shares[token].trials
+            lacking[start] = max(num_lacking, lacking.get(start, 0))
+            owners[start].append(index)
+    blocks = [RolloutBlock(Purpose.COUNTERPART, start, 0, n) for start, n in lacking.items()]
+    drawn_after = (yield blocks) if blocks else []
+    for block, rollouts in zip(blocks, drawn_after, strict=True):
+        for index in owners[block.start]:
             by_token[index][block.start.forced] += rollouts
     return [_pivot(one, drawn, settings) for one, drawn in zip(tested, by_token, strict=True)]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from phi4.oracles.verdict import Grade
 from phi4.pts.search.confirm import Confirmation, EProcess, confirmed
 from phi4.pts.search.pivots import pivots_of_tests
-from phi4.pts.search.rollouts import Rollout, Share
+from phi4.pts.search.rollouts import Rollout, Share, Start
 from phi4.pts.search.settings import SearchMode, settings_of
 from phi4.pts.search.tree import CandidateToken, Trajectory
 
@@ -162,6 +162,39 @@ def test_small_effect_is_confirmed_and_yet_no_pivot() -> None:
         with pytest.raises(StopIteration) as ended:
             next(asks)
         assert len(ended.value.value) == num
+
+
+def test_pivots_in_one_place_share_what_follows_a_third_token() -> None:
+    """A right and a wrong trajectory part there, and other tokens are seldom drawn."""
+
+    def tested(token: int, is_right: bool, firsts: list[int]) -> Confirmation:
+        test, grades = Confirmation(0.3, 2, SETTINGS), (Grade.WRONG, Grade.RIGHT)
+        with_token = [Rollout(grades[is_right], token, 1)] * len(firsts)
+        test.add(with_token, [Rollout(grades[not is_right], first, 1) for first in firsts])
+        return test
+
+    trajectories = [
+        Trajectory((1, 1), (math.log(0.3), -0.1), True),
+        Trajectory((2, 1), (math.log(0.3), -0.1), False),
+    ]
+    tests = [
+        tested(1, True, [9] * 4 + [101] * 6 + [102] * 6),
+        tested(2, False, [9] * 2 + [201] * 7 + [202] * 7),
+    ]
+    candidates = [CandidateToken(0, 0), CandidateToken(1, 0)]
+    asks = pivots_of_tests(candidates, tests, trajectories, SETTINGS)
+    blocks = next(asks)
+    starts = [block.start for block in blocks]
+    assert len(set(starts)) == len(starts)
+    third = blocks[starts.index(Start((), forced=9))]
+    assert third.n == 6
+    answers = [[Rollout(Grade.WRONG, block.start.forced, 1)] * block.n for block in blocks]
+    with pytest.raises(StopIteration) as ended:
+        asks.send(answers)
+    first, second = ended.value.value
+    assert first.counterpart is not None
+    assert first.counterpart.share.trials >= SETTINGS.counterpart_trials
+    assert second.no_pair_reason or second.counterpart.share.trials >= SETTINGS.counterpart_trials
 
 
 def test_mode_without_confirmation_asks_for_nothing() -> None:
