@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from phi4.errors import DataError
-from phi4.oracles.verdict import Grade, Oracle, ToGrade
+from phi4.oracles.verdict import Grade, Oracle
 from phi4.pts.answers import AnswerRow
+from phi4.pts.grading import grade_answers
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,18 @@ def score_answers(rows: Iterable[AnswerRow], oracle: Oracle) -> Score:
     rows = list(rows)
     if not rows:
         raise DataError("there is no answer to score; draw some with `phi4 answers draw`")
-    finished = [row for row in rows if row.is_finished]
-    graded = iter(oracle.grade([ToGrade(row.text, row.key) for row in finished]))
     shares: dict[str, list[float]] = {}
     num_ungradable = 0
-    for row in rows:
+    for row, graded in zip(rows, grade_answers(oracle, rows), strict=True):
         of_question = shares.setdefault(row.question, [])
-        grade = next(graded).outcome if row.is_finished else Grade.WRONG
-        if grade is Grade.UNGRADABLE:
+        if graded.outcome is Grade.UNGRADABLE:
             num_ungradable += 1
         else:
-            of_question.append(float(grade is Grade.RIGHT))
+            of_question.append(float(graded.outcome is Grade.RIGHT))
     return Score(
         shares={name: math.fsum(one) / len(one) for name, one in shares.items() if one},
         num_answers=len(rows),
-        num_truncated=len(rows) - len(finished),
+        num_truncated=sum(not row.is_finished for row in rows),
         num_ungradable=num_ungradable,
         num_ungraded_questions=sum(not one for one in shares.values()),
     )
