@@ -44,6 +44,7 @@ def figures_row(settings: ChainSettings, figures: Sequence[StageFigures]) -> dic
     return {
         "seed": settings.seed,
         "operators": settings.num_operators,
+        "precedence_error": settings.precedence_error,
         "stages": {
             one.name: {
                 "sampled": vars(one.sampled.accuracy),
