@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.marked_block import replace_block
+from tools.post_training_table import readme_line
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -169,6 +170,12 @@ def _gpu_step_time(run: Row) -> tuple[str, str]:
     return what, result
 
 
+def _post_training_run(rows: list[Row]) -> list[Row]:
+    """All rows as one; none without figures of the short task."""
+    line = readme_line(rows)
+    return [{"line": line, "commit": line[2]}] if line else []
+
+
 FACTS: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], tuple[str, str]]], ...] = (
     ("demo.jsonl", lambda row: True, _demo),
     ("parity.jsonl", lambda row: row["passed"], _parity),
@@ -183,12 +190,15 @@ FACTS: tuple[tuple[str, Callable[[Row], bool], Callable[[Row], tuple[str, str]]]
         _gpu_step_time,
     ),
     ("dpo_one_forward.jsonl", lambda row: True, _one_forward),
+    ("post_training.jsonl", lambda row: True, lambda row: row["line"][:2]),
     ("generation.jsonl", lambda row: True, _decode_step),
     ("generation.jsonl", lambda row: True, _samples),
     ("data_startup.jsonl", lambda row: row["case"] == "blend", _start_up),
     ("data_startup.jsonl", lambda row: row["case"] == "throughput", _loader),
     ("data_tokenize.jsonl", lambda row: row["cores_used"] == row["machine_cores"], _tokenize),
 )
+_GROUPED = {"gpu_step_time.jsonl": _gpu_runs, "post_training.jsonl": _post_training_run}
+"""Files of which a fact is made of several rows."""
 
 
 def table(directory: Path) -> str:
@@ -199,8 +209,7 @@ def table(directory: Path) -> str:
         rows = (
             [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         )
-        if name == "gpu_step_time.jsonl":
-            rows = _gpu_runs(rows)
+        rows = _GROUPED.get(name, list)(rows)
         rows = [row for row in rows if counts(row)]
         if rows:
             what, result = describe(rows[-1])
