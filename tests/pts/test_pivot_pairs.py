@@ -89,6 +89,17 @@ def test_all_pivots_of_both_signs_are_there_once(tmp_path: Path) -> None:
     assert report.tasks == {("math", "+"): 8, ("math", "-"): 8}
 
 
+def test_space_that_trl_would_lose_leaves_a_pair_out(tmp_path: Path) -> None:
+    """phi-4's published tokenizer drops it on both sides of a special token."""
+    spaced = TOKENIZER.encode("  four")
+    pivots = [pivot(0, answer_ids=spaced), pivot(len(spaced) - 1, answer_ids=spaced)]
+    behind = pivot(2)
+    assert TOKENIZER.bytes_of(behind["token"]) == b" "
+    rows, report = made(tmp_path, [*pivots, behind, pivot(3)], form=PairFormat.TRL)
+    assert [row["prompt"].endswith("it ") for row in rows] == [True]
+    assert sorted(report.left_out.values()) == [1, 2]
+
+
 def test_two_pairs_at_one_place_are_two_rows(tmp_path: Path) -> None:
     found, _ = made(tmp_path, [pivot(1), pivot(3), pivot(1, other=91)])
     assert [[p["position"] for p in row["pivots"]] for row in found] == [

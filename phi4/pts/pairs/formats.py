@@ -16,6 +16,7 @@ from phi4.pts.pairs.token_text import TokenText
 from phi4.sampling.chat import read_chat_prompt
 
 _NO_TEXT = "its text does not encode to its ids"
+_LOST_SPACE = "a token ends with space, which is lost before the end that trl appends"
 
 
 Written = tuple[list[PivotItem], dict[str, Any]]
@@ -83,6 +84,9 @@ def trl_rows(
         chosen, rejected = (form.text(item.prefix, t) for t in (item.chosen, item.rejected))
         if chosen is None or rejected is None:
             left_out[_NO_TEXT] += 1
+            continue
+        if any(token != token.rstrip() for _, token in (chosen, rejected)):
+            left_out[_LOST_SPACE] += 1
             continue
         about = {"question": item.question, "task": item.task, "dp": item.dp}
         yield [item], {"prompt": chosen[0], "chosen": chosen[1], "rejected": rejected[1]} | about

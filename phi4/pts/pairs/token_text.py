@@ -11,7 +11,10 @@ from phi4.data.vocabulary.tokenizer import Tokenizer
 
 
 class TokenText:
-    """Text of ids under a tokenizer that reads the names of special tokens as these tokens."""
+    """Text of ids as programs read it with phi-4's published tokenizer.
+
+    Names of special tokens are these tokens, and take the space on both sides of them along.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -21,9 +24,17 @@ class TokenText:
     def ids(self, text: str) -> list[int]:
         """The ids of a text."""
         ids: list[int] = []
-        for piece in filter(None, self._special.split(text)):
-            special = self._tokenizer.special_tokens.get(piece)
-            ids += self._tokenizer.encode(piece) if special is None else [special]
+        # Texts and names in turn, a text first and last.
+        pieces = self._special.split(text)
+        for number, piece in enumerate(pieces):
+            if number % 2:
+                ids.append(self._tokenizer.special_tokens[piece])
+                continue
+            if number > 0:
+                piece = piece.lstrip()
+            if number < len(pieces) - 1:
+                piece = piece.rstrip()
+            ids += self._tokenizer.encode(piece)
         return ids
 
     def text(self, prefix: Sequence[int], token: int) -> tuple[str, str] | None:
