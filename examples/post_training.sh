@@ -73,4 +73,4 @@ prefer $out/judged/overall.jsonl judged reasoning_dpo_judge "$@"
 best $out/dpo_judge
 measure "$model" dpo_1_2 --chat
 
-echo "talk to it: phi4 chat $model    (for example 3+5+5*2=)"
+echo "talk to it: phi4 chat $model    (for example 3+5+5*2=, then /reset)"

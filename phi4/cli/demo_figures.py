@@ -31,7 +31,7 @@ def post_train(settings: ChainSettings, json_file: Path | None) -> None:
     typer.echo("\n".join(table(figures)))
     typer.echo(f"picture     {picture(figures, settings.out / 'stages.png')}")
     typer.echo(f"model       {figures[-1].model}")
-    typer.echo(f"talk to it  phi4 chat {figures[-1].model}    (for example 3+5+5*2=)")
+    typer.echo(f"talk to it  phi4 chat {figures[-1].model}    (for example 3+5+5*2=, then /reset)")
     if json_file:
         from phi4.verify.measured_rows import append_row
 
