@@ -1,5 +1,6 @@
 """The model of a command that asks one: on this machine in any layout, or behind an endpoint."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
     from phi4.sampling.http import Endpoint
     from phi4.sampling.protocol import Sampler
 
+API_KEY_VARIABLE = "OPENAI_API_KEY"
+"""The name that endpoints' other clients use; a key on a command line is in the process list."""
+
 ModelPlace = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
         help="A run directory, a step_NNNNNNN or a Hugging Face directory; or the address of an "
-        "OpenAI-compatible endpoint that takes token ids, http://HOST:PORT/v1#NAME.",
+        "OpenAI-compatible endpoint that takes token ids, http://HOST:PORT/v1#NAME; its key "
+        "is read from OPENAI_API_KEY.",
     ),
 ]
 
@@ -125,6 +130,9 @@ def find_asked_model(place: str, overrides: Sequence[str], ranks: str | None) ->
         overrides: layout of a model on disk.
         ranks: rank file of an endpoint's tokenizer; None for phi-4's.
 
+    Returns:
+        An endpoint is sent the key of the environment, if there is one.
+
     Raises:
         ConfigError: an address without a name, or options that the other kind of model has.
         CheckpointError, LayoutError: see `find_model`.
@@ -142,4 +150,7 @@ def find_asked_model(place: str, overrides: Sequence[str], ranks: str | None) ->
         raise ConfigError(f"{place} names no model; write {place}#NAME")
     from phi4.sampling.http import Endpoint, PromptForm
 
-    return RemoteModel(Endpoint(base_url=base_url, model=name, form=PromptForm.IDS), ranks)
+    key = os.environ.get(API_KEY_VARIABLE)
+    return RemoteModel(
+        Endpoint(base_url=base_url, model=name, form=PromptForm.IDS, api_key=key), ranks
+    )

@@ -8,7 +8,7 @@ they repeat only as far as it keeps its own word on seeds.
 import queue
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class Endpoint:
     base_url: str
     model: str
     form: PromptForm
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     timeout_seconds: float = 600.0
     max_connections: int = 16
 

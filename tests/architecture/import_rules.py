@@ -62,6 +62,7 @@ TORCH_FREE = ("phi4/rundir/", "phi4/launch/", "phi4/oracles/")
 ENVIRONMENT_READERS = (
     "phi4/launch/",
     "phi4/engine/platform.py",
+    "phi4/cli/asked_model.py",
     "phi4/data/vocabulary/tokenizer.py",
     "kernels/phi4_kernels/dispatch.py",
     "kernels/phi4_kernels/testing/",
