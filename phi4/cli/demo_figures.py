@@ -3,12 +3,14 @@
 The form is that of the report's Table 9: a column for each stage, a row for what is measured.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import typer
 
+from phi4.cli.demo_commands import run_phi4
 from phi4.cli.demo_post_training import ChainSettings, StageFigures, gains, run_chain
 from phi4.pts.score import Estimate
 from phi4.track import Bars, draw_bars
@@ -37,6 +39,8 @@ def post_train(settings: ChainSettings, json_file: Path | None) -> None:
 
         about = {"benchmark": "demo_post_training", "seconds": round(seconds)}
         append_row(json_file, about | figures_row(settings, figures))
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        run_phi4("Ask it something; /exit ends.", "chat", figures[-1].model)
 
 
 def figures_row(settings: ChainSettings, figures: Sequence[StageFigures]) -> dict[str, object]:

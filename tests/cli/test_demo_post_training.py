@@ -127,3 +127,23 @@ def test_table_and_picture(tmp_path: Path) -> None:
     assert drawn.read_bytes().startswith(b"\x89PNG")
     row = demo_figures.figures_row(ChainSettings(seed=3), figures())
     assert row["seed"] == 3 and row["stages"]["DPO 1"]["sampled"]["mean"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("in_terminal", [True, False])
+def test_demo_ends_in_a_conversation_where_somebody_can_hold_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_terminal: bool
+) -> None:
+    score, ran = even_score(0.5), []
+    figures = [
+        StageFigures(name, tmp_path / name, score, score)
+        for name in ("base", "SFT", "DPO 1", "DPO 2 only", "DPO 1 + 2")
+    ]
+    monkeypatch.setattr(demo_figures, "run_chain", lambda settings: figures)
+    monkeypatch.setattr(demo_figures, "run_phi4", lambda why, *words: ran.append(words))
+    for stream in ("stdin", "stdout"):
+        terminal = type("Stream", (), {"isatty": lambda self: in_terminal})()
+        monkeypatch.setattr(demo_figures.sys, stream, terminal)
+    monkeypatch.setattr(demo_figures.typer, "echo", lambda text: None)
+    monkeypatch.setattr(demo_figures.typer, "secho", lambda text, bold: None)
+    demo_figures.post_train(ChainSettings(out=tmp_path), None)
+    assert ran == ([("chat", tmp_path / "DPO 1 + 2")] if in_terminal else [])
