@@ -81,7 +81,12 @@ def main() -> int:
     if failed:
         print(f"a stage gained too little with seeds {failed}")
         return 1
-    print(f"every stage gained more than {LEAST_ERRORS:g} standard errors, seeds {seeds}")
+    if asked.tasks == ["long"]:
+        print("measured; only the short task has a verdict")
+        return 0
+    print(
+        f"every stage gained more than {LEAST_ERRORS:g} standard errors, short task, seeds {seeds}"
+    )
     return 0
 
 

@@ -9,6 +9,7 @@ may be torch's unfused one, which is asked for by name.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from phi4.config import Recipe, with_overrides
 from phi4.data.stream.batch import build_batch
 from phi4.engine.fake_ranks import paper_rank
-from phi4.engine.model import layers
+from phi4.engine.model import layers, micro_batch
 from phi4.engine.model.gpt import build_chunks, seed_random_states, transformer_config
 from phi4.engine.model.micro_batch import MicroBatch, to_device
+from phi4.engine.model.placement import in_one_block, map_tensors
 from phi4.engine.precision import torch_dtype
 from phi4.plan.activations import Activations
 
@@ -87,9 +89,17 @@ def placed(recipe: Recipe, layout, documents_per_row: int) -> MicroBatch:
         eod_id=EOD,
         document_mask=recipe.data.document_mask,
     )
-    return to_device(
-        batch, layout, recipe.model, torch_dtype(recipe.precision), torch.device("cpu")
-    )
+    with mock.patch.object(micro_batch, "on_device", in_a_block):
+        return to_device(
+            batch, layout, recipe.model, torch_dtype(recipe.precision), torch.device("cpu")
+        )
+
+
+def in_a_block(value: MicroBatch, device: torch.device) -> MicroBatch:
+    """As a GPU gets it; a CPU leaves it where it is."""
+    found: dict[int, torch.Tensor] = {}
+    map_tensors(value, lambda x: found.setdefault(id(x), x.contiguous()))
+    return in_one_block(value, found, device)
 
 
 def storages(tensors) -> dict[int, int]:

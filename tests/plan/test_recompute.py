@@ -12,7 +12,9 @@ RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 def mistake(name: str, *overrides: str) -> str | None:
     recipe = with_overrides(load_recipe(RECIPES / f"{name}.toml"), overrides)
-    return recompute_mistake(make_plan(recipe, 16, CARDS["h100"]))
+    replicas = recipe.batch.global_batch_size // recipe.batch.micro_batch_size
+    num_gpus = min(16, replicas * recipe.parallel.model_parallel_size)
+    return recompute_mistake(make_plan(recipe, num_gpus, CARDS["h100"]))
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
