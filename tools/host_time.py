@@ -108,10 +108,6 @@ class _Least(torch.autograd.Function):
         ctx.save_for_backward(x)
         return _least(x, num_outputs)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
-        raise NotImplementedError("only forward is timed")
-
 
 def _least(x: torch.Tensor, num_outputs: int) -> tuple[torch.Tensor, ...]:
     outputs = tuple([x.new_empty(4) for _ in range(num_outputs)])

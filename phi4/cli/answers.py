@@ -70,7 +70,7 @@ class Drawing:
         questions: file of questions.
         n: samples of each.
         chat: whether a `prompt` is a user's turn.
-        options: of the draws.
+        options: how answers are drawn.
         overrides: layout of a model on disk.
         ranks: rank file of an endpoint's tokenizer.
         cache_tokens: as in `on_model_ranks`.

@@ -1,8 +1,8 @@
 """A judge's reply as an opinion: faults, a comparison, and scores of both answers.
 
-The decision: a reply counts as a whole or not at all. It is one JSON object of the right form, with
-white space or one code fence around it. A second object, words beside it, a key that stands twice
-or an end that is missing makes it invalid; nothing is searched for in a reply.
+The decision: a reply is exactly one JSON object that fits the schema, with white space or one code
+fence around it. A second object, other text, a duplicate key or truncation makes the whole reply
+invalid; no part of a reply is searched for a verdict.
 """
 
 import json
@@ -113,7 +113,7 @@ def _one_object(text: str) -> dict[str, object]:
 def _no_key_twice(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise OpinionError("a key stands twice in an object")
+        raise OpinionError("an object has a duplicate key")
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def judge(
     tmp_path: Path, said: Sequence[Said], judge: Judge, pairs: PairsSection = DEFAULTS
 ) -> JudgeReport:
     groups = AnswerGroups([write_answers(tmp_path / "answers.jsonl", said)])
-    turns = lambda row: turns_of(row, TOKENIZER)  # noqa: E731
+    turns = partial(turns_of, tokenizer=TOKENIZER)
     return judge_pairs(groups, BothOrders(judge, 2, turns), pairs, tmp_path / "out")
 
 

@@ -22,6 +22,7 @@ from tests.pts.answer_rows import TOKENIZER, read_rows, write_ranks, write_rows
 
 PROMPT = list(chat_prompt((Message(Role.USER, "2+2?"),), TOKENIZER))
 ANSWER = TOKENIZER.encode("it is four, so 4")
+AS_FOUND = MixtureRules()
 
 
 def pivot(position: int, *, raises: bool = True, other: int | None = 90, **more: object) -> dict:
@@ -54,7 +55,7 @@ def pivot(position: int, *, raises: bool = True, other: int | None = 90, **more:
 def made(
     tmp_path: Path,
     rows: list[dict],
-    rules: MixtureRules = MixtureRules(),  # noqa: B008
+    rules: MixtureRules = AS_FOUND,
     form: PairFormat = PairFormat.IDS,
 ) -> tuple[list[dict], PairReport]:
     write_rows(tmp_path / "pivots.jsonl", rows)

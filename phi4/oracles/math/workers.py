@@ -14,8 +14,7 @@ from contextlib import suppress
 
 from phi4.oracles.verdict import Grade
 
-FIRST = ""
-"""Statements that a worker runs first; the tests slow it down by them."""
+PROGRAM = "from phi4.oracles.math.verify_worker import main\nmain()\n"
 
 WALL_SECONDS = 600.0
 """Of one question. Processor time ends a blow-up first, unless the machine is very busy."""
@@ -29,10 +28,14 @@ class VerifyWorkers:
     Args:
         num_workers: at least 1.
         wall_seconds: of one question.
+        program: Python statements that a worker runs; they answer a line of JSON with another.
     """
 
-    def __init__(self, num_workers: int, wall_seconds: float = WALL_SECONDS) -> None:
+    def __init__(
+        self, num_workers: int, wall_seconds: float = WALL_SECONDS, program: str = PROGRAM
+    ) -> None:
         self._wall_seconds = wall_seconds
+        self._program = program
         self._idle: queue.SimpleQueue[_VerifyWorker | None] = queue.SimpleQueue()
         self._num_workers = num_workers
         for _ in range(num_workers):
@@ -42,7 +45,7 @@ class VerifyWorkers:
         """What `verify_worker.judge` says; ungradable where it came to no end."""
         worker = self._idle.get()
         try:
-            worker = worker or _VerifyWorker()
+            worker = worker or _VerifyWorker(self._program)
             told = worker.ask(key, answer, self._wall_seconds)
             if told is None:
                 worker.kill()
@@ -64,11 +67,8 @@ class VerifyWorkers:
 class _VerifyWorker:
     """One process."""
 
-    def __init__(self) -> None:
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}\n{FIRST}"
-            "from phi4.oracles.math.verify_worker import main\nmain()"
-        )
+    def __init__(self, program: str) -> None:
+        code = f"import sys; sys.path[:] = {sys.path!r}\n{program}"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,

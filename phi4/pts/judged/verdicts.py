@@ -1,7 +1,7 @@
 """What two orders of ratings make of a comparison, for each set of pairs.
 
 The decision: orders that name different winners cancel each other. The judge then went by the place
-and not by the answer, and no margin mends that.
+and not by the answer, so no margin makes a pair of it.
 """
 
 from collections.abc import Sequence

@@ -121,7 +121,7 @@ class Confirmation:
             return False
         is_confirmed = self.log_e >= self._enough and effect - error > gap
         is_too_small = effect + 2 * error < gap
-        # Half of the draws that speak for no effect are seldom followed by a half that is enough.
+        # After half of the budget, evidence for no effect is rarely reversed by the other half.
         is_hopeless = self.log_e < 0 and self._num >= self._settings.confirm_draws / 2
         return is_confirmed or is_too_small or is_hopeless
 

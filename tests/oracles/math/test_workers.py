@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from phi4.oracles.math import MathOracle
-from phi4.oracles.math.workers import VerifyWorkers
+from phi4.oracles.math.workers import PROGRAM, VerifyWorkers
 from phi4.oracles.sandbox.process_use import descendants
 from phi4.oracles.verdict import Grade, ToGrade
 from tests.support.waiting import wait_until
@@ -35,14 +35,9 @@ def test_worker_that_dies_is_replaced(workers: VerifyWorkers) -> None:
 
 
 @pytest.mark.slow
-def test_blow_up_ends_by_processor_time(
-    workers: VerifyWorkers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from phi4.oracles.math import workers as module
-
+def test_blow_up_ends_by_processor_time() -> None:
     first = "from phi4.oracles.math import verify_worker as w; w.CPU_SECONDS = 1\n"
-    monkeypatch.setattr(module, "FIRST", first)
-    fresh = VerifyWorkers(1)
+    fresh = VerifyWorkers(1, program=first + PROGRAM)
     try:
         grade, reason = fresh.ask("5", "9^{9^{9^{9}}}")
         assert grade is Grade.UNGRADABLE, reason
@@ -51,11 +46,8 @@ def test_blow_up_ends_by_processor_time(
         fresh.close()
 
 
-def test_wall_clock_ends_a_worker_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from phi4.oracles.math import workers as module
-
-    monkeypatch.setattr(module, "FIRST", "import time; time.sleep(600)\n")
-    stuck = VerifyWorkers(1, wall_seconds=0.1)
+def test_wall_clock_ends_a_worker_that_never_answers() -> None:
+    stuck = VerifyWorkers(1, wall_seconds=0.1, program="import time; time.sleep(600)\n")
     assert stuck.ask(*EASY)[0] is Grade.UNGRADABLE
     stuck.close()
 
