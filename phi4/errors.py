@@ -53,6 +53,10 @@ class SamplerError(Phi4Error):
         self.request_id = request_id
 
 
+class TrackingError(Phi4Error):
+    """A tracking server refuses what it is asked, or is not there; training never ends by it."""
+
+
 class OwnershipError(Phi4Error):
     """Another process owns the run directory, or took it over while this one was running."""
 

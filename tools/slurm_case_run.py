@@ -44,6 +44,7 @@ class SlurmCase:
         says: what the output must contain.
         undisturbed: overrides that start the run in the layout of its first attempt without Slurm,
             to be compared with; None compares nothing.
+        shown: what MLflow must show at the end; empty where anything is right.
         ends_on: nodes that the last attempt must have had; empty where any are right.
     """
 
@@ -66,6 +67,7 @@ class SlurmCase:
     says: str = ""
     undisturbed: tuple[str, ...] | None = None
     ends_on: str = ""
+    shown: str = ""
 
 
 class CaseRun:

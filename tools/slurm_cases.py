@@ -89,14 +89,24 @@ CASES: dict[str, SlurmCase] = {
         steps=4,
         every=2,
     ),
-    "preempt_notice": SlurmCase(CaseRun.blocker, "COMPLETED", may_lose=1),
+    "preempt_notice": SlurmCase(
+        CaseRun.blocker,
+        "COMPLETED",
+        may_lose=1,
+        shown="FINISHED in 1 run; attempt 1 interrupted, preempted: True; 2 nodes sampled",
+    ),
     "preempt_term": SlurmCase(
         CaseRun.blocker, "COMPLETED", may_lose=1, options=("--signal-seconds", "0")
     ),
     "lose_first_node": SlurmCase(lose("n1"), "COMPLETED", may_lose=EVERY),
     "lose_other_node": SlurmCase(lose("n2"), "COMPLETED", may_lose=EVERY),
     "scancel": SlurmCase(
-        lambda run: run.cluster.call("scancel", run.job), "CANCELLED", None, 1, restarts=0
+        lambda run: run.cluster.call("scancel", run.job),
+        "CANCELLED",
+        None,
+        1,
+        restarts=0,
+        shown="KILLED in 1 run; attempt 1 interrupted, preempted: False; 2 nodes sampled",
     ),
     "time_limit": SlurmCase(
         lambda run: None,
@@ -171,6 +181,9 @@ def _row(name: str, run: CaseRun, begun: float) -> dict[str, object]:
     if run.case.undisturbed is not None:
         against = compared(run.root / "undisturbed", run.run_dir)
     wrong = _wrong(run, all_of_them, lost, against)
+    shown = shown_in_mlflow(run.run_dir)
+    if case_shown := run.case.shown:
+        wrong += [f"MLflow: {shown}"] if shown != case_shown else []
     if wrong:
         print(run.output(), file=sys.stderr)
     return {
@@ -181,6 +194,7 @@ def _row(name: str, run: CaseRun, begun: float) -> dict[str, object]:
         "restarts": state.restarts,
         "attempts": [_attempt_text(attempt) for attempt in all_of_them],
         "steps_lost": lost,
+        "mlflow": shown,
         **({} if against is None else vars(against)),
         "seconds_to_requeue": told_after,
         "seconds_to_end": round(time.monotonic() - begun, 1),
@@ -213,6 +227,28 @@ def _wrong(
     return found
 
 
+def shown_in_mlflow(run_dir: Path) -> str:
+    """`KILLED in 1 run; attempt 1 interrupted, preempted: False; 2 nodes sampled`; settles it."""
+    import mlflow
+
+    from phi4.rundir.attempts import attempt_path, read_attempt
+    from phi4.rundir.mlflow_ids import read_mlflow_ids
+    from phi4.track.mlflow import settle
+
+    settle(run_dir, lambda text: print(text, file=sys.stderr))
+    ids = read_mlflow_ids(run_dir)
+    client = mlflow.MlflowClient(ids.uri)
+    run = client.get_run(ids.run_id)
+    children = "tags.`mlflow.parentRunId` LIKE '%'"
+    count = len(client.search_runs([ids.experiment_id], filter_string=children))
+    first = read_attempt(attempt_path(run_dir, 1))
+    nodes = {key.split("/")[1] for key in run.data.metrics if key.startswith("system/")}
+    return (
+        f"{run.info.status} in {count} run{'s' if count > 1 else ''}; attempt 1 "
+        f"{first.outcome or 'killed'}, preempted: {first.preempted}; {len(nodes)} nodes sampled"
+    )
+
+
 def _attempt_text(attempt: JobAttempt) -> str:
     """`n[1-2] from step 0: exit code 137, requeue at step 10`."""
     begun = f"{attempt.start.nodes} from step {attempt.start.step}"
@@ -239,7 +275,6 @@ def recipe_text(case: SlurmCase, data: Path) -> str:
         [
             "run.dir=run", f"run.steps={case.steps}", f"checkpoint.every={case.every}",
             "parallel.tensor=1", "parallel.pipeline=2", "parallel.sequence=false",
-            "tracking.mlflow=false",
             "model.num_layers=2", "evaluation.every=0", "reliability.silence_seconds=20",
             "reliability.stop_seconds=20", *case.overrides,
         ],

@@ -12,7 +12,7 @@ import torch
 
 from phi4.config import ModelConfig
 from phi4.errors import CheckpointError
-from phi4.model.shape import Role, tensor_kinds
+from phi4.model.shape import GROUP_OF_ROLE, ParameterGroup, Role, tensor_kinds
 
 # Shape legend: H hidden, R rows of QKV, G KV heads, D head dim, Q queries of one KV head x D.
 
@@ -74,6 +74,15 @@ def megatron_name(name: str) -> str:
     """
     role, layer = _role_of(name, _BY_HF)
     return _NAMES[role][0].format(layer)
+
+
+def parameter_group(name: str) -> ParameterGroup:
+    """The group of a megatron-core tensor.
+
+    Raises:
+        CheckpointError: Phi-4 has no such tensor.
+    """
+    return GROUP_OF_ROLE[_role_of(name, _BY_MEGATRON)[0]]
 
 
 def to_hf(name: str, tensor: torch.Tensor, model: ModelConfig) -> tuple[str, torch.Tensor]:

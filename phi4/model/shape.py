@@ -7,7 +7,7 @@ number and a checkpoint cannot disagree.
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from phi4.config import ModelConfig
 
@@ -22,7 +22,22 @@ Role = Literal[
     "final_norm",
     "head",
 ]
+ParameterGroup = Literal["embedding", "attention", "mlp", "norm", "head"]
 Dtype = Literal["fp32", "bf16"]
+
+GROUP_OF_ROLE: dict[Role, ParameterGroup] = {
+    "embedding": "embedding",
+    "input_norm": "norm",
+    "qkv": "attention",
+    "attention_out": "attention",
+    "mlp_norm": "norm",
+    "gate_up": "mlp",
+    "down": "mlp",
+    "final_norm": "norm",
+    "head": "head",
+}
+"""Which tensors a gradient norm of their own is reported of."""
+PARAMETER_GROUPS = tuple(dict.fromkeys(GROUP_OF_ROLE.values()))
 
 DTYPE_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
 
@@ -107,10 +122,25 @@ def num_rank_parameters(
     )
 
 
+class Work(NamedTuple):
+    """What a model is given to compute, in all that its FLOPs depend on."""
+
+    num_tokens: int
+    """Positions of the rows, padding included: they are computed."""
+    squared_lengths: int
+    """Sum of the squares of the lengths of all documents. Attention ends at their boundaries, so a
+    row that holds several costs less than one that holds a long one."""
+    num_second_labels: int = 0
+    """Positions that pass the head once more, for the other label of a pivot."""
+
+
+NO_WORK = Work(0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingFlops:
-    """FLOPs of one training token, forward and backward: a multiply-add counts as 2, backward as 2
-    forwards, recomputation and elementwise work as 0.
+    """FLOPs of training, forward and backward: a multiply-add counts as 2, backward as 2 forwards,
+    recomputation, the look-up in the embedding and elementwise work as 0.
     """
 
     matmul: int
@@ -132,16 +162,28 @@ class TrainingFlops:
         return self.matmul + self.attention_full
 
 
-def training_flops_per_token(model: ModelConfig, sequence_length: int) -> TrainingFlops:
-    """FLOPs per token when rows of `sequence_length` tokens hold one document each."""
+def training_flops(model: ModelConfig, work: Work) -> TrainingFlops:
+    """FLOPs of one forward and backward pass over documents of any lengths.
+
+    They add up: those of two pieces of work are those of their sum. Six times a parameter per token
+    is the matrices' part; scores and weighted sum of a document of s tokens are 12 * s^2 * width
+    per layer, or half of it where the mask leaves half of the square.
+    """
     width = model.num_attention_heads * model.head_dim
-    full = 12 * model.num_layers * sequence_length * width
+    full = 12 * model.num_layers * width * work.squared_lengths
+    head = model.vocab_size * model.hidden_size * work.num_second_labels
     return TrainingFlops(
-        matmul=6 * num_matmul_parameters(model),
+        matmul=6 * (num_matmul_parameters(model) * work.num_tokens + head),
         attention_causal=full // 2,
         attention_full=full,
-        six_n=6 * num_parameters(model),
+        six_n=6 * num_parameters(model) * work.num_tokens,
     )
+
+
+def training_flops_per_token(model: ModelConfig, sequence_length: int) -> TrainingFlops:
+    """FLOPs per token when rows of `sequence_length` tokens hold one document each."""
+    # A row's are those of S tokens and S^2: S times these.
+    return training_flops(model, Work(num_tokens=1, squared_lengths=sequence_length))
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, dtype: Dtype = "bf16") -> int:

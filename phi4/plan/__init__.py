@@ -4,7 +4,7 @@ Parameters are counted on the real model built without bytes; activations come f
 lists what our layers save, which a test compares with autograd. Nothing here predicts speed.
 """
 
-from phi4.plan.cards import CARDS, Card, card_named
+from phi4.model.cards import CARDS, Card, card_named
 from phi4.plan.fit import check_fit
 from phi4.plan.memory import MemoryPlan, StageMemory, make_plan
 from phi4.plan.recompute import recompute_mistake

@@ -19,11 +19,16 @@ input. Context parallelism keeps no more: what other ranks hold is fetched again
 of one document in fp32 may go to torch's unfused attention; that bound is used: fp32 probabilities
 and copies of queries, keys and values instead of the packed ones. Selective recompute keeps the
 layer without what core attention saves, full recompute keeps r h e.
+
+A layer whose linears multiply in FP8 keeps their inputs in it, one byte an element, and their
+scales: instead of e bytes those of the norms' outputs and of SwiGLU's product; beside them that of
+core attention's output where core attention keeps its output, too.
 """
 
 from dataclasses import dataclass
 
 from phi4.config import Recipe
+from phi4.config.fp8_rules import FP8_BLOCK
 from phi4.model.shape import DTYPE_BYTES
 
 _FP32 = 4
@@ -72,6 +77,13 @@ class Activations:
         if granularity == "selective":
             return self._outside_core_bytes + self._core_inputs_bytes
         return self._whole_layer_bytes
+
+    @property
+    def fp8_layer_bytes(self) -> int:
+        """The same of a layer whose linears multiply in FP8; layer_bytes where there is none."""
+        if self.recipe.precision.fp8 == "off" or self.recipe.recompute.granularity == "full":
+            return self.layer_bytes
+        return self.layer_bytes + self._fp8_difference_bytes
 
     @property
     def embedding_bytes(self) -> int:
@@ -130,7 +142,8 @@ class Activations:
         # The gradients of the probabilities and of the scores.
         scores = 0 if self._is_fused else 2 * _FP32 * self._scores
         travelling = self._travelling_bytes if self.recipe.parallel.context > 1 else 0
-        return self.element_bytes * (matrix + swiglu_and_hidden) + scores + travelling
+        always = self.element_bytes * (matrix + swiglu_and_hidden) + self._fp8_working_bytes
+        return always + scores + travelling
 
     @property
     def _travelling_bytes(self) -> int:
@@ -171,6 +184,38 @@ class Activations:
     def _whole_layer_bytes(self) -> int:
         inputs = self._core_inputs_bytes if self._is_fused else 0
         return self._outside_core_bytes + inputs + self._core_bytes
+
+    @property
+    def _fp8_difference_bytes(self) -> int:
+        """What the linears' inputs take in FP8, less what they take without."""
+        of_norms = 2 * self.residual_tokens * self.recipe.model.hidden_size
+        product, attended = self.tokens * self._ffn, self.tokens * self._queries
+        # Fused attention keeps its output for itself.
+        is_kept = self._is_fused and self.recipe.recompute.granularity == "none"
+        replaced = of_norms + product + (0 if is_kept else attended)
+        return of_norms + product + attended + self._scale_bytes - self.element_bytes * replaced
+
+    @property
+    def _scale_bytes(self) -> int:
+        """Of the inputs, cast along the tokens for the weights' gradients."""
+        widths = 2 * self.recipe.model.hidden_size, self._ffn + self._queries
+        match self.recipe.precision.fp8_recipe:
+            case "rowwise":
+                return _FP32 * sum(widths)
+            case "blockwise":
+                blocks = self.residual_tokens // FP8_BLOCK, self.tokens // FP8_BLOCK
+                counts = (width * count for width, count in zip(widths, blocks, strict=True))
+                return _FP32 * sum(counts)
+        # One of a matrix.
+        return 0
+
+    @property
+    def _fp8_working_bytes(self) -> int:
+        """While a matrix is cast: values, their scaled and their clamped form, in fp32."""
+        if self.recipe.precision.fp8 == "off":
+            return 0
+        width = 2 * self._ffn
+        return 3 * _FP32 * width * max(self.tokens, self.recipe.model.hidden_size)
 
     @property
     def _outside_core_bytes(self) -> int:

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from phi4.config import Recipe, check, with_overrides
 from phi4.engine.checkpoint.state import GATHER_BYTES_PER_PARAMETER
 from phi4.engine.fake_ranks import RankShape, rank_shapes
-from phi4.errors import LayoutError
+from phi4.engine.model.fp8.device import gpu_fault
+from phi4.errors import LayoutError, PlatformError
+from phi4.model.cards import Card
 from phi4.model.shape import DTYPE_BYTES, training_bytes_per_parameter
 from phi4.plan.activations import Activations
-from phi4.plan.cards import Card
 from phi4.plan.schedule import peak_in_flight
 
 GRADIENT_BYTES = 4
 """megatron-core's gradient buffer is fp32 (grad_reduce_in_fp32) for bf16 and fp32 parameters."""
+FP8_CASTS_BYTES = 2
+"""A weight is cast for the forward product and, transposed, for the input's gradient."""
 CONTEXT_BYTES = 2**30
 """Allowance, not a measurement: CUDA context, cuBLAS workspaces, kernel code."""
 NCCL_GROUP_BYTES = 2**28
@@ -33,6 +36,7 @@ class StageMemory:
     """Micro-batches per model chunk at the peak."""
     num_parameters: int
     weights: int
+    """With their casts to FP8, which a step keeps."""
     gradients: int
     optimizer: int
     activations: int
@@ -108,7 +112,11 @@ def make_plan(recipe: Recipe, num_gpus: int, card: Card, gpus_per_node: int = 8)
 
     Raises:
         LayoutError: num_gpus is no multiple of a model copy's GPUs, or a rule is broken.
+        PlatformError: the card has no FP8 where the recipe asks for it.
     """
+    fault = gpu_fault(recipe.precision, card.compute_capability)
+    if fault:
+        raise PlatformError(f"{card.title}: {fault}")
     recipe = _laid_out(recipe, num_gpus)
     shapes = rank_shapes(recipe)
     stages = [
@@ -150,9 +158,12 @@ def _stage(recipe: Recipe, tensor_ranks: Sequence[RankShape]) -> StageMemory:
     kept, parallel, batch = Activations(recipe), recipe.parallel, recipe.batch
     chunks, num_parameters = fullest.chunks, fullest.num_parameters
     layers = [
-        chunk.num_layers * kept.layer_bytes + chunk.is_first * kept.embedding_bytes
+        (chunk.num_layers - chunk.num_fp8_layers) * kept.layer_bytes
+        + chunk.num_fp8_layers * kept.fp8_layer_bytes
+        + chunk.is_first * kept.embedding_bytes
         for chunk in chunks
     ]
+    cast_weights = sum(chunk.num_fp8_parameters for chunk in chunks)
     heads = [chunk.is_last * kept.head_bytes for chunk in chunks]
     num_microbatches = batch.global_batch_size // (batch.micro_batch_size * parallel.data)
     in_flight = peak_in_flight(
@@ -174,7 +185,8 @@ def _stage(recipe: Recipe, tensor_ranks: Sequence[RankShape]) -> StageMemory:
         layers=tuple(chunk.num_layers for chunk in chunks),
         in_flight=in_flight,
         num_parameters=num_parameters,
-        weights=num_parameters * DTYPE_BYTES[recipe.precision.dtype],
+        weights=num_parameters * DTYPE_BYTES[recipe.precision.dtype]
+        + FP8_CASTS_BYTES * cast_weights,
         gradients=num_parameters * GRADIENT_BYTES,
         optimizer=round(num_parameters * optimizer_bytes),
         activations=activations,

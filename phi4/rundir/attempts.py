@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from phi4.errors import DiskFullError, PlatformError
 from phi4.rundir.names import ATTEMPTS_DIR
 from phi4.rundir.process import Process
+
+Outcome = Literal["", "finished", "failed", "interrupted"]
 
 _NAME = re.compile(r"(\d{7,})\.json")
 
@@ -34,7 +37,19 @@ class Attempt(msgspec.Struct, frozen=True):
     has_begun: bool = False
     """Whether anything else was written into the run directory."""
     ended: str = ""
-    """How it ended; empty while it owns the directory."""
+    """How it gave the directory back; empty while it owns it."""
+    started_unix: float = 0.0
+    """Seconds since the epoch; 0 in files of version 0.1."""
+    ended_unix: float = 0.0
+    """Likewise; 0 while it runs, and where it was killed together with its launcher."""
+    outcome: Outcome = ""
+    """What became of its training; empty while it runs, and where it was killed."""
+    reason: str = ""
+    """One line why it ended before its last step."""
+    preempted: bool | None = None
+    """Whether its time was over and not its work: the cluster starts it again. None if unknown."""
+    seconds: dict[str, float] = {}
+    """Wall time by bucket after the last line of metrics.jsonl that it wrote."""
 
     def describe(self) -> str:
         """Who, where and since when."""

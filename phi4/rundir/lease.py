@@ -11,15 +11,17 @@ one costs nobody the lease.
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
 from phi4.errors import OwnershipError, Phi4Error
 from phi4.rundir.attempts import (
     Attempt,
+    Outcome,
     attempt_path,
     create_attempt,
     newest_attempt,
@@ -87,6 +89,33 @@ class Lease:
         self.check()
         self._update(has_begun=True)
 
+    def conclude(
+        self,
+        outcome: Outcome,
+        *,
+        reason: str = "",
+        preempted: bool | None = None,
+        seconds: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Note how this attempt ends; fields as those of `Attempt`.
+
+        Raises:
+            DiskFullError, PlatformError: the note cannot be written.
+        """
+        self._update(
+            outcome=outcome,
+            reason=reason,
+            preempted=preempted,
+            seconds=dict(seconds),
+            ended_unix=time.time(),
+        )
+
+    @property
+    def started_unix(self) -> float:
+        """Seconds since the epoch when the attempt began."""
+        record = read_attempt(self.path)
+        return record.started_unix if record else 0.0
+
     def touch(self) -> None:
         """Show that the owner lives."""
         os.utime(self.path)
@@ -99,7 +128,7 @@ class Lease:
             return
         record = self._own_record()
         if record is not None and record.has_begun:
-            self._update(ended="released")
+            self._update(ended="released", ended_unix=record.ended_unix or time.time())
             return
         self.path.unlink()
         # Whatever else is in them keeps the directories.
@@ -160,7 +189,8 @@ def take_lease(
         OwnershipError, DiskFullError, PlatformError: as `held_lease`.
     """
     process = process or this_process()
-    record = Attempt(process, job, utc_text(time.time()))
+    now = time.time()
+    record = Attempt(process, job, utc_text(now), started_unix=now)
     with one_line_errors(run_dir):
         while True:
             newest = _await_free(run_dir, process, say, expiry_seconds)

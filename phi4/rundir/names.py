@@ -3,7 +3,10 @@
 RUN/
   config.toml            the recipe of the newest attempt
   metrics.jsonl          one line per step
-  mlflow_run_id          the run in MLflow that this run is shown as
+  undone.jsonl           lines that a roll back or a resume cut off metrics.jsonl
+  mlflow.json            the run in MLflow that this run is shown as, its parent, their store
+  about/0000001.json     for people, of every attempt: commit, user, layout, kernels, data
+  system/node_0.jsonl    samples of every machine: CPU, memory, disk, network, GPUs
   ledger.jsonl           what the data ledger counted, where a blend is weighed by loss tokens
   roll_back.json         where the newest roll back went on from, and what data it skipped
   reference.json         the reference model that a preference run began with
@@ -24,7 +27,10 @@ RUN/
 
 CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
-MLFLOW_ID_FILE = "mlflow_run_id"
+UNDONE_FILE = "undone.jsonl"
+MLFLOW_IDS_FILE = "mlflow.json"
+ABOUT_DIR = "about"
+SYSTEM_DIR = "system"
 LEDGER_FILE = "ledger.jsonl"
 ROLL_BACK_FILE = "roll_back.json"
 REFERENCE_FILE = "reference.json"

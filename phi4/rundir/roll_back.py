@@ -47,7 +47,11 @@ def continued_behind(
         )
         kept = (*kept, skip)
     return msgspec.structs.replace(
-        saved, data=drawn.data, skips=kept, roll_backs=drawn.roll_backs + bool(reason)
+        saved,
+        data=drawn.data,
+        skips=kept,
+        roll_backs=drawn.roll_backs + bool(reason),
+        fp8_fallbacks=drawn.fp8_fallbacks,
     )
 
 

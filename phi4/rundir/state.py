@@ -51,6 +51,16 @@ class Numerics(msgspec.Struct, frozen=True):
     """Steps up to now, without a good one between, whose update was skipped."""
 
 
+class FP8Fallback(msgspec.Struct, frozen=True):
+    """A layer that left FP8."""
+
+    step: int
+    """Completed steps when it did."""
+    layer: int
+    """Of the whole model, from 0."""
+    reason: str
+
+
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """Plain values, the same on every rank, saved in every checkpoint."""
 
@@ -69,6 +79,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     roll_backs: int = 0
     """How often the run was rolled back, on its way here and on ways that were undone."""
     numerics: Numerics = Numerics()
+    fp8_fallbacks: tuple[FP8Fallback, ...] = ()
+    """Also of steps that a roll back undid: what is known of a layer is kept."""
 
     def to_json(self) -> str:
         """Text of state.json."""

@@ -9,12 +9,15 @@ import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
 from phi4.errors import DataError, DiskFullError
+
+UndoneBy = Literal["resume", "roll_back"]
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -30,21 +33,27 @@ class StepLog:
         resume_step: the step that training goes on from. What is recorded of later steps is cut
             off, for it happens again; 0 starts the file anew.
         say: takes one line for the console.
+        undone: file that lines are moved to when they are cut off, `undone_by` a resume or a roll
+            back; None drops them.
 
     Raises:
         DataError: a line of the file is not a step's object.
     """
 
     def __init__(
-        self, path: Path, resume_step: int = 0, say: Callable[[str], None] = print
+        self,
+        path: Path,
+        resume_step: int = 0,
+        say: Callable[[str], None] = print,
+        undone: Path | None = None,
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: what the disk did not take stays in `_unwritten`, in order.
         self._file: BinaryIO = path.open("ab", buffering=0)
-        self._path, self._say = path, say
+        self._path, self._say, self._undone = path, say, undone
         self._unwritten = b""
         self._last_step = -1
-        self.rewind(resume_step)
+        self._cut(resume_step, "resume")
 
     def start(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
         """The recipe lies beside the file."""
@@ -70,6 +79,9 @@ class StepLog:
         Raises:
             DataError: a line of the file is not a step's object.
         """
+        self._cut(step, "roll_back")
+
+    def _cut(self, step: int, by: UndoneBy) -> None:
         self._last_step, size = -1, 0
         if step > 0:
             for found, end in _steps(self._path):
@@ -78,6 +90,7 @@ class StepLog:
                 self._last_step, size = found, end
         # A line that the disk took in part goes on in memory.
         behind = self._path.read_bytes()[size:] + self._unwritten if self._unwritten else b""
+        self._keep_undone(size, by)
         # One system call: a kill leaves the file either as it was or as it should be.
         os.ftruncate(self._file.fileno(), size)
         self._unwritten = b""
@@ -102,6 +115,20 @@ class StepLog:
                 "start the run again from its last checkpoint"
             )
 
+    def _keep_undone(self, size: int, by: UndoneBy) -> None:
+        """Move whole lines behind `size` to the file of undone ones, as far as the disk takes them.
+
+        A kill before they are cut off leaves them twice: readers tell by attempt, step and time.
+        """
+        if self._undone is None or self._path.stat().st_size == size:
+            return
+        with self._path.open("rb") as file:
+            file.seek(size)
+            lines = [line for line in file if line.endswith(b"}\n")]
+        mark = b',"undone_by":"' + by.encode() + b'"}\n'
+        with suppress(OSError), self._undone.open("ab") as file:
+            file.writelines(line[:-2] + mark for line in lines)
+
     def _write(self) -> None:
         """Write as much as the disk takes."""
         try:
@@ -119,7 +146,36 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     Raises:
         DataError: the file is missing, or a line is not a step's object.
     """
-    return [{key: _from_json(v) for key, v in line.items()} for line, _ in _lines(path)]
+    return [_with_numbers(line) for line, _ in _lines(path)]
+
+
+def decode_line(line: bytes, where: str) -> dict[str, float]:
+    """The step of one whole line.
+
+    Args:
+        line: of a metrics.jsonl.
+        where: names the line in the error.
+
+    Raises:
+        DataError: it is not a step's object.
+    """
+    return _with_numbers(_decoded(line, where))
+
+
+def read_undone(path: Path) -> list[dict[str, Any]]:
+    """The lines of an undone.jsonl in the order of their steps' end, each once; none without it."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        with suppress(msgspec.DecodeError):
+            text = msgspec.json.decode(line, type=dict[str, Any])
+            by = text.pop("undone_by", "")
+            entry = {key: _from_json(value) for key, value in text.items()} | {"undone_by": by}
+            found[tuple(entry.get(key) for key in ("attempt", "step", "unix_seconds"))] = entry
+    return list(found.values())
 
 
 def _steps(path: Path) -> Iterator[tuple[int, int]]:
@@ -158,6 +214,10 @@ def _to_json(value: float) -> float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _with_numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {key: _from_json(value) for key, value in line.items()}
 
 
 def _from_json(value: float | str) -> float:

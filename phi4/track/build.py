@@ -1,15 +1,13 @@
 """From a recipe to its trackers."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from phi4.config import Recipe
-from phi4.rundir.names import METRICS_FILE
+from phi4.rundir.names import METRICS_FILE, UNDONE_FILE
 from phi4.rundir.step_log import StepLog
 from phi4.track.console import ConsoleTracker
-from phi4.track.mlflow import MlflowTracker
+from phi4.track.mlflow import MlflowTracker, wish_of
 from phi4.track.record import Tracker, Trackers
 
 
@@ -37,26 +35,8 @@ def open_trackers(
     run_dir = Path(run.dir)
     console = ConsoleTracker(run.steps, resume_step)
     say = say or console.say
-    record = StepLog(run_dir / METRICS_FILE, resume_step, say)
+    record = StepLog(run_dir / METRICS_FILE, resume_step, say, undone=run_dir / UNDONE_FILE)
     views: list[Tracker] = [console]
     if tracking.mlflow:
-        mlflow = MlflowTracker(
-            run_dir,
-            uri=tracking.uri,
-            experiment=tracking.experiment,
-            run_name=run.name or run_dir.resolve().name,
-            resume_step=resume_step,
-            say=say,
-        )
-        views.append(mlflow)
+        views.append(MlflowTracker(wish_of(recipe, run_dir), say))
     return Trackers(record, views, say)
-
-
-def recipe_params(recipe: Recipe) -> dict[str, Any]:
-    """Every key of a recipe by its dotted name; tables and lists as JSON text."""
-    tree = recipe.model_dump(mode="json")
-    return {
-        f"{section}.{key}": json.dumps(value) if isinstance(value, list | dict) else value
-        for section, table in tree.items()
-        for key, value in table.items()
-    }

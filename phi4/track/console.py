@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from phi4.track.record import Status
 
 _LINE_SECONDS = 1.0
-
-# How much of the estimate the newest step makes up; the first steps of a run are slow.
-_NEWEST_STEP_SHARE = 0.1
 
 
 class ConsoleTracker:
@@ -45,7 +42,6 @@ class ConsoleTracker:
         self._console = Console(file=stream, highlight=False, markup=False, soft_wrap=True)
         has_bar = self._console.is_terminal and not self._console.is_dumb_terminal
         self._bar = self._new_bar() if has_bar else None
-        self._step_seconds: float | None = None
         self._last_line_at = -math.inf
         self._unsaid: str | None = None
 
@@ -57,20 +53,22 @@ class ConsoleTracker:
     def start(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
         """Show the bar."""
         if self._bar:
-            self._bar.add_task("", total=self._total_steps, completed=self._resume_step, numbers="")
+            total, done = self._total_steps, self._resume_step
+            self._bar.add_task("", total=total, completed=done, numbers="", eta="")
             self._bar.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the step's loss, learning rate and speed, and how long the rest takes."""
+        """Show the step's loss, learning rate and speed, and the estimated time to the end."""
         is_news = not _NEWS.isdisjoint(metrics)
         if self._bar:
             numbers = _numbers(metrics, _ON_THE_BAR)
-            self._bar.update(self._bar.task_ids[0], completed=step, numbers=numbers)
+            eta = _eta(metrics)
+            self._bar.update(self._bar.task_ids[0], completed=step, numbers=numbers, eta=eta)
             if is_news:
                 self.say(f"step {step}  {_numbers(metrics, _IN_A_LINE)}")
             return
         numbers = _numbers(metrics, _IN_A_LINE)
-        line = f"step {step}/{self._total_steps}  {numbers}{self._remaining(step, metrics)}"
+        line = f"step {step}/{self._total_steps}  {numbers}  {_eta(metrics)}".rstrip()
         if is_news or self._clock() - self._last_line_at >= _LINE_SECONDS:
             self.say(line)
             self._last_line_at, self._unsaid = self._clock(), None
@@ -96,18 +94,9 @@ class ConsoleTracker:
             MofNCompleteColumn(),
             BarColumn(bar_width=10),
             TextColumn("{task.fields[numbers]}"),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[eta]}"),
             console=self._console,
         )
-
-    def _remaining(self, step: int, metrics: Mapping[str, float]) -> str:
-        seconds = metrics.get("step_seconds")
-        if seconds is None:
-            return ""
-        share = 1.0 if self._step_seconds is None else _NEWEST_STEP_SHARE
-        self._step_seconds = share * seconds + (1 - share) * (self._step_seconds or 0.0)
-        return f"  eta {timedelta(seconds=round((self._total_steps - step) * self._step_seconds))}"
 
 
 _TEXTS = {
@@ -125,6 +114,12 @@ _NEWS = {"held_out_loss", "skipped", "rolled_back_from"}
 
 _IN_A_LINE = tuple(_TEXTS)
 _ON_THE_BAR = ("loss", "learning_rate", "tokens_per_second")
+
+
+def _eta(metrics: Mapping[str, float]) -> str:
+    """The time to the end, where the metrics say it."""
+    seconds = metrics.get("eta_seconds")
+    return "" if seconds is None else f"eta {timedelta(seconds=round(seconds))}"
 
 
 def _numbers(metrics: Mapping[str, float], keys: Sequence[str]) -> str:

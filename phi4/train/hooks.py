@@ -1,7 +1,8 @@
 """What happens around a step besides the step: a hook measures, acts, and may end or undo the run.
 
 Order in the loop: the step, every hook's `measure` into the step's one record, the record to the
-trackers, every hook's `act`, then whatever their decisions ask for. A save therefore never precedes
+trackers, what hooks `remember` in the run's state, every hook's `act`, then whatever their
+decisions ask for. A save therefore never precedes
 the record of the step it contains, and a step that a hook rejects is never saved.
 """
 
@@ -139,6 +140,10 @@ class Hook:
     def measure(self, progress: Progress) -> dict[str, float]:
         """Numbers for the step's record."""
         return {}
+
+    def remember(self, state: RunState) -> RunState:
+        """The state of the step, with what later starts have to know of what was measured."""
+        return state
 
     def act(self, progress: Progress) -> Decision:
         """Anything else, after the record is written; says how the run goes on."""

@@ -1,13 +1,13 @@
 """The loop itself: batch, step, record, hooks and what they decide, until the run ends."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from phi4.data.stream.loader import Loader
 from phi4.rundir.state import RunState
-from phi4.track import Status, Trackers
+from phi4.track import Status
 from phi4.train.checkpointing import Checkpointer
 from phi4.train.hooks import (
     CONTINUE,
@@ -20,12 +20,13 @@ from phi4.train.hooks import (
     running,
     strongest,
 )
-from phi4.train.meter import Stopwatch
+from phi4.train.meter import Stopwatch, group_norms_due
 from phi4.train.reliability.ladder import save_or_roll_back
 from phi4.train.reliability.requests import Requests
 from phi4.train.reliability.skipped_windows import behind_window
 from phi4.train.reliability.spikes import SpikeDetector
 from phi4.train.roll_back import roll_back
+from phi4.train.run_record import Recorder
 from phi4.train.schedule import next_rate, step_tokens
 
 
@@ -37,6 +38,8 @@ class Ending:
     """None where the run ended before it knew."""
     status: Status
     exit_code: int = 0
+    reason: str = ""
+    """Why it ended before its last step."""
 
 
 def train(
@@ -44,7 +47,7 @@ def train(
     loader: Loader,
     hooks: Sequence[Hook],
     checkpointer: Checkpointer,
-    trackers: Trackers,
+    recorder: Recorder,
 ) -> Ending:
     """Train from `context.state` to `run.steps`, or until a hook stops the run.
 
@@ -53,7 +56,7 @@ def train(
         loader: stands where `context.state.data` says.
         hooks: called by every rank in order; started and closed here.
         checkpointer: saves after the hooks' decisions.
-        trackers: take one record per step; silent on ranks other than the writer.
+        recorder: takes one record per step; silent on ranks other than the writer.
 
     Raises:
         Phi4Error: of the step, a hook or a save; the hooks were told, see `Hook`.
@@ -63,15 +66,17 @@ def train(
     state, total = context.state, context.recipe.run.steps
     with running(hooks, state), context.phases.during("hooks", state.step):
         while state.step < total:
-            with context.phases.during("step", state.step):
-                progress = _step(context, loader, state)
-            _record(progress, hooks, trackers)
+            progress = _step(context, loader, state)
+            progress = _recorded(progress, hooks, recorder)
             decision = strongest([hook.act(progress) for hook in hooks])
             if not isinstance(decision, RollBack):
                 decision = _saved(context, progress, decision, checkpointer)
             if isinstance(decision, RollBack):
-                checkpointer.settle(progress.step)
-                state = roll_back(context, progress.state, decision, rewind_records=trackers.rewind)
+                with context.phases.during("roll_back", progress.step):
+                    checkpointer.settle(progress.step)
+                    state = roll_back(
+                        context, progress.state, decision, rewind_records=recorder.rewind
+                    )
                 checkpointer.rewind()
                 for hook in hooks:
                     hook.rewind(state)
@@ -82,7 +87,7 @@ def train(
                     f"stopped after step {state.step} of {total}: {decision.reason}; the step is "
                     "saved, and the same command goes on from it"
                 )
-                return Ending(state, decision.status, decision.exit_code)
+                return Ending(state, decision.status, decision.exit_code, decision.reason)
     return Ending(state, "finished")
 
 
@@ -111,35 +116,42 @@ def _asked_for(requests: Requests) -> SaveAndStop | None:
     return stop and SaveAndStop(stop.reason, exit_code=stop.exit_code)
 
 
-def _record(progress: Progress, hooks: Sequence[Hook], trackers: Trackers) -> None:
-    """What all hooks measure, as the step's one record."""
+def _recorded(progress: Progress, hooks: Sequence[Hook], recorder: Recorder) -> Progress:
+    """What all hooks measure, as the step's one record; gives the step with what they remember."""
     numbers: dict[str, float] = {}
     for hook in hooks:
         numbers |= hook.measure(progress)
-    trackers.log(progress.step, numbers)
+    recorder.log(progress.step, numbers)
+    state = progress.state
+    for hook in hooks:
+        state = hook.remember(state)
+    return replace(progress, state=state)
 
 
 def _step(context: RunContext, loader: Loader, state: RunState) -> Progress:
     """The step that follows a state."""
     recipe, layout = context.recipe, context.engine.layout
     watch = Stopwatch()
-    state = behind_window(recipe, loader, state)
+    with context.phases.during("data", state.step):
+        state = behind_window(recipe, loader, state)
+        batches = loader.next_step(
+            global_batch_size=recipe.batch.global_batch_size,
+            micro_batch_size=recipe.batch.micro_batch_size,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+        )
     spikes = SpikeDetector(recipe.reliability.spike_deviations, recipe.reliability.spike_window)
     limits = spikes.limits(state.numerics)
     rate = next_rate(recipe, step=state.step, consumed_tokens=state.consumed_tokens)
-    batches = loader.next_step(
-        global_batch_size=recipe.batch.global_batch_size,
-        micro_batch_size=recipe.batch.micro_batch_size,
-        dp_rank=layout.dp_rank,
-        dp_size=layout.dp_size,
-    )
-    result = context.engine.train_step(
-        batches,
-        context.objective,
-        learning_rate=rate,
-        limits=limits,
-        asked=context.requests.asked,
-    )
+    with context.phases.during("step", state.step):
+        result = context.engine.train_step(
+            batches,
+            context.objective,
+            learning_rate=rate,
+            limits=limits,
+            asked=context.requests.asked,
+            by_group=group_norms_due(recipe, state.step + 1),
+        )
     context.requests.learn(result)
     tokens = step_tokens(recipe)
     return Progress(

@@ -1,34 +1,85 @@
-"""What is written of a run besides checkpoints: its recipe, and what its trackers are told.
+"""What is written of a run besides checkpoints: its recipe, its lines, and how its attempts end.
 
 Only rank 0 writes, and nothing before its lease has begun: until then the record is another
 attempt's.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from phi4.config import dump_toml
+from phi4.data.stream.sources import SourceManifest
 from phi4.engine.agreement import decided_by_writer
-from phi4.errors import OwnershipError
+from phi4.errors import OwnershipError, Phi4Error
+from phi4.rundir import Lease
+from phi4.rundir.about import LaunchedBy, write_about
 from phi4.rundir.names import CONFIG_FILE
 from phi4.rundir.roll_back import commit_roll_back, follows_roll_back, forget_roll_back
-from phi4.track import Trackers, open_trackers, recipe_params
+from phi4.rundir.run_record import read_run
+from phi4.track import Status, Trackers, open_trackers, recipe_params
+from phi4.train.about_run import about_run
 from phi4.train.hooks import RunContext
+from phi4.train.wall_clock import WallClock
 
 
-def begin_record(context: RunContext) -> Trackers:
-    """The run's trackers, once this attempt begins to write.
+class Recorder:
+    """The record of one attempt; silent on ranks other than the writer.
+
+    Args:
+        trackers: metrics.jsonl and its views.
+        lease: on the writer rank; None on the others.
+        clock: likewise.
+    """
+
+    def __init__(
+        self, trackers: Trackers, lease: Lease | None = None, clock: WallClock | None = None
+    ) -> None:
+        self._trackers, self._lease, self._clock = trackers, lease, clock
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write the line of a step."""
+        if self._clock is not None:
+            self._trackers.log(step, {**numbers, **self._clock.numbers()})
+
+    def rewind(self, step: int) -> None:
+        """The steps after this one are undone and happen again."""
+        self._trackers.rewind(step)
+        if self._clock is not None:
+            self._clock.follow(read_run(self._lease.run_dir))
+
+    def finish(self, status: Status, *, reason: str = "", preempted: bool | None = None) -> None:
+        """Note how the attempt ends, then close the record."""
+        if self._clock is not None:
+            # Where the disk takes no note of the end, the record still ends as what it is.
+            with suppress(Phi4Error):
+                self._lease.conclude(
+                    status, reason=reason, preempted=preempted, seconds=self._clock.taken()
+                )
+        self._trackers.finish(status)
+
+
+def begin_record(
+    context: RunContext, manifests: Mapping[str, SourceManifest], launched_by: LaunchedBy
+) -> Recorder:
+    """The run's record, once this attempt begins to write.
 
     What is recorded of steps after the one it goes on from is cut off here.
+
+    Args:
+        context: of the run.
+        manifests: of the training sources, by name.
+        launched_by: of this process.
 
     Collectives: a broadcast of the writer's outcome over all ranks.
     """
     recipe, state = context.recipe, context.state
-    opened = [open_trackers(recipe, resume_step=state.step, is_writer=False)]
+    begun = [Recorder(open_trackers(recipe, resume_step=state.step, is_writer=False))]
 
     def begin() -> None:
-        context.lease.begin()
+        lease = context.lease
+        lease.begin()
         run_dir = Path(recipe.run.dir)
         if state.step == 0:
             forget_roll_back(run_dir)
@@ -37,16 +88,36 @@ def begin_record(context: RunContext) -> Trackers:
             commit_roll_back(run_dir, state)
         config = run_dir / CONFIG_FILE
         config.write_text(dump_toml(recipe), encoding="utf-8")
-        opened[:] = [open_trackers(recipe, resume_step=state.step, is_writer=True, say=context.say)]
-        opened[0].start(recipe_params(recipe), [config])
+        trackers = open_trackers(recipe, resume_step=state.step, is_writer=True, say=context.say)
+        clock = WallClock(context.phases, lease.number, lease.started_unix)
+        clock.follow(read_run(run_dir))
+        params = recipe_params(recipe)
+        _tell_about(context, manifests, launched_by, params)
+        trackers.start(params, [config])
+        begun[:] = [Recorder(trackers, lease, clock)]
 
     decided_by_writer(context.platform, begin)
-    return opened[0]
+    return begun[0]
+
+
+def _tell_about(
+    context: RunContext,
+    manifests: Mapping[str, SourceManifest],
+    launched_by: LaunchedBy,
+    params: Mapping[str, Any],
+) -> None:
+    """Write down what this attempt is; a run without these facts trains as well."""
+    try:
+        write_about(
+            Path(context.recipe.run.dir), about_run(context, manifests, launched_by, params)
+        )
+    except (OSError, Phi4Error) as error:
+        context.say(f"what this attempt is (commit, user, data) is not written down: {error}")
 
 
 @contextmanager
-def failure_recorded(trackers: Trackers) -> Iterator[None]:
-    """Tell the trackers of a run that ends with an error."""
+def failure_recorded(recorder: Recorder) -> Iterator[None]:
+    """Note the end of a run that ends with an error."""
     try:
         yield
     except OwnershipError:
@@ -54,5 +125,6 @@ def failure_recorded(trackers: Trackers) -> Iterator[None]:
         raise
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        trackers.finish("interrupted" if stopped else "failed")
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        recorder.finish("interrupted" if stopped else "failed", reason=reason)
         raise

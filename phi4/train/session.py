@@ -18,19 +18,23 @@ from phi4.engine.checkpoint import (
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
+from phi4.engine.precision import describe_precision
 from phi4.engine.qualified import qualified_evidence
-from phi4.errors import TokenizerError
+from phi4.errors import REQUEUE_EXIT_CODE, TokenizerError
 from phi4.rundir import Lease
+from phi4.rundir.about import NO_LAUNCHER, LaunchedBy
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint
 from phi4.rundir.replica import replica_place
 from phi4.rundir.state import RunState
+from phi4.track.mlflow.system_samples import sampling_beside
 from phi4.train.checkpointing import Checkpointer
 from phi4.train.evaluation import HeldOutLoss
+from phi4.train.fp8_canary import fp8_canary
 from phi4.train.hooks import Hook, HookFactory, RunContext
 from phi4.train.initial_weights import with_initial_weights
 from phi4.train.ledger_record import LedgerRecord
 from phi4.train.loop import Ending, train
-from phi4.train.meter import Meter
+from phi4.train.meter import meter
 from phi4.train.ownership import Ownership, owned_run_dir
 from phi4.train.reliability.guard import NumericsGuard
 from phi4.train.reliability.phases import Phases
@@ -53,7 +57,7 @@ def _ledger_record(context: RunContext) -> Sequence[Hook]:
 
 OWN_HOOKS: tuple[HookFactory, ...] = (
     lambda context: [Ownership(context.lease)],
-    lambda context: [Meter()],
+    meter,
     lambda context: [NumericsGuard(context)],
     lambda context: [
         HeldOutLoss(
@@ -67,6 +71,7 @@ OWN_HOOKS: tuple[HookFactory, ...] = (
     ],
     _ledger_record,
     stragglers,
+    fp8_canary,
 )
 """What every run does, in this order, before the hooks of its caller."""
 
@@ -78,7 +83,7 @@ def run_training(
     *,
     allow_change: bool,
     attempt: int | None = None,
-    job: str = "",
+    launched_by: LaunchedBy = NO_LAUNCHER,
     hooks: Sequence[HookFactory] = (),
     requests: Requests | None = None,
 ) -> Ending:
@@ -92,7 +97,7 @@ def run_training(
         objective: the stage's loss.
         allow_change: schedule keys may differ from the run's.
         attempt: the attempt whose lease on run.dir the launcher holds; None takes one here.
-        job: Slurm job id, or empty.
+        launched_by: where the launcher put this process.
         hooks: what to make besides the run's own hooks, which are called before them.
         requests: from outside; None where only files in run.dir can ask.
 
@@ -112,11 +117,21 @@ def run_training(
     requests = requests or Requests()
     with (
         watched(platform, Phases(), recipe.reliability, say) as watchdog,
-        owned_run_dir(run_dir, platform, attempt=attempt, job=job, say=say) as lease,
+        owned_run_dir(run_dir, platform, attempt=attempt, job=launched_by.job, say=say) as lease,
         requests.watching(run_dir, is_writer=platform.is_writer),
     ):
         require_same_start(platform, recipe)
-        start = _Start(recipe, platform, objective, allow_change, lease, say, requests, watchdog)
+        start = _Start(
+            recipe,
+            platform,
+            objective,
+            allow_change,
+            lease,
+            say,
+            requests,
+            watchdog,
+            launched_by,
+        )
         return _run(start, hooks)
 
 
@@ -132,6 +147,7 @@ class _Start:
     say: Say
     requests: Requests
     watchdog: Watchdog
+    launched_by: LaunchedBy
 
 
 def _run(start: _Start, hooks: Sequence[HookFactory]) -> Ending:
@@ -178,7 +194,7 @@ def _run(start: _Start, hooks: Sequence[HookFactory]) -> Ending:
         phases=phases,
         requests=start.requests,
     )
-    return _trained(context, data.loader, hooks, start.watchdog)
+    return _trained(context, data.loader, hooks, start)
 
 
 def _replicas(start: _Start) -> Replicas | None:
@@ -207,6 +223,8 @@ def _built_engine(
     choices = (choice.describe() for choice in engine.choices)
     for line in (platform.describe(), engine.layout.describe(), *choices):
         say(line)
+    if recipe.precision.fp8 != "off":
+        say(f"precision: {describe_precision(recipe)}")
     return engine
 
 
@@ -223,7 +241,7 @@ def _ended_before_a_step(requests: Requests, say: Say, state: RunState | None = 
 
 
 def _trained(
-    context: RunContext, loader: Loader, factories: Sequence[HookFactory], watchdog: Watchdog
+    context: RunContext, loader: Loader, factories: Sequence[HookFactory], start: _Start
 ) -> Ending:
     requests = context.requests
     if requests.agree(context.platform):
@@ -232,12 +250,19 @@ def _trained(
     hooks = [hook for make in (*OWN_HOOKS, *factories) for hook in make(context)]
     checkpointer = Checkpointer(context)
     hooks.append(checkpointer.hook)
-    trackers = begin_record(context)
-    watchdog.at_end(partial(trackers.finish, "failed"))
-    with failure_recorded(trackers):
-        ending = train(context, loader, hooks, checkpointer, trackers)
+    recorder = begin_record(context, loader.manifests, start.launched_by)
+    hung = "a rank stopped or hangs"
+    start.watchdog.at_end(partial(recorder.finish, "failed", reason=hung))
+    recipe = context.recipe
+    sampled = sampling_beside(
+        Path(recipe.run.dir), start.launched_by, wanted=recipe.tracking.mlflow
+    )
+    with failure_recorded(recorder), sampled:
+        ending = train(context, loader, hooks, checkpointer, recorder)
     with context.phases.during("end", ending.state.step):
-        trackers.finish(ending.status)
+        was_noticed = ending.exit_code == REQUEUE_EXIT_CODE and context.platform.is_writer
+        preempted = requests.was_preempted() if was_noticed else False
+        recorder.finish(ending.status, reason=ending.reason, preempted=preempted)
         requests.ended()
         # Where the first rank to leave ends the others, nobody may leave before rank 0 did this.
         raise_together(context.platform, None)

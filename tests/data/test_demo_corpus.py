@@ -103,6 +103,18 @@ def test_demo_reports_sizes_and_entropy(demo: tuple[Path, str]) -> None:
     assert f"{entropy:.4f} nats" in printed
 
 
+def test_garbage_is_the_web_in_another_order(demo: tuple[Path, str]) -> None:
+    out, _ = demo
+    web, garbage = TokenFile(out / "web"), TokenFile(out / "garbage")
+    assert garbage.num_documents == web.num_documents
+    is_moved = []
+    for index in range(web.num_documents):
+        one, other = (pair.document(index).tolist() for pair in (web, garbage))
+        assert sorted(one) == sorted(other) and one[-1] == other[-1]
+        is_moved.append(one != other)
+    assert sum(is_moved) > 0.9 * len(is_moved)
+
+
 def test_no_text_is_on_both_sides(corpus: dict[str, list[str]]) -> None:
     texts = [text for name in FILES for text in corpus[name]]
     assert len(set(texts)) == len(texts)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4.data.stream.ledger import BlendEntry, Ledger, SourceCount
+from phi4.data.stream.drawn_tokens import drawn_tokens
+from phi4.data.stream.ledger import BlendEntry, Ledger, SourceCount, parse_state
 from phi4.errors import DataError
 
 SIZES = {"code": 7, "prose": 5, "web": 11}
@@ -166,3 +167,26 @@ def test_source_under_a_new_name_is_refused_unless_the_old_one_stays() -> None:
     assert drawn(anew, 2) == [("new", 0), ("new", 1)]
     # A name that was used since stays what it was.
     named({"new": 1.0}, anew.state())
+
+
+@given(
+    spans=st.lists(
+        st.tuples(st.sampled_from([1, 2, 8]), st.booleans(), st.integers(0, 30)), max_size=6
+    )
+)
+def test_drawn_tokens_follow_the_length_that_rows_had_when_drawn(
+    spans: list[tuple[int, bool, int]],
+) -> None:
+    """A row of the long context is longer than one of the short, and both are one draw."""
+    state, expected, names = None, {}, ("rows", "units")
+    for draw_units, has_units, num_draws in spans:
+        own = names if has_units else names[:1]
+        sizes = {name: SourceCount(9, whole_rows=name == "rows") for name in own}
+        blend = BlendEntry(dict.fromkeys(own, 1.0), drawn={}, draw_units=draw_units)
+        book = Ledger(sizes, blend, seed=1, unit_tokens=4, state=state)
+        for name, _ in drawn(book, num_draws):
+            expected[name] = expected.get(name, 0) + draw_units * 4
+        state = json.loads(json.dumps(book.state()))
+    if state is not None:
+        counted = drawn_tokens(parse_state(state))
+        assert {name: count for name, count in counted.items() if count} == expected

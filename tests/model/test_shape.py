@@ -44,6 +44,42 @@ def test_flops_per_token_equal_the_published_arithmetic(sequence_length, causal,
     assert flops.six_n == 87_957_043_200
 
 
+@pytest.mark.parametrize(
+    ("sequence_length", "causal", "full"), [(4096, "89.9", "94.9"), (16_384, "105.0", "125.1")]
+)
+def test_gigaflops_per_token_are_the_hand_computed_ones(sequence_length, causal, full):
+    flops = shape.training_flops_per_token(PHI4, sequence_length)
+
+    assert f"{flops.causal / 1e9:.1f}" == causal
+    assert f"{flops.full / 1e9:.1f}" == full
+
+
+def work_of_documents(lengths: list[int]) -> shape.Work:
+    return shape.Work(sum(lengths), sum(length**2 for length in lengths))
+
+
+@given(lengths=st.lists(st.integers(1, 4096), min_size=1, max_size=8))
+def test_flops_of_packed_documents_are_the_sum_of_each_alone(lengths):
+    """However a row is cut into documents: each costs what a row of its length costs."""
+    packed = shape.training_flops(PHI4, work_of_documents(lengths))
+    alone = [(shape.training_flops_per_token(PHI4, length), length) for length in lengths]
+
+    for name in ("matmul", "attention_causal", "attention_full", "six_n", "causal", "full"):
+        parts = [getattr(flops, name) * length for flops, length in alone]
+        assert getattr(packed, name) == sum(parts)
+    whole = shape.training_flops(PHI4, work_of_documents([sum(lengths)]))
+    assert packed.matmul == whole.matmul
+    assert (packed.full < whole.full) == (len(lengths) > 1)
+
+
+def test_a_second_label_costs_one_row_of_the_head():
+    alone = shape.training_flops(PHI4, shape.Work(4096, 4096**2))
+    with_pivots = shape.training_flops(PHI4, shape.Work(4096, 4096**2, num_second_labels=3))
+
+    assert with_pivots.full - alone.full == 3 * 6 * 100_352 * 5120
+    assert with_pivots.attention_full == alone.attention_full
+
+
 def test_mfu_of_the_cards_run_is_a_quarter_of_an_h100():
     """9.8T tokens in 21 days on 1,920 GPUs of 989.4 TFLOP/s: 25.6% by the causal count."""
     tokens_per_second = 9.8e12 / (1920 * 21 * 86_400)

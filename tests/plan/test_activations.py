@@ -17,6 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phi4.config import Recipe, with_overrides
+from phi4.config.fp8_rules import fp8_layers
 from phi4.data.stream.batch import build_batch
 from phi4.engine.fake_ranks import paper_rank
 from phi4.engine.model import layers, micro_batch
@@ -142,8 +143,9 @@ def kept_bytes(recipe: Recipe, rank: int = 0, documents_per_row: int = 2) -> int
 
 
 def formula_bytes(recipe: Recipe) -> int:
-    kept = Activations(recipe)
-    return recipe.model.num_layers * kept.layer_bytes + kept.embedding_bytes + kept.head_bytes
+    kept, num_fp8 = Activations(recipe), len(fp8_layers(recipe))
+    layers = (recipe.model.num_layers - num_fp8) * kept.layer_bytes + num_fp8 * kept.fp8_layer_bytes
+    return layers + kept.embedding_bytes + kept.head_bytes
 
 
 LAYOUTS = {
@@ -164,6 +166,40 @@ def test_formula_is_what_autograd_keeps(layout: str, granularity: str) -> None:
     # The last rank: foreign to every token's embedding.
     rank = recipe.parallel.model_parallel_size - 1
     assert kept_bytes(recipe, rank) == formula_bytes(recipe)
+
+
+# Blocks of 128 leave nothing over in any of the layouts.
+IN_FP8 = with_overrides(
+    TINY,
+    [
+        "precision.fp8=torch",
+        "model.hidden_size=256",
+        "model.intermediate_size=256",
+        "data.document_mask=false",
+        "batch.micro_batch_size=8",
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "layout", "granularity"),
+    [
+        ("tensorwise", "one", "none"),
+        ("rowwise", "all three", "none"),
+        ("blockwise", "tensor and sequence", "none"),
+        ("rowwise", "context", "selective"),
+        ("blockwise", "tensor and sequence", "full"),
+    ],
+)
+def test_formula_of_fp8_layers(scaling: str, layout: str, granularity: str) -> None:
+    overrides = [*LAYOUTS[layout], f"recompute.granularity={granularity}"]
+    recipe = with_overrides(IN_FP8, [*overrides, f"precision.fp8_recipe={scaling}"])
+    assert kept_bytes(recipe) == formula_bytes(recipe)
+
+
+def test_formula_of_fp8_layers_in_fp32() -> None:
+    recipe = with_overrides(IN_FP8, ["precision.dtype=fp32", "precision.fp8_recipe=rowwise"])
+    assert kept_bytes(recipe) == formula_bytes(recipe)
 
 
 @pytest.mark.parametrize("form", ["recompute", "one_pass"])

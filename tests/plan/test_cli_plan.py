@@ -34,6 +34,16 @@ def test_it_prints_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> Non
     assert "…" not in out
 
 
+def test_fp8_is_named_and_costs_its_casts(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "--gpus", "1920", "precision.fp8=torch")
+    assert (code, err) == (0, "")
+    assert "bf16, layers 2 to 39 of 40 in FP8 (torch, tensorwise)" in out
+    code, _, err = run(capsys, "--gpus", "64", "--gpu", "a100", "precision.fp8=torch")
+    [line] = err.strip().splitlines()
+    assert code == 2 and "A100 SXM 80 GB: precision.fp8=torch on a GPU of compute" in line
+    assert "FP8" not in run(capsys, "--gpus", "1920")[1]
+
+
 @pytest.mark.parametrize("recipe", ["phi4_14b_dpo_pivotal", "phi4_14b_dpo_judge"])
 def test_no_reference_model_is_held(capsys: pytest.CaptureFixture[str], recipe: str) -> None:
     code, out, err = run(capsys, "--gpus", "64", "--gpu", "h100", recipe=recipe)

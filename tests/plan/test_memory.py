@@ -92,6 +92,23 @@ def test_state_is_what_two_ranks_hold(tmp_path: Path) -> None:
         assert sum(rank["optimizer"] for rank in measured) == 2 * stage.optimizer
 
 
+def test_casts_of_weights_take_two_bytes_each() -> None:
+    recipe = with_overrides(
+        TINY,
+        [
+            *("model.num_layers=6", "precision.fp8_end_layers_in_bf16=1"),
+            *("parallel.tensor=2", "parallel.pipeline=2", "data.sequence_length=64"),
+        ],
+    )
+    plain = make_plan(recipe, 4, H100).stages
+    stages = make_plan(with_overrides(recipe, ["precision.fp8=torch"]), 4, H100).stages
+    # Of two layers: queries, keys and values, projection, both linears of the MLP.
+    weights = 2 * 64 * ((4 + 2 * 2) * 16 + 64 + 3 * 96) // 2
+    for stage, without in zip(stages, plain, strict=True):
+        assert stage.weights == without.weights + 2 * weights
+        assert stage.activations < without.activations
+
+
 def test_optimizer_is_split_over_data_and_context_ranks() -> None:
     recipe = with_overrides(TINY, ["parallel.data=3", "parallel.context=2"])
     assert optimizer_bytes_per_parameter(recipe, distributed=False) == 12

@@ -12,7 +12,6 @@ METRICS = {
     "grad_norm": 1.5,
     "learning_rate": 3e-4,
     "tokens_per_second": 12345.6,
-    "step_seconds": 2.0,
 }
 
 
@@ -24,7 +23,8 @@ def lines_of(seconds_per_step: float, *, resume_step: int = 0) -> list[str]:
     console.start({}, [])
     for step in range(resume_step + 1, 11):
         now[0] += seconds_per_step
-        console.log(step, METRICS | ({"held_out_loss": 5.5} if step == 7 else {}))
+        rest = {"eta_seconds": 2.0 * (10 - step)}
+        console.log(step, METRICS | rest | ({"held_out_loss": 5.5} if step == 7 else {}))
     console.finish("finished")
     return stream.getvalue().splitlines()
 
@@ -63,10 +63,11 @@ def test_terminal_gets_a_bar_and_its_cursor_back(monkeypatch):
     with os.fdopen(theirs, "w") as stream:
         console = ConsoleTracker(10, 4, stream)
         console.start({}, [])
-        console.log(5, METRICS | {"held_out_loss": 5.5})
+        console.log(5, METRICS | {"held_out_loss": 5.5, "eta_seconds": 3725.4})
         console.finish("interrupted")
     shown = everything_from(ours)
     assert "5/10" in shown and "loss 6.2100" in shown and "12,346 tokens/s" in shown
+    assert "eta 1:02:05" in shown
     assert "step 5  loss 6.2100  held-out loss 5.5000" in shown.replace("\x1b", "")
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
 

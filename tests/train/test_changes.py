@@ -49,6 +49,17 @@ def test_identity_keys_never_change() -> None:
         with_changes(STATE, tiny_recipe(), tiny_recipe("run.seed=1"), allow=True, say=unexpected)
 
 
+def test_fp8_is_what_a_run_is() -> None:
+    off, on = tiny_recipe(), tiny_recipe("precision.fp8=torch")
+    text = r"precision\.fp8='torch', now 'off'; .* restore the value, or use another run\.dir"
+    with pytest.raises(ConfigError, match=text) as refused:
+        with_changes(STATE, on, off, allow=True, say=unexpected)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"fp8_recipe='tensorwise', now 'rowwise'"):
+        rows = tiny_recipe("precision.fp8=torch", "precision.fp8_recipe=rowwise")
+        with_changes(STATE, on, rows, allow=True, say=unexpected)
+
+
 ENDED = RunState(step=100, consumed_tokens=100 * 8 * 32)
 WHOLE_RUN = ("optim.decay=0", "optim.learning_rate=6e-3", "optim.min_learning_rate=6e-4")
 

@@ -10,11 +10,11 @@ import pytest
 from phi4.engine.step import StepResult
 from phi4.errors import CheckpointError, ConfigError
 from phi4.rundir.state import RunState
-from phi4.track import Trackers
 from phi4.train.hooks import CONTINUE, Decision, Hook, Progress, RollBack, SaveAndStop, strongest
 from phi4.train.loop import Ending, train
 from phi4.train.reliability.phases import Phases
 from phi4.train.reliability.requests import Requests
+from phi4.train.run_record import Recorder
 from tests.support.engines import tiny_recipe
 
 FIRST, SECOND = SaveAndStop("first"), SaveAndStop("second", status="finished")
@@ -73,10 +73,10 @@ class Loop:
         )
         self.loader = Mock(state=Mock(return_value={}))
         self.checkpointer = Mock()
-        self.trackers = Mock(spec=Trackers)
+        self.recorder = Mock(spec=Recorder)
 
     def run(self, *hooks: Hook) -> Ending:
-        return train(self.context, self.loader, hooks, self.checkpointer, self.trackers)
+        return train(self.context, self.loader, hooks, self.checkpointer, self.recorder)
 
     @property
     def saves(self) -> list[tuple[int, bool]]:
@@ -102,7 +102,7 @@ def test_all_started_hooks_are_told_and_closed_when_one_thing_raises(
     b = Noted("b", calls, *([broken] if broken in ("start", "measure", "act") else []))
     outside = {
         "step": loop.context.engine.train_step,
-        "record": loop.trackers.log,
+        "record": loop.recorder.log,
         "save": loop.checkpointer.save_when_due,
     }
     if broken in outside:
@@ -200,7 +200,7 @@ def test_step_that_is_rolled_back_is_not_saved(loop: Loop, rolled_back: Mock) ->
     assert loop.calls[at + 1 : at + 4] == ["a rewind 1", "b rewind 1", "a measure 2"]
     assert loop.checkpointer.rewind.mock_calls == [call()]
     (_, now, asked), options = rolled_back.call_args
-    assert (now.step, asked, options) == (3, NEAR, {"rewind_records": loop.trackers.rewind})
+    assert (now.step, asked, options) == (3, NEAR, {"rewind_records": loop.recorder.rewind})
 
 
 def test_failed_roll_back_is_told(loop: Loop, rolled_back: Mock) -> None:

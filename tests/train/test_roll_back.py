@@ -28,6 +28,7 @@ from phi4.train.hooks import CONTINUE, Decision, Hook, Progress, RollBack, SaveA
 from phi4.train.session import run_training
 from tests.support.byte_source import write_byte_source
 from tests.support.engines import tiny_recipe
+from tests.support.metrics_page import unexplained
 from tests.support.ranks import RankPool, rendezvous
 
 STEPS, ROWS = 6, 8
@@ -235,7 +236,7 @@ def check_rolled_back(run: Path, expected: Expected) -> None:
     assert tensors(run) == expected.tensors
     lines = read_metrics(run / "metrics.jsonl")
     marked = [line for line in lines if "rolled_back_from" in line or "skipped_rows" in line]
-    assert marked == [lines[2]]
+    assert marked == [lines[2]] and unexplained(lines) == []
     assert (lines[2]["rolled_back_from"], lines[2]["skipped_rows"]) == (5, UNDONE_ROWS)
     newest = run / "checkpoints/step_0000006"
     assert read_state(newest).skips == (Skip(2, 5, UNDONE_ROWS, UNDONE_ROWS, "spike"),)

@@ -1,5 +1,6 @@
 """The demo's data: corpus, small tokenizer, token files, and the entropy that a model must beat."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -9,10 +10,11 @@ from phi4.config import TokenizerConfig
 from phi4.data.demo.corpora import PHI4_SHARES, phi4_corpus
 from phi4.data.demo.post_training import write_post_training
 from phi4.data.files.atomic_files import write_atomically
+from phi4.data.files.manifest import ShardManifest
 from phi4.data.files.token_file import TokenFile
-from phi4.data.files.token_writer import write_documents
+from phi4.data.files.token_writer import TokenFileWriter, write_documents
 from phi4.data.vocabulary.bpe import train_bpe
-from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
+from phi4.data.vocabulary.tokenizer import Tokenizer, load_tokenizer, rank_file_bytes
 
 TRAINING_SOURCES = tuple(PHI4_SHARES)
 
@@ -37,7 +39,9 @@ class CorpusReport(msgspec.Struct, frozen=True, kw_only=True):
 def build_demo(out: str | Path, vocab_size: int = 2048) -> CorpusReport:
     """Write bpe.tiktoken, the token files of every source and corpus.json into a directory.
 
-    Sources are those of pretraining, and for post-training `chats`, `preferences` and `pivots`.
+    Sources are those of pretraining; for post-training `chats`, `preferences` and `pivots`; and
+    `garbage`, the documents of `web` with their tokens shuffled, which an ablation of mixtures must
+    tell from the others.
 
     Raises:
         DataError: this Python lacks its standard library's sources, or vocab_size does not fit.
@@ -54,6 +58,8 @@ def build_demo(out: str | Path, vocab_size: int = 2048) -> CorpusReport:
     for name, texts in corpus.items():
         manifest = write_documents(texts, tokenizer, out / name)
         sources[name] = SourceReport(manifest.num_documents, manifest.num_tokens)
+    garbage = _write_shuffled(corpus["web"], tokenizer, out / "garbage")
+    sources["garbage"] = SourceReport(garbage.num_documents, garbage.num_tokens)
     exercises = {side: corpus[f"synthetic{side}"] for side in ("", "_held_out")}
     for name, manifest in write_post_training(out, exercises, tokenizer).items():
         sources[name] = SourceReport(manifest.num_documents, manifest.num_tokens)
@@ -68,6 +74,16 @@ def build_demo(out: str | Path, vocab_size: int = 2048) -> CorpusReport:
     content = msgspec.json.format(msgspec.json.encode(report), indent=2)
     write_atomically(out / "corpus.json", content + b"\n")
     return report
+
+
+def _write_shuffled(texts: Sequence[str], tokenizer: Tokenizer, prefix: Path) -> ShardManifest:
+    """The documents with the tokens of each in another order: as frequent, without meaning."""
+    draw = np.random.default_rng(0)
+    with TokenFileWriter(prefix, tokenizer.facts) as writer:
+        for text in texts:
+            ids = draw.permutation(tokenizer.encode_array(text))
+            writer.add(np.append(ids, tokenizer.eod_id))
+    return writer.manifest
 
 
 def unigram_entropy(weights: dict[Path, float]) -> float:

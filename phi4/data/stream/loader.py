@@ -4,7 +4,7 @@ Every rank draws the whole global batch from its ledger and reads only its own r
 broadcast, all ranks hold the same state, and a checkpoint continues at any data-parallel size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from phi4.data.stream.kinds import open_source
 from phi4.data.stream.ledger import BlendEntry, Draws
 from phi4.data.stream.overlap import describe_overlaps
 from phi4.data.stream.pair_batch import with_pairs
-from phi4.data.stream.sources import read_source
+from phi4.data.stream.sources import SourceManifest, read_source
 from phi4.data.stream.stream import Stream
 from phi4.data.stream.units import ShardPool
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
@@ -28,6 +28,7 @@ class Loader:
 
     Attributes:
         stream: where the batches are cut from.
+        manifests: what each source consists of, by name.
         notes: lines to show at the start: what each source says of itself, for example what was
             packed into rows and what was left out, and which sources hold the same files.
     """
@@ -57,16 +58,16 @@ class Loader:
         self._seed = seed
         self._max_epochs = {source.name: source.max_epochs for source in data.sources}
         _make(data.cache_dir)
-        self._manifests = {
+        self.manifests = {
             s.name: read_source(s.path, tokenizer, data.cache_dir) for s in data.sources
         }
         pool = ShardPool(data.max_open_shards)
         self._sources = [
-            open_source(config, self._manifests[config.name], pool, tokenizer, data)
+            open_source(config, self.manifests[config.name], pool, tokenizer, data)
             for config in data.sources
         ]
         described = (source.describe() for source in self._sources)
-        self.notes = [*filter(None, described), *describe_overlaps(self._manifests)]
+        self.notes = [*filter(None, described), *describe_overlaps(self.manifests)]
         self.go_to(state)
 
     def go_to(self, state: dict[str, Any] | None) -> None:
@@ -144,7 +145,7 @@ class Loader:
 
     def source_hashes(self) -> dict[str, str]:
         """sha256 of what each source holds, by source name."""
-        return {name: manifest.content_hash for name, manifest in self._manifests.items()}
+        return {name: manifest.content_hash for name, manifest in self.manifests.items()}
 
     def row(self, index: int) -> Batch:
         """Row `index` of the stream from here, [1, S]; the ledger stays where it is."""
@@ -203,6 +204,11 @@ class HeldOut:
         """
         sources = data.model_copy(update={"sources": data.held_out})
         self._loader = Loader(sources, tokenizer, seed)
+
+    @property
+    def manifests(self) -> Mapping[str, SourceManifest]:
+        """What each source consists of, by name."""
+        return self._loader.manifests
 
     def batches(
         self,

@@ -1,7 +1,8 @@
 """Which part of the run this rank is in, written by the training thread and read by the watchdog.
 
-Costs two attribute writes per change and one per tick, so that it can be called for every
-micro-batch.
+Every second belongs to one phase, and `taken` gives the seconds of each: the wall time of a run is
+counted here. Costs a few attribute writes per change and one per tick, so that it can be called for
+every micro-batch.
 """
 
 import time
@@ -15,7 +16,8 @@ class Phase:
     """A part of the run.
 
     Attributes:
-        name: start, qualify, load, step, hooks (between steps), evaluate, save or end.
+        name: start, qualify, load, data, step, hooks (between steps), evaluate, fp8_check, save,
+            roll_back or end.
         step: completed steps of the run.
         since: when it began, seconds of the monotonic clock.
     """
@@ -30,6 +32,8 @@ class Phases:
 
     def __init__(self) -> None:
         self.current = Phase("start", 0, time.monotonic())
+        self._seconds: dict[str, float] = {}
+        self._counted_until = self.current.since
         self.ticks = 0
         """Counts every sign that the training thread goes on: phases, steps, micro-batches."""
 
@@ -47,6 +51,19 @@ class Phases:
         """The training thread goes on, for example with another micro-batch."""
         self.ticks += 1
 
+    def taken(self) -> dict[str, float]:
+        """Seconds of every phase since the last call; they sum to the time since then."""
+        self._count(time.monotonic())
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
     def _enter(self, name: str, step: int) -> None:
+        now = time.monotonic()
+        self._count(now)
         self.ticks += 1
-        self.current = Phase(name, step, time.monotonic())
+        self.current = Phase(name, step, now)
+
+    def _count(self, now: float) -> None:
+        name = self.current.name
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._counted_until
+        self._counted_until = now

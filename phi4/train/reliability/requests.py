@@ -41,6 +41,8 @@ class Requests:
         noticed: set once a notice arrived at this rank; by another thread.
         kill_seconds: what is left after a notice, where that is not the recipe's to say; then the
             process is killed.
+        was_preempted: asked once a notice ended the run: whether the cluster starts it again; None
+            where nobody knows.
 
     Attributes:
         agreed: on every rank the same; changed by `learn`, `agree` and `saved`.
@@ -48,10 +50,15 @@ class Requests:
     """
 
     def __init__(
-        self, noticed: threading.Event | None = None, *, kill_seconds: float | None = None
+        self,
+        noticed: threading.Event | None = None,
+        *,
+        kill_seconds: float | None = None,
+        was_preempted: Callable[[], bool | None] = lambda: None,
     ) -> None:
         self._noticed = noticed or threading.Event()
         self._kill_seconds = kill_seconds
+        self.was_preempted = was_preempted
         self._run_dir: Path | None = None
         self._files = frozenset[str]()
         self._lock = threading.Lock()

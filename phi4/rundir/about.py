@@ -1,0 +1,213 @@
+"""about/0000001.json: what people ask of an attempt of a run, written when it begins.
+
+Facts for those who look a run up later: in MLflow, in a report, by grep. Nothing of the training
+depends on them.
+"""
+
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from phi4.config.schema import key_kinds
+from phi4.data.files.atomic_files import write_atomically
+from phi4.rundir.names import ABOUT_DIR
+
+_NAME = re.compile(r"(\d{7,})\.json")
+
+
+class LaunchedBy(msgspec.Struct, frozen=True):
+    """Where the launcher put a process.
+
+    Attributes:
+        slurm: Slurm's variables that name the job, without their prefix: job_id, partition, ...
+        node: number of this machine among those of the run.
+        local_rank: rank among the processes of this machine.
+    """
+
+    slurm: dict[str, str] = {}
+    node: int = 0
+    local_rank: int = 0
+
+    @property
+    def job(self) -> str:
+        """Slurm job id; empty outside Slurm."""
+        return self.slurm.get("job_id", "")
+
+
+NO_LAUNCHER = LaunchedBy()
+"""A process that its user started."""
+
+
+class SourceTree(msgspec.Struct, frozen=True):
+    """The git checkout that a program runs from."""
+
+    commit: str
+    is_dirty: bool
+    """Whether files that git tracks differ from the commit."""
+
+
+class AboutSource(msgspec.Struct, frozen=True, kw_only=True):
+    """A source of data as an attempt found it.
+
+    Attributes:
+        name: in the recipe.
+        path: absolute; a prefix, a glob of prefixes or a list file.
+        kind: how it is read.
+        weight: in the recipe.
+        sha256: of what it holds, wherever it lies.
+        num_tokens: in its files.
+        num_documents: in its files.
+        num_shards: pairs of files.
+    """
+
+    name: str
+    path: str
+    kind: str
+    weight: float
+    sha256: str
+    num_tokens: int
+    num_documents: int
+    num_shards: int
+
+
+class Origins(msgspec.Struct, frozen=True):
+    """Places, absolute, that a run takes from other runs; empty where it takes nothing.
+
+    Attributes:
+        init_from: of its first weights.
+        weights: the very checkpoint of the first weights.
+        weights_manifest_sha256: of that checkpoint.
+        continue_from: of its data ledger.
+        reference: of the model that a preference run is held to.
+    """
+
+    init_from: str = ""
+    weights: str = ""
+    weights_manifest_sha256: str = ""
+    continue_from: str = ""
+    reference: str = ""
+
+
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of the file.
+
+    Attributes:
+        uid: of the run directory, drawn by its first attempt and kept by the others.
+        attempt: number of the attempt.
+        step: completed steps when it began.
+        unix_seconds: when.
+        command: the program and its arguments.
+        directory: working directory.
+        user: that runs it.
+        host: of rank 0.
+        launched_by: of rank 0.
+        source_tree: None outside a git checkout.
+        python: version.
+        packages: versions of those that matter.
+        platform: cpu or cuda.
+        gpu: name of rank 0's; empty without.
+        world_size: processes of the run, each with one GPU where there are any.
+        layout: in words.
+        degrees: tensor, pipeline, virtual_pipeline, context, data.
+        kernels: implementation of every op.
+        kernel_reasons: why that one.
+        sources: that are trained on.
+        held_out: that are not.
+        stage: of the run.
+        name: of the run.
+        origins: what it takes from other runs.
+        recipe: every key by its dotted name; tables and lists as JSON text.
+    """
+
+    uid: str
+    attempt: int
+    step: int
+    unix_seconds: float
+    command: tuple[str, ...]
+    directory: str
+    user: str
+    host: str
+    launched_by: LaunchedBy
+    source_tree: SourceTree | None
+    python: str
+    packages: dict[str, str]
+    platform: str
+    gpu: str
+    world_size: int
+    layout: str
+    degrees: dict[str, int]
+    kernels: dict[str, str]
+    kernel_reasons: dict[str, str]
+    sources: tuple[AboutSource, ...]
+    held_out: tuple[AboutSource, ...]
+    stage: str
+    name: str
+    origins: Origins
+    recipe: Mapping[str, Any]
+
+
+def about_path(run_dir: Path, attempt: int) -> Path:
+    """The file of an attempt."""
+    return run_dir / ABOUT_DIR / f"{attempt:07d}.json"
+
+
+def write_about(run_dir: Path, about: About) -> None:
+    """Write the file of an attempt, all of it or none.
+
+    Raises:
+        DiskFullError: it does not fit on the disk.
+        OSError: the file system fails otherwise.
+    """
+    path = about_path(run_dir, about.attempt)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(about), indent=1) + b"\n")
+
+
+def read_abouts(run_dir: Path) -> list[About]:
+    """Those of all attempts, oldest first; damaged files and files of other versions are left out.
+
+    Those of attempts that wrote none are missing too.
+    """
+    try:
+        names = sorted(path.name for path in (run_dir / ABOUT_DIR).iterdir())
+    except OSError:
+        return []
+    found = []
+    for name in filter(_NAME.fullmatch, names):
+        try:
+            content = (run_dir / ABOUT_DIR / name).read_bytes()
+            found.append(msgspec.json.decode(content, type=About))
+        except (OSError, msgspec.DecodeError):
+            continue
+    return sorted(found, key=lambda about: about.attempt)
+
+
+def abouts_of_training(run_dir: Path) -> list[About]:
+    """Those of the training that goes on in a directory, oldest first.
+
+    A start without a checkpoint, under a recipe that differs in more than `free` keys, begins
+    another training: what was recorded before is no part of it.
+    """
+    found: list[About] = []
+    for about in read_abouts(run_dir):
+        if found and about.step == 0 and _is_other(found[-1], about):
+            found = []
+        found.append(about)
+    return found
+
+
+def _is_other(before: About, after: About) -> bool:
+    kinds = key_kinds()
+    keys = before.recipe.keys() & after.recipe.keys()
+    counting = (key for key in keys if kinds.get(key) != "free")
+    return any(before.recipe.get(key) != after.recipe.get(key) for key in counting)
+
+
+def uid_of(run_dir: Path) -> str:
+    """The uid of a run directory; a new one where no attempt has told it."""
+    abouts = read_abouts(run_dir)
+    return abouts[0].uid if abouts else uuid.uuid4().hex

@@ -1,0 +1,75 @@
+"""Reading what a run appends to its metrics.jsonl, also when lines are cut off meanwhile.
+
+A roll back cuts the file in place and training goes on writing, so the size does not tell:
+the last line that was read must still stand where it stood, and no two lines are equal because of
+their times.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from phi4.errors import DataError
+from phi4.rundir.step_log import decode_line
+
+_CHUNK_BYTES = 4 << 20
+
+
+class Place(NamedTuple):
+    """How far a record has been read.
+
+    Attributes:
+        offset: in the file.
+        last_line: that ends there.
+    """
+
+    offset: int = 0
+    last_line: bytes = b""
+
+
+class RecordTail:
+    """Reads a metrics.jsonl in pieces.
+
+    Args:
+        path: may not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self, place: Place) -> tuple[list[dict[str, Any]], Place]:
+        """The whole lines behind a place, and the place behind them; no lines when there are none.
+
+        They are the file's first lines where it was cut before the place.
+
+        Raises:
+            DataError: a line is not a step's object.
+        """
+        try:
+            descriptor = os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError:
+            return [], Place()
+        try:
+            start = place.offset - len(place.last_line)
+            found = os.pread(descriptor, len(place.last_line) + _CHUNK_BYTES, start)
+            if not found.startswith(place.last_line):
+                place = Place()
+                found = os.pread(descriptor, _CHUNK_BYTES, 0)
+            written_at = os.fstat(descriptor).st_mtime
+        finally:
+            os.close(descriptor)
+        return self._decoded(found[len(place.last_line) :], place, written_at)
+
+    def _decoded(
+        self, found: bytes, place: Place, written_at: float
+    ) -> tuple[list[dict[str, Any]], Place]:
+        whole = found[: found.rfind(b"\n") + 1]
+        if not whole:
+            if len(found) == _CHUNK_BYTES:
+                raise DataError(f"{self._path} has a line of more than {_CHUNK_BYTES:,} bytes")
+            return [], place
+        texts = whole.splitlines(keepends=True)
+        lines = [decode_line(text, str(self._path)) for text in texts]
+        # Lines of version 0.1 have no time.
+        dated = [{"unix_seconds": written_at, **line} for line in lines]
+        return dated, Place(place.offset + len(whole), texts[-1])

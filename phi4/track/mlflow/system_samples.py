@@ -1,0 +1,312 @@
+"""How the machines of a run fare: samples in RUN/system/node_0.jsonl, and as metric points.
+
+One sampler per machine: that of node 0 lives in the process that feeds MLflow, the others in a
+small process of their own (`sampling_beside`). The file is the record; whoever sends points reads
+it, also of other nodes. A sample that cannot be taken or written is left out: sampling neither
+stops nor slows a run. Sample numbers go on over restarts.
+"""
+
+import ctypes
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import psutil
+
+from phi4.rundir.about import LaunchedBy
+from phi4.rundir.names import SYSTEM_DIR
+
+SAMPLE_SECONDS = 10.0
+_NODE_FILE = "node_{}.jsonl"
+_NICENESS = 10
+_WATCH_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
+_TAIL_BYTES = 1 << 16
+"""At the end of a file, where its last sample is looked for."""
+
+
+class SystemSample(NamedTuple):
+    """One sample of one machine, as MLflow shows it under System metrics.
+
+    Attributes:
+        node: number of the machine.
+        sample: number, from 1; the step of the points.
+        unix_seconds: the timestamp of the points.
+        metrics: by names that begin with `system/node_0/`.
+    """
+
+    node: int
+    sample: int
+    unix_seconds: float
+    metrics: dict[str, float]
+
+
+class SystemSampler:
+    """Samples this machine into its file.
+
+    Args:
+        run_dir: of the run.
+        node: number of this machine.
+        rank_pid: a rank of the run on this machine: processes of the same parent and command line
+            are the others.
+        nvml: the module pynvml, for tests; imported where it is installed.
+    """
+
+    def __init__(self, run_dir: Path, node: int, rank_pid: int, nvml: Any | None = None) -> None:
+        self._run_dir, self._rank_pid = run_dir, rank_pid
+        self._path = _path(run_dir, node)
+        self._sample = _last_sample(self._path)
+        self._due = 0.0
+        self._network: tuple[float, int, int] | None = None
+        self._gpus = _Gpus(nvml)
+        with suppress(OSError, psutil.Error):
+            # The first answer is of no interval.
+            psutil.cpu_percent()
+
+    def sample_if_due(self) -> None:
+        """Take a sample, unless the last one is not SAMPLE_SECONDS old; raises nothing."""
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + SAMPLE_SECONDS
+            self.sample()
+
+    def sample(self) -> None:
+        """Take a sample; raises nothing."""
+        values: dict[str, float] = {}
+        for read in (self._machine, self._ranks, self._disk, self._traffic, self._gpus.read):
+            # psutil and NVML fail in ways of their own on unusual machines.
+            with suppress(Exception):
+                values |= read()
+        line = {"sample": self._sample + 1, "unix_seconds": time.time(), **values}
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab", buffering=0) as file:
+                # On a line of its own, also behind one that a kill or a full disk cut off.
+                text = msgspec.json.encode(line) + b"\n"
+                if _ends_within_a_line(self._path):
+                    text = b"\n" + text
+                file.write(text)
+            self._sample += 1
+
+    def _machine(self) -> dict[str, float]:
+        memory = psutil.virtual_memory()
+        return {
+            "cpu_percent": psutil.cpu_percent(),
+            "memory_used_bytes": memory.total - memory.available,
+            "memory_total_bytes": memory.total,
+        }
+
+    def _ranks(self) -> dict[str, float]:
+        rank = psutil.Process(self._rank_pid)
+        command, parent = rank.cmdline(), rank.parent()
+        total = 0
+        for process in parent.children() if parent else [rank]:
+            with suppress(psutil.Error):
+                if process.pid == rank.pid or process.cmdline() == command:
+                    total += process.memory_info().rss
+        return {"ranks_resident_bytes": total}
+
+    def _disk(self) -> dict[str, float]:
+        return {"run_dir_free_bytes": psutil.disk_usage(str(self._run_dir)).free}
+
+    def _traffic(self) -> dict[str, float]:
+        counted = psutil.net_io_counters()
+        if counted is None:
+            # A machine without any network.
+            return {}
+        now = (time.monotonic(), counted.bytes_sent, counted.bytes_recv)
+        before, self._network = self._network, now
+        if before is None or now[0] <= before[0]:
+            return {}
+        seconds = now[0] - before[0]
+        return {
+            "network_sent_bytes_per_second": (now[1] - before[1]) / seconds,
+            "network_received_bytes_per_second": (now[2] - before[2]) / seconds,
+        }
+
+
+class _Gpus:
+    """The GPUs of this machine, by NVML; none where its module, its driver or a GPU is missing."""
+
+    def __init__(self, nvml: Any | None) -> None:
+        self._nvml, self._handles = nvml, []
+        try:
+            self._nvml = nvml or importlib.import_module("pynvml")
+            self._nvml.nvmlInit()
+            count = self._nvml.nvmlDeviceGetCount()
+            self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
+        except Exception:
+            # NVML's errors have a class of its own module, which may not be there.
+            self._handles = []
+
+    def read(self) -> dict[str, float]:
+        """What each GPU tells; a value that its driver does not know is left out."""
+        values: dict[str, float] = {}
+        for index, handle in enumerate(self._handles):
+            for name, value in self._readers(handle).items():
+                with suppress(self._nvml.NVMLError):
+                    values[f"gpu_{index}_{name}"] = value()
+        return values
+
+    def _readers(self, handle: Any) -> Mapping[str, Any]:
+        nvml = self._nvml
+        return {
+            "utilization_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+            "memory_used_bytes": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
+            "power_watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "temperature_celsius": lambda: nvml.nvmlDeviceGetTemperature(
+                handle, nvml.NVML_TEMPERATURE_GPU
+            ),
+        }
+
+
+def last_samples(held: Mapping[str, int]) -> dict[int, int]:
+    """By node, the number of the last sample that a store holds.
+
+    Args:
+        held: greatest step by name of the metric.
+    """
+    found: dict[int, int] = {}
+    for name, step in held.items():
+        node = name.removeprefix("system/node_").partition("/")[0]
+        if name.startswith("system/node_") and node.isdecimal():
+            found[int(node)] = max(step, found.get(int(node), 0))
+    return found
+
+
+class SystemTail:
+    """Reads the samples of all machines of a run as they are written.
+
+    Args:
+        run_dir: of the run.
+        after: by node, the number of the last sample that is not wanted any more.
+    """
+
+    def __init__(self, run_dir: Path, after: Mapping[int, int] | None = None) -> None:
+        self._directory = run_dir / SYSTEM_DIR
+        self._after = dict(after or {})
+        self._offsets: dict[Path, int] = {}
+
+    def read(self) -> list[SystemSample]:
+        """What is new since the last call: of every machine, in order."""
+        return [sample for path in _node_files(self._directory) for sample in self._new(*path)]
+
+    def _new(self, node: int, path: Path) -> Iterator[SystemSample]:
+        try:
+            with path.open("rb") as file:
+                file.seek(self._offsets.get(path, 0))
+                text = file.read()
+        except OSError:
+            return
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offsets[path] = self._offsets.get(path, 0) + len(whole)
+        for line in _decoded(whole):
+            # Two samplers of one node, by a machine that came back, must not send a step twice.
+            if line["sample"] > self._after.get(node, 0):
+                self._after[node] = line["sample"]
+                yield _as_sample(node, line)
+
+
+@contextmanager
+def sampling_beside(run_dir: Path, launched_by: LaunchedBy, *, wanted: bool) -> Iterator[None]:
+    """While the block runs: a process that samples this machine, where this rank owes one.
+
+    That is the first rank of every machine but node 0. A process that cannot be started leaves the
+    run as it is.
+
+    Args:
+        run_dir: of the run.
+        launched_by: of this process.
+        wanted: whether the run is followed.
+    """
+    process = None
+    if wanted and launched_by.node > 0 and launched_by.local_rank == 0:
+        words = [str(run_dir.resolve()), str(launched_by.node), str(os.getpid())]
+        null = subprocess.DEVNULL
+        with suppress(OSError):
+            process = subprocess.Popen(
+                [sys.executable, "-m", __spec__.name, *words], stdin=null, stdout=null, stderr=null
+            )
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+def main(words: Sequence[str]) -> None:
+    """Sample until the rank that started this process ends.
+
+    Args:
+        words: run directory, node, and the rank's pid.
+    """
+    run_dir, node, rank_pid = Path(words[0]), int(words[1]), int(words[2])
+    # Notices reach every process of a job; the rank decides when this one ends.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.nice(_NICENESS)
+    sampler = SystemSampler(run_dir, node, rank_pid)
+    while os.getppid() == rank_pid:
+        sampler.sample_if_due()
+        time.sleep(_WATCH_SECONDS)
+
+
+def _path(run_dir: Path, node: int) -> Path:
+    return run_dir / SYSTEM_DIR / _NODE_FILE.format(node)
+
+
+def _node_files(directory: Path) -> list[tuple[int, Path]]:
+    try:
+        names = [path.name for path in directory.iterdir()]
+    except OSError:
+        return []
+    parts = ((name, name.removeprefix("node_").removesuffix(".jsonl")) for name in names)
+    nodes = sorted(int(node) for name, node in parts if node.isdecimal() and name != node)
+    return [(node, directory / _NODE_FILE.format(node)) for node in nodes]
+
+
+def _last_sample(path: Path) -> int:
+    """Number of the last sample in a file; 0 without one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            return max((line["sample"] for line in _decoded(file.read())), default=0)
+    except OSError:
+        return 0
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def _decoded(text: bytes) -> Iterator[dict[str, Any]]:
+    """The lines that are samples; a kill may have cut one off."""
+    for line in text.splitlines():
+        with suppress(msgspec.DecodeError):
+            decoded = msgspec.json.decode(line)
+            if isinstance(decoded, dict) and {"sample", "unix_seconds"} <= decoded.keys():
+                yield decoded
+
+
+def _as_sample(node: int, line: dict[str, Any]) -> SystemSample:
+    facts = ("sample", "unix_seconds")
+    metrics = {f"system/node_{node}/{k}": float(v) for k, v in line.items() if k not in facts}
+    return SystemSample(node, line["sample"], line["unix_seconds"], metrics)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,143 @@
+"""MLflow as a view of a run that trains: a process of its own reads the record and sends it.
+
+One decision: training does nothing for MLflow except to start that process and to tell it how the
+run ended. What the process sends is in metrics.jsonl, so its death loses nothing.
+"""
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from os import getpid
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from phi4.rundir.attempts import newest_attempt
+from phi4.track.mlflow.messages import (
+    Arrived,
+    FollowRun,
+    FromFollower,
+    StatusSet,
+    Told,
+    TrainingEnded,
+)
+from phi4.track.mlflow.wish import TrackingWish
+from phi4.track.record import Status
+
+PATIENCE_SECONDS = 30.0
+"""How long the end of a run waits for what has not arrived yet."""
+
+_HASTY_SECONDS = 5.0
+"""Likewise, where it was told to end: a cluster kills it soon, by default after 30 s."""
+
+_COMMAND = (sys.executable, "-m", "phi4.track.mlflow.process")
+_HELD_BACK = {
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+}
+"""Signals that ask a run to end, or Slurm sends to every process of it: the follower ends later."""
+
+
+class MlflowTracker:
+    """Shows a run in MLflow, the same MLflow run across restarts; a `Tracker`.
+
+    Args:
+        wish: where the run is shown.
+        say: takes a line for the user; called from a thread.
+        patience_seconds: how long `finish` waits.
+        command: what is started; a parameter for tests.
+    """
+
+    def __init__(
+        self,
+        wish: TrackingWish,
+        say: Callable[[str], None],
+        *,
+        patience_seconds: float = PATIENCE_SECONDS,
+        command: Sequence[str] = _COMMAND,
+    ) -> None:
+        self._wish, self._say = wish, say
+        self._patience_seconds, self._command = patience_seconds, command
+        self._last_step = self._arrived = 0
+        self._is_complete = self._is_ending = False
+        self._process: subprocess.Popen | None = None
+        self._reader = threading.Thread(target=self._read, name="mlflow", daemon=True)
+
+    def start(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
+        """Start the process. What it shows of the recipe it reads from the run's directory."""
+        # The process starts with the mask of the thread that starts it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        attempt = newest_attempt(Path(self._wish.run_dir))
+        self._write(FollowRun(self._wish, attempt, getpid()))
+        self._reader.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing but a note: the process reads the line from the record."""
+        self._last_step = step
+
+    def rewind(self, step: int) -> None:
+        """Nothing: the process sees that the record was cut."""
+        self._last_step = step
+
+    def finish(self, status: Status) -> None:
+        """Tell how the run ended, and wait no longer than the patience until MLflow knows all."""
+        if self._process is None:
+            return
+        self._is_ending = True
+        self._write(TrainingEnded(status))
+        longest = _HASTY_SECONDS if status == "interrupted" else self._patience_seconds
+        self._reader.join(min(longest, self._patience_seconds))
+        if not self._is_complete:
+            self._process.kill()
+            self._reader.join()
+            self._say(
+                f"MLflow has {self._arrived} of {self._last_step} steps; metrics.jsonl has them "
+                f"all, and `phi4 track replay {self._wish.run_dir}` sends the rest"
+                if self._arrived < self._last_step
+                else "MLflow has all steps but does not know how the run ended; "
+                f"`phi4 track settle {self._wish.run_dir}` tells it"
+            )
+        self._close()
+
+    def _read(self) -> None:
+        """Take what the process tells, until it ends."""
+        decoder = msgspec.json.Decoder(FromFollower)
+        for line in self._process.stdout:
+            match decoder.decode(line):
+                case Told(text=text):
+                    self._say(text)
+                case Arrived(step=step):
+                    self._arrived = step
+                case StatusSet():
+                    self._is_complete = True
+        code = self._process.wait()
+        if not self._is_ending:
+            self._say(
+                f"the process that fills MLflow ended with code {code} at step {self._arrived}; "
+                f"training goes on, `phi4 track replay {self._wish.run_dir}` sends the rest"
+            )
+
+    def _write(self, message: FollowRun | TrainingEnded) -> None:
+        # It may have died; the reader says so.
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(msgspec.json.encode(message) + b"\n")
+            self._process.stdin.flush()
+
+    def _close(self) -> None:
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()

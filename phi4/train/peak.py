@@ -1,0 +1,51 @@
+"""The peak that MFU is a share of: a card's data sheet, or the recipe's figure, or none."""
+
+from dataclasses import dataclass
+
+from phi4.config import Recipe
+from phi4.model.cards import CARDS, card_of_device
+
+_BESIDE_FP8 = "; products in FP8 can be faster than that"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one GPU can do at most."""
+
+    tflops: float | None
+    """Dense; None where nobody knows."""
+    reason: str
+    """Whose figure it is, or why there is none; a line for the console."""
+
+
+def peak_of(recipe: Recipe, device_name: str | None) -> Peak:
+    """The recipe's figure, else that of the card in the data sheet.
+
+    Args:
+        recipe: tracking.peak_tflops, and the precision that a data sheet's figure holds for.
+        device_name: as the driver says it; None for a CPU.
+    """
+    dtype, given = recipe.precision.dtype, recipe.tracking.peak_tflops
+    if given is not None:
+        return Peak(given, f"MFU: of {given:g} TFLOP/s per rank, from tracking.peak_tflops")
+    remedy = "set tracking.peak_tflops to report it"
+    if device_name is None:
+        return Peak(None, f"MFU: not reported, no peak is known of a CPU; {remedy}")
+    card = card_of_device(device_name)
+    if card is None:
+        known = ", ".join(one.title for one in CARDS.values())
+        return Peak(
+            None,
+            f"MFU: not reported, no peak is known of {device_name} (only of {known}); {remedy}",
+        )
+    if dtype != "bf16":
+        return Peak(
+            None,
+            f"MFU: not reported, the known peak of {card.title} is for bf16 and "
+            f"precision.dtype={dtype}; {remedy}",
+        )
+    return Peak(
+        card.bf16_dense_tflops,
+        f"MFU: of {card.bf16_dense_tflops:g} TFLOP/s per GPU, dense bf16 ({card.source})"
+        + _BESIDE_FP8 * (recipe.precision.fp8 != "off"),
+    )

@@ -1,0 +1,46 @@
+"""This rank's memory: what is kept from step to step, and the peak of the last one."""
+
+import re
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+import torch
+
+from phi4.engine.engine import Engine
+from phi4.engine.memory_use import KeptBytes, kept_bytes
+
+
+class RankMemory:
+    """Bytes by kind.
+
+    Args:
+        engine: whose tensors count.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._process = psutil.Process()
+
+    @cached_property
+    def _kept(self) -> KeptBytes:
+        """Counted once, after the first step, with which the moments come into being."""
+        return kept_bytes(self._engine)
+
+    def numbers(self) -> dict[str, float]:
+        """memory/KIND, after a step."""
+        kept, device = self._kept, self._engine.platform.device
+        numbers = {f"memory/{kind}": size for kind, size in kept._asdict().items()}
+        if self._engine.platform.kind == "cpu":
+            resident = self._process.memory_info().rss
+            return numbers | {"memory/resident": resident, "memory/peak_resident": _peak_resident()}
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        rest = peak - sum(kept)
+        return numbers | {"memory/peak": peak, "memory/activations_and_rest": rest}
+
+
+def _peak_resident() -> int:
+    """Of this process since it began; getrusage would count what its parent had before."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
