@@ -37,13 +37,14 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS-1}
 # --- This attempt
 run=runs/phi4_14b_pretrain
 last_step=423855  # run.steps
+job=$SLURM_JOB_ID
 max_retries=3  # failures in a row without a newer checkpoint
 attempt=${SLURM_RESTART_COUNT:-0}
 files=$run/slurm
-here=$files/$SLURM_JOB_ID.$attempt  # rank_N.log and the exit codes of this attempt
+here=$files/$job.$attempt  # rank_N.log and the exit codes of this attempt
 mkdir -p "$here/exit" "$here/ended" || exit 1
 
-say() { echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID attempt $attempt: $*"; }
+say() { echo "$(date -u +%FT%TZ) job $job attempt $attempt: $*"; }
 
 # Step of the newest complete checkpoint; 0 without one.
 newest_step() {
@@ -56,7 +57,7 @@ newest_step() {
 # what follows, why.
 record() {
     local line='{"job":"%s","attempt":%d,"time":"%s","event":"%s","code":%d,"then":"%s",'
-    printf "$line"'"why":"%s","step":%d,"nodes":"%s"}\n' "$SLURM_JOB_ID" "$attempt" \
+    printf "$line"'"why":"%s","step":%d,"nodes":"%s"}\n' "$job" "$attempt" \
         "$(date -u +%FT%TZ)" "$1" "$2" "$3" "${4//\"/}" "$(newest_step)" "$SLURM_JOB_NODELIST" \
         >>"$files/attempts.jsonl"
 }
@@ -72,16 +73,16 @@ end_job() {
 leave_job() {
     say "is cancelled at step $(newest_step): $1"
     record end 0 cancel "$1"
-    timeout 60 scancel "$SLURM_JOB_ID"
+    timeout 60 scancel "$job"
     exit 5  # where Slurm did not answer
 }
 
 # Put the job back into the queue while it still runs; afterwards Slurm would refuse. $1: why,
 # $2: exit code where that cannot be.
 requeue_job() {
-    local job
-    job=$(timeout 30 scontrol show job -o "$SLURM_JOB_ID")
-    case $job in
+    local shown
+    shown=$(timeout 30 scontrol show job -o "$job")
+    case $shown in
         # After scancel, a kill by preemption, a node that Slurm took away: COMPLETING, whatever
         # follows. Slurm requeues by itself what is to be requeued; a cancelled job stays cancelled.
         *JobState=COMPLETING*Reason=TimeLimit* | *Reason=TimeLimit*JobState=COMPLETING*) ;;
@@ -91,7 +92,7 @@ requeue_job() {
     record end "$2" requeue "$1"
     for _ in 1 2 3; do
         # Slurm ends this script once it has requeued the job.
-        timeout 60 scontrol requeue "$SLURM_JOB_ID" && exit "$2"
+        timeout 60 scontrol requeue "$job" && exit "$2"
         sleep 10
     done
     end_job "$2" "scontrol requeue failed three times"
@@ -99,7 +100,7 @@ requeue_job() {
 
 # Requeue after a failure ($1: why, $2: exit code), unless failures bring no progress any more.
 retry_job() {
-    local count=0 file=$files/$SLURM_JOB_ID.failures
+    local count=0 file=$files/$job.failures
     [ "$(newest_step)" -gt "$first_step" ] || count=$(($(cat "$file" 2>/dev/null || echo 0) + 1))
     echo "$count" >"$file"
     [ "$count" -le "$max_retries" ] ||
@@ -112,7 +113,7 @@ retry_job() {
 pass_on_notice() {
     interrupted=yes notified=yes
     say "notice from Slurm; the ranks are told to save"
-    timeout 30 scancel --signal=USR1 "$SLURM_JOB_ID"  # goes to the job's steps, not to this script
+    timeout 30 scancel --signal=USR1 "$job"  # goes to the job's steps, not to this script
 }
 
 # SIGTERM (scancel, preemption without notice) reaches the ranks without our help.

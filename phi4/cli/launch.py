@@ -19,7 +19,7 @@ from phi4.launch import slurm as on_slurm
 from phi4.stages import require_stage, stage_of
 
 app = typer.Typer(help="Runs on a Slurm cluster, or on this machine.", no_args_is_help=True)
-app.command("local", help="The same as `phi4 train`: all ranks on this machine.")(train)
+app.command("local", short_help="The same as `phi4 train`: all ranks on this machine.")(train)
 app.command()(preflight)
 
 _LOG_LINES = 30
@@ -56,7 +56,7 @@ def slurm(
     recipe = load_recipe(recipe_path, overrides or [])
     run_dir = recipe.run.dir
     request = on_slurm.SlurmRequest(
-        written_by=shlex.join(["phi4", *sys.argv[1:]]).replace(" --dry-run", ""),
+        written_by=command_line(),
         run_dir=run_dir,
         last_step=recipe.run.steps,
         command=_command(python, container, run_dir, change=change),
@@ -74,7 +74,7 @@ def slurm(
             else signal_seconds
         ),
         max_retries=max_requeues,
-        setup="\n".join(map(_setup_line, setup or [])),
+        setup=setup_lines(setup),
         settings=on_slurm.rank_settings(recipe, on_gpus=gpus_per_node > 0),
         container=container,
         container_mounts=container_mounts,
@@ -101,8 +101,16 @@ def _command(
     return (program, "-m", "phi4", "train", recipe, *(["--change"] if change else []))
 
 
-def _setup_line(text: str) -> str:
-    return f"source {shlex.quote(text)}" if Path(text).is_file() else text
+def command_line() -> str:
+    """What the user typed, for the reader of a script that is submitted."""
+    return shlex.join(["phi4", *sys.argv[1:]]).replace(" --dry-run", "")
+
+
+def setup_lines(setup: list[str] | None) -> str:
+    """The --setup options as shell lines; a file is sourced."""
+    return "\n".join(
+        f"source {shlex.quote(text)}" if Path(text).is_file() else text for text in setup or []
+    )
 
 
 def _require_sound(recipe: Recipe, request: on_slurm.SlurmRequest) -> None:
@@ -113,14 +121,23 @@ def _require_sound(recipe: Recipe, request: on_slurm.SlurmRequest) -> None:
             f"{recipe.reliability.stop_seconds:g}, so Slurm may kill a run that is still saving; "
             "raise the one or lower the other"
         )
+    require_notice_in_time(request)
+    rules = list(stage_of(recipe).violations(recipe))
+    on_slurm.require_fit(recipe, request.nodes, request.tasks_per_node, rules)
+
+
+def require_notice_in_time(request: on_slurm.SlurmRequest) -> None:
+    """Refuse a time limit that is all notice.
+
+    Raises:
+        ConfigError: the notice comes before the attempt begins.
+    """
     limit = request.time_limit
     if limit and on_slurm.limit_seconds(limit) <= request.signal_seconds:
         raise ConfigError(
             f"--time={limit} leaves nothing before the notice of --signal-seconds="
             f"{request.signal_seconds}; give the run longer, or a shorter notice"
         )
-    rules = list(stage_of(recipe).violations(recipe))
-    on_slurm.require_fit(recipe, request.nodes, request.tasks_per_node, rules)
 
 
 @app.command()

@@ -4,6 +4,7 @@ Owns the three launch conventions (`phi4`'s own launcher, torchrun, srun). One d
 read once, into a frozen value that is passed on; nothing below asks the environment again.
 """
 
+import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -11,11 +12,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 from phi4.errors import PlatformError
+from phi4.rundir.about import LaunchedBy
 
 Starter = Literal["phi4", "torchrun", "slurm"]
 
 # Slurm numbers the steps that are not srun's (pending, extern, batch, interactive) from here on.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+_SLURM_FACTS = {
+    "job_id": "SLURM_JOB_ID",
+    "job_name": "SLURM_JOB_NAME",
+    "partition": "SLURM_JOB_PARTITION",
+    "account": "SLURM_JOB_ACCOUNT",
+    "cluster": "SLURM_CLUSTER_NAME",
+    "nodelist": "SLURM_JOB_NODELIST",
+    "num_nodes": "SLURM_JOB_NUM_NODES",
+    "array_job_id": "SLURM_ARRAY_JOB_ID",
+    "array_task_id": "SLURM_ARRAY_TASK_ID",
+    "restart_count": "SLURM_RESTART_COUNT",
+}
+"""What people look a job up by."""
 
 _NUM_PORTS = 4
 """Ports that rank 0 tries, as another process may have one."""
@@ -67,7 +83,7 @@ def worker_environment(environ: Mapping[str, str]) -> WorkerEnvironment:
     Raises:
         PlatformError: a variable is missing, is not a number, or the rank is outside the world.
     """
-    job = environ.get("SLURM_JOB_ID", "")
+    job = _slurm_job(environ)
     match started_by(environ):
         case "phi4":
             attempt = _integer(environ, "PHI4_ATTEMPT") if "PHI4_ATTEMPT" in environ else None
@@ -93,6 +109,18 @@ def worker_environment(environ: Mapping[str, str]) -> WorkerEnvironment:
             "variables in the environment contradict each other, start from a clean shell"
         )
     return worker
+
+
+def launched_by(environ: Mapping[str, str] = os.environ) -> LaunchedBy:
+    """What the environment says of the Slurm job, and of this machine among those of the run."""
+    # srun numbers the machines of a step, torchrun calls them groups; phi4 starts ranks on one.
+    node = {"slurm": "SLURM_NODEID", "torchrun": "GROUP_RANK"}.get(started_by(environ), "")
+    local_rank = "SLURM_LOCALID" if started_by(environ) == "slurm" else "LOCAL_RANK"
+    return LaunchedBy(
+        {key: environ[name] for key, name in _SLURM_FACTS.items() if environ.get(name)},
+        int(environ.get(node) or 0),
+        int(environ.get(local_rank) or 0) if started_by(environ) else 0,
+    )
 
 
 def expand_nodelist(nodelist: str) -> list[str]:
@@ -176,6 +204,13 @@ def _slurm_address(environ: Mapping[str, str]) -> str:
             for choice in range(_NUM_PORTS)
         ]
     return f"tcp://{_slurm_host(environ)}:{','.join(map(str, ports))}/{step}"
+
+
+def _slurm_job(environ: Mapping[str, str]) -> str:
+    """Id of the Slurm job, or of the task of an array; empty outside Slurm."""
+    array, task = (environ.get(f"SLURM_ARRAY_{what}_ID") for what in ("JOB", "TASK"))
+    # SLURM_JOB_ID of one of the tasks is the id of the whole array.
+    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID", "")
 
 
 def _integer(environ: Mapping[str, str], key: str) -> int:

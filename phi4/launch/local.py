@@ -20,7 +20,7 @@ from types import MappingProxyType
 
 from phi4.errors import REQUEUE_EXIT_CODE
 from phi4.launch import reaper
-from phi4.launch.notices import NOTICES, PassedOnNotice
+from phi4.launch.notices import NOTICES, PassedOnNotice, StopPlan
 from phi4.launch.worker import ErrorReport, read_reports
 
 _POLL_SECONDS = 0.05
@@ -64,7 +64,7 @@ def run_workers(
     work_dir: Path,
     env: Mapping[str, str] = MappingProxyType({}),
     grace_seconds: float = 5.0,
-    stop_seconds: float | None = None,
+    stop: StopPlan | None = None,
     interactive: bool = False,
     command: Sequence[str] = (sys.executable, "-m", "phi4"),
 ) -> int:
@@ -75,8 +75,8 @@ def run_workers(
     (SIGHUP, or SIGINT after a signal), and after `grace_seconds` no process of the run is left,
     grandchildren included. That holds also when this process is killed. Main thread only.
 
-    Workers that take notices (`stop_seconds`) are started with SIGTERM and SIGUSR1 blocked, get
-    SIGTERM for either of the two, and end with code 5.
+    Workers that take notices (`stop`) are started with SIGTERM and SIGUSR1 blocked, get SIGTERM
+    for either of the two, and end with code 5, or with 0 where nothing is left to be done.
 
     Args:
         argv: arguments of every worker.
@@ -84,8 +84,7 @@ def run_workers(
         work_dir: the run's directory.
         env: added to the workers' environment; the rank variables win over it.
         grace_seconds: what the others get to note how the run ended.
-        stop_seconds: what the workers have from a notice on to end by themselves. None ends them by
-            SIGTERM as by SIGINT.
+        stop: how the workers end at a notice. None ends them by SIGTERM as by SIGINT.
         interactive: rank 0 reads this process's stdin, and SIGINT is its own affair: it is passed
             on to it, and ends the run only if rank 0 ends by it.
         command: what is run; a parameter for programs other than phi4.
@@ -98,7 +97,7 @@ def run_workers(
     """
     run_dir = Path(tempfile.mkdtemp(prefix="phi4-run-"))
     workers: list[_Worker] = []
-    notice = None if stop_seconds is None else PassedOnNotice(stop_seconds)
+    notice = None if stop is None else PassedOnNotice(stop)
     # Around the end too: one Ctrl-C more must not keep processes alive.
     with _received_signals(workers if interactive else None, notice) as received:
         guard = _start_reaper(run_dir)
@@ -170,7 +169,8 @@ def _received_signals(
 
     Args:
         workers: SIGINT goes to the first of these and is not noted, once that is there.
-        notice: takes SIGTERM and SIGUSR1; blocked at first, and as they were at the end.
+        notice: takes SIGTERM and SIGUSR1, which are blocked at first and as they were at the end,
+            and SIGINT where its plan says so.
     """
     received: list[int] = []
     previous = {}
@@ -178,7 +178,7 @@ def _received_signals(
     def note(number: int, _: object) -> None:
         if number == signal.SIGINT and workers:
             workers[0].process.send_signal(number)
-        elif notice is None or number not in NOTICES or notice.arrived(number):
+        elif notice is None or not notice.takes(number) or notice.arrived(number):
             received.append(number)
 
     notices = NOTICES if notice else frozenset()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from phi4.errors import LayoutError
 from phi4.launch.environment import WorkerEnvironment, started_by, worker_environment
 from phi4.launch.local import run_workers
+from phi4.launch.notices import StopPlan
 from phi4.launch.worker import report_errors
 from phi4.rundir import held_lease
 
@@ -29,7 +30,7 @@ def on_ranks(
     num_workers: int,
     work_dir: Path,
     owns_work_dir: bool = False,
-    stop_seconds: float | None = None,
+    stop: StopPlan | None = None,
     interactive: bool = False,
     one_queue: bool = True,
 ) -> int:
@@ -43,7 +44,7 @@ def on_ranks(
         owns_work_dir: hold the lease of work_dir, a run directory, before anything is written into
             it and until all ranks ended; the body gets the attempt's number. Under torchrun and
             srun, where no process of ours outlives the ranks, that is left to the body.
-        stop_seconds: the body takes notices, and then has so long to end; see `run_workers`.
+        stop: the body takes notices, and this is what it does then; see `run_workers`.
         interactive: rank 0 reads stdin and decides what Ctrl-C ends; see `run_workers`.
         one_queue: a GPU starts kernels in the order they were queued in, as tensor and context
             parallelism want it on Hopper; other layouts overlap more without.
@@ -57,7 +58,7 @@ def on_ranks(
     """
     starter = started_by(os.environ)
     worker = worker_environment(os.environ)
-    takes_notices = stop_seconds is not None
+    takes_notices = stop is not None
     run = partial(_run_body, body, takes_notices=takes_notices, one_queue=one_queue)
     if starter is None:
         with _owned(work_dir, worker) if owns_work_dir else nullcontext(worker) as owner:
@@ -69,7 +70,7 @@ def on_ranks(
                 num_workers=num_workers,
                 work_dir=work_dir,
                 env=env,
-                stop_seconds=stop_seconds,
+                stop=stop,
                 interactive=interactive,
             )
     if starter == "torchrun" and worker.world_size == 1 < num_workers:

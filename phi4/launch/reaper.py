@@ -1,9 +1,10 @@
 """Leaves no process of a run behind, not even when the launcher itself is killed.
 
-A process belongs to a run when its environment names the run's directory. That mark follows forks,
-spawned interpreters and new sessions, which a process group does not. The launcher calls `sweep`
-when it ends a run; a second copy of this file, run as a script beside the launcher, calls it when
-the launcher's end of a pipe closes. Standard library only, so that it starts in milliseconds.
+A process belongs to a run when its environment names the run's directory, and to a sweep when it
+holds the sweep's mark. That follows forks, spawned interpreters and new sessions, which a process
+group does not. The launcher calls `sweep` when it ends a run; a second copy of this file, run as a
+script beside the launcher, calls it when the launcher's end of a pipe closes. Standard library
+only, so that it starts in milliseconds.
 """
 
 import os
@@ -16,9 +17,9 @@ from contextlib import suppress
 MARK = "PHI4_RENDEZVOUS"
 
 
-def processes_of(run_dir: str) -> list[int]:
-    """Living processes of the run, by pid."""
-    mark = f"{MARK}={run_dir}".encode()
+def processes_of(value: str, name: str = MARK) -> list[int]:
+    """Living processes of the run, by pid: those in whose environment a name has this value."""
+    mark = f"{name}={value}".encode()
     found = []
     for name in filter(str.isdecimal, os.listdir("/proc")):
         # Ends while it is read, or belongs to another user: not one of ours.
@@ -28,15 +29,20 @@ def processes_of(run_dir: str) -> list[int]:
     return found
 
 
-def sweep(run_dir: str, timeout_seconds: float = 20.0) -> list[int]:
+def sweep(value: str, timeout_seconds: float = 20.0, name: str = MARK) -> list[int]:
     """Kill the processes of the run until none is left.
+
+    Args:
+        value: the run's directory, or what the environment variable `name` holds.
+        timeout_seconds: how long to try.
+        name: of the environment variable.
 
     Returns:
         Pids that outlived the time, stuck in the kernel.
     """
     deadline = time.monotonic() + timeout_seconds
     # A process may fork between the look and the kill, hence the loop.
-    while (alive := processes_of(run_dir)) and time.monotonic() < deadline:
+    while (alive := processes_of(value, name)) and time.monotonic() < deadline:
         for pid in alive:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -44,15 +50,16 @@ def sweep(run_dir: str, timeout_seconds: float = 20.0) -> list[int]:
     return alive
 
 
-def main(run_dir: str) -> None:
+def main(value: str, name: str = MARK) -> None:
     """Wait for the launcher to go, then remove what it left."""
     sys.stdin.buffer.read()
-    sweep(run_dir)
+    sweep(value, name=name)
     # A worker that was between fork and exec carried no mark yet.
     time.sleep(0.2)
-    sweep(run_dir)
-    shutil.rmtree(run_dir, ignore_errors=True)
+    sweep(value, name=name)
+    if name == MARK:
+        shutil.rmtree(value, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

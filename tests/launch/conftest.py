@@ -15,15 +15,17 @@ from tests.support.waiting import LONG_SECONDS, wait_until
 
 DRIVER = """
 import signal, sys
+from dataclasses import replace
 from pathlib import Path
-from phi4.launch import hold_notices, run_workers
+from phi4.launch import hold_notices, run_workers, save_and_end
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if sys.argv[-1]:
     hold_notices()  # as the command line does first
 script, num_workers, work_dir, grace, mode, stop = sys.argv[1:]
+plan = replace(save_and_end(float(stop)), by_ctrl_c=mode == "ctrl_c") if stop else None
 sys.exit(run_workers([script], num_workers=int(num_workers), work_dir=Path(work_dir),
                      grace_seconds=float(grace), interactive=mode == "interactive",
-                     stop_seconds=float(stop) if stop else None, command=[sys.executable]))
+                     stop=plan, command=[sys.executable]))
 """
 
 PROLOGUE = """

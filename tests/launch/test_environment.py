@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi4.errors import PlatformError
-from phi4.launch import WorkerEnvironment, expand_nodelist, started_by, worker_environment
+from phi4.launch import (
+    WorkerEnvironment,
+    expand_nodelist,
+    launched_by,
+    started_by,
+    worker_environment,
+)
+from phi4.rundir.about import LaunchedBy
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "a"}
 SRUN = {
@@ -31,6 +38,13 @@ def test_own_launcher_tells_whose_lease_it_holds():
     assert (worker.attempt, worker.job) == (3, "47")
 
 
+def test_a_task_of_an_array_is_a_job_of_its_own() -> None:
+    """SLURM_JOB_ID of one of its tasks is the id of the array."""
+    task = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "3"}
+    environ = {**TORCHRUN, "SLURM_JOB_ID": "40", **task}
+    assert worker_environment(environ).job == "40_3"
+
+
 def test_torchrun_wins_over_srun_and_keeps_its_own_store():
     environ = {**SRUN, **TORCHRUN}
     assert started_by(environ) == "torchrun"
@@ -42,6 +56,20 @@ def test_srun_meets_at_the_first_host_of_the_step():
     worker = worker_environment(SRUN)
     assert (worker.rank, worker.local_rank, worker.world_size) == (9, 1, 16)
     assert worker.address.startswith("tcp://gpu09:")
+
+
+def test_slurm_facts_and_node_of_every_launcher():
+    job = {"SLURM_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": ""}
+    assert launched_by({}) == LaunchedBy()
+    assert launched_by(job) == LaunchedBy({"job_id": "4711", "array_task_id": "3"})
+    assert launched_by(job).job == "4711"
+    own = launched_by({**TORCHRUN, "PHI4_RENDEZVOUS": "/tmp/x", "GROUP_RANK": "7"})
+    assert (own.node, own.local_rank, own.job) == (0, 1, "")
+    torchrun = launched_by({**TORCHRUN, "GROUP_RANK": "2"})
+    assert (torchrun.node, torchrun.local_rank) == (2, 1)
+    srun = launched_by({**SRUN, "SLURM_NODEID": "4"})
+    assert (srun.node, srun.local_rank) == (4, 1)
+    assert srun.slurm == {"job_id": "4711", "nodelist": "login,gpu[08-11]"}
 
 
 def test_srun_ports_are_shared_by_a_step_and_differ_between_steps():

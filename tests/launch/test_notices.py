@@ -11,7 +11,7 @@ import pytest
 
 from phi4.cli import main
 from phi4.errors import REQUEUE_EXIT_CODE
-from phi4.launch.notices import SECOND_SECONDS, PassedOnNotice
+from phi4.launch.notices import SECOND_SECONDS, PassedOnNotice, save_and_end
 from tests.launch.conftest import Launch
 from tests.support.waiting import LONG_SECONDS, wait_until
 
@@ -20,7 +20,7 @@ ENDLESS_SECONDS = 10 * LONG_SECONDS
 # Ranks that agree through files, as those of a run do through a reduction.
 AGREEING = """
     with report_errors(takes_notices=True):
-        noticed = take_notices(stop_seconds=None, ends_at_second=False)
+        noticed = take_notices(None)
         note(f"started_{rank}")
         while not (here / "asked").exists():
             if noticed.is_set():
@@ -31,7 +31,7 @@ AGREEING = """
 
 DEAF = """
     with report_errors(takes_notices=True):
-        take_notices(stop_seconds=None, ends_at_second=False)
+        take_notices(None)
         note(f"started_{rank}")
         time.sleep(100_000)
 """
@@ -80,7 +80,7 @@ def test_process_that_a_rank_started_neither_dies_of_a_notice_nor_acts_on_it(lau
         """
         import multiprocessing, subprocess
         with report_errors(takes_notices=True):
-            noticed = take_notices(stop_seconds=None, ends_at_second=False)
+            noticed = take_notices(None)
             fork = multiprocessing.get_context("fork")
             wait = "import sys; sys.stdin.read(); open(sys.argv[1], 'w').write('here')"
             spawned = subprocess.Popen(
@@ -144,11 +144,33 @@ def test_interrupt_still_ends_at_once(launch) -> None:
     assert run.process.returncode == 128 + signal.SIGINT
 
 
+def test_interrupt_is_a_notice_where_the_plan_says_so(launch) -> None:
+    script = AGREEING.replace("sys.exit(5)", "sys.exit(0)")
+    run = launch(script, num_workers=2, mode="ctrl_c", stop=ENDLESS_SECONDS)
+    started(run)
+    run.process.send_signal(signal.SIGINT)
+    _, stderr = run.output()
+    assert run.process.returncode == 0 and stderr.startswith("SIGINT: ")
+    assert not run.survivors()
+
+
+def test_second_interrupt_ends_at_once(launch) -> None:
+    run = launch(DEAF, num_workers=2, grace=0.1, mode="ctrl_c", stop=ENDLESS_SECONDS)
+    started(run)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.stderr.readline().startswith("SIGINT: ")
+    run.process.send_signal(signal.SIGINT)
+    _, stderr = run.output()
+    assert run.process.returncode == 128 + signal.SIGINT
+    assert stderr == "interrupted by SIGINT; all 2 workers are stopped\n"
+    assert not run.survivors()
+
+
 def test_peer_that_fails_ends_the_others_without_a_notice(launch) -> None:
     run = launch(
         """
         with report_errors(takes_notices=True):
-            noticed = take_notices(stop_seconds=None, ends_at_second=False)
+            noticed = take_notices(None)
             if rank == 1:
                 await_note("started_0")
                 raise DiskFullError("full")
@@ -183,8 +205,8 @@ def test_rank_that_fails_during_a_stop_gives_its_code(launch) -> None:
 
 ALONE = """
 import sys, time
-from phi4.launch import take_notices
-noticed = take_notices(stop_seconds={stop_seconds}, ends_at_second=True)
+from phi4.launch import StopPlan, save_and_end, take_notices
+noticed = take_notices(save_and_end({stop_seconds}), ends_at_second=True)
 print("ready", flush=True)
 noticed.wait()
 print("noticed", flush=True)
@@ -216,19 +238,42 @@ def test_process_without_a_launcher(stop_seconds, hangs, code, said) -> None:
     assert (process.returncode, stderr) == (code, said)
 
 
+def test_interrupt_of_a_process_without_a_launcher_is_a_notice() -> None:
+    plan = f"StopPlan({ENDLESS_SECONDS}, '', '', 'gone', by_ctrl_c=True)"
+    script = ALONE.format(stop_seconds=0, hangs=True).replace("save_and_end(0)", plan)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script], **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "noticed\n"
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    _, stderr = process.communicate(timeout=LONG_SECONDS)
+    assert (process.returncode, stderr) == (143, "a second SIGTERM: gone\n")
+
+
 def test_only_a_sigterm_well_after_the_first_is_a_second_one(monkeypatch) -> None:
     now = iter([0.0, 100.0, 100.0 + SECOND_SECONDS, 101.1 + SECOND_SECONDS, 200.0])
     monkeypatch.setattr("phi4.launch.notices.time", Mock(monotonic=lambda: next(now)))
-    notice = PassedOnNotice(stop_seconds=10)
+    notice = PassedOnNotice(save_and_end(10))
     numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1)
     assert [notice.arrived(number) for number in numbers] == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize(
     ("words", "holds"),
-    [("train", True), ("launch local", True), ("launch slurm", False), ("generate", False)],
+    [
+        ("train", True),
+        ("launch local", True),
+        ("serve", True),
+        ("launch slurm", False),
+        ("generate", False),
+    ],
 )
-def test_commands_that_train_keep_notices_from_their_first_moment(words: str, holds: bool) -> None:
+def test_commands_that_take_notices_keep_them_from_their_first_moment(
+    words: str, holds: bool
+) -> None:
     with patch("phi4.cli.hold_notices") as hold, pytest.raises(SystemExit, match="0"):
         main([*words.split(), "--help"])
     assert hold.called == holds

@@ -12,6 +12,9 @@ from phi4.errors import PlatformError
 CLIENT_SECONDS = 60.0
 """A controller that fails over answers within its SlurmctldTimeout, half a minute on most sites."""
 
+_SOON_SECONDS = 5.0
+"""For a question of a run that has little time left."""
+
 # What a job can end as. All others pass: SIGNALING, COMPLETING, REQUEUED, CONFIGURING, ...
 _ENDED = frozenset(
     [
@@ -47,6 +50,8 @@ class JobState:
     reason: str
     exit_code: str
     """`code:signal`."""
+    is_preempted: bool = False
+    """Whether Slurm is preempting it, or was when it ended."""
 
     @property
     def is_active(self) -> bool:
@@ -54,16 +59,18 @@ class JobState:
         return self.state not in _ENDED
 
 
-def call(*words: str) -> str:
+def call(*words: str, seconds: float = CLIENT_SECONDS) -> str:
     """Output of a client.
+
+    Args:
+        words: of the command.
+        seconds: how long it may take.
 
     Raises:
         PlatformError: it is not on this machine, failed, or did not answer.
     """
     try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=CLIENT_SECONDS, check=False
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
     except FileNotFoundError:
         raise PlatformError(
             f"{words[0]} is not on PATH; run this on a login node of the cluster, or see the "
@@ -71,7 +78,7 @@ def call(*words: str) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise PlatformError(
-            f"{words[0]} did not answer in {CLIENT_SECONDS:.0f} s; see whether sinfo answers"
+            f"{words[0]} did not answer in {seconds:.0f} s; see whether sinfo answers"
         ) from None
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
@@ -117,23 +124,64 @@ def default_partition() -> str | None:
     return None
 
 
-def job_state(job: str) -> JobState | None:
-    """State of a job; None when the controller has forgotten it.
+def job_state(job: str, *, seconds: float = CLIENT_SECONDS) -> JobState | None:
+    """State of a job, or of a task of an array; None when the controller has forgotten it.
+
+    Args:
+        job: its id.
+        seconds: how long the controller may take.
 
     Raises:
         PlatformError: as `call`, for another reason.
     """
+    return next(iter(job_states(job, seconds=seconds)), None)
+
+
+def job_states(job: str, *, seconds: float = CLIENT_SECONDS) -> list[JobState]:
+    """States of the tasks of a job array; those that wait may be one entry together.
+
+    Raises:
+        PlatformError: as `job_state`.
+    """
     try:
-        text = call("scontrol", "show", "job", "-o", job)
+        text = call("scontrol", "show", "job", "-o", job, seconds=seconds)
     except PlatformError as error:
         if "Invalid job id" in str(error):
-            return None
+            return []
         raise
-    fields = dict(re.findall(r"(\w+)=(\S+)", text))
+    return [_job_state(line) for line in text.splitlines() if line.strip()]
+
+
+def _job_state(line: str) -> JobState:
+    fields = dict(re.findall(r"(\w+)=(\S+)", line))
     return JobState(
         fields.get("JobState", "UNKNOWN"),
         int(fields.get("Restarts", "0")),
         fields.get("NodeList", "(null)"),
         fields.get("Reason", "None"),
         fields.get("ExitCode", "0:0"),
+        fields.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"),
     )
+
+
+def was_preempted(job: str) -> bool | None:
+    """Of a job whose ranks were told to end: whether the cluster starts it again.
+
+    Slurm says so of a preemption. A job that goes on running had a notice of its time limit or of a
+    preemption to come, and its script requeues it. Any other was cancelled.
+
+    Args:
+        job: its id; empty outside Slurm.
+
+    Returns:
+        None outside Slurm, and where the controller does not answer at once.
+    """
+    if not job:
+        return None
+    try:
+        state = job_state(job, seconds=_SOON_SECONDS)
+    except PlatformError:
+        return None
+    if state is None:
+        return None
+    return state.is_preempted or state.state == "RUNNING" or state.reason == "TimeLimit"

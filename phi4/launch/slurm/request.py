@@ -68,14 +68,24 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class ArrayTask:
+    """One run of a job array."""
+
+    run_dir: str
+    last_step: int
+
+
+@dataclass(frozen=True)
 class SlurmRequest:
     """One job: what it runs, on what, and how often it may fail.
 
     Attributes:
         written_by: the command line that asked for it, for the reader of the script.
-        run_dir: of the recipe, relative to the directory of submission where it is relative there.
+        run_dir: of the recipe, relative to the directory of submission where it is relative there;
+            of an array the directory of its script.
         last_step: run.steps; the job is finished when the newest checkpoint is of this step.
-        command: what every rank runs, in the words of the shell.
+        command: what every rank runs, in the words of the shell. The tasks of an array append the
+            recipe of their run.
         nodes: how many machines.
         tasks_per_node: ranks of a machine, one per GPU where there are GPUs.
         gpus_per_node: 0 asks for none.
@@ -90,6 +100,8 @@ class SlurmRequest:
         container_mounts: for `srun --container-mounts`.
         cpus_per_task: None leaves it to the cluster.
         sbatch: further options of sbatch, each a whole word such as `--qos=high`.
+        tasks: runs of a job array, one task each; empty for a job of one run.
+        parallel_tasks: tasks that may run at a time; None sets no limit.
     """
 
     written_by: str
@@ -112,3 +124,5 @@ class SlurmRequest:
     container_mounts: str | None = None
     cpus_per_task: int | None = None
     sbatch: tuple[str, ...] = ()
+    tasks: tuple[ArrayTask, ...] = ()
+    parallel_tasks: int | None = None

@@ -7,11 +7,12 @@ where Slurm ended it; a job whose ranks saved and left after a notice would be C
 import re
 import shlex
 import textwrap
+from collections.abc import Mapping
 
 from phi4 import __version__
 from phi4.launch.slurm import script_parts
 from phi4.launch.slurm.request import SlurmRequest
-from phi4.rundir.names import CHECKPOINTS_DIR, LATEST_FILE, SLURM_DIR, STOP_FILE
+from phi4.rundir.names import CHECKPOINTS_DIR, LATEST_FILE, RECIPE_FILE, SLURM_DIR, STOP_FILE
 
 
 def script_text(request: SlurmRequest) -> str:
@@ -24,8 +25,9 @@ def script_text(request: SlurmRequest) -> str:
         "written_by": request.written_by,
         "version": __version__,
         "options": "\n".join(f"#SBATCH {option}" for option in _sbatch_options(request)),
-        "run": shlex.quote(request.run_dir),
-        "last_step": request.last_step,
+        "run": _run_part(request),
+        "output": '\nexec >>"$files/$job.out" 2>&1' if request.tasks else "",
+        "submit": "phi4 sweep run --slurm" if request.tasks else "phi4 launch slurm",
         "max_retries": request.max_retries,
         "tasks_per_node": request.tasks_per_node,
         "slurm_dir": SLURM_DIR,
@@ -35,10 +37,32 @@ def script_text(request: SlurmRequest) -> str:
         "settings": _settings(request),
         "srun_options": " \\\n    ".join(_srun_options(request)),
         "node": 'bash -c "$node_program" node "$here" ' if is_torchrun else "",
-        "command": shlex.join(request.command),
+        "command": _command(request),
     }
+    return _filled(text, values)
+
+
+def _filled(text: str, values: Mapping[str, object]) -> str:
     # `@{name}`: bash keeps its own dollars.
     return re.sub(r"@\{(\w+)\}", lambda match: str(values[match[1]]), text)
+
+
+def _run_part(request: SlurmRequest) -> str:
+    """The bash that says which run a job, or a task of an array, trains."""
+    values = {
+        "run_dir": shlex.quote(request.run_dir),
+        "last_step": request.last_step,
+        "tasks": "\n".join(
+            f"    {shlex.quote(f'{task.last_step} {task.run_dir}')}" for task in request.tasks
+        ),
+    }
+    part = script_parts.RUN_OF_ARRAY if request.tasks else script_parts.ONE_RUN
+    return _filled(part.strip("\n"), values)
+
+
+def _command(request: SlurmRequest) -> str:
+    words = shlex.join(request.command)
+    return f'{words} "$run/{SLURM_DIR}/{RECIPE_FILE}"' if request.tasks else words
 
 
 def _sbatch_options(request: SlurmRequest) -> list[str]:
@@ -53,10 +77,14 @@ def _sbatch_options(request: SlurmRequest) -> list[str]:
     ):
         if value is not None:
             options.append(f"--{option}={value}")
+    if request.tasks:
+        limit = f"%{request.parallel_tasks}" if request.parallel_tasks else ""
+        options.append(f"--array=0-{len(request.tasks) - 1}{limit}")
+    output = "%A_%a" if request.tasks else "%j"
     options += [
         "--requeue",
         "--open-mode=append",
-        f"--output={request.run_dir}/{SLURM_DIR}/%j.out",
+        f"--output={request.run_dir}/{SLURM_DIR}/{output}.out",
     ]
     if request.signal_seconds:
         options.append(f"--signal=B:USR1@{request.signal_seconds}")

@@ -3,7 +3,7 @@
 HEADER = """
 #!/bin/bash
 # Written by phi4 @{version}: @{written_by}
-# Submit with `phi4 launch slurm`, which keeps a record, or with sbatch from the same directory.
+# Submit with `@{submit}`, which keeps a record, or with sbatch from the same directory.
 @{options}
 """
 
@@ -17,17 +17,31 @@ set -uo pipefail  # not -e: every exit code below is looked at
 @{settings}
 
 # --- This attempt
-run=@{run}
-last_step=@{last_step}  # run.steps
+@{run}
 max_retries=@{max_retries}  # failures in a row without a newer checkpoint
 attempt=${SLURM_RESTART_COUNT:-0}
 files=$run/@{slurm_dir}
-here=$files/$SLURM_JOB_ID.$attempt  # rank_N.log and the exit codes of this attempt
-mkdir -p "$here/exit" "$here/ended" || exit 1
+here=$files/$job.$attempt  # rank_N.log and the exit codes of this attempt
+mkdir -p "$here/exit" "$here/ended" || exit 1@{output}
+"""
+
+ONE_RUN = """
+run=@{run_dir}
+last_step=@{last_step}  # run.steps
+job=$SLURM_JOB_ID
+"""
+
+RUN_OF_ARRAY = r"""
+runs=(  # run.steps and run.dir of every task
+@{tasks}
+)
+read -r last_step run <<<"${runs[$SLURM_ARRAY_TASK_ID]}"
+# SLURM_JOB_ID of one of the tasks is the id of the whole array.
+job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 """
 
 FUNCTIONS = r"""
-say() { echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID attempt $attempt: $*"; }
+say() { echo "$(date -u +%FT%TZ) job $job attempt $attempt: $*"; }
 
 # Step of the newest complete checkpoint; 0 without one.
 newest_step() {
@@ -40,7 +54,7 @@ newest_step() {
 # what follows, why.
 record() {
     local line='{"job":"%s","attempt":%d,"time":"%s","event":"%s","code":%d,"then":"%s",'
-    printf "$line"'"why":"%s","step":%d,"nodes":"%s"}\n' "$SLURM_JOB_ID" "$attempt" \
+    printf "$line"'"why":"%s","step":%d,"nodes":"%s"}\n' "$job" "$attempt" \
         "$(date -u +%FT%TZ)" "$1" "$2" "$3" "${4//\"/}" "$(newest_step)" "$SLURM_JOB_NODELIST" \
         >>"$files/attempts.jsonl"
 }
@@ -56,16 +70,16 @@ end_job() {
 leave_job() {
     say "is cancelled at step $(newest_step): $1"
     record end 0 cancel "$1"
-    timeout 60 scancel "$SLURM_JOB_ID"
+    timeout 60 scancel "$job"
     exit 5  # where Slurm did not answer
 }
 
 # Put the job back into the queue while it still runs; afterwards Slurm would refuse. $1: why,
 # $2: exit code where that cannot be.
 requeue_job() {
-    local job
-    job=$(timeout 30 scontrol show job -o "$SLURM_JOB_ID")
-    case $job in
+    local shown
+    shown=$(timeout 30 scontrol show job -o "$job")
+    case $shown in
         # After scancel, a kill by preemption, a node that Slurm took away: COMPLETING, whatever
         # follows. Slurm requeues by itself what is to be requeued; a cancelled job stays cancelled.
         *JobState=COMPLETING*Reason=TimeLimit* | *Reason=TimeLimit*JobState=COMPLETING*) ;;
@@ -75,7 +89,7 @@ requeue_job() {
     record end "$2" requeue "$1"
     for _ in 1 2 3; do
         # Slurm ends this script once it has requeued the job.
-        timeout 60 scontrol requeue "$SLURM_JOB_ID" && exit "$2"
+        timeout 60 scontrol requeue "$job" && exit "$2"
         sleep 10
     done
     end_job "$2" "scontrol requeue failed three times"
@@ -83,7 +97,7 @@ requeue_job() {
 
 # Requeue after a failure ($1: why, $2: exit code), unless failures bring no progress any more.
 retry_job() {
-    local count=0 file=$files/$SLURM_JOB_ID.failures
+    local count=0 file=$files/$job.failures
     [ "$(newest_step)" -gt "$first_step" ] || count=$(($(cat "$file" 2>/dev/null || echo 0) + 1))
     echo "$count" >"$file"
     [ "$count" -le "$max_retries" ] ||
@@ -96,7 +110,7 @@ retry_job() {
 pass_on_notice() {
     interrupted=yes notified=yes
     say "notice from Slurm; the ranks are told to save"
-    timeout 30 scancel --signal=USR1 "$SLURM_JOB_ID"  # goes to the job's steps, not to this script
+    timeout 30 scancel --signal=USR1 "$job"  # goes to the job's steps, not to this script
 }
 
 # SIGTERM (scancel, preemption without notice) reaches the ranks without our help.

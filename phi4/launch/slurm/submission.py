@@ -15,7 +15,7 @@ RUN/slurm/
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -163,24 +163,81 @@ def submit(request: SlurmRequest, recipe: Recipe) -> str:
     Raises:
         PlatformError: sbatch refuses; says why.
     """
-    run_dir = Path(request.run_dir)
-    directory = run_dir / SLURM_DIR
+    script = _tested_script(request)
+    directory = script.parent
+    _replace(directory / RECIPE_FILE, dump_toml(recipe))
+    job = clients.call("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+    _note(directory, job, request, request.last_step)
+    return job
+
+
+def _tested_script(request: SlurmRequest) -> Path:
+    """Write the script; gives its path once sbatch would take it.
+
+    Raises:
+        PlatformError: the directory cannot be written, or sbatch refuses; says why.
+    """
+    directory = Path(request.run_dir) / SLURM_DIR
     script = directory / SCRIPT_FILE
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _replace(script, script_text(request))
     except OSError as error:
-        raise PlatformError(f"run.dir={run_dir} cannot be written: {error}") from None
-    # Everything that sbatch refuses, before the copy of the recipe is replaced.
+        raise PlatformError(f"run.dir={request.run_dir} cannot be written: {error}") from None
+    # Everything that sbatch refuses, before the copy of a recipe is replaced.
     clients.call("sbatch", "--test-only", str(script))
-    _replace(directory / RECIPE_FILE, dump_toml(recipe))
-    job = clients.call("sbatch", "--parsable", str(script)).strip().partition(";")[0]
-    line = Submission(
-        job, utc_text(time.time()), request.written_by, str(request.nodes), request.last_step
-    )
+    return script
+
+
+def submit_array(request: SlurmRequest, recipes: Sequence[Recipe]) -> str:
+    """Write the recipe of every task and the script, give it to sbatch, note the array.
+
+    It is noted for the array and for every run, so that `phi4 launch status` and the commands
+    beside it work on the run's directory.
+
+    Args:
+        request: with one task per recipe.
+        recipes: of the tasks, in order.
+
+    Returns:
+        The array's id.
+
+    Raises:
+        PlatformError: sbatch refuses; says why.
+    """
+    assert len(recipes) == len(request.tasks)
+    script = _tested_script(request)
+    directory = script.parent
+    for task, recipe in zip(request.tasks, recipes, strict=True):
+        (Path(task.run_dir) / SLURM_DIR).mkdir(parents=True, exist_ok=True)
+        _replace(submitted_recipe_path(task.run_dir), dump_toml(recipe))
+    array = clients.call("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+    _note(directory, array, request, request.last_step)
+    for index, task in enumerate(request.tasks):
+        _note(Path(task.run_dir) / SLURM_DIR, f"{array}_{index}", request, task.last_step)
+    return array
+
+
+def require_idle_array(directory: str) -> None:
+    """Refuse a second job array for a sweep that has one.
+
+    Raises:
+        OwnershipError: tasks of the newest one run or wait.
+        PlatformError: Slurm does not answer.
+    """
+    for submission in submissions(Path(directory))[-1:]:
+        active = [s.state for s in clients.job_states(submission.job) if s.is_active]
+        if active:
+            raise OwnershipError(
+                f"job array {submission.job} of {directory} has tasks that are "
+                f"{' and '.join(sorted(set(active)))}; wait for it, or `scancel {submission.job}`"
+            )
+
+
+def _note(directory: Path, job: str, request: SlurmRequest, steps: int) -> None:
+    line = Submission(job, utc_text(time.time()), request.written_by, str(request.nodes), steps)
     with (directory / SUBMISSIONS_FILE).open("ab") as file:
         file.write(msgspec.json.encode(line) + b"\n")
-    return job
 
 
 def _replace(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 python stand_in.py RUN STEPS EVERY, on every rank. RUN/faults.json, where it exists, says what goes
 wrong: {"attempt": {"rank": {"step": N, "do": "exit 6" | "kill" | "traceback" | "lost" | "stay"}}}.
+Once told to end, rank 0 writes whether it was preempted to RUN/preempted.
 """
 
 import json
@@ -10,6 +11,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+from phi4.launch.slurm.clients import was_preempted
 
 run, steps, every = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
@@ -50,4 +53,6 @@ while step < steps:
         save(step)
     if told or (run / "stop").exists():
         save(step)
+        if told and rank == 0:
+            (run / "preempted").write_text(str(was_preempted(os.environ["SLURM_JOB_ID"])))
         os._exit(5 if told else 0)

@@ -55,6 +55,7 @@ def test_a_notice_saves_requeues_and_finishes(
     assert (first.end.code, first.end.then) == (5, "requeue")
     assert first.end.step == second.start.step >= 3
     assert second.end.step == 60
+    assert (job.run_dir / "preempted").read_text() == "True"
 
 
 def test_a_range_takes_what_is_there_and_shrinks(
@@ -132,6 +133,17 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
     assert job.ended().state == "CANCELLED"
     assert (job.run_dir / "checkpoints" / "latest").exists()
     assert job.state.restarts == 0
+    assert (job.run_dir / "preempted").read_text() == "False"
+
+
+def test_a_preempted_job_knows_that_it_was(submit: Callable[..., Job]) -> None:
+    """Slurm says so while it takes the job's nodes away."""
+    job = submit(steps=200, every=1000)
+    job.wait_for_step(3)
+    words = "--partition=high --nodes=2 --exclusive --time=1 --output=/dev/null --wrap true"
+    job.cluster.call("sbatch", *words.split())
+    assert job.ended().state == "COMPLETED"
+    assert (job.run_dir / "preempted").read_text() == "True"
 
 
 def test_a_run_that_ends_early_by_request_is_not_completed(submit: Callable[..., Job]) -> None:

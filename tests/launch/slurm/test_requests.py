@@ -168,7 +168,7 @@ class _Submitted:
         monkeypatch.setattr(submission.clients, "call", self._answer)
         submit(_request(run_dir), _recipe())
 
-    def _answer(self, *words: str) -> str:
+    def _answer(self, *words: str, **_: float) -> str:
         self.calls.append(words)
         if words[0] == "sbatch":
             return "12\n"

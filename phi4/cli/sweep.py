@@ -1,0 +1,259 @@
+"""`phi4 sweep`: a grid of small runs, and what it shows."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from phi4.cli import launch_options as options
+from phi4.cli.file_errors import FileErrorsGroup
+from phi4.cli.launch import command_line, require_notice_in_time, setup_lines
+from phi4.cli.sweep_analyses import analysis_of
+from phi4.config import Recipe
+from phi4.errors import ConfigError
+from phi4.launch import slurm as on_slurm
+from phi4.launch.sweep import (
+    Analysis,
+    SweepFile,
+    SweepRun,
+    array_request,
+    load_sweep,
+    progress_of,
+    require_inputs,
+    results_of,
+    run_here,
+    runs_of,
+    stop_seconds_of,
+)
+from phi4.rundir import held_lease
+from phi4.stages import require_stage, stage_of
+
+app = typer.Typer(
+    cls=FileErrorsGroup,
+    help="Grids of small runs: mixtures, learning rates, what carries over to larger ones.",
+    no_args_is_help=True,
+)
+
+File = Annotated[Path, typer.Argument(help="A sweep, as those in examples/sweeps/.")]
+_OWN_OPTIONS = ("file", "jobs", "slurm")
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    file: File,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at a time; parallel_runs of the file where not given."),
+    ] = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="One job array, a task per run; the options below.")
+    ] = False,
+    nodes: options.Nodes = "1",
+    partition: options.Partition = None,
+    account: options.Account = None,
+    time: options.TimeLimit = None,
+    gpus_per_node: options.GpusPerNode = 8,
+    tasks_per_node: options.TasksPerNode = None,
+    cpus_per_task: options.CpusPerTask = None,
+    torchrun: options.UseTorchrun = False,
+    signal_seconds: options.SignalSeconds = None,
+    container: options.Container = None,
+    container_mounts: options.Mounts = None,
+    setup: options.Setup = None,
+    max_requeues: options.MaxRequeues = 3,
+    sbatch: options.SbatchOptions = None,
+    python: options.Python = None,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Train every run of a sweep that has not ended, here or on Slurm.
+
+    The whole file is checked before the first run starts. A run that fails does not stop the
+    others. The same command goes on: finished and diverged runs are left alone, the others resume.
+    Remove a run's directory to train it again.
+
+    Here, runs are `phi4 train` processes, N at a time. Ctrl-C ends them all; SIGTERM lets them save
+    first. Exit codes: 0 all runs ended (those that diverged too), 1 a run failed, 2 wrong input, 3
+    another `phi4 sweep run` is at it, 5 stopped by SIGTERM, 130 by Ctrl-C.
+
+    With --slurm the tasks of the array requeue themselves as jobs of `phi4 launch slurm` do, and
+    `phi4 launch status RUN_DIR` and the commands beside it work on every run's directory.
+    """
+    _require_no_slurm_options(context, slurm)
+    sweep = load_sweep(file)
+    runs = runs_of(sweep, str(file), _stage_violations)
+    request = _slurm_request(sweep, runs, context.params) if slurm else None
+    if request and dry_run:
+        waiting = _to_do(sweep, runs)
+        if waiting:
+            typer.echo(on_slurm.script_text(array_request(request, waiting)), nl=False)
+        return
+    require_inputs(runs)
+    with held_lease(Path(sweep.directory), job="", say=typer.echo):
+        waiting = _to_do(sweep, runs)
+        if not waiting:
+            return
+        if request:
+            _submit(array_request(request, waiting), waiting, sweep)
+            return
+        directory, num_jobs = Path(sweep.directory), jobs or sweep.parallel_runs
+        code = run_here(waiting, directory, jobs=num_jobs, say=typer.echo)
+    typer.echo(f"`phi4 sweep status {file}` shows the runs, `phi4 sweep table {file}` the results")
+    raise typer.Exit(code)
+
+
+def _slurm_request(
+    sweep: SweepFile, runs: list[SweepRun], given: Mapping[str, Any]
+) -> on_slurm.SlurmRequest:
+    """What is asked of every task; `given` are the options of `run` by name."""
+    python = given["python"] or ("python" if given["container"] else sys.executable)
+    signal_seconds = given["signal_seconds"]
+    if signal_seconds is None:
+        signal_seconds = round(stop_seconds_of(runs)) + 60
+    return on_slurm.SlurmRequest(
+        written_by=command_line(),
+        run_dir=sweep.directory,
+        last_step=0,
+        command=(python, "-m", "phi4", "train"),
+        nodes=on_slurm.NodeRange.parse(given["nodes"]),
+        tasks_per_node=given["tasks_per_node"] or given["gpus_per_node"] or 1,
+        gpus_per_node=given["gpus_per_node"],
+        starter="torchrun" if given["torchrun"] else "srun",
+        name=sweep.name,
+        partition=given["partition"],
+        account=given["account"],
+        time_limit=given["time"],
+        signal_seconds=signal_seconds,
+        max_retries=given["max_requeues"],
+        setup=setup_lines(given["setup"]),
+        container=given["container"],
+        container_mounts=given["container_mounts"],
+        cpus_per_task=given["cpus_per_task"],
+        sbatch=tuple(given["sbatch"] or ()),
+        parallel_tasks=given["jobs"],
+    )
+
+
+@app.command()
+def status(file: File) -> None:
+    """What became of every run of a sweep."""
+    sweep = load_sweep(file)
+    runs = runs_of(sweep, str(file))
+    progress = progress_of(runs, Path(sweep.directory))
+    metric = sweep.metrics[0]
+    values = {(r.variant, r.scale, r.seed): r for r in results_of(runs, progress, sweep.metrics)}
+    table = Table("run", "state", "step", "exit code", metric, box=SIMPLE_HEAD)
+    for one in runs:
+        found = progress[one.name]
+        result = values.get((one.variant, one.scale, one.seed))
+        table.add_row(
+            one.name,
+            found.status,
+            f"{found.step:,} of {one.recipe.run.steps:,}",
+            "" if found.exit_code is None else str(found.exit_code),
+            "" if result is None else f"{result.metrics[metric]:.4f}",
+        )
+    _console().print(table)
+    states = [progress[one.name].status for one in runs]
+    typer.echo(", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)))
+
+
+@app.command()
+def table(
+    file: File,
+    analysis: Annotated[
+        Analysis | None,
+        typer.Option(help="What is shown; `analysis` of the file where not given."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the numbers as JSON instead.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture (PNG); ANALYSIS.png in the sweep's directory if not given, none with "
+            "--json."
+        ),
+    ] = None,
+) -> None:
+    """What the ended runs of a sweep show, with a picture.
+
+    table: variants as rows, metrics and scales as columns: mean over seeds, difference to the
+    baseline with its 95% interval (t, seed by seed where all variants have the same seeds), the
+    best in bold.
+
+    ranks: do scales order the variants alike? Spearman's and Kendall's coefficient with a 95%
+    interval over seeds, and how many orders by chance would agree as well.
+
+    learning_rate: a parabola through loss over log(rate) for each token budget, its lowest point
+    with a 95% interval, a power law over budgets, and the prediction for predict_tokens. A minimum
+    at the edge of the grid is named and not estimated.
+    """
+    sweep = load_sweep(file)
+    runs = runs_of(sweep, str(file))
+    progress = progress_of(runs, Path(sweep.directory))
+    results = results_of(runs, progress, sweep.metrics)
+    if not results:
+        raise ConfigError(f"no run of {file} has ended; start them with `phi4 sweep run {file}`")
+    kind = analysis or sweep.analysis
+    found = analysis_of(kind, sweep, results, num_missing=len(runs) - len(results))
+    if as_json:
+        typer.echo(json.dumps(found.numbers, indent=2))
+    if as_json and out is None:
+        return
+    picture = found.draw(out or Path(sweep.directory) / f"{kind}.png")
+    if as_json:
+        return
+    for part in found.shown:
+        _console().print(part)
+    typer.echo(f"picture: {picture}")
+
+
+def _to_do(sweep: SweepFile, runs: list[SweepRun]) -> list[SweepRun]:
+    """The runs that have not ended, after a line that counts them."""
+    progress = progress_of(runs, Path(sweep.directory))
+    waiting = [one for one in runs if not progress[one.name].has_ended]
+    typer.echo(
+        f"{sweep.name}: {len(runs)} runs, {len(runs) - len(waiting)} have ended, "
+        f"{len(waiting)} to do",
+        err=True,  # --dry-run prints a script
+    )
+    return waiting
+
+
+def _submit(request: on_slurm.SlurmRequest, runs: list[SweepRun], sweep: SweepFile) -> None:
+    require_notice_in_time(request)
+    on_slurm.require_version()
+    on_slurm.require_partition(request)
+    on_slurm.require_idle_array(sweep.directory)
+    array = on_slurm.submit_array(request, [one.recipe for one in runs])
+    typer.echo(f"job array {array} trains {len(runs)} runs; `squeue -j {array}` shows its tasks")
+
+
+def _require_no_slurm_options(context: typer.Context, slurm: bool) -> None:
+    """Refuse options that would silently do nothing."""
+    if slurm:
+        return
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in _OWN_OPTIONS and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect without --slurm; add it, or leave the "
+                "option out"
+            )
+
+
+def _stage_violations(recipe: Recipe) -> list[str]:
+    require_stage(recipe)
+    return list(stage_of(recipe).violations(recipe))
+
+
+def _console() -> Console:
+    # A file or a pipe gets whole lines.
+    return Console(width=None if sys.stdout.isatty() else 160)
