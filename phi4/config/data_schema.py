@@ -26,6 +26,7 @@ class SourceConfig(Section):
     """One named source of the blend."""
 
     name: str = key("schedule", min_length=1)
+    """Name in the blend, the ledger and the metrics; unique in its array."""
     path: str = key("free", min_length=1)
     """Prefix of a .bin/.idx pair, a glob of prefixes, or a .list file with a prefix per line. Files
     may move: what they must hold under this name is in the ledger, by their manifests' hash."""
@@ -69,6 +70,7 @@ class DataConfig(Section):
     document_mask: bool = key("schedule", True)
     """Attention and positions restart at each document."""
     sources: Sources = key("schedule", ())
+    """What the run trains on; tables [[data.sources]] in the file."""
     weigh_by: Literal["units", "loss_tokens"] = key("schedule", "units")
     """What the weights count. loss_tokens suits sources that differ in padding or mask."""
     skip_windows: Windows = key("schedule", ())
@@ -79,7 +81,7 @@ class DataConfig(Section):
     pretraining's: sources of the same name go on where they stood, others begin. Needs the same
     run.seed and unit_tokens. Once the run has a checkpoint of its own, that one counts."""
     held_out: Sources = key("free", ())
-    """Never trained on; the evaluation hook measures their loss."""
+    """Never trained on; the evaluation hook measures their loss. Keys as those of data.sources."""
     cache_dir: str | None = key("free", None, min_length=1)
     """Where the manifests of sources of many shards and the tables of window rows are kept. None
     keeps them beside the shards; where that cannot be written, every rank makes them again."""

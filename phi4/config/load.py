@@ -9,7 +9,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import ValidationError
@@ -27,18 +27,31 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: the file is missing or not TOML, a key is unknown (names the nearest one), a
             value has the wrong type or range; all of them at once.
     """
+    tree = read_toml(path, "recipe")
+    return parse_recipe(apply_overrides(tree, overrides), where=str(path))
+
+
+def read_toml(path: str | Path, kind: Literal["recipe", "sweep"]) -> dict[str, Any]:
+    """The tree of a TOML file.
+
+    Args:
+        path: of the file.
+        kind: what it is, for the message.
+
+    Raises:
+        ConfigError: the file is missing, a directory or not TOML.
+    """
     path = Path(path)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"recipe {path} does not exist; recipes that come with phi4 are in examples/recipes/"
+            f"{kind} {path} does not exist; {kind}s that come with phi4 are in examples/{kind}s/"
         ) from None
     except IsADirectoryError:
-        raise ConfigError(f"recipe {path} is a directory; give a .toml file") from None
+        raise ConfigError(f"{kind} {path} is a directory; give a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not valid TOML: {error}") from None
-    return parse_recipe(apply_overrides(tree, overrides), where=str(path))
+        raise ConfigError(f"{kind} {path} is not valid TOML: {error}") from None
 
 
 def recipe_from_toml(text: str, where: str) -> Recipe:

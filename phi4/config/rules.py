@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from phi4.config.fp8_rules import fp8
 from phi4.config.schema import Recipe
+from phi4.config.te_rules import transformer_engine
 from phi4.errors import LayoutError
 
 Rule = Callable[[Recipe], Iterator[str]]
@@ -265,4 +267,6 @@ RULES: tuple[Rule, ...] = (
     _sources,
     _skip_windows,
     _replica,
+    fp8,
+    transformer_engine,
 )

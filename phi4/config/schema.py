@@ -22,17 +22,23 @@ class ModelConfig(Section):
     """Shape of the model. Defaults are Phi-4's (14,659,507,200 parameters)."""
 
     num_layers: Positive = key("identity", 40)
+    """Transformer layers."""
     hidden_size: Positive = key("identity", 5120)
+    """Width of the residual stream; num_attention_heads divides it."""
     num_attention_heads: Positive = key("identity", 40)
+    """Query heads."""
     num_key_value_heads: Positive = key("identity", 10)
+    """Heads of keys and values, each shared by equally many query heads."""
     intermediate_size: Positive = key("identity", 17920)
     """Width of the SwiGLU product; gate and up have this width each."""
     vocab_size: Positive = key("identity", 100_352)
+    """Rows of the embedding and of the output matrix, which are not tied."""
     max_position_embeddings: Positive = key("identity", 16_384)
     """Longest sequence the exported model declares; training sequences may be shorter."""
     rope_theta: float = key("identity", 10_000.0, gt=1)
     """RoPE base. Before midtraining the report does not state it; 250,000 after."""
     rms_norm_eps: float = key("identity", 1e-5, gt=0)
+    """Added to the mean square in RMSNorm."""
     init_std: float = key("identity", 0.02, gt=0)
     """Standard deviation of the initial matrices; output projections use init_std / sqrt(2 L)."""
 
@@ -59,6 +65,7 @@ class OptimConfig(Section):
     min_learning_rate: float = key("schedule", 0.0, ge=0)
     """At the end of the decay and after it."""
     schedule_unit: Literal["steps", "tokens"] = key("schedule", "steps")
+    """What warmup and decay count."""
     warmup: NonNegative = key("schedule", 0)
     """Length of the warm-up in schedule_unit."""
     decay: NonNegative = key("schedule", 0)
@@ -66,8 +73,11 @@ class OptimConfig(Section):
     weight_decay: float = key("schedule", 0.1, ge=0)
     """Decoupled; not applied to norm weights."""
     beta1: float = key("identity", 0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
     beta2: float = key("identity", 0.95, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
     eps: float = key("identity", 1e-8, gt=0)
+    """Added to the root of AdamW's bias-corrected second moment."""
     clip_grad: float = key("schedule", 1.0, ge=0)
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
 
@@ -76,10 +86,14 @@ class ParallelConfig(Section):
     """How many ranks share what. The product of the degrees is the number of processes."""
 
     tensor: Positive = key("free", 1)
+    """Ranks that share every matrix. Divides num_attention_heads, num_key_value_heads,
+    intermediate_size and vocab_size."""
     pipeline: Positive = key("free", 1)
+    """Ranks that share the layers; each holds consecutive ones."""
     virtual_pipeline: Positive = key("free", 1)
     """Model chunks per pipeline rank (interleaved 1F1B when above 1)."""
     context: Positive = key("free", 1)
+    """Ranks that share the tokens of a row."""
     context_attention: Literal["all_gather", "ring"] = key("free", "all_gather")
     """How keys and values reach the other context ranks. all_gather: all at once, the least
     latency. ring: one rank's after the other while the last ones are attended, the least memory."""
@@ -95,7 +109,10 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = key("free", False)
     """Split the optimizer state over the data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = key("free", False)
+    """Reduce gradients over the data-parallel ranks while backward is still computing others."""
     overlap_param_gather: bool = key("free", False)
+    """Gather updated parameters while forward is computing. Needs distributed_optimizer and
+    overlap_grad_reduce."""
 
     @property
     def model_parallel_size(self) -> int:
@@ -115,6 +132,29 @@ class PrecisionConfig(Section):
     dtype: Literal["fp32", "bf16"] = key("identity", "bf16")
     """Weights and activations of the forward pass. Master weights, gradients and optimizer state
     are always fp32. To go on in another format, start a run with run.init_from."""
+    fp8: Literal["off", "te", "torch"] = key("identity", "off")
+    """torch: the linears of the layers multiply in FP8 by torch's own product, on GPUs of compute
+    capability 8.9 and up, and on a CPU. te: by Transformer Engine, on a GPU. Embedding, attention,
+    norms and loss head stay as they are. Evaluation, generation and exports do not use it."""
+    fp8_recipe: Literal["tensorwise", "rowwise", "blockwise", "delayed"] = key(
+        "identity", "tensorwise"
+    )
+    """What shares a scale: a matrix, a row of what a product reads, or 1 x 128 values and 128 x 128
+    weights. delayed: a matrix, by the largest values of the micro-batches before; te alone."""
+    fp8_end_layers_in_bf16: NonNegative = key("identity", 1)
+    """So many layers at the beginning, and as many at the end, do not use FP8."""
+    fp8_check_every: NonNegative = key("free", 100)
+    """Steps between comparisons of a micro-batch with FP8 and without it, after which a layer
+    beyond a limit leaves FP8 for good; 0 compares never. Only fp8=torch is compared."""
+    fp8_max_loss_gap: float = key("free", 0.05, gt=0)
+    """Largest |loss - loss without FP8| of the micro-batch, in nats per token, or per pair."""
+    fp8_min_gradient_cosine: float = key("free", 0.8, gt=-1, lt=1)
+    """Least cosine of a layer's gradient to the one without FP8."""
+    fp8_max_underflow: float = key("free", 0.5, gt=0, le=1)
+    """Largest share of the non-zero inputs or weights of a linear that FP8 makes zero. Gradients
+    have no limit: those of tokens that the model is sure of are small."""
+    fp8_max_saturation: float = key("free", 0.001, gt=0, le=1)
+    """Largest share of inputs, weights or gradients beyond the largest FP8 number."""
 
 
 class RecomputeConfig(Section):
@@ -160,12 +200,21 @@ class KernelsConfig(Section):
     PyTorch's copy of it) and `cudnn` are other people's attention: bf16, no context parallelism."""
 
     rope: Implementation = key("free", "auto")
+    """Rotary position embedding of queries and keys."""
     rms_norm: Implementation = key("free", "auto")
+    """RMSNorm."""
     swiglu: Implementation = key("free", "auto")
+    """silu(gate) * up, between the two products of the MLP."""
     attention: Implementation = key("free", "auto")
+    """Causal attention within documents."""
     cross_entropy: Implementation = key("free", "auto")
+    """Log-probabilities of the labels from this rank's logits."""
     adamw: Implementation = key("free", "auto")
+    """The optimizer update."""
     grad_norm: Implementation = key("free", "auto")
+    """Sum of squares of the gradient, for clipping."""
+    fp8_cast: Implementation = key("free", "auto")
+    """The casts of precision.fp8=torch with a scale per matrix."""
     deterministic: bool = key("free", True)
     """Two runs of a step give equal bits, by which a replay tells a machine's fault from the
     data's: an implementation without them, as cudnn, is refused. `auto` takes none either way."""
@@ -185,15 +234,18 @@ class RunConfig(Section):
     stage: str = key("identity", "pretrain", min_length=1)
     """What is trained: one of phi4.stages.STAGES."""
     dir: str = key("free", "runs/default", min_length=1)
+    """Directory of the run: checkpoints, logs, metrics. A start resumes what is in it."""
     name: str | None = key("free", None)
     """Shown in MLflow; the directory's name when None."""
     steps: Positive = key("schedule", 100)
     """The run is finished after this optimizer step."""
     seed: int = key("identity", 1234, ge=0)
+    """Seed of the initial weights and of the data order."""
     init_from: str | None = key("identity", None)
     """Checkpoint whose weights the run starts from; None draws them from the seed. The data of that
     run is left alone: see data.continue_from."""
     platform: Literal["auto", "cpu", "cuda"] = key("free", "auto")
+    """cuda: NCCL. cpu: gloo. auto: cuda where a GPU is found."""
     threads: Positive = key("free", 1)
     """CPU threads of each process."""
 
@@ -268,9 +320,19 @@ class TrackingConfig(Section):
     """The view of a run in MLflow; files in run.dir are the record."""
 
     mlflow: bool = key("free", True)
+    """Whether the run is shown in MLflow."""
     uri: str | None = key("free", None)
-    """None keeps a local sqlite store beside the run directories."""
-    experiment: str = key("free", "phi4", min_length=1)
+    """None takes MLFLOW_TRACKING_URI; without that, a local sqlite store beside run.dir."""
+    experiment: str | None = key("free", None, min_length=1)
+    """None takes MLFLOW_EXPERIMENT_NAME; without that, `phi4`."""
+    peak_tflops: float | None = key("free", None, gt=0)
+    """What MFU is a share of: the dense peak of one GPU in precision.dtype, in TFLOP/s. None takes
+    the bf16 peak of the card where phi4 knows it, and reports no MFU elsewhere."""
+    group_norms_every: NonNegative = key("free", 0)
+    """Steps between records of the gradient norm of embedding, attention, mlp, norms and head,
+    each by itself; one more pass over the gradient. 0 records none."""
+    sweep: str | None = key("free", None, min_length=1)
+    """Sweep that the run is one of, whose runs have one parent run; `phi4 sweep` sets it."""
 
 
 class Recipe(Section):

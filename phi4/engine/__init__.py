@@ -6,18 +6,12 @@ recipes, batches, objectives and step results.
 
 import warnings
 
-from phi4.errors import PlatformError
+import phi4.engine.te_import  # noqa: F401, before megatron-core
 
-try:
-    with warnings.catch_warnings():
-        # "Apex is not installed" and the like: the engine brings its own norm and Adam.
-        warnings.simplefilter("ignore")
-        import megatron.core.dist_checkpointing
-        import megatron.core.models.gpt
-        import megatron.core.optimizer
-        import megatron.core.pipeline_parallel  # noqa: F401
-except RuntimeError as error:  # a transformer-engine without cuDNN breaks megatron-core's import
-    raise PlatformError(
-        f"megatron-core does not import: {error}; uninstall transformer-engine on a machine "
-        "without a GPU"
-    ) from error
+with warnings.catch_warnings():
+    # "Apex is not installed" and the like: the engine brings its own norm and Adam.
+    warnings.simplefilter("ignore")
+    import megatron.core.dist_checkpointing
+    import megatron.core.models.gpt
+    import megatron.core.optimizer
+    import megatron.core.pipeline_parallel  # noqa: F401

@@ -3,7 +3,7 @@
 Entering megatron-core always happens inside `Patches`; nothing outside this class needs to know.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,12 +12,24 @@ import torch
 from phi4_kernels.evidence import KernelEvidence
 
 from phi4.config import Recipe
+from phi4.config.fp8_rules import fp8_layers
 from phi4.config.gradient_form import check_gradient_form
+from phi4.config.te_rules import without_transformer_engine
 from phi4.engine import step as steps
 from phi4.engine.agreement import Asked, nothing_asked
 from phi4.engine.forward_timer import ForwardTimer
+from phi4.engine.fp8_check import FP8Check, FP8Limits, check_fp8
 from phi4.engine.layout import Layout, create_layout, destroy_layout
 from phi4.engine.model.alternatives import LabelLogProbs
+from phi4.engine.model.fp8.device import check_device
+from phi4.engine.model.fp8.fallback import use_fp8_in
+from phi4.engine.model.fp8.layers import forget_weights
+from phi4.engine.model.fp8.te_backend import (
+    begin_delayed_scaling,
+    check_backend,
+    end_delayed_scaling,
+    linear_choice,
+)
 from phi4.engine.model.gpt import (
     build_chunks,
     global_parameters,
@@ -28,7 +40,12 @@ from phi4.engine.model.gpt import (
     unshard,
 )
 from phi4.engine.model.host_batch import HostBatch, check_host_batches
-from phi4.engine.model.implementations import attention_needs, choose, implementation_of
+from phi4.engine.model.implementations import (
+    attention_needs,
+    choose,
+    implementation_of,
+    unused_ops,
+)
 from phi4.engine.model.micro_batch import MicroBatches, to_device
 from phi4.engine.model.placement import SideStream
 from phi4.engine.model.rope import RopeCache
@@ -66,12 +83,17 @@ class Engine:
     Args:
         recipe: checked against the rules and the world size.
         platform: where this process runs.
-        trains: False builds no gradient buffers and no optimizer.
+        trains: False builds no gradient buffers and no optimizer, and does without Transformer
+            Engine.
         draws_weights: False leaves the weights to a checkpoint that is loaded next.
         tick: called for every micro-batch that a model chunk takes; cheap.
         patches: for tests; the platform's own by default.
         evidence: what is known of the kernels, the same on every rank; None takes what each
             machine has on file.
+
+    Raises:
+        PlatformError: before any collective, when this process cannot multiply in the FP8 that is
+            asked for.
 
     Collectives: creation of the process groups, one all-gather of optimizer group names.
     """
@@ -87,11 +109,16 @@ class Engine:
         patches: Patches | None = None,
         evidence: KernelEvidence | None = None,
     ) -> None:
+        built = recipe if trains else without_transformer_engine(recipe)
+        check_device(built.precision, platform.device)
+        check_backend(built.precision, platform)
         self.recipe = recipe
         self.platform = platform
         self._tick = tick
         self.forward_timer: ForwardTimer | None = None
         """Measures the forward passes of training while it is set."""
+        self.fp8_layers: tuple[int, ...] = tuple(fp8_layers(recipe))
+        """That multiply in FP8 now, of the whole model; see `leave_fp8`."""
         self._copies = SideStream(platform.device)
         self.patches = patches or Patches(platform.kind)
         self.choices = choose(
@@ -100,12 +127,14 @@ class Engine:
             recipe.model.head_dim,
             evidence,
             attention_needs(recipe),
-        )
+            unused_ops(built),
+        ) + linear_choice(built.precision)
         with self.patches:
             self.layout: Layout = create_layout(recipe.parallel)
             seed_random_states(recipe.run.seed)
-            self.config = transformer_config(recipe, frees_stage_outputs=platform.kind == "cuda")
-            self.bare_chunks = build_chunks(recipe, self.layout, self.config, self.choices)
+            self.config = transformer_config(built, frees_stage_outputs=platform.kind == "cuda")
+            self.bare_chunks = build_chunks(built, self.layout, self.config, self.choices)
+            begin_delayed_scaling(self.bare_chunks, self.config)
             if draws_weights:
                 initialise(self.bare_chunks, recipe.model, recipe.run.seed, self.layout)
             self.rope_cache = self._rope_cache()
@@ -124,6 +153,7 @@ class Engine:
         weight_decay: float | None = None,
         asked: Callable[[], Asked] = nothing_asked,
         limits: UpdateLimits = NO_LIMITS,
+        by_group: bool = False,
     ) -> StepResult:
         """One update over this data rank's micro-batches; see `step.train_step`.
 
@@ -147,6 +177,7 @@ class Engine:
                 weight_decay=decay,
                 asked=asked,
                 limits=limits,
+                by_group=by_group,
             )
 
     def replay_step(self, batches: Sequence[HostBatch], objective: Objective) -> Replay:
@@ -155,6 +186,41 @@ class Engine:
             self._set_training(True)
             placed = self.to_device(batches)
             return replay_step(self.chunks, self.optimizer, placed, objective, self.layout)
+
+    def check_fp8(
+        self, batches: Sequence[HostBatch], objective: Objective, limits: FP8Limits
+    ) -> FP8Check:
+        """A micro-batch with FP8 and without it; see `fp8_check.check_fp8`.
+
+        Args:
+            batches: this data rank's micro-batches of a step. The first is taken; of an interleaved
+                pipeline, which takes them in groups, the first group.
+            objective: the stage's loss.
+            limits: of what is too far off.
+        """
+        # Whole groups: the interleaved schedule takes no fewer.
+        count = self.layout.pp_size if self.layout.vpp_size > 1 else 1
+        with self.patches:
+            self._set_training(True)
+            return check_fp8(
+                self.chunks,
+                self.optimizer,
+                self.to_device(batches[:count]),
+                objective,
+                self.layout,
+                fp8_layers=self.fp8_layers,
+                num_layers=self.recipe.model.num_layers,
+                limits=limits,
+            )
+
+    def leave_fp8(self, layers: Collection[int]) -> None:
+        """Let these layers multiply in precision.dtype from now on, and all others as at first.
+
+        Args:
+            layers: by their numbers in the whole model from 0; of a run, the same on every rank.
+        """
+        self.fp8_layers = tuple(one for one in fp8_layers(self.recipe) if one not in layers)
+        use_fp8_in(self.bare_chunks, self.fp8_layers)
 
     def evaluate(
         self,
@@ -266,6 +332,7 @@ class Engine:
     def close(self) -> None:
         """Forget megatron-core's process groups."""
         with self.patches:
+            end_delayed_scaling(self.config)
             destroy_layout()
 
     def _rope_cache(self) -> RopeCache | None:
@@ -279,6 +346,8 @@ class Engine:
     def _set_training(self, training: bool) -> None:
         for chunk in self.chunks:
             chunk.train(training)
+        # Whatever changes weights does so between two calls of the engine.
+        forget_weights(self.bare_chunks)
 
     def _whole_logits(self, local_BSV: torch.Tensor) -> torch.Tensor:
         layout = self.layout

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from phi4.config import ParallelConfig, Recipe
+from phi4.config.te_rules import without_transformer_engine
 from phi4.engine.layout import Layout, create_layout, destroy_layout
+from phi4.engine.model.fp8.layers import fp8_linears
 from phi4.engine.model.gpt import Phi4Model, build_chunks, seed_random_states, transformer_config
 from phi4.engine.patches import Patches
 
@@ -26,6 +28,10 @@ class ChunkShape:
     """What one model chunk of one rank holds."""
 
     num_layers: int
+    num_fp8_layers: int
+    """Of them, those whose linears multiply in FP8."""
+    num_fp8_parameters: int
+    """Weights of these linears."""
     num_parameters: int
     num_counted_parameters: int
     """Without the copies that another tensor rank holds too: norm weights count on rank 0 only."""
@@ -57,9 +63,12 @@ class RankShape:
 def rank_shapes(recipe: Recipe) -> list[RankShape]:
     """Build every pipeline and tensor rank of one model copy on the meta device and count it.
 
+    Transformer Engine is left out: its linears hold the parameters of megatron-core's.
+
     Args:
         recipe: checked against the rules.
     """
+    recipe = without_transformer_engine(recipe)
     parallel = recipe.parallel
     per_stage = parallel.tensor * parallel.context
     return [
@@ -107,8 +116,13 @@ def _count(chunk: Phi4Model, tp_rank: int) -> ChunkShape:
         (parameter.numel(), tp_rank == 0 or _is_split(parameter))
         for parameter in chunk.parameters()
     ]
+    fp8_sizes = [
+        [linear.weight.numel() for linear in fp8_linears([layer])] for layer in chunk.decoder.layers
+    ]
     return ChunkShape(
         num_layers=len(chunk.decoder.layers),
+        num_fp8_layers=sum(map(bool, fp8_sizes)),
+        num_fp8_parameters=sum(map(sum, fp8_sizes)),
         num_parameters=sum(size for size, _ in sizes),
         num_counted_parameters=sum(size for size, counts in sizes if counts),
         is_first=chunk.pre_process,

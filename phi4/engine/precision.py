@@ -1,10 +1,26 @@
-"""Number formats of a run: one dtype for weights and activations, fp32 for all that accumulates."""
+"""Number formats of a run: one dtype for weights and activations, fp32 for all that accumulates.
+
+In layers that use FP8, the factors of the linears' products are cast to it; nothing is kept in it
+beyond a step.
+"""
 
 import torch
 
-from phi4.config import PrecisionConfig
+from phi4.config import PrecisionConfig, Recipe
+from phi4.config.fp8_rules import fp8_layers
 
 
 def torch_dtype(precision: PrecisionConfig) -> torch.dtype:
     """Dtype of weights and activations."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision.dtype]
+
+
+def describe_precision(recipe: Recipe) -> str:
+    """The formats in words, for a line of the console; layers count from 1."""
+    precision, layers = recipe.precision, fp8_layers(recipe)
+    if not layers:
+        return precision.dtype
+    return (
+        f"{precision.dtype}, layers {layers[0] + 1} to {layers[-1] + 1} of "
+        f"{recipe.model.num_layers} in FP8 ({precision.fp8}, {precision.fp8_recipe})"
+    )

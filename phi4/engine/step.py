@@ -7,7 +7,7 @@ what they are divided by is a factor on the device, which the norm and the updat
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from phi4.engine.model.micro_batch import MicroBatch, MicroBatches
 from phi4.engine.objective import Loss, LossInputs, Objective, make_segment_sum
 from phi4.engine.optimizer.build import set_learning_rate
 from phi4.engine.patches import without_rewriting
+from phi4.model.shape import NO_WORK, Work
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class StepResult:
     metrics: dict[str, float]
     asked: Asked = field(default_factory=Asked)
     """What was asked of any rank before the update."""
+    work: Work = NO_WORK
+    """Of the whole global batch, in one forward pass."""
+    group_norms: dict[str, float] = field(default_factory=dict)
+    """By parameter group, before clipping; their squares add up to grad_norm's. Empty unless they
+    were asked for."""
     evidence: Evidence | None = field(default=None, compare=False, repr=False)
     """Of a training step; not the same on every rank."""
 
@@ -69,14 +75,15 @@ class StepResult:
 class Totals:
     """Running (sum, count) pairs of a step on the ranks that compute the loss.
 
-    Their reduction carries what was asked of each rank too: all learn it in the same step, and no
-    collective of its own is needed.
+    Their reduction carries what was asked of each rank and what each data rank was given to compute
+    too: all learn it in the same step, and no collective of its own is needed.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names = ("loss", *names)
         self._num_sums = 2 * len(self.names)
-        num_numbers = self._num_sums + len(Asked._fields)
+        self._num_flags = self._num_sums + len(Asked._fields)
+        num_numbers = self._num_flags + len(Work._fields)
         self.sums = torch.zeros(num_numbers, dtype=torch.float64, device=device)
 
     def add(self, loss: Loss) -> None:
@@ -86,14 +93,16 @@ class Totals:
         values = [value.detach().double() for pair in pairs for value in pair]
         self.sums[: self._num_sums] += torch.stack(values)
 
-    def reduce(self, layout: Layout, asked: Asked) -> None:
+    def reduce(self, layout: Layout, asked: Asked, work: Work) -> None:
         """Let every rank have the sums, the counts and what was asked; waits for no device.
 
         Args:
             layout: the rank grid.
             asked: of this rank.
+            work: of this data rank.
 
-        Collectives: one all-reduce over all ranks of two fp64 numbers per name, and five.
+        Collectives: one all-reduce over all ranks of two fp64 numbers per name, and those of
+        `asked` and `work`.
         """
         # Tensor ranks hold copies; only the last stage's first tensor rank has what counts.
         if not (layout.is_last_stage and layout.tp_rank == 0):
@@ -102,6 +111,10 @@ class Totals:
             if flag:
                 # A constant of a kernel: a tensor made on the host would be a copy that waits.
                 self.sums[self._num_sums + index].fill_(1.0)
+        if layout.is_last_stage and layout.tp_rank == 0 and layout.cp_rank == 0:
+            # Integers, and exact: fp64 holds them up to 9e15.
+            for index, count in enumerate(work):
+                self.sums[self._num_flags + index].fill_(float(count))
         dist.all_reduce(self.sums)
 
     def loss_within(self, limit: float) -> torch.Tensor:
@@ -114,11 +127,14 @@ class Totals:
         weight = self.sums[1]
         return torch.where(weight > 0, weight.reciprocal(), 1.0)
 
-    def read(self) -> tuple[dict[str, tuple[float, float]], Asked]:
-        """(sum, count) of every name, and what was asked of any rank, on the host."""
+    def read(self) -> tuple[dict[str, tuple[float, float]], Asked, Work]:
+        """(sum, count) of every name, what was asked of any rank and the work of all data ranks, on
+        the host.
+        """
         values = self.sums.tolist()
         sums = {n: (values[2 * i], values[2 * i + 1]) for i, n in enumerate(self.names)}
-        return sums, Asked(*map(bool, values[self._num_sums :]))
+        asked = Asked(*map(bool, values[self._num_sums : self._num_flags]))
+        return sums, asked, Work(*map(int, values[self._num_flags :]))
 
 
 def train_step(
@@ -132,6 +148,7 @@ def train_step(
     weight_decay: float,
     asked: Callable[[], Asked] = nothing_asked,
     limits: UpdateLimits = NO_LIMITS,
+    by_group: bool = False,
 ) -> StepResult:
     """Gradients of the whole global batch, clipping, one AdamW update.
 
@@ -148,9 +165,11 @@ def train_step(
         weight_decay: of this step.
         asked: what is asked of this rank, called before the update.
         limits: above which nothing is updated.
+        by_group: whether the norm of each parameter group is wanted besides.
 
     Collectives: those of the schedule, the gradient reduction over data and context ranks, the norm
-    over model ranks, one all-reduce of the totals over all ranks.
+    over model ranks, one all-reduce of the totals over all ranks; with `by_group` one of five
+    numbers over model ranks.
     """
     totals = Totals(objective.metric_names, _device(chunks))
     for chunk in chunks:
@@ -160,12 +179,14 @@ def train_step(
     loss_of = loss_function(objective, totals, layout)
     run_schedule(chunks, batches, layout, loss_of, with_gradients=True)
     local_sums = totals.sums.clone()
-    totals.reduce(layout, asked())
+    totals.reduce(layout, asked(), batches.work)
     updated, grad_norm, _ = optimizer.step(
-        totals.gradient_scale(), totals.loss_within(limits.loss), limits.grad_norm
+        totals.gradient_scale(), totals.loss_within(limits.loss), limits.grad_norm, by_group
     )
+    result = _result(totals, grad_norm, updated)
     evidence = Evidence(local_sums, optimizer.local_square_sum)
-    return _result(*totals.read(), grad_norm, updated, evidence)
+    group_norms = optimizer.group_norms() if by_group else {}
+    return replace(result, evidence=evidence, group_norms=group_norms)
 
 
 @torch.no_grad()
@@ -183,8 +204,8 @@ def evaluate(
     """
     totals = Totals(objective.metric_names, _device(chunks))
     run_schedule(chunks, batches, layout, loss_function(objective, totals, layout))
-    totals.reduce(layout, asked())
-    return _result(*totals.read(), 0.0, False)
+    totals.reduce(layout, asked(), batches.work)
+    return _result(totals, 0.0, False)
 
 
 @torch.no_grad()
@@ -320,13 +341,8 @@ def loss_function(
     return loss_of
 
 
-def _result(
-    sums: dict[str, tuple[float, float]],
-    asked: Asked,
-    grad_norm: float,
-    updated: bool,
-    evidence: Evidence | None = None,
-) -> StepResult:
+def _result(totals: Totals, grad_norm: float, updated: bool) -> StepResult:
+    sums, asked, work = totals.read()
     means = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
     return StepResult(
         loss=means.pop("loss"),
@@ -335,5 +351,5 @@ def _result(
         updated=updated,
         metrics=means,
         asked=asked,
-        evidence=evidence,
+        work=work,
     )

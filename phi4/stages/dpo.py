@@ -58,6 +58,14 @@ _REMEDIES = {
 """What a batch has to bring along, and how it gets it."""
 
 
+def _multiplies_as_the_reference(recipe: Recipe) -> Iterator[str]:
+    if recipe.precision.fp8 != "off":
+        yield (
+            f"precision.fp8={recipe.precision.fp8} would round the policy's log-probabilities and "
+            "not the reference's, and the margin is their difference; use precision.fp8=off"
+        )
+
+
 class PreferenceLoss:
     """Mean over the pairs of the global batch of `dpo.loss`, and of the sft term.
 
@@ -197,6 +205,12 @@ def _keeps_answers_apart(recipe: Recipe) -> Iterator[str]:
 STAGE = Stage(
     make_objective=lambda recipe: PreferenceLoss(recipe.dpo),
     source_kinds=frozenset(("pairs", "pivots")),
-    rules=(starts_from_weights, _has_references, _smooths_what_can_be, _keeps_answers_apart),
+    rules=(
+        starts_from_weights,
+        _has_references,
+        _smooths_what_can_be,
+        _keeps_answers_apart,
+        _multiplies_as_the_reference,
+    ),
     hooks=(check_reference, start_gate),
 )

@@ -19,6 +19,8 @@ _SINGLE = (
     "parallel.overlap_param_gather=false",
     "recompute.granularity='none'",
     "precision.dtype='fp32'",
+    # Sums in another order move what is rounded to 3 bits; tests/engine/fp8 holds FP8 to layouts.
+    "precision.fp8='off'",
 )
 
 _TP2, _PP2, _CP2, _DP2 = (

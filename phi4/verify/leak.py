@@ -105,6 +105,11 @@ def leak_case(case: LayoutCase, recipe: Recipe) -> LayoutCase:
             f"precision.dtype={dtype} scales whole tensors, so every document moves the rounding "
             f"of all others by design; use {' or '.join(_SEPARABLE)} for this proof"
         )
+    if recipe.precision.fp8 != "off":
+        raise ConfigError(
+            f"precision.fp8={recipe.precision.fp8} scales numbers of several documents together, "
+            "so each moves the rounding of others by design; use precision.fp8=off for this proof"
+        )
     if length < _PARTS:
         raise ConfigError(
             f"data.sequence_length={length} is too short for {len(DOCUMENTS)} documents with "

@@ -21,12 +21,15 @@ from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_chec
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
+from phi4.model.shape import Work
 from phi4.stages import stage_of
 from phi4.verify.layouts import BITWISE, LayoutCase
 from phi4.verify.preference_batches import preference_micro_batches
 
 LOSS_TOLERANCE = 5e-7
 """Of the loss."""
+GROUP_NORM_TOLERANCE = 1e-6
+"""Of the gradient norm of a parameter group."""
 PARAMETER_TOLERANCE = 1e-5
 """Relative L2 error of a tensor."""
 LEARNING_RATE = 1e-3
@@ -45,6 +48,10 @@ class Comparison:
     loss_error: float
     """Largest |difference| / loss over the steps."""
     grad_norm_error: float
+    group_norm_error: float
+    """Of the worst parameter group's gradient norm, likewise."""
+    same_work: bool
+    """Whether both counted the same tokens and squared document lengths."""
     parameter_error: float
     """Relative L2 error of the worst tensor after the last step."""
     worst_parameter: str
@@ -53,8 +60,14 @@ class Comparison:
     def passed(self) -> bool:
         """Within the tolerances; recompute layouts must be bit-identical."""
         if self.name in BITWISE:
-            return self.loss_error == 0 and self.parameter_error == 0
-        return self.loss_error <= LOSS_TOLERANCE and self.parameter_error <= PARAMETER_TOLERANCE
+            errors = (self.loss_error, self.group_norm_error, self.parameter_error)
+            return self.same_work and errors == (0, 0, 0)
+        return (
+            self.same_work
+            and self.loss_error <= LOSS_TOLERANCE
+            and self.group_norm_error <= GROUP_NORM_TOLERANCE
+            and self.parameter_error <= PARAMETER_TOLERANCE
+        )
 
 
 def run_case(
@@ -94,7 +107,8 @@ def compare(case: LayoutCase, reference: LayoutCase, work_dir: Path) -> Comparis
         np.array(json.loads((_folder(work_dir, c) / "steps.json").read_text()))
         for c in (reference, case)
     )
-    errors = np.abs(found - expected) / np.abs(expected)
+    numbers = slice(0, -len(Work._fields))
+    errors = np.abs(found - expected)[:, numbers] / np.abs(expected)[:, numbers]
     truth, tensors = _parameters(work_dir, reference), _parameters(work_dir, case)
     assert truth.keys() == tensors.keys(), truth.keys() ^ tensors.keys()
     by_name = {
@@ -107,6 +121,8 @@ def compare(case: LayoutCase, reference: LayoutCase, work_dir: Path) -> Comparis
         name=case.name,
         loss_error=float(errors[:, 0].max()),
         grad_norm_error=float(errors[:, 1].max()),
+        group_norm_error=float(errors[:, 2:].max()),
+        same_work=np.array_equal(found[:, numbers.stop :], expected[:, numbers.stop :]),
         parameter_error=by_name[worst],
         worst_parameter=worst,
     )
@@ -146,13 +162,14 @@ def micro_batches(recipe: Recipe, step: int, dp_rank: int, dp_size: int) -> list
     ]
 
 
-def _step(engine: Engine, recipe: Recipe, objective: Objective, step: int) -> tuple[float, float]:
+def _step(engine: Engine, recipe: Recipe, objective: Objective, step: int) -> list[float]:
+    """Loss, gradient norm, the norm of each parameter group, and the counts of `Work`."""
     takes_pairs = "pairs" in stage_of(recipe).source_kinds
     serve = preference_micro_batches if takes_pairs else micro_batches
     batches = serve(recipe, step, engine.layout.dp_rank, engine.layout.dp_size)
     rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
-    result = engine.train_step(batches, objective, learning_rate=rate)
-    return result.loss, result.grad_norm
+    result = engine.train_step(batches, objective, learning_rate=rate, by_group=True)
+    return [result.loss, result.grad_norm, *result.group_norms.values(), *result.work]
 
 
 def _folder(work_dir: Path, case: LayoutCase) -> Path:

@@ -80,7 +80,7 @@ def test_null_resets_every_key_that_may_be_unset(null: str) -> None:
         "dpo": {"reference": "a"},
         "parallel": {"layers_per_stage": [40]},
         "run": {"name": "a", "init_from": "a"},
-        "tracking": {"uri": "a"},
+        "tracking": {"uri": "a", "experiment": "a", "peak_tflops": 1.0, "sweep": "a"},
     }
     recipe = parse_recipe(tree)
     assert all(value_of(recipe, key) is not None for key in UNSET)

@@ -5,13 +5,52 @@ import inspect
 
 import pytest
 
-from phi4.config import Recipe, check, rules, violations, with_overrides
+from phi4.config import Recipe, check, rules, te_rules, violations, with_overrides
 from phi4.errors import ConfigError, LayoutError
 
 SOUND = with_overrides(Recipe(), ["batch.global_batch_size=16"])
 
 # What is asked on top of SOUND, and the line it yields.
 BROKEN = {
+    "delayed scaling is Transformer Engine's": (
+        ["precision.fp8=torch", "precision.fp8_recipe=delayed"],
+        "precision.fp8_recipe=delayed is Transformer Engine's alone; use precision.fp8=te, or "
+        "precision.fp8_recipe=tensorwise",
+    ),
+    "rowwise scaling is torch's": (
+        ["precision.fp8=te", "precision.fp8_recipe=rowwise"],
+        "precision.fp8_recipe=rowwise is no recipe of Transformer Engine; use tensorwise, "
+        "blockwise or delayed, or precision.fp8=torch",
+    ),
+    "Transformer Engine reads bf16": (
+        ["precision.fp8=te", "precision.dtype=fp32"],
+        "precision.fp8=te takes and gives bf16, but precision.dtype=fp32; use "
+        "precision.dtype=bf16, or precision.fp8=torch",
+    ),
+    "Transformer Engine needs a GPU": (
+        ["precision.fp8=te", "run.platform=cpu"],
+        "precision.fp8=te needs a GPU, but run.platform=cpu; use precision.fp8=torch, which "
+        "multiplies in FP8 on a CPU too",
+    ),
+    "delayed scaling is of all layers": (
+        ["precision.fp8=te", "precision.fp8_recipe=delayed"],
+        "precision.fp8_recipe=delayed takes all layers or none, but "
+        "precision.fp8_end_layers_in_bf16=1; use precision.fp8_end_layers_in_bf16=0, or "
+        "precision.fp8_recipe=tensorwise",
+    ),
+    "delayed scaling computes no layer again": (
+        [
+            *("precision.fp8=te", "precision.fp8_recipe=delayed"),
+            *("precision.fp8_end_layers_in_bf16=0", "recompute.granularity=full"),
+        ],
+        "precision.fp8_recipe=delayed cannot be used with recompute.granularity=full; use "
+        "recompute.granularity=selective, or precision.fp8_recipe=tensorwise",
+    ),
+    "end layers in bf16 fit a stage": (
+        ["precision.fp8=te", "precision.fp8_end_layers_in_bf16=11", "parallel.pipeline=4"],
+        "precision.fp8_end_layers_in_bf16=11 with precision.fp8=te is at most "
+        "model.num_layers / parallel.pipeline = 10; lower it, or parallel.pipeline",
+    ),
     "skipped windows ascend": (
         ["data.skip_windows=[[4, 8], [4, 16]]"],
         "data.skip_windows begin after steps 4, 4, which do not ascend; name each step once",
@@ -216,8 +255,8 @@ def test_replicas_follow_the_processes(world_size: int) -> None:
 
 
 def test_every_line_of_the_rules_has_a_recipe_that_trips_it() -> None:
-    tree = ast.parse(inspect.getsource(rules))
-    num_lines = sum(isinstance(node, ast.Yield) for node in ast.walk(tree))
+    trees = [ast.parse(inspect.getsource(module)) for module in (rules, te_rules)]
+    num_lines = sum(isinstance(node, ast.Yield) for tree in trees for node in ast.walk(tree))
     seen = {line for overrides, _ in BROKEN.values() for line in shapes(overrides)}
     seen |= {line for overrides, n, _ in WORLD.values() for line in shapes(overrides, n)}
     assert len(seen) == num_lines

@@ -17,11 +17,14 @@ from phi4.config import KernelsConfig
 from phi4.engine import step as steps
 from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
+from phi4.engine.memory_use import KeptBytes, kept_bytes
+from phi4.engine.model.host_batch import work_of
 from phi4.engine.model.implementations import choose
 from phi4.engine.objective import Loss
 from phi4.engine.optimizer.adamw import OnePassChain
 from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
+from phi4.verify.parity import micro_batches
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.gradient_passes import Passes
 from tests.support.ranks import RankPool
@@ -187,6 +190,46 @@ def test_losses_are_those_of_the_stock_step(
     tolerance = 2e-6 if kind.startswith("fp32") else 2**-9
     for found, expected in zip(ours, stock, strict=True):
         assert found == pytest.approx(expected, rel=tolerance)
+
+
+def _measured(rank, world_size, overrides):
+    """Norm, group norms, whether asking changes a step; counted bytes and what they should be."""
+    with engine_on(rank, tiny_recipe(*SMALL, *overrides)) as engine:
+        if engine is None:
+            return None
+        batches, rate = batches_of(engine, 0), 1e-2
+        plain = engine.train_step(batches, NextToken(), learning_rate=0.0)
+        result = engine.train_step(batches, NextToken(), learning_rate=rate, by_group=True)
+        assert plain.group_norms == {} and plain.grad_norm == result.grad_norm
+        assert result.work == work_of(micro_batches(engine.recipe, 0, dp_rank=0, dp_size=1))
+        buffers = [buffer for chunk in engine.chunks for buffer in chunk.buffers]
+        owned = [p for g in engine.optimizer.param_groups for p in g["params"]]
+        num_owned = sum(parameter.numel() for parameter in owned)
+        padded = sum(buffer.grad_data.numel() for buffer in buffers)
+        parameters = [p for chunk in engine.bare_chunks for p in chunk.parameters()]
+        is_bf16 = parameters[0].dtype is torch.bfloat16
+        distributed = engine.recipe.parallel.distributed_optimizer
+        held = padded if distributed else sum(parameter.numel() for parameter in parameters)
+        expected = KeptBytes(
+            weights=held * (2 if is_bf16 else 4),
+            gradients=padded * 4,
+            optimizer=num_owned * (12 if is_bf16 else 8),
+        )
+        return result.grad_norm, result.group_norms, kept_bytes(engine), expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_squares_of_group_norms_sum_to_the_norms_and_bytes_are_the_tensors(
+    kind: str, pool: RankPool
+) -> None:
+    for found in pool.run(_measured, KINDS[kind]):
+        if found is None:
+            continue
+        norm, groups, kept, expected = found
+        assert set(groups) == {"embedding", "attention", "mlp", "norm", "head"}
+        assert sum(value**2 for value in groups.values()) == pytest.approx(norm**2, rel=1e-12)
+        assert all(0 < value < norm for value in groups.values())
+        assert kept == expected
 
 
 def _resumed(rank, world_size, overrides, root, form):

@@ -34,12 +34,14 @@ _CP2 = ("parallel.context=2",)
 
 MOVES = [
     ("full", _TP2, _PP2),
+    ("full", (_DISTRIBUTED, *_DP2), (_DISTRIBUTED, *_TP2)),
+    ("dp", (_DISTRIBUTED, *_DP2), (_DISTRIBUTED,)),
+]
+MORE_MOVES = [
     ("full", _PP2, _TP2),
     ("full", _VPP, _CP2),
-    ("full", (_DISTRIBUTED, *_DP2), (_DISTRIBUTED, *_TP2)),
     ("full", (_DISTRIBUTED, *_TP2), (_DISTRIBUTED, *_PP2)),
     ("full", (_DISTRIBUTED, *_CP2), (_DISTRIBUTED, *_VPP)),
-    ("dp", (_DISTRIBUTED, *_DP2), (_DISTRIBUTED,)),
     ("dp", (_DISTRIBUTED, *_TP2), (_DISTRIBUTED, *_TP2)),
 ]
 
@@ -91,7 +93,10 @@ def saved(pool: RankPool, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("form", "before", "after"), MOVES)
+@pytest.mark.parametrize(
+    ("form", "before", "after"),
+    [*MOVES, *(pytest.param(*move, marks=pytest.mark.slow) for move in MORE_MOVES)],
+)
 def test_run_goes_on_in_another_layout(form, before, after, pool, straight, tmp_path) -> None:
     expected = straight[_DISTRIBUTED in before]
     found = pool.run(_run, before, tmp_path, 0, 2, form)[0]

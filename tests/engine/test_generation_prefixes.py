@@ -125,13 +125,17 @@ def run_reload(rank: int, world_size: int):
     with engine_on(rank, recipe, trains=False) as engine:
         if engine is None:
             return None
-        with Generator(engine, CacheSize(60, 4), 0) as generator:
+
+        def draw_others(place: str) -> None:
+            initialise(engine.bare_chunks, recipe.model, 99, engine.layout)
+
+        size = CacheSize(60, 4)
+        with Generator(engine, size, "run", load_weights=draw_others) as generator:
             for index in range(2):
                 generator.submit(request)
                 found.append(collect(finished(generator), index + 1)[index]["tokens"])
-                initialise(engine.bare_chunks, recipe.model, 99, engine.layout)
                 # Even under the key of the old ones.
-                generator.reload(0)
+                generator.load("run")
         with Generator(engine, CacheSize(60, 4), 0) as generator:
             generator.submit(request)
             return *found, collect(finished(generator), 1)[0]["tokens"]

@@ -12,12 +12,12 @@ from unittest import mock
 
 import pytest
 
-from phi4.config import Recipe
+from phi4.config import Recipe, check
 from phi4.model.shape import training_flops_per_token
 from tests.support.ranks import run_ranks
 from tools import gpu_step_time, step_sides
 from tools.gpu_step_time import FP32_TOLERANCE, disagreements
-from tools.step_sides import OURS, SIDES, STOCK, STOCK_TE, recipe_of, why_absent
+from tools.step_sides import OURS, OURS_FP8, SIDES, STOCK, STOCK_TE, recipe_of, why_absent
 from tools.step_slice import CONDITIONS, Depth, compare, describe, slice_columns
 from tools.step_time import host_batches
 from tools.step_trace import ROWS, top_table
@@ -99,6 +99,14 @@ def test_a_side_that_cannot_run_here_says_why():
         assert "transformer-engine[pytorch]" in why_absent(te, "cuda")
     with mock.patch.object(step_sides, "find_spec", lambda name: name):
         assert why_absent(te, "cuda") is None
+
+
+def test_the_side_in_fp8_is_the_same_step_in_fp8():
+    bf16, fp8 = (recipe_of(SIDES[name], "cuda", 2) for name in (OURS, OURS_FP8))
+    check(fp8)
+    assert fp8.precision.fp8 == "te"
+    assert fp8.model_copy(update={"precision": bf16.precision}) == bf16
+    assert "needs a CUDA device" in why_absent(SIDES[OURS_FP8], "cpu")
 
 
 def _waiting(script: str) -> subprocess.Popen:

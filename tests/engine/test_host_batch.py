@@ -6,10 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from phi4.engine.model.host_batch import check_host_batches
+from phi4.data.stream.batch import build_batch
+from phi4.engine.model.host_batch import check_host_batches, work_of
 from phi4.engine.objective import LossInputs, make_segment_sum
 from phi4.errors import ConfigError, DataError
+from phi4.model.shape import Work
 from tests.support.preference import LENGTH, NUM_ROWS, VOCABULARY, pairs
 
 
@@ -35,6 +39,31 @@ def test_a_batch_that_disagrees_with_itself_is_refused(change, message):
     with pytest.raises(DataError) as caught:
         check_host_batches([good, replace(good, **change)], VOCABULARY)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@given(
+    eods=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 15)), max_size=12),
+    document_mask=st.booleans(),
+)
+def test_work_is_the_tokens_and_the_squares_of_what_attends_to_itself(eods, document_mask):
+    tokens = np.ones((3, 16), dtype=np.int64)
+    for place in eods:
+        tokens[place] = 0
+    mask = np.ones((3, 16), dtype=np.float32)
+    batch = build_batch(tokens, tokens, mask, eod_id=0, document_mask=document_mask)
+    # Pairs of tokens of one document: each sees its document alone.
+    document = np.zeros((3, 16), dtype=int)
+    if document_mask:
+        document[:, 1:] = np.cumsum(tokens[:, :-1] == 0, axis=1)
+    squares = int((document[:, :, None] == document[:, None, :]).sum())
+    assert work_of([batch]) == Work(48, squares)
+    assert work_of([batch, batch]) == Work(96, 2 * squares)
+
+
+def test_work_counts_second_labels():
+    batch = pairs(0, 0)
+    second = int((batch.alternative_labels >= 0).sum())
+    assert second == 2 and work_of([batch]).num_second_labels == second
 
 
 @pytest.mark.parametrize("method", ["token_total", "segment_total"])

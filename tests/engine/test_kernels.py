@@ -159,7 +159,7 @@ def test_a_choice_that_cannot_run_is_one_clear_error(monkeypatch, asked, parts):
 
 def test_auto_takes_torch_on_a_cpu_and_says_why():
     choices = choose(KernelsConfig(), torch.device("cpu"))
-    assert {choice.op for choice in choices} == set(KernelsConfig().by_op())
+    assert {choice.op for choice in choices} == set(KernelsConfig().by_op()) - {"fp8_cast"}
     assert {choice.implementation for choice in choices} == {"torch"}
     said = [choice.describe() for choice in choices]
     assert "rope: torch (auto: tensors are on cpu)" in said

@@ -41,6 +41,7 @@ NOT_FINITE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", NOT_FINITE)
 def test_what_is_not_finite_is_held_to_its_document(
     mutated: InterpretedProcess, mutant: str
@@ -86,6 +87,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", CASES)
 def test_a_mutant_turns_the_gate_red(mutated: InterpretedProcess, mutant: str) -> None:
     change, (entry, case) = CASES[mutant]

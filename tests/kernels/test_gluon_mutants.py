@@ -172,6 +172,7 @@ GROUP_MUTANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROUP_MUTANTS)
 def test_another_group_s_key_head_is_found(tmp_path: Path, name: str) -> None:
     with (
@@ -181,6 +182,7 @@ def test_another_group_s_key_head_is_found(tmp_path: Path, name: str) -> None:
         check(GROUPED, run(GROUPED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_found(tmp_path: Path, name: str) -> None:
     with mutant(tmp_path, *MUTANTS[name]), pytest.raises(GateError):
@@ -188,6 +190,7 @@ def test_a_mutant_is_found(tmp_path: Path, name: str) -> None:
             check(RAGGED, run(RAGGED, schedule))
 
 
+@pytest.mark.slow
 def test_unchanged_copies_are_green(tmp_path: Path) -> None:
     with mutant(tmp_path, "", "", ""):
         for problem in (GROUPED, RAGGED):

@@ -332,6 +332,7 @@ def mutated() -> Iterator[InterpretedProcess]:
     process.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_turns_the_gate_red(mutated: InterpretedProcess, mutant: str) -> None:
     op, file, old, new, entry, case, dtype = MUTANTS[mutant]
@@ -339,6 +340,7 @@ def test_a_mutant_turns_the_gate_red(mutated: InterpretedProcess, mutant: str) -
         mutated.call(GATE, mutant=(op, file, old, new), entry=entry, case=case, dtype=dtype)
 
 
+@pytest.mark.slow
 def test_a_sum_by_atomics_turns_the_program_orders_red(mutated: InterpretedProcess) -> None:
     cols = "block * BLOCK + tl.arange(0, BLOCK)"
     change = (

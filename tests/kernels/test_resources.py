@@ -152,11 +152,13 @@ def complaints() -> dict[str, list[str]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", COSTS)
 def test_a_costly_mutant_turns_the_gate_red(complaints: dict[str, list[str]], cost: str) -> None:
     assert COSTS[cost][2] in "\n".join(complaints[cost])
 
 
+@pytest.mark.slow
 def test_the_same_launch_unchanged_is_green(complaints: dict[str, list[str]]) -> None:
     assert complaints["nothing"] == []
 

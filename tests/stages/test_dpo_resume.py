@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from phi4.rundir.names import CONFIG_FILE, GATE_FILE, METRICS_FILE, REFERENCE_FI
 from phi4.rundir.step_log import read_metrics
 from phi4.verify.parity import LOSS_TOLERANCE, PARAMETER_TOLERANCE
 from tests.support import preference_runs
+from tests.support.metrics_page import unexplained
 from tests.support.preference_runs import recipe_of
 from tests.support.ranks import RankPool
 from tests.support.runs import command, train
@@ -42,7 +44,10 @@ def killed(self, step, metrics):
 StepLog.log = killed
 """
 """What the killed process imports first: it dies between a step and its record."""
-OF_THE_CLOCK = ("step_seconds", "tokens_per_second")
+OF_THE_MACHINE = re.compile(
+    "unix_seconds|attempt|goodput|eta_seconds|step_seconds|tokens_per_second.*|model_tflops.*"
+    "|(seconds|memory)/.*"
+)
 OF_SAVES = ("durable_step", "save_seconds", "save_stall_seconds")
 """Of the save before a step, which the step after a resumption does not tell again."""
 OTHER_LAYOUTS = {
@@ -124,10 +129,15 @@ def test_run_records_what_it_started_from(root: Path) -> None:
 
 def records(run_dir: Path) -> dict[int, dict[str, float]]:
     """What the steps measured, without what depends on the machine and on saves."""
-    left_out = OF_THE_CLOCK + OF_SAVES
+    lines = read_metrics(run_dir / METRICS_FILE)
+    assert unexplained(lines) == []
     return {
-        record["step"]: {key: value for key, value in record.items() if key not in left_out}
-        for record in read_metrics(run_dir / METRICS_FILE)
+        record["step"]: {
+            key: value
+            for key, value in record.items()
+            if key not in OF_SAVES and not OF_THE_MACHINE.fullmatch(key)
+        }
+        for record in lines
     }
 
 

@@ -81,6 +81,18 @@ def test_loss_head_that_cannot_serve_the_objective_is_refused(
     assert "loss_head.form=one_pass" in refusal(recipe)
 
 
+def test_fp8_is_refused_where_a_reference_is_subtracted() -> None:
+    recipe = tiny_recipe(
+        *("run.stage=dpo", "run.init_from=r", "data.reference_cache=c", "precision.fp8=torch")
+    )
+    line = refusal(with_source(recipe, kind="pairs"))
+    assert line.startswith("precision.fp8=torch would round the policy's log-probabilities")
+    assert line.endswith("use precision.fp8=off") and "\n" not in line
+    tuned = tiny_recipe("run.stage=sft", "run.init_from=r", "precision.fp8=torch")
+    tuned = with_source(tuned, kind="conversations")
+    check(tuned, stage_rules=[stage_of(tuned).violations])
+
+
 class Counted(Hook):
     """Adds a number to the record."""
 

@@ -14,7 +14,7 @@ from phi4.config import dump_toml
 from phi4.data.files.token_writer import TokenFileWriter
 from phi4.verify.drills.drill import DrillPace, Moment
 from phi4.verify.drills.faults import Kill, Notice
-from phi4.verify.drills.record import RunRecord, differences
+from phi4.verify.drills.record import DrilledRun, differences
 from tests.support.byte_source import write_byte_tokenizer
 from tests.support.engines import tiny_recipe
 from tests.support.waiting import LONG_SECONDS
@@ -68,16 +68,16 @@ def test_verdict_on_a_kill(code: int, before: set[int], after: set[int], wrong: 
 
 def test_any_bit_that_differs_is_found_and_an_evaluation_that_was_left_is_none() -> None:
     line = {"step": 2, "loss": 5.0, "grad_norm": 1.0, "held_out_loss": 4.0}
-    expected = RunRecord({1: {"loss": 6.0}, 2: line}, "abc")
+    expected = DrilledRun({1: {"loss": 6.0}, 2: line}, "abc")
     left = {key: value for key, value in line.items() if key != "held_out_loss"}
-    assert differences(expected, RunRecord({1: {"loss": 6.0}, 2: left}, "abc")) == []
+    assert differences(expected, DrilledRun({1: {"loss": 6.0}, 2: left}, "abc")) == []
     other = np.nextafter(5.0, 6.0)
     for found, said in [
-        (RunRecord({1: {"loss": 6.0}, 2: line | {"loss": other}}, "abc"), "step 2: loss 5.0"),
-        (RunRecord({1: {"loss": 6.0}, 2: line | {"held_out_loss": 4.5}}, "abc"), "held_out"),
-        (RunRecord({1: {}, 2: line}, "abc"), "step 1: loss"),
-        (RunRecord({2: line}, "abc"), "steps recorded: [2]"),
-        (RunRecord(expected.steps, "abd"), "data stream: abc"),
+        (DrilledRun({1: {"loss": 6.0}, 2: line | {"loss": other}}, "abc"), "step 2: loss 5.0"),
+        (DrilledRun({1: {"loss": 6.0}, 2: line | {"held_out_loss": 4.5}}, "abc"), "held_out"),
+        (DrilledRun({1: {}, 2: line}, "abc"), "step 1: loss"),
+        (DrilledRun({2: line}, "abc"), "steps recorded: [2]"),
+        (DrilledRun(expected.steps, "abd"), "data stream: abc"),
     ]:
         (difference,) = differences(expected, found)
         assert said in difference

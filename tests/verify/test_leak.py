@@ -165,6 +165,13 @@ def test_numbers_that_couple_documents_are_refused_with_the_reason() -> None:
         leak_case(reference_case(RECIPE), recipe)
 
 
+def test_fp8_is_refused_with_the_reason() -> None:
+    precision = RECIPE.precision.model_copy(update={"fp8": "torch"})
+    recipe = RECIPE.model_copy(update={"precision": precision})
+    with pytest.raises(ConfigError, match=r"precision.fp8=torch .* use precision.fp8=off"):
+        leak_case(reference_case(recipe), recipe)
+
+
 def test_rows_too_short_for_borders_are_refused() -> None:
     short = tiny_recipe("data.sequence_length=16", "data.unit_tokens=16")
     with pytest.raises(ConfigError, match="sequence_length=16 is too short"):

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"comma-separated: {', '.join(TABLE)}; torch means the best of eager and compile",
     )
     options.add_argument("--implementation", help="of ours; triton, cuda for csrc's ops without it")
-    options.add_argument("--dtype", choices=_DTYPES, default="bf16")
+    options.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the inputs")
     options.add_argument("--json", type=Path, help="append the rows to this file")
     options.add_argument("--report", action="store_true", help="only rewrite BENCHMARKS.md")
     return options

@@ -27,6 +27,7 @@ from phi4.engine.checkpoint.metadata import METADATA_NAME, parse_metadata
 from phi4.engine.checkpoint.state import chunk_key, degrees, set_random_state, sharded_state
 from phi4.engine.checkpoint_io import VettedSource, load_values
 from phi4.engine.engine import Engine
+from phi4.engine.model.fp8.te_state import set_delayed_states
 from phi4.errors import CheckpointError, LayoutError, Phi4Error
 from phi4.rundir.checkpoints import step_of
 from phi4.rundir.manifest import (
@@ -157,6 +158,7 @@ def _fill(engine: Engine, state: dict[str, Any], with_optimizer: bool) -> None:
         chunk.load_state_dict(empty | state[chunk_key(engine, index)], strict=True)
     if with_optimizer:
         engine.optimizer.load_state_dict(state["optimizer"])
+        set_delayed_states(engine.bare_chunks, state.get("fp8", {}))
     elif engine.optimizer is not None:
         engine.optimizer.reload_model_params()
     if "random" in state:

@@ -22,10 +22,12 @@ def recipe_of(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
         LayoutError: the recipe breaks a rule.
     """
     written = read_recipe(checkpoint)
-    single = written.model_copy(update={"parallel": ParallelConfig()})
+    # Without gradients nothing multiplies in FP8, and its rules on sizes are those of training.
+    precision = written.precision.model_copy(update={"fp8": "off"})
+    single = written.model_copy(update={"parallel": ParallelConfig(), "precision": precision})
     recipe = with_overrides(single, overrides)
     # Weights can be read into another number format, into nothing else.
-    foreign = changed_keys(written, recipe)["identity"].keys() - {"precision.dtype"}
+    foreign = changed_keys(single, recipe)["identity"].keys() - {"precision.dtype"}
     if foreign:
         raise ConfigError(
             f"{', '.join(sorted(foreign))} belong to what {checkpoint} holds; "

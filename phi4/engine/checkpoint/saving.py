@@ -31,6 +31,7 @@ from phi4.engine.agreement import decided_by_writer, raise_together
 from phi4.engine.checkpoint.state import degrees, sharded_state
 from phi4.engine.checkpoint_capture import InProcess, ToWriterProcess
 from phi4.engine.engine import Engine
+from phi4.engine.model.fp8.te_state import delayed_states
 from phi4.engine.optimizer.build import gather_parameters
 from phi4.engine.patches import without_rewriting
 from phi4.errors import DiskFullError, Phi4Error, PlatformError
@@ -68,6 +69,9 @@ def predicted_bytes(engine: Engine, form: OptimizerFormat, files: Mapping[str, s
                 num_bytes += parameter.numel() * per_element + _RECORD_BYTES * (1 + num_states)
     if form != "none":
         num_bytes += torch.get_rng_state().numel() * 4 + _RECORD_BYTES
+        if (layout.tp_rank, layout.cp_rank, layout.dp_rank) == (0, 0, 0):
+            scalings = delayed_states(engine.bare_chunks).values()
+            num_bytes += sum(one.numel() * 4 + _RECORD_BYTES for one in scalings)
     total = torch.tensor(num_bytes, device=engine.platform.device)
     dist.all_reduce(total)
     return int(total) + sum(len(text.encode()) for text in files.values()) + _FIXED_BYTES

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from phi4.config import CheckpointConfig
 from phi4.engine.engine import Engine
+from phi4.engine.model.fp8.te_state import delayed_states
 from phi4.rundir.manifest import OptimizerFormat
 
 _SHARDING_TYPE = {"full": "fully_reshardable", "dp": "dp_reshardable"}
@@ -98,6 +99,8 @@ def sharded_state(
         state["optimizer"] = engine.optimizer.sharded_state_dict(
             dict(state), is_loading=loading, metadata=metadata
         )
+        if scalings := _delayed_scaling(engine):
+            state["fp8"] = scalings
         if random:
             state["random"] = _random_state(engine)
     return state
@@ -128,6 +131,20 @@ def degrees(engine: Engine) -> dict[str, int]:
         "data": engine.layout.dp_size,
         "distributed_optimizer": int(parallel.distributed_optimizer),
         "cuda": int(engine.platform.kind == "cuda"),
+    }
+
+
+def _delayed_scaling(engine: Engine) -> dict[str, ShardedTensor]:
+    """Scales and histories of Transformer Engine's linears, by name and direction.
+
+    All ranks of a layer agreed on the largest of their values when they were made, so that one of
+    them saves for all, and every layout loads the same.
+    """
+    layout = engine.layout
+    replica = (0, layout.tp_rank, layout.dp_rank * layout.cp_size + layout.cp_rank)
+    return {
+        key: ShardedTensor.from_rank_offsets(f"fp8.{key}", tensor, replica_id=replica)
+        for key, tensor in delayed_states(engine.bare_chunks).items()
     }
 
 

@@ -7,15 +7,15 @@ make ranks differ.
 """
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from phi4.engine.engine import Engine
 from phi4.engine.generation.blocks import BlockPool
 from phi4.engine.generation.decode import Decoder, Running
-from phi4.engine.generation.orders import Cancel, Close, Order, OrderRelay, Reload, Submit
+from phi4.engine.generation.orders import Cancel, Close, Load, Order, OrderRelay, Submit
 from phi4.engine.generation.scheduler import Event, Scheduler, StepLimits
-from phi4.errors import ConfigError
+from phi4.errors import CheckpointError, ConfigError
 from phi4.model.generation_request import GenerationRequest, check_generation_request
 
 
@@ -39,6 +39,8 @@ class Generator:
         limits: of a step.
         num_ids: only ids below it are taken and drawn; the model's vocabulary without it.
         batch_invariant: see `Decoder`; a chunk of a prompt is then computed in passes too.
+        load_weights: what `load` calls on every rank, to put the weights of a place into the
+            engine. Its CheckpointError says that the weights are as before, on all ranks.
 
     Raises:
         ConfigError: num_ids exceeds the model's vocabulary.
@@ -62,6 +64,7 @@ class Generator:
         limits: StepLimits | None = None,
         num_ids: int | None = None,
         batch_invariant: bool = False,
+        load_weights: Callable[[str], None] | None = None,
     ) -> None:
         model = engine.recipe.model
         if (num_ids or 0) > model.vocab_size:
@@ -74,6 +77,7 @@ class Generator:
         )
         self.num_ids = num_ids or model.vocab_size
         self.max_sequence_tokens = model.max_position_embeddings
+        self._load_weights = load_weights
         self._relay = OrderRelay(engine.layout, engine.platform.device)
         self.leads = engine.layout.groups.mp.rank() == 0
         self.pool = BlockPool(size.num_blocks, size.block_tokens)
@@ -102,6 +106,11 @@ class Generator:
         """Whether a step would do nothing."""
         return not self._orders and self._scheduler.is_idle
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that the cache has had no room for so far."""
+        return self._scheduler.num_waiting
+
     def submit(self, request: GenerationRequest) -> int:
         """Queue a request, on the leader; its id: 0, 1, 2 and so on.
 
@@ -118,17 +127,24 @@ class Generator:
         """End a sample, or the unfinished ones of a request, on the leader; see `Scheduler`."""
         self._orders.append(Cancel(request_id, sample))
 
-    def reload(self, weights_key: Hashable) -> None:
-        """Forget all prefixes, on the leader, after the weights have changed on all ranks.
+    def load(self, place: str) -> None:
+        """Load other weights on all ranks, and forget all prefixes; on the leader.
+
+        Args:
+            place: what `load_weights` is called with, and the key of the weights from then on.
 
         Raises:
-            ValueError: requests are under way.
+            ValueError: requests are under way, or the generator was made without load_weights.
+            CheckpointError: the weights are as before.
 
-        Collectives: in the next step those of `Decoder.read_weights`, in which replicas meet.
+        Collectives: those of `OrderRelay`, of load_weights and of `Decoder.read_weights`; all
+            replicas have to load together.
         """
-        if not self.is_idle:
-            raise ValueError("weights changed while requests are under way; finish or cancel them")
-        self._orders.append(Reload(weights_key))
+        if self._load_weights is None:
+            raise ValueError("the generator cannot load weights; make it with load_weights")
+        self._check_idle()
+        for order in self._relay.pass_on([Load(place)]):
+            self._apply(order)
 
     def step(self) -> list[Event]:
         """Begin a step, and end the earliest one when as many are under way as there are stages.
@@ -173,12 +189,26 @@ class Generator:
                 self._scheduler.submit(request_id, request)
             case Cancel(request_id, sample):
                 return self._scheduler.cancel(request_id, sample)
-            case Reload(weights_key):
-                self._decoder.read_weights()
-                self._scheduler.reload(weights_key)
+            case Load(place):
+                self._load(place)
             case Close():
                 self._closed = True
                 while self._running:
                     self._scheduler.finish(self._decoder.end(self._running.popleft()))
                 self._relay.finish()
         return []
+
+    def _check_idle(self) -> None:
+        if not self.is_idle:
+            raise ValueError("weights changed while requests are under way; finish or cancel them")
+
+    def _load(self, place: str) -> None:
+        try:
+            self._load_weights(place)
+        except CheckpointError:
+            # Every rank has it, and the leader tells.
+            if self.leads:
+                raise
+            return
+        self._decoder.read_weights()
+        self._scheduler.reload(place)

@@ -5,7 +5,7 @@ wait for the last one.
 """
 
 import pickle
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +32,10 @@ class Cancel:
 
 
 @dataclass(frozen=True)
-class Reload:
-    """The weights are others now."""
+class Load:
+    """Take other weights from a place that every rank can read."""
 
-    weights_key: Hashable
+    place: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Close:
     """No step follows."""
 
 
-Order = Submit | Cancel | Reload | Close
+Order = Submit | Cancel | Load | Close
 
 
 class OrderRelay:

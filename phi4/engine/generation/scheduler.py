@@ -130,6 +130,11 @@ class Scheduler:
         """Whether there is nothing to compute and no step to finish."""
         return not (self._waiting or self._prompts or self._samples or self._planned)
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that the pool has had no room for so far."""
+        return len(self._waiting)
+
     def submit(self, request_id: int, request: GenerationRequest) -> None:
         """Queue a request that `check_generation_request` has accepted.
 

@@ -14,11 +14,14 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from phi4_kernels.dispatch import Choice
 
 from phi4.config import ModelConfig, ParallelConfig, Recipe
 from phi4.engine.layout import Layout
 from phi4.engine.model.alternatives import LabelLogProbs
+from phi4.engine.model.fp8.layers import layer_linears
+from phi4.engine.model.fp8.te_backend import megatron_settings
 from phi4.engine.model.implementations import implementation_of
 from phi4.engine.model.layer_spec import block_spec
 from phi4.engine.model.loss_head import LossHead
@@ -104,6 +107,7 @@ def transformer_config(recipe: Recipe, *, frees_stage_outputs: bool) -> Transfor
         deallocate_pipeline_outputs=frees_stage_outputs and parallel.pipeline > 1,
         **_pipeline(parallel, model),
         **_recompute(recipe),
+        **megatron_settings(recipe.precision),
     )
 
 
@@ -114,12 +118,13 @@ def build_chunks(
     chunks = []
     for index in range(layout.vpp_size):
         vp_stage = index if layout.vpp_size > 1 else None
-        num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+        before = get_transformer_layer_offset(config, vp_stage)
+        built = range(before, before + get_num_layers_to_build(config, vp_stage=vp_stage))
         first = layout.pp_rank == 0 and index == 0
         last = layout.is_last_stage and index == layout.vpp_size - 1
         chunk = Phi4Model(
             config,
-            block_spec(num_layers, choices),
+            block_spec(layer_linears(recipe, built, layout.groups.cp, choices), choices),
             vocab_size=recipe.model.vocab_size,
             max_sequence_length=recipe.data.sequence_length,
             pre_process=first,

@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from phi4.errors import DataError
+from phi4.model.shape import Work
 
 # Shape legend: B rows, S columns of a whole row, N segments.
 
@@ -62,6 +63,17 @@ class HostBatch(Protocol):
     def segment_extras(self) -> Mapping[str, np.ndarray]:
         """[N, ...] each."""
         ...
+
+
+def work_of(batches: Sequence[HostBatch]) -> Work:
+    """Tokens, squares of the documents' lengths and second labels of whole rows."""
+    lengths = [np.diff(np.asarray(batch.cu_seqlens, dtype=np.int64)) for batch in batches]
+    second = (batch.alternative_labels for batch in batches)
+    return Work(
+        num_tokens=sum(batch.tokens.size for batch in batches),
+        squared_lengths=sum(int(np.square(of_batch).sum()) for of_batch in lengths),
+        num_second_labels=sum(int((ids >= 0).sum()) for ids in second if ids is not None),
+    )
 
 
 def check_host_batches(batches: Sequence[HostBatch], vocab_size: int) -> None:

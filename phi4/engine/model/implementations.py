@@ -3,7 +3,7 @@
 A choice is made at start, with its reason, and logged; nothing falls back later.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,9 @@ from phi4.config import KernelsConfig, Recipe
 from phi4.engine.precision import torch_dtype
 from phi4.errors import ConfigError
 
+FP8_OPS = ("fp8_cast",)
+"""That a model without FP8 never calls."""
+
 
 def choose(
     kernels: KernelsConfig,
@@ -24,6 +27,7 @@ def choose(
     head_dim: int = HEAD_DIMS[0],
     evidence: KernelEvidence | None = None,
     needs: Mapping[str, str] | None = None,
+    unused: Collection[str] = FP8_OPS,
 ) -> tuple[Choice, ...]:
     """The implementation of every op on a device, for attention heads of this width.
 
@@ -33,6 +37,7 @@ def choose(
         head_dim: of the model.
         evidence: what is known of the implementations; None takes what this machine has on file.
         needs: see `attention_needs`; None asks for nothing.
+        unused: see `unused_ops`.
 
     Raises:
         ConfigError: an implementation was named that does not exist, cannot run here or does not
@@ -42,11 +47,19 @@ def choose(
     choices = [
         _choose(op, asked, device, of_op.get(op, {}), evidence)
         for op, asked in kernels.by_op().items()
+        if op not in unused
     ]
     choices = [_for_heads(choice, kernels, head_dim) for choice in choices]
     if kernels.qualify == "required":
         _require_kernels(kernels, choices)
     return tuple(choices)
+
+
+def unused_ops(recipe: Recipe) -> tuple[str, ...]:
+    """Ops that a recipe never calls: nobody need choose them."""
+    precision = recipe.precision
+    is_cast = precision.fp8 == "torch" and precision.fp8_recipe == "tensorwise"
+    return () if is_cast else FP8_OPS
 
 
 def attention_needs(recipe: Recipe) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -13,41 +12,52 @@ from phi4_kernels.dispatch import Choice
 
 from phi4.engine.model.attention import CoreAttention, Phi4SelfAttention
 from phi4.engine.model.implementations import implementation_of
-from phi4.engine.model.layers import AddRMSNorm, Phi4Layer, RMSNorm, SwiGLU
+from phi4.engine.model.layers import AddRMSNorm, Linears, Phi4Layer, RMSNorm, SwiGLU
 
 
-def block_spec(num_layers: int, choices: Sequence[Choice] = ()) -> TransformerBlockSubmodules:
+def block_spec(
+    linears: Sequence[Linears], choices: Sequence[Choice] = ()
+) -> TransformerBlockSubmodules:
     """The layers of one model chunk and the final norm.
 
     Args:
-        num_layers: of this chunk.
+        linears: of each layer of this chunk.
         choices: of `choose`; ops without one are torch's.
     """
+    norm = _on(RMSNorm, implementation_of("rms_norm", choices))
+    # A spec per kind of layer: every spec makes classes of its own.
+    by_kind = {id(kind): _layer_spec(kind, choices) for kind in linears}
+    specs = [by_kind[id(kind)] for kind in linears]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def _layer_spec(linears: Linears, choices: Sequence[Choice]) -> ModuleSpec:
     implementation = implementation_of("rms_norm", choices)
-    norm = _on(RMSNorm, implementation)
-    layer = ModuleSpec(
+    swiglu = _on(SwiGLU, implementation_of("swiglu", choices), linears=linears)
+    return ModuleSpec(
         module=Phi4Layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=_on(RMSNorm, implementation),
             self_attention=ModuleSpec(
                 module=_on(Phi4SelfAttention, implementation_of("rope", choices)),
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=linears.column,
                     core_attention=_on(CoreAttention, implementation_of("attention", choices)),
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linears.row,
                 ),
             ),
             pre_mlp_layernorm=_on(AddRMSNorm, implementation),
-            mlp=_on(SwiGLU, implementation_of("swiglu", choices)),
+            mlp=swiglu,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def _on(module: type[torch.nn.Module], implementation: str) -> type[torch.nn.Module]:
+def _on(
+    module: type[torch.nn.Module], implementation: str, **attributes: object
+) -> type[torch.nn.Module]:
     """The module with its op's implementation.
 
     A class, because megatron-core warns of every ModuleSpec whose MLP is not one of its own.
     """
-    return type(module.__name__, (module,), {"implementation": implementation})
+    return type(module.__name__, (module,), {"implementation": implementation, **attributes})

@@ -4,6 +4,8 @@ Subclasses of megatron-core's own modules, so parallel linears, sharding of chec
 and pipeline splitting stay megatron's. `implementation` of a module is the spec's to set.
 """
 
+from typing import NamedTuple
+
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -45,6 +47,13 @@ _LINEAR = {
 }
 
 
+class Linears(NamedTuple):
+    """The classes of a layer's linears, or megatron-core's specs of them."""
+
+    column: type[ColumnParallelLinear] | ModuleSpec = ColumnParallelLinear
+    row: type[RowParallelLinear] | ModuleSpec = RowParallelLinear
+
+
 class RMSNorm(torch.nn.Module):
     """Root mean square norm whose weight gradient is summed over tensor ranks under SP.
 
@@ -83,18 +92,21 @@ class AddRMSNorm(RMSNorm):
 class SwiGLU(MLP):
     """megatron-core's MLP with the product silu(gate) * up.
 
-    A kernel's product belongs to the linear that reads it, so that neither is kept for backward.
+    A kernel's product belongs to the linear that reads it, so that neither is kept for backward;
+    unless that linear keeps it in FP8.
     Source: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
     """
 
     implementation = "torch"
+    linears = Linears()
 
     def __init__(self, config) -> None:
+        column, row = self.linears
+        self._is_fused = self.implementation != "torch" and row is RowParallelLinear
         fused = ModuleSpec(SwiGLULinear, params={"implementation": self.implementation})
-        linear_fc2 = RowParallelLinear if self.implementation == "torch" else fused
         super().__init__(
             config,
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=linear_fc2),
+            MLPSubmodules(linear_fc1=column, linear_fc2=fused if self._is_fused else row),
             ffn_hidden_size=config.ffn_hidden_size,
             tp_group=get_tensor_model_parallel_group(),
         )
@@ -109,10 +121,9 @@ class SwiGLU(MLP):
         """
         refuse("SwiGLU", others, {"per_token_scale": None})
         gate_up, _ = self.linear_fc1(hidden_states)
-        if self.implementation == "torch":
-            output, _ = self.linear_fc2(swiglu(gate_up, implementation="torch"))
-        else:
-            output, _ = self.linear_fc2(gate_up)
+        if not self._is_fused:
+            gate_up = swiglu(gate_up, implementation=self.implementation)
+        output, _ = self.linear_fc2(gate_up)
         return output, None
 
 

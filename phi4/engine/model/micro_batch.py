@@ -19,9 +19,10 @@ from phi4.engine.forward_timer import ForwardTimer
 from phi4.engine.layout import Layout
 from phi4.engine.model.alternatives import AlternativeRows, alternative_rows
 from phi4.engine.model.document_ranges import Visible, visible_keys
-from phi4.engine.model.host_batch import HostBatch
+from phi4.engine.model.host_batch import HostBatch, work_of
 from phi4.engine.model.placement import SideStream, on_device
 from phi4.engine.model.rope import RopeCache, rope_cos_sin
+from phi4.model.shape import Work
 
 # Shape legend: B rows, S local columns (a context slice), T = S * B tokens, D head dim, D2 half of
 # it, P positions.
@@ -107,6 +108,11 @@ class MicroBatches:
     def row_shape(self) -> tuple[int, int]:
         """(rows of a micro-batch, tokens of a whole row)."""
         return self._batches[0].tokens.shape
+
+    @property
+    def work(self) -> Work:
+        """Of all of them; context ranks share it, data ranks have their own."""
+        return work_of(self._batches)
 
     @property
     def have_alternatives(self) -> list[bool]:

@@ -13,6 +13,7 @@ accept, changes nothing: no parameter, no moment, no step count.
 
 import math
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -32,7 +33,8 @@ CLIP_EPS = 1e-6
 
 def norm_within(square_sum: Tensor, limit: float) -> Tensor:
     """[] bool on the device: the root is finite and at most this; False for NaN."""
-    return square_sum <= min(limit * limit, sys.float_info.max)
+    # The root, as a step reports it: the square of a root may be below the number it is of.
+    return square_sum.sqrt() <= min(limit, sys.float_info.max)
 
 
 class OnePass:
@@ -42,6 +44,11 @@ class OnePass:
     def weights(self) -> dict[Tensor, Tensor]:
         """By fp32 master: the bf16 weight, or this rank's part of it, that follows it."""
         return {}
+
+    @property
+    def owners(self) -> dict[Tensor, Tensor]:
+        """By what this optimizer updates: the model's parameter that it is, or stands for."""
+        return {parameter: parameter for parameter in self.get_parameters()}
 
     def update(self, grad_scale: Tensor, found_inf: Tensor) -> None:
         """Enqueue the update with prepared gradients; see FusedAdam.update."""
@@ -59,13 +66,12 @@ class OnePassFloat16(OnePass, Float16OptimizerWithFloat16Params):
     @cached_property
     def weights(self) -> dict[Tensor, Tensor]:
         """See OnePass."""
-        return {
-            main: model.data
-            for models, mains in zip(
-                self.float16_groups, self.fp32_from_float16_groups, strict=True
-            )
-            for model, main in zip(models, mains, strict=True)
-        }
+        return {main: model.data for main, model in self.owners.items()}
+
+    @property
+    def owners(self) -> dict[Tensor, Tensor]:
+        """See OnePass."""
+        return _pairs(self.fp32_from_float16_groups, self.float16_groups)
 
 
 class OnePassDistributed(OnePass, DistributedOptimizer):
@@ -77,13 +83,17 @@ class OnePassDistributed(OnePass, DistributedOptimizer):
     @cached_property
     def weights(self) -> dict[Tensor, Tensor]:
         """See OnePass; parts of the parameter buffer that the next all-gather sends."""
-        return {
-            main: self._part_of_buffer(model)
-            for models, mains in zip(
-                self.model_float16_groups, self.shard_fp32_from_float16_groups, strict=True
-            )
-            for model, main in zip(models, mains, strict=True)
-        }
+        masters = _pairs(self.shard_fp32_from_float16_groups, self.model_float16_groups)
+        return {main: self._part_of_buffer(model) for main, model in masters.items()}
+
+    @property
+    def owners(self) -> dict[Tensor, Tensor]:
+        """See OnePass; of parts of parameters."""
+        if self.is_stub_optimizer:
+            return {}
+        return _pairs(self.shard_fp32_from_float16_groups, self.model_float16_groups) | _pairs(
+            self.shard_fp32_groups, self.model_fp32_groups
+        )
 
     def update(self, grad_scale: Tensor, found_inf: Tensor) -> None:
         """See OnePass.
@@ -103,19 +113,44 @@ class OnePassDistributed(OnePass, DistributedOptimizer):
         return bucket.param_data.view(-1)[part.start : part.end]
 
 
+def _pairs(
+    keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]]
+) -> dict[Tensor, Tensor]:
+    """One to one over the lists of megatron-core's parameter groups."""
+    return {
+        key: value
+        for some_keys, some_values in zip(keys, values, strict=True)
+        for key, value in zip(some_keys, some_values, strict=True)
+    }
+
+
 class OnePassChain(ChainedOptimizer):
     """The optimizer of a rank: norm, clip factor and update, in that order."""
 
-    def serve_by(self, *, adamw: str, grad_norm: str) -> None:
-        """Name the implementations of the two ops."""
+    def serve_by(
+        self, *, adamw: str, grad_norm: str, groups: Mapping[str, Sequence[Tensor]]
+    ) -> None:
+        """Name the implementations of the two ops, and the parameters of each group.
+
+        Args:
+            adamw, grad_norm: implementations.
+            groups: the model's parameters on this rank by the name of what their norm is of; the
+                same names on every rank, and every parameter once.
+        """
         self._grad_norm = grad_norm
+        self._groups = tuple(groups)
+        self._group_of = {one: name for name, members in groups.items() for one in members}
         for optimizer in self.chained_optimizers:
             if not optimizer.is_stub_optimizer:
                 optimizer.optimizer.implementation = adamw
 
     @torch.no_grad()
     def step(
-        self, gradient_scale: Tensor, accepted: Tensor, norm_limit: float = math.inf
+        self,
+        gradient_scale: Tensor,
+        accepted: Tensor,
+        norm_limit: float = math.inf,
+        by_group: bool = False,
     ) -> tuple[bool, float, None]:
         """(whether parameters changed, norm of the scaled gradients before clipping, None).
 
@@ -123,12 +158,16 @@ class OnePassChain(ChainedOptimizer):
             gradient_scale: [] fp64 on the device: what the gradients are multiplied by first.
             accepted: [] bool on the device: where False nothing changes.
             norm_limit: nor does anything where the norm is above.
+            by_group: whether to have `group_norms` too.
 
-        Collectives: all-reduce of one number over the ranks that hold other gradients; those of
-        the optimizers' `update`.
+        Collectives: all-reduce of one number over the ranks that hold other gradients, with
+        `by_group` another of one number per group; those of the optimizers' `update`.
         """
         self.prepare_grads()
         total = self.square_sum() * gradient_scale.square()
+        if by_group:
+            # Before the update: torch's own AdamW writes the gradient.
+            self._group_totals = self._group_square_sums() * gradient_scale.square()
         factor, max_norm = gradient_scale, self.config.clip_grad
         if max_norm > 0:
             factor = factor * clip_factor(total, max_norm, CLIP_EPS)
@@ -156,14 +195,42 @@ class OnePassChain(ChainedOptimizer):
             for optimizer in self.chained_optimizers
             for gradient in optimizer.get_main_grads_for_grad_norm()
         ]
-        if gradients:
-            total = square_sum(gradients, implementation=self._grad_norm)
-        else:
-            device = torch.cuda.current_device()
-            total = torch.zeros((), dtype=torch.float64, device=device)
+        total = self._local_sum(gradients)
         self.local_square_sum = total.clone()
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
         return total
+
+    def counted_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter of the model, its prepared gradient, or this rank's part of it) of all that
+        this rank counts in the norm.
+        """
+        for optimizer in self.chained_optimizers:
+            # Which gradients count is megatron-core's to say: copies on other ranks do not.
+            of_gradient = {one.grad: model for one, model in optimizer.owners.items()}
+            for gradient in optimizer.get_main_grads_for_grad_norm():
+                yield of_gradient[gradient], gradient
+
+    def group_norms(self) -> dict[str, float]:
+        """Norms of the scaled gradients of each group in the last step that was asked for them.
+
+        Waits for the device.
+        """
+        return dict(zip(self._groups, self._group_totals.sqrt().tolist(), strict=True))
+
+    def _group_square_sums(self) -> Tensor:
+        """[groups] as `square_sum`, which adds up all of them."""
+        gradients: dict[str, list[Tensor]] = {name: [] for name in self._groups}
+        for parameter, gradient in self.counted_gradients():
+            gradients[self._group_of[parameter]].append(gradient)
+        totals = torch.stack([self._local_sum(members) for members in gradients.values()])
+        dist.all_reduce(totals, group=self.get_grad_stats_parallel_group())
+        return totals
+
+    def _local_sum(self, gradients: Sequence[Tensor]) -> Tensor:
+        """[] fp64 over gradients of this rank, of which there may be none."""
+        if gradients:
+            return square_sum(gradients, implementation=self._grad_norm)
+        return torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
 
     def _retract(self) -> None:
         for optimizer in self.chained_optimizers:

@@ -11,9 +11,11 @@ from phi4_kernels.dispatch import Choice
 
 from phi4.config import Recipe
 from phi4.engine.layout import Layout
-from phi4.engine.model.gpt import Phi4Model
+from phi4.engine.model.gpt import Phi4Model, global_parameters
 from phi4.engine.model.implementations import implementation_of
 from phi4.engine.precision import torch_dtype
+from phi4.model.names import parameter_group
+from phi4.model.shape import PARAMETER_GROUPS
 
 
 def wrap_data_parallel(
@@ -87,9 +89,13 @@ def build_optimizer(
         wrapped,
         use_gloo_process_groups=False,
     )
+    groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in PARAMETER_GROUPS}
+    for name, parameter in global_parameters([chunk.module for chunk in wrapped]):
+        groups[parameter_group(name)].append(parameter)
     optimizer.serve_by(
         adamw=implementation_of("adamw", choices),
         grad_norm=implementation_of("grad_norm", choices),
+        groups=groups,
     )
     return optimizer
 

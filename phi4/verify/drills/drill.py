@@ -16,7 +16,7 @@ from phi4.config import Recipe, dump_toml, with_overrides
 from phi4.errors import WorkerError
 from phi4.rundir.names import METRICS_FILE
 from phi4.rundir.step_log import read_metrics
-from phi4.verify.drills.record import RunRecord, differences, read_record
+from phi4.verify.drills.record import DrilledRun, differences, missing_time, read_record
 from phi4.verify.drills.watched_run import WatchedRun, recorded_step, saved_steps, started
 
 Phase = Literal["start-up", "training", "save"]
@@ -141,7 +141,7 @@ class Drill:
         self._seconds = 24 * 3600.0
         self.num_runs = 0
 
-    def undisturbed(self) -> tuple[RunRecord, DrillPace]:
+    def undisturbed(self) -> tuple[DrilledRun, DrillPace]:
         """The run that all others have to equal.
 
         Raises:
@@ -181,7 +181,7 @@ class Drill:
                     self._say(f"{len(outcomes)}: {outcome.describe()}")
                     if outcome.wrong:
                         return outcomes, differing
-            found = differences(expected, read_record(run_dir))
+            found = differences(expected, read_record(run_dir)) + missing_time(run_dir)
             differing += [f"run {self.num_runs}: {line}" for line in found]
             self._say(f"run {self.num_runs} finished, {len(found)} differences")
         return outcomes, differing

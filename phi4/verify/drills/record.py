@@ -7,15 +7,20 @@ from pathlib import Path
 import msgspec
 
 from phi4.rundir.checkpoints import find_checkpoint
+from phi4.rundir.goodput import goodput_of
 from phi4.rundir.names import METRICS_FILE
+from phi4.rundir.run_record import read_run
 from phi4.rundir.state import read_state
 from phi4.rundir.step_log import read_metrics
+
+TIME_TOLERANCE = 0.005
+"""Of the wall time, what the buckets of all attempts may lack or have too much."""
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "consumed_tokens", "held_out_loss")
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class DrilledRun:
     """A finished run.
 
     Attributes:
@@ -33,14 +38,14 @@ class RunRecord:
         return self.steps[max(self.steps)]["loss"]
 
 
-def read_record(run_dir: Path) -> RunRecord:
+def read_record(run_dir: Path) -> DrilledRun:
     """What a finished run left."""
     steps = {int(line["step"]): line for line in read_metrics(run_dir / METRICS_FILE)}
     data = read_state(find_checkpoint(run_dir)).data
-    return RunRecord(steps, hashlib.sha256(msgspec.json.encode(data, order="sorted")).hexdigest())
+    return DrilledRun(steps, hashlib.sha256(msgspec.json.encode(data, order="sorted")).hexdigest())
 
 
-def differences(undisturbed: RunRecord, found: RunRecord) -> list[str]:
+def differences(undisturbed: DrilledRun, found: DrilledRun) -> list[str]:
     """One line per number that differs; an evaluation that was left has no number."""
     lines = [
         f"step {step}: {key} {line[key]!r} undisturbed, {found.steps[step].get(key)!r} after faults"
@@ -55,3 +60,12 @@ def differences(undisturbed: RunRecord, found: RunRecord) -> list[str]:
     if undisturbed.stream_sha256 != found.stream_sha256:
         lines.append(f"data stream: {undisturbed.stream_sha256} undisturbed, {found.stream_sha256}")
     return lines
+
+
+def missing_time(run_dir: Path) -> list[str]:
+    """A line where the buckets of a run do not sum to its wall time."""
+    goodput = goodput_of(read_run(run_dir))
+    counted, wall = sum(goodput.seconds.values()), goodput.wall_seconds
+    if wall > 0 and abs(counted - wall) <= TIME_TOLERANCE * wall:
+        return []
+    return [f"wall time: {wall:.2f} s, and {counted:.2f} s in the buckets of all attempts"]

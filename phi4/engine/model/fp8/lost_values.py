@@ -1,0 +1,44 @@
+"""How many numbers FP8 lost: those that a cast made zero, and those beyond its largest number."""
+
+from typing import Literal
+
+import torch
+
+from phi4.engine.model.fp8.casts import FP8Matrix
+
+Cast = Literal["input", "weight", "gradient"]
+CASTS: tuple[Cast, ...] = ("input", "weight", "gradient")
+"""What a linear casts; gradient is that of its output."""
+
+_MAGNITUDE_BITS = 0x7F
+
+
+class LostValues:
+    """Counts over the casts of one linear, without waiting for the device.
+
+    Args:
+        device: of the linear.
+
+    Attributes:
+        counts: [casts, 3] int64: numbers that are not zero, those of them that became zero, and
+            those beyond the largest FP8 number; in the order of CASTS.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(len(CASTS), 3, dtype=torch.int64, device=device)
+
+    def add(self, what: Cast, x_RK: torch.Tensor, matrix: FP8Matrix) -> None:
+        """Count one cast.
+
+        Args:
+            what: was cast.
+            x_RK: before the cast.
+            matrix: after it.
+        """
+        is_value = x_RK != 0
+        magnitude = matrix.data_RK.view(torch.uint8) & _MAGNITUDE_BITS
+        largest = torch.tensor(torch.finfo(matrix.data_RK.dtype).max).to(matrix.data_RK.dtype)
+        is_largest = magnitude == largest.view(torch.uint8).item()
+        is_beyond = is_largest & (x_RK.abs().float() > matrix.values().abs())
+        lost = (is_value, is_value & (magnitude == 0), is_beyond)
+        self.counts[CASTS.index(what)] += torch.stack([one.sum() for one in lost])

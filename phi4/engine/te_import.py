@@ -1,0 +1,73 @@
+"""Transformer Engine, if this machine can use it; decided before megatron-core is imported.
+
+megatron-core imports whatever `transformer_engine` it finds, in some thirty files, and survives an
+ImportError only: one that cannot find cuDNN would break `import megatron.core`, and so a run that
+needs no FP8. Here it is imported first, and hidden from the process where it is of no use.
+"""
+
+import importlib
+import sys
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+SUPPORTED = ("2.9", "2.10", "2.11")
+"""The versions that megatron-core 0.16 works with; as the extra `te` of pyproject.toml."""
+
+_PACKAGES = ("transformer_engine", "transformer_engine_torch")
+
+
+@dataclass(frozen=True)
+class TransformerEngine:
+    """What this process has of Transformer Engine.
+
+    Attributes:
+        version: that is imported; empty where there is none.
+        problem: why there is none; empty where there is one.
+    """
+
+    version: str
+    problem: str
+
+
+def import_or_hide() -> TransformerEngine:
+    """Import Transformer Engine, or make every later import of it fail like that of a package that
+    is not installed. It is not even tried where torch finds no CUDA device.
+    """
+    found = _imported()
+    if found.problem:
+        for name in [name for name in sys.modules if name.partition(".")[0] in _PACKAGES]:
+            del sys.modules[name]
+        # An import of a name that stands for None raises ModuleNotFoundError.
+        sys.modules.update(dict.fromkeys(_PACKAGES))
+    return found
+
+
+def _imported() -> TransformerEngine:
+    if not torch.cuda.is_available():
+        return TransformerEngine("", "it is imported on machines with a CUDA device only")
+    try:
+        with warnings.catch_warnings():
+            # It advises against names of its own that megatron-core imports.
+            warnings.simplefilter("ignore")
+            package = importlib.import_module("transformer_engine")
+            importlib.import_module("transformer_engine.pytorch")
+        version = str(package.__version__)
+    except ModuleNotFoundError as error:
+        if error.name == "transformer_engine":
+            return TransformerEngine("", "it is not installed")
+        return TransformerEngine("", f"its import raised {_line(error)}")
+    except Exception as error:  # a library that is missing or of another CUDA: whatever it raises
+        return TransformerEngine("", f"its import raised {_line(error)}")
+    if ".".join(version.split(".")[:2]) not in SUPPORTED:
+        return TransformerEngine("", f"version {version} is installed")
+    return TransformerEngine(version, "")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+TRANSFORMER_ENGINE = import_or_hide()
+"""What megatron-core finds of it, here and in every later import."""

@@ -1,0 +1,1 @@
+"""Transformer Engine's own library, which only has to be there."""
