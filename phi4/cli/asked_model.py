@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -15,7 +15,7 @@ from phi4.errors import ConfigError
 if TYPE_CHECKING:
     from phi4.convert.model_source import ModelSource
     from phi4.data.vocabulary.tokenizer import Tokenizer
-    from phi4.sampling.http import Endpoint
+    from phi4.sampling.endpoint import Endpoint
     from phi4.sampling.protocol import Sampler
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
@@ -100,6 +100,11 @@ class RemoteModel:
     max_sequence_tokens: int | None = None
 
     @property
+    def takes_all(self) -> bool:
+        """Whether it can do all that a request may ask for; see `recognised`."""
+        return self.endpoint.form == "phi4"
+
+    @property
     def identity(self) -> str:
         """Address and name."""
         return f"{self.endpoint.base_url}#{self.endpoint.model}"
@@ -114,7 +119,7 @@ class RemoteModel:
         """See `AskedModel.ask`; in this process."""
         from phi4.sampling.http import HttpSampler
 
-        sampler = HttpSampler(self.endpoint, self.tokenizer())
+        sampler = HttpSampler(self.endpoint, self.tokenizer(), self.max_sequence_tokens)
         try:
             use(sampler)
         finally:
@@ -148,9 +153,33 @@ def find_asked_model(place: str, overrides: Sequence[str], ranks: str | None) ->
     base_url, _, name = place.partition("#")
     if not name:
         raise ConfigError(f"{place} names no model; write {place}#NAME")
-    from phi4.sampling.http import Endpoint, PromptForm
+    from phi4.sampling.endpoint import Endpoint, PromptForm
 
     key = os.environ.get(API_KEY_VARIABLE)
     return RemoteModel(
         Endpoint(base_url=base_url, model=name, form=PromptForm.IDS, api_key=key), ranks
     )
+
+
+def recognised(model: AskedModel) -> AskedModel:
+    """The same model, asked for all that `phi4 serve` can do if it is behind one.
+
+    Raises:
+        ConfigError: the endpoint is out of reach, or its tokenizer is another one.
+    """
+    if not isinstance(model, RemoteModel):
+        return model
+    from phi4.sampling.endpoint import PromptForm
+    from phi4.sampling.endpoint_card import OWNER, endpoint_card
+
+    card = endpoint_card(model.endpoint)
+    if card.get("owned_by") != OWNER:
+        return model
+    expected, found = card["tokenizer"], model.tokenizer().fingerprint
+    if expected != found:
+        raise ConfigError(
+            f"{model.identity} has the tokenizer {str(expected)[:12]}, this command has "
+            f"{found[:12]}; give the rank file of the server's model with --ranks"
+        )
+    endpoint = replace(model.endpoint, form=PromptForm.PHI4)
+    return replace(model, endpoint=endpoint, max_sequence_tokens=card["max_model_len"])

@@ -17,6 +17,7 @@ from phi4.model.shape import DTYPE_BYTES, format_bytes
 if TYPE_CHECKING:
     from phi4.convert.model_source import ModelSource
     from phi4.engine.platform import Platform
+    from phi4.sampling.local import LocalSampler
     from phi4.sampling.protocol import Sampler
 
 CheckpointPath = Annotated[
@@ -55,21 +56,37 @@ def on_model_ranks(
         Exit code; 0 when `use` returned, or the reader of stdout went away.
     """
 
-    def body(worker: WorkerEnvironment) -> None:
-        from phi4.engine.platform import disconnect
-
-        check(source.recipe, worker.world_size)
-        platform = join(worker, source.recipe.run.platform, source.recipe.run.threads)
-        _sample(source, platform, cache_tokens, batch_invariant, use)
-        disconnect()
-
     return on_ranks(
         argv,
-        body,
+        lambda worker: on_model_rank(worker, source, cache_tokens, use, batch_invariant),
         num_workers=source.recipe.parallel.model_parallel_size,
-        work_dir=Path(tempfile.gettempdir()) / f"phi4-{argv[0]}-{os.getpid()}",
+        work_dir=logs_of(argv[0]),
         interactive=interactive,
     )
+
+
+def logs_of(command: str) -> Path:
+    """Where the ranks of a command write their logs, which has no run directory of its own."""
+    return Path(tempfile.gettempdir()) / f"phi4-{command}-{os.getpid()}"
+
+
+def on_model_rank(
+    worker: WorkerEnvironment,
+    source: "ModelSource",
+    cache_tokens: int | None,
+    use: Callable[["LocalSampler"], None],
+    batch_invariant: bool = False,
+) -> None:
+    """One rank's part of `on_model_ranks`.
+
+    Collectives: those of joining, of opening the source and of every step of the generator.
+    """
+    from phi4.engine.platform import disconnect
+
+    check(source.recipe, worker.world_size)
+    platform = join(worker, source.recipe.run.platform, source.recipe.run.threads)
+    _sample(source, platform, cache_tokens, batch_invariant, use)
+    disconnect()
 
 
 def _sample(
@@ -77,7 +94,7 @@ def _sample(
     platform: "Platform",
     cache_tokens: int | None,
     batch_invariant: bool,
-    use: Callable[["Sampler"], None],
+    use: Callable[["LocalSampler"], None],
 ) -> None:
     """One rank's part.
 
@@ -95,7 +112,11 @@ def _sample(
     if platform.is_writer:
         cache = f"cache: {num_tokens:,} tokens, {format_bytes(cache_bytes)} over all processes"
         typer.echo(f"{platform.describe()}\n{engine.layout.describe()}\n{cache}", err=True)
-    options = {"num_ids": tokenizer.vocab_size, "batch_invariant": batch_invariant}
+    options = {
+        "num_ids": tokenizer.vocab_size,
+        "batch_invariant": batch_invariant,
+        "load_weights": lambda place: source.load_into(engine, Path(place)),
+    }
     with Generator(engine, size, str(source.path), **options) as generator:
         if generator.leads:
             sampler = LocalSampler(generator, tokenizer)

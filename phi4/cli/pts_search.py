@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi4.cli.asked_model import ModelPlace, RemoteModel, find_asked_model
+from phi4.cli.asked_model import ModelPlace, RemoteModel, find_asked_model, recognised
 from phi4.cli.data_options import Ranks
 from phi4.cli.sampling_options import CacheTokens, MaxTokens, Temperature, TopP
 from phi4.errors import ConfigError
@@ -88,13 +88,14 @@ def search(
     nothing again.
 
     An endpoint has to take prompts as token ids, and to give the ids and log-probs of what it draws
-    (vLLM does); it is searched at temperature 1 and top-p 1.
+    (vLLM does); it is searched at temperature 1 and top-p 1. What `phi4 serve` serves is searched
+    like a model on disk.
     """
     _check(temperature, system, chat)
-    asked = find_asked_model(model, overrides or (), ranks)
-    is_remote = isinstance(asked, RemoteModel)
+    asked = recognised(find_asked_model(model, overrides or (), ranks))
+    is_limited = isinstance(asked, RemoteModel) and not asked.takes_all
     options = DrawOptions(seed=seed, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-    if is_remote:
+    if is_limited:
         check_endpoint_options(options)
     tokenizer = asked.tokenizer()
     job = Search(
@@ -112,7 +113,7 @@ def search(
     def use(sampler: "Sampler") -> None:
         grader = open_oracle(oracle)
         try:
-            if is_remote:
+            if is_limited:
                 sampler = TwoRequestSampler(sampler)
                 check_endpoint(sampler, job.questions[0].prompt)
             report = search_and_write(job, sampler, tokenizer, grader)

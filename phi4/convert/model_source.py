@@ -8,16 +8,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi4.config import Recipe, check, with_overrides
+from phi4.config import Recipe, changed_keys, check, with_overrides
 from phi4.convert.checkpoint import hf_recipe
 from phi4.convert.hf import HuggingFaceModel, read_hf
 from phi4.convert.hf_tokenizer import read_tokenizer
 from phi4.data.vocabulary.tokenizer import Tokenizer, load_tokenizer
-from phi4.engine.checkpoint import open_checkpoint, recipe_of
+from phi4.engine.agreement import decided_by_writer
+from phi4.engine.checkpoint import (
+    load_checkpoint,
+    open_checkpoint,
+    recipe_of,
+    verify_checkpoint,
+)
 from phi4.engine.engine import Engine
 from phi4.engine.platform import Platform
-from phi4.errors import ConfigError, LayoutError
+from phi4.errors import CheckpointError, ConfigError, LayoutError, PlatformError
 from phi4.rundir.checkpoints import find_checkpoint
+from phi4.rundir.manifest import check_recipe, read_manifest, verify_files
+from phi4.rundir.state import read_recipe
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,63 @@ class ModelSource:
         engine = Engine(self.recipe, platform, trains=False, draws_weights=False)
         engine.read_parameters(self.hugging_face.stream())
         return engine
+
+    def check_successor(self, checkpoint: Path) -> None:
+        """Check that `load_into` can take a checkpoint; in one process, from any thread.
+
+        Reads all of it.
+
+        Raises:
+            CheckpointError: it is incomplete or damaged, or of another model or tokenizer.
+        """
+        try:
+            self._check_kind(checkpoint)
+            manifest = read_manifest(checkpoint)
+            problems = verify_files(checkpoint, manifest, sorted(manifest.files))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {checkpoint}: {error}") from None
+        if problems:
+            raise CheckpointError("; ".join(problems))
+
+    def load_into(self, engine: Engine, checkpoint: Path) -> None:
+        """Replace the weights of an engine that `open` made by those of another checkpoint.
+
+        Raises:
+            CheckpointError: see `check_successor`; the weights are as before, on every rank.
+            PlatformError: it could not be read to its end. The weights are undefined, on every
+                rank.
+
+        Collectives: one broadcast over all ranks; those of `verify_checkpoint` and of
+            `load_checkpoint`.
+        """
+        try:
+            decided_by_writer(engine.platform, lambda: self._check_kind(checkpoint))
+            verified = verify_checkpoint(engine, checkpoint)
+        except PlatformError as error:
+            raise CheckpointError(str(error)) from None
+        try:
+            load_checkpoint(engine, checkpoint, verified, optimizer=False)
+        except CheckpointError as error:
+            raise PlatformError(
+                f"{error}; it went away or changed while it was read, and the model has no weights "
+                "now: start again, and let the run keep more checkpoints (checkpoint.keep)"
+            ) from None
+
+    def _check_kind(self, checkpoint: Path) -> None:
+        """Without reading the weights; see `check_successor`."""
+        try:
+            written = read_recipe(checkpoint)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
+        check_recipe(checkpoint, read_manifest(checkpoint), written)
+        # Not where files lie, which an override may say.
+        changed = changed_keys(self.recipe, written)["identity"]
+        foreign = [name for name in changed if name.startswith(("model.", "tokenizer."))]
+        if foreign:
+            raise CheckpointError(
+                f"{', '.join(sorted(foreign))} of {checkpoint} is not that of {self.path}; serve "
+                "it apart"
+            )
 
 
 def find_model(place: Path, overrides: Sequence[str] = ()) -> ModelSource:

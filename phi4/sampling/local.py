@@ -23,6 +23,7 @@ from phi4.sampling.protocol import (
     ModelLimits,
     PromptToken,
     Request,
+    SamplerLoad,
     ScoredPrompt,
     Token,
 )
@@ -87,6 +88,7 @@ class LocalSampler:
             if event.request_id in self._open and _has_nan(event):
                 del self._open[event.request_id]
                 self._generator.cancel(event.request_id)
+                self._happened = [e for e in self._happened if e.request_id != event.request_id]
                 raise SamplerError(
                     "the model's probabilities are NaN: its weights have diverged, or its numbers "
                     "overflow; use an earlier checkpoint, or another precision",
@@ -100,6 +102,31 @@ class LocalSampler:
         """See `Sampler.cancel`."""
         if request_id in self._open:
             self._generator.cancel(request_id)
+
+    def load(self) -> SamplerLoad:
+        """See `ReportsLoad`."""
+        pool, queued = self._generator.pool, self._generator.num_waiting
+        running = max(0, len(self._open) - queued)
+        return SamplerLoad(pool.num_in_use, pool.num_blocks, running, queued)
+
+    def reload(self, place: str) -> None:
+        """Go on with other weights, on all ranks.
+
+        Args:
+            place: see `Generator.load`.
+
+        Raises:
+            ValueError: requests are under way.
+            CheckpointError: the weights are as before.
+
+        Collectives: those of `Generator.step` and of `Generator.load`.
+        """
+        if self._open:
+            raise ValueError(f"{len(self._open)} requests are under way; finish or cancel them")
+        # What ended by a stop string may still be in a step, or its cancel on its way.
+        while not self._generator.is_idle:
+            self._coming += self._generator.step()
+        self._generator.load(place)
 
     def close(self) -> None:
         """See `Sampler.close`; the other ranks return from `Generator.follow`.

@@ -11,7 +11,7 @@ Everything here is in token ids; `phi4.sampling.text` makes text of them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,3 +194,28 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Give back what the sampler holds; without further events."""
+
+
+@dataclass(frozen=True)
+class SamplerLoad:
+    """How busy a sampler is.
+
+    Attributes:
+        blocks_in_use: of its cache, by requests under way.
+        num_blocks: of its cache.
+        running: requests that it computes.
+        queued: requests that wait until the cache has room for them.
+    """
+
+    blocks_in_use: int
+    num_blocks: int
+    running: int
+    queued: int
+
+
+@runtime_checkable
+class ReportsLoad(Protocol):
+    """A sampler that has a cache of its own."""
+
+    def load(self) -> SamplerLoad:
+        """How busy it is; from the thread that makes all other calls."""

@@ -10,7 +10,8 @@ from phi4.data.vocabulary.chat import Message, Role
 from phi4.errors import ConfigError, SamplerError
 from phi4.sampling.batch import answers
 from phi4.sampling.chat import chat_prompt
-from phi4.sampling.http import Endpoint, HttpSampler, PromptForm
+from phi4.sampling.endpoint import Endpoint, PromptForm
+from phi4.sampling.http import HttpSampler
 from phi4.sampling.protocol import FinishReason, Request
 from phi4.sampling.text import completion_text, end_ids
 from tests.sampling.conformance import check_events, completions, drawn_ids, run

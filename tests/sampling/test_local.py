@@ -7,13 +7,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
+from phi4.engine.generation.draws import Drawn
 from phi4.engine.generation.generator import CacheSize, Generator
-from phi4.engine.generation.scheduler import StepLimits
+from phi4.engine.generation.scheduler import StepLimits, TokenDrawn
 from phi4.errors import ConfigError, SamplerError
 from phi4.sampling.batch import answers
 from phi4.sampling.local import LocalSampler
@@ -182,6 +184,21 @@ def test_a_sampler_needs_the_tokenizer_of_its_generator(pool) -> None:
         "num_ids=127"
     )
     assert large.startswith("the tokenizer has 129 ids, model.vocab_size=128")
+
+
+def test_nothing_is_said_of_a_request_after_it_failed() -> None:
+    fine, nan = (Drawn(1, value, value, ()) for value in (-0.5, math.nan))
+    generator = Mock(num_ids=VOCAB_SIZE, max_sequence_tokens=64, **{"submit.side_effect": [0, 1]})
+    generator.step.side_effect = [
+        [TokenDrawn(1, 0, fine), TokenDrawn(0, 0, fine), TokenDrawn(0, 1, nan)],
+        [TokenDrawn(0, 0, fine)],
+    ]
+    sampler = LocalSampler(generator, TOKENIZER)
+    for _ in range(2):
+        sampler.submit(Request(prompt=(START,), max_tokens=9, n=2))
+    with pytest.raises(SamplerError):
+        sampler.step()
+    assert [event.request_id for event in sampler.step()] == [1]
 
 
 def requests() -> list[Request]:

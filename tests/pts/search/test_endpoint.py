@@ -11,7 +11,8 @@ from phi4.pts.search.command import search_and_write
 from phi4.pts.search.endpoint import check_endpoint
 from phi4.pts.search.rows import read_pivots
 from phi4.pts.search.two_requests import TwoRequestSampler
-from phi4.sampling.http import Endpoint, HttpSampler, PromptForm
+from phi4.sampling.endpoint import Endpoint, PromptForm
+from phi4.sampling.http import HttpSampler
 from phi4.sampling.protocol import Completion, FinishReason, Request
 from phi4.sampling.scripted import ScriptedSampler
 from tests.pts.search.endpoint import replying

@@ -1,0 +1,320 @@
+"""`phi4 serve`: a model over HTTP, in any layout."""
+
+import ipaddress
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phi4.cli.model_ranks import CheckpointPath, logs_of, on_model_rank
+from phi4.cli.sampling_options import CacheTokens
+from phi4.errors import ConfigError, PlatformError
+from phi4.launch import StopPlan, WorkerEnvironment, on_ranks, take_notices
+from phi4.rundir.names import CHECKPOINTS_DIR
+
+if TYPE_CHECKING:
+    from phi4.convert.model_source import ModelSource
+    from phi4.sampling.local import LocalSampler
+    from phi4.serve.server import ServerOptions
+    from phi4.serve.traffic import Traffic
+
+API_KEY_VARIABLE = "PHI4_API_KEY"
+"""A key on a command line would be in the list of processes."""
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+
+_CLOSE_SECONDS = 10.0
+"""From the end of the drain to the end of all processes: a last step, and closing connections."""
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...",
+        help="Layout of the model, for example parallel.tensor=2; else one process.",
+        show_default=False,
+    ),
+]
+Host = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Address to listen on. 0.0.0.0 takes requests of other machines too, and needs a key.",
+    ),
+]
+Port = Annotated[
+    int, typer.Option(min=0, max=65_535, help="0 takes a free one; the first line names it.")
+]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        help="What clients call the model; the name of its directory where not given.",
+        show_default=False,
+    ),
+]
+MaxRequests = Annotated[
+    int, typer.Option(min=1, help="Open requests at most; more are refused with 429.")
+]
+DefaultMaxTokens = Annotated[
+    int, typer.Option(min=1, help="New tokens of a request that does not say how many.")
+]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="Compute in passes of one size: log-probs have the same bits in any batch.",
+    ),
+]
+DrainSeconds = Annotated[
+    float, typer.Option(min=0.0, help="What open requests have to end in once told to end.")
+]
+Follow = Annotated[
+    bool,
+    typer.Option(
+        "--follow",
+        help="Take the weights of every new checkpoint of the run, between two requests; needs a "
+        "run directory.",
+    ),
+]
+NoKey = Annotated[
+    bool, typer.Option("--no-key", help="Let everybody in who reaches --host from outside.")
+]
+
+
+def serve(
+    checkpoint: CheckpointPath,
+    overrides: Overrides = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    name: Name = None,
+    max_requests: MaxRequests = 1024,
+    max_tokens: DefaultMaxTokens = 2048,
+    follow: Follow = False,
+    cache_tokens: CacheTokens = None,
+    batch_invariant: BatchInvariant = False,
+    drain_seconds: DrainSeconds = 20.0,
+    no_key: NoKey = False,
+) -> None:
+    """Serve a model over HTTP: OpenAI's API under /v1, Ollama's under /api, a chat page at /.
+
+    When it answers, one line on stderr names the addresses; until then connections are refused.
+    `GET /health` answers 200 while it takes requests and 503 while it ends.
+
+    Only this machine reaches it unless --host says otherwise. The API key that clients must send as
+    a bearer token is read from the environment variable PHI4_API_KEY; without that variable no key
+    is asked for, and --host must be a loopback address or --no-key be given.
+
+    With --follow the server answers with the newest checkpoint of a run while that goes on: open
+    requests end with the old weights first, new ones wait until the new ones are read.
+
+    Overrides lay the model out, for example parallel.tensor=2 parallel.pipeline=2: four processes.
+    What is answered does not depend on the layout.
+
+    To end it, send SIGTERM or press Ctrl-C: new requests get 503, open ones have --drain-seconds,
+    and the exit code is 0. Only the process that you started, or rank 0, decides that: a signal to
+    another rank is ignored. A second signal, at least a second later, cuts open requests off.
+
+    Exit codes: 0 ended as it was told, 1 failed (a traceback says how), 2 wrong input (one line
+    says what to change), 130 or 143 ended at once by a second signal, 137 a rank was killed
+    (the last line names it).
+    """
+    _require_packages()
+    api_key = _api_key(host, no_key)
+    from phi4.convert.model_source import find_model
+    from phi4.serve.server import ServerOptions
+
+    source = find_model(checkpoint, overrides or [])
+    source.tokenizer()
+    own_name, weights = _names(source)
+    served = _Served(
+        source=source,
+        name=own_name if name is None else name,
+        weights=weights,
+        max_tokens=max_tokens,
+        cache_tokens=cache_tokens,
+        batch_invariant=batch_invariant,
+        run_dir=_followed(source) if follow else None,
+        options=ServerOptions(host, port, api_key, max_requests, drain_seconds),
+    )
+    if not served.name.strip():
+        raise ConfigError(f"--name={name!r} is empty; clients ask for a model by its name")
+    code = on_ranks(
+        [*served.arguments(), *(["--no-key"] if no_key else []), "--", str(source.path)]
+        + (overrides or []),
+        served.on_rank,
+        num_workers=source.recipe.parallel.model_parallel_size,
+        work_dir=logs_of("serve"),
+        stop=served.stop,
+    )
+    raise typer.Exit(code)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What a server was asked to be.
+
+    Attributes:
+        source: its model.
+        name: what clients call it.
+        weights: name of its weights.
+        max_tokens: new tokens of a request that does not say how many.
+        cache_tokens: see `phi4.cli.model_ranks.on_model_ranks`.
+        batch_invariant: likewise.
+        run_dir: whose new checkpoints it takes; None where it keeps its own.
+        options: how it is reached.
+    """
+
+    source: "ModelSource"
+    name: str
+    weights: str
+    max_tokens: int
+    cache_tokens: int | None
+    batch_invariant: bool
+    run_dir: Path | None
+    options: "ServerOptions"
+
+    @property
+    def stop(self) -> StopPlan:
+        """How it ends."""
+        seconds = self.options.drain_seconds
+        return StopPlan(
+            seconds + _CLOSE_SECONDS,
+            first=f"the server ends once open requests are answered, within {seconds:g} s "
+            "(--drain-seconds); a second signal ends it at once",
+            overdue=f"not ended {_CLOSE_SECONDS:g} s after --drain-seconds={seconds:g}; killed",
+            second="ended at once; open requests are cut off",
+            by_ctrl_c=True,
+        )
+
+    def arguments(self) -> list[str]:
+        """The command line of a worker, up to its model."""
+        values = {
+            "--host": self.options.host,
+            "--port": self.options.port,
+            "--name": self.name,
+            "--max-requests": self.options.max_requests,
+            "--max-tokens": self.max_tokens,
+            "--cache-tokens": self.cache_tokens,
+            "--drain-seconds": self.options.drain_seconds,
+        }
+        given = [f"{name}={value}" for name, value in values.items() if value is not None]
+        flags = {"--batch-invariant": self.batch_invariant, "--follow": self.run_dir is not None}
+        return ["serve", *given, *(flag for flag, is_set in flags.items() if is_set)]
+
+    def on_rank(self, worker: WorkerEnvironment) -> None:
+        """One rank's part; the leading rank alone decides when the server ends.
+
+        Collectives: those of `on_model_rank`.
+        """
+        from phi4.serve.served_model import ServedModel
+        from phi4.serve.server import answer_until
+        from phi4.serve.web_server import listen
+
+        if worker.rank == 0:
+            # Before weights are read. The port is free again meanwhile: a connection that nobody
+            # answers would wait where it should be refused.
+            listen(self.options.host, self.options.port).close()
+        has_launcher = worker.rendezvous == "directory"
+        told = take_notices(
+            None if has_launcher else self.stop,
+            ends_at_second=worker.rank == 0 and not has_launcher,
+        )
+
+        def use(sampler: "LocalSampler") -> None:
+            model = ServedModel(
+                self.name,
+                self.source.tokenizer(),
+                sampler.limits,
+                int(self.source.path.stat().st_mtime),
+                self.max_tokens,
+            )
+            beside = nullcontext if self.run_dir is None else partial(self._follow, sampler)
+            answer_until(told, sampler, model, self.weights, self.options, beside)
+
+        on_model_rank(worker, self.source, self.cache_tokens, use, self.batch_invariant)
+
+    def _follow(self, sampler: "LocalSampler", traffic: "Traffic") -> AbstractContextManager[None]:
+        from phi4.serve.follow import Weights, follow
+        from phi4.serve.server import say
+
+        weights = Weights(
+            self.source.path,
+            self.source.check_successor,
+            lambda checkpoint: sampler.reload(str(checkpoint)),
+        )
+        return follow(self.run_dir, traffic, weights, say)
+
+
+def _require_packages() -> None:
+    """Refuse where the extra is not installed.
+
+    Raises:
+        PlatformError: names what is missing.
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise PlatformError(
+            f"{', '.join(missing)} not installed; pip install 'phi4[serve]' (in a checkout: "
+            "pip install -e '.[serve]')"
+        )
+
+
+def _api_key(host: str, no_key: bool) -> str | None:
+    """The key of the environment.
+
+    Raises:
+        ConfigError: it is no key, or everybody on the network would be let in unasked.
+    """
+    key = os.environ.get(API_KEY_VARIABLE)
+    if key is not None and not (key.isascii() and key.isprintable() and key.split() == [key]):
+        raise ConfigError(
+            f"{API_KEY_VARIABLE} is empty, or has spaces or other characters that no header may "
+            "hold; give it printable ASCII without spaces, or unset it"
+        )
+    if no_key and key is not None:
+        raise ConfigError(f"--no-key, and {API_KEY_VARIABLE} is set; unset it, or drop --no-key")
+    if key is None and not no_key and not _is_loopback(host):
+        raise ConfigError(
+            f"--host={host} is reached by other machines, and {API_KEY_VARIABLE} is not set; set "
+            "it, or let everybody in with --no-key"
+        )
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _names(source: "ModelSource") -> tuple[str, str]:
+    """What the model is called by its directory, and its weights."""
+    path, run_dir = source.path.resolve(), _run_dir(source)
+    return path.name if run_dir is None else run_dir.name, path.name
+
+
+def _run_dir(source: "ModelSource") -> Path | None:
+    """The run directory that a checkpoint is in."""
+    path = source.path.resolve()
+    is_in_run = source.hugging_face is None and path.parent.name == CHECKPOINTS_DIR
+    return path.parent.parent if is_in_run else None
+
+
+def _followed(source: "ModelSource") -> Path:
+    """The run to follow.
+
+    Raises:
+        ConfigError: the model is not in one.
+    """
+    run_dir = _run_dir(source)
+    if run_dir is None:
+        raise ConfigError(
+            f"--follow waits for checkpoints of a run, and {source.path} is in none; give a run "
+            "directory, or drop --follow"
+        )
+    return run_dir

@@ -1,0 +1,66 @@
+"""The web server in a thread of its own, beside the model's."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import uvicorn
+from fastapi import FastAPI
+
+from phi4.errors import PlatformError
+from phi4.serve.connections import ConnectionLimits, LimitedConnection
+
+_MARGIN_SECONDS = 1
+"""From the end of the last connection to that of what answered it."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections, of an address or of a name.
+
+    Args:
+        host: address or name of this machine.
+        port: 0 takes a free one.
+
+    Raises:
+        PlatformError: the port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise PlatformError(
+            f"cannot listen on {host}:{port}: {error.strerror}; use another --port or --host"
+        ) from None
+
+
+@contextmanager
+def serving(
+    app: FastAPI, listener: socket.socket, limits: ConnectionLimits | None = None
+) -> Iterator[None]:
+    """Answer HTTP while the block runs, which has the thread of the caller.
+
+    Args:
+        app: answers.
+        listener: see `listen`; closed at the end.
+        limits: of connections whose client does nothing.
+    """
+    limits = limits or ConnectionLimits()
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        http=partial(LimitedConnection, limits),
+        timeout_graceful_shutdown=limits.closing_seconds + _MARGIN_SECONDS,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), name="http", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
