@@ -59,7 +59,7 @@ def pairs_command(
         list[str] | None,
         typer.Argument(
             metavar="[SECTION.KEY=VALUE]...",
-            help="Overrides of the judge recipe (ask.*, pairs.*), or of a local judge's layout.",
+            help="Overrides of ask and pairs in the judge recipe, or of a local judge's layout.",
             show_default=False,
         ),
     ] = None,
@@ -122,7 +122,7 @@ def pairs_command(
 def _with_form(model: AskedModel, form: str) -> AskedModel:
     if not isinstance(model, RemoteModel):
         return model
-    from phi4.sampling.http import PromptForm
+    from phi4.sampling.endpoint import PromptForm
 
     return replace(model, endpoint=replace(model.endpoint, form=PromptForm(form)))
 

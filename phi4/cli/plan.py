@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phi4.config import load_recipe
+from phi4.engine.precision import describe_precision
 from phi4.model.shape import format_bytes, training_flops_per_token
 from phi4.plan import MemoryPlan, StageMemory, card_named, check_fit, make_plan, recompute_mistake
 from phi4.plan.memory import (
@@ -96,8 +97,9 @@ def _figures(planned: MemoryPlan, host_bytes: int) -> Table:
         "layout",
         f"tensor {parallel.tensor}{' + sequence' * parallel.sequence}, pipeline "
         f"{parallel.pipeline} x {parallel.virtual_pipeline}, context {parallel.context}, "
-        f"data {parallel.data}; {recipe.precision.dtype}, recompute {recipe.recompute.granularity}",
+        f"data {parallel.data}; recompute {recipe.recompute.granularity}",
     )
+    table.add_row("precision", describe_precision(recipe))
     table.add_row("optimizer state", _optimizer(planned))
     table.add_row(
         "tokens per step",

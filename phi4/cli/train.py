@@ -1,12 +1,21 @@
 """`phi4 train`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from phi4.config import check, load_recipe
-from phi4.launch import WorkerEnvironment, join, on_ranks, take_notices
+from phi4.launch import (
+    WorkerEnvironment,
+    join,
+    launched_by,
+    on_ranks,
+    save_and_end,
+    take_notices,
+)
+from phi4.launch.slurm.clients import was_preempted
 from phi4.stages import require_gate, require_stage, stage_of
 
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
@@ -48,12 +57,12 @@ def train(
     parallel = recipe.parallel
     argv = ["train", str(recipe_path), *overrides, *(["--change"] if change else [])]
 
-    stop_seconds = recipe.reliability.stop_seconds
+    stop = save_and_end(recipe.reliability.stop_seconds)
 
     def body(worker: WorkerEnvironment) -> int:
         has_launcher = worker.rendezvous == "directory"
         noticed = take_notices(
-            stop_seconds=None if has_launcher else stop_seconds,
+            None if has_launcher else stop,
             ends_at_second=worker.world_size == 1 and not has_launcher,
         )
         from phi4.engine.platform import disconnect
@@ -71,9 +80,13 @@ def train(
             stage.make_objective(recipe),
             allow_change=change,
             attempt=worker.attempt,
-            job=worker.job,
+            launched_by=launched_by(),
             hooks=stage.hooks,
-            requests=Requests(noticed, kill_seconds=kill_seconds),
+            requests=Requests(
+                noticed,
+                kill_seconds=kill_seconds,
+                was_preempted=partial(was_preempted, worker.job),
+            ),
         )
         disconnect()
         return ending.exit_code
@@ -86,7 +99,7 @@ def train(
         num_workers=num_workers,
         work_dir=run_dir,
         owns_work_dir=True,
-        stop_seconds=stop_seconds,
+        stop=stop,
         one_queue=parallel.needs_one_queue,
     )
     raise typer.Exit(code)

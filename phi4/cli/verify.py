@@ -97,13 +97,14 @@ def _write_parity(results: Results, steps: int, json_file: Path) -> None:
 
 
 def _print_parity(results: Results, impossible: dict[str, str]) -> None:
-    from phi4.verify.parity import LOSS_TOLERANCE, PARAMETER_TOLERANCE
+    from phi4.verify.parity import GROUP_NORM_TOLERANCE, LOSS_TOLERANCE, PARAMETER_TOLERANCE
 
     table = Table(
-        title=f"parity with one process (loss <= {LOSS_TOLERANCE:g}, parameters <= "
-        f"{PARAMETER_TOLERANCE:g}, recompute bit-identical)"
+        title=f"parity with one process (loss <= {LOSS_TOLERANCE:g}, norms of groups <= "
+        f"{GROUP_NORM_TOLERANCE:g}, parameters <= {PARAMETER_TOLERANCE:g}, recompute bit-identical)"
     )
-    for column in ("layout", "processes", "loss", "gradient norm", "parameters", "worst", ""):
+    columns = ("layout", "processes", "loss", "gradient norm", "norms of groups", "parameters")
+    for column in (*columns, "worst", "same work", ""):
         table.add_column(column)
     for case, result in results:
         table.add_row(
@@ -111,8 +112,10 @@ def _print_parity(results: Results, impossible: dict[str, str]) -> None:
             str(case.world_size),
             f"{result.loss_error:.1e}",
             f"{result.grad_norm_error:.1e}",
+            f"{result.group_norm_error:.1e}",
             f"{result.parameter_error:.1e}",
             result.worst_parameter,
+            "yes" if result.same_work else "[red]no[/red]",
             "ok" if result.passed else "[red]FAILED[/red]",
         )
     console = Console(width=140 if not sys.stdout.isatty() else None)

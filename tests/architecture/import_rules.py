@@ -35,9 +35,12 @@ _FLASH = "kernels/phi4_kernels/attention/flash_impl.py"
 ONLY_IN = {
     "megatron": "phi4/engine/",
     "transformer_engine": "phi4/engine/",
-    "mlflow": "phi4/track/mlflow.py",
+    "mlflow": "phi4/track/mlflow/",
     "transformers": "phi4/convert/",
     "fastapi": "phi4/serve/",
+    "starlette": "phi4/serve/",
+    "uvicorn": "phi4/serve/",
+    "prometheus_client": "phi4/serve/",
     "flash_attn": _FLASH,
     "flash_attn_interface": _FLASH,
 }
@@ -63,6 +66,7 @@ ENVIRONMENT_READERS = (
     "phi4/launch/",
     "phi4/engine/platform.py",
     "phi4/cli/asked_model.py",
+    "phi4/cli/serve.py",
     "phi4/data/vocabulary/tokenizer.py",
     "kernels/phi4_kernels/dispatch.py",
     "kernels/phi4_kernels/testing/",

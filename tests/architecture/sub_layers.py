@@ -21,7 +21,7 @@ SUB_LAYERS: Mapping[str, Layers] = {
     "phi4.engine": (
         ("checkpoint", "generation"),
         ("engine",),
-        ("replay",),
+        ("replay", "fp8_check"),
         ("step", "fake_ranks"),
         ("optimizer", "patches"),
         ("model", "optimizer.adamw", "checkpoint_io", "checkpoint_capture", "agreement"),

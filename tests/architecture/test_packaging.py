@@ -1,5 +1,6 @@
 """What is installed: two packages, importable from anywhere, and nothing called `kernels`."""
 
+import ast
 import subprocess
 import sys
 import zipfile
@@ -26,6 +27,20 @@ def test_every_folder_with_code_is_a_package() -> None:
 def test_kernels_is_no_package() -> None:
     # Hugging Face's `kernels` is a top-level package; a regular one of ours would shadow it.
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_file_beside_the_code_is_shipped_with_it() -> None:
+    keywords = [
+        node
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.keyword) and node.arg == "package_data"
+    ]
+    patterns = ast.literal_eval(keywords[0].value)["phi4"]
+    shipped = {path for pattern in patterns for path in (ROOT / "phi4").glob(pattern)}
+    files = {path for path in (ROOT / "phi4").glob("**/*") if path.is_file()}
+    beside = {path for path in files if path.suffix not in (".py", ".pyc", ".md")}
+    assert ROOT / "phi4/serve/chat_page/page.html" in beside
+    assert beside - shipped == set()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from phi4.config import check, load_recipe
+from phi4.config.load import changed_keys
 from phi4.stages import stage_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("**/*.toml"))
@@ -23,10 +24,23 @@ def test_recipe_loads_and_keeps_the_rules(path: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [16, 64, 1920])
+@pytest.mark.parametrize("suffix", ["", "_fp8"])
 @pytest.mark.parametrize("name", ["phi4_14b_pretrain", "phi4_14b_midtrain_16k"])
-def test_14b_recipe_fits_the_clusters(name: str, world_size: int) -> None:
-    path = next(path for path in RECIPES if path.stem == name)
+def test_14b_recipe_fits_the_clusters(name: str, suffix: str, world_size: int) -> None:
+    path = next(path for path in RECIPES if path.stem == name + suffix)
     check(load_recipe(path), world_size)
+
+
+@pytest.mark.parametrize("name", ["phi4_14b_pretrain", "phi4_14b_midtrain_16k"])
+def test_twin_in_fp8_differs_in_precision_and_directories(name: str) -> None:
+    plain, fp8 = (
+        load_recipe(next(path for path in RECIPES if path.stem == name + suffix))
+        for suffix in ("", "_fp8")
+    )
+    changed = {key for by_key in changed_keys(plain, fp8).values() for key in by_key}
+    directories = {"run.dir", "run.init_from", "data.continue_from"}
+    assert "precision.fp8" in changed
+    assert changed - directories == {key for key in changed if key.startswith("precision.")}
 
 
 def test_14b_recipes_are_the_reports() -> None:

@@ -9,10 +9,12 @@ import pytest
 from phi4.cli import main
 from phi4.data.vocabulary.tokenizer import Tokenizer, rank_file_bytes
 from phi4.pts.search.rows import read_pivots
+from phi4.sampling.scripted import Script, ScriptedSampler
 from tests.pts.search.endpoint import replying
 from tests.sampling.endpoint_server import EndpointServer, serving
 from tests.support.commands import command, write_model
 from tests.support.ranks import RankPool
+from tests.support.served import MODEL_NAME, served
 
 GO, STAY, RIGHT, WRONG = map(ord, "gsRW")
 BEHIND = {GO: 0.9, STAY: 0.2}
@@ -28,8 +30,13 @@ def ranks(tmp_path_factory) -> tuple[Tokenizer, Path]:
 
 @pytest.fixture
 def server(ranks) -> Iterator[EndpointServer]:
-    """A model that goes or stays, then is right or wrong by the chance of that, then ends."""
     tokenizer, _ = ranks
+    with serving(replying(script_of(tokenizer), tokenizer)) as server:
+        yield server
+
+
+def script_of(tokenizer: Tokenizer) -> Script:
+    """A model that goes or stays, then is right or wrong by the chance of that, then ends."""
 
     def script(ids: tuple[int, ...]) -> dict[int, float]:
         answer = ids[2:]
@@ -39,8 +46,7 @@ def server(ranks) -> Iterator[EndpointServer]:
             return {RIGHT: BEHIND[answer[0]], WRONG: 1 - BEHIND[answer[0]]}
         return {tokenizer.im_end_id: 1.0}
 
-    with serving(replying(script, tokenizer)) as server:
-        yield server
+    return script
 
 
 @pytest.fixture
@@ -84,6 +90,28 @@ def test_search_and_show_from_the_command_line(capsys, server, ranks, asked, tmp
     code, _, err = phi4(capsys, *words, "--seed=9")
     assert (code, err.count("\n")) == (2, 1) and "seed=0, this one has seed=9" in err
     assert len(server.asked) == num_asked
+
+
+def test_served_model_is_searched_at_any_temperature(capsys, ranks, asked, tmp_path) -> None:
+    tokenizer, path = ranks
+    with served(ScriptedSampler(script_of(tokenizer), tokenizer, 64), tokenizer) as server:
+        place = f"{server.url}/v1#{MODEL_NAME}"
+        words = [
+            *("pts", "search", place, "--no-chat", f"--questions={asked}", "--oracle=exact"),
+            *(f"--out={tmp_path / 'out'}", "--max-tokens=8", "--temperature=0.9"),
+        ]
+        code, printed, err = phi4(capsys, *words, f"--ranks={path}")
+        assert code == 0, err
+        assert "questions: 2 read, 2 kept, 0 dropped" in printed
+        assert server.traffic.counts.failed == server.traffic.counts.cancelled == 0
+        other = tmp_path / "other.tiktoken"
+        other.write_bytes(rank_file_bytes(tokenizer.mergeable_ranks | {b"ab": 256}))
+        code, _, err = phi4(capsys, *words, f"--ranks={other}")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "give the rank file of the server's model with --ranks" in err
+    code, _, err = phi4(capsys, *words, f"--ranks={path}")
+    assert (code, err.count("\n")) == (2, 1) and "cannot be asked for its models" in err
+    assert {one.position for one in read_pivots(tmp_path / "out" / "pivots.jsonl")} <= {0, 1}
 
 
 @pytest.mark.parametrize(

@@ -129,12 +129,15 @@ def test_mlflow_commands_train_a_run_that_the_server_has(tmp_path: Path) -> None
         bash(f"{training} run.steps=2", tmp_path)
         client = mlflow.MlflowClient(uri)
         (experiment,) = client.search_experiments(filter_string="name = 'phi4'")
-        (run,) = client.search_runs([experiment.experiment_id])
+        runs = client.search_runs([experiment.experiment_id])
+        (run,) = (found for found in runs if "mlflow.parentRunId" in found.data.tags)
+        (model,) = (found for found in runs if found is not run)
+        assert run.data.tags["mlflow.parentRunId"] == model.info.run_id
         assert (run.info.run_name, run.info.status) == ("mlflow", "FINISHED")
         assert run.data.params["tracking.uri"] == uri
         losses = client.get_metric_history(run.info.run_id, "loss")
         assert [point.step for point in losses] == [1, 2]
-        (artifact,) = client.list_artifacts(run.info.run_id)
-        assert artifact.path == "config.toml"
+        artifacts = {found.path for found in client.list_artifacts(run.info.run_id)}
+        assert artifacts == {"about", "checkpoints.json", "config.toml"}
     # Everything lies where git does not look.
     assert {path.name for path in tmp_path.iterdir()} == {".venv", "examples", "runs", "server.log"}
