@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint gpu bench bench-generation csrc budgets durations golden measured picture clean \
-	prove-checkpoints prove-fresh
+	references prove-checkpoints prove-fresh
 
 export PYTHON ?= python3
 export PIP_ARGS ?=
@@ -30,8 +30,9 @@ demo: setup  ## train a small Phi-4 on four CPU processes, resume, generate, che
 test: setup  ## CPU tests, at most 10 minutes on 2 cores
 	@$(PYTEST) $(DEFAULT)
 
-test-all: test  ## test, then the slow and Slurm tests, trl's losses, and conversion on transformers 4.57
+test-all: test  ## test, then the slow and Slurm tests, trl's losses, lm-eval's scores, and transformers 4.57
 	@tools/setup_trl.sh
+	@tools/setup_lm_eval.sh
 	@$(PYTEST) $(LONG)
 	@tools/setup_transformers4.sh
 	@OMP_NUM_THREADS=1 .venv-tf4/bin/python -m pytest tests/convert -m "not gpu" $(BY_FILE)
@@ -76,6 +77,9 @@ measured: setup  ## fill README's table from the rows under benchmarks/
 picture: setup  ## draw the packages and their imports into docs/architecture.md
 	@.venv/bin/python -m tools.package_picture
 
+references: setup  ## write docs/recipe.md and docs/cli.md from the schema and the commands
+	@.venv/bin/python -m tools.references
+
 golden: setup  ## write the golden losses of the recipes
 	@.venv/bin/python tools/golden_losses.py
 
@@ -83,5 +87,5 @@ prove-fresh:  ## README's commands on bare Debian 12 and 13, as root; ARGS: tool
 	@python3 tools/prove_fresh.py $(ARGS)
 
 clean:  ## remove .venv, builds and caches; runs/ stays
-	@rm -rf .venv .venv-tf4 .venv-trl build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-tf4 .venv-trl .venv-lm-eval build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

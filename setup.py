@@ -31,7 +31,10 @@ class BuildCsrc(Command):
 
 setup(
     packages=find_packages(include=["phi4", "phi4.*"]) + find_packages("kernels"),
-    package_data={"phi4": ["**/*.j2"], "phi4_kernels": ["*.jsonl"]},
+    package_data={
+        "phi4": ["**/*.j2", "**/*.html", "**/*.css", "**/*.js"],
+        "phi4_kernels": ["*.jsonl"],
+    },
     package_dir={"phi4": "phi4", "phi4_kernels": "kernels/phi4_kernels"},
     cmdclass={"build_csrc": BuildCsrc},
 )

@@ -68,6 +68,7 @@ part_steps() {  # it ends by itself and says what there was no time for
 part_engine() {
     within "$python" tools/gpu_engine.py --out benchmarks/gpu_engine.jsonl
     gpu_tests tests/engine/test_gpu_weight_gradients.py
+    gpu_tests tests/engine/fp8/test_gpu_te.py
 }
 part_attention() {
     within "$python" -m phi4_kernels.bench --op attention --json benchmarks/kernels.jsonl \

@@ -46,14 +46,22 @@ PROOFS: dict[str, tuple[str, ...]] = {
         *("tools.post_training", "--tasks", "long", "--draw=1"),
         "--json=benchmarks/post_training.jsonl",
     ),
+    "fp8": ("tools.prove_fp8", "--json=benchmarks/fp8.jsonl"),
+    "fp8-canary": (
+        *("tools.fp8_canary", "--steps=150", "--seeds=1", "--pairs=40"),
+        "--json=benchmarks/fp8_canary.jsonl",
+    ),
     "stragglers": ("tools.prove_stragglers",),
+    "tracking": ("tools.prove_tracking", "--json=benchmarks/tracking.jsonl"),
+    "serve-load": ("tools.serve_load", "--json=benchmarks/serve_load.jsonl"),
     "slurm": ("tools.slurm_cases", "--json=benchmarks/slurm_cases.jsonl"),
+    "sweep": ("tools.sweep_proof", "--json=benchmarks/sweep.jsonl"),
     "kernels": ("phi4_kernels.testing", "numbers"),
     "compile": ("phi4_kernels.testing", "compile"),
 }
 """Arguments of `python -m`."""
 DEMO_DATA = ROOT / "runs" / "demo" / "data"
-NEEDS_DEMO_DATA = ("resume", "stragglers", "preempt", "kills", "slurm")
+NEEDS_DEMO_DATA = ("resume", "fp8", "stragglers", "preempt", "kills", "slurm", "sweep", "tracking")
 """Proofs whose recipe reads what `phi4 data demo` writes."""
 
 

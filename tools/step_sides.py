@@ -213,13 +213,17 @@ _TRITON += ["kernels.cross_entropy=triton"]
 _CUDA = [f"kernels.{x}=cuda" for x in ("adamw", "grad_norm")]
 _ONE_PASS = ["loss_head.form=one_pass", "loss_head.chunk_tokens=4096"]
 _OURS = (*_TRITON, *_CUDA, *_ONE_PASS)
+# Every layer in FP8, so that a layer's time can be told from two depths.
+_FP8 = ("precision.fp8=te", "precision.fp8_end_layers_in_bf16=0")
 _GLUON = (*_TRITON, "kernels.attention=gluon", *_CUDA, *_ONE_PASS)
 _PLAIN = tuple(name.split("=")[0] + "=torch" for name in (*_TRITON, *_CUDA))
 OURS = "triton, csrc optimizer"
+OURS_FP8 = "triton, csrc optimizer, FP8 by TE"
 STOCK, STOCK_TE = "megatron-core", "megatron-core + TE"
 LIGER = "transformers + liger"
 SIDES = {
     OURS: Side(Ours, _ENGINE, _OURS),
+    OURS_FP8: Side(Ours, (*_ENGINE, "transformer_engine.pytorch"), (*_OURS, *_FP8)),
     STOCK_TE: Side(megatron, ("transformer_engine.pytorch", "tools.stock_megatron")),
     STOCK: Side(megatron, ("tools.stock_megatron",)),
     "plain torch": Side(Ours, _ENGINE, _PLAIN),

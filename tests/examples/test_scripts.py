@@ -1,6 +1,9 @@
 """Every script of examples/ runs and teaches its model something."""
 
+import os
+import re
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +53,29 @@ def test_post_training_in_layouts_goes_from_the_corpus_to_an_answer(tmp_path: Pa
         assert f"saved runs/demo/{name}/checkpoints/step_0000002" in said
         assert not origin or f"initial weights from runs/demo/{origin}/checkpoints/step_" in said
     assert said.count("start gate: passed") == 2
+
+
+@pytest.mark.slow
+def test_first_model_in_mlflow_is_compared_reported_and_registered(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [str(tmp_path / "examples/mlflow/first_model.sh"), "run.steps=6", "evaluation.batches=1"],
+        capture_output=True,
+        text=True,
+        timeout=LONG_SECONDS,
+        env={**os.environ, "PORT": str(port)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = re.findall(
+        r"^(rate_\S+): (\w+)\n  held-out loss \S+ after (\d+) steps", done.stdout, re.M
+    )
+    assert sorted(runs) == [("rate_1e-2", "FINISHED", "6"), ("rate_1e-3", "FINISHED", "6")]
+    assert "tiny-phi4 version 1 in MLflow" in done.stdout
+    assert "Training loss, B minus A" in done.stdout
+    assert (tmp_path / "runs/first_model/report.html").stat().st_size > 1_000_000
 
 
 def test_post_training_in_layouts_takes_the_model_of_a_finished_demo() -> None:

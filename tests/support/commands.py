@@ -17,6 +17,7 @@ from phi4.engine.layout import destroy_layout
 from tests.support.engines import engine_on, tiny_recipe
 from tests.support.ranks import RankPool
 
+LICENSE = Path(__file__).parents[2] / "LICENSE"
 TEXT = "Every process has the same words: naïve Straße 你好 👩‍👩‍👧 def f(x): return x ** 2\n"
 
 
@@ -33,11 +34,14 @@ def command(pool: RankPool, *words: object, stdin: Path | None = None) -> Ended:
     return pool.run(_command, [str(word) for word in words], stdin)[0]
 
 
-def write_model(pool: RankPool, directory: Path) -> Tokenizer:
+def write_model(
+    pool: RankPool, directory: Path, *overrides: str, text: str = TEXT * 8
+) -> Tokenizer:
     """A run directory with a tiny model; its tokenizer, of whose text it knows nothing."""
-    tokenizer = Tokenizer(train_bpe([TEXT * 8, Path(__file__).read_text(encoding="utf-8")], 512))
+    # A text that never changes, so that what the model draws does not either.
+    tokenizer = Tokenizer(train_bpe([text, LICENSE.read_text(encoding="utf-8")], 512))
     (directory / "bpe.tiktoken").write_bytes(rank_file_bytes(tokenizer.mergeable_ranks))
-    pool.run(_save, directory, tokenizer.vocab_size)
+    pool.run(_save, directory, tokenizer.vocab_size, overrides)
     return tokenizer
 
 
@@ -64,11 +68,14 @@ def _command(rank: int, world_size: int, words: Sequence[str], stdin: Path | Non
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def _save(rank: int, world_size: int, directory: Path, vocab_size: int) -> None:
+def _save(
+    rank: int, world_size: int, directory: Path, vocab_size: int, overrides: Sequence[str]
+) -> None:
     recipe = tiny_recipe(
         f"model.vocab_size={vocab_size}",
         "tokenizer.kind=bpe",
         f"tokenizer.path={directory / 'bpe.tiktoken'}",
+        *overrides,
     )
     files = {"recipe.toml": dump_toml(recipe)}
     root = directory / "checkpoints"
