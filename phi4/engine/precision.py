@@ -20,7 +20,10 @@ def describe_precision(recipe: Recipe) -> str:
     precision, layers = recipe.precision, fp8_layers(recipe)
     if not layers:
         return precision.dtype
+    compares = precision.fp8 == "torch" and precision.fp8_check_every > 0
+    check = f"every {precision.fp8_check_every} steps" if compares else "never"
     return (
         f"{precision.dtype}, layers {layers[0] + 1} to {layers[-1] + 1} of "
-        f"{recipe.model.num_layers} in FP8 ({precision.fp8}, {precision.fp8_recipe})"
+        f"{recipe.model.num_layers} in FP8 ({precision.fp8}, {precision.fp8_recipe}), "
+        f"compared with {precision.dtype} {check}"
     )

@@ -47,9 +47,12 @@ def test_sizes_of_phi4_are_taken(overrides: list[str]) -> None:
 
 def test_formats_are_named() -> None:
     assert describe_precision(with_overrides(SOUND, ["precision.fp8=off"])) == "bf16"
+    layers = "bf16, layers 2 to 39 of 40 in FP8"
     assert describe_precision(with_overrides(SOUND, [BLOCKWISE])) == (
-        "bf16, layers 2 to 39 of 40 in FP8 (torch, blockwise)"
+        f"{layers} (torch, blockwise), compared with bf16 every 100 steps"
     )
+    for never in ("precision.fp8_check_every=0", "precision.fp8=te"):
+        assert describe_precision(with_overrides(SOUND, [never])).endswith("with bf16 never")
 
 
 def test_layers_in_fp8_are_those_between_the_ends() -> None:
