@@ -32,6 +32,9 @@ for rate in 1e-2 1e-3; do
         optim.min_learning_rate=1e-4 evaluation.every=20 "$@"
 done
 
+# --- Training does not wait long for a server. This sends what a slow one has not taken yet.
+phi4 track settle $out/rate_1e-2 $out/rate_1e-3
+
 # --- What they say: side by side in the terminal, as a page, and through MLflow's own client.
 phi4 track compare $out/rate_1e-2 $out/rate_1e-3
 phi4 report $out/rate_1e-2 $out/rate_1e-3 --out $out/report.html
