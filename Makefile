@@ -1,5 +1,6 @@
 # phi4 installs into .venv and writes nothing outside this directory. `make` lists the targets.
 #   PYTHON=python3.12     the Python to build .venv with
+#   TORCH=cpu             torch's CPU build, where pip would take the CUDA build
 #   PIP_ARGS="..."        passed to pip, for example another package index
 #   WORKERS=2             test processes
 #   PARTS="numbers engine"  parts of make gpu; PARTS=--list names them
@@ -11,6 +12,7 @@ SHELL := /bin/bash
 
 export PYTHON ?= python3
 export PIP_ARGS ?=
+export TORCH ?=
 WORKERS ?= 2
 # A file's tests share fixtures, so a worker takes whole files, the most expensive ones first.
 BY_FILE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -25,6 +25,9 @@ FORBIDDEN = re.compile(
     "|".join(HOSTS) + r"|(?<![\w.~}*)\]<>/-])/(?:" + "|".join(PLACES) + r")(?:-more)?/(?=[\w.])"
 )
 
+EXEMPT = "constraints/torch_cpu_index.txt"
+"""The one file that may name a host: tools/setup.sh gives its line to pip for TORCH=cpu."""
+
 
 def tracked_files(root: Path) -> list[Path]:
     """Files that git knows or would add."""
@@ -50,7 +53,9 @@ def test_tracked_files_name_no_registry_and_no_machine() -> None:
         for path in files
         for line in offences(path.read_text(encoding="utf-8", errors="ignore"))
     ]
-    assert found == []
+    # Exactly one line of exactly one file.
+    (index,) = (ROOT / EXEMPT).read_text(encoding="utf-8").splitlines()
+    assert found == [f"{EXEMPT}:1: {index}"]
 
 
 @pytest.mark.parametrize(
