@@ -1,68 +1,29 @@
 """docs/tutorials/serve.md works as it is written, on a demo that was trained for a few steps."""
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from phi4.cli.demo import MIDTRAIN, RECIPE
-from tests.architecture.sizes import ROOT
-from tests.support.waiting import LONG_SECONDS
+from phi4.cli.demo import MIDTRAIN
+from tests.support.pages import ROOT, SHORT, SHORT_DEMO, Block, free_port, run, script
+from tests.support.pages import blocks as blocks_of
 
-PAGE = (ROOT / "docs/tutorials/serve.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+PAGE = blocks_of(ROOT / "docs/tutorials/serve.md")
 PORT = "8000"
-SHORT = ("parallel.tensor=1", "parallel.sequence=false", "checkpoint.every=2")
-DEMO = f"""
-set -e
-phi4 data demo --out runs/demo/data
-phi4 train {RECIPE} run.steps=2 evaluation.every=0 parallel.pipeline=1 {" ".join(SHORT)}
+DEMO = f"""{SHORT_DEMO}
 phi4 train {MIDTRAIN} run.steps=2 evaluation.every=0 parallel.context=1 {" ".join(SHORT)}
 """
 """What `phi4 demo` leaves behind, as far as the page needs it."""
 
 
 def blocks(language: str) -> list[str]:
-    return [text for name, text in BLOCK.findall(PAGE) if name == language]
+    return [block.text for block in PAGE if block.language == language]
 
 
-def script(port: int) -> str:
-    """All that the page runs, in its order, with a line of its own before every block."""
-    # A server that is left over would keep the output open.
-    parts = ["set -euo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
-    for number, (language, text) in enumerate(BLOCK.findall(PAGE)):
-        if language == "python":
-            text = f"python - <<'END'\n{text}END\n"
-        if language in ("bash", "python"):
-            parts.append(f"echo; echo '=== block {number}'\n{text}")
-    return "\n".join(parts).replace(PORT, str(port))
-
-
-def run(text: str, root: Path) -> str:
-    """Output of a script and of all that it starts, which ends with it."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    started = subprocess.Popen(
-        ["bash", "-c", text],
-        cwd=root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"PATH": path},
-    )
-    try:
-        said, _ = started.communicate(timeout=LONG_SECONDS)
-    finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
-    assert started.returncode == 0, said
-    return said
+def in_bash(block: Block) -> str:
+    return block.text if block.language == "bash" else f"python - <<'END'\n{block.text}END\n"
 
 
 def test_blocks_are_read() -> None:
@@ -78,10 +39,8 @@ def test_blocks_are_read() -> None:
 def test_page_is_what_happens(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     run(DEMO, tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    said = run(script(port), tmp_path)
-    outputs = re.split(r"^=== block \d+\n", said, flags=re.M)[1:]
+    parts = [in_bash(block) for block in PAGE if block.language in ("bash", "python")]
+    outputs = run(script(parts).replace(PORT, str(free_port())), tmp_path)
     begun, whole, streamed, openai, chat_openai, _, ollama, _, followed, four = outputs
     # The block shows the last checkpoint of a demo that was trained to its end.
     [shown] = [text for text in blocks("text") if '"status"' in text]
