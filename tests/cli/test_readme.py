@@ -28,6 +28,8 @@ MANUAL_AT_MOST = 3
 MAKE = "make demo\nmake test\n"
 FOLDERS = "benchmarks|constraints|csrc|docs|examples|kernels|phi4|tests|tools"
 PORT, STEPS = "5000", "run.steps=2"
+# Training waits half a minute for a server, which a busy machine may take longer for.
+SETTLE = "\nphi4 track settle runs/mlflow"
 WAIT = "until curl --silent --fail http://localhost:{port}/health >/dev/null; do sleep 0.2; done\n"
 
 
@@ -158,7 +160,7 @@ def test_blocks_of_readme_work_in_their_order(clone: Path) -> None:
     assert replayed[0].text == MAKE
     parts = [
         "".join(
-            f"{line} {STEPS if ' train ' in line else ''}\n".replace(PORT, port)
+            f"{line} {STEPS + SETTLE if ' train ' in line else ''}\n".replace(PORT, port)
             + (WAIT.format(port=port) if line.endswith("&") else "")
             for line in block.commands
         )
