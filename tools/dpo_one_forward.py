@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from phi4.config import Recipe, with_overrides
-from phi4.config.schema import DpoConfig
+from phi4.config import DpoConfig, Recipe, with_overrides
 from phi4.data.stream.batch import Batch
 from phi4.engine.engine import Engine
 from phi4.engine.platform import connect, disconnect

@@ -1,6 +1,12 @@
 """The recipe: one tree of frozen models, its cross-checks, and how it is read and compared."""
 
 from phi4.config.data_schema import DataConfig, SourceConfig, TokenizerConfig
+from phi4.config.execution_schema import (
+    KernelsConfig,
+    LossHeadConfig,
+    ParallelConfig,
+    RecomputeConfig,
+)
 from phi4.config.load import (
     changed_keys,
     dump_toml,
@@ -10,24 +16,11 @@ from phi4.config.load import (
     recipe_from_toml,
     with_overrides,
 )
+from phi4.config.model_schema import ModelConfig, PrecisionConfig
 from phi4.config.rules import check, violations
-from phi4.config.schema import (
-    BatchConfig,
-    CheckpointConfig,
-    DpoConfig,
-    EvaluationConfig,
-    KernelsConfig,
-    LossHeadConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    Recipe,
-    RecomputeConfig,
-    RunConfig,
-    TrackingConfig,
-    key_kinds,
-)
+from phi4.config.run_schema import CheckpointConfig, ReliabilityConfig, RunConfig, TrackingConfig
+from phi4.config.schema import Recipe, key_kinds
+from phi4.config.training_schema import BatchConfig, DpoConfig, EvaluationConfig, OptimConfig
 
 __all__ = [
     "BatchConfig",
@@ -43,6 +36,7 @@ __all__ = [
     "PrecisionConfig",
     "Recipe",
     "RecomputeConfig",
+    "ReliabilityConfig",
     "RunConfig",
     "SourceConfig",
     "TokenizerConfig",

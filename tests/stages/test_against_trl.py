@@ -17,8 +17,7 @@ import pytest
 import torch
 from transformers import Phi3ForCausalLM
 
-from phi4.config import ModelConfig, Recipe
-from phi4.config.schema import DpoConfig
+from phi4.config import DpoConfig, ModelConfig, Recipe
 from phi4.convert.hf import read_hf
 from phi4.data.stream.batch import Batch
 from phi4.engine.engine import Engine

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phi4.config.schema import DpoConfig
+from phi4.config import DpoConfig
 from phi4.data.stream.batch import Batch
 from phi4.engine.objective import Loss, LossInputs, SegmentSum, make_segment_sum
 from phi4.errors import DataError

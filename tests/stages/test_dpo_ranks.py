@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-from phi4.config.schema import DpoConfig
+from phi4.config import DpoConfig
 from phi4.data.stream.batch import Batch
 from phi4.engine.objective import LossInputs, make_segment_sum
 from phi4.stages.dpo import PreferenceLoss

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from phi4.config.schema import DpoConfig
+from phi4.config import DpoConfig
 from phi4.data.stream.pair_source import PairSource
 from phi4.data.stream.references import ReferenceCache
 from phi4.data.stream.units import Rows

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from phi4.config.schema import DpoConfig
+from phi4.config import DpoConfig
 from phi4.data.stream.batch import Batch
 from phi4.engine.objective import Loss, LossInputs, SegmentSum
 from phi4.stages.dpo import PreferenceLoss

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from phi4.config.schema import ReliabilityConfig
+from phi4.config import ReliabilityConfig
 from phi4.engine.platform import Platform
 from phi4.errors import HungError
 from phi4.train.reliability.exchange import Exchange

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi4.config.schema import ReliabilityConfig
+from phi4.config import ReliabilityConfig
 from phi4.engine.step import StepResult
 from phi4.rundir.state import Numerics, RunState
 from phi4.train.reliability.spikes import SpikeDetector, describe

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from phi4.config.schema import ReliabilityConfig
+from phi4.config import ReliabilityConfig
 from phi4.engine.platform import connect, disconnect
 from phi4.launch import report_errors
 from phi4.launch.worker import ErrorReport, read_reports
