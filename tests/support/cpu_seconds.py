@@ -28,7 +28,7 @@ BUDGETS = ROOT / "tests" / "cpu_budgets.toml"
 MEASURED = ROOT / "tests" / "cpu_seconds.json"
 
 FAILING_FACTOR = 1.5
-"""A strict run fails beyond this multiple of all budgets: not all work slows down like the probe."""
+"""A strict run fails beyond this multiple of all budgets, as the probe predicts only roughly."""
 
 COLLECTION = "(collection)"
 """Stands for a package: what the test processes spend on importing the tests."""
