@@ -60,9 +60,12 @@ def package_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else ""
 
 
-def read_sources(root: Path) -> list[Source]:
-    """Parse phi4/ and kernels/phi4_kernels/ under a root."""
-    files = sorted([*root.glob("phi4/**/*.py"), *root.glob("kernels/phi4_kernels/**/*.py")])
+PACKAGES = ("phi4", "kernels/phi4_kernels")
+
+
+def read_sources(root: Path, folders: Sequence[str] = PACKAGES) -> list[Source]:
+    """Parse the files of folders under a root."""
+    files = sorted(path for folder in folders for path in root.glob(f"{folder}/**/*.py"))
     return [
         Source(file.relative_to(root).as_posix(), ast.parse(file.read_text(encoding="utf-8")))
         for file in files

@@ -1,6 +1,7 @@
 """How long files and functions are, read from the syntax trees, and how long they may be."""
 
 import ast
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 FILE_LINES = 500
 FUNCTION_LINES = {"phi4": 80, "kernels": 80, "tools": 80, "tests": 120}
+NINTH_DECILE_LINES = 25
+"""Nine in ten functions of phi4 have at most as many."""
 KERNEL_LINES = 120
 """A @triton.jit function."""
 
@@ -44,6 +47,12 @@ def _functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFu
 def _limit_of(node: ast.FunctionDef | ast.AsyncFunctionDef, limit: int) -> int:
     decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
     return KERNEL_LINES if any("triton.jit" in text for text in decorators) else limit
+
+
+def decile(measured: list[Size], folder: str) -> int:
+    """Lines that nine in ten of a folder's functions do not exceed."""
+    lines = sorted(size.num_lines for size in measured if size.name.startswith(f"{folder}/"))
+    return lines[math.ceil(0.9 * len(lines)) - 1] if lines else 0
 
 
 def too_large(measured: list[Size]) -> list[str]:

@@ -4,12 +4,32 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.sizes import ROOT, largest, sizes, too_large
+from tests.architecture.sizes import (
+    NINTH_DECILE_LINES,
+    ROOT,
+    decile,
+    largest,
+    sizes,
+    too_large,
+)
 
 
 def test_no_file_or_function_is_too_large() -> None:
     files, functions = sizes(ROOT)
     assert too_large(files) + too_large(functions) == [], largest(ROOT)
+
+
+def test_most_functions_of_phi4_are_short() -> None:
+    _, functions = sizes(ROOT)
+    assert 0 < decile(functions, "phi4") <= NINTH_DECILE_LINES
+
+
+@pytest.mark.parametrize(("num_long", "lines"), [(1, 2), (2, 30)])
+def test_tenth_of_the_functions_may_be_long(tmp_path: Path, num_long: int, lines: int) -> None:
+    (tmp_path / "phi4").mkdir()
+    functions = [function_of(30)] * num_long + [function_of(2)] * (10 - num_long)
+    (tmp_path / "phi4" / "a.py").write_text("".join(functions), encoding="utf-8")
+    assert decile(sizes(tmp_path)[1], "phi4") == lines
 
 
 def planted(root: Path, path: str, text: str) -> list[str]:
