@@ -45,9 +45,10 @@ prove-checkpoints: setup  ## damaged checkpoints execute nothing, each ends in o
 prove-%: setup  ## a proof longer than its tests: python -m tools.prove --help names them
 	@.venv/bin/python -m tools.prove $*
 
-lint: setup  ## ruff, and clang-format where it is installed
+lint: setup  ## ruff, mypy, and clang-format where it is installed
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+	@.venv/bin/python -m tools.check_types
 	@sources=$$(find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null || true); \
 	if [ -n "$$sources" ] && command -v clang-format >/dev/null; then \
 		clang-format --dry-run -Werror $$sources; \
@@ -89,5 +90,5 @@ prove-fresh:  ## README's commands on bare Debian 12 and 13, as root; ARGS: tool
 	@python3 tools/prove_fresh.py $(ARGS)
 
 clean:  ## remove .venv, builds and caches; runs/ stays
-	@rm -rf .venv .venv-tf4 .venv-trl .venv-lm-eval build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-tf4 .venv-trl .venv-lm-eval build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def without_autocast(function: _Function) -> _Function:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
 
-    return run
+    return cast("_Function", run)
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
@@ -64,6 +64,6 @@ def once_differentiable(op: str) -> Callable[[_Function], _Function]:
                 )
             return compute(ctx, *gradients)
 
-        return run
+        return cast("_Function", run)
 
     return decorate

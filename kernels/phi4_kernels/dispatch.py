@@ -106,6 +106,7 @@ def _fastest(op: str, proven: list[str], machine: GpuMachine, evidence: KernelEv
     # A gated kernel was timed by its gate, in every case and pass.
     if timed is None or proven[0] in SPEED_GATED:
         row = evidence.proof(op, proven[0], machine)
+        assert row is not None, "what is proven has a row"
         where = f"proven on {machine.capability}, commit {row['commit']}"
         return Choice(op, proven[0], f"auto: {where}")
     times = {name: timed["us"][name] for name in (*proven, "torch")}
@@ -217,9 +218,10 @@ def resolve(
 @contextmanager
 def count_calls() -> Iterator[Counter[tuple[str, str]]]:
     """Count the calls made inside, by (op, implementation): proof that a kernel was used."""
-    token = _calls.set(Counter())
+    calls: Counter[tuple[str, str]] = Counter()
+    token = _calls.set(calls)
     try:
-        yield _calls.get()
+        yield calls
     finally:
         _calls.reset(token)
 

@@ -49,7 +49,7 @@ def _convert_like_torch(interpreter: ModuleType) -> None:
             return exact.to(fp8[target]).view(torch.uint8).numpy()
         return builtin(values, source, target, rounding)
 
-    interpreter._convert_float = convert
+    interpreter._convert_float = convert  # type: ignore[attr-defined]  # Triton's
 
 
 def _dot_in_fp32(interpreter: ModuleType) -> None:

@@ -5,6 +5,7 @@ reaches is an error. The choice depends on sizes alone, never on a timing: two r
 """
 
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +34,15 @@ class Launch:
 Ladder = tuple[Launch, ...]
 
 
-def pick(ladder: Ladder, size: int) -> Launch:
+class _LadderRow(Protocol):
+    @property
+    def limit(self) -> int: ...
+
+
+Row = TypeVar("Row", bound=_LadderRow)
+
+
+def pick(ladder: tuple[Row, ...], size: int) -> Row:
     """The first row of `ladder` that serves `size`.
 
     Raises:
@@ -48,12 +57,12 @@ def pick(ladder: Ladder, size: int) -> Launch:
     )
 
 
-def persistent_programs(row: Launch, num_items: int, device: torch.device) -> int:
+def persistent_programs(per_processor: int, num_items: int, device: torch.device) -> int:
     """Programs for a kernel that loops over `num_items`: what fills the device, never more."""
     processors = _INTERPRETED_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(num_items, processors * max(row.programs_per_processor, 1))
+    return min(num_items, processors * max(per_processor, 1))
 
 
 def divisor_block(width: int, largest: int, smallest: int) -> int:

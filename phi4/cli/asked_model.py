@@ -40,8 +40,11 @@ class AskedModel(Protocol):
         max_sequence_tokens: prompt and new tokens together; None where only the model knows.
     """
 
-    identity: str
-    max_sequence_tokens: int | None
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def max_sequence_tokens(self) -> int | None: ...
 
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer of its ids."""
@@ -182,4 +185,4 @@ def recognised(model: AskedModel) -> AskedModel:
             f"{found[:12]}; give the rank file of the server's model with --ranks"
         )
     endpoint = replace(model.endpoint, form=PromptForm.PHI4)
-    return replace(model, endpoint=endpoint, max_sequence_tokens=card["max_model_len"])
+    return replace(model, endpoint=endpoint, max_sequence_tokens=int(str(card["max_model_len"])))

@@ -44,8 +44,9 @@ class Asking:
         Raises:
             ConfigError: it is impossible; the message begins with the place of the prompt.
         """
-        options = {"n": self.n, "log_probs": self.log_probs}
-        request = self.options.request(prompt.ids, self.tokenizer, **options)
+        request = self.options.request(
+            prompt.ids, self.tokenizer, n=self.n, log_probs=self.log_probs
+        )
         try:
             check_request(request, limits)
         except ConfigError as error:
@@ -54,9 +55,9 @@ class Asking:
 
 
 class _Finished(NamedTuple):
-    """A finished sample, the index of its prompt, and what was asked."""
+    """A finished sample, the place of its prompt, and what was asked."""
 
-    index: int
+    place: int
     prompt: Prompt
     request: Request
     completion: Completion

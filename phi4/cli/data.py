@@ -90,7 +90,7 @@ def tokenize(
             envvar="SLURM_CPUS_PER_TASK",
             help="Processes; by default as many as this process has CPUs.",
         ),
-    ] = ...,
+    ] = ...,  # type: ignore[assignment]  # typer calls default_factory
     text_field: Annotated[
         str | None,
         typer.Option(

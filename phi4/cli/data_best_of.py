@@ -57,8 +57,9 @@ def best_of_command(
         for line in report.lines():
             typer.echo(line)
 
-    if oracle is None:
+    if judge_scores is not None:
         write(by_scores(judge_scores, least))
         return
+    assert oracle is not None
     with closing(open_oracle(oracle)) as opened:
         write(by_oracle(opened))

@@ -75,8 +75,9 @@ def _contents(file: TokenFile, manifest: ShardManifest | None) -> str:
 
 def _show_samples(file: TokenFile, tokenizer: Tokenizer, samples: int) -> None:
     manifest = read_manifest(file.prefix)
-    found, given = manifest and manifest.tokenizer_fingerprint, tokenizer.facts.fingerprint
-    if manifest and found != given:
+    given = tokenizer.facts.fingerprint
+    if manifest and manifest.tokenizer_fingerprint != given:
+        found = manifest.tokenizer_fingerprint
         raise DataError(
             f"{file.prefix}.bin was written by tokenizer {found[:12]}, samples would be decoded by "
             f"{given[:12]}; name the rank file of the first with --ranks"

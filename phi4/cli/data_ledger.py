@@ -34,7 +34,7 @@ def ledger(run: Run) -> None:
     """
     history = read_history(run)
     state = history.state
-    book = parse_state(state.data)
+    book = parse_state(state.data or {})
     ends = [*book.blends[1:], _as_blend(book)]
     units = units_by_blend(book)
     before = sum(units) - history.units_since(1)
@@ -74,7 +74,7 @@ def trace(run: Run, step: Step, sample: Sample, show: Show = False) -> None:
     earlier = [parse_state(old.data) for old in history.earlier if old.data and old.step < step]
     units = history.units_since(step)
     recorded = recorded_counts(run, step - 1)
-    start, between = rewind(parse_state(state.data), units, earlier, recorded)
+    start, between = rewind(parse_state(state.data or {}), units, earlier, recorded)
     loader = Loader(then.data, tokenizer.facts, then.run.seed, msgspec.to_builtins(start))
     loader.stream.skip(between)
     for line in loader.describe_row(sample):

@@ -41,6 +41,8 @@ def moved_recipe(path: str, out: Path, usual: Path) -> Sequence[str]:
     if out == usual:
         return []
     recipe = load_recipe(path)
+    ranks = recipe.tokenizer.path
+    assert ranks is not None, "the demo's recipes name the rank file they train"
 
     def moved(name: str) -> Path:
         return out / Path(name).relative_to(usual)
@@ -59,7 +61,7 @@ def moved_recipe(path: str, out: Path, usual: Path) -> Sequence[str]:
     }
     return [
         f"run.dir={moved(recipe.run.dir)}",
-        f"tokenizer.path={moved(recipe.tokenizer.path)}",
+        f"tokenizer.path={moved(ranks)}",
         f"data.sources={sources(recipe.data.sources)}",
         *([f"data.held_out={sources(recipe.data.held_out)}"] if recipe.data.held_out else []),
         *(f"{key}={moved(name)}" for key, name in optional.items() if name),

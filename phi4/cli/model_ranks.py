@@ -112,12 +112,14 @@ def _sample(
     if platform.is_writer:
         cache = f"cache: {num_tokens:,} tokens, {format_bytes(cache_bytes)} over all processes"
         typer.echo(f"{platform.describe()}\n{engine.layout.describe()}\n{cache}", err=True)
-    options = {
-        "num_ids": tokenizer.vocab_size,
-        "batch_invariant": batch_invariant,
-        "load_weights": lambda place: source.load_into(engine, Path(place)),
-    }
-    with Generator(engine, size, str(source.path), **options) as generator:
+    with Generator(
+        engine,
+        size,
+        str(source.path),
+        num_ids=tokenizer.vocab_size,
+        batch_invariant=batch_invariant,
+        load_weights=lambda place: source.load_into(engine, Path(place)),
+    ) as generator:
         if generator.leads:
             sampler = LocalSampler(generator, tokenizer)
             try:

@@ -64,9 +64,10 @@ def pairs_command(
     has_text = form is not PairFormat.IDS or from_codelion is not None
     tokenizer = tokenizer_of(ranks) if has_text else None
     if from_codelion is not None:
+        assert tokenizer is not None
         pivots = read_codelion(from_codelion, tokenizer, report.left_out)
     else:
-        pivots = read_pivot_files(searched)
+        pivots = read_pivot_files(searched or [])
     write_pairs(pivots, rules, form, tokenizer, out, report)
     for line in report.lines():
         typer.echo(line)

@@ -232,12 +232,16 @@ class _Served:
                 int(self.source.path.stat().st_mtime),
                 self.max_tokens,
             )
-            beside = nullcontext if self.run_dir is None else partial(self._follow, sampler)
+            beside = partial(self._follow, sampler, self.run_dir)
             answer_until(told, sampler, model, self.weights, self.options, beside)
 
         on_model_rank(worker, self.source, self.cache_tokens, use, self.batch_invariant)
 
-    def _follow(self, sampler: "LocalSampler", traffic: "Traffic") -> AbstractContextManager[None]:
+    def _follow(
+        self, sampler: "LocalSampler", run_dir: Path | None, traffic: "Traffic"
+    ) -> AbstractContextManager[None]:
+        if run_dir is None:
+            return nullcontext()
         from phi4.serve.follow import Weights, follow
         from phi4.serve.server import say
 
@@ -246,7 +250,7 @@ class _Served:
             self.source.check_successor,
             lambda checkpoint: sampler.reload(str(checkpoint)),
         )
-        return follow(self.run_dir, traffic, weights, say)
+        return follow(run_dir, traffic, weights, say)
 
 
 def _require_packages() -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from phi4.data.files.atomic_files import file_error
 from phi4.rundir.goodput import BUCKETS
 from phi4.rundir.run_record import read_run
-from phi4.track.compare import RunComparison, compare_runs
+from phi4.track.compare import Reach, RunComparison, compare_runs
 from phi4.track.noise import IntervalEstimate
 from phi4.track.report import write_report
 
@@ -154,14 +154,13 @@ def _lines(found: RunComparison) -> list[str]:
             f"{rate.low:.3f} to {rate.high:.3f}){': no difference shown' if is_same else ''}."
         )
     if found.reach is not None:
-        lines.append(_reach(found))
+        lines.append(_reach(found.reach))
     return lines
 
 
-def _reach(found: RunComparison) -> str:
-    reach = found.reach
+def _reach(reach: Reach) -> str:
     final = f"A's final loss, {reach.loss:.4f} (mean of its last {reach.span_tokens:,.0f} tokens)"
-    if reach.step is None:
+    if reach.step is None or reach.tokens is None:
         return f"B never reaches {final}."
     times = reach.tokens / reach.a_tokens
     return (

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import tomli_w
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from phi4.config.fields import Kind
 from phi4.config.overrides import apply_overrides, nearest
@@ -131,7 +132,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude_none=True)
 
 
-def _explain(item: dict[str, Any]) -> str:
+def _explain(item: ErrorDetails) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":

@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from phi4.config.schema import Recipe, key_kinds
+from phi4.config.schema import key_kinds, section_keys
 from phi4.errors import ConfigError
 
 _BOOLEANS = {"true": True, "false": False}
@@ -37,7 +37,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         section, name = key.split(".")
         if not isinstance(tree.setdefault(section, {}), dict):
             raise ConfigError(f"override {override!r}: [{section}] is not a table in the recipe")
-        field = Recipe.model_fields[section].annotation.model_fields[name]
+        field = section_keys(section)[name]
         tree[section][name] = _read(text.strip(), field.annotation)
     return tree
 

@@ -19,6 +19,8 @@ from phi4.config.model_schema import ModelConfig, PrecisionConfig
 from phi4.config.run_schema import CheckpointConfig, ReliabilityConfig, RunConfig, TrackingConfig
 from phi4.config.training_schema import BatchConfig, DpoConfig, EvaluationConfig, OptimConfig
 
+_KINDS: tuple[Kind, ...] = ("identity", "schedule", "free")
+
 
 class Recipe(Section):
     """Everything that defines a training run."""
@@ -41,11 +43,18 @@ class Recipe(Section):
     tracking: TrackingConfig = TrackingConfig()
 
 
+def section_keys(section: str) -> dict[str, FieldInfo]:
+    """The keys of a section of the recipe, by name."""
+    annotation = Recipe.model_fields[section].annotation
+    assert isinstance(annotation, type) and issubclass(annotation, Section), section
+    return annotation.model_fields
+
+
 def key_kinds() -> dict[str, Kind]:
     """Kind of every dotted key of the recipe, for example `model.num_layers: identity`."""
     kinds: dict[str, Kind] = {}
-    for section, field in Recipe.model_fields.items():
-        for name, info in field.annotation.model_fields.items():
+    for section in Recipe.model_fields:
+        for name, info in section_keys(section).items():
             kinds[f"{section}.{name}"] = _kind_of(info, f"{section}.{name}")
     return kinds
 
@@ -58,5 +67,5 @@ def source_key_kinds() -> dict[str, Kind]:
 
 def _kind_of(info: FieldInfo, name: str) -> Kind:
     extra = info.json_schema_extra
-    assert isinstance(extra, dict) and extra.get("kind") in ("identity", "schedule", "free"), name
-    return extra["kind"]
+    assert isinstance(extra, dict) and extra.get("kind") in _KINDS, name
+    return next(kind for kind in _KINDS if kind == extra["kind"])

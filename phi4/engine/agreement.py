@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -75,7 +75,7 @@ def decided_by_writer(platform: Platform, decide: Callable[[], Answer]) -> Answe
 
     Collectives: one broadcast of the answer over all ranks, from rank 0.
     """
-    answer: list[object] = [None]
+    answer: list[Answer | _Refusal | None] = [None]
     if platform.is_writer:
         try:
             answer = [decide()]
@@ -88,7 +88,7 @@ def decided_by_writer(platform: Platform, decide: Callable[[], Answer]) -> Answe
     (decided,) = answer
     if isinstance(decided, _Refusal):
         raise decided.error
-    return decided
+    return cast("Answer", decided)
 
 
 def done_by_all(platform: Platform, act: Callable[[], Answer]) -> Answer:
@@ -104,7 +104,7 @@ def done_by_all(platform: Platform, act: Callable[[], Answer]) -> Answer:
 
     Collectives: one all-gather of the errors over all ranks.
     """
-    answer, error = None, None
+    error: Phi4Error | None = None
     try:
         answer = act()
     except Phi4Error as failure:
@@ -177,7 +177,7 @@ def gathered(platform: Platform, own: Answer) -> list[Answer]:
     """
     if platform.world_size == 1:
         return [own]
-    everyone: list[Answer | None] = [None] * platform.world_size
+    everyone = [own] * platform.world_size
     dist.all_gather_object(everyone, own)
     return everyone
 

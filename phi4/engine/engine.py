@@ -51,6 +51,7 @@ from phi4.engine.model.placement import SideStream
 from phi4.engine.model.rope import RopeCache
 from phi4.engine.model.weights_hash import weights_sha256
 from phi4.engine.objective import Objective
+from phi4.engine.optimizer.adamw import OnePassChain
 from phi4.engine.optimizer.build import build_optimizer, gather_parameters, wrap_data_parallel
 from phi4.engine.patches import Patches
 from phi4.engine.platform import Platform
@@ -74,7 +75,10 @@ class RowLogProbs:
     @classmethod
     def of(cls, found: LabelLogProbs) -> "RowLogProbs":
         """A copy on the host."""
-        return cls(*(None if rows_BS is None else rows_BS.cpu().numpy() for rows_BS in found))
+        second_BS = found.alternatives_BS
+        return cls(
+            found.labels_BS.cpu().numpy(), None if second_BS is None else second_BS.cpu().numpy()
+        )
 
 
 class Engine:
@@ -139,10 +143,15 @@ class Engine:
                 initialise(self.bare_chunks, recipe.model, recipe.run.seed, self.layout)
             self.rope_cache = self._rope_cache()
             self.chunks: list[torch.nn.Module] = list(self.bare_chunks)
-            self.optimizer = None
+            self.optimizer: OnePassChain | None = None
             if trains:
                 self.chunks = wrap_data_parallel(self.bare_chunks, self.config, recipe, self.layout)
                 self.optimizer = build_optimizer(self.chunks, recipe, self.choices)
+
+    @property
+    def _updater(self) -> OnePassChain:
+        assert self.optimizer is not None, "the engine was built with trains=False"
+        return self.optimizer
 
     def train_step(
         self,
@@ -169,7 +178,7 @@ class Engine:
             self._set_training(True)
             return steps.train_step(
                 self.chunks,
-                self.optimizer,
+                self._updater,
                 self.to_device(batches),
                 objective,
                 self.layout,
@@ -185,7 +194,7 @@ class Engine:
         with self.patches:
             self._set_training(True)
             placed = self.to_device(batches)
-            return replay_step(self.chunks, self.optimizer, placed, objective, self.layout)
+            return replay_step(self.chunks, self._updater, placed, objective, self.layout)
 
     def check_fp8(
         self, batches: Sequence[HostBatch], objective: Objective, limits: FP8Limits
@@ -204,7 +213,7 @@ class Engine:
             self._set_training(True)
             return check_fp8(
                 self.chunks,
-                self.optimizer,
+                self._updater,
                 self.to_device(batches[:count]),
                 objective,
                 self.layout,

@@ -232,16 +232,18 @@ def _lost_values_counted(
     """
     by_layer = list(linears_by_layer(chunks))
     device = next(chunks[0].parameters()).device
-    for _, linears in by_layer:
-        for linear in linears:
-            linear.lost = LostValues(device)
+    lost: list[tuple[int, list[LostValues]]] = []
+    for layer, linears in by_layer:
+        lost.append((layer, [LostValues(device) for _ in linears]))
+        for linear, counter in zip(linears, lost[-1][1], strict=True):
+            linear.lost = counter
 
     def counts() -> torch.Tensor:
         shape = (num_layers, LINEARS_PER_LAYER, len(CASTS), 3)
         # Integers, and exact: fp64 holds them up to 9e15.
         table = torch.zeros(shape, dtype=torch.float64, device=device)
-        for layer, linears in by_layer:
-            table[layer] = torch.stack([linear.lost.counts for linear in linears]).double()
+        for layer, counters in lost:
+            table[layer] = torch.stack([counter.counts for counter in counters]).double()
         return table.flatten()
 
     try:

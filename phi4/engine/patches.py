@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -267,6 +268,9 @@ class Patches:
         PlatformError: megatron-core is missing or has another version.
     """
 
+    device: torch.device
+    rng_tracker: CpuRngTracker
+
     def __init__(
         self, kind: Literal["cpu", "cuda", "meta"], without: frozenset[str] = frozenset()
     ) -> None:
@@ -279,7 +283,7 @@ class Patches:
         rewrites = kind != "cuda" and DEVICE_LITERALS not in without
         self._mode = CudaMeansHere(self.device) if rewrites else contextlib.nullcontext()
         self._saved: list[tuple[Any, str, Any]] = []
-        self._warnings: warnings.catch_warnings | None = None
+        self._warnings = warnings.catch_warnings()
         self._depth = 0
 
     def __enter__(self) -> "Patches":
@@ -296,17 +300,22 @@ class Patches:
             self._mode.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self._mode.__exit__(*exception)
+            self._mode.__exit__(kind, error, trace)
             while self._saved:
                 owner, name, value = self._saved.pop()
                 if value is _ABSENT:
                     delattr(owner, name)
                 else:
                     setattr(owner, name, value)
-            self._warnings.__exit__(*exception)
+            self._warnings.__exit__(kind, error, trace)
 
 
 def check_megatron_version() -> None:

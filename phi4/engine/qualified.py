@@ -77,8 +77,8 @@ def agreed(machines: Sequence[tuple[Row, ...]]) -> KernelEvidence:
     ]
     first = [row for row in machines[0] if "implementation" not in row]
     for candidate, row in verdicts[0].items():
-        elsewhere = [of_machine.get(candidate) for of_machine in verdicts]
-        if all(elsewhere):
+        elsewhere = [found[candidate] for found in verdicts if found.get(candidate)]
+        if len(elsewhere) == len(verdicts):
             first.append(next((other for other in elsewhere if not other["green"]), row))
     return KernelEvidence(tuple(first), dispatch.known().speed)
 

@@ -217,7 +217,7 @@ def logits(
     Collectives: those of the forward schedule.
     """
     outputs = run_schedule(chunks, batches, layout, None, labelled=False)
-    return outputs if layout.is_last_stage else []
+    return [output for output in outputs if isinstance(output, torch.Tensor)]
 
 
 @torch.no_grad()
@@ -230,14 +230,15 @@ def log_probs(
     over cp, then one broadcast over pp, of 4 bytes per token; both again where the micro-batch has
     alternative labels.
     """
-    local = run_schedule(chunks, batches, layout, None)
-    if not layout.is_last_stage:
-        local = [None] * len(batches)
+    outputs = run_schedule(chunks, batches, layout, None)
+    local: Sequence[LabelLogProbs | None] = [None] * len(batches)
+    if layout.is_last_stage:
+        local = [output for output in outputs if isinstance(output, LabelLogProbs)]
     shape, device = batches.row_shape, _device(chunks)
 
     def whole(local_BS: torch.Tensor | None) -> torch.Tensor:
         rows_BS = torch.empty(shape, device=device)
-        if layout.is_last_stage:
+        if local_BS is not None:
             rows_BS = layout.context_gather(local_BS).contiguous()
         if layout.pp_size > 1:
             dist.broadcast(rows_BS, group=layout.groups.pp, group_src=layout.pp_size - 1)
@@ -245,7 +246,7 @@ def log_probs(
 
     found = []
     for output, has_alternatives in zip(local, batches.have_alternatives, strict=True):
-        first_BS, second_BS = output or (None, None)
+        first_BS, second_BS = (None, None) if output is None else output
         found.append(LabelLogProbs(whole(first_BS), whole(second_BS) if has_alternatives else None))
     return found
 
@@ -278,7 +279,8 @@ def run_schedule(
     def forward(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
         batch = next(iterator)
         with without_rewriting(), batches.measured():
-            output = getattr(chunk, "module", chunk).run(batch, labelled=labelled)
+            model = getattr(chunk, "module", chunk)
+            output = model.run(batch, labelled=labelled)  # type: ignore[operator]  # nn.Module's
         return output, partial(finish, batch)
 
     def finish(
@@ -286,6 +288,7 @@ def run_schedule(
     ):
         if loss_of is None:
             return output
+        assert isinstance(output, LabelLogProbs), "a loss is of log-probabilities"
         # megatron-core adds up an integer count, for its own division; ours may not be one.
         return loss_of(output, batch).loss_sum, torch.ones((), dtype=torch.int), {}
 
@@ -328,7 +331,7 @@ def loss_function(
             segment_ids_BS=batch.segment_ids_BS,
             num_segments=batch.num_segments,
             alternative_log_probs_BS=log_probs.alternatives_BS,
-            alternative_mask_BS=batch.alternatives and batch.alternatives.mask_BS,
+            alternative_mask_BS=None if batch.alternatives is None else batch.alternatives.mask_BS,
             token_extras=batch.token_extras,
             segment_extras=batch.segment_extras,
             segment_share=segment_share,

@@ -40,7 +40,8 @@ def import_or_hide() -> TransformerEngine:
         for name in [name for name in sys.modules if name.partition(".")[0] in _PACKAGES]:
             del sys.modules[name]
         # An import of a name that stands for None raises ModuleNotFoundError.
-        sys.modules.update(dict.fromkeys(_PACKAGES))
+        for name in _PACKAGES:
+            sys.modules[name] = None  # type: ignore[assignment]  # typeshed has no such entries
     return found
 
 

@@ -87,8 +87,10 @@ def worker_environment(environ: Mapping[str, str]) -> WorkerEnvironment:
     match started_by(environ):
         case "phi4":
             attempt = _integer(environ, "PHI4_ATTEMPT") if "PHI4_ATTEMPT" in environ else None
-            place = ("directory", environ["PHI4_RENDEZVOUS"], job, attempt)
-            worker = WorkerEnvironment(*_torch_ranks(environ), *place)
+            address = environ["PHI4_RENDEZVOUS"]
+            worker = WorkerEnvironment(
+                *_torch_ranks(environ), "directory", address, job=job, attempt=attempt
+            )
         case "torchrun":
             worker = WorkerEnvironment(*_torch_ranks(environ), "env", "env://", job)
         case "slurm":
@@ -114,7 +116,7 @@ def worker_environment(environ: Mapping[str, str]) -> WorkerEnvironment:
 def launched_by(environ: Mapping[str, str] = os.environ) -> LaunchedBy:
     """What the environment says of the Slurm job, and of this machine among those of the run."""
     # srun numbers the machines of a step, torchrun calls them groups; phi4 starts ranks on one.
-    node = {"slurm": "SLURM_NODEID", "torchrun": "GROUP_RANK"}.get(started_by(environ), "")
+    node = {"slurm": "SLURM_NODEID", "torchrun": "GROUP_RANK"}.get(started_by(environ) or "", "")
     local_rank = "SLURM_LOCALID" if started_by(environ) == "slurm" else "LOCAL_RANK"
     return LaunchedBy(
         {key: environ[name] for key, name in _SLURM_FACTS.items() if environ.get(name)},

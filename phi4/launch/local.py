@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -151,13 +152,13 @@ def _start(
     # A killed rank must not take its last lines with it, and one that crashes says where.
     defaults = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     environment = {**defaults, **os.environ, **env}
-    options = {"env": environment, "stdin": stdin, "start_new_session": True}
+    start = partial(subprocess.Popen, command, env=environment, stdin=stdin, start_new_session=True)
     if rank == 0:
-        return _Worker(rank, subprocess.Popen(command, **options), None, 0)
+        return _Worker(rank, start(), None, 0)
     log = work_dir / "logs" / f"rank_{rank}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
+        process = start(stdout=output, stderr=subprocess.STDOUT)
         return _Worker(rank, process, log, output.tell())
 
 
@@ -252,10 +253,11 @@ def _conclude(
     told = [worker for worker in workers if takes_notices and worker.was_told]
     explained = {report.rank for report in reports} | {worker.rank for worker in told}
     silent = [w for w in workers if w.died_at and w.rank not in explained]
-    first = min(silent, key=lambda worker: worker.died_at, default=None)
+    first = min(silent, key=lambda worker: worker.died_at or 0.0, default=None)
     killed = [w for w in silent if w.process.returncode == -signal.SIGKILL]
-    if killed or (first and (not reports or first.died_at - _NOTICE_SECONDS < reports[0].time)):
-        guilty_worker = killed[0] if killed else first
+    is_first = first and (not reports or (first.died_at or 0.0) - _NOTICE_SECONDS < reports[0].time)
+    guilty_worker = killed[0] if killed else first if is_first else None
+    if guilty_worker is not None:
         _say(_last_lines(guilty_worker, len(workers)))
         return guilty_worker.exit_code
     if not reports:

@@ -171,7 +171,8 @@ def _alone(answer: str, key: ChoiceKey) -> set[str]:
     last = answer.strip().rpartition("\n")[2]
     everywhere = set()
     for text in (last, answer):
-        letters = {_letter(found, key.letters) for found in _ALONE.finditer(text)} - {None}
+        found_letters = (_letter(found, key.letters) for found in _ALONE.finditer(text))
+        letters = {letter for letter in found_letters if letter is not None}
         if len(letters) == 1:
             return letters
         everywhere = letters

@@ -36,7 +36,7 @@ def fullest_stage(plan: MemoryPlan) -> StageMemory:
 
 def remedies(plan: MemoryPlan) -> list[str]:
     """Overrides under which the recipe fits the same GPUs, cheapest change first."""
-    found = []
+    found: list[str] = []
     for overrides in _changes(plan.recipe):
         if len(found) < MOST_REMEDIES and _fits(plan, overrides):
             found.append(" ".join(overrides))

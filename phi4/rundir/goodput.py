@@ -6,7 +6,7 @@ What a roll back undid counts as roll_back and what a kill undid as restart, wha
 on: that work was done again.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,12 +68,13 @@ class Span:
 
 def goodput_of(record: RunRecord) -> Goodput:
     """Seconds by bucket over all attempts of a run; nothing for a run of version 0.1."""
-    seconds: Counter[str] = Counter(dict.fromkeys(BUCKETS, 0.0))
+    seconds = dict.fromkeys(BUCKETS, 0.0)
     began = ended = 0.0
     for span in spans_of(record):
-        seconds.update(span.seconds)
+        for bucket, value in span.seconds.items():
+            seconds[bucket] = seconds.get(bucket, 0.0) + value
         began, ended = began or span.began_unix, max(ended, span.ended_unix)
-    return Goodput(dict(seconds), began, ended)
+    return Goodput(seconds, began, ended)
 
 
 def spans_of(record: RunRecord) -> Iterator[Span]:
@@ -110,18 +111,19 @@ def _attempt_spans(
     rest = end - attempt.started_unix
     for line in lines:
         by = {"roll_back": "roll_back", "resume": "restart"}.get(line.get("undone_by", ""))
-        seconds: Counter[str] = Counter()
+        seconds: dict[str, float] = defaultdict(float)
         for key, value in line.items():
             if key.startswith(SECONDS):
                 bucket = key.removeprefix(SECONDS)
                 seconds[starting if bucket in _STARTING else by or bucket] += value
-        rest -= seconds.total()
-        yield Span(number, line["unix_seconds"] - seconds.total(), line["unix_seconds"], seconds)
-    seconds = Counter()
+        num_seconds = sum(seconds.values())
+        rest -= num_seconds
+        yield Span(number, line["unix_seconds"] - num_seconds, line["unix_seconds"], seconds)
+    seconds = defaultdict(float)
     for bucket, value in attempt.seconds.items():
         seconds[starting if bucket in _STARTING else bucket] += value
-    rest -= seconds.total()
-    yield Span(number, end - seconds.total(), end, seconds)
+    rest -= sum(seconds.values())
+    yield Span(number, end - sum(seconds.values()), end, seconds)
     if not attempt.outcome:
         # Killed, or running: what it did after its last line is known to nobody, and lost.
         yield Span(number, end - max(0.0, rest), end, {"restart": max(0.0, rest)})

@@ -135,4 +135,4 @@ def _knows(saved: RunState, roll_back: RunState) -> bool:
 
 def _units_drawn(state: RunState) -> int:
     """Units of the stream before a place of it."""
-    return sum(units_by_blend(parse_state(state.data)))
+    return sum(units_by_blend(parse_state(state.data or {})))

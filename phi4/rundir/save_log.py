@@ -60,9 +60,8 @@ class SaveLog:
 
     def note(self, step: int, state: SaveState, **fields: object) -> None:
         """Append an event that happens now; fields as those of `SaveEvent`."""
-        event = SaveEvent(
-            step=step, state=state, attempt=self._attempt, unix_seconds=time.time(), **fields
-        )
+        event = SaveEvent(step=step, state=state, attempt=self._attempt, unix_seconds=time.time())
+        event = msgspec.structs.replace(event, **fields)
         self._unwritten += msgspec.json.encode(event) + b"\n"
         try:
             with self._path.open("ab", buffering=0) as file:

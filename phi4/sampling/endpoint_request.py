@@ -1,6 +1,6 @@
 """What an endpoint is asked: the path and the body of a request, and what it has to refuse."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.sampling.chat import plain_text, read_chat_prompt
@@ -123,7 +123,7 @@ def _extensions(request: Request) -> dict[str, object]:
     }
 
 
-def _by_name(bias: dict[int, float]) -> dict[str, float] | None:
+def _by_name(bias: Mapping[int, float]) -> dict[str, float] | None:
     return {str(token_id): value for token_id, value in bias.items()} or None
 
 

@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
+from typing import BinaryIO
 
 from phi4.data.files.jsonl import open_lines, parse_row, read_lines, reading
 from phi4.data.rows.messages import read_messages
@@ -56,6 +58,7 @@ class PromptReader:
         Raises:
             DataError: the file cannot be read, or a line is no prompt.
         """
+        opened: AbstractContextManager[BinaryIO | BufferedIOBase]
         opened = nullcontext(sys.stdin.buffer) if path == STDIN else open_lines(path)
         with reading(path), opened as lines:
             for number, (line, num_bytes) in enumerate(read_lines(lines), start=1):
@@ -80,12 +83,13 @@ class PromptReader:
                 return self._of_messages(read_messages(row["messages"], "messages"), place)
             except DataError as error:
                 raise DataError(f"{place}: {error}") from None
-        if "messages" in row or not isinstance(row.get("prompt"), str):
+        text = row.get("prompt")
+        if "messages" in row or not isinstance(text, str):
             raise DataError(
                 f'{place}: expected {{"prompt": "text"}} or {{"messages": [...]}}, got the keys '
                 f"{', '.join(sorted(row)) or 'none'}"
             )
-        return self._of_text(row["prompt"], place)
+        return self._of_text(text, place)
 
     def _of_text(self, text: str, place: str) -> Prompt:
         if self.chat:

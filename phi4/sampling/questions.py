@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phi4.data.files.jsonl import open_lines, parse_row, read_lines, reading
-from phi4.data.rows.messages import column_names
+from phi4.data.rows.messages import column_names, read_messages
 from phi4.data.rows.token_ids import read_ids
 from phi4.errors import DataError
 from phi4.sampling.prompts import PromptReader
@@ -96,4 +96,6 @@ def question_id(prompt: tuple[int, ...]) -> str:
 def _shown_text(row: Mapping[str, object]) -> str:
     """The text, or the last turn of the messages."""
     prompt = row.get("prompt")
-    return prompt if isinstance(prompt, str) else str(row["messages"][-1]["content"])
+    if isinstance(prompt, str):
+        return prompt
+    return str(read_messages(row["messages"], "messages")[-1].content)

@@ -71,12 +71,14 @@ def make_app(
     return app
 
 
-async def _api_error(request: Request, error: ApiError) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
     return error_response(request.url.path, error)
 
 
-async def _invalid(request: Request, error: RequestValidationError) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     """The first fault of a body, named by its field."""
+    assert isinstance(error, RequestValidationError)
     fault = error.errors()[0]
     field = ".".join(str(part) for part in fault["loc"] if part != "body")
     if fault["type"] == "json_invalid":
@@ -87,7 +89,8 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
     return error_response(request.url.path, said)
 
 
-async def _http_error(request: Request, error: HTTPException) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
     path = request.url.path
     message = {
         404: f"there is no {path} here",

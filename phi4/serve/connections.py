@@ -44,8 +44,9 @@ class LimitedConnection(H11Protocol):
         self._request_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.BaseProtocol`."""
+        assert isinstance(transport, asyncio.Transport)
         super().connection_made(transport)
         # Writing pauses as soon as the machine's own buffer is full, and goes on when all is sent.
         transport.set_write_buffer_limits(high=0)

@@ -13,7 +13,7 @@ from phi4.serve.api_errors import ApiError
 class Letter(NamedTuple):
     """What happened to one of the requests that were asked together."""
 
-    index: int
+    place: int
     content: Sequence[Event] | ApiError
     is_last: bool
 

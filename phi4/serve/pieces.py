@@ -70,8 +70,8 @@ async def pieces(
             ended: dict[int, Completion] = {}
             for event in happened:
                 match event:
-                    case ScoredPrompt(tokens=tokens):
-                        yield ScoredPiece(prompt, tokens)
+                    case ScoredPrompt(tokens=scored):
+                        yield ScoredPiece(prompt, scored)
                     case NewToken(sample=sample, token=token):
                         grown.setdefault(sample, []).append(token)
                     case Completion(sample=sample):
@@ -88,6 +88,6 @@ async def pieces(
                     sample,
                     text,
                     tuple(tokens),
-                    end and end.finish_reason,
-                    end and end.matched,
+                    None if end is None else end.finish_reason,
+                    None if end is None else end.matched,
                 )

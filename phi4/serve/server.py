@@ -40,7 +40,7 @@ def answer_until(
     model: ServedModel,
     weights: str,
     options: ServerOptions,
-    beside: Callable[[Traffic], AbstractContextManager[None]] = nullcontext,
+    beside: Callable[[Traffic], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> None:
     """Answer requests, on the model's thread, until the server is told to end and has drained.
 

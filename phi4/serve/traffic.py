@@ -110,7 +110,7 @@ class Traffic:
                 if isinstance(letter.content, ApiError):
                     raise letter.content
                 num_left -= letter.is_last
-                yield letter.index, letter.content
+                yield letter.place, letter.content
         finally:
             self.num_open -= len(asked)
             for one in asked:

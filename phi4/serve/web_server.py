@@ -52,7 +52,8 @@ def serving(
         log_level="warning",
         access_log=False,
         lifespan="off",
-        http=partial(LimitedConnection, limits),
+        # uvicorn calls it as it would call the class.
+        http=partial(LimitedConnection, limits),  # type: ignore[arg-type]
         timeout_graceful_shutdown=limits.closing_seconds + _MARGIN_SECONDS,
     )
     server = uvicorn.Server(config)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from phi4.config import Recipe, changed_keys
+from phi4.config.fields import Kind
 from phi4.data.stream.ledger import parse_state
 from phi4.errors import Phi4Error
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint
@@ -109,7 +110,7 @@ class RunComparison:
         goodput: of A and B; None for one that did not record its wall time.
     """
 
-    differing: Mapping[str, Mapping[str, tuple[Any, Any]]]
+    differing: Mapping[Kind, Mapping[str, tuple[Any, Any]]]
     warnings: Sequence[str]
     is_paired: bool
     losses: Sequence[LossGap]
@@ -136,7 +137,7 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunComparison:
         kind: {key: values for key, values in keys.items() if key not in _ALWAYS_DIFFER}
         for kind, keys in changes.items()
     }
-    flat = {key for kind in ("identity", "schedule") for key in differing[kind]}
+    flat = {*differing["identity"], *differing["schedule"]}
     warnings, is_comparable = _warnings(a.recipe, b.recipe, flat)
     if is_comparable and (names := _other_content(a, b)):
         warnings.append(
@@ -147,7 +148,7 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunComparison:
     curves = LossCurve.of(a), LossCurve.of(b)
     has_losses = is_comparable and all(curve.losses.size for curve in curves)
     same_held_out = "data.held_out" not in differing["free"]
-    goodputs = [goodput_of(record) for record in (a, b)]
+    of_a, of_b = goodput_of(a), goodput_of(b)
     return RunComparison(
         differing=differing,
         warnings=warnings,
@@ -156,7 +157,7 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunComparison:
         held_out=_held_out_gaps(a, b) if is_comparable and same_held_out else [],
         reach=_reach(*curves) if has_losses else None,
         throughput=_throughput(a, b),
-        goodput=tuple(found if found.wall_seconds > 0 else None for found in goodputs),
+        goodput=(of_a if of_a.wall_seconds > 0 else None, of_b if of_b.wall_seconds > 0 else None),
     )
 
 

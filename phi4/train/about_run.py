@@ -50,7 +50,7 @@ def about_run(
     held_out = {name: source.manifests[name] for name, source in context.held_out.items()}
     return About(
         uid=uid_of(Path(recipe.run.dir)),
-        attempt=context.lease.number,
+        attempt=context.owned_lease.number,
         step=context.state.step,
         unix_seconds=time.time(),
         command=_command(),

@@ -235,6 +235,7 @@ class Checkpointer:
     def _concluded(self, outcome: Callable[[], Durable | None], step: int) -> None:
         """Take the outcome of the save under way, if there is one by now."""
         pending = self._pending
+        assert pending is not None, "there is an outcome of a save under way"
         try:
             durable = outcome()
         except (DiskFullError, PlatformError) as error:

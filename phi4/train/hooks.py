@@ -194,6 +194,12 @@ class RunContext:
     phases: Phases
     requests: Requests
 
+    @property
+    def owned_lease(self) -> Lease:
+        """The lease, on the writer rank."""
+        assert self.lease is not None, "only the writer rank holds the lease"
+        return self.lease
+
 
 HookFactory = Callable[[RunContext], Sequence[Hook]]
 """Called once on every rank, before anything of an earlier attempt is written over; any number of

@@ -44,7 +44,7 @@ class LedgerRecord(Hook):
     def act(self, progress: Progress) -> Decision:
         """Write the counts of all sources."""
         if self._file:
-            numbers = counts_line(progress.state.data) | roll_back_numbers(progress.state)
+            numbers = counts_line(progress.state.data or {}) | roll_back_numbers(progress.state)
             self._file.log(progress.step, numbers)
         return CONTINUE
 

@@ -49,7 +49,12 @@ def require_ownership(platform: Platform, lease: Lease | None) -> None:
 
     Collectives: a broadcast of the outcome over all ranks.
     """
-    decided_by_writer(platform, lambda: lease.check())
+
+    def check() -> None:
+        assert lease is not None, "the writer rank holds it"
+        lease.check()
+
+    decided_by_writer(platform, check)
 
 
 @contextmanager

@@ -43,4 +43,6 @@ class RankMemory:
 def _peak_resident() -> int:
     """Of this process since it began; getrusage would count what its parent had before."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    assert found is not None, "Linux 2.6.15 and later write this line"
+    return int(found[1]) * 1024

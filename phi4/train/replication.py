@@ -20,7 +20,7 @@ from phi4.rundir.checkpoints import step_of
 from phi4.rundir.manifest import FileEntry, manifest_hash
 from phi4.rundir.replica import ReplicaId
 from phi4.train.save_states import SaveStates
-from phi4.writer import Replicate, Replicated, WriterProcess, WrittenFile
+from phi4.writer import Failed, Replicate, Replicated, WriterProcess, WrittenFile
 
 _log = logging.getLogger(__name__)
 
@@ -89,10 +89,10 @@ class Replication:
                 digest = manifest_hash(checkpoint)
         everyone = gathered(self._platform, (self._copy, digest))
         copies, digest = [copy for copy, _ in everyone], everyone[0][1]
-        busy = [rank for rank, copy in enumerate(copies) if copy is not None and copy.is_busy]
+        busy = [(rank, copy) for rank, copy in enumerate(copies) if copy and copy.is_busy]
         if busy:
-            before, others = copies[busy[0]].of.step, len(busy) - 1
-            who = f"rank {busy[0]}" + (f" and {others} others" if others else "")
+            before, others = busy[0][1].of.step, len(busy) - 1
+            who = f"rank {busy[0][0]}" + (f" and {others} others" if others else "")
             self._states.replica_left_out(step, f"step {before} is still copied by {who}")
             return
         self._learn(copies)
@@ -115,7 +115,7 @@ class Replication:
         reply = self._copier.reply()
         if isinstance(reply, Replicated):
             self._copy = replace(self._copy, is_busy=False)
-        elif reply is not None:
+        elif isinstance(reply, Failed):
             self._failed(reply.as_error())
 
     def settle(self, *, within_seconds: float, tick: Callable[[], None] = lambda: None) -> None:
@@ -144,6 +144,7 @@ class Replication:
 
     def _failed(self, error: Exception) -> None:
         reason = f"rank {self._platform.rank} on {self._host}: {error}"
+        assert self._copy is not None, "what failed was begun"
         self._copy = replace(self._copy, is_busy=False, reason=reason)
         _log.warning(
             "step %d has no replica: %s; the checkpoint counts all the same; check "

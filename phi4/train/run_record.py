@@ -46,12 +46,12 @@ class Recorder:
     def rewind(self, step: int) -> None:
         """The steps after this one are undone and happen again."""
         self._trackers.rewind(step)
-        if self._clock is not None:
+        if self._clock is not None and self._lease is not None:
             self._clock.follow(read_run(self._lease.run_dir))
 
     def finish(self, status: Status, *, reason: str = "", preempted: bool | None = None) -> None:
         """Note how the attempt ends, then close the record."""
-        if self._clock is not None:
+        if self._clock is not None and self._lease is not None:
             # Where the disk takes no note of the end, the record still ends as what it is.
             with suppress(Phi4Error):
                 self._lease.conclude(
@@ -78,7 +78,7 @@ def begin_record(
     begun = [Recorder(open_trackers(recipe, resume_step=state.step, is_writer=False))]
 
     def begin() -> None:
-        lease = context.lease
+        lease = context.owned_lease
         lease.begin()
         run_dir = Path(recipe.run.dir)
         if state.step == 0:

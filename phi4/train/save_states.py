@@ -5,7 +5,7 @@ from pathlib import Path
 
 from phi4.engine.checkpoint import Durable, SaveRequest
 from phi4.rundir.manifest import manifest_hash
-from phi4.rundir.save_log import SaveLog
+from phi4.rundir.save_log import SaveLog, SaveState
 from phi4.train.hooks import RunContext
 
 
@@ -104,6 +104,6 @@ class SaveStates:
                 return manifest_hash(checkpoint)
         return ""
 
-    def _note(self, step: int, state: str, **fields: object) -> None:
+    def _note(self, step: int, state: SaveState, **fields: object) -> None:
         if self._log is not None:
             self._log.note(step, state, **fields)

@@ -259,6 +259,7 @@ def _trained(
     )
     with failure_recorded(recorder), sampled:
         ending = train(context, loader, hooks, checkpointer, recorder)
+    assert ending.state is not None
     with context.phases.during("end", ending.state.step):
         was_noticed = ending.exit_code == REQUEUE_EXIT_CODE and context.platform.is_writer
         preempted = requests.was_preempted() if was_noticed else False

@@ -209,7 +209,11 @@ def _measure(engine: Engine, objective: Objective, batch: Batch) -> Tensors:
     if hook is not None:
         hook.remove()
     gradients = global_parameters(engine.bare_chunks)
-    return measured | {name: parameter.main_grad.clone() for name, parameter in gradients}
+    # main_grad is megatron-core's.
+    return measured | {
+        name: parameter.main_grad.clone()  # type: ignore[attr-defined]
+        for name, parameter in gradients
+    }
 
 
 def _embedded_positions(engine: Engine, mask_BS: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ def preference_micro_batches(recipe: Recipe, step: int, dp_rank: int, dp_size: i
                 eod_id=_EOD_ID,
                 starts=rows.starts[place],
             ),
-            rows.pairs.rows(place),
+            rows.pair_columns.rows(place),
             tokens_per_pair,
         )
         for place in places
@@ -55,8 +55,9 @@ def _global_rows(recipe: Recipe, step: int) -> tuple[Rows, float]:
         # one, and there a step without any weight on a rank is not what is asked.
         if num_rows < 4 * size or not num_rows - 2 * size <= row < num_rows - size:
             _fill(rows.cut(row, 0, length), random, recipe.model.vocab_size)
-    chosen = (rows.pairs.segment_ids >= 0) & (rows.pairs.segment_ids % 2 == 0)
-    return rows, float(chosen.sum() / rows.pairs.num_pairs.sum())
+    pairs = rows.pair_columns
+    chosen = (pairs.segment_ids >= 0) & (pairs.segment_ids % 2 == 0)
+    return rows, float(chosen.sum() / pairs.num_pairs.sum())
 
 
 def _fill(row: Rows, random: np.random.Generator, vocab_size: int) -> None:
@@ -76,10 +77,10 @@ def _fill(row: Rows, random: np.random.Generator, vocab_size: int) -> None:
         place, pair = place + int(sizes.sum()), pair + added
     if place < length:
         row.starts[place] = True
-    row.pairs.num_pairs[:] = pair
-    counts = np.stack([_counts(row.pairs, pair, side) for side in (0, 1)], axis=1)
+    row.pair_columns.num_pairs[:] = pair
+    counts = np.stack([_counts(row.pair_columns, pair, side) for side in (0, 1)], axis=1)
     typical = -counts * math.log(vocab_size)
-    row.pairs.reference[0, :pair] = typical + random.normal(0, 1, typical.shape)
+    row.pair_columns.reference[0, :pair] = typical + random.normal(0, 1, typical.shape)
 
 
 def _add_pair(row: Rows, pair: int, sizes: np.ndarray, random: np.random.Generator) -> int:
@@ -92,7 +93,7 @@ def _add_pair(row: Rows, pair: int, sizes: np.ndarray, random: np.random.Generat
         answer = np.arange(begin + prompt - 1, begin + sizes[side])
         counted = answer[(random.random(answer.size) < 0.8) | (answer == answer[0])]
         row.weights[counted] = 1
-        row.pairs.segment_ids[0, counted] = 2 * pair + side
+        row.pair_columns.segment_ids[0, counted] = 2 * pair + side
         row.starts[begin] = True
     return 1
 
@@ -101,8 +102,8 @@ def _add_pivots(row: Rows, pair: int, random: np.random.Generator, vocab_size: i
     """A sequence with second labels at up to three places."""
     positions = np.sort(random.choice(row.tokens.size, random.integers(1, 4), replace=False))
     row.weights[positions] = 1
-    row.pairs.segment_ids[0, positions] = 2 * (pair + np.arange(positions.size))
-    row.pairs.alternatives[0, positions] = random.integers(1, vocab_size, positions.size)
+    row.pair_columns.segment_ids[0, positions] = 2 * (pair + np.arange(positions.size))
+    row.pair_columns.alternatives[0, positions] = random.integers(1, vocab_size, positions.size)
     row.starts[0] = True
     return positions.size
 

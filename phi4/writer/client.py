@@ -93,6 +93,7 @@ class WriterProcess:
         content, offset = pickle.dumps(task), self.staging.capacity
         write_all(self.staging.fd, content, offset)
         self._is_busy = True
+        assert self._control is not None
         # One that ended meanwhile is noticed by `reply`.
         with contextlib.suppress(OSError):
             self._control.send(FRAME.pack(offset, len(content)))
@@ -101,6 +102,7 @@ class WriterProcess:
         """The outcome of the task, once; None while it is being done."""
         if not self._is_busy:
             return None
+        assert self._handle is not None and self._control is not None
         # Asked first: what a process answered before it ended counts.
         code = self._handle.poll()
         frame = b""
@@ -115,7 +117,7 @@ class WriterProcess:
         if frame:
             offset, length = FRAME.unpack(frame)
             return pickle.loads(os.pread(self.staging.fd, length, offset))
-        return Failed(f"its writer process {self._handle.pid} {self._end()}")
+        return Failed(f"its writer process {self._handle.pid} {_end(self._handle)}")
 
     def cancel(self) -> None:
         """Give up the task that is being done, and the process with it."""
@@ -125,9 +127,9 @@ class WriterProcess:
     def kill(self) -> None:
         """End the process without waiting for it: one that hangs in the kernel ends later."""
         self._is_busy = False
-        if self._handle is not None:
-            if self._handle.poll() is None:
-                self._handle.kill()
+        if self._handle is not None and self._handle.poll() is None:
+            self._handle.kill()
+        if self._control is not None:
             self._control.close()
         self._handle = self._control = None
 
@@ -136,12 +138,11 @@ class WriterProcess:
         self.kill()
         self.staging.close()
 
-    def _end(self) -> str:
-        # Its socket closes a moment before its exit code is there.
-        for _ in range(_EXIT_POLLS):
-            if (code := self._handle.poll()) is not None:
-                break
-            time.sleep(_EXIT_POLL_SECONDS)
-        else:
-            return "closed its socket"
-        return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+def _end(handle: Handle) -> str:
+    # Its socket closes a moment before its exit code is there.
+    for _ in range(_EXIT_POLLS):
+        if (code := handle.poll()) is not None:
+            return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        time.sleep(_EXIT_POLL_SECONDS)
+    return "closed its socket"

@@ -9,8 +9,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, cast
 
 import torch
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def _save_tensor(tensor: torch.Tensor, stream: "_HashedStream") -> None:
     alone = tensor.detach().contiguous()
     if alone.untyped_storage().size() != alone.numel() * alone.itemsize:
         alone = alone.clone()
-    torch.save(alone, stream)
+    torch.save(alone, cast(IO[bytes], stream))
 
 
 class _HashedStream(io.RawIOBase):
@@ -81,7 +85,7 @@ class _HashedStream(io.RawIOBase):
         """It is."""
         return True
 
-    def write(self, content: bytes | memoryview) -> int:
+    def write(self, content: "ReadableBuffer", /) -> int:
         """Write all of it."""
         view = memoryview(content).cast("B")
         rest = view

@@ -1,6 +1,7 @@
 """What gates and benchmark run of AdamW: the update alone, and all that an optimizer's step is."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def with_fused_adam(fused_adam: Any) -> Any:
         fused_adam: its class.
     """
 
-    built: dict[int, tuple[Any, list[Tensor]]] = {}
+    built: dict[int, tuple[Any, list[torch.nn.Parameter]]] = {}
 
     def run(
         param: Tensor,
@@ -155,7 +156,9 @@ def with_fused_adam(fused_adam: Any) -> Any:
     return run
 
 
-def _optimizer_of(fused_adam: Any, shards: list[ParameterShard]) -> tuple[Any, list[Tensor]]:
+def _optimizer_of(
+    fused_adam: Any, shards: list[ParameterShard]
+) -> tuple[Any, list[torch.nn.Parameter]]:
     parameters = [torch.nn.Parameter(shard.param) for shard in shards]
     hyper = {"lr": _HYPER["lr"], "betas": (_HYPER["beta1"], _HYPER["beta2"])}
     hyper |= {"eps": _HYPER["eps"], "weight_decay": _HYPER["weight_decay"]}
@@ -177,42 +180,40 @@ def _cost(other_bytes: int, num_reads: int) -> Any:
     return cost
 
 
-_COMMON = {
-    "op": "adamw",
-    "proof_cases": _PROOF,
-    "shipped_cases": (),
-    "bench_cases": _BENCH,
-    "differentiable": False,
-}
+_entry = partial(
+    Entry,
+    op="adamw",
+    proof_cases=_PROOF,
+    shipped_cases=(),
+    bench_cases=_BENCH,
+    differentiable=False,
+)
 _BOTH = (torch.float32, torch.bfloat16)
 
 # Besides the gradient: fp32 parameter and moments read and written (24), weights written.
 ENTRIES = (
-    Entry(
+    _entry(
         name="adamw",
         function=_adamw,
         reference=_define,
         make=_make_scaled,
         cost=_cost(26, 1),
         dtypes=_BOTH,
-        **_COMMON,
     ),
-    Entry(
+    _entry(
         name="adamw_fp8",
         function=_adamw_fp8,
         reference=_define_fp8,
         make=_make_scaled,
         cost=_cost(27, 1),
         dtypes=_BOTH,
-        **_COMMON,
     ),
-    Entry(
+    _entry(
         name="optimizer_step",
         function=_step,
         reference=_define_step,
         make=_make,
         cost=_cost(26, 2),
         dtypes=(torch.float32,),
-        **_COMMON,
     ),
 )

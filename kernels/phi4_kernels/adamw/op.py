@@ -99,6 +99,7 @@ def _check_shard(shard: ParameterShard, first: ParameterShard) -> None:
 
 
 def _check_fp8(shard: ParameterShard) -> None:
+    assert shard.fp8 is not None
     data, scale, amax = shard.fp8
     expect_dtype("adamw", "fp8", data, (torch.float8_e4m3fn,))
     if scale.dim() or amax.dim():

@@ -171,6 +171,7 @@ class FusedAdam(torch.optim.Optimizer):
                     }
 
     def _shard(self, param: Tensor, weight: Tensor | None) -> ParameterShard:
+        assert param.grad is not None, "parameters without a gradient are passed over"
         if param.grad.is_sparse:
             raise ImplementationError("FusedAdam: got a sparse gradient; expected a dense one")
         state = self.state[param]

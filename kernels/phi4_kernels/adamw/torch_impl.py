@@ -44,9 +44,9 @@ def adamw(
     )
     # The fused update does not count versions, as other operators of torch do.
     torch.autograd.graph.increment_version([shard.param for shard in shards])
-    weighted = [shard for shard in shards if shard.weight is not None]
+    weighted = [(shard.weight, shard.param) for shard in shards if shard.weight is not None]
     if weighted:
-        torch._foreach_copy_([s.weight for s in weighted], [s.param for s in weighted])
+        torch._foreach_copy_([weight for weight, _ in weighted], [param for _, param in weighted])
     for shard in shards:
         if shard.fp8 is not None:
             matrix = shard.param.unsqueeze(0)

@@ -7,6 +7,7 @@ place, so that nothing is copied when a sequence grows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -94,17 +95,16 @@ class BlockTable:
         rows = [[*row, *[0] * (width - len(row))] for row in blocks]
         counts = [1] * len(rows) if num_queries is None else num_queries
         offsets, lengths = list(accumulate(counts, initial=0)), list(lengths)
-        like = {"dtype": torch.int32, "device": "cpu"}
-        padded = torch.tensor(rows, **like).view(len(rows), width)
+        on_host = partial(torch.tensor, dtype=torch.int32, device="cpu")
+        padded = on_host(rows).view(len(rows), width)
         longest = max(lengths, default=0)
-        parts = torch.tensor(offsets, **like), padded, torch.tensor(lengths, **like)
-        table = cls(*parts, block_tokens, longest)
+        table = cls(on_host(offsets), padded, on_host(lengths), block_tokens, longest)
         table._spans(offsets, rows, lengths)
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type == "cpu":
             return table
-        parts = table.q_offsets, table.blocks, table.lengths
-        return cls(*(part.to(device) for part in parts), block_tokens, longest)
+        q_offsets, blocks_there = table.q_offsets.to(device), table.blocks.to(device)
+        return cls(q_offsets, blocks_there, table.lengths.to(device), block_tokens, longest)
 
     def validate(self, num_queries: int | None = None, num_slots: int | None = None) -> None:
         """Raise PositionError unless all is in order and within the given sizes; synchronises."""

@@ -6,6 +6,7 @@ entries of a table behind a sequence's last block name no block.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -58,14 +59,15 @@ def drawn_cache(case: Case, dtype: torch.dtype) -> CallInputs:
     sizes = case.sizes
     blocks, total = _blocks(case)
     offsets = list(accumulate(sizes["queries"], initial=0))
-    like = {"dtype": dtype, "generator": case.generator(), "strided": case.strided}
+    drawn = partial(
+        random_inputs.rows, dtype=dtype, generator=case.generator(), strided=case.strided
+    )
     of_queries = sizes["tokens"] + 1, sizes["heads"], sizes["dim"]
     of_keys = total * sizes["block_tokens"], sizes["groups"], sizes["dim"]
-    spread = {"low": 1 / sizes["spread"], "high": sizes["spread"]}
     tensors = {
-        "q": random_inputs.rows(of_queries, **like, high=sizes["high"]),
-        "keys": random_inputs.rows(of_keys, **like, low=1.0, high=1.0),
-        "values": random_inputs.rows(of_keys, **like, **spread),
+        "q": drawn(of_queries, high=sizes["high"]),
+        "keys": drawn(of_keys, low=1.0, high=1.0),
+        "values": drawn(of_keys, low=1 / sizes["spread"], high=sizes["spread"]),
     }
     held = _held(blocks, sizes["lengths"], sizes["block_tokens"], total)
     tensors["q"][-1] = torch.nan

@@ -1,6 +1,7 @@
 """How a case of attention says where its queries and keys are, and what is drawn for it."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,12 +16,14 @@ from phi4_kernels.testing import random_inputs
 _DEFAULTS = {"causal": True, "high": 1.0, "spread": 1.0}
 
 
-def packed(name: str, lengths: Sequence[int], *, strided: bool = False, **sizes: Any) -> Case:
-    """Packed documents."""
+def packed(name: str, lengths: Sequence[int], **sizes: Any) -> Case:
+    """Packed documents; `strided` leaves gaps between rows."""
+    strided = sizes.pop("strided", False)
     tokens = sum(lengths)
     offsets = [0, *(sum(lengths[: i + 1]) for i in range(len(lengths)))]
     where = {"offsets": offsets, "starts": offsets[:-1], "ends": offsets[1:]}
-    mine = {"tokens": tokens, "keys": tokens, "lengths": tuple(lengths), **where, **_DEFAULTS}
+    mine: dict[str, Any] = {"tokens": tokens, "keys": tokens, "lengths": tuple(lengths)}
+    mine |= where | _DEFAULTS
     longest = max(lengths, default=0)
     mine |= {"longest": longest} | sizes
     # A smaller longest reaches another launch row of ours; libraries take it at its word.
@@ -83,13 +86,15 @@ def _constants(case: Case) -> dict[str, Any]:
 def drawn(case: Case, dtype: torch.dtype) -> CallInputs:
     """q, k and v of a case, with rows at its scales, and where its ranges are."""
     sizes, dim = case.sizes, case.sizes["dim"]
-    like = {"dtype": dtype, "generator": case.generator(), "strided": case.strided}
+    rows = partial(
+        random_inputs.rows, dtype=dtype, generator=case.generator(), strided=case.strided
+    )
     of_queries = sizes["tokens"], sizes["heads"], dim
     of_keys = sizes["keys"], sizes["groups"], dim
     tensors = {
-        "q": random_inputs.rows(of_queries, **like, high=sizes["high"]),
-        "k": random_inputs.rows(of_keys, **like, low=1.0, high=1.0),
-        "v": random_inputs.rows(of_keys, **like, low=1 / sizes["spread"], high=sizes["spread"]),
+        "q": rows(of_queries, high=sizes["high"]),
+        "k": rows(of_keys, low=1.0, high=1.0),
+        "v": rows(of_keys, low=1 / sizes["spread"], high=sizes["spread"]),
     }
     return CallInputs(tensors, _constants(case))
 

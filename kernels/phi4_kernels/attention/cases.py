@@ -126,8 +126,8 @@ def _make_part(case: Case, dtype: torch.dtype) -> CallInputs:
     inputs, tokens = drawn(case, dtype), case.sizes["tokens"]
     whole = Ranges.of([0, tokens], [0], [tokens])
     scale = inputs.constants["scale"]
-    tensors = inputs.tensors.values()
-    out, lse = reference.attention_forward(*tensors, whole, causal=True, scale=scale)
+    q, k, v = inputs.tensors.values()
+    out, lse = reference.attention_forward(q, k, v, whole, causal=True, scale=scale)
     high = random_inputs.gradient_high(dtype)
     dout = random_inputs.rows(
         tuple(out.shape), dtype, case.generator(), high=high, strided=case.strided

@@ -51,13 +51,13 @@ class _Rows(NamedTuple):
     """Adjacent documents of one length."""
 
     start: int
-    count: int
+    num_documents: int
     length: int
 
     def of(self, x: Tensor) -> Tensor:
         """View of these tokens of [T, heads, ...] as [B, heads, S, ...]."""
-        part = x[self.start : self.start + self.count * self.length]
-        return part.unflatten(0, (self.count, self.length)).transpose(1, 2)
+        part = x[self.start : self.start + self.num_documents * self.length]
+        return part.unflatten(0, (self.num_documents, self.length)).transpose(1, 2)
 
 
 def _tokens(rows: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _rows(q_offsets: Tensor) -> list[_Rows]:
     found, start = [], 0
     for length, same in groupby(length for length in lengths if length):
         found.append(_Rows(start, len(list(same)), length))
-        start += found[-1].count * length
+        start += found[-1].num_documents * length
     return found
 
 
@@ -142,7 +142,7 @@ def forward(
     if not q.shape[0]:
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     where, tensors = (q_offsets, k_starts, k_ends), map(aligned, (q, k, v))
-    parts = [_attend(*part, scale) for part in _parts(where, *tensors)]
+    parts = [_attend(q, k, v, scale) for q, k, v in _parts(where, *tensors)]
     out, lse = map(_joined, zip(*parts, strict=True))
     return out, lse
 
@@ -167,6 +167,9 @@ def backward(
     if not q.shape[0]:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     where, tensors = (q_offsets, k_starts, k_ends), map(aligned, (dout, q, k, v, out))
-    parts = [_attend_backward(*part, scale) for part in _parts(where, *tensors, lse)]
+    parts = [
+        _attend_backward(dout, q, k, v, out, lse, scale)
+        for dout, q, k, v, out, lse in _parts(where, *tensors, lse)
+    ]
     dq, dk, dv = map(_joined, zip(*parts, strict=True))
     return dq, dk, dv

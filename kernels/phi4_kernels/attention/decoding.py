@@ -58,8 +58,10 @@ def attention_decode(
         PositionError: the table leaves the queries or the cache. A table on a GPU is only checked
             under PHI4_KERNELS_DEBUG=1.
     """
-    options = {"causal": causal, "scale": scale, "implementation": implementation}
-    return plan_decode(q, keys, values, table, **options)(q, keys, values)
+    run = plan_decode(
+        q, keys, values, table, causal=causal, scale=scale, implementation=implementation
+    )
+    return run(q, keys, values)
 
 
 def plan_decode(

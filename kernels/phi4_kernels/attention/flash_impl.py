@@ -67,7 +67,7 @@ def _found() -> tuple[_Library | None, tuple[str, ...]]:
     """The first library that is here, and why those before it are not."""
     if not torch.cuda.is_available():
         return None, ("torch finds no CUDA device",)
-    absent = []
+    absent: list[str] = []
     for load in (_flash_attn_3, _flash_attn_2, _torch_varlen):
         try:
             return load(), tuple(absent)
@@ -163,7 +163,8 @@ def _boundaries(at: _Documents) -> dict[str, Any]:
 
 def _gradients(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Where to write those of q, k and v."""
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4])
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4])
+    return dq, dk, dv
 
 
 @contextmanager
@@ -232,4 +233,5 @@ def backward(
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     at = _Documents(q_offsets, max(max_queries, max_keys), scale, sm_margin)
     tensors = (*map(aligned, (dout, q, k, v, out)), lse.t().contiguous())
-    return _called("backward", tensors, at)
+    dq, dk, dv = _called("backward", tensors, at)
+    return dq, dk, dv

@@ -72,7 +72,7 @@ class _Work(NamedTuple):
     @classmethod
     def of(cls, row: HopperLaunch, table: Tensor, num_heads: int, sm_margin: int) -> "_Work":
         num_items = table.shape[0] * num_heads
-        resident = launch.persistent_programs(row, _ANY_NUMBER, table.device)
+        resident = launch.persistent_programs(row.programs_per_processor, _ANY_NUMBER, table.device)
         free = sm_margin * row.programs_per_processor
         programs = min(num_items, max(resident - free, 1))
         turns = launch.ceil_div(num_items, programs)

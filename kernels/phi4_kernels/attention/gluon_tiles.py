@@ -51,7 +51,9 @@ def tiles(
     """
     settings = ("gluon", num_tokens, tile_rows, causal, of_keys)
     boundaries = (q_offsets, k_starts, k_ends)
-    return once(boundaries, settings, lambda: _made(*boundaries, *settings[1:]))
+    return once(
+        boundaries, settings, lambda: _made(*boundaries, num_tokens, tile_rows, causal, of_keys)
+    )
 
 
 def _made(
@@ -68,8 +70,8 @@ def _made(
         queries = (q_offsets[:-1], q_offsets.diff())
         return _tiles(keys, queries, shifts, num_tokens, tile_rows, causal, True)
     queries = _with_outside(q_offsets, num_tokens)
-    *keys, shifts = (torch.nn.functional.pad(part, (1, 1)) for part in (*keys, shifts))
-    return _tiles(queries, tuple(keys), shifts, num_tokens, tile_rows, causal, False)
+    starts, sizes, shifts = (torch.nn.functional.pad(part, (1, 1)) for part in (*keys, shifts))
+    return _tiles(queries, (starts, sizes), shifts, num_tokens, tile_rows, causal, False)
 
 
 def _shifts(starts: Tensor) -> Tensor:

@@ -89,16 +89,18 @@ class Ranges:
             ShapeError: the lists do not belong together.
             PositionError: they are not in order, or key ranges overlap.
         """
-        parts = [
+        offsets, starts, ends = (
             torch.tensor(list(part), dtype=torch.int32, device="cpu")
             for part in (q_offsets, k_starts, k_ends)
-        ]
-        ranges = cls(*parts, 0, 0)
-        ranges.validate()
-        queries, keys = parts[0].diff(), parts[2] - parts[1]
-        longest = (int(part.max()) if part.numel() else 0 for part in (queries, keys))
+        )
+        cls(offsets, starts, ends, 0, 0).validate()
+        most, most_keys = (
+            int(part.max()) if part.numel() else 0 for part in (offsets.diff(), ends - starts)
+        )
+        num_tokens = _num_tokens(offsets, starts, ends)
         device = torch.get_default_device() if device is None else device
-        return cls(*(part.to(device) for part in parts), *longest, _num_tokens(*parts))
+        offsets, starts, ends = (part.to(device) for part in (offsets, starts, ends))
+        return cls(offsets, starts, ends, most, most_keys, num_tokens)
 
     def validate(self, num_queries: int | None = None, num_keys: int | None = None) -> None:
         """Raise PositionError unless all is in order and within the given sizes; synchronises."""

@@ -137,8 +137,8 @@ class _ReferenceAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         ranges, causal, scale = ctx.constants
-        tensors = (dout, *ctx.saved_tensors)
-        gradients = attention_backward(*tensors, ranges, causal=causal, scale=scale)
+        q, k, v, out, lse = ctx.saved_tensors
+        gradients = attention_backward(dout, q, k, v, out, lse, ranges, causal=causal, scale=scale)
         return *gradients, None, None, None
 
 

@@ -21,7 +21,7 @@ from phi4_kernels.attention.once import once
 
 
 class _Blocks(NamedTuple):
-    """`count` adjacent blocks of one shape."""
+    """`num_blocks` adjacent blocks of one shape."""
 
     q_start: int
     k_start: int
@@ -31,21 +31,21 @@ class _Blocks(NamedTuple):
     """The block is a square on the diagonal; else every query sees every key."""
     merges: bool = False
     """An earlier block has left its part of the same queries' result."""
-    count: int = 1
+    num_blocks: int = 1
 
     def continues(self, other: "_Blocks") -> bool:
         """Whether this block is the next of `other`'s."""
-        after = other.q_start + other.count * other.num_queries
-        after_k = other.k_start + other.count * other.num_keys
+        after = other.q_start + other.num_blocks * other.num_queries
+        after_k = other.k_start + other.num_blocks * other.num_keys
         return (after, after_k, *other[2:6]) == self[:6]
 
     def queries(self, x: Tensor) -> Tensor:
         """View of these queries of [T, heads, ...] as [B, heads, M, ...]."""
-        return _cut(x, self.q_start, self.count, self.num_queries)
+        return _cut(x, self.q_start, self.num_blocks, self.num_queries)
 
     def keys(self, x: Tensor) -> Tensor:
         """View of these keys of [U, heads, ...] as [B, heads, L, ...]."""
-        return _cut(x, self.k_start, self.count, self.num_keys)
+        return _cut(x, self.k_start, self.num_blocks, self.num_keys)
 
 
 def _cut(x: Tensor, start: int, count: int, length: int) -> Tensor:
@@ -89,7 +89,7 @@ def blocks_of(q_offsets: Tensor, k_starts: Tensor, k_ends: Tensor, causal: bool)
     for of_queries, of_keys in zip(queries, keys, strict=True):
         for block in _blocks_of_range(*of_queries, *of_keys, causal):
             if plan and block.continues(plan[-1]):
-                plan[-1] = plan[-1]._replace(count=plan[-1].count + 1)
+                plan[-1] = plan[-1]._replace(num_blocks=plan[-1].num_blocks + 1)
             else:
                 plan.append(block)
     return plan

@@ -13,6 +13,7 @@ Source: Dao et al. 2023 (Flash-Decoding); Kwon et al. 2023 (PagedAttention) for 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -40,7 +41,7 @@ class Split(Launch):
 
 # By keys of the longest sequence. One row per dtype: with a second one the bits of a sequence would
 # depend on the longest of its batch. 16 rows are the fewest that a matrix instruction takes.
-PARTS: dict[str, Ladder] = {
+PARTS: dict[str, tuple[Split, ...]] = {
     "half": (Split(2**31, 32, 4, rows=16),),
     "float": (Split(2**31, 16, 8, rows=16, num_stages=5),),
 }
@@ -128,14 +129,14 @@ def decode(
     num_queries, _, group, _ = q.shape
     num_heads, num_sequences = num_key_heads * group, lengths.numel()
     out = torch.empty((num_queries, num_heads, dim), dtype=q.dtype, device=q.device)
-    fp32 = {"dtype": torch.float32, "device": q.device}
-    lse = torch.empty((num_queries, num_heads), **fp32)
+    fp32 = partial(torch.empty, dtype=torch.float32, device=q.device)
+    lse = fp32((num_queries, num_heads))
     if not num_queries:
         return out, lse
     row = launch.pick(PARTS["float" if q.dtype == torch.float32 else "half"], max_length)
     num_parts = max(1, ceil_div(max_length, row.part_keys))
-    acc = torch.empty((num_parts, num_queries, num_heads, dim), **fp32)
-    m, sums = (torch.empty((num_parts, num_queries, num_heads), **fp32) for _ in range(2))
+    acc = fp32((num_parts, num_queries, num_heads, dim))
+    m, sums = (fp32((num_parts, num_queries, num_heads)) for _ in range(2))
     sizes = {"PART": row.part_keys, "DIM": dim, "PADDED": triton.next_power_of_2(dim)}
     if num_sequences:
         parts_kernel[(num_sequences * num_key_heads * num_parts,)](

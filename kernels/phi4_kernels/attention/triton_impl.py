@@ -33,7 +33,6 @@ from phi4_kernels.attention.triton_tiles import (
     span,
 )
 from phi4_kernels.errors import ShapeError
-from phi4_kernels.launch import Ladder
 
 # Shape legend: T queries, U keys, N query heads, K key-value heads, D head dim.
 
@@ -44,7 +43,7 @@ from phi4_kernels.launch import Ladder
 # programs of dk and dv work on parts of a group: so many use 95% of the 132 multiprocessors of an
 # H200 for one document (tests/kernels/test_attention_schedule.py). Short ranges have no parts: to
 # write and add their sums would take as long as it saves.
-FORWARD: dict[str, Ladder] = {
+FORWARD: dict[str, tuple[Tile, ...]] = {
     "half": (
         Tile(1, 64, 4, rows=16, num_stages=3),
         Tile(512, 64, 4, rows=64, num_stages=3),
@@ -52,11 +51,11 @@ FORWARD: dict[str, Ladder] = {
     ),
     "float": (Tile(2**31, 16, 8, rows=32, num_stages=3),),
 }
-DQ: dict[str, Ladder] = {
+DQ: dict[str, tuple[Tile, ...]] = {
     "half": (Tile(512, 64, 4, rows=64), Tile(2**31, 64, 8, rows=128)),
     "float": (Tile(2**31, 16, 8, rows=16),),
 }
-DKDV: dict[str, Ladder] = {
+DKDV: dict[str, tuple[Tile, ...]] = {
     "half": (
         Tile(512, 32, 4, rows=64),
         Tile(2**31, 32, 8, rows=128, num_stages=3, most_programs=640),
@@ -182,7 +181,7 @@ def _sizes(dim: int) -> dict[str, int]:
     return {"DIM": dim, "PADDED": triton.next_power_of_2(dim)}
 
 
-def _pick(ladders: dict[str, Ladder], dtype: torch.dtype, longest: int) -> Tile:
+def _pick(ladders: dict[str, tuple[Tile, ...]], dtype: torch.dtype, longest: int) -> Tile:
     return launch.pick(ladders["float" if dtype == torch.float32 else "half"], longest)
 
 
@@ -314,8 +313,8 @@ def backward(
             num_stages=row.num_stages,
         )
     if k.shape[0]:
-        tiles = (where, max_keys, causal)
-        _launch_dkdv((dout, q, k, v), (dk, dv), rows, tiles, constants)
+        of_keys = (where, max_keys, causal)
+        _launch_dkdv((dout, q, k, v), (dk, dv), rows, of_keys, constants)
     return dq, dk, dv
 
 
@@ -338,8 +337,8 @@ def _launch_dkdv(
     (where, max_keys, causal), (_, q, k, _) = tiles_of, inputs
     row = _pick(DKDV, k.dtype, max_keys)
     tiles = _tiles(where, k.shape[0], row.rows, causal, of_keys=True)
-    parts = triton_dkdv.num_parts(row, *k.shape[:2], q.shape[2])
-    targets = outputs
+    parts = triton_dkdv.num_parts(row, k.shape[0], k.shape[1], q.shape[2])
+    targets: tuple[Tensor, Tensor] | Tensor = outputs
     if parts > 1:
         targets = torch.empty((2, parts, *k.shape), dtype=torch.float32, device=k.device)
     triton_dkdv.dkdv_kernel[(tiles.limit * k.shape[1] * parts,)](
@@ -358,4 +357,4 @@ def _launch_dkdv(
         num_stages=row.num_stages,
     )
     if parts > 1:
-        triton_dkdv.add_parts(*targets, *outputs)
+        triton_dkdv.add_parts(targets[0], targets[1], *outputs)

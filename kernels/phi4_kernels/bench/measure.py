@@ -190,13 +190,13 @@ def beside_each_other(entry: Entry, names: Sequence[str]) -> dict[str, float | N
     Returns:
         By implementation; None where it cannot run the case, for example for lack of memory.
     """
-    totals: dict[str, float | None] = dict.fromkeys(names, 0.0)
+    totals = dict.fromkeys(names, 0.0)
     dtype, case = _dtype_of(entry, torch.bfloat16), entry.bench_cases[0]
     for mode, cost in entry.cost(case, dtype).items():
         task = Pass(entry, case, dtype, mode, cost)
         sets = [_drawn(task) for _ in range(timing.num_input_sets(cost.bytes))]
         stream, calls = torch.cuda.current_stream(), {}
-        for name in [name for name, total in totals.items() if total is not None]:
+        for name in list(totals):
             run = partial(entry.timed or entry.function, implementation=name)
             try:
                 calls[name] = _prepared(task, run, sets, stream)
@@ -204,13 +204,15 @@ def beside_each_other(entry: Entry, names: Sequence[str]) -> dict[str, float | N
                     call()
                 torch.cuda.synchronize()
             except (KernelError, RuntimeError):  # torch.OutOfMemoryError is one
-                totals[name] = None
+                del totals[name]
                 calls.pop(name, None)
-        runs = {name: partial(_all, own) for name, own in calls.items()}
+        runs: dict[str, Callable[[], None]] = {
+            name: partial(_all, own) for name, own in calls.items()
+        }
         times = timing.sample_seconds(runs, _QUICK) if runs else {}
         for name, seconds in times.items():
             totals[name] += timing.percentile(seconds, 50) / len(sets) * 1e6
-    return totals
+    return {name: totals.get(name) for name in names}
 
 
 def _all(calls: list[Callable[[], Any]]) -> None:

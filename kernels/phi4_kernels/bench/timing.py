@@ -5,7 +5,7 @@ is still in L2 when its turn comes again. Variants alternate, so drifting clocks
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def num_input_sets(bytes_per_set: int) -> int:
 
 
 def sample_seconds(
-    variants: dict[str, Callable[[], Any]], num_samples: int
+    variants: Mapping[str, Callable[[], Any]], num_samples: int
 ) -> dict[str, list[float]]:
     """Event-timed seconds of each call, the variants taking turns."""
     times: dict[str, list[float]] = {name: [] for name in variants}

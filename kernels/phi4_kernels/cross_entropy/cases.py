@@ -14,7 +14,8 @@ from phi4_kernels.testing import random_inputs
 _ALL_TERMS = {"label_smoothing": 0.1, "z_loss": 1e-4, "weighted": True}
 
 
-def _case(name: str, tokens: int, vocabulary: int, *, strided: bool = False, **more: Any) -> Case:
+def _case(name: str, tokens: int, vocabulary: int, **more: Any) -> Case:
+    strided = more.pop("strided", False)
     return Case(name, {"tokens": tokens, "vocabulary": vocabulary} | more, strided)
 
 
@@ -150,6 +151,7 @@ def _whole(
     leaf = logits.detach().requires_grad_()
     outputs = reference.cross_entropy(leaf, targets, options, weights=weights)
     torch.autograd.backward(outputs, (dlosses, dlog_probs))
+    assert leaf.grad is not None
     return (*(output.detach() for output in outputs), leaf.grad)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -83,6 +83,12 @@ class Head(NamedTuple):
         work = dist.all_gather_into_tensor(whole, own, group=group, async_op=True)
         return partial(_waited, work, whole, own)
 
+    @overload
+    def of_chunk(self, per_token: Tensor, span: slice) -> Tensor: ...
+    @overload
+    def of_chunk(self, per_token: None, span: slice) -> None: ...
+    @overload
+    def of_chunk(self, per_token: Tensor | None, span: slice) -> Tensor | None: ...
     def of_chunk(self, per_token: Tensor | None, span: slice) -> Tensor | None:
         """The chunk's part of a flat per-token tensor, in the order of `gathered`."""
         if per_token is None:
@@ -135,7 +141,7 @@ class Gradients:
         of_hidden = None if self.hidden is None else head.hidden_gradient(dlogits)
         if self.weight is not None:
             add_wide_product(self.weight, dlogits, rows)
-        if of_hidden is not None:
+        if self.hidden is not None and of_hidden is not None:
             self.hidden[span] = of_hidden()
 
 
@@ -158,13 +164,9 @@ def forward(
     head: Head, rows: Tensor, tokens: Tokens, gradients: Gradients | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [T], log-probabilities [T] and normalizer [T, 3] of all tokens."""
-    fp32 = {"dtype": torch.float32, "device": rows.device}
+    fp32 = partial(torch.empty, dtype=torch.float32, device=rows.device)
     num_tokens = tokens.ids.shape[0]
-    outputs = (
-        torch.empty(num_tokens, **fp32),
-        torch.empty(num_tokens, **fp32),
-        torch.empty((num_tokens, 3), **fp32),
-    )
+    outputs = (fp32((num_tokens,)), fp32((num_tokens,)), fp32((num_tokens, 3)))
     split = (head.num_parts, -1)
     for span, whole in head.gathered(rows):
         parts = _forward_chunk(head, whole, tokens, span, gradients)
@@ -177,7 +179,7 @@ def backward(
     head: Head,
     rows: Tensor,
     tokens: Tokens,
-    saved: tuple[Tensor | None, ...],
+    saved: tuple[Tensor, Tensor | None, Tensor | None],
     gradients: Gradients,
 ) -> None:
     """Add the gradients of all tokens; `saved` holds normalizer, dlosses, dlog_probs."""
@@ -190,13 +192,13 @@ def _backward_chunk(
     whole: Tensor,
     tokens: Tokens,
     span: slice,
-    saved: tuple[Tensor | None, ...],
+    saved: tuple[Tensor, Tensor | None, Tensor | None],
     gradients: Gradients,
 ) -> None:
     """Add a chunk's gradients; `saved` holds normalizer, dlosses, dlog_probs of all tokens."""
     logits = whole @ head.weight.t()
     ids, scales = head.of_chunk(tokens.ids, span), head.of_chunk(tokens.scales, span)
-    normalizer, *incoming = (head.of_chunk(tensor, span) for tensor in saved)
-    common = (head.options, head.shard, head.name)
-    run_backward(logits, ids, scales, normalizer, tuple(incoming), *common)
+    normalizer = head.of_chunk(saved[0], span)
+    incoming = head.of_chunk(saved[1], span), head.of_chunk(saved[2], span)
+    run_backward(logits, ids, scales, normalizer, incoming, head.options, head.shard, head.name)
     gradients.add(head, span, whole, logits)

@@ -16,9 +16,8 @@ from phi4_kernels.testing import random_inputs
 _ALL_TERMS = {"label_smoothing": 0.1, "z_loss": 1e-4, "weighted": True}
 
 
-def _case(
-    name: str, tokens: int, hidden: int, vocabulary: int, *, strided: bool = False, **more: Any
-) -> Case:
+def _case(name: str, tokens: int, hidden: int, vocabulary: int, **more: Any) -> Case:
+    strided = more.pop("strided", False)
     sizes = {"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary}
     return Case(name, sizes | more, strided)
 
@@ -94,6 +93,7 @@ def _summed(
             implementation=implementation,
         )
         out.total.backward()
+    assert leaves[0].grad is not None
     return out.total.detach(), leaves[0].grad, main_grad
 
 
@@ -109,7 +109,9 @@ def _summed_defined(
     with torch.enable_grad():
         total = reference.linear_cross_entropy(*leaves, targets, options, weights=weights)[0].sum()
         total.backward()
-    return total.detach(), leaves[0].grad, widened(leaves[1].grad)
+    of_hidden, of_weight = leaves[0].grad, leaves[1].grad
+    assert of_hidden is not None and of_weight is not None
+    return total.detach(), of_hidden, widened(of_weight)
 
 
 def _cost(case: Case, dtype: torch.dtype, *, products: dict[str, int]) -> dict[str, Cost]:

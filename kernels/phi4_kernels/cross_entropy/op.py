@@ -6,7 +6,7 @@ smoothing) in one all-gather and combine them in rank order, so every rank holds
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -233,6 +233,12 @@ def _named(operator: Callable[..., Any], name: str) -> Callable[..., Any]:
     return lambda *args: operator(*args, name)
 
 
+@overload
+def flat(tensor: Tensor) -> Tensor: ...
+@overload
+def flat(tensor: None) -> None: ...
+@overload
+def flat(tensor: Tensor | None) -> Tensor | None: ...
 def flat(tensor: Tensor | None) -> Tensor | None:
     """[...] as contiguous [T]; None stays None."""
     return None if tensor is None else tensor.flatten().contiguous()

@@ -41,6 +41,7 @@ def _make_tensor(case: Case, dtype: torch.dtype) -> CallInputs:
 
 def _tensor(x: Tensor, scale: Tensor, implementation: str, fp8: torch.dtype) -> tuple[Tensor, ...]:
     found = op.cast_tensor(x, scale, dtype=fp8, columnwise=True, implementation=implementation)
+    assert found.columnwise is not None
     return found.rowwise, found.columnwise.t()
 
 
@@ -52,9 +53,10 @@ def _define_tensor(x: Tensor, scale: Tensor, fp8: torch.dtype) -> tuple[Tensor, 
 def _blocks(
     x: Tensor, implementation: str, block_rows: int, fp8: torch.dtype
 ) -> tuple[Tensor, ...]:
-    return op.cast_blocks(
+    found = op.cast_blocks(
         x, block_rows=block_rows, dtype=fp8, columnwise=True, implementation=implementation
     )
+    return tuple(part for part in found if part is not None)
 
 
 def _define_blocks(x: Tensor, block_rows: int, fp8: torch.dtype) -> tuple[Tensor, ...]:
@@ -85,40 +87,38 @@ def _tile_bytes(rows: int, columns: int) -> int:
     return 4 * ceil_div(rows, 128) * ceil_div(columns, 128)
 
 
-_COMMON = {
-    "op": "fp8_cast",
-    "proof_cases": _PROOF,
-    "shipped_cases": (),
-    "bench_cases": _BENCH,
-    "dtypes": (torch.bfloat16, torch.float32),
-    "differentiable": False,
-}
+_entry = partial(
+    Entry,
+    op="fp8_cast",
+    proof_cases=_PROOF,
+    shipped_cases=(),
+    bench_cases=_BENCH,
+    dtypes=(torch.bfloat16, torch.float32),
+    differentiable=False,
+)
 
 
 def _entries(fp8: torch.dtype, suffix: str) -> tuple[Entry, ...]:
-    blocks = {"make": _make, **_COMMON}
+    of_blocks = partial(_entry, make=_make)
     return (
-        Entry(
+        _entry(
             name=f"fp8_cast_transpose{suffix}",
             function=partial(_tensor, fp8=fp8),
             reference=partial(_define_tensor, fp8=fp8),
             make=_make_tensor,
             cost=_cost(lambda rows, columns: 0, ""),
-            **_COMMON,
         ),
-        Entry(
+        of_blocks(
             name=f"fp8_cast_1x128{suffix}",
             function=partial(_blocks, block_rows=1, fp8=fp8),
             reference=partial(_define_blocks, block_rows=1, fp8=fp8),
             cost=_cost(_line_bytes, " + T * C / 16 B"),
-            **blocks,
         ),
-        Entry(
+        of_blocks(
             name=f"fp8_cast_128x128{suffix}",
             function=partial(_blocks, block_rows=128, fp8=fp8),
             reference=partial(_define_blocks, block_rows=128, fp8=fp8),
             cost=_cost(_tile_bytes, " + T * C / 4096 B"),
-            **blocks,
         ),
     )
 

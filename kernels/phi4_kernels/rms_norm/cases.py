@@ -1,5 +1,6 @@
 """What tests, resource gate and benchmarks run of RMSNorm."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _fp8(columnwise: bool) -> Any:
 
     def run(**arguments: Any) -> tuple[Tensor, ...]:
         out = op.rms_norm_fp8(**arguments, columnwise=columnwise)
-        transposed = (out.columnwise.t(),) if columnwise else ()
+        transposed = () if out.columnwise is None else (out.columnwise.t(),)
         total = () if out.total is None else (out.total,)
         return (out.rowwise, *transposed, *total, out.rstd)
 
@@ -92,14 +93,15 @@ def _cost_fp8(case: Case, dtype: torch.dtype, *, writes: int) -> dict[str, Cost]
 
 
 _ROWWISE, _BOTH = _fp8(False), _fp8(True)
-_FP8_COMMON = {
-    "op": "rms_norm",
-    "make": _make_fp8,
-    "proof_cases": _PROOF,
-    "shipped_cases": (*_SHIPPED, Case("add-w5120", {"rows": 5, "hidden": 5120})),
-    "bench_cases": _BENCH[-1:],
-    "differentiable": False,
-}
+_fp8_entry = partial(
+    Entry,
+    op="rms_norm",
+    make=_make_fp8,
+    proof_cases=_PROOF,
+    shipped_cases=(*_SHIPPED, Case("add-w5120", {"rows": 5, "hidden": 5120})),
+    bench_cases=_BENCH[-1:],
+    differentiable=False,
+)
 
 ENTRIES = (
     Entry(
@@ -124,18 +126,16 @@ ENTRIES = (
         bench_cases=_BENCH,
         cost=lambda case, dtype: _cost(case, dtype, forward=4, backward=4),
     ),
-    Entry(
+    _fp8_entry(
         name="rms_norm_fp8",
         function=_ROWWISE[0],
         reference=_ROWWISE[1],
         cost=lambda case, dtype: _cost_fp8(case, dtype, writes=1),
-        **_FP8_COMMON,
     ),
-    Entry(
+    _fp8_entry(
         name="rms_norm_fp8_columnwise",
         function=_BOTH[0],
         reference=_BOTH[1],
         cost=lambda case, dtype: _cost_fp8(case, dtype, writes=2),
-        **_FP8_COMMON,
     ),
 )

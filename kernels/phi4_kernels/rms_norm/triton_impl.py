@@ -266,6 +266,7 @@ def add_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[T, H], [T, H] -> y, total, rstd."""
     y, total, rstd, _ = _forward(x, residual, weight, eps)
+    assert total is not None
     return y, total, rstd
 
 
@@ -279,7 +280,8 @@ def forward_fp8(
         total = x.new_empty((0, 0)) if total is None else total
     else:
         y, transposed, total, rstd, amax = _forward_columnwise(x, residual, weight, eps, scale)
-    return y, transposed, amax.amax() if amax.numel() else scale.new_zeros(()), total, rstd
+    largest = scale.new_zeros(()) if amax is None or not amax.numel() else amax.amax()
+    return y, transposed, largest, total, rstd
 
 
 def _forward_columnwise(
@@ -288,8 +290,8 @@ def _forward_columnwise(
     rows, width = x.shape
     row = launch.pick(COLUMNWISE, width)
     programs = launch.ceil_div(rows, row.rows)
-    fp8 = {"dtype": torch.float8_e4m3fn, "device": x.device}
-    y, transposed = torch.empty((rows, width), **fp8), torch.empty((width, rows), **fp8)
+    y = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
+    transposed = torch.empty((width, rows), dtype=torch.float8_e4m3fn, device=x.device)
     total = torch.empty(
         (rows, width) if residual is not None else (0, 0), dtype=x.dtype, device=x.device
     )
@@ -328,7 +330,7 @@ def backward(
     if not x.numel():
         return dx, torch.zeros(width, dtype=torch.float32, device=x.device)
     row = launch.pick(BACKWARD, width)
-    programs = launch.persistent_programs(row, rows, x.device)
+    programs = launch.persistent_programs(row.programs_per_processor, rows, x.device)
     shares = torch.empty((programs, width), dtype=torch.float32, device=x.device)
     _rms_norm_backward_kernel[(programs,)](
         dy,

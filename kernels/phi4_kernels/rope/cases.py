@@ -15,7 +15,8 @@ _BASE = 250_000.0
 _PHI4 = {"groups": 10, "queries": 4, "dim": 128}
 
 
-def _case(name: str, tokens: int, *, strided: bool = False, **sizes: Any) -> Case:
+def _case(name: str, tokens: int, **sizes: Any) -> Case:
+    strided = sizes.pop("strided", False)
     return Case(name, {"tokens": tokens, "order": "grouped", "where": None} | sizes, strided)
 
 

@@ -1,5 +1,6 @@
 """What tests, resource gate and benchmarks run of SwiGLU."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def _make_fp8(case: Case, dtype: torch.dtype) -> CallInputs:
     return CallInputs(inputs.tensors, {"scale": random_inputs.saturating_scale(product)})
 
 
-def _backward(**arguments: Any) -> tuple[Tensor, Tensor]:
+def _backward(**arguments: Any) -> tuple[Tensor, Tensor | None]:
     return op.swiglu_backward(**arguments, emit_product=True)
 
 
@@ -70,7 +71,7 @@ def _fp8(columnwise: bool) -> Any:
 
     def run(**arguments: Any) -> tuple[Tensor, ...]:
         out = op.swiglu_fp8(**arguments, columnwise=columnwise)
-        return (out.rowwise, *((out.columnwise.t(),) if columnwise else ()))
+        return (out.rowwise, *(() if out.columnwise is None else (out.columnwise.t(),)))
 
     def define(gate_up: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         rowwise, _ = reference.swiglu_fp8(gate_up, scale)
@@ -98,10 +99,10 @@ def _cost(passes: dict[str, tuple[int, int, int]]) -> Any:
 
 _ROWWISE, _BOTH = _fp8(False), _fp8(True)
 _FP8_PROOF = tuple(case for case in _PROOF if case.name != "w17920")
-_COMMON = {"op": "swiglu", "shipped_cases": _SHIPPED}
+_entry = partial(Entry, op="swiglu", shipped_cases=_SHIPPED)
 
 ENTRIES = (
-    Entry(
+    _entry(
         name="swiglu",
         bench_cases=_BENCH,
         proof_cases=_PROOF,
@@ -109,9 +110,8 @@ ENTRIES = (
         reference=reference.swiglu,
         make=_make,
         cost=_cost({"forward": (3, 0, 6), "backward": (5, 0, 12)}),
-        **_COMMON,
     ),
-    Entry(
+    _entry(
         name="swiglu_backward",
         bench_cases=_BENCH[-1:],
         proof_cases=_PROOF,
@@ -120,7 +120,6 @@ ENTRIES = (
         make=_make_backward,
         cost=_cost({"forward": (6, 0, 13)}),
         differentiable=False,
-        **_COMMON,
     ),
     Entry(
         op="swiglu",
@@ -133,7 +132,7 @@ ENTRIES = (
         bench_cases=(),
         cost=lambda case, dtype: {},
     ),
-    Entry(
+    _entry(
         name="swiglu_fp8",
         bench_cases=_BENCH[-1:],
         proof_cases=_FP8_PROOF,
@@ -142,9 +141,8 @@ ENTRIES = (
         make=_make_fp8,
         cost=_cost({"forward": (2, 1, 7)}),
         differentiable=False,
-        **_COMMON,
     ),
-    Entry(
+    _entry(
         name="swiglu_fp8_columnwise",
         bench_cases=_BENCH[-1:],
         proof_cases=_FP8_PROOF,
@@ -153,6 +151,5 @@ ENTRIES = (
         make=_make_fp8,
         cost=_cost({"forward": (2, 2, 7)}),
         differentiable=False,
-        **_COMMON,
     ),
 )

@@ -4,7 +4,7 @@ phi-4's width, 17,920, is 35 * 512. Each thread holds 16 elements of each half: 
 loads in flight the kernel waits for bandwidth, not for latency.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -160,9 +160,9 @@ def forward_fp8(gate_up: Tensor, scale: Tensor, columnwise: bool) -> tuple[Tenso
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     row = launch.pick(COLUMNWISE if columnwise else FORWARD, width)
     programs, tile = _grid(row.block, row.rows, num_rows, width)
-    fp8 = {"dtype": torch.float8_e4m3fn, "device": gate_up.device}
-    out = torch.empty((num_rows, width), **fp8)
-    transposed = torch.empty((width, num_rows) if columnwise else (0, 0), **fp8)
+    fp8 = partial(torch.empty, dtype=torch.float8_e4m3fn, device=gate_up.device)
+    out = fp8((num_rows, width))
+    transposed = fp8((width, num_rows) if columnwise else (0, 0))
     amax = torch.empty(programs, dtype=torch.float32, device=gate_up.device)
     if not out.numel():
         return out, transposed, scale.new_zeros(())
@@ -185,9 +185,9 @@ def forward_fp8(gate_up: Tensor, scale: Tensor, columnwise: bool) -> tuple[Tenso
 def backward(dout: Tensor, gate_up: Tensor, emit_product: bool) -> tuple[Tensor, Tensor]:
     """[T, F], [T, 2F] -> gradient [T, 2F], product [T, F] (empty unless emitted)."""
     num_rows, width = dout.shape
-    like = {"dtype": gate_up.dtype, "device": gate_up.device}
-    gradient = torch.empty((num_rows, 2 * width), **like)
-    product = torch.empty((num_rows, width) if emit_product else (0, 0), **like)
+    like = partial(torch.empty, dtype=gate_up.dtype, device=gate_up.device)
+    gradient = like((num_rows, 2 * width))
+    product = like((num_rows, width) if emit_product else (0, 0))
     if dout.numel():
         row = launch.pick(BACKWARD, width)
         programs, tile = _grid(row.block, row.rows, num_rows, width)

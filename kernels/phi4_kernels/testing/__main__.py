@@ -50,7 +50,8 @@ def _numbers(options: argparse.Namespace) -> int:
 
 
 def _run_numbers(op: str, implementation: str, on_gpu: bool, jobs: int) -> dict[str, Any]:
-    arguments = {"op": op, "implementation": implementation, "device": "cuda" if on_gpu else "cpu"}
+    device = "cuda" if on_gpu else "cpu"
+    arguments: dict[str, Any] = {"op": op, "implementation": implementation, "device": device}
     if on_gpu or implementation in ("cuda", "torch"):
         from phi4_kernels.testing import gates
 

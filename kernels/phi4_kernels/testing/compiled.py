@@ -173,7 +173,7 @@ def _shipped(entry: Entry, implementation: str) -> Iterator[tuple[Case, torch.dt
 
 def _compile_entry(entry: Entry, implementation: str, kernels: dict[str, Any]) -> dict[str, Any]:
     """Every kernel of every shipped case and dtype of an entry, as `entry/case/dtype/kernel`."""
-    compiled = {}
+    compiled: dict[str, Any] = {}
     for case, dtype in _shipped(entry, implementation):
         kernels.clear()
         inputs = entry.make(case, dtype)

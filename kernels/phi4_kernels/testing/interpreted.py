@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import IO, Any
 
 from phi4_kernels.errors import GateError
 from phi4_kernels.testing import mutants
@@ -34,10 +34,11 @@ class InterpretedProcess:
         Raises:
             GateError: the function raised, or the process died.
         """
+        to_child, from_child = _pipes(self._child)
         try:
-            self._child.stdin.write(json.dumps([function, mutant, args]) + "\n")
-            self._child.stdin.flush()
-            answer = self._child.stdout.readline()
+            to_child.write(json.dumps([function, mutant, args]) + "\n")
+            to_child.flush()
+            answer = from_child.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
@@ -55,10 +56,16 @@ class InterpretedProcess:
 
     def close(self) -> None:
         """End the process."""
+        to_child, from_child = _pipes(self._child)
         with contextlib.suppress(BrokenPipeError):
-            self._child.stdin.close()
-        self._child.stdout.close()
+            to_child.close()
+        from_child.close()
         self._child.wait()
+
+
+def _pipes(child: subprocess.Popen) -> tuple[IO[str], IO[str]]:
+    assert child.stdin is not None and child.stdout is not None
+    return child.stdin, child.stdout
 
 
 def _start() -> subprocess.Popen:

@@ -106,7 +106,7 @@ def _in_place(module: str, shipped: str, source: str) -> Iterator[None]:
 
 def _codes(code: CodeType) -> dict[str, CodeType]:
     """Code of the functions and methods in a module's code, by qualified name."""
-    found = {}
+    found: dict[str, CodeType] = {}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             found |= {constant.co_qualname: constant} | _codes(constant)
@@ -122,7 +122,7 @@ def _without_lines(code: CodeType) -> CodeType:
 def _functions(owner: Any) -> dict[str, FunctionType]:
     """Functions that a module or class defines, by qualified name, under their decorators."""
     module = getattr(owner, "__module__", owner.__name__)
-    found = {}
+    found: dict[str, FunctionType] = {}
     for value in vars(owner).values():
         if isinstance(value, type) and value.__module__ == module:
             found |= _functions(value)

@@ -65,7 +65,9 @@ def evaluate(
     results = {f"out{index}": output for index, output in enumerate(outputs)}
     if gradients is not None:
         torch.autograd.backward(outputs, [place(gradient) for gradient in gradients])
-        results |= {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None, f"{name} has no gradient"
+            results[f"d_{name}"] = leaf.grad
     return {name: tensor.detach() for name, tensor in results.items()}
 
 

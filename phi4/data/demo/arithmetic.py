@@ -62,7 +62,8 @@ def write_solution(draw: random.Random, expression: str, writer: Writer) -> str:
 
 def _next_operator(draw: random.Random, expression: str, writer: Writer) -> int:
     """Place of the operator that the writer takes."""
-    right, wrong = [], []
+    right: list[int] = []
+    wrong: list[int] = []
     for place in range(1, len(expression), 2):
         beside = (expression[place - 2 : place - 1], expression[place + 2 : place + 3])
         comes_too_early = expression[place] == "+" and "*" in beside

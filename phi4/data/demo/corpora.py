@@ -99,14 +99,18 @@ def exercises(module: ast.Module, source: str) -> Iterator[str]:
     """
     lines = source.splitlines(keepends=True)
     for node in ast.walk(module):
-        text = isinstance(node, ast.FunctionDef) and ast.get_docstring(node)
         # A body that is only a docstring answers nothing.
-        if not text or len(node.body) < 2:
+        if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
+            continue
+        text = ast.get_docstring(node)
+        if not text:
             continue
         first, body = node.body[0], node.body[1]
         head = "".join(lines[node.lineno - 1 : first.lineno - 1])
-        rest = "".join(lines[first.end_lineno : node.end_lineno])
-        if body.lineno > first.end_lineno:
+        end = first.end_lineno
+        assert end is not None, "what is parsed has places"
+        rest = "".join(lines[end : node.end_lineno])
+        if body.lineno > end:
             answer = textwrap.dedent(head + rest).strip()
             yield f"Write the function `{node.name}`.\n\n{text}\n\nAnswer:\n\n{answer}\n"
 
@@ -163,7 +167,10 @@ def _topics() -> list[str]:
     return list(topics.values())
 
 
-def _described(node: ast.AST, name: str) -> Iterator[str]:
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _described(node: _Documented, name: str) -> Iterator[str]:
     text = ast.get_docstring(node)
     if text:
         yield f"{name}\n\n{text}" if name else text

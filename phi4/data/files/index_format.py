@@ -8,7 +8,7 @@ from phi4.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
-_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 _INT32_CODE = 4
 
 

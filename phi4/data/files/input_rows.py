@@ -161,6 +161,7 @@ def _line_rows(path: str, part: Part) -> Iterator[InputRow]:
             if not line.strip():
                 yield InputRow(path, number, None, BLANK)
                 continue
+            row: dict[str, object] | RowError
             try:
                 row = parse_row(line, num_bytes, MAX_ROW_BYTES)
             except RowError as error:

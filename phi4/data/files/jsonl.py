@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
@@ -51,7 +51,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read ({reason}); check the file") from None
 
 
-def open_lines(path: str | Path) -> BinaryIO:
+def open_lines(path: str | Path) -> BufferedIOBase:
     """A stream of a file's bytes, decompressed as its suffix says."""
     name = str(path)
     suffix = Path(path).suffix.lower()
@@ -66,7 +66,7 @@ def open_lines(path: str | Path) -> BinaryIO:
 
 
 def read_lines(
-    stream: BinaryIO, max_bytes: int = MAX_ROW_BYTES, end: int = 0
+    stream: BinaryIO | BufferedIOBase, max_bytes: int = MAX_ROW_BYTES, end: int = 0
 ) -> Iterator[tuple[bytes, int]]:
     """Each line without its break, and its length in bytes.
 
@@ -88,7 +88,7 @@ def read_lines(
         yield line, num_bytes
 
 
-def skip_line(stream: BinaryIO) -> int:
+def skip_line(stream: BinaryIO | BufferedIOBase) -> int:
     """Read to the end of the line; returns its bytes without the break."""
     num_bytes = 0
     while piece := stream.readline(1 << 20):

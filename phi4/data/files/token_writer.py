@@ -55,14 +55,12 @@ class TokenFileWriter:
     ) -> None:
         """Name the pair and what its manifest says beside the counts."""
         self.prefix = str(prefix)
-        self.manifest: ShardManifest | None = None
+        self._manifest: ShardManifest | None = None
         self._tokenizer = tokenizer
-        self._notes = {
-            "kind": kind,
-            "chat_template_sha256": chat_template_sha256,
-            "num_rejected": num_rejected,
-            "shuffle_seed": shuffle_seed,
-        }
+        self._kind: FileKind = kind
+        self._chat_template_sha256 = chat_template_sha256
+        self._num_rejected = num_rejected
+        self._shuffle_seed = shuffle_seed
         self._sequences = _SEQUENCES[kind]
         self._lengths = array("i")
         self._num_tokens = 0
@@ -75,13 +73,19 @@ class TokenFileWriter:
         return self
 
     @property
+    def manifest(self) -> ShardManifest:
+        """What was written; there once the block is left."""
+        assert self._manifest is not None, "the writer is still open"
+        return self._manifest
+
+    @property
     def num_documents(self) -> int:
         """Documents added so far."""
         return len(self._lengths) // self._sequences
 
     def describe(self, *, num_rejected: int, chat_template_sha256: str | None) -> None:
         """Say what is known only once all documents are added; see `ShardManifest`."""
-        self._notes |= {"num_rejected": num_rejected, "chat_template_sha256": chat_template_sha256}
+        self._num_rejected, self._chat_template_sha256 = num_rejected, chat_template_sha256
 
     def add(self, document: np.ndarray, loss_mask: np.ndarray | None = None) -> None:
         """Append one document.
@@ -136,7 +140,7 @@ class TokenFileWriter:
     def _finish(self) -> None:
         lengths = np.array(self._lengths, dtype=np.int32)
         index = index_bytes(lengths, self._sequences)
-        self.manifest = ShardManifest(
+        self._manifest = ShardManifest(
             tokenizer_fingerprint=self._tokenizer.fingerprint,
             vocab_size=self._tokenizer.vocab_size,
             num_documents=self.num_documents,
@@ -147,7 +151,10 @@ class TokenFileWriter:
             length_histogram=length_histogram(
                 lengths.reshape(-1, self._sequences).sum(axis=1, dtype=np.int64)
             ),
-            **self._notes,
+            kind=self._kind,
+            chat_template_sha256=self._chat_template_sha256,
+            num_rejected=self._num_rejected,
+            shuffle_seed=self._shuffle_seed,
         )
         # Without its old manifest a half-replaced pair cannot pass for a complete one.
         manifest_path(self.prefix).unlink(missing_ok=True)
@@ -155,7 +162,7 @@ class TokenFileWriter:
         for file in filter(None, (self._content, self._mask)):
             file.publish()
         write_atomically(f"{self.prefix}.idx", index)
-        write_atomically(manifest_path(self.prefix), encode_manifest(self.manifest))
+        write_atomically(manifest_path(self.prefix), encode_manifest(self._manifest))
 
 
 def write_documents(

@@ -60,8 +60,8 @@ def encode_preference(
     if isinstance(found, Pivots):
         document = _pivots(found)
     elif isinstance(found, PairIds):
-        sides = (found.chosen, found.rejected)
-        document = _pair(*(_answered(found.prompt, side) for side in sides), False)
+        chosen, rejected = (_answered(found.prompt, x) for x in (found.chosen, found.rejected))
+        document = _pair(chosen, rejected, False)
     else:
         document = _pair(*_encoded(found, tokenizer), True)
     if document.num_labels > row_tokens:

@@ -42,6 +42,12 @@ class Batch:
     token_extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     segment_extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
+    @property
+    def segments(self) -> np.ndarray:
+        """Segment ids, of a batch that has some."""
+        assert self.segment_ids is not None, "the batch has no segments"
+        return self.segment_ids
+
 
 def build_batch(
     tokens: np.ndarray,

@@ -166,10 +166,11 @@ class Ledger:
 
     def skip(self, num_draws: int) -> None:
         """Make and count draws; constant time for blends of units with short weights."""
-        if self._state.blends[-1].weigh_by == "loss_tokens":
+        after = self.drawn_after(num_draws)
+        if after is None:
             self.count(self.draw(num_draws))
             return
-        for name, drawn in self.drawn_after(num_draws).items():
+        for name, drawn in after.items():
             self._state.sources[name].drawn = drawn
 
     def drawn_after(self, num_draws: int) -> dict[str, int] | None:
@@ -204,6 +205,7 @@ class Ledger:
 
         def loss_of(source: int, begin: int, end: int) -> np.ndarray:
             ordinals = counts[source].drawn + steps[source] * np.arange(begin, end)
+            assert self._loss_of is not None, "weighed by loss tokens"
             return self._loss_of(self.names[source], ordinals)
 
         return loss_order(self._shares, served, num_draws, loss_of)

@@ -73,7 +73,7 @@ class AnswerPairs:
             rows.tokens[here], rows.labels[here] = ids[:-1], ids[1:]
             rows.weights[here] = mask[1:]
             rows.starts[place] = True
-            rows.pairs.segment_ids[0, here][mask[1:] != 0] = 2 * pair + side
+            rows.pair_columns.segment_ids[0, here][mask[1:] != 0] = 2 * pair + side
             place += ids.size - 1
 
     def hashes(self, file: TokenFile, document: int) -> Iterator[int]:
@@ -148,8 +148,8 @@ class TokenPivots:
         rows.weights[:] = 0
         rows.weights[positions] = 1
         rows.starts[0] = True
-        rows.pairs.alternatives[0, positions] = rejected
-        rows.pairs.segment_ids[0, positions] = 2 * (pair + np.arange(positions.size))
+        rows.pair_columns.alternatives[0, positions] = rejected
+        rows.pair_columns.segment_ids[0, positions] = 2 * (pair + np.arange(positions.size))
 
     def hashes(self, file: TokenFile, document: int) -> Iterator[int]:
         """See `PairDocuments`."""

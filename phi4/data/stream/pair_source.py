@@ -101,12 +101,12 @@ class PairSource:
             part = rows.stretch(place, piece.num_labels)
             self._documents.fill(self._file(piece), piece.document, part, pair)
             place, pair = place + piece.num_labels, pair + piece.num_items
-        second = rows.pairs.alternatives[0, :place]
+        second = rows.pair_columns.alternatives[0, :place]
         for ids in (rows.tokens[:place], rows.labels[:place], np.maximum(second, 0)):
             check_ids(ids, self._tokenizer.vocab_size, lambda at: self.locate(unit, at))
-        rows.pairs.num_pairs[:] = pair
+        rows.pair_columns.num_pairs[:] = pair
         if self._references is not None:
-            rows.pairs.reference[0, :pair] = self._of_cache(unit)
+            rows.pair_columns.reference[0, :pair] = self._of_cache(self._references, unit)
         if place < self.row_tokens:
             rows.starts[place] = True
             rows.pad(place, self._tokenizer.pad_id)
@@ -161,9 +161,9 @@ class PairSource:
             return None
         return open_references(cache_dir).log_probs_of(self)
 
-    def _of_cache(self, unit: int) -> np.ndarray:
+    def _of_cache(self, references: np.ndarray, unit: int) -> np.ndarray:
         items = self.row_items(unit)
-        found = self._references[items]
+        found = references[items]
         missing = np.flatnonzero(np.isnan(found).any(axis=1))
         if missing.size:
             place = self.locate_item(int(items[missing[0]]))

@@ -6,7 +6,7 @@ unit, or one row in blends with a source of whole rows.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class Source(Protocol):
         """Source, file, document and offset behind a token of a piece, in words."""
 
 
+@runtime_checkable
 class PairedSource(Source, Protocol):
     """A source whose pieces hold pairs; `fill` takes rows with `pairs`."""
 
@@ -166,7 +167,7 @@ class Stream:
         """Mean number of loss tokens on the chosen side of a pair over some draws; 1 without."""
         counts = np.zeros(2, dtype=np.int64)
         for index, item in enumerate(self._sources):
-            if item.has_pairs:
+            if isinstance(item, PairedSource):
                 units = self._units(item, draws.ordinal[draws.source == index])
                 counts += item.pair_counts(units.reshape(-1)).sum(axis=0)
         pairs, tokens = counts.tolist()

@@ -5,6 +5,7 @@ the last label of one and the first input of the other. So every token but a sha
 label exactly once, whatever the sequence length of the run.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +70,12 @@ class Rows:
     pairs: PairColumns | None = None
     """Only of blends with a source of pairs, whose pieces are whole rows."""
 
+    @property
+    def pair_columns(self) -> PairColumns:
+        """The columns of pairs, of a blend that has some."""
+        assert self.pairs is not None, "the blend has no source of pairs"
+        return self.pairs
+
     @staticmethod
     def empty(num_rows: int, num_tokens: int, *, have_pairs: bool = False) -> "Rows":
         """Rows whose content is still undefined; nothing starts in them."""
@@ -85,22 +92,25 @@ class Rows:
 
     def as_rows(self, num_tokens: int) -> "Rows":
         """The same tokens in rows of another length, a view."""
-        columns = (self.tokens, self.labels, self.weights, self.starts)
-        return Rows(*(column.reshape(-1, num_tokens) for column in columns), self.pairs)
+        return self._each(lambda column: column.reshape(-1, num_tokens), self.pairs)
 
     def cut(self, row: int, begin: int, num_tokens: int) -> "Rows":
         """A view of part of one row, [num_tokens] each."""
         place = (row, slice(begin, begin + num_tokens))
-        columns = (self.tokens, self.labels, self.weights, self.starts)
         pairs = None if self.pairs is None else self.pairs.rows(slice(row, row + 1))
-        return Rows(*(column[place] for column in columns), pairs)
+        return self._each(lambda column: column[place], pairs)
 
     def stretch(self, begin: int, num_tokens: int) -> "Rows":
         """A view of part of a cut, [num_tokens] each."""
         place = slice(begin, begin + num_tokens)
-        columns = (self.tokens, self.labels, self.weights, self.starts)
         pairs = None if self.pairs is None else self.pairs.stretch(place)
-        return Rows(*(column[place] for column in columns), pairs)
+        return self._each(lambda column: column[place], pairs)
+
+    def _each(
+        self, change: Callable[[np.ndarray], np.ndarray], pairs: PairColumns | None
+    ) -> "Rows":
+        starts = change(self.starts)
+        return Rows(change(self.tokens), change(self.labels), change(self.weights), starts, pairs)
 
 
 class ShardPool:

@@ -78,12 +78,13 @@ def _merged(
         for run in range(report.num_runs)
     ]
     masked = any(report.masked for report in reports.values())
-    notes = {
-        "num_rejected": num_rejected,
-        "shuffle_seed": plan.seed,
-        "chat_template_sha256": chat_template_sha256() if masked else None,
-    }
-    with TokenFileWriter(prefix, plan.tokenizer, **notes) as writer:
+    with TokenFileWriter(
+        prefix,
+        plan.tokenizer,
+        num_rejected=num_rejected,
+        shuffle_seed=plan.seed,
+        chat_template_sha256=chat_template_sha256() if masked else None,
+    ) as writer:
         for tokens, lengths in _sorted_ranges(runs, range_tokens):
             loss_mask = (tokens & WITHOUT_LOSS) == 0 if masked else None
             writer.add_many(tokens & (WITHOUT_LOSS - 1) if masked else tokens, lengths, loss_mask)
@@ -125,7 +126,7 @@ class _SortedRun:
         """The tokens that come next."""
         with open(self.path, "rb") as stream:
             stream.seek(4 * self.token)
-            stream.readinto(room)
+            stream.readinto(room.data)
         self.token += room.size
 
 
@@ -170,8 +171,9 @@ def _finished(work: Path) -> tuple[TokenizePlan, dict[int, PartReport]]:
         raise DataError(
             f"{work} was begun by another version of phi4; remove it and tokenize again"
         )
-    reports = {index: read_report(work, index) for index in range(len(plan.parts))}
-    missing = [index for index, report in reports.items() if report is None]
+    found = {index: read_report(work, index) for index in range(len(plan.parts))}
+    reports = {index: report for index, report in found.items() if report is not None}
+    missing = [index for index in found if index not in reports]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(plan.parts)} parts in {work} are not tokenized, the first is "

@@ -44,7 +44,8 @@ def write_rejections(
     rejecting = {
         parts[index].files[0].path: index for index in sorted(reports) if reports[index].rejected
     }
-    lines, before = [], 0
+    lines: list[RejectedRow] = []
+    before = 0
     for index, part in enumerate(parts):
         source, report = part.files[0].path, reports.get(index)
         before = before if part.begin else 0

@@ -8,7 +8,7 @@ never turns into special ids: `encode` treats `<|im_end|>` in a document as plai
 import binascii
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -109,7 +109,7 @@ class Tokenizer:
                 f"the text cannot be split into tokens ({error}); leave it out"
             ) from None
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD.
 
         Raises:

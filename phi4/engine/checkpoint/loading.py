@@ -157,6 +157,7 @@ def _fill(engine: Engine, state: dict[str, Any], with_optimizer: bool) -> None:
         empty = {key: None for key in chunk.state_dict() if key.endswith("_extra_state")}
         chunk.load_state_dict(empty | state[chunk_key(engine, index)], strict=True)
     if with_optimizer:
+        assert engine.optimizer is not None, "an engine that trains has one"
         engine.optimizer.load_state_dict(state["optimizer"])
         set_delayed_states(engine.bare_chunks, state.get("fp8", {}))
     elif engine.optimizer is not None:
@@ -167,7 +168,7 @@ def _fill(engine: Engine, state: dict[str, Any], with_optimizer: bool) -> None:
 
 def _all_or_none(engine: Engine, checkpoint: Path, act: Callable[[], Result]) -> Result:
     """What `act` returns, or a CheckpointError on every rank if it fails on one."""
-    result, failure = None, None
+    failure: CheckpointError | LayoutError | None = None
     try:
         result = act()
     except LayoutError as error:

@@ -71,6 +71,9 @@ _SHARD_SUFFIX = re.compile(r"/shard_\d+(\.\d+)*_\d+(\.\d+)*")
 class _Record:
     """Stands in for a class that the pickle names: keeps what it was built from, runs nothing."""
 
+    arguments: tuple
+    state: Any
+
     def __new__(cls, *arguments: Any) -> "_Record":
         self = super().__new__(cls)
         self.arguments = arguments

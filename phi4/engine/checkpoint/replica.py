@@ -71,7 +71,8 @@ def views_of_replicas(platform: Platform, place: Path) -> list[HostView]:
 
     Collectives: one all-gather of file names over all ranks.
     """
-    process, held, problem = this_process(), (), ""
+    process, problem = this_process(), ""
+    held: tuple[Held, ...] = ()
     try:
         held = tuple(held_replicas(place))
     except OSError as error:

@@ -171,8 +171,8 @@ class Save:
         except CheckpointException as error:
             # All ranks raise it once one of them could not write; that one knows the reason.
             caught = error
-        error = self.sink.error
-        raise_together(self.platform, None if error is None else self.failure(error))
+        own = self.sink.error
+        raise_together(self.platform, None if own is None else self.failure(own))
         if caught is not None:
             raise caught
 
@@ -184,6 +184,7 @@ class Save:
         self.engine.patches.capture.begin(sink)
         with self.engine.patches:
             request = self._planned(waits=False)
+            assert request is not None, "megatron-core plans what it does not wait for"
             with without_rewriting():
                 if request.async_fn is not None:
                     rank, _, results = request.async_fn_args
@@ -194,8 +195,8 @@ class Save:
         """On rank 0, encoded, of what all ranks wrote; elsewhere empty."""
         mine = {file.name: FileEntry(file.num_bytes, file.sha256) for file in sink.files}
         is_writer, size = self.platform.is_writer, self.platform.world_size
-        shares: list[dict[str, FileEntry]] | None = [{}] * size if is_writer else None
-        dist.gather_object(mine, shares, dst=0)
+        shares: list[dict[str, FileEntry]] = [{}] * size if is_writer else []
+        dist.gather_object(mine, shares if is_writer else None, dst=0)
         if not is_writer:
             return b""
         entries = {name: entry for share in shares for name, entry in share.items()}

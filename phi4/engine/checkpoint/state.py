@@ -96,6 +96,7 @@ def sharded_state(
         for index, chunk in enumerate(engine.bare_chunks)
     }
     if form != "none":
+        assert engine.optimizer is not None, "an engine that trains has one"
         state["optimizer"] = engine.optimizer.sharded_state_dict(
             dict(state), is_loading=loading, metadata=metadata
         )

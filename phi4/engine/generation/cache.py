@@ -158,7 +158,7 @@ class _Singles:
             return found[0].out
         total_RN = torch.logaddexp(*(part.lse for part in found))
         weighted = [part.out * (part.lse - total_RN).exp().unsqueeze(-1) for part in found]
-        return sum(weighted).to(q_RND.dtype)
+        return (weighted[0] + weighted[1]).to(q_RND.dtype)
 
 
 class _TableAttention:
@@ -168,12 +168,20 @@ class _TableAttention:
         self._table, self._causal = table, causal
         self._run: Callable[..., Attention] | None = None
 
-    def attend(self, core: CoreAttention, *tensors: torch.Tensor) -> Attention:
+    def attend(
+        self, core: CoreAttention, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> Attention:
         if self._run is None:
-            implementation = decoding_implementation(core.implementation)
-            options = {"causal": self._causal, "scale": core.scale}
-            self._run = plan_decode(*tensors, self._table, implementation=implementation, **options)
-        return self._run(*tensors)
+            self._run = plan_decode(
+                q,
+                keys,
+                values,
+                self._table,
+                causal=self._causal,
+                scale=core.scale,
+                implementation=decoding_implementation(core.implementation),
+            )
+        return self._run(q, keys, values)
 
 
 def _groups(rows: Sequence[StepRow], block_tokens: int) -> Iterator[tuple[int, int]]:
@@ -182,7 +190,7 @@ def _groups(rows: Sequence[StepRow], block_tokens: int) -> Iterator[tuple[int, i
     Shared blocks are full: a row writes to the last of its blocks, which it has alone.
     """
     for _, neighbours in groupby(rows, key=lambda row: row.blocks[0]):
-        blocks = [row.blocks for row in neighbours]
+        blocks = [tuple(row.blocks) for row in neighbours]
         # All lists lie between the least and the greatest, so what these share all share.
         pairs = zip(min(blocks), max(blocks), strict=False)
         num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -144,9 +144,8 @@ class ChunkForward:
         out_TND = cached.attend(layer.core, q, k, v)
         attended_TH = self._summed(F.linear(out_TND.flatten(1), layer.out))
         norm = layer.norm
-        options = {"implementation": norm.implementation}
         normed_TH, hidden_TH = add_rms_norm(
-            attended_TH, hidden_TH, norm.weight, norm.eps, **options
+            attended_TH, hidden_TH, norm.weight, norm.eps, implementation=norm.implementation
         )
         return hidden_TH + self._summed(_mlp(layer, normed_TH))
 

@@ -37,7 +37,7 @@ class Running:
 
     step: Step
     drawn: list[Drawn] = field(default_factory=list)
-    sent: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list)
+    sent: list[tuple[dist.Work | None, torch.Tensor]] = field(default_factory=list)
 
 
 class Decoder:
@@ -139,7 +139,8 @@ class Decoder:
             dist.broadcast(values, group=layout.groups.pp, group_src=layout.pp_size - 1)
             drawn = _unpacked(values, tops)
         for work, _ in running.sent:
-            work.wait()
+            if work is not None:
+                work.wait()
         in_order = iter(drawn)
         return [
             [next(in_order) for _ in range(len(row.scored) + len(row.draws))] for row in step.rows
@@ -199,7 +200,8 @@ class Decoder:
 
 def _tokens_of_draws(step: Step) -> list[int]:
     """Which of the step's tokens each draw follows; ascending."""
-    tokens, start = [], 0
+    tokens: list[int] = []
+    start = 0
     for row in step.rows:
         tokens += range(start, start + len(row.scored))
         start += len(row.tokens)

@@ -203,6 +203,7 @@ class Generator:
             raise ValueError("weights changed while requests are under way; finish or cancel them")
 
     def _load(self, place: str) -> None:
+        assert self._load_weights is not None, "only a generator that was given it is asked"
         try:
             self._load_weights(place)
         except CheckpointError:

@@ -56,7 +56,7 @@ class OrderRelay:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout, self._device = layout, device
-        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+        self._sent: list[tuple[dist.Work | None, torch.Tensor]] = []
 
     def pass_on(self, orders: Sequence[Order]) -> Sequence[Order]:
         """The leader's orders, on every rank.
@@ -84,7 +84,8 @@ class OrderRelay:
         """Wait until everything has arrived: a message that is dropped before may never do so."""
         while self._sent:
             work, _ = self._sent.pop()
-            work.wait()
+            if work is not None:
+                work.wait()
 
     def _passed(self, message: torch.Tensor) -> torch.Tensor:
         """The leader's message, in the place of this rank's."""
@@ -94,7 +95,7 @@ class OrderRelay:
         if rank > 0:
             dist.recv(message, group=pp, group_src=rank - 1)
         if not self._layout.is_last_stage:
-            self._sent = [one for one in self._sent if not one[0].is_completed()]
+            self._sent = [one for one in self._sent if one[0] and not one[0].is_completed()]
             work = dist.isend(message, group=pp, group_dst=rank + 1)
             self._sent.append((work, message))
         return message

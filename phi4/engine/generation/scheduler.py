@@ -256,7 +256,7 @@ class Scheduler:
         tokens = request.prompt[start : start + count]
         is_last = start + count == len(request.prompt)
         draws = [prompt.draw(i) for i in range(request.n)] if is_last and request.max_tokens else ()
-        scored = ()
+        scored: Sequence[Draw] = ()
         if request.prompt_log_probs:
             num_top = request.num_top_log_probs
             following = request.prompt[start + 1 : start + count + 1]
@@ -279,8 +279,8 @@ class Scheduler:
 
     def _prompt_computed(self, chunk: _Planned, results: Sequence[Drawn]) -> list[Event]:
         """After a chunk; at the prompt's end its samples begin."""
-        prompt, events = chunk.sample, []
-        request = prompt.request
+        prompt, request = chunk.sample, chunk.sample.request
+        events: list[Event] = []
         num_scored = len(chunk.row.scored)
         prompt.scores += results[:num_scored]
         if not chunk.ends_prompt:
@@ -291,7 +291,7 @@ class Scheduler:
         if not request.max_tokens:
             self._pool.end(prompt.sequence)
             ids = range(request.n)
-            return events + [SampleEnded(prompt.request_id, i, "length") for i in ids]
+            return [*events, *(SampleEnded(prompt.request_id, i, "length") for i in ids)]
         sequences = [
             prompt.sequence,
             *(self._pool.fork(prompt.sequence) for _ in range(1, request.n)),

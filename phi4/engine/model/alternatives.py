@@ -81,7 +81,7 @@ def alternative_rows(
     part_starts_P1 = torch.arange(num_parts).unsqueeze(1) * second_PR.shape[1]
     labels_PX = torch.cat((labels_BS.t().reshape(num_parts, -1), second_PA.clamp_min(0)), dim=1)
     return AlternativeRows(
-        shape=tuple(labels_BS.shape),
+        shape=(labels_BS.shape[0], labels_BS.shape[1]),
         mask_BS=(alternatives_BS >= 0),
         labels_1X=labels_PX.reshape(1, -1),
         appended_A=columns_PA[layout.tp_rank if num_parts > 1 else 0],

@@ -101,8 +101,10 @@ class Phi4SelfAttention(SelfAttention):
         num_groups = self.num_query_groups_per_partition
         head_dim = self.hidden_size_per_attention_head
         if self.implementation == "torch":
+            assert documents.cos_SBD is not None and documents.sin_SBD is not None
             qkv_SBKGD = qkv.view(*qkv.shape[:2], num_groups, -1, head_dim)
             return rotate_and_split(qkv_SBKGD, documents.cos_SBD, documents.sin_SBD)
+        assert documents.rope_cache is not None
         num_heads = self.num_attention_heads_per_partition
         q_TKGD, k_TKD, v_TKD = rope_qkv(
             qkv.flatten(0, 1),
@@ -203,5 +205,6 @@ class CoreAttention(torch.nn.Module):
         num_rows = q.shape[1]
         q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k_SBKD, v_SBKD))
         ((ranges,),) = documents.visible
+        assert ranges is not None, "a rank sees the documents it holds"
         out_TND = attention(q, k, v, ranges, **options).out
         return out_TND.unflatten(0, (num_rows, -1)).transpose(0, 1).flatten(2, 3)

@@ -43,11 +43,11 @@ class AllGatherAttention(torch.autograd.Function):
         options: dict[str, Any],
     ) -> Tensor:
         """[S, B, N, D]; options are `scale` and `implementation` of the op."""
-        kv_2UKD = _gathered(k_SBKD, v_SBKD, group)
-        parts = [
-            attention_forward(q_TND, *kv_2UKD, ranges, causal=True, **options)
-            for q_TND, ranges in zip(_chunks(q_SBND), visible[0], strict=True)
-        ]
+        k_UKD, v_UKD = _gathered(k_SBKD, v_SBKD, group)
+        parts = []
+        for q_TND, ranges in zip(_chunks(q_SBND), visible[0], strict=True):
+            assert ranges is not None, "among all keys a query sees its own"
+            parts.append(attention_forward(q_TND, k_UKD, v_UKD, ranges, causal=True, **options))
         out_SBND = _joined([part.out for part in parts], q_SBND)
         ctx.save_for_backward(q_SBND, k_SBKD, v_SBKD, out_SBND, *(part.lse for part in parts))
         ctx.visible, ctx.group, ctx.options = visible, group, options
@@ -64,7 +64,7 @@ class AllGatherAttention(torch.autograd.Function):
             *map(_chunks, (dout_SBND, q_SBND, out_SBND)), lse_TN, ctx.visible[0], strict=True
         ):
             dq, *dkv = attention_backward(
-                dout, q, *kv_2UKD, out, lse, ranges, causal=True, **ctx.options
+                dout, q, kv_2UKD[0], kv_2UKD[1], out, lse, ranges, causal=True, **ctx.options
             )
             dq_TND.append(dq)
             _add(dkv_2UKD, dkv)
@@ -96,17 +96,21 @@ class RingAttention(torch.autograd.Function):
         options: dict[str, Any],
     ) -> Tensor:
         """[S, B, N, D]; options are `scale` and `implementation` of the op."""
-        queries, merged = _chunks(q_SBND), [None, None]
+        queries = _chunks(q_SBND)
+        merged: list[Attention | None] = [None, None]
         blocks = _rotating(_local_rows(k_SBKD, v_SBKD), group)
         for step, (kv_2UKD, seen) in enumerate(zip(blocks, visible, strict=True)):
             for i, ranges in enumerate(seen):
                 if ranges is not None:
+                    k_UKD, v_UKD = kv_2UKD
                     part = attention_forward(
-                        queries[i], *kv_2UKD, ranges, causal=step == 0, **options
+                        queries[i], k_UKD, v_UKD, ranges, causal=step == 0, **options
                     )
                     merged[i] = merge(merged[i], part)
-        out_SBND = _joined([part.out.to(q_SBND.dtype) for part in merged], q_SBND)
-        ctx.save_for_backward(q_SBND, k_SBKD, v_SBKD, out_SBND, *(part.lse for part in merged))
+        # Every query sees a key of the first block.
+        parts = [part for part in merged if part is not None]
+        out_SBND = _joined([part.out.to(q_SBND.dtype) for part in parts], q_SBND)
+        ctx.save_for_backward(q_SBND, k_SBKD, v_SBKD, out_SBND, *(part.lse for part in parts))
         ctx.visible, ctx.group, ctx.options = visible, group, options
         return out_SBND
 
@@ -121,14 +125,16 @@ class RingAttention(torch.autograd.Function):
             dkv_2UKD = torch.zeros_like(kv_2UKD, dtype=torch.float32)
             for (dout, q, out, lse), total, ranges in zip(chunks, dq_TND, seen, strict=True):
                 if ranges is not None:
+                    k_UKD, v_UKD = kv_2UKD
                     dq, *dkv = attention_backward(
-                        dout, q, *kv_2UKD, out, lse, ranges, causal=step == 0, **ctx.options
+                        dout, q, k_UKD, v_UKD, out, lse, ranges, causal=step == 0, **ctx.options
                     )
                     total += dq
                     _add(dkv_2UKD, dkv)
             if arriving is not None:
                 dkv_2UKD = arriving.wait().add_(dkv_2UKD)
             arriving = _Transfer(dkv_2UKD, ctx.group)
+        assert arriving is not None, "every ring has a block"
         dkv_2BSKD = arriving.wait().unflatten(1, (k_SBKD.shape[1], -1)).to(k_SBKD.dtype)
         dq_SBND = _joined([dq.to(q_SBND.dtype) for dq in dq_TND], q_SBND)
         return dq_SBND, *dkv_2BSKD.transpose(1, 2), None, None, None

@@ -103,6 +103,9 @@ def _num_tokens(host: HostRanges) -> int | None:
 
 
 def _as_tensors(found: HostRanges) -> Ranges | None:
-    longest = [int(x.max()) for x in (np.diff(found.q_offsets), found.k_ends - found.k_starts)]
-    parts = map(torch.from_numpy, found)
-    return Ranges(*parts, *longest, _num_tokens(found)) if longest[1] else None
+    num_keys = int((found.k_ends - found.k_starts).max())
+    if not num_keys:
+        return None
+    q_offsets, k_starts, k_ends = map(torch.from_numpy, found)
+    num_queries = int(np.diff(found.q_offsets).max())
+    return Ranges(q_offsets, k_starts, k_ends, num_queries, num_keys, _num_tokens(found))

@@ -176,7 +176,7 @@ def full_shape(parameter: torch.nn.Parameter, tp_size: int) -> tuple[int, ...]:
     """Shape of a parameter before it is split over the tensor ranks."""
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= tp_size
+        shape[_partition(parameter)[0]] *= tp_size
     return tuple(shape)
 
 
@@ -184,8 +184,9 @@ def shard(whole: torch.Tensor, parameter: torch.nn.Parameter, layout: Layout) ->
     """This tensor rank's part of a whole tensor; SwiGLU's [gate | up] is split in each half."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return whole
-    pieces = whole.chunk(layout.tp_size * parameter.partition_stride, dim=parameter.partition_dim)
-    return torch.cat(pieces[layout.tp_rank :: layout.tp_size], dim=parameter.partition_dim)
+    dim, stride = _partition(parameter)
+    pieces = whole.chunk(layout.tp_size * stride, dim=dim)
+    return torch.cat(pieces[layout.tp_rank :: layout.tp_size], dim=dim)
 
 
 def unshard(parameter: torch.Tensor, like: torch.nn.Parameter, layout: Layout) -> torch.Tensor:
@@ -197,9 +198,15 @@ def unshard(parameter: torch.Tensor, like: torch.nn.Parameter, layout: Layout) -
         return parameter
     parts = [torch.empty_like(parameter) for _ in range(layout.tp_size)]
     torch.distributed.all_gather(parts, parameter.contiguous(), group=layout.groups.tp)
-    sections = [part.chunk(like.partition_stride, dim=like.partition_dim) for part in parts]
-    ordered = [section[i] for i in range(like.partition_stride) for section in sections]
-    return torch.cat(ordered, dim=like.partition_dim)
+    dim, stride = _partition(like)
+    sections = [part.chunk(stride, dim=dim) for part in parts]
+    return torch.cat([section[i] for i in range(stride) for section in sections], dim=dim)
+
+
+def _partition(parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """The dimension that megatron-core split, and how many sections of it, each by itself."""
+    # Attributes that megatron-core gives a parameter.
+    return parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
 
 
 def seed_random_states(seed: int) -> None:

@@ -69,7 +69,7 @@ class RMSNorm(torch.nn.Module):
             torch.ones(hidden_size, dtype=config.params_dtype, device=device)
         )
         # finalize_model_grads all-reduces the gradient of parameters so marked over tp.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,9 @@ class AddRMSNorm(RMSNorm):
     waits for a parameter in its module's forward pre-hook, which only a module call runs.
     """
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(  # type: ignore[override]  # a module of torch has any signature
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of x + residual, x + residual), all of one shape [..., hidden]."""
         return add_rms_norm(x, residual, self.weight, self.eps, implementation=self.implementation)
 

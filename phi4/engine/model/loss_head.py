@@ -104,15 +104,26 @@ class LossHead(ColumnParallelLinear):
         if main_grad is not None and torch.is_grad_enabled():
             weight = AddsItsOwnGradient.apply(weight)
         layout = LinearLayout(self._group, self.sequence_parallel, self.settings.chunk_tokens)
-        common = {
-            "layout": layout,
-            "main_grad": main_grad,
-            "implementation": self.implementation,
-        }
         if self.settings.form == "recompute" or not torch.is_grad_enabled():
-            return linear_cross_entropy(hidden_SBH, weight, labels_SB, **common).log_probs
+            return linear_cross_entropy(
+                hidden_SBH,
+                weight,
+                labels_SB,
+                layout=layout,
+                main_grad=main_grad,
+                implementation=self.implementation,
+            ).log_probs
+        assert loss_mask_BS is not None, "a step with gradients has a loss mask"
         mask_SB = loss_mask_BS.t().contiguous()
-        out = summed_linear_cross_entropy(hidden_SBH, weight, labels_SB, weights=mask_SB, **common)
+        out = summed_linear_cross_entropy(
+            hidden_SBH,
+            weight,
+            labels_SB,
+            weights=mask_SB,
+            layout=layout,
+            main_grad=main_grad,
+            implementation=self.implementation,
+        )
         return _MaskedSum.apply(out.total, out.log_probs, mask_SB)
 
     @property

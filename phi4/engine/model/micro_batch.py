@@ -144,8 +144,13 @@ def to_device(
     """
     _check_length(batch.tokens.shape[1], layout, rope_cache)
     placed, positions_BS = on_device(_on_host(batch, layout), device)
-    rotary = _rotary_fields(positions_BS, model, dtype, rope_cache)
-    return replace(placed, documents=replace(placed.documents, **rotary))
+    if rope_cache is None:
+        cos, sin = rope_cos_sin(positions_BS.float(), model, dtype)
+        documents = replace(placed.documents, cos_SBD=cos, sin_SBD=sin)
+    else:
+        positions_T = positions_BS.t().flatten()
+        documents = replace(placed.documents, rope_cache=rope_cache, positions_T=positions_T)
+    return replace(placed, documents=documents)
 
 
 def _on_host(batch: HostBatch, layout: Layout) -> tuple[MicroBatch, torch.Tensor]:
@@ -156,8 +161,9 @@ def _on_host(batch: HostBatch, layout: Layout) -> tuple[MicroBatch, torch.Tensor
 
     ids, second = batch.segment_ids, batch.alternative_labels
     labels_BS = slice_of(batch.labels, torch.int64)
+    alternatives = None
     if second is not None:
-        second = alternative_rows(labels_BS, slice_of(second, torch.int64), layout)
+        alternatives = alternative_rows(labels_BS, slice_of(second, torch.int64), layout)
     placed = MicroBatch(
         tokens_BS=slice_of(batch.tokens, torch.int64),
         labels_BS=labels_BS,
@@ -167,33 +173,13 @@ def _on_host(batch: HostBatch, layout: Layout) -> tuple[MicroBatch, torch.Tensor
         num_segments=batch.num_segments,
         token_extras={k: slice_of(v, torch.float32) for k, v in batch.token_extras.items()},
         segment_extras={k: _as_tensor(v) for k, v in batch.segment_extras.items()},
-        alternatives=second,
+        alternatives=alternatives,
     )
     return placed, slice_of(batch.positions, torch.int32)
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _rotary_fields(
-    positions_BS: torch.Tensor,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    rope_cache: RopeCache | None,
-) -> dict[str, object]:
-    """The fields of `Documents` that say how to rotate.
-
-    Args:
-        positions_BS: [B, S] int32, below the positions of the cache.
-        model: RoPE's base and width.
-        dtype: of the tables per token.
-        rope_cache: look RoPE up in this; without it RoPE gets tables per token.
-    """
-    if rope_cache is None:
-        cos, sin = rope_cos_sin(positions_BS.float(), model, dtype)
-        return {"cos_SBD": cos, "sin_SBD": sin}
-    return {"rope_cache": rope_cache, "positions_T": positions_BS.t().flatten()}
 
 
 def _check_length(length: int, layout: Layout, rope_cache: RopeCache | None) -> None:

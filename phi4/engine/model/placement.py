@@ -24,7 +24,7 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
     """A copy of a value with every tensor changed, inside dataclasses, tuples and mappings too."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         named = {field.name: getattr(value, field.name) for field in fields(value)}
         return replace(value, **{k: map_tensors(v, change) for k, v in named.items()})
     if isinstance(value, Mapping):
@@ -97,14 +97,20 @@ class SideStream:
         """Enqueue what makes a value; the result gives it to the stream that is current then."""
         with self._current():
             value = value_of()
-        done = self._stream.record_event() if self._stream else None
+        made_on = self._stream
+        done = made_on.record_event() if made_on else None
 
         def taken() -> Value:
-            if done is not None:
-                stream = torch.cuda.current_stream(self._stream.device)
+            if made_on is not None and done is not None:
+                stream = torch.cuda.current_stream(made_on.device)
                 stream.wait_event(done)
-                # Memory of one stream that another uses: not reused before that is done, too.
-                map_tensors(value, lambda x: (x.record_stream(stream), x)[1])
+
+                def used_here(x: torch.Tensor) -> torch.Tensor:
+                    # Memory of one stream that another uses: not reused before that is done, too.
+                    x.record_stream(stream)
+                    return x
+
+                map_tensors(value, used_here)
             return value
 
         return taken

@@ -79,5 +79,6 @@ class SwiGLULinearIntoMainGrad(torch.autograd.Function):
             emit_product=True,
             implementation=ctx.implementation,
         )
+        assert product_TF is not None, "asked for above"
         add_weight_gradient(product_TF, grad_TH, ctx.main_grad_HF)
         return gradient_T2F, None, None, None

@@ -26,8 +26,8 @@ def weights_sha256(
     Collectives: one all-gather of names and hashes over pp, about 100 bytes per tensor.
     """
     own = {name: tensor_sha256(tensor) for name, tensor in stage}
-    stages: list[dict[str, str] | None] = [own]
+    stages = [own]
     if pipeline_group.size() > 1:
-        stages = [None] * pipeline_group.size()
+        stages = [own] * pipeline_group.size()
         dist.all_gather_object(stages, own, group=pipeline_group)
     return dict(sorted(item for hashes in stages for item in hashes.items()))

@@ -13,7 +13,7 @@ accept, changes nothing: no parameter, no moment, no step count.
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -24,6 +24,7 @@ from megatron.core.optimizer.optimizer import (
     Float16OptimizerWithFloat16Params,
     FP32Optimizer,
 )
+from phi4_kernels.adamw import FusedAdam
 from phi4_kernels.grad_norm import clip_factor, square_sum
 from torch import Tensor
 
@@ -39,6 +40,10 @@ def norm_within(square_sum: Tensor, limit: float) -> Tensor:
 
 class OnePass:
     """What takes the place of clipping, step and copies in each of megatron-core's optimizers."""
+
+    get_parameters: Callable[[], list[Tensor]]
+    is_stub_optimizer: bool
+    optimizer: FusedAdam
 
     @cached_property
     def weights(self) -> dict[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from phi4.config import Recipe
 from phi4.engine.layout import Layout
 from phi4.engine.model.gpt import Phi4Model, global_parameters
 from phi4.engine.model.implementations import implementation_of
+from phi4.engine.optimizer.adamw import OnePassChain
 from phi4.engine.precision import torch_dtype
 from phi4.model.names import parameter_group
 from phi4.model.shape import PARAMETER_GROUPS
@@ -59,7 +60,7 @@ def gather_parameters(wrapped: list[torch.nn.Module]) -> None:
 
 def build_optimizer(
     wrapped: list[DistributedDataParallel], recipe: Recipe, choices: Sequence[Choice] = ()
-) -> MegatronOptimizer:
+) -> OnePassChain:
     """AdamW over this rank's parameters; weight decay on matrices only.
 
     Args:

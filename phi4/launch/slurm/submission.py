@@ -60,7 +60,7 @@ def read_lines(path: Path, kind: type) -> list:
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines()
-    found = []
+    found: list = []
     for number, line in enumerate(lines, 1):
         try:
             found.append(msgspec.json.decode(line, type=kind))

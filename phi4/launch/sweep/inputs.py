@@ -22,13 +22,13 @@ def require_inputs(runs: Sequence[SweepRun]) -> None:
             needed.setdefault(("tokenizer.path", recipe.tokenizer.path), run.name)
         for source in (*recipe.data.sources, *recipe.data.held_out):
             needed.setdefault((f"source {source.name!r}", source.path), run.name)
-    for (what, path), run in needed.items():
+    for (what, path), name in needed.items():
         if what == "tokenizer.path":
             missing = [] if Path(path).is_file() else [path]
         else:
             missing = [p for p in shard_prefixes(path) if not manifest_path(p).exists()]
         if missing:
             raise DataError(
-                f"run {run}: {what}: {missing[0]} does not exist; build it first (`phi4 data "
+                f"run {name}: {what}: {missing[0]} does not exist; build it first (`phi4 data "
                 "demo`, `phi4 data tokenize`), or run this from the directory that paths start at"
             )

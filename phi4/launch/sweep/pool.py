@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,8 @@ def run_here(
         after SIGTERM: the same command goes on.
     """
     mark = uuid.uuid4().hex
-    waiting, children = deque(runs), []
+    waiting = deque(runs)
+    children: list[_Child] = []
     num_ended, num_failed = 0, 0
     with _received() as received, _watched(mark):
         while (waiting and not received) or children:
@@ -174,7 +175,7 @@ def _received() -> Iterator[list[int]]:
     same, here and in the children.
     """
     received: list[int] = []
-    previous: Mapping[int, object] = {
+    previous = {
         number: signal.signal(number, lambda number, _: received.append(number))
         for number in _STOPS
         if signal.getsignal(number) is not signal.SIG_IGN

@@ -76,7 +76,7 @@ def progress_of(runs: Sequence[SweepRun], directory: Path) -> dict[str, RunProgr
 
 def note(directory: Path, run: str, pid: int, exit_code: int | None = None) -> None:
     """Append the start of a run's process, or its end with its exit code."""
-    event = "start" if exit_code is None else "end"
+    event: Literal["start", "end"] = "start" if exit_code is None else "end"
     line = RunEvent(run, event, time.time(), pid, exit_code)
     with (directory / RUNS_FILE).open("ab", buffering=0) as file:
         file.write(msgspec.json.encode(line) + b"\n")
@@ -85,8 +85,7 @@ def note(directory: Path, run: str, pid: int, exit_code: int | None = None) -> N
 def _progress(run: SweepRun, last: RunEvent | None) -> RunProgress:
     if not run.run_dir.exists():
         # Removed by a user who wants it again, or never begun.
-        is_known = last is not None and last.exit_code is not None
-        code = last.exit_code if is_known and last.exit_code != DivergedError.exit_code else None
+        code = None if last is None or last.exit_code == DivergedError.exit_code else last.exit_code
         return RunProgress("waiting" if code is None else "failed", 0, code)
     _require_same(run)
     newest = latest_checkpoint(checkpoints_dir(run.run_dir))

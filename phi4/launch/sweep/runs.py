@@ -196,7 +196,7 @@ def _weighed(base: Tree, weights: Any) -> list[Tree]:
 
 def _finished(sweep: SweepFile, tree: Tree, name: str, seed: int) -> Recipe:
     """The recipe with the keys that the sweep sets."""
-    own = {
+    own: dict[str, dict[str, object]] = {
         "run": {"dir": str(Path(sweep.directory) / "runs" / name), "name": name, "seed": seed},
         "tracking": {"sweep": sweep.name},
     }

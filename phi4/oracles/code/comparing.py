@@ -21,17 +21,16 @@ def same_value(got: object, expected: object, tolerance: float | None) -> bool:
         return got is expected
     if isinstance(expected, int | float):
         return isinstance(got, int | float) and _same_number(got, expected, tolerance)
-    if type(got) is not type(expected):
-        return False
     if isinstance(expected, list):
-        return len(got) == len(expected) and all(
-            same_value(one, other, tolerance) for one, other in zip(got, expected, strict=True)
-        )
+        if not isinstance(got, list) or len(got) != len(expected):
+            return False
+        pairs = zip(got, expected, strict=True)
+        return all(same_value(one, other, tolerance) for one, other in pairs)
     if isinstance(expected, dict):
-        return got.keys() == expected.keys() and all(
-            same_value(got[name], value, tolerance) for name, value in expected.items()
-        )
-    return got == expected
+        if not isinstance(got, dict) or got.keys() != expected.keys():
+            return False
+        return all(same_value(got[name], value, tolerance) for name, value in expected.items())
+    return type(got) is type(expected) and got == expected
 
 
 def same_output(got: bytes, expected: str, tolerance: float | None) -> bool:

@@ -27,10 +27,10 @@ def grade_function(source: str, key: CodeKey, tools: Tools) -> tuple[Grade, str]
         "function": key.function,
         "cases": [
             {"nonce": nonce, "arguments": case.arguments}
-            for nonce, case in zip(nonces[1:], key.cases, strict=True)
+            for nonce, case in zip(nonces[1:], key.function_cases, strict=True)
         ],
     }
-    expected_bytes = len(json.dumps([case.expected for case in key.cases]))
+    expected_bytes = len(json.dumps([case.expected for case in key.function_cases]))
     files = {
         "harness.py": _HARNESS.read_bytes(),
         "solution.py": source.encode("utf-8", errors="replace"),
@@ -50,11 +50,11 @@ def _verdict(ended: Ended, nonces: Sequence[str], key: CodeKey) -> tuple[Grade, 
         return Grade.UNGRADABLE, f"sandbox {ended.outcome}: {ended.reason}"
     lines = ended.stdout.split(b"\n")
     if _said(lines[0], nonces[0]) is None:
-        said = ended.stderr.decode(errors="replace").strip().rpartition("\n")[2][:200]
-        return Grade.UNGRADABLE, f"python did not reach the answer ({ended.outcome}): {said}"
+        last = ended.stderr.decode(errors="replace").strip().rpartition("\n")[2][:200]
+        return Grade.UNGRADABLE, f"python did not reach the answer ({ended.outcome}): {last}"
     if ended.outcome is not Outcome.FINISHED:
         return Grade.WRONG, f"{ended.outcome}: {ended.reason}"
-    for number, (nonce, case) in enumerate(zip(nonces[1:], key.cases, strict=True), 1):
+    for number, (nonce, case) in enumerate(zip(nonces[1:], key.function_cases, strict=True), 1):
         said = _said(lines[number], nonce) if number < len(lines) else None
         if said is None:
             loading = _said(lines[1], nonces[0]) if len(lines) > 1 else None

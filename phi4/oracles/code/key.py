@@ -6,7 +6,7 @@ ignored would change what is compared.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from phi4.oracles.sandbox.languages import LANGUAGES
@@ -42,9 +42,19 @@ class CodeKey:
 
     language: str
     function: str | None
-    cases: tuple[FunctionCase, ...] | tuple[ProgramCase, ...]
+    cases: tuple[FunctionCase | ProgramCase, ...]
     tolerance: float | None = None
     cpu_seconds: float = 5.0
+
+    @property
+    def function_cases(self) -> list[FunctionCase]:
+        """All cases, where a function is called."""
+        return [case for case in self.cases if isinstance(case, FunctionCase)]
+
+    @property
+    def program_cases(self) -> list[ProgramCase]:
+        """All cases, where the program is run."""
+        return [case for case in self.cases if isinstance(case, ProgramCase)]
 
 
 def read_key(key: object) -> CodeKey:
@@ -69,13 +79,15 @@ def read_key(key: object) -> CodeKey:
     cases = key.get("cases")
     if not isinstance(cases, list) or not cases:
         raise ValueError(f"cases is {_short(cases)}; expected a list of at least one")
+    read: Callable[[object], FunctionCase | ProgramCase]
     read = _function_case if function is not None else _program_case
+    cpu_seconds = _positive(key, "cpu_seconds")
     return CodeKey(
         language,
         function,
         tuple(read(case) for case in cases),
-        _positive(key, "tolerance", None),
-        _positive(key, "cpu_seconds", CodeKey.cpu_seconds),
+        _positive(key, "tolerance"),
+        CodeKey.cpu_seconds if cpu_seconds is None else cpu_seconds,
     )
 
 
@@ -101,8 +113,8 @@ def _program_case(case: object) -> ProgramCase:
     return ProgramCase(case["stdin"], case["expected"])
 
 
-def _positive(key: Mapping, name: str, default: float | None) -> float | None:
-    value = key.get(name, default)
+def _positive(key: Mapping, name: str) -> float | None:
+    value = key.get(name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

@@ -23,14 +23,15 @@ def grade_program(
     files = {name: source.encode("utf-8", errors="replace")}
     files |= {other: text.encode() for other, text in (language.files or {}).items()}
     if language.compile is not None:
-        compiled = _compiled(language, f"/program/{name}", files, toolchain, tools)
+        line = _filled(language.compile, dict(toolchain.paths, source=f"/program/{name}"))
+        compiled = _compiled(language, line, files, toolchain, tools)
         if isinstance(compiled, tuple):
             return compiled
         files = {"compiled": compiled}
     fill = dict(toolchain.paths, compiled="/program/compiled", main=name.partition(".")[0])
     command = tuple(_filled(word, fill) for word in language.start)
     limits = replace(language.run_limits, cpu_seconds=key.cpu_seconds)
-    for number, case in enumerate(key.cases, 1):
+    for number, case in enumerate(key.program_cases, 1):
         stdin = case.stdin.encode("utf-8", errors="surrogatepass")
         within = replace(limits, output_bytes=limits.output_bytes + 4 * len(case.expected))
         ended = run(Task(command, files, stdin, toolchain.read_only), within, tools)
@@ -43,13 +44,12 @@ def grade_program(
 
 def _compiled(
     language: Language,
-    source_path: str,
+    line: str,
     files: Mapping[str, bytes],
     toolchain: Toolchain,
     tools: Tools,
 ) -> bytes | tuple[Grade, str]:
     """The compiled program, or the verdict where there is none."""
-    line = _filled(language.compile, dict(toolchain.paths, source=source_path))
     task = Task(("/bin/sh", "-c", line), files, read_only=toolchain.read_only)
     ended = run(task, language.compile_limits, tools)
     return _failure(ended, "compiler") or ended.stdout

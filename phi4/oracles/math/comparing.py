@@ -81,7 +81,7 @@ def _bare(key: str, answer: str) -> tuple[str, str]:
     named = [_NAMED.match(text) for text in (key, answer)]
     names = {found[1] for found in named if found}
     if len(names) == 1:
-        return tuple(
+        key, answer = (
             found[2] if found else text for found, text in zip(named, (key, answer), strict=True)
         )
     return key, answer
@@ -89,9 +89,9 @@ def _bare(key: str, answer: str) -> tuple[str, str]:
 
 def _words(key: str, answer: str) -> Compared | None:
     """Letters and words; None where one of them is neither."""
-    letters = [_LETTER.match(text) for text in (key, answer)]
-    if all(letters):
-        return Compared(Grade.RIGHT) if letters[0][1] == letters[1][1] else _wrong()
+    letters = [found[1] for text in (key, answer) if (found := _LETTER.match(text))]
+    if len(letters) == 2:
+        return Compared(Grade.RIGHT) if letters[0] == letters[1] else _wrong()
     texts = [re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip() for text in (key, answer)]
     plain = [bool(_WORD.match(text)) and len(text) > 1 for text in texts]
     if not any(plain):
@@ -111,25 +111,24 @@ def _words(key: str, answer: str) -> Compared | None:
 
 def _based(key: str, answer: str) -> Compared:
     """Numbers with a base below: the same base, or nobody can tell."""
-    found = [
-        re.fullmatch(r"(?:\(|\\text\{)?(\w+)[)}]?_\{?(\w+)\}?", text) for text in (key, answer)
-    ]
-    if all(found) and found[0][2] == found[1][2]:
+    pattern = r"(?:\(|\\text\{)?(\w+)[)}]?_\{?(\w+)\}?"
+    found = [match for text in (key, answer) if (match := re.fullmatch(pattern, text))]
+    if len(found) == 2 and found[0][2] == found[1][2]:
         same = found[0][1].lstrip("0").lower() == found[1][1].lstrip("0").lower()
         return Compared(Grade.RIGHT) if same else _wrong()
     return _open("only one is in this base")
 
 
 def _compare_amounts(key: Amount, answer: Amount) -> Compared:
-    values = _exact(key.body, key.scale), _exact(answer.body, answer.scale)
+    of_key, of_answer = _exact(key.body, key.scale), _exact(answer.body, answer.scale)
     units = key.unit, answer.unit
-    if None in values:
-        return _compare_inexact(key, answer, values)
+    if of_key is None or of_answer is None:
+        return _compare_inexact(key, answer, (of_key, of_answer))
     if PERCENT in units and key.unit != answer.unit:
-        return _percent(*values, *units)
+        return _percent(of_key, of_answer, *units)
     if all(units) and key.unit != answer.unit:
-        return _converted(*values, *units)
-    if values[0] == values[1]:
+        return _converted(of_key, of_answer, *units)
+    if of_key == of_answer:
         return Compared(Grade.RIGHT)
     if _may_be_lists(key.body, answer.body):
         return _open("1,000 may be a number or a list")
@@ -166,10 +165,10 @@ def _percent(key: Fraction, answer: Fraction, key_unit: str, answer_unit: str) -
 
 
 def _converted(key: Fraction, answer: Fraction, key_unit: str, answer_unit: str) -> Compared:
-    sizes = factor(key_unit), factor(answer_unit)
-    if None in sizes:
+    of_key, of_answer = factor(key_unit), factor(answer_unit)
+    if of_key is None or of_answer is None:
         return _open("other unit than the key's, and not converted")
-    if sizes[0][0] != sizes[1][0] or key * sizes[0][1] != answer * sizes[1][1]:
+    if of_key[0] != of_answer[0] or key * of_key[1] != answer * of_answer[1]:
         return _wrong("another amount than the key")
     return Compared(Grade.RIGHT)
 
@@ -183,10 +182,11 @@ def _exact(text: str, scale: int = 1) -> Fraction | None:
 
 def _collections(key: str, answer: str) -> Compared | None:
     """Sets, tuples and intervals of exact numbers; None where one is something else."""
-    kinds, items = zip(_items(key), _items(answer), strict=True)
-    if None in kinds:
+    (key_kind, key_items), (answer_kind, answer_items) = _items(key), _items(answer)
+    if key_kind is None or answer_kind is None:
         return None
-    exact = [[_exact(item) for item in row] for row in items]
+    kinds = (key_kind, answer_kind)
+    exact = [[_exact(item) for item in row] for row in (key_items, answer_items)]
     if any(None in row for row in exact):
         return None
     unordered = set(kinds) <= {"set", "list"}

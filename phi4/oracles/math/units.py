@@ -152,7 +152,9 @@ def _text_unit(text: str) -> Amount | None:
 def _word_unit(text: str) -> Amount | None:
     found = _WORDS.search(text)
     # `5m` may be five times m; `5 m` and `5cm` are amounts.
-    known = found and (found[2] in _FACTORS or len(found[2]) > 1)
+    if found is None:
+        return None
+    known = found[2] in _FACTORS or len(found[2]) > 1
     if not known or (not found[1] and (len(found[2]) == 1 or found[2] not in _FACTORS)):
         return None
     return _unit(text[: found.start()], found[2], found[3])

@@ -14,6 +14,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import islice
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import sympy
 
 ADDRESS_SPACE_BYTES = 2 << 30
 CPU_SECONDS = 10
@@ -81,7 +85,7 @@ def _parsed(text: str) -> list:
     return [one for one in found if not isinstance(one, str)]
 
 
-def _second_look(key: object, answer: object, equal: bool) -> tuple[str, str]:
+def _second_look(key: "sympy.Basic", answer: "sympy.Basic", equal: bool) -> tuple[str, str]:
     import sympy
 
     if isinstance(key, sympy.Expr) and isinstance(answer, sympy.Expr):
@@ -111,7 +115,7 @@ def _kind(value: object) -> str:
     return "matrix" if isinstance(value, sympy.MatrixBase) else type(value).__name__
 
 
-def _expressions(key: object, answer: object, equal: bool) -> tuple[str, str]:
+def _expressions(key: "sympy.Basic", answer: "sympy.Basic", equal: bool) -> tuple[str, str]:
     symbols = key.free_symbols, answer.free_symbols
     if not any(symbols):
         same = _same_number(key, answer)
@@ -141,7 +145,7 @@ def _same_number(one: object, other: object) -> bool | None:
     return bool(abs(values[0] - values[1]) <= largest * sympy.Float(10, _DIGITS) ** -_SAME)
 
 
-def _same_at_points(one: object, other: object) -> bool | None:
+def _same_at_points(one: "sympy.Basic", other: "sympy.Basic") -> bool | None:
     """Whether two expressions agree wherever both have a value among three points."""
     import sympy
 
@@ -157,14 +161,14 @@ def _same_at_points(one: object, other: object) -> bool | None:
     return all(known) if known else None
 
 
-def _same_items(key: object, answer: object) -> bool | None:
+def _same_items(key: "sympy.Basic", answer: "sympy.Basic") -> bool | None:
     """Whether the numbers in two collections agree; None where they are not only numbers."""
     import sympy
 
     if isinstance(key, sympy.FiniteSet):
         return _same_sets(list(islice(key, 50)), list(islice(answer, 50)))
     if isinstance(key, sympy.Interval) and isinstance(answer, sympy.Interval):
-        rows = [(key.start, key.end), (answer.start, answer.end)]
+        rows = [[key.start, key.end], [answer.start, answer.end]]
     elif isinstance(key, sympy.MatrixBase | sympy.Tuple) and len(key) == len(answer):
         rows = [list(key), list(answer)]
     else:

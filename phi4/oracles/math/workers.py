@@ -5,6 +5,7 @@ killed worker was asked has no answer, and the next question gets a new worker.
 """
 
 import json
+import os
 import queue
 import select
 import subprocess
@@ -76,31 +77,36 @@ class _VerifyWorker:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
     def ask(self, key: str, answer: str, wall_seconds: float) -> tuple[str, str] | None:
         """Its answer, or None where it gives none in time."""
         question = json.dumps([key, answer]) + "\n"
         try:
-            self._process.stdin.write(question.encode())
-            self._process.stdin.flush()
+            self._stdin.write(question.encode())
+            self._stdin.flush()
         except OSError:
             return None
         line = self._line(time.monotonic() + wall_seconds)
-        return None if line is None else tuple(json.loads(line))
+        if line is None:
+            return None
+        verdict, reason = json.loads(line)
+        return verdict, reason
 
     def kill(self) -> None:
         """End it."""
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._stdin, self._stdout):
             with suppress(OSError):
                 pipe.close()
 
     def _line(self, deadline: float) -> bytes | None:
-        fd, line = self._process.stdout.fileno(), b""
+        fd, line = self._stdout.fileno(), b""
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
-            data = self._process.stdout.read1(1 << 16) if ready else b""
+            data = os.read(fd, 1 << 16) if ready else b""
             if not data:
                 return None
             line += data

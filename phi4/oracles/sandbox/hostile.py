@@ -126,7 +126,7 @@ def is_held(attack: Attack, ended: Ended) -> bool:
 def _system_calls(machine: str) -> Mapping[str, int]:
     at = column(machine)
     numbers = DENIED | {"clone": CLONE, "clone3": CLONE3, "socket": SOCKET}
-    return {name: row[at] for name, row in numbers.items() if row[at] is not None}
+    return {name: number for name, row in numbers.items() if (number := row[at]) is not None}
 
 
 def _processes_of(marker: str) -> list[int]:

@@ -128,8 +128,8 @@ def filter_program(machine: str) -> bytes:
         program += [(_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _KILL)]
     refusal = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
     for numbers in DENIED.values():
-        if numbers[at] is not None:
-            program += [(_EQUAL, 0, 1, numbers[at]), refusal]
+        if (number := numbers[at]) is not None:
+            program += [(_EQUAL, 0, 1, number), refusal]
     program += [(_EQUAL, 0, 1, CLONE3[at]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
     program += _on_argument(CLONE[at], _namespace_flags(refusal))
     program += _on_argument(SOCKET[at], _other_families(refusal))

@@ -104,6 +104,7 @@ class _SandboxWatch:
         self._nonce = nonce.encode()
         self._limits = limits
         self._opened = opened
+        assert process.stdout is not None and process.stderr is not None
         self._read = {process.stdout.fileno(): b"", process.stderr.fileno(): b"", status_fd: b""}
         self._out, self._err, self._status = self._read
         self._selector = opened.enter_context(selectors.DefaultSelector())

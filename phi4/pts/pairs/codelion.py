@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.pts.json_rows import read_json_rows
@@ -44,9 +45,9 @@ def read_codelion(path: Path, tokenizer: Tokenizer, left_out: Counter[str]) -> I
             continue
         prefix = form.ids(found.context)
         texts = (found.chosen, found.rejected)
-        sides = [_token(form, prefix, found.context, text) for text in texts]
-        if fault := next((side for side in sides if isinstance(side, str)), ""):
-            left_out[fault] += 1
+        chosen, rejected = (_token(form, prefix, found.context, text) for text in texts)
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            left_out[chosen if isinstance(chosen, str) else str(rejected)] += 1
             continue
         details = _details(row)
         yield PivotItem(
@@ -56,8 +57,8 @@ def read_codelion(path: Path, tokenizer: Tokenizer, left_out: Counter[str]) -> I
             trajectory=trajectories.of(prefix),
             num_prompt=len(prefix),
             end=len(prefix),
-            chosen=sides[0],
-            rejected=sides[1],
+            chosen=chosen,
+            rejected=rejected,
             dp=found.dp,
             before=_number(details.get("prob_before")),
             after=_number(details.get("prob_after")),
@@ -87,11 +88,15 @@ def _text_pivot(row: Mapping[str, object]) -> _TextPivot | str:
         chosen, rejected = (token, other) if dp > 0 else (other, token)
     if not isinstance(context, str) or not context:
         return "no context"
-    if not all(side is None or (isinstance(side, str) and side) for side in (chosen, rejected)):
+    if not (_is_token(chosen) and _is_token(rejected)):
         return "a token that is no text"
     if (chosen if dp > 0 else rejected) is None:
         return "no token"
     return _TextPivot(context, chosen, rejected, dp)
+
+
+def _is_token(value: object) -> TypeGuard[str | None]:
+    return value is None or (isinstance(value, str) and value != "")
 
 
 def _token(form: TokenText, prefix: list[int], context: str, text: str | None) -> int | str | None:
@@ -105,5 +110,6 @@ def _token(form: TokenText, prefix: list[int], context: str, text: str | None) -
 
 
 def _number(value: object) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)

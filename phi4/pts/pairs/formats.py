@@ -81,7 +81,8 @@ def trl_rows(
     """
     form = TokenText(tokenizer)
     for item in items:
-        chosen, rejected = (form.text(item.prefix, t) for t in (item.chosen, item.rejected))
+        ids = item.chosen, item.rejected
+        chosen, rejected = (None if t is None else form.text(item.prefix, t) for t in ids)
         if chosen is None or rejected is None:
             left_out[_NO_TEXT] += 1
             continue
@@ -104,7 +105,7 @@ def codelion_rows(
     """
     form = TokenText(tokenizer)
     for item in items:
-        found = form.text(item.prefix, item.token)
+        found = None if item.token is None else form.text(item.prefix, item.token)
         if found is None:
             left_out[_NO_TEXT] += 1
             continue

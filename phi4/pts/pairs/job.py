@@ -132,5 +132,6 @@ def _rows(
 ) -> Iterator[Written]:
     if form is PairFormat.IDS:
         return id_rows(items)
+    assert tokenizer is not None, "only ids are written without a tokenizer"
     make = trl_rows if form is PairFormat.TRL else codelion_rows
     return make(items, tokenizer, left_out)

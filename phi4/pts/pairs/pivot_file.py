@@ -134,6 +134,10 @@ def read_pivot_files(paths: Sequence[Path]) -> Iterator[PivotItem]:
             raise DataError(f"pivots {file} cannot be read: {error.strerror}") from None
 
 
+def _share(trials: Trials | None) -> float | None:
+    return None if trials is None else trials.share
+
+
 def _item(line: bytes, place: str, trajectories: Trajectories) -> PivotItem:
     try:
         row = _DECODER.decode(line)
@@ -144,7 +148,7 @@ def _item(line: bytes, place: str, trajectories: Trajectories) -> PivotItem:
         raise DataError(
             f"{place} is no pivot: {error}; give a directory of `phi4 pts search`"
         ) from None
-    after, otherwise = (one and one.share for one in (row.with_token, row.without_token))
+    after, otherwise = map(_share, (row.with_token, row.without_token))
     before = None
     if row.q is not None and after is not None and otherwise is not None:
         before = row.q * after + (1 - row.q) * otherwise

@@ -5,7 +5,7 @@ train on another prefix than the one that was measured.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ class TokenText:
             ids += self._tokenizer.encode(piece)
         return ids
 
-    def text(self, prefix: Sequence[int], token: int) -> tuple[str, str] | None:
+    def text(self, prefix: Iterable[int], token: int) -> tuple[str, str] | None:
         """The texts of a prefix and of a token behind it; None where they mean other ids.
 
         Args:

@@ -136,7 +136,9 @@ def _write(search: Search, store: SearchStore) -> SearchReport:
 
         def written() -> Iterator[QuestionRows]:
             for question in search.questions:
-                rows = decoder.decode(store.result(question.id))
+                found = store.result(question.id)
+                assert found is not None, "rows are written once every question is searched"
+                rows = decoder.decode(found)
                 pivots.writelines(json_encoder.encode(one) + b"\n" for one in rows.pivots)
                 trajectories.writelines(
                     json_encoder.encode(one) + b"\n" for one in rows.trajectories

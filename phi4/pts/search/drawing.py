@@ -109,6 +109,7 @@ def _is_finished(completion: Completion) -> bool:
 def _rollout(block: RolloutBlock, completion: Completion, verdict: Graded | None) -> Rollout:
     ids = tuple(token.id for token in completion.tokens)
     is_screen = block.purpose is Purpose.SCREEN
+    log_probs = (token.sampled_log_prob for token in completion.tokens)
     return Rollout(
         grade=Grade.WRONG if verdict is None else verdict.outcome,
         first=ids[0] if ids else NO_TOKEN,
@@ -116,7 +117,7 @@ def _rollout(block: RolloutBlock, completion: Completion, verdict: Graded | None
         num_followed=_num_common(ids, block.along),
         is_truncated=verdict is None,
         ids=ids if is_screen else (),
-        log_probs=tuple(token.sampled_log_prob for token in completion.tokens) if is_screen else (),
+        log_probs=tuple(one for one in log_probs if one is not None) if is_screen else (),
     )
 
 

@@ -6,7 +6,7 @@ completions behind it. A pivot for which there is none is kept without a pair, a
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from phi4.oracles.verdict import Grade
@@ -86,10 +86,11 @@ def confirm_candidates(
         blocks: list[RolloutBlock] = []
         for index in running:
             blocks += _sides(candidates[index], trajectories, tests[index].num_blocks, settings)
-        drawn = iter((yield blocks))
+        drawn: Iterator[Sequence[Rollout]] = iter((yield blocks))
         for index in running:
             one = candidates[index]
             trajectory = trajectories[one.trajectory]
+            with_token: Sequence[Rollout]
             if one.position + 1 == len(trajectory.ids):
                 with_token = [_verdict(trajectory)] * settings.block_draws
             else:
@@ -186,9 +187,10 @@ def _with_counterparts(
             owners[start].append(index)
     blocks = [RolloutBlock(Purpose.COUNTERPART, start, 0, n) for start, n in lacking.items()]
     drawn_after = (yield blocks) if blocks else []
-    for block, rollouts in zip(blocks, drawn_after, strict=True):
-        for index in owners[block.start]:
-            by_token[index][block.start.forced] += rollouts
+    for start, rollouts in zip(lacking, drawn_after, strict=True):
+        assert start.forced is not None
+        for index in owners[start]:
+            by_token[index][start.forced] += rollouts
     return [_pivot(one, drawn, settings) for one, drawn in zip(tested, by_token, strict=True)]
 
 

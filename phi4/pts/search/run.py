@@ -46,18 +46,19 @@ class _OpenQuestion:
             self.found = stop.value
 
     def _ask(self, blocks: Sequence[RolloutBlock]) -> None:
-        self.blocks, self._rollouts = blocks, {}
+        self.blocks = blocks
+        self._rollouts: dict[int, tuple[Rollout, ...]] = {}
 
 
 class _Wanted(NamedTuple):
     """A block of an open question, by its index among those that it waits for."""
 
     of: _OpenQuestion
-    index: int
+    place: int
 
     @property
     def asked(self) -> AskedBlock:
-        return AskedBlock(self.of.question, self.of.blocks[self.index])
+        return AskedBlock(self.of.question, self.of.blocks[self.place])
 
 
 class SearchRun:
@@ -163,6 +164,6 @@ class SearchRun:
         )
         for wanted, rollouts in zip(batch, graded, strict=True):
             blocks = wanted.of.blocks
-            wanted.of.take(wanted.index, rollouts)
+            wanted.of.take(wanted.place, rollouts)
             if wanted.of.blocks is not blocks or wanted.of.found is not None:
                 self._ask(wanted.of)

@@ -8,7 +8,7 @@ import codecs
 from collections.abc import Sequence
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
-from phi4.sampling.protocol import Token
+from phi4.sampling.protocol import Alternative, Token
 
 VERY_UNLIKELY = -9999.0
 """What OpenAI writes for a probability of 0, which JSON has no logarithm of."""
@@ -90,7 +90,8 @@ class CompletionLogprobs:
         if token.log_prob is None:
             return None
         named: dict[str, float | None] = {}
-        for one in (*token.top, token):
+        likeliest: tuple[Alternative | Token, ...] = (*token.top, token)
+        for one in likeliest:
             named.setdefault(self._names.in_completion(one.id), _finite(one.log_prob))
         return named
 

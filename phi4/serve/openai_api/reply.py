@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Protocol
+from typing import Any, Protocol
 
 from phi4.sampling.protocol import Request
 from phi4.serve.api_errors import ApiError
@@ -16,7 +16,7 @@ from phi4.serve.pieces import Piece, ScoredPiece, TextPiece
 from phi4.serve.served_model import ServedModel
 from phi4.serve.traffic import Traffic
 
-Part = dict[str, object]
+Part = dict[str, Any]
 """A choice of a stream's chunk, or of a whole answer."""
 
 _DONE = b"data: [DONE]\n\n"

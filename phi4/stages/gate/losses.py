@@ -44,5 +44,6 @@ def mean_loss(
         share = settings.label_smoothing
         losses_P = (1 - share) * np.logaddexp(0, -scaled_P) + share * np.logaddexp(0, scaled_P)
     if settings.sft_weight:
+        assert chosen_nll_P is not None
         losses_P = losses_P + settings.sft_weight * chosen_nll_P
     return float(losses_P.mean())

@@ -30,7 +30,7 @@ class ProbeRow:
 
     def describe(self, segment: int) -> str:
         """Source, file, document and side behind a segment, in words."""
-        ids, alternatives = self.batch.segment_ids[0], self.batch.alternative_labels
+        ids, alternatives = self.batch.segments[0], self.batch.alternative_labels
         # The rejected side of a pivot is no segment of a label: it stands where the chosen one is.
         places = np.flatnonzero(ids == segment)
         place = int(places[0]) if places.size else int(np.argmax(ids == segment - segment % 2))
@@ -93,7 +93,7 @@ def _check_places(row: ProbeRow) -> None:
     Raises:
         DataError: a side reaches into two documents, or a pivot is not on a chosen side.
     """
-    ids, alternatives = row.batch.segment_ids[0], row.batch.alternative_labels
+    ids, alternatives = row.batch.segments[0], row.batch.alternative_labels
     for segment in np.unique(ids[ids >= 0]).tolist():
         first, last = np.flatnonzero(ids == segment)[[0, -1]].tolist()
         if row.document_of(first) != row.document_of(last):
@@ -120,7 +120,7 @@ def lone_documents(
         (row, document)
         for row, probe in enumerate(rows)
         for document in np.unique(
-            [probe.document_of(int(i)) for i in np.flatnonzero(probe.batch.segment_ids[0] >= 0)]
+            [probe.document_of(int(i)) for i in np.flatnonzero(probe.batch.segments[0] >= 0)]
         ).tolist()
     ]
     count = min(len(places), MOST_DOCUMENTS)
@@ -151,7 +151,7 @@ def _alone(
         document_mask=document_mask,
         starts=starts,
     )
-    segment_ids, alternatives = moved(batch.segment_ids, -1), batch.alternative_labels
+    segment_ids, alternatives = moved(batch.segments, -1), batch.alternative_labels
     segments = np.unique(segment_ids[segment_ids >= 0])
     if alternatives is not None:
         alternatives = moved(alternatives, -1)

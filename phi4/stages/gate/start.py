@@ -26,6 +26,7 @@ from phi4.stages.gate.losses import mean_loss, mean_margin
 from phi4.stages.gate.probe import NUM_ROWS, ProbeRow, lone_documents, read_probe
 from phi4.stages.gate.tolerance import SAME_FORWARD, sum_tolerance
 from phi4.stages.reference.sides import segment_sums, segment_tokens
+from phi4.stages.reference.sources import cache_dir_of
 from phi4.train.hooks import Hook, RunContext
 
 _REFUSED = "training is refused (--no-gate skips this check)"
@@ -153,9 +154,7 @@ class StartGate(Hook):
         context, recipe = self._context, self._context.recipe
         if recipe.dpo.reference is None:
             return True
-        cache = decided_by_writer(
-            context.platform, partial(open_references, recipe.data.reference_cache)
-        )
+        cache = decided_by_writer(context.platform, partial(open_references, cache_dir_of(recipe)))
         return context.engine.weights_sha256() == cache.manifest.weights
 
     def _compare_loss(

@@ -19,7 +19,7 @@ from phi4.rundir.checkpoints import find_checkpoint
 from phi4.rundir.manifest import manifest_hash
 from phi4.rundir.names import REFERENCE_FILE
 from phi4.rundir.state import RunState
-from phi4.stages.reference.sources import open_preferences
+from phi4.stages.reference.sources import cache_dir_of, open_preferences
 from phi4.train.hooks import Hook, RunContext
 
 
@@ -64,13 +64,15 @@ class ReferenceCheck(Hook):
     def _open(self) -> ReferenceCache:
         """The cache, once all sources are what it was computed for."""
         recipe = self._context.recipe
-        cache = open_references(recipe.data.reference_cache)
+        cache = open_references(cache_dir_of(recipe))
         for source in open_preferences(recipe, self._context.tokenizer):
             cache.check_source(source)
         return cache
 
     def _compare_checkpoint(self, cache: ReferenceCache) -> None:
-        checkpoint = find_checkpoint(Path(self._context.recipe.dpo.reference))
+        reference = self._context.recipe.dpo.reference
+        assert reference is not None, "the caller has one to compare"
+        checkpoint = find_checkpoint(Path(reference))
         found, expected = manifest_hash(checkpoint), cache.manifest.checkpoint_manifest_sha256
         source = f"{cache.manifest.checkpoint or 'no checkpoint'} (manifest {expected[:12]})"
         if found != expected:

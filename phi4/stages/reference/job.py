@@ -27,7 +27,7 @@ from phi4.stages.reference.chunks import (
     write_chunk,
 )
 from phi4.stages.reference.sides import segment_sums
-from phi4.stages.reference.sources import open_preferences, read_batch
+from phi4.stages.reference.sources import cache_dir_of, open_preferences, read_batch
 from phi4.train.initial_weights import initialise_from
 from phi4.train.session import check_tokenizer, print_line
 from phi4.train.sources import opened_writer_first
@@ -59,7 +59,7 @@ def cache_references(
     the writer's decisions and two all-gathers of verdicts over all ranks.
     """
     say: Say = print_line if platform.is_writer else _silent
-    directory = Path(recipe.data.reference_cache)
+    directory = Path(cache_dir_of(recipe))
     tokenizer = done_by_all(platform, partial(check_tokenizer, recipe))
     sources = opened_writer_first(platform, partial(open_preferences, recipe, tokenizer))
     engine, model = _reference(recipe, platform, say)
@@ -87,19 +87,20 @@ def cache_references(
 def _reference(recipe: Recipe, platform: Platform, say: Say) -> tuple[Engine, ReferenceModel]:
     """The reference model in the recipe's layout, and what the cache says of it."""
     place = recipe.dpo.reference or recipe.run.init_from
-
-    def find() -> tuple[Path, str]:
-        checkpoint = find_checkpoint(Path(place))
-        return checkpoint, manifest_hash(checkpoint)
-
-    checkpoint, digest = decided_by_writer(platform, find) if place else ("", "")
+    found = decided_by_writer(platform, partial(_found, place)) if place else None
     engine = Engine(recipe, platform, trains=False, draws_weights=place is None)
     say(platform.describe())
     say(engine.layout.describe())
-    if place:
-        initialise_from(engine, checkpoint, say)
+    if found is not None:
+        initialise_from(engine, found[0], say)
+    checkpoint, digest = ("", "") if found is None else (str(found[0]), found[1])
     weights = engine.weights_sha256()
-    return engine, ReferenceModel(recipe.precision.dtype, weights, str(checkpoint), digest)
+    return engine, ReferenceModel(recipe.precision.dtype, weights, checkpoint, digest)
+
+
+def _found(place: str) -> tuple[Path, str]:
+    checkpoint = find_checkpoint(Path(place))
+    return checkpoint, manifest_hash(checkpoint)
 
 
 def _compute(

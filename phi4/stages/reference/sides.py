@@ -19,25 +19,25 @@ def segment_sums(batch: Batch, log_probs: RowLogProbs) -> np.ndarray:
     Returns:
         [num_segments] float64.
     """
-    place = batch.segment_ids >= 0
+    segment_ids = batch.segments
+    place = segment_ids >= 0
     values = log_probs.labels[place].astype(np.float64) * batch.loss_mask[place]
-    sums = np.bincount(batch.segment_ids[place], values, minlength=batch.num_segments)
-    if batch.alternative_labels is not None:
+    sums = np.bincount(segment_ids[place], values, minlength=batch.num_segments)
+    if batch.alternative_labels is not None and log_probs.alternative_labels is not None:
         pivots = batch.alternative_labels >= 0
         rejected = log_probs.alternative_labels[pivots].astype(np.float64) * batch.loss_mask[pivots]
-        segments = batch.segment_ids[pivots] + 1
+        segments = segment_ids[pivots] + 1
         sums += np.bincount(segments, rejected, minlength=batch.num_segments)
     return sums
 
 
 def segment_tokens(batch: Batch) -> np.ndarray:
     """Loss tokens of each segment of a micro-batch, [num_segments] float64."""
-    place = batch.segment_ids >= 0
-    counts = np.bincount(
-        batch.segment_ids[place], batch.loss_mask[place], minlength=batch.num_segments
-    )
+    segment_ids = batch.segments
+    place = segment_ids >= 0
+    counts = np.bincount(segment_ids[place], batch.loss_mask[place], minlength=batch.num_segments)
     if batch.alternative_labels is not None:
         pivots = batch.alternative_labels >= 0
-        segments = batch.segment_ids[pivots] + 1
+        segments = segment_ids[pivots] + 1
         counts += np.bincount(segments, batch.loss_mask[pivots], minlength=batch.num_segments)
     return counts

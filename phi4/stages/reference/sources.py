@@ -40,10 +40,19 @@ def open_preferences(recipe: Recipe, tokenizer: TokenizerFacts) -> list[PairSour
             )
     pool = ShardPool(data.max_open_shards)
     manifests = [read_source(config.path, tokenizer, data.cache_dir) for config in configs]
-    return [
+    opened = [
         open_source(config, manifest, pool, tokenizer, data)
         for config, manifest in zip(configs, manifests, strict=True)
     ]
+    pairs = [source for source in opened if isinstance(source, PairSource)]
+    assert len(pairs) == len(opened), "sources of these kinds are sources of pairs"
+    return pairs
+
+
+def cache_dir_of(recipe: Recipe) -> str:
+    """The directory of the reference cache, which the rules of the stage ask for."""
+    assert recipe.data.reference_cache is not None, "a rule of the stage asks for it"
+    return recipe.data.reference_cache
 
 
 def read_batch(
@@ -85,4 +94,4 @@ def read_batch(
         document_mask=document_mask,
         starts=rows.starts,
     )
-    return with_pairs(batch, rows.pairs, tokens_per_pair=1.0)
+    return with_pairs(batch, rows.pair_columns, tokens_per_pair=1.0)

@@ -187,7 +187,8 @@ def _replaced_steps(tags: Mapping[str, str]) -> Iterator[tuple[str, Replaced]]:
         label = re.fullmatch(rf"{_TAG}((\d+)(?:_from_\d+)?)", key)
         some = re.fullmatch(r"steps (\d+) to (\d+)", text)
         none = re.match(r"from step (\d+);", text)
-        if label and (some or none):
-            first = int((some or none).group(1))
+        found = some or none
+        if label and found:
+            first = int(found.group(1))
             last = int(some.group(2)) if some else first - 1
             yield label.group(1), Replaced(int(label.group(2)), first, last)

@@ -61,6 +61,7 @@ class Parent:
         """What to follow; None where it is gone before it said so."""
         while not self.is_gone and self._pid is None:
             for message in self._messages():
+                assert isinstance(message, FollowRun), "the first message says what to follow"
                 self._pid = message.parent
                 return message
         return None
@@ -72,6 +73,7 @@ class Parent:
             left = max(0.0, min(deadline - time.monotonic(), _BATCH_SECONDS))
             if select.select([self._source], [], [], left)[0]:
                 for message in self._messages():
+                    assert isinstance(message, TrainingEnded), "the last message is the end"
                     self.ended = message.status
             elif time.monotonic() >= deadline:
                 break
@@ -127,11 +129,11 @@ class LiveFollowing:
                 if time.monotonic() - gone_at > _ALONE_SECONDS or self._is_superseded():
                     return
             try:
-                self._advance()
+                follower = self._advance()
                 if is_over:
-                    self._end()
+                    self._end(follower)
                     return
-                self._follower.describe()
+                follower.describe()
                 wait_seconds = _BATCH_SECONDS
             except Exception as error:
                 self._complain(error)
@@ -139,7 +141,7 @@ class LiveFollowing:
                 if is_over:
                     time.sleep(_BATCH_SECONDS)
 
-    def _advance(self) -> None:
+    def _advance(self) -> Follower:
         """Bring MLflow to where the record is now."""
         self._sampler.sample_if_due()
         if self._follower is None:
@@ -157,15 +159,16 @@ class LiveFollowing:
             self._has_begun = True
         self._follower.catch_up()
         self._follower.show_machines()
+        return self._follower
 
-    def _end(self) -> None:
+    def _end(self, follower: Follower) -> None:
         # Whoever took the run over says how it stands.
         if not self._is_superseded():
-            self._follower.conclude(self._parent.ended)
+            follower.conclude(self._parent.ended)
         self._parent.tell(StatusSet())
         if not self._is_superseded():
             # After the status, which must not wait for it; the parent run's status follows.
-            self._follower.describe(is_last=True)
+            follower.describe(is_last=True)
 
     def _is_superseded(self) -> bool:
         return newest_attempt(self._run_dir) > self._asked.attempt

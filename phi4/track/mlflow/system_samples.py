@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,10 +139,11 @@ class _Gpus:
     def __init__(self, nvml: Any | None) -> None:
         self._nvml, self._handles = nvml, []
         try:
-            self._nvml = nvml or importlib.import_module("pynvml")
-            self._nvml.nvmlInit()
-            count = self._nvml.nvmlDeviceGetCount()
-            self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
+            nvml = self._nvml = nvml or importlib.import_module("pynvml")
+            nvml.nvmlInit()
+            self._handles = [
+                nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())
+            ]
         except Exception:
             # NVML's errors have a class of its own module, which may not be there.
             self._handles = []
@@ -150,22 +151,24 @@ class _Gpus:
     def read(self) -> dict[str, float]:
         """What each GPU tells; a value that its driver does not know is left out."""
         values: dict[str, float] = {}
+        if self._nvml is None:
+            return values
         for index, handle in enumerate(self._handles):
-            for name, value in self._readers(handle).items():
+            for name, value in _readers(self._nvml, handle).items():
                 with suppress(self._nvml.NVMLError):
                     values[f"gpu_{index}_{name}"] = value()
         return values
 
-    def _readers(self, handle: Any) -> Mapping[str, Any]:
-        nvml = self._nvml
-        return {
-            "utilization_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
-            "memory_used_bytes": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
-            "power_watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "temperature_celsius": lambda: nvml.nvmlDeviceGetTemperature(
-                handle, nvml.NVML_TEMPERATURE_GPU
-            ),
-        }
+
+def _readers(nvml: Any, handle: Any) -> Mapping[str, Callable[[], float]]:
+    return {
+        "utilization_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+        "memory_used_bytes": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
+        "power_watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        "temperature_celsius": lambda: nvml.nvmlDeviceGetTemperature(
+            handle, nvml.NVML_TEMPERATURE_GPU
+        ),
+    }
 
 
 def last_samples(held: Mapping[str, int]) -> dict[int, int]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from os import getpid
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
@@ -64,7 +64,7 @@ class MlflowTracker:
         self._patience_seconds, self._command = patience_seconds, command
         self._last_step = self._arrived = 0
         self._is_complete = self._is_ending = False
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._reader = threading.Thread(target=self._read, name="mlflow", daemon=True)
 
     def start(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
@@ -116,7 +116,8 @@ class MlflowTracker:
     def _read(self) -> None:
         """Take what the process tells, until it ends."""
         decoder = msgspec.json.Decoder(FromFollower)
-        for line in self._process.stdout:
+        process, _, told = self._started()
+        for line in told:
             match decoder.decode(line):
                 case Told(text=text):
                     self._say(text)
@@ -124,7 +125,7 @@ class MlflowTracker:
                     self._arrived = step
                 case StatusSet():
                     self._is_complete = True
-        code = self._process.wait()
+        code = process.wait()
         if not self._is_ending:
             self._say(
                 f"the process that fills MLflow ended with code {code} at step {self._arrived}; "
@@ -132,12 +133,20 @@ class MlflowTracker:
             )
 
     def _write(self, message: FollowRun | TrainingEnded) -> None:
+        _, pipe, _ = self._started()
         # It may have died; the reader says so.
         with suppress(BrokenPipeError):
-            self._process.stdin.write(msgspec.json.encode(message) + b"\n")
-            self._process.stdin.flush()
+            pipe.write(msgspec.json.encode(message) + b"\n")
+            pipe.flush()
 
     def _close(self) -> None:
+        _, pipe, told = self._started()
         with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
+            pipe.close()
+        told.close()
+
+    def _started(self) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
+        """The process and its two pipes, once it was started."""
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        return process, process.stdin, process.stdout

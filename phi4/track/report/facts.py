@@ -56,7 +56,7 @@ def facts_of(run: ReportedRun, now: float) -> list[Fact]:
 def how_it_ended(attempt: Attempt) -> str:
     """An attempt's end in words; empty where its file does not say."""
     if attempt.outcome:
-        words = attempt.outcome
+        words: str = attempt.outcome
         if attempt.preempted:
             words += ", preempted"
         return f"{words}: {attempt.reason}" if attempt.reason else words

@@ -135,7 +135,9 @@ def schedule_table(run: ReportedRun) -> Table | None:
 
 def sources_table(run: ReportedRun) -> Table | None:
     """What the newest checkpoint's ledger drew of every source."""
-    ledger = run.state.data if run.state else None
+    if run.state is None:
+        return None
+    ledger = run.state.data
     sources = ledger.get("sources") if isinstance(ledger, dict) else None
     if not isinstance(sources, dict):
         return None

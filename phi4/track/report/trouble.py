@@ -40,7 +40,7 @@ def _skipped_updates(run: ReportedRun) -> Iterator[Row]:
         more = ", ..." if len(group) > 3 else ""
         what = f"loss {', '.join(losses)}{more}; gradient norm {', '.join(norms)}{more}"
         updates = f"{len(group)} updates" if len(group) > 1 else "the update"
-        is_undone = group[-1].get("undone_by")
+        is_undone = group[-1].get("undone_by", "")
         after = {"roll_back": ", then rolled back", "resume": ", then lost"}.get(is_undone, "")
         yield group[0]["step"], (_range(group), what, f"skipped {updates}{after}")
 

@@ -153,6 +153,7 @@ def fit_power_law(fits: Sequence[OptimumFit]) -> PowerLaw:
         covariance = covariance * max(1.0, float((weights * residuals**2).sum()) / extra)
     back = np.array([[1.0, -centre], [0.0, 1.0]])
     covariance = back @ covariance @ back.T
+    (first, across), (_, last) = covariance.tolist()
     freedom = _pooled_freedom(usable)
     half = t_quantile(freedom) * math.sqrt(covariance[1, 1])
     return PowerLaw(
@@ -160,7 +161,7 @@ def fit_power_law(fits: Sequence[OptimumFit]) -> PowerLaw:
         exponent=float(exponent),
         exponent_low=float(exponent - half),
         exponent_high=float(exponent + half),
-        covariance=tuple(map(tuple, covariance.tolist())),
+        covariance=((first, across), (across, last)),
         num_budgets=len(budgets),
         freedom=freedom,
     )

@@ -129,6 +129,7 @@ def _accused(
 
 def _finding(layout: Layout, platform: Platform, result: StepResult, replay: Replay) -> StepFinding:
     before, within = result.evidence, REPEATS_WITHIN[platform.kind]
+    assert before is not None, "a step that is replayed was a training step"
     both = torch.stack([before.loss_sums, replay.loss_sums])
     return StepFinding(
         rank=platform.rank,

@@ -53,7 +53,7 @@ class Exchange:
         if whole is None:
             self.beats = {}
             return
-        whole = whole.clone()
+        whole = whole.clone()  # type: ignore[attr-defined]  # missing in torch's stub
         hosts = hosts_of(whole, self._ranks)
         self.beats = {rank: Beat(rank, hosts[rank]) for rank in self._ranks}
         self._store = dist.PrefixStore("watchdog", whole)

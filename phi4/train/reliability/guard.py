@@ -68,8 +68,9 @@ class NumericsGuard(Hook):
             f"data or the weights are the cause{f': {arose}' if arose else ''}; `phi4 data trace "
             f"{context.recipe.run.dir} --step {progress.step} --sample N` shows the data"
         )
-        if self._speaks_against_checkpoint(progress):
-            decision = self._blame_checkpoint(progress)
+        loaded = self._loaded_step
+        if loaded is not None and self._speaks_against(loaded, progress):
+            decision = self._blame_checkpoint(loaded, progress)
             if decision is not CONTINUE:
                 return decision
         if in_row <= section.max_bad_steps:
@@ -77,14 +78,14 @@ class NumericsGuard(Hook):
         reason = f"{in_row} bad steps in a row, the last one: {wrong}"
         return rolled_back(context.recipe, progress.state, in_row, reason)
 
-    def _speaks_against_checkpoint(self, progress: Progress) -> bool:
-        if self._loaded_step is None or is_finite(progress.result):
+    def _speaks_against(self, loaded_step: int, progress: Progress) -> bool:
+        if is_finite(progress.result):
             return False
-        return progress.step - self._loaded_step <= STEPS_AFTER_LOAD
+        return progress.step - loaded_step <= STEPS_AFTER_LOAD
 
-    def _blame_checkpoint(self, progress: Progress) -> Decision:
+    def _blame_checkpoint(self, step: int, progress: Progress) -> Decision:
         """Note it; a roll back to the one before it once it was noted often enough."""
-        context, step = self._context, self._loaded_step
+        context = self._context
         self._loaded_step = None
         root = checkpoints_dir(context.recipe.run.dir)
         times = decided_by_writer(context.platform, partial(note_bad, root, step, progress.step))

@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
-import torch.distributed as dist
 
 from phi4.config import Recipe, dump_toml
+from phi4.engine.agreement import gathered
 from phi4.engine.platform import Platform
 from phi4.errors import PlatformError
 
@@ -85,9 +85,7 @@ def require_same_start(platform: Platform, recipe: Recipe) -> None:
     """
     if platform.world_size == 1:
         return
-    programs: list[Program | None] = [None] * platform.world_size
-    dist.all_gather_object(programs, program_of(platform.rank, recipe))
-    if lines := differences(programs):
+    if lines := differences(gathered(platform, program_of(platform.rank, recipe))):
         raise PlatformError(
             f"{'; '.join(lines)}; start all ranks from one checkout, one environment and one recipe"
         )
@@ -97,7 +95,7 @@ def _code_sha256() -> str:
     digest = hashlib.sha256()
     for package in _CODE:
         spec = importlib.util.find_spec(package)
-        for root in spec.submodule_search_locations if spec else ():
+        for root in (spec and spec.submodule_search_locations) or ():
             for path in sorted(Path(root).rglob("*.py")):
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0")
                 digest.update(path.read_bytes())

@@ -56,7 +56,8 @@ class Moment:
     @staticmethod
     def drawn(random: Random, pace: DrillPace) -> "Moment":
         """Any moment of an attempt; a quarter of them during start-up, another during a save."""
-        phase = random.choice(("start-up", "training", "training", "save"))
+        phases: tuple[Phase, ...] = ("start-up", "training", "training", "save")
+        phase = random.choice(phases)
         if phase == "start-up":
             return Moment(phase, 0, random.uniform(0, pace.start))
         delay = random.uniform(0, pace.step) if phase == "training" else 0.0
@@ -197,7 +198,7 @@ class Drill:
                 if code := attempt.end():
                     raise WorkerError(f"a run ended with {code} by itself: {attempt.log}")
                 return None
-            phase = "save" if attempt.is_saving() else moment.phase
+            phase: str = "save" if attempt.is_saving() else moment.phase
             what, since = fault.strike(attempt, self._random), time.monotonic()
             code = attempt.end()
             seconds = time.monotonic() - since

@@ -142,9 +142,14 @@ def started(recipe_path: Path, recipe: Recipe, seconds: float) -> Iterator[Watch
     deadline = time.monotonic() + seconds
     num_before = newest_attempt(run_dir)
     with log.open("ab") as output:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         log_start = output.tell()
-        process = subprocess.Popen(command, start_new_session=True, **streams)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     attempt = WatchedRun(
         process,
         run_dir,

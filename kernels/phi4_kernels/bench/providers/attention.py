@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,11 +62,15 @@ def _by_document(backend: Any) -> Callable[..., Tensor]:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, documents: _PackedDocuments) -> Tensor:
         parts = (x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q, k, v))
-        options = {"is_causal": documents.causal, "scale": documents.scale, "enable_gqa": True}
+        run = partial(
+            scaled_dot_product_attention,
+            is_causal=documents.causal,
+            scale=documents.scale,
+            enable_gqa=True,
+        )
         with sdpa_kernel(backend):
             out = [
-                scaled_dot_product_attention(*(x.unsqueeze(0) for x in document), **options)[0]
-                for document in zip(*parts, strict=True)
+                run(*(x.unsqueeze(0) for x in document))[0] for document in zip(*parts, strict=True)
             ]
         return torch.cat(out, dim=1).transpose(0, 1)
 

@@ -64,9 +64,10 @@ def chunked_total() -> TotalOf:
     from torch.nn import LinearCrossEntropyOptions
 
     def total_of(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> Tensor:
-        more = {"reduction": "sum", "ignore_index": ignored}
         chunked = LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(hidden, weight, targets, options=chunked, **more)
+        return F.linear_cross_entropy(
+            hidden, weight, targets, options=chunked, reduction="sum", ignore_index=ignored
+        )
 
     return total_of
 

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import partial
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class Shared:
 
 def _frames() -> Iterator[tuple[str, int, str]]:
     """(function, line number, line) of the kernel's frames, innermost first."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if KERNEL_MARK in frame.f_globals:
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
@@ -207,7 +207,8 @@ class _Hopper:
     """Barriers, copies and products of an emulated kernel."""
 
     def __init__(self, machine: Machine) -> None:
-        self._machine, self._barriers = machine, {}
+        self._machine = machine
+        self._barriers: dict[int, Barrier] = {}
 
     def _barrier(self, memory: Shared) -> Barrier:
         region = memory.region

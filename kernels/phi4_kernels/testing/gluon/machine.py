@@ -8,7 +8,7 @@ a race is found because nothing orders it, whether or not this schedule made it 
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ class Machine:
         region: Region,
         barrier: Barrier,
         num_bytes: int,
-        land: Callable[[], None],
+        land: Callable[[], object],
         where: str,
     ) -> None:
         """Issue a copy into a region."""
@@ -159,7 +159,7 @@ class Machine:
         if self.schedule.order == "shuffled":
             self._yield(self._current)
 
-    def specialize(self, functions: list[tuple[str, Callable[[], None]]]) -> None:
+    def specialize(self, functions: Sequence[tuple[str, Callable[[], object]]]) -> None:
         """Run partitions side by side until all have finished."""
         parent = self._current
         self.partitions = [

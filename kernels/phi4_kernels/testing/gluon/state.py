@@ -89,7 +89,7 @@ class Copy:
     region: Region
     barrier: Barrier
     num_bytes: int
-    land: Callable[[], None]
+    land: Callable[[], object]
     clock: Clock
 
 

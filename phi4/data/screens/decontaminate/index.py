@@ -49,12 +49,13 @@ class NgramIndex:
         self._names = list(numbers)
         ends = np.cumsum([len(test) for test in tests], dtype=np.int64)
         test_of = np.repeat(np.arange(len(tests), dtype=np.int32), [len(test) for test in tests])
-        self._grams: dict[int, _Grams | None] = dict.fromkeys(lengths)
+        self._grams: dict[int, _Grams] = {}
         seed = 0
-        while None in self._grams.values():
+        while len(self._grams) < len(set(lengths)):
             generator = np.random.default_rng(seed)
             self._salts = generator.integers(2**64, size=len(numbers) + 1, dtype=np.uint64)
-            self._grams = {n: self._build(n, ends, test_of) for n in lengths}
+            built = {n: self._build(n, ends, test_of) for n in lengths}
+            self._grams = {n: grams for n, grams in built.items() if grams is not None}
             seed += 1
         self.num_grams = {
             n: np.bincount(grams.tests, minlength=len(tests)) for n, grams in self._grams.items()

@@ -83,7 +83,7 @@ class Duplicates:
         first = self._first.setdefault(found.digest, place)
         if first is not place:
             return _rejection("exact duplicate", first, 1.0)
-        if found.signature is None:
+        if self._near is None or found.signature is None:
             return None
         neighbour = self._near.find(found)
         if neighbour is None:
@@ -112,6 +112,7 @@ class _Neighbours:
 
     def find(self, found: Sketch) -> tuple[tuple[Path, int], float] | None:
         """Place and similarity of a text that is similar enough, the likeliest first."""
+        assert found.signature is not None and found.shingles is not None
         proposed: set[int] = set()
         for band, key in zip(self._bands, self._keys(found.signature), strict=True):
             members = band.get(key)
@@ -130,6 +131,7 @@ class _Neighbours:
 
     def add(self, found: Sketch, place: tuple[Path, int]) -> None:
         """Keep a text."""
+        assert found.signature is not None and found.shingles is not None
         index = len(self._places)
         if index == len(self._signatures):
             self._signatures = np.concatenate([self._signatures, np.empty_like(self._signatures)])

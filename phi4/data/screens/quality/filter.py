@@ -87,7 +87,7 @@ class Filter:
     def decide(self, found: TextFindings, _: Line) -> Rejection | None:
         """A rejection for a text that is odd or of another language."""
         oddity = found.oddity
-        if self.is_odd(found):
+        if oddity is not None and self.is_odd(found):
             side = "high" if oddity.deviations > 0 else "low"
             details = {
                 "value": round(oddity.value, 4),

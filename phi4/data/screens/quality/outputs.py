@@ -65,6 +65,7 @@ class Outputs:
         with writing(self._targets[path]):
             if path != self._path:
                 self._open(path)
+            assert self._kept is not None
             self._kept.write(row + b"\n")
 
     def hold(self, row: bytes) -> None:

@@ -8,7 +8,7 @@ count, and memory holds a few batches of rows whatever the size of the input.
 import json
 import multiprocessing
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class Rejection:
     """Why a row is kept out; `details` must be JSON."""
 
     reason: str
-    details: dict[str, object] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -116,6 +116,7 @@ def screen(
         DiskFullError: no room is left for the output.
     """
     outcome = Screened()
+    rejection: Rejection | None = None
     files = list_inputs(inputs)
     with Outputs(files, directory) as outputs:
         paths = [item.path for item in files]
@@ -139,7 +140,7 @@ def screen(
                         f"allowed; see {directory / QUARANTINE}.part, then repair the inputs, name "
                         "the column with --text-field, or raise --max-bad-rows"
                     )
-        if 0 < outcome.num_rows == outcome.rejected[BAD_ROW]:
+        if 0 < outcome.num_rows == outcome.rejected[BAD_ROW] and rejection is not None:
             raise DataError(
                 f"all {outcome.num_rows} rows are bad ({rejection.reason}); name the column of the "
                 "text with --text-field"

@@ -94,6 +94,7 @@ def cast_whole(
     both = cast_tensor(
         x_RK.contiguous(), scale, dtype=dtype, columnwise=True, implementation=implementation
     )
+    assert both.columnwise is not None, "asked for above"
     inverse = (1 / scale).view(1, 1)
     return FP8Matrix(both.rowwise, inverse), FP8Matrix(both.columnwise, inverse)
 

@@ -12,7 +12,7 @@ def linears_by_layer(
 ) -> Iterator[tuple[int, list[FP8Products]]]:
     """The FP8 linears of every layer on this rank that has some, in order."""
     for chunk in chunks:
-        for layer in chunk.decoder.layers:
+        for layer in chunk.decoder.layers:  # type: ignore[union-attr]  # torch: Tensor | Module
             linears = [one for one in layer.modules() if isinstance(one, FP8Products)]
             if linears:
                 yield layer.layer_number - 1, linears

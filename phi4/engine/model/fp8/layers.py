@@ -58,5 +58,5 @@ def forget_weights(chunks: Sequence[torch.nn.Module]) -> None:
     """Weights may be others from now on: each is cast again when it is next read."""
     for linear in fp8_linears(chunks):
         linear.forget_weight()
-    for _, linear in te_linears(chunks):
-        linear.forget_weight()
+    for _, te_linear in te_linears(chunks):
+        te_linear.forget_weight()

@@ -76,6 +76,8 @@ class FP8Products:
     """
 
     weight: torch.nn.Parameter
+    training: bool
+    tp_group: dist.ProcessGroup
 
     def set_up(self, scaling: Scaling, splits: Splits, gathers: dist.ProcessGroup | None) -> None:
         """Called once, at the end of the constructor.
@@ -171,7 +173,8 @@ class FP8Products:
         """
         # What is evaluated are the weights as they are exported, whatever shares a batch.
         if self.is_plain or not self.training:
-            return super()._forward_impl(input, weight, **others)
+            # The parallel linear is behind this class in the order of method resolution.
+            return super()._forward_impl(input, weight, **others)  # type: ignore[misc]
         refuse("FP8 linear", others, self._expected_arguments())
         rows_TI, main_grad = input.flatten(0, 1), getattr(weight, "main_grad", None)
         reduces = bool(others["allreduce_dgrad"])
@@ -273,7 +276,11 @@ class FP8RowLinear(FP8Products, RowParallelLinear):
         }
 
 
-_ALWAYS = {"bias": None, "gradient_accumulation_fusion": True, "grad_output_buffer": None}
+_ALWAYS: dict[str, object] = {
+    "bias": None,
+    "gradient_accumulation_fusion": True,
+    "grad_output_buffer": None,
+}
 
 
 class _Products(torch.autograd.Function):
@@ -301,7 +308,7 @@ class _Products(torch.autograd.Function):
         Collectives: those of the casts; over tp, an all-reduce of the input's gradient, or under
             sequence parallelism its reduce-scatter and an all-gather of the input.
         """
-        linear, x_dtype, weight_dtype = ctx.linear, *ctx.dtypes
+        linear, (x_dtype, weight_dtype) = ctx.linear, ctx.dtypes
         for_input_TO, for_weight_OT = linear.cast_gradient(grad_TO)
         grad_TI = linear.reduced(linear.input_gradient(for_input_TO, x_dtype), ctx.reduces)
         grad_OI = linear.weight_gradient(for_weight_OT, FP8Matrix(*ctx.saved_tensors))

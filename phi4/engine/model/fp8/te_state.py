@@ -6,7 +6,7 @@ Transformer Engine gives these away as a pickle in `_extra_state`, which no chec
 holds; here they are tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class TELinearState:
 
     is_first_microbatch: bool
     fp8_meta: dict[str, Any]
+    init_fp8_meta_tensors: Callable[[object], None]
+    """Transformer Engine's."""
 
     def get_extra_state(self) -> None:
         """Nothing, instead of a pickle."""
@@ -76,7 +78,7 @@ class TELinearState:
 def te_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, TELinearState]]:
     """(name, linear) of model chunks, with layers numbered over the whole model."""
     for chunk in chunks:
-        for layer in chunk.decoder.layers:
+        for layer in chunk.decoder.layers:  # type: ignore[union-attr]  # torch: Tensor | Module
             for name, module in layer.named_modules():
                 if isinstance(module, TELinearState):
                     yield f"layers.{layer.layer_number - 1}.{name}", module
@@ -96,6 +98,5 @@ def set_delayed_states(
 ) -> None:
     """Take what `delayed_states` gave."""
     for name, linear in te_linears(chunks):
-        linear.set_delayed_state(
-            {direction: states.get(f"{name}.{direction}") for direction in SCALINGS_KEPT}
-        )
+        names = {direction: f"{name}.{direction}" for direction in SCALINGS_KEPT}
+        linear.set_delayed_state({key: states[one] for key, one in names.items() if one in states})

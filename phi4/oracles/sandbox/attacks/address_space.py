@@ -2,7 +2,7 @@
 
 import mmap
 
-kept = []
+kept: list[mmap.mmap] = []
 try:
     while len(kept) < 24:
         kept.append(mmap.mmap(-1, 64 << 20))

@@ -8,7 +8,7 @@ import sys
 
 calls = json.load(sys.stdin)["calls"]
 libc = ctypes.CDLL(None, use_errno=True)
-got = []
+got: list[str] = []
 
 
 def refused(name, error, *arguments):
