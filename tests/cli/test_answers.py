@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,14 @@ from phi4.pts.select_checkpoint import read_selection
 from phi4.rundir.checkpoints import checkpoint_name, find_checkpoint
 from phi4.rundir.names import CONFIG_FILE, RECIPE_FILE, SELECTED_FILE, SELECTION_DIR
 from tests.support.commands import command, write_model
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 from tests.support.waiting import LONG_SECONDS
 
 PHI4 = (sys.executable, "-m", "phi4")
 DRAWN = ("--n=2", "--max-tokens=6", "--seed=3")
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from tests.support.in_process import phi4, write_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 from tests.support.runs import command
 from tests.support.small_disk import mounted_small_disk
 from tests.support.waiting import LONG_SECONDS, wait_until
@@ -26,10 +26,7 @@ def _train(rank: int, world_size: int, root: Path, required: list[int]) -> tuple
         return phi4(rank, world_size, root, ["train", "recipe.toml", "checkpoint.every=1", steps])
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 def test_run_goes_on_and_saves_the_next_step(pool: RankPool, tmp_path: Path) -> None:

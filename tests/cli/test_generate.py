@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from phi4.engine.platform import connect, disconnect
 from phi4.sampling.chat import chat_prompt
 from phi4.sampling.text import end_ids
 from tests.support.commands import Ended, command, write_model
-from tests.support.ranks import RankPool
+from tests.support.ranks import pool_fixture
 from tests.support.waiting import LONG_SECONDS
 
 PHI4 = (sys.executable, "-m", "phi4")
@@ -29,10 +28,7 @@ LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2")
 DRAWN = ("--max-tokens=9", "--temperature=1", "--seed=3")
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 @pytest.fixture(scope="module")

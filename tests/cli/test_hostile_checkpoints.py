@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.hostile import poison
 from tests.support.in_process import phi4, write_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 COMMANDS = {
     "resume": ["train", "recipe.toml"],
@@ -26,10 +26,7 @@ REFUSALS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 @pytest.fixture(scope="module", params=FORMATS)

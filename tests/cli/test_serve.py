@@ -19,7 +19,7 @@ from phi4.launch import hold_notices
 from phi4.rundir.names import LATEST_FILE, MANIFEST_FILE
 from phi4.serve.web_server import listen
 from tests.support.commands import Ended, command, write_model
-from tests.support.ranks import RankPool, run_ranks
+from tests.support.ranks import pool_fixture, run_ranks
 from tests.support.server_process import address_in, server_process
 from tests.support.waiting import LONG_SECONDS, wait_until
 
@@ -32,10 +32,7 @@ LONG_TOKENS = 150
 SHUTTING_DOWN = "the server is shutting down; ask another one"
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from phi4.data.vocabulary.tokenizer import rank_file_bytes
 from phi4.engine.checkpoint import save_checkpoint
 from phi4.engine.layout import destroy_layout
 from tests.support.engines import engine_on
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 HF_FILES = {
     "chat_template.jinja",
@@ -29,10 +29,7 @@ HF_FILES = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(4) as ranks:
-        yield ranks
+pool = pool_fixture(4)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from phi4.convert.model_source import find_model
 from phi4.engine.engine import Engine
 from phi4.errors import CheckpointError, ConfigError, LayoutError
 from tests.support.engines import engine_on
-from tests.support.ranks import RankPool
+from tests.support.ranks import pool_fixture
 
 LAYOUT = (
     *("parallel.tensor=2", "parallel.pipeline=2", "parallel.layers_per_stage=[2,1]"),
@@ -20,10 +20,7 @@ LAYOUT = (
 )
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(4) as ranks:
-        yield ranks
+pool = pool_fixture(4)
 
 
 @pytest.fixture(scope="module")

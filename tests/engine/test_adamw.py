@@ -27,7 +27,7 @@ from phi4.stages.pretrain import NextToken
 from phi4.verify.parity import micro_batches
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.gradient_passes import Passes
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 from tools import build_csrc
 
 BF16 = "precision.dtype='bf16'"
@@ -41,11 +41,7 @@ KINDS = {
 SMALL = ("model.num_layers=2", "optim.clip_grad=0.5")
 
 
-@pytest.fixture(scope="module")
-def pool():
-    """Two ranks."""
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Ranks that see different files agree, or fail together and in time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,9 @@ from phi4.engine.agreement import (
 )
 from phi4.engine.platform import Platform
 from phi4.errors import CheckpointError, DataError, Phi4Error, PlatformError
-from tests.support.ranks import RankPool, gloo_group
+from tests.support.ranks import gloo_group, pool_fixture
 
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def outcome(rank: int, world_size: int, call: Callable[[Platform], object]) -> str:

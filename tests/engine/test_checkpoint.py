@@ -23,7 +23,7 @@ from phi4.rundir.checkpoints import (
 from phi4.rundir.manifest import LAYOUT_KEYS, CheckpointManifest, read_manifest
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankError, RankPool
+from tests.support.ranks import RankError, RankPool, pool_fixture
 
 _DISTRIBUTED = "parallel.distributed_optimizer=true"
 _TP2 = ("parallel.tensor=2", "parallel.sequence=true")
@@ -67,11 +67,7 @@ def _verify(rank, world_size, root):
         verify_checkpoint(engine, root / "step_0000001")
 
 
-@pytest.fixture(scope="module")
-def pool():
-    """Two ranks."""
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from phi4.errors import Phi4Error
 from phi4.rundir.checkpoints import latest_checkpoint
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 from tests.support.small_disk import ballast, mounted_small_disk
 
 SAVING = "phi4.engine.checkpoint.saving"
@@ -84,11 +84,7 @@ def _names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-@pytest.fixture(scope="module")
-def pool():
-    """Two ranks."""
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def test_failed_write_is_one_verdict_and_leaves_nothing(pool: RankPool, tmp_path: Path) -> None:

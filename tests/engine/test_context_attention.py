@@ -4,7 +4,7 @@ Real ranks over gloo, random documents across their borders, held to the error r
 A merge without its correction and blocks in a wrong order must break it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from phi4.engine.model.document_ranges import visible_keys
 from phi4.engine.patches import Patches
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankPool, gloo_group
+from tests.support.ranks import gloo_group, pool_fixture
 
 HEADS, GROUPS, DIM = 4, 2, 16
 ROUTES = {"all_gather": AllGatherAttention, "ring": RingAttention}
@@ -77,10 +77,7 @@ TOLERANCE = 1e-6
 the smallest rows have."""
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(4) as ranks:
-        yield ranks
+pool = pool_fixture(4)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +13,7 @@ from phi4.engine.generation.steps import Step
 from phi4.errors import ConfigError
 from tests.support.engines import engine_on, tiny_recipe
 from tests.support.generation import Asked, collect, finished, steps_of
-from tests.support.ranks import RankPool, run_ranks
+from tests.support.ranks import pool_fixture, run_ranks
 
 LAYOUTS = {
     "tp2": ("parallel.tensor=2",),
@@ -79,10 +78,7 @@ def mixed_requests() -> list[Asked]:
     return requests
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ The full form is eight prompts of 1 to 400 tokens with 64 new tokens each, from 
 directory and from a checkpoint of another layout.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.support.anchor import MODEL, anchor_recipe
 from tests.support.decoding_ranks import run, run_scored, save
 from tests.support.generation import Asked, collect
 from tests.support.hugging_face import drawn_phi3
-from tests.support.ranks import RankPool
+from tests.support.ranks import pool_fixture
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,7 @@ class Reference:
     greedy: list[list[int]]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(4) as ranks:
-        yield ranks
+pool = pool_fixture(4)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A model of known probabilities is drawn from and scored as it is, through the whole engine."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from tests.support.draw_reference import kept_probabilities
 from tests.support.engines import engine_on
 from tests.support.generation import Asked, collect, generate
 from tests.support.markov import VOCAB_SIZE, make_markov, markov_recipe, table
-from tests.support.ranks import RankPool
+from tests.support.ranks import pool_fixture
 
 LAYOUTS = {
     "one process": (),
@@ -42,10 +42,7 @@ DISTRIBUTIONS = {
 TRUNCATED = {"top_k", "top_p", "min_p", "all at once"}
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture(

@@ -16,16 +16,13 @@ from phi4.engine.model.gpt import initialise
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.generation import Asked, collect, finished
-from tests.support.ranks import RankPool
+from tests.support.ranks import pool_fixture
 
 PREFIX = tuple(random.Random(3).randrange(96) for _ in range(42))
 SHALLOW = "model.num_layers=2"
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def test_a_prefix_is_computed_once_and_stored_once(pool):

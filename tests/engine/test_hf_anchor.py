@@ -1,6 +1,5 @@
 """Logits, log-probabilities, gradients and text equal transformers' Phi3ForCausalLM everywhere."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from tests.support.anchor import (
     measure,
 )
 from tests.support.engines import engine_on
-from tests.support.ranks import RankPool
+from tests.support.ranks import pool_fixture
 
 LAYOUTS = {
     "tp2xpp2": {"tensor": 2, "pipeline": 2},
@@ -72,10 +71,7 @@ def anchor(tmp_path_factory) -> Anchor:
     return make_anchor(tmp_path_factory.mktemp("anchor") / "hf")
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(4) as ranks:
-        yield ranks
+pool = pool_fixture(4)
 
 
 @pytest.fixture(scope="module")

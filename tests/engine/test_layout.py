@@ -1,25 +1,19 @@
 """One process group per axis, on the device's backend alone."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-import pytest
 from megatron.core import parallel_state
 
 from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 SHARDED = ("model.num_layers=2", "parallel.data=2", "parallel.distributed_optimizer=true")
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    """Two ranks."""
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def named_backends(rank: int, world_size: int, root: Path) -> list[str]:

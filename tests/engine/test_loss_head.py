@@ -3,7 +3,6 @@
 All logits in every layout are what the tests of parity run.
 """
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,7 +19,7 @@ from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
 from phi4.verify.parity import LEARNING_RATE, LOSS_TOLERANCE, PARAMETER_TOLERANCE
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 FORMS = ("logits", "recompute", "one_pass")
 STEPS = 2
@@ -64,10 +63,7 @@ class UndeclaredSquares(Squares):
     gradient = "masked_nll"
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
-        yield pool
+pool = pool_fixture(2)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from phi4.engine.optimizer import build as optimizer
 from phi4.engine.optimizer.adamw import OnePassDistributed
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import pool_fixture
 
 BucketGroup = param_and_grad_buffer._ParamAndGradBucketGroup
 STEPS, NUM_LAYERS = 3, 2
@@ -39,10 +39,7 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.mark.parametrize("form", FORMS)

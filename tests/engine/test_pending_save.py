@@ -30,7 +30,7 @@ from phi4.writer import Staging, WriterProcess, shard_file
 from phi4.writer import process as writer_process
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.forked_writer import forked_writer
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 from tests.support.small_disk import ballast, mounted_small_disk
 from tests.support.waiting import LONG_SECONDS, wait_until
 
@@ -93,11 +93,7 @@ def _loss_in_another_layout(rank: int, world_size: int, path: Path) -> float:
         return _train(engine, 1)[0]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    """Two ranks."""
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,14 @@
 """Pipeline ranks exchange activations without waiting for their whole device."""
 
-from collections.abc import Iterator
 from unittest import mock
 
-import pytest
 import torch
 
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    """Two ranks."""
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def waits(rank: int, world_size: int, batched_waits: bool) -> int:

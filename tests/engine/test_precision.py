@@ -1,13 +1,11 @@
 """bf16: the run learns, stays near fp32, and keeps masters, gradients and moments in fp32."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 STEPS = 8
 
@@ -31,10 +29,7 @@ def _losses(rank: int, world_size: int, overrides: tuple[str, ...]) -> list[floa
         return losses
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture(scope="module")

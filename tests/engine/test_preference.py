@@ -5,7 +5,7 @@ apart: sums of segments that context ranks share, a reference per segment, and t
 position.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from unittest import mock
 
@@ -25,7 +25,7 @@ from phi4.stages.pretrain import NextToken
 from phi4.verify.parity import LEARNING_RATE, LOSS_TOLERANCE, PARAMETER_TOLERANCE
 from tests.support.engines import engine_on, tiny_recipe
 from tests.support.preference import NUM_MICRO_BATCHES, NUM_ROWS, Preference, num_pairs, pairs
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 STEPS = 2
 RECIPE = (
@@ -59,10 +59,7 @@ REST = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(4) as ranks:
-        yield ranks
+pool = pool_fixture(4)
 
 
 @pytest.fixture(scope="module")

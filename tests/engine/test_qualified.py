@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-import pytest
 import torch
 from phi4_kernels import dispatch, registry
 from phi4_kernels.errors import KernelError
@@ -18,7 +17,7 @@ from phi4.engine.platform import Platform
 from phi4.engine.qualified import agreed, qualified_evidence
 from phi4.rundir.names import KERNELS_FILE
 from tests.support.engines import tiny_recipe
-from tests.support.ranks import RankPool, gloo_group
+from tests.support.ranks import RankPool, gloo_group, pool_fixture
 
 GPU = torch.device("cuda", 0)
 MACHINE = GpuMachine("H200", "9.0", "3.6.0")
@@ -84,11 +83,7 @@ def _chosen(
     return {choice.op: choice.implementation for choice in choices}, said
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    """Three ranks."""
-    with RankPool(3) as ranks:
-        yield ranks
+pool = pool_fixture(3)
 
 
 def test_one_rank_of_each_machine_asks_and_all_choose_the_same(pool: RankPool, tmp_path) -> None:

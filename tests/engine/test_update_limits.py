@@ -1,7 +1,5 @@
 """A loss or gradient that is wrong on one rank: no rank updates, in the same step."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ from phi4.engine.step import UpdateLimits
 from phi4.errors import CorruptionError, NotFiniteError
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 SMALL = ("model.num_layers=2",)
 DATA = ("parallel.data=2",)
@@ -34,10 +32,7 @@ class WrongLoss(NextToken):
         return Loss(loss.loss_sum + (loss.loss_sum * torch.nan).detach(), loss.weight_sum)
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def state_of(engine: Engine) -> list[int]:

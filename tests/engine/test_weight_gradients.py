@@ -1,6 +1,5 @@
 """Every linear's weight gradient is summed in fp32 inside its product, and only there."""
 
-from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -13,7 +12,7 @@ from phi4.engine.engine import Engine
 from phi4.engine.model.weight_gradients import SwiGLULinearIntoMainGrad, add_weight_gradient
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 SMALL = ("model.num_layers=2", "loss_head.form=logits")
 BF16 = "precision.dtype=bf16"
@@ -33,11 +32,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    """Two ranks."""
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def weights_of(engine: Engine) -> dict[str, nn.Parameter]:

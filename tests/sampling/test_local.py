@@ -33,7 +33,7 @@ from phi4.sampling.text import TextStream, completion_text, end_ids, text_pieces
 from tests.sampling.conformance import check_events, completions, run
 from tests.support.engines import engine_on
 from tests.support.markov import make_markov, markov_recipe, table
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 EMOJI = "🙂".encode()
 CHAIN = (b" cat sat", EMOJI[:2], EMOJI[2:3], EMOJI[3:], b"ST", b"OP", b"the")
@@ -49,10 +49,7 @@ SPLIT = [pytest.param("tp2xpp2", marks=pytest.mark.slow)]
 Outcome = tuple[Request, list[Event]]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 @pytest.fixture(scope="module")

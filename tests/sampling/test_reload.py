@@ -20,7 +20,7 @@ from phi4.sampling.batch import answers
 from phi4.sampling.local import LocalSampler
 from phi4.sampling.protocol import Completion, Request, SamplerLoad
 from tests.support.engines import engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 TOKENIZER = Tokenizer({bytes([65 + i]): i for i in range(32)})
 SIZES = (f"model.vocab_size={TOKENIZER.vocab_size}", "model.num_layers=2")
@@ -33,10 +33,7 @@ PROMPT = tuple(range(32, 53)) * 2
 REQUEST = Request(prompt=PROMPT, max_tokens=8, n=2, seed=3)
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from phi4.convert.checkpoint import export_checkpoint
 from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.engine.platform import connect, disconnect
 from tests.support.commands import command, write_model
-from tests.support.ranks import RankPool
+from tests.support.ranks import pool_fixture
 from tests.support.server_process import server_process
 from tests.support.waiting import LONG_SECONDS
 
@@ -53,10 +52,7 @@ GENERATED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 @pytest.fixture(scope="module")

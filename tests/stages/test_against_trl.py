@@ -27,7 +27,7 @@ from phi4.stages.pretrain import NextToken
 from tests.support.engines import engine_on, tiny_recipe
 from tests.support.hugging_face import phi3_config
 from tests.support.pair_rows import Conversation, Pair, Row, mean_chosen_tokens, pair_batch
-from tests.support.ranks import RankPool
+from tests.support.ranks import pool_fixture
 from tests.support.waiting import LONG_SECONDS
 
 pytestmark = pytest.mark.slow
@@ -177,10 +177,7 @@ def found_of(case: dict[str, list]) -> Found:
     return Found(losses, grad_norms, metrics, references)
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 def check(found: Found, exact: Found, grad_norm_error: float = GRAD_NORM_ERROR) -> None:

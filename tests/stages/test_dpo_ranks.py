@@ -1,6 +1,6 @@
 """DPO on the engine: splits over micro-batches and ranks, pivots in one forward, tensor ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from phi4.verify.parity import LOSS_TOLERANCE, PARAMETER_TOLERANCE
 from tests.support.engines import engine_on, tiny_recipe
 from tests.support.pair_rows import Pair, Row, mean_chosen_tokens, pair_batch
 from tests.support.preference import LENGTH, VOCABULARY, drawn_pair, drawn_trajectory
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 SETTINGS = DpoConfig(loss="ipo", sft_weight=0.3)
 """What depends on the most: lengths of both sides, and tokens of the global batch."""
@@ -34,10 +34,7 @@ class Found:
     gradients: dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(3) as ranks:
-        yield ranks
+pool = pool_fixture(3)
 
 
 def drawn_rows(count: int) -> list[Row]:

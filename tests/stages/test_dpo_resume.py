@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from phi4.verify.parity import LOSS_TOLERANCE, PARAMETER_TOLERANCE
 from tests.support import preference_runs
 from tests.support.metrics_page import unexplained
 from tests.support.preference_runs import recipe_of
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 from tests.support.runs import command, train
 from tests.support.waiting import LONG_SECONDS
 
@@ -56,10 +55,7 @@ OTHER_LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ A model is pretrained on the demo's code, tuned on its conversations, and then o
 The recipes are the tiny ones, with fewer layers and on one process.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from phi4.data.vocabulary.tokenizer import Tokenizer, rank_file_bytes
 from phi4.engine.checkpoint import open_checkpoint
 from phi4.rundir.checkpoints import find_checkpoint
 from tests.support import preference_runs
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 RECIPES = Path(__file__).parents[2] / "examples/recipes"
 DATA, RUNS = Path("runs/demo/data"), Path("runs/demo")
@@ -50,10 +49,7 @@ TUNING = recipe_of("sft")
 PREFERRING = recipe_of("dpo")
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tests.data.preferences import drawn_pairs
 from tests.support import preference_runs
 from tests.support.engines import engine_on
 from tests.support.preference_runs import NUM_PAIRS, recipe_of
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 from tests.support.waiting import LONG_SECONDS, wait_until
 
 NAMES = ("pairs", "pivots", "others")
@@ -39,10 +39,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 @pytest.fixture(scope="module")

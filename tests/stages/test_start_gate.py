@@ -25,15 +25,12 @@ from phi4.stages import dpo
 from phi4.stages.dpo import PreferenceLoss
 from phi4.stages.gate.losses import mean_loss
 from tests.support import preference_runs
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge")
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 @pytest.fixture(scope="module")

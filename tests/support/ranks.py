@@ -13,11 +13,13 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.support.process_tree import tree_seconds
 from tests.support.rank_process import Outcome, environment, gloo_group, rendezvous, serve
@@ -177,6 +179,17 @@ class RankPool:
         names = ", ".join(map(str, late))
         text = f"ranks {names} of {self.world_size} hang\n{stacks}"
         return RankError(late[0], text)
+
+
+def pool_fixture(num_ranks: int) -> Callable[[], Iterator[RankPool]]:
+    """A test file's fixture, `pool = pool_fixture(2)`: ranks that live as long as its tests."""
+
+    @pytest.fixture(scope="module")
+    def pool() -> Iterator[RankPool]:
+        with RankPool(num_ranks) as ranks:
+            yield ranks
+
+    return pool
 
 
 def _settled_text(path: Path) -> str:

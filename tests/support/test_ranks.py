@@ -6,21 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.ranks import RankError, RankPool, gloo_group, rendezvous, run_ranks
+from tests.support.ranks import RankError, RankPool, gloo_group, pool_fixture, rendezvous, run_ranks
 from tests.support.waiting import wait_until
 
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(3) as ranks:
-        yield ranks
+pool = pool_fixture(3)
 
 
 def rank_and_arguments(rank: int, world_size: int, *args: object) -> tuple:

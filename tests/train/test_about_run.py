@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from phi4.rundir.about import About, read_abouts
 from phi4.track import recipe_params
 from phi4.train.about_run import source_tree
 from tests.support.in_process import phi4, write_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import pool_fixture
 
 
 def git(directory: Path, *words: str) -> str:
@@ -21,10 +20,7 @@ def git(directory: Path, *words: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(1) as ranks:
-        yield ranks
+pool = pool_fixture(1)
 
 
 @pytest.fixture

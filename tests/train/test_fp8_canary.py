@@ -1,6 +1,5 @@
 """Runs in FP8 with the canary: a harmed layer leaves, for good, and the record says so."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from tests.support.guarded_runs import (
     write_source,
 )
 from tests.support.metrics_page import unexplained
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 RECIPE = (
     *("model.num_layers=4", "precision.fp8=torch", "precision.fp8_check_every=3"),
@@ -33,10 +32,7 @@ PIPELINE = "parallel.pipeline=2"
 LAYER = 2
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from phi4.stages.pretrain import NextToken
 from phi4.train.session import check_tokenizer, run_training
 from phi4.train.sources import open_sources
 from tests.support.engines import tiny_recipe
-from tests.support.ranks import RankPool, rendezvous
+from tests.support.ranks import RankPool, pool_fixture, rendezvous
 
 WEB_UNITS, CODE_UNITS = 50, 23
 FIRST_ID = {"web": 0, "code": 8 * WEB_UNITS, "long": 8 * (WEB_UNITS + CODE_UNITS)}
@@ -91,10 +91,7 @@ def _rows(ranks: list[tuple[list, int]], num_steps: int) -> list[np.ndarray]:
     return steps
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A run and its directory: real ranks, one of which is blind, or whose directory is taken away."""
 
-from collections.abc import Iterator
 from contextlib import ExitStack, chdir
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from phi4.train.hooks import CONTINUE, Continue, Hook, HookFactory, Progress
 from phi4.train.session import run_training
 from tests.support.byte_source import write_byte_source
 from tests.support.engines import tiny_recipe
-from tests.support.ranks import RankPool, gloo_group, rendezvous
+from tests.support.ranks import gloo_group, pool_fixture, rendezvous
 
 RECIPE = (
     *("tokenizer.kind=bpe", "tokenizer.path=bpe.tiktoken", "model.vocab_size=352"),
@@ -34,10 +33,7 @@ RECIPE = (
 TWO_STAGES = "parallel.pipeline=2"
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ Each rank is a host of its own: it works in a directory of its own, and `disk` i
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, chdir
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +34,7 @@ from phi4.writer import Replicate, Replicated, WriterProcess
 from tests.support.byte_source import write_byte_source
 from tests.support.engines import tiny_recipe
 from tests.support.forked_writer import forked_writer
-from tests.support.ranks import RankPool, rendezvous
+from tests.support.ranks import RankPool, pool_fixture, rendezvous
 from tests.support.waiting import wait_until
 
 RECIPE = (
@@ -137,10 +137,7 @@ def start(rank: int, world_size: int, root: Path, plan: Plan) -> Outcome | None:
     return Outcome(ended, "\n".join(said), kept.lines)
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Runs that are stopped, rolled back and killed, against runs that never were: bit by bit."""
 
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack, chdir
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from phi4.train.session import run_training
 from tests.support.byte_source import write_byte_source
 from tests.support.engines import tiny_recipe
 from tests.support.metrics_page import unexplained
-from tests.support.ranks import RankPool, rendezvous
+from tests.support.ranks import RankPool, pool_fixture, rendezvous
 
 STEPS, ROWS = 6, 8
 RECIPE = (
@@ -154,10 +153,7 @@ def start(rank: int, world_size: int, root: Path, plan: Plan) -> Outcome | None:
     return Outcome(ended, served, statuses, reads.call_count, "\n".join(said))
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture(scope="module")

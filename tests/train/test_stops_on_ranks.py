@@ -1,7 +1,6 @@
 """A notice to one of two real ranks: both end after the same step, with one save."""
 
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack, chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from phi4.train.session import run_training
 from phi4.verify.drills.watched_run import saved_steps
 from tests.support.byte_source import write_byte_source
 from tests.support.engines import tiny_recipe
-from tests.support.ranks import RankPool, rendezvous
+from tests.support.ranks import RankPool, pool_fixture, rendezvous
 
 RECIPE = (
     *("tokenizer.kind=bpe", "tokenizer.path=bpe.tiktoken", "model.vocab_size=352"),
@@ -43,10 +42,7 @@ class Outcome:
     said: str
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """No document reaches another in any layout, and the check turns red when one does."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from phi4.verify.leak import (
 )
 from phi4.verify.ranks import within_devices
 from tests.support.engines import tiny_recipe
-from tests.support.ranks import RankPool, rendezvous
+from tests.support.ranks import pool_fixture, rendezvous
 
 RECIPE = tiny_recipe("model.num_layers=2", "data.sequence_length=64", "data.unit_tokens=64")
 ONE = "one process"
@@ -44,10 +43,7 @@ def leak_cases(names: tuple[str, ...]) -> list[LayoutCase]:
     return [leak_case(case, RECIPE) for case in [*reference, *possible]]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(4) as ranks:
-        yield ranks
+pool = pool_fixture(4)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Machines before a run: what is named as unfit, and what it takes for nothing to be."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -14,7 +13,7 @@ from phi4.verify.preflight import Facts, failures
 from phi4.verify.preflight_facts import Device, existing_part, with_answer
 from phi4.verify.preflight_shared import shared_directory_trouble
 from phi4.verify.preflight_speed import _partner, link_gbytes_per_second
-from tests.support.ranks import RankPool, rendezvous
+from tests.support.ranks import pool_fixture, rendezvous
 
 GPU = Device("H100", "550.1", 1980, 345, 31, free_bytes=79 << 30, total_bytes=80 << 30)
 
@@ -89,10 +88,7 @@ def test_directory_that_will_be_made_is_looked_for_where_it_will_be(tmp_path: Pa
     assert existing_part(tmp_path / "runs/a/b") == tmp_path
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(3) as ranks:
-        yield ranks
+pool = pool_fixture(3)
 
 
 def _shared(rank: int, world_size: int, directory: Path, blind: int) -> tuple[str, float]:

@@ -1,6 +1,6 @@
 """The FP8 canary's comparison: the layer that FP8 harms is found, alike in every layout."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,7 +10,7 @@ from phi4.engine.fp8_check import Distance, FP8Check, FP8Limits
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.fp8_plants import plant_hidden_outlier, plant_outlier
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 MODEL = (
     *("model.num_layers=4", "model.hidden_size=64", "model.num_attention_heads=4"),
@@ -36,10 +36,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def healthy(_: Engine) -> None:

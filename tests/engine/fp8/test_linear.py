@@ -1,6 +1,6 @@
 """The parallel linears in FP8: what they compute, and that every layout has one process' scales."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +12,7 @@ from phi4.engine.model.fp8.linear import FP8Products
 from phi4.engine.model.fp8.recipe import SCALINGS
 from phi4.engine.model.fp8.scales import E4M3
 from tests.support.engines import engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 TOKENS, HIDDEN, FFN = 256, 256, 256
 SIZES = (
@@ -47,10 +47,7 @@ class Found(NamedTuple):
     scales: list[dict[str, torch.Tensor]]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def given(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

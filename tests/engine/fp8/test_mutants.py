@@ -3,7 +3,6 @@
 A maximum of 447 is told from 448 by test_casts.py: random magnitudes do not.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from unittest import mock
 
@@ -14,7 +13,7 @@ from phi4.engine.model.fp8.casts import FP8Matrix, cast_whole
 from phi4.engine.model.fp8.linear import FP8Products
 from phi4.engine.model.fp8.lost_values import Cast
 from tests.engine.fp8 import test_linear, test_training
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 pytestmark = pytest.mark.slow
 
@@ -61,10 +60,7 @@ SCALING = {"scales are not transposed": "blockwise"}
 OF_TRAINING = "weight is not forgotten"
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def run_mutated(mutant: str, *args: object) -> dict | None:

@@ -1,6 +1,5 @@
 """FP8 keeps no state: checkpoints are those of training without it, and so is what reads them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from phi4.rundir.checkpoints import find_checkpoint
 from phi4.rundir.names import RECIPE_FILE
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 RECIPE = (
     "model.num_layers=4",
@@ -51,10 +50,7 @@ class Went(NamedTuple):
     scales: dict[str, float]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def go(

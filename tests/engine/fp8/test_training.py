@@ -20,7 +20,7 @@ from phi4.engine.model.fp8.linear import FP8Products
 from phi4.engine.model.fp8.recipe import SCALINGS
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 STEPS = 3
 SIZES = (
@@ -102,10 +102,7 @@ class Rank(NamedTuple):
     data_size: int
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def train(rank: int, world_size: int, overrides: tuple[str, ...], given: Weights) -> Rank | None:

@@ -3,7 +3,7 @@
 The model is a Markov chain whose pivots are known.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from phi4.sampling.questions import KeyedQuestion
 from tests.pts.search.planted import LastLetterOracle
 from tests.support.engines import engine_on
 from tests.support.markov import make_markov, markov_recipe
-from tests.support.ranks import RankPool
+from tests.support.ranks import pool_fixture
 
 pytestmark = pytest.mark.slow
 
@@ -42,10 +42,7 @@ def chain() -> torch.Tensor:
     return (chances / chances.sum(-1, keepdim=True)).log()
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 def test_layouts_find_the_same_pivots(pool, tmp_path) -> None:

@@ -1,6 +1,5 @@
 """Bad numbers in real runs: skipped, replayed, rolled back, and named."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest.mock import patch
@@ -16,7 +15,7 @@ from phi4.rundir.state import Skip, read_state
 from phi4.rundir.step_log import read_metrics
 from tests.support.guarded_runs import ROWS, Ended, Poison, RunPlan, recorded, start, weights
 from tests.support.guarded_runs import write_source as write
-from tests.support.ranks import RankPool
+from tests.support.ranks import RankPool, pool_fixture
 
 DATA = ("parallel.data=2",)
 SHARDED = (*DATA, "parallel.distributed_optimizer=true", "checkpoint.optimizer_format=full")
@@ -32,10 +31,7 @@ WINDOW = (range(6, 8),)
 LAST = 12
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(2) as ranks:
-        yield ranks
+pool = pool_fixture(2)
 
 
 @pytest.fixture(scope="module")
