@@ -25,6 +25,7 @@ from torch import Tensor
 
 from phi4_kernels import cuda_library
 from phi4_kernels.errors import ImplementationError
+from phi4_kernels.program_text import program_text
 
 OPS = (
     "adamw",
@@ -207,12 +208,17 @@ def folder(op: str) -> Path:
     return ROOT / op
 
 
+def _program(path: Path) -> bytes:
+    return program_text(path.read_text(encoding="utf-8")).encode()
+
+
 @cache
 def source_digest(op: str, name: str) -> str:
-    """Hash of the files that decide what an implementation computes: a row proves these alone.
+    """Hash of the programs that decide what an implementation computes: a row proves these alone.
 
     A file or folder `<name>_*` belongs to the implementation of that name, the others to all of
-    them. `cuda` is what csrc compiles to, all of it. Foreign kernels count with their version.
+    them. Comments and docstrings do not count (program_text). `cuda` is what csrc compiles to, all
+    of it, byte by byte. Foreign kernels count with their version.
     """
     if name == "cuda":
         return cuda_library.digest()
@@ -221,9 +227,9 @@ def source_digest(op: str, name: str) -> str:
     for path in sorted(folder(op).rglob("*.py")):
         parts = path.relative_to(folder(op)).parts
         if not any(part.startswith(others) for part in parts):
-            digest.update(path.read_bytes())
+            digest.update(_program(path))
     for path in (ROOT / "launch.py", ROOT / "operators.py"):
-        digest.update(path.read_bytes())
+        digest.update(_program(path))
     if name in FOREIGN:
         digest.update(implementation(op, name).library().encode())
     return digest.hexdigest()[:16]

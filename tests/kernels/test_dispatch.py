@@ -205,21 +205,38 @@ def test_a_changed_source_has_another_digest(
     digest = registry.source_digest.__wrapped__
     before = digest("rope", "triton"), digest("rope", "torch")
     with (copy / "triton_impl.py").open("a") as file:
-        file.write("# edited")
+        file.write("edited = 1\n")
     assert digest("rope", "triton") != before[0] and digest("rope", "torch") == before[1]
-    (copy / "triton_tables.py").write_text("# a further file of Triton's")
+    (copy / "triton_tables.py").write_text("further = 1")
     assert digest("rope", "torch") == before[1]
     with (copy / "layout.py").open("a") as file:
-        file.write("# edited")
+        file.write("edited = 1\n")
     assert digest("rope", "torch") != before[1]
     (copy / "triton_parts").mkdir()
-    (copy / "triton_parts" / "tables.py").write_text("# a folder of Triton's")
+    (copy / "triton_parts" / "tables.py").write_text("size = 1")
     triton, torch_digest = digest("rope", "triton"), digest("rope", "torch")
-    (copy / "triton_parts" / "tables.py").write_text("# edited")
+    (copy / "triton_parts" / "tables.py").write_text("size = 2")
     assert digest("rope", "triton") != triton and digest("rope", "torch") == torch_digest
     (copy / "shared").mkdir()
-    (copy / "shared" / "angles.py").write_text("# a folder that both use")
+    (copy / "shared" / "angles.py").write_text("both = 1")
     assert digest("rope", "torch") != torch_digest
+
+
+def test_comments_and_docstrings_are_not_in_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "rope"
+    shutil.copytree(registry.folder("rope"), copy)
+    monkeypatch.setattr(registry, "folder", lambda op: copy)
+    digest = registry.source_digest.__wrapped__
+    before, kernels = digest("rope", "triton"), copy / "triton_impl.py"
+    source = kernels.read_text()
+    head, _, code = source.partition("@triton.jit\n")
+    explained = f'"""Another docstring."""\n{head}# A kernel.\n\n@triton.jit\n{code}'
+    kernels.write_text(explained)
+    assert digest("rope", "triton") == before
+    kernels.write_text(explained.replace("a * cos - b * sin", "a * cos + b * sin"))
+    assert digest("rope", "triton") != before
 
 
 def test_the_digest_of_a_cuda_kernel_is_that_of_csrc() -> None:
