@@ -76,7 +76,7 @@ def dkdv_schedule(lengths: list[int], num_groups: int, group: int) -> dict[str, 
     for start, end in pairwise(edges[1 : 2 + edges[0]]):
         met = [pair for pair in zip(lows[start:end], highs[start:end], strict=True) if pair[1]]
         span = max(high for _, high in met) - min(low for low, _ in met)
-        blocks.append(-(-span // named["QUERIES"]))
+        blocks.append(-(-span // named["BLOCK_M"]))
     # As the kernel takes tile, key head and part from its program's number.
     tiles = (program // parts // num_groups for program in range(launch.grid[0]))
     costs = [blocks[tile] * (group // parts) for tile in tiles if tile < len(blocks)]

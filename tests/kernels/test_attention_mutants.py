@@ -21,7 +21,7 @@ def mutated() -> Iterator[InterpretedProcess]:
 
 NOT_FINITE = {
     "values of a neighbour are multiplied by 0": ("triton_impl.py", "v = finite(v)", "v = v"),
-    "values that are seen count as zeros": ("triton_impl.py", "scores + marks[None, :]", "scores"),
+    "values that are seen count as zeros": ("triton_impl.py", "s + marks[None, :]", "s"),
     "keys of a neighbour are multiplied by 0": ("triton_dq.py", "k = finite(k)", "k = k"),
     "queries of a neighbour are multiplied by 0": (
         "triton_dkdv.py",

@@ -76,7 +76,7 @@ MUTANTS = {
         "keys[None, :] <= limits[:, None]",
     ),
     "one row too many": ("gluon_forward", "mask=own < num_rows", "mask=own <= num_rows"),
-    "no decay": ("gluon_forward", "total * decay + gl.sum", "total + gl.sum"),
+    "no decay": ("gluon_forward", "l_i * alpha + gl.sum", "l_i + gl.sum"),
     "slots are waited for in the wrong phase": (
         "gluon_rings",
         "mbarrier.wait(ring[1].index(count % STAGES), count // STAGES & 1)",
@@ -122,8 +122,8 @@ MUTANTS = {
     ),
     "one block unmasked": (
         "gluon_rings",
-        "seen_by_first // KEYS\n",
-        "gl.cdiv(seen_by_first, KEYS)\n",
+        "seen_by_first // BLOCK_N\n",
+        "gl.cdiv(seen_by_first, BLOCK_N)\n",
     ),
     "keys of dq are released while read": (
         "gluon_dq",
@@ -146,7 +146,7 @@ MUTANTS = {
     "rows are not cut at the range": (
         "gluon_dkdv",
         "queries < left, lse2",
-        "queries < QUERIES, lse2",
+        "queries < BLOCK_M, lse2",
     ),
     "keys see one query too many": (
         "gluon_dkdv",

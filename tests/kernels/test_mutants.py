@@ -32,8 +32,8 @@ FUNCTIONS = {
 
 def test_a_file_that_an_implementation_imports_can_be_mutated() -> None:
     """That the kernels then compute something else is shown in test_numbers."""
-    shipped, text = registry.implementation("attention", "triton"), "dweights - delta[:, None]"
-    with mutant("attention", "triton_dq.py", text, "dweights"):
+    shipped, text = registry.implementation("attention", "triton"), "dp - delta[:, None]"
+    with mutant("attention", "triton_dq.py", text, "dp"):
         other = registry.implementation("attention", "triton")
         assert text not in other.triton_dq._dq_block.src
         assert other.triton_dq.span is other.span is not shipped.span

@@ -61,8 +61,8 @@ MUTANTS = {
     "a gradient without delta": (
         "attention",
         "triton_dq.py",
-        "dscores = weights * (dweights - delta[:, None])",
-        "dscores = weights * dweights",
+        "ds = p * (dp - delta[:, None])",
+        "ds = p * dp",
         "attention_backward",
         "far-keys",
         "bf16",
@@ -88,7 +88,7 @@ MUTANTS = {
     "sums that do not decay": (
         "attention",
         "triton_impl.py",
-        "acc * decay[:, None]",
+        "acc * alpha[:, None]",
         "acc",
         "attention",
         "group-of-8",

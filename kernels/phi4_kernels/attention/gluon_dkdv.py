@@ -56,6 +56,7 @@ def _fill_rows(ring, count, descs, head, row, STAGES: gl.constexpr):
     slot = count % STAGES
     lse2_desc, delta_desc = descs
     mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
+    # Two loads at one barrier: lse and delta of the same queries.
     mbarrier.expect(full.index(slot), 2 * lse2_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(
         lse2_desc, [head, row], full.index(slot), buffers.index(2 * slot)
@@ -73,13 +74,14 @@ def _produce(
     rings,
     loaded,
     CAUSAL: gl.constexpr,
-    QUERIES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The loading warp."""
     k_desc, v_desc, q_desc, dout_desc, lse2_desc, delta_desc = inputs
     tiles_ptr, num_items, num_turns, num_programs, num_key_heads = work
     k_ring, v_ring, q_ring, dout_ring, row_ring = rings
+    # Blocks of keys and of queries, and partial loads so far: they give slots and phases.
     visits, count, loads = 0, 0, 0
     for turn in range(num_turns):
         item = item_of_turn(turn, num_programs)
@@ -89,19 +91,22 @@ def _produce(
             k_head = item % num_key_heads
             shift = load_shift(tiles_ptr, tile)
             first = _first_query(offset, CAUSAL)
-            blocks = gl.cdiv(gl.maximum(num_queries - first, 0), QUERIES)
+            blocks = gl.cdiv(gl.maximum(num_queries - first, 0), BLOCK_M)
             if blocks > 0:
                 for consumer in gl.static_range(CONSUMERS):
                     at = key + consumer * ROWS
                     fill(k_ring, visits, k_desc, k_head, at, CONSUMERS)
                     fill(v_ring, visits, v_desc, k_head, at, CONSUMERS)
                     visits += 1
+            # GQA: the gradients of a key head are sums over the query heads of its group.
             for head in range(k_head * group, (k_head + 1) * group):
                 for block in range(blocks):
-                    start = first + block * QUERIES
+                    start = first + block * BLOCK_M
                     at, left = row + start, num_queries - start
                     _fill_rows(row_ring, count, (lse2_desc, delta_desc), head, at + shift, STAGES)
-                    if left >= QUERIES:
+                    # Past the range p and ds are 0, but q and dout may be NaN there, and 0 * NaN is
+                    # NaN.
+                    if left >= BLOCK_M:
                         fill(q_ring, count, q_desc, head, at, STAGES)
                         fill(dout_ring, count, dout_desc, head, at, STAGES)
                     else:
@@ -125,7 +130,7 @@ def _step(
     count,
     rings,
     CAUSAL: gl.constexpr,
-    QUERIES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     layouts: gl.constexpr,
 ):
@@ -134,32 +139,39 @@ def _step(
     s_layout: gl.constexpr = layouts[0]
     p_layout: gl.constexpr = gl.DotOperandLayout(0, layouts[1], 2)
     column_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-    zeros = gl.zeros([ROWS, QUERIES], gl.float32, s_layout)
-    queries = gl.arange(0, QUERIES, column_layout)
+    zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
+    queries = gl.arange(0, BLOCK_M, column_layout)
     wait_full(q_ring, count, STAGES)
     q = block_of(q_ring, count, STAGES)
+    # s^T = k q^T
     s_LM = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     wait_full(dout_ring, count, STAGES)
     dout = block_of(dout_ring, count, STAGES)
+    # dp^T = v dout^T, while p is computed
     dp_LM = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
     wait_full(row_ring, count, STAGES)
     rows, slot = row_ring[0], count % STAGES
-    lse2 = rows.index(2 * slot).reshape([QUERIES]).load(column_layout)
+    lse2 = rows.index(2 * slot).reshape([BLOCK_M]).load(column_layout)
     # Rows past the range are zeros, and take no part: exp2(0 - inf) is 0.
     lse2 = gl.where(queries < left, lse2, float("inf"))
     s_LM = warpgroup_mma_wait(1, deps=(s_LM,))
+    # p^T = exp2(s^T * scale * log2(e) - lse2)
     p_LM = gl.exp2(s_LM * scale_log2 - lse2[None, :])
     if CAUSAL:
         p_LM = gl.where(own[:, None] <= queries[None, :], p_LM, 0.0)
+    # dv += p^T dout
     left_LM = gl.convert_layout(p_LM.to(k.dtype), p_layout)
     dv_LC = warpgroup_mma(left_LM, dout, dv_LC, is_async=True)
-    delta = rows.index(2 * slot + 1).reshape([QUERIES]).load(column_layout)
+    delta = rows.index(2 * slot + 1).reshape([BLOCK_M]).load(column_layout)
     delta = gl.where(queries < left, delta, 0.0)
     release_loaded(row_ring, count, STAGES)
     dp_LM = warpgroup_mma_wait(1, deps=(dp_LM,))
+    # ds^T = p^T * (dp^T - delta), while dv is computed
     ds_LM = p_LM * (dp_LM - delta[None, :])
     ds_LM = gl.convert_layout(ds_LM.to(k.dtype), p_layout)
+    # dk += ds^T q; scaled once, at the end
     dk_LC = warpgroup_mma(ds_LM, q, dk_LC, is_async=True)
+    # All but one product are done: dv is, and dout can be overwritten; then dk and q.
     dv_LC, left_LM = warpgroup_mma_wait(1, deps=(dv_LC, left_LM))
     release(dout_ring, count, STAGES)
     dk_LC, ds_LM = warpgroup_mma_wait(0, deps=(dk_LC, ds_LM))
@@ -177,7 +189,7 @@ def _consume(
     CONSUMER: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     CAUSAL: gl.constexpr,
-    QUERIES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """A multiplying warpgroup: its 64 keys of every tile that the program visits."""
@@ -186,9 +198,10 @@ def _consume(
     scale, scale_log2 = scales
     k_ring, v_ring = rings[0], rings[1]
     COLS: gl.constexpr = k_ring[0].shape[3]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     keys = CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    # Slot of k and v: consumer 0 takes the even blocks of keys, consumer 1 the odd ones.
     mine, count = CONSUMER, 0
     for turn in range(num_turns):
         item = item_of_turn(turn, num_programs)
@@ -197,7 +210,7 @@ def _consume(
             _, _, _, num_queries, offset = load_tile(tiles_ptr, tile)
             k_head = item % num_key_heads
             first = _first_query(offset, CAUSAL)
-            blocks = gl.cdiv(gl.maximum(num_queries - first, 0), QUERIES)
+            blocks = gl.cdiv(gl.maximum(num_queries - first, 0), BLOCK_M)
             dk_LC = gl.zeros([ROWS, COLS], gl.float32, dk_layout)
             dv_LC = gl.zeros([ROWS, COLS], gl.float32, dk_layout)
             if blocks > 0:
@@ -207,10 +220,11 @@ def _consume(
                 v = block_of(v_ring, mine, CONSUMERS)
                 for _ in range(group):
                     for block in range(blocks):
-                        start = first + block * QUERIES
+                        start = first + block * BLOCK_M
+                        # Key l of the tile is seen by queries m with l + offset - start <= m.
                         dk_LC, dv_LC = _step(
                             k, v, dk_LC, dv_LC, scale_log2, keys + (offset - start),
-                            num_queries - start, count, rings, CAUSAL, QUERIES, STAGES,
+                            num_queries - start, count, rings, CAUSAL, BLOCK_M, STAGES,
                             (s_layout, dk_layout),
                         )  # fmt: skip
                         count += 1
@@ -221,6 +235,7 @@ def _consume(
             key, num_keys, _, _, _ = load_tile(tiles_ptr, tile)
             dtype: gl.constexpr = k_ring[0].dtype
             at = CONSUMER * ROWS
+            # dk = scale * ds^T q, dv = p^T dout
             dk_LC = (dk_LC * scale).to(dtype)
             store_rows(dk_ptr, dk_LC, key, num_keys, at, num_key_heads, k_head, HEAD_DIM)
             dv_LC = dv_LC.to(dtype)
@@ -230,8 +245,8 @@ def _consume(
 @gluon.jit
 def _row_ring(desc, STAGES: gl.constexpr):
     """A ring whose slots are two buffers each, of lse and delta."""
-    QUERIES: gl.constexpr = desc.block_type.shape[1]
-    shape: gl.constexpr = [2 * STAGES, 1, QUERIES]
+    BLOCK_M: gl.constexpr = desc.block_type.shape[1]
+    shape: gl.constexpr = [2 * STAGES, 1, BLOCK_M]
     buffers = gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -261,7 +276,7 @@ def attention_dkdv_kernel(
     scale_log2,
     HEAD_DIM: gl.constexpr,
     CAUSAL: gl.constexpr,
-    QUERIES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -287,9 +302,9 @@ def attention_dkdv_kernel(
     )
     gl.warp_specialize(
         [
-            (_consume, (outputs, work, group, scales, rings, 0, HEAD_DIM, CAUSAL, QUERIES, STAGES)),
-            (_consume, (outputs, work, group, scales, rings, 1, HEAD_DIM, CAUSAL, QUERIES, STAGES)),
-            (_produce, (inputs, work, group, rings, loaded, CAUSAL, QUERIES, STAGES)),
+            (_consume, (outputs, work, group, scales, rings, 0, HEAD_DIM, CAUSAL, BLOCK_M, STAGES)),
+            (_consume, (outputs, work, group, scales, rings, 1, HEAD_DIM, CAUSAL, BLOCK_M, STAGES)),
+            (_produce, (inputs, work, group, rings, loaded, CAUSAL, BLOCK_M, STAGES)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -49,30 +49,36 @@ def _produce(
     rings,
     v_loaded,
     CAUSAL: gl.constexpr,
-    KEYS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The loading warp."""
     q_desc, k_desc, v_desc = inputs
     tiles_ptr, num_items, num_turns, num_programs, num_heads = work
     q_ring, k_ring, v_ring = rings
+    # Blocks of queries and of keys, and partial loads so far: they give slots and phases.
     visits, count, loads = 0, 0, 0
     for turn in range(num_turns):
         item = item_of_turn(turn, num_programs)
         if item < num_items:
             tile = item // num_heads
             row, num_rows, key, num_keys, offset = load_tile(tiles_ptr, tile)
-            blocks, _ = blocks_of_keys(num_rows, num_keys, offset, CAUSAL, KEYS)
+            blocks, _ = blocks_of_keys(num_rows, num_keys, offset, CAUSAL, BLOCK_N)
             head = item % num_heads
             if blocks > 0:
+                # A slot for each consumer's 64 queries; the next tile's load while this one is
+                # multiplied.
                 for consumer in gl.static_range(CONSUMERS):
                     fill(q_ring, visits, q_desc, head, row + consumer * ROWS, CONSUMERS)
                     visits += 1
             for step in range(blocks):
-                start = (blocks - 1 - step) * KEYS
+                # From the last block to the first, as the consumers take them.
+                start = (blocks - 1 - step) * BLOCK_N
                 at, k_head = key + start, head // group
+                # Keys past the range need no zeros: their scores are replaced by -inf.
                 fill(k_ring, count, k_desc, k_head, at, STAGES)
-                if start + KEYS <= num_keys:
+                # Values do: p = 0 there, and 0 * NaN is NaN.
+                if start + BLOCK_N <= num_keys:
                     fill(v_ring, count, v_desc, k_head, at, STAGES)
                 else:
                     left = num_keys - start
@@ -82,31 +88,37 @@ def _produce(
 
 
 @gluon.jit
-def _issue_scores(q, k_ring, count, KEYS: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr):
+def _issue_scores(
+    q, k_ring, count, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, layout: gl.constexpr
+):
     """q k^T of a block, [M, L], in flight."""
+    # s = q k^T
     k = block_of(k_ring, count, STAGES)
-    zeros = gl.zeros([ROWS, KEYS], gl.float32, layout)
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
     return warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _softmax(
-    s_ML, top, total, scale, start, limits, MASKED: gl.constexpr, KEYS: gl.constexpr, layout
+    s_ML, m_i, l_i, scale, start, limits, MASKED: gl.constexpr, BLOCK_N: gl.constexpr, layout
 ):
-    """exp2(scale * s - top), the decay of what was summed under the old top, the new top and total.
+    """p = exp2(scale * s - m'), alpha = exp2(m - m'), m' and l'.
 
-    A row that has seen no key keeps a top of -inf, total 0 and probabilities 0.
+    A row that has seen no key keeps m = -inf, l = 0 and probabilities of 0.
     """
     if MASKED:
-        keys = start + gl.arange(0, KEYS, gl.SliceLayout(0, layout))
+        keys = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
         s_ML = gl.where(keys[None, :] < limits[:, None], s_ML, float("-inf"))
-    new_top = gl.maximum(top, gl.max(s_ML, 1) * scale)
-    shift = new_top
+    # m' = max(m, max_j s_j * scale), where scale is scale * log2(e)
+    m_new = gl.maximum(m_i, gl.max(s_ML, 1) * scale)
+    shift = m_new
     if MASKED:
-        shift = gl.where(new_top == float("-inf"), 0.0, new_top)
+        shift = gl.where(m_new == float("-inf"), 0.0, m_new)
+    # p_j = exp2(s_j * scale - m')
     p_ML = gl.exp2(s_ML * scale - shift[:, None])
-    decay = gl.exp2(top - shift)
-    return p_ML, decay, new_top, total * decay + gl.sum(p_ML, 1)
+    # alpha = exp2(m - m'), l' = l * alpha + sum_j p_j
+    alpha = gl.exp2(m_i - shift)
+    return p_ML, alpha, m_new, l_i * alpha + gl.sum(p_ML, 1)
 
 
 @gluon.jit
@@ -114,8 +126,8 @@ def _step(
     q,
     p_ML,
     acc_MC,
-    top,
-    total,
+    m_i,
+    l_i,
     limits,
     scale,
     start,
@@ -124,7 +136,7 @@ def _step(
     turns,
     CONSUMER: gl.constexpr,
     MASKED: gl.constexpr,
-    KEYS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     layouts: gl.constexpr,
 ):
@@ -134,16 +146,19 @@ def _step(
     o_layout: gl.constexpr = layouts[1]
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     wait_full(k_ring, count, STAGES)
+    # In turns: while this consumer's two products run, the other one exponentiates.
     take_turn(turns, count, CONSUMER)
-    s_ML = _issue_scores(q, k_ring, count, KEYS, STAGES, s_layout)
+    s_ML = _issue_scores(q, k_ring, count, BLOCK_N, STAGES, s_layout)
     wait_full(v_ring, count - 1, STAGES)
     v = block_of(v_ring, count - 1, STAGES)
+    # acc += p v of block count - 1, behind s of block `count` in the tensor cores' queue
     acc_MC = warpgroup_mma(p_ML, v, acc_MC, is_async=True)
     pass_turn(turns, CONSUMER)
+    # All but one product are done: s is there, acc may still be computed.
     s_ML = warpgroup_mma_wait(1, deps=(s_ML,))
     release(k_ring, count, STAGES)
-    new_p, decay, top, total = _softmax(
-        s_ML, top, total, scale, start, limits, MASKED, KEYS, s_layout
+    new_p, alpha, m_i, l_i = _softmax(
+        s_ML, m_i, l_i, scale, start, limits, MASKED, BLOCK_N, s_layout
     )
     new_p = gl.convert_layout(new_p.to(q.dtype), p_layout)
     # ptxas schedules within a basic block and would sink the exponentials below the wait for the
@@ -151,8 +166,9 @@ def _step(
     wait_full(v_ring, count - 1, STAGES)
     acc_MC, p_ML = warpgroup_mma_wait(0, deps=(acc_MC, p_ML))
     release(v_ring, count - 1, STAGES)
-    acc_MC = acc_MC * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
-    return new_p, acc_MC, top, total
+    # acc' = acc * alpha: block `count` is added under the new maximum, in the next step
+    acc_MC = acc_MC * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+    return new_p, acc_MC, m_i, l_i
 
 
 @gluon.jit
@@ -168,45 +184,48 @@ def _attend(
     rings,
     turns,
     CONSUMER: gl.constexpr,
-    KEYS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     layouts: gl.constexpr,
 ):
-    """A consumer's queries over all blocks of a tile: unnormalised output, top, total."""
+    """A consumer's queries over all blocks of a tile: unnormalised output, m_i, l_i."""
     q_ring, k_ring, v_ring = rings
     s_layout: gl.constexpr = layouts[0]
     p_layout: gl.constexpr = gl.DotOperandLayout(0, layouts[1], 2)
-    top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
+    # The first block has no product before it.
+    m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    l_i = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
     wait_full(k_ring, count, STAGES)
     take_turn(turns, count, CONSUMER)
-    s_ML = _issue_scores(q, k_ring, count, KEYS, STAGES, s_layout)
+    s_ML = _issue_scores(q, k_ring, count, BLOCK_N, STAGES, s_layout)
     pass_turn(turns, CONSUMER)
     s_ML = warpgroup_mma_wait(0, deps=(s_ML,))
     release(k_ring, count, STAGES)
-    start = (blocks - 1) * KEYS
-    p_ML, _, top, total = _softmax(s_ML, top, total, scale, start, limits, True, KEYS, s_layout)
+    start = (blocks - 1) * BLOCK_N
+    p_ML, _, m_i, l_i = _softmax(s_ML, m_i, l_i, scale, start, limits, True, BLOCK_N, s_layout)
     p_ML = gl.convert_layout(p_ML.to(q.dtype), p_layout)
+    # Masked blocks, which come first, then `free` ones that every query sees.
     masked = gl.maximum(blocks - free, 1)
     for step in range(1, masked):
-        start = (blocks - 1 - step) * KEYS
-        p_ML, acc_MC, top, total = _step(
-            q, p_ML, acc_MC, top, total, limits, scale, start, count + step, rings, turns,
-            CONSUMER, True, KEYS, STAGES, layouts,
+        start = (blocks - 1 - step) * BLOCK_N
+        p_ML, acc_MC, m_i, l_i = _step(
+            q, p_ML, acc_MC, m_i, l_i, limits, scale, start, count + step, rings, turns,
+            CONSUMER, True, BLOCK_N, STAGES, layouts,
         )  # fmt: skip
     for step in range(masked, blocks):
-        p_ML, acc_MC, top, total = _step(
-            q, p_ML, acc_MC, top, total, limits, scale, 0, count + step, rings, turns,
-            CONSUMER, False, KEYS, STAGES, layouts,
+        p_ML, acc_MC, m_i, l_i = _step(
+            q, p_ML, acc_MC, m_i, l_i, limits, scale, 0, count + step, rings, turns,
+            CONSUMER, False, BLOCK_N, STAGES, layouts,
         )  # fmt: skip
     release(q_ring, mine, CONSUMERS)
+    # The product of the last block, which no step has issued.
     last = count + blocks - 1
     wait_full(v_ring, last, STAGES)
     v = block_of(v_ring, last, STAGES)
     acc_MC = warpgroup_mma(p_ML, v, acc_MC, is_async=True)
     acc_MC, p_ML = warpgroup_mma_wait(0, deps=(acc_MC, p_ML))
     release(v_ring, last, STAGES)
-    return acc_MC, top, total
+    return acc_MC, m_i, l_i
 
 
 @gluon.jit
@@ -219,7 +238,7 @@ def _consume(
     CONSUMER: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     CAUSAL: gl.constexpr,
-    KEYS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """A multiplying warpgroup: its 64 queries of every tile that the program visits."""
@@ -227,34 +246,37 @@ def _consume(
     tiles_ptr, num_items, num_turns, num_programs, num_heads = work
     q_ring = rings[0]
     COLS: gl.constexpr = q_ring[0].shape[3]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     own = CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    # Slot of q: consumer 0 takes the even blocks of queries, consumer 1 the odd ones.
     mine, count = CONSUMER, 0
     for turn in range(num_turns):
         item = item_of_turn(turn, num_programs)
         if item < num_items:
             tile = item // num_heads
             row, num_rows, _, num_keys, offset = load_tile(tiles_ptr, tile)
-            blocks, free = blocks_of_keys(num_rows, num_keys, offset, CAUSAL, KEYS)
+            blocks, free = blocks_of_keys(num_rows, num_keys, offset, CAUSAL, BLOCK_N)
             head = item % num_heads
             acc_MC = gl.zeros([ROWS, COLS], gl.float32, o_layout)
-            top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-            total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
+            m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+            l_i = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
             if blocks > 0:
+                # Query i of the tile sees keys [0, min(num_keys, offset + i + 1)).
                 limits = num_keys + gl.zeros_like(own)
                 if CAUSAL:
                     limits = gl.minimum(limits, offset + own + 1)
                 wait_full(q_ring, mine, CONSUMERS)
                 q = block_of(q_ring, mine, CONSUMERS)
-                acc_MC, top, total = _attend(
+                acc_MC, m_i, l_i = _attend(
                     q, acc_MC, limits, scale, mine, count, blocks, free, rings, turns,
-                    CONSUMER, KEYS, STAGES, (s_layout, o_layout),
+                    CONSUMER, BLOCK_N, STAGES, (s_layout, o_layout),
                 )  # fmt: skip
                 mine += CONSUMERS
                 count += blocks
-            divisor = gl.where(total == 0.0, 1.0, total)
-            lse = gl.where(total == 0.0, float("-inf"), (top + gl.log2(divisor)) * _LN2)
+            # out = acc / l, lse = (m + log2(l)) * ln(2); 0 and -inf for a query that sees no key
+            divisor = gl.where(l_i == 0.0, 1.0, l_i)
+            lse = gl.where(l_i == 0.0, float("-inf"), (m_i + gl.log2(divisor)) * _LN2)
             line = (row + own).to(gl.int64) * num_heads + head
             gl.store(lse_ptr + line, lse, mask=own < num_rows)
             out_MC = acc_MC / gl.convert_layout(divisor, gl.SliceLayout(1, o_layout))[:, None]
@@ -279,7 +301,7 @@ def attention_forward_kernel(
     scale,
     HEAD_DIM: gl.constexpr,
     CAUSAL: gl.constexpr,
-    KEYS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -294,6 +316,7 @@ def attention_forward_kernel(
     v_ring = make_ring(v_desc, STAGES, CONSUMERS)
     rings = (q_ring, k_ring, v_ring)
     v_loaded = make_barrier()
+    # Whose turn it is to issue products: one barrier per consumer.
     turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     for consumer in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(consumer), count=1)
@@ -302,9 +325,9 @@ def attention_forward_kernel(
     outputs, inputs = (out_ptr, lse_ptr), (q_desc, k_desc, v_desc)
     gl.warp_specialize(
         [
-            (_consume, (outputs, work, scale, rings, turns, 0, HEAD_DIM, CAUSAL, KEYS, STAGES)),
-            (_consume, (outputs, work, scale, rings, turns, 1, HEAD_DIM, CAUSAL, KEYS, STAGES)),
-            (_produce, (inputs, work, group, rings, v_loaded, CAUSAL, KEYS, STAGES)),
+            (_consume, (outputs, work, scale, rings, turns, 0, HEAD_DIM, CAUSAL, BLOCK_N, STAGES)),
+            (_consume, (outputs, work, scale, rings, turns, 1, HEAD_DIM, CAUSAL, BLOCK_N, STAGES)),
+            (_produce, (inputs, work, group, rings, v_loaded, CAUSAL, BLOCK_N, STAGES)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

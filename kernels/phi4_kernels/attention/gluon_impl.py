@@ -72,9 +72,11 @@ class _Work(NamedTuple):
     @classmethod
     def of(cls, row: HopperLaunch, table: Tensor, num_heads: int, sm_margin: int) -> "_Work":
         num_items = table.shape[0] * num_heads
+        # As many programs as the device runs at once, less those that the caller leaves to NCCL.
         resident = launch.persistent_programs(row.programs_per_processor, _ANY_NUMBER, table.device)
         free = sm_margin * row.programs_per_processor
         programs = min(num_items, max(resident - free, 1))
+        # Every program takes part in every turn; in the last one some find no item.
         turns = launch.ceil_div(num_items, programs)
         return cls((programs,), (table, num_items, turns, programs, num_heads))
 
@@ -117,7 +119,7 @@ def forward(
         *work.arguments,
         num_heads // k.shape[1],
         scale * _LOG2_E,
-        KEYS=row.block,
+        BLOCK_N=row.block,
         **_constants(row, head_dim, causal),
     )
     return out, lse
@@ -175,7 +177,7 @@ def backward(
         group,
         row_stride,
         *scales,
-        KEYS=row.block,
+        BLOCK_N=row.block,
         **_constants(row, head_dim, causal),
     )
     row = launch.pick(DKDV, head_dim)
@@ -193,7 +195,7 @@ def backward(
         *work.arguments,
         group,
         *scales,
-        QUERIES=row.block,
+        BLOCK_M=row.block,
         **_constants(row, head_dim, causal),
     )
     return dq, dk, dv
@@ -210,6 +212,7 @@ def _check_dtype(q: Tensor) -> None:
 def _tiles(
     where: tuple[Tensor, Tensor, Tensor], num_tokens: int, causal: bool, of_keys: bool
 ) -> Tensor:
+    # A tile is what both consumers hold: 128 rows.
     rows = _ROWS * CONSUMERS.value
     return tiles(*where, num_tokens=num_tokens, tile_rows=rows, causal=causal, of_keys=of_keys)
 
@@ -235,6 +238,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
     if not aligned or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
+    # Head dims that are no power of two: the engine fills the rest with zeros.
     shape = [1, rows, 1 << (x.shape[2] - 1).bit_length()]
     layout = gl.NVMMASharedLayout.get_default_for(shape, _DTYPES[x.dtype])
     sizes, strides = [x.shape[1], x.shape[0], x.shape[2]], [x.stride(1), x.stride(0), 1]
@@ -243,5 +247,6 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 def _row_descriptor(x: Tensor, block: int) -> TensorDescriptor:
     """[N, places] fp32, by blocks of one head."""
+    # Not swizzled: rows of lse and delta are no operands of products.
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [1, block], layout)

@@ -34,12 +34,14 @@ _ZEROED_COLS = gl.constexpr(64)
 def item_of_turn(turn, num_programs):
     """The program's item of each turn; turns alternate in direction, which evens out the costs."""
     program = gl.program_id(0)
+    # Turn 0 deals items 0, 1, ..., turn 1 deals the next ones backwards, as items fall in cost.
     return turn * num_programs + gl.where(turn % 2 == 0, program, num_programs - 1 - program)
 
 
 @gluon.jit
 def load_tile(tiles_ptr, tile):
     """First token, tokens, first token of the other side, tokens of it, offset; see gluon_tiles."""
+    # The row of the tile in the table of gluon_tiles, column by column.
     ptr = tiles_ptr + tile * _COLUMNS
     row, num_rows, offset = gl.load(ptr), gl.load(ptr + 1), gl.load(ptr + 4)
     return row, num_rows, gl.load(ptr + 2), gl.load(ptr + 3), offset
@@ -52,13 +54,15 @@ def load_shift(tiles_ptr, tile):
 
 
 @gluon.jit
-def blocks_of_keys(num_rows, num_keys, offset, CAUSAL: gl.constexpr, KEYS: gl.constexpr):
+def blocks_of_keys(num_rows, num_keys, offset, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
     """Blocks of keys that a tile of queries visits, and how many of them every query sees."""
     seen_by_first, seen_by_last = num_keys, num_keys
     if CAUSAL:
+        # Query i of the tile sees min(num_keys, offset + i + 1) keys, the first query the fewest.
         seen_by_first = gl.maximum(gl.minimum(num_keys, offset + 1), 0)
         seen_by_last = gl.maximum(gl.minimum(num_keys, offset + num_rows), 0)
-    return gl.cdiv(seen_by_last, KEYS), seen_by_first // KEYS
+    # Blocks that the last query sees in part or in full; blocks that the first one sees in full.
+    return gl.cdiv(seen_by_last, BLOCK_N), seen_by_first // BLOCK_N
 
 
 @gluon.jit
@@ -71,6 +75,7 @@ def make_ring(desc, SLOTS: gl.constexpr, READERS: gl.constexpr):
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
+        # `full`: one arrival, the producer's, and the bytes it announced. `empty`: one per reader.
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=READERS)
     return buffers, full, empty
@@ -87,6 +92,7 @@ def make_barrier():
 @gluon.jit
 def wait_full(ring, count, STAGES: gl.constexpr):
     """Wait until block `count` is there."""
+    # Block n is use n // STAGES of slot n % STAGES; a barrier's phase is the parity of its uses.
     mbarrier.wait(ring[1].index(count % STAGES), count // STAGES & 1)
 
 
@@ -116,6 +122,8 @@ def fill(ring, count, desc, head, row, STAGES: gl.constexpr):
     """Load rows into the ring's next slot as soon as its readers have left it."""
     buffers, full, empty = ring
     slot = count % STAGES
+    # The parity before: a slot that was never used counts as released. Then bytes are announced
+    # before they can arrive; past the tensor's end the engine writes zeros.
     mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes)
     tma.async_copy_global_to_shared(desc, [head, row, 0], full.index(slot), buffers.index(slot))
@@ -133,11 +141,13 @@ def fill_in_part(ring, count, loaded, loads, desc, head, row, num_rows, STAGES: 
     COLS: gl.constexpr = desc.block_type.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
+    # The bytes arrive at a barrier of the producer's, which zeroes rows before consumers see any.
     mbarrier.expect(loaded, desc.block_type.nbytes)
     tma.async_copy_global_to_shared(desc, [head, row, 0], loaded, buffers.index(slot))
     mbarrier.wait(loaded, loads & 1)
     block = buffers.index(slot).reshape([LENGTH, COLS])
     for part in gl.static_range(LENGTH // _ZEROED_ROWS):
+        # Only pieces that reach past the last row are touched.
         if num_rows < (part + 1) * _ZEROED_ROWS:
             rows = part * _ZEROED_ROWS + gl.arange(0, _ZEROED_ROWS, gl.SliceLayout(1, layout))
             for panel in gl.static_range(COLS // _ZEROED_COLS):
@@ -145,6 +155,7 @@ def fill_in_part(ring, count, loaded, loads, desc, head, row, num_rows, STAGES: 
                 piece = piece.slice(panel * _ZEROED_COLS, _ZEROED_COLS, 1)
                 values = piece.load(layout)
                 piece.store(gl.where((rows < num_rows)[:, None], values, 0.0).to(values.dtype))
+    # The consumers' products read through the asynchronous proxy, the zeros were ordinary stores.
     fence_async_shared()
     mbarrier.arrive(full.index(slot), count=1)
 
@@ -152,6 +163,7 @@ def fill_in_part(ring, count, loaded, loads, desc, head, row, num_rows, STAGES: 
 @gluon.jit
 def take_turn(turns, count, CONSUMER: gl.constexpr):
     """Wait until the other consumer has issued its products; the first starts."""
+    # The first wait of consumer 0 passes at once, that of consumer 1 waits for consumer 0.
     mbarrier.wait(turns.index(CONSUMER), (count & 1) ^ (1 - CONSUMER))
 
 
@@ -166,9 +178,11 @@ def store_rows(out_ptr, x, row, num_rows, own, num_heads, head, HEAD_DIM: gl.con
     """Store a consumer's rows of [tokens, heads, HEAD_DIM]; `own` counts them from the tile's."""
     COLS: gl.constexpr = x.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
+    # From the product's layout to rows: 16 bytes of a row per thread, side by side.
     x = gl.convert_layout(x, layout)
     rows = own + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     cols = gl.arange(0, COLS, gl.SliceLayout(0, layout))
+    # Offsets in [tokens, heads, HEAD_DIM] can exceed 32 bits.
     line = ((row + rows).to(gl.int64) * num_heads + head) * HEAD_DIM
     inside = (rows < num_rows)[:, None] & (cols < HEAD_DIM)[None, :]
     gl.store(out_ptr + line[:, None] + cols[None, :], x, mask=inside)

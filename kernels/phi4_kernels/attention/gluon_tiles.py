@@ -69,6 +69,7 @@ def _made(
     if of_keys:
         queries = (q_offsets[:-1], q_offsets.diff())
         return _tiles(keys, queries, shifts, num_tokens, tile_rows, causal, True)
+    # Queries outside of all ranges need rows of out and lse too; keys keep the zeros of dk and dv.
     queries = _with_outside(q_offsets, num_tokens)
     starts, sizes, shifts = (torch.nn.functional.pad(part, (1, 1)) for part in (*keys, shifts))
     return _tiles(queries, (starts, sizes), shifts, num_tokens, tile_rows, causal, False)
@@ -78,12 +79,14 @@ def _shifts(starts: Tensor) -> Tensor:
     """Range i starts at the last aligned place before its queries, and i alignments further: behind
     the range before, whatever that one's length."""
     index = torch.arange(starts.numel(), dtype=torch.int32, device=starts.device)
+    # Place of query t of range i: t + i * A - start % A, which is a multiple of A at t = start.
     return index * ROW_ALIGNMENT - starts % ROW_ALIGNMENT
 
 
 def _with_outside(q_offsets: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
     """Starts and sizes of the query ranges, and of what lies before and after all of them."""
     zero = q_offsets.new_zeros(1)
+    # Ranges [0, first), the given ones, [last, num_queries).
     edges = torch.cat((zero, q_offsets, torch.full_like(zero, num_queries)))
     return edges[:-1], edges.diff()
 
@@ -99,23 +102,31 @@ def _tiles(
 ) -> Tensor:
     """The table, from starts and sizes of both sides' ranges, and their shifts."""
     starts, sizes = own
+    # At most one tile per range is not full.
     bound = num_tokens // rows + sizes.numel()
     table = torch.zeros(bound, TILE_COLUMNS, dtype=torch.int32, device=starts.device)
     if not sizes.numel():
         return table
+    # Tiles up to and with each range: ceil(n / rows) of each, summed.
     ends = ((sizes + rows - 1) // rows).cumsum(0, dtype=torch.int32)
     index = torch.arange(bound, dtype=torch.int32, device=starts.device)
+    # Tile i is of the first range whose tiles end after i.
     owner = torch.searchsorted(ends, index, right=True)
     used = owner < sizes.numel()
     owner = owner.clamp(max=sizes.numel() - 1)
+    # Its place in the range: rows * (i - tiles before), as tiles before = ends - ceil(n / rows).
     first = (index - ends[owner]) * rows + (sizes[owner] + rows - 1) // rows * rows
     size = torch.where(used, (sizes[owner] - first).clamp(max=rows), 0)
     num_others = torch.where(used, other[1][owner], 0)
+    # Causal attention aligns the ends of both sides: query i of T meets U - T + i + 1 keys.
     offset = other[1][owner] - sizes[owner] + first
     seen = num_others
     if causal:
+        # The pairs of a tile decide its time: keys that its last query sees, or queries from
+        # `offset`.
         seen = num_others - offset.clamp(min=0) if of_keys else torch.minimum(seen, offset + size)
     columns = (starts[owner] + first, size, other[0][owner], num_others, offset, shifts[owner])
     for column, values in enumerate(columns):
         table[:, column] = values
+    # The longest first, so that no long tile is left over at the end; stable, so that runs agree.
     return table[seen.argsort(descending=True, stable=True)]

@@ -33,6 +33,7 @@ def _ranges(ranges: Ranges, causal: bool) -> Iterator[_Range]:
         shape = (end - start, k_end - k_start)
         visible = torch.ones(shape, dtype=torch.bool, device=ranges.q_offsets.device)
         if causal:
+            # The ends of both sides meet: the last of M queries sees all L keys.
             visible = visible.tril(shape[1] - shape[0])
         yield _Range(slice(start, end), slice(k_start, k_end), visible)
 
@@ -58,6 +59,7 @@ def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, part: _Range, scale: float) -> Tensor:
     """[K, G, M, L], -inf where a query may not see a key."""
+    # s = q k^T * scale
     scores = _by_group(q[part.queries], k.shape[1]) @ _keys(k, part).mT * scale
     return scores.masked_fill(~part.visible_ML, -torch.inf)
 
@@ -70,8 +72,10 @@ def attention_forward(
     lse = torch.full(q.shape[:2], -torch.inf, dtype=widened(q[:0]).dtype, device=q.device)
     for part in _ranges(ranges, causal):
         scores_KGML = _scores(q, k, part, scale)
+        # lse = log sum_j exp(s_j), p = exp(s - lse), out = p v
         lse_KGM1 = torch.logsumexp(scores_KGML, -1, keepdim=True)
         probabilities = torch.where(part.visible_ML, (scores_KGML - lse_KGM1).exp(), 0.0)
+        # Kernels multiply p and ds in the dtype of q: so does the definition, in wide sums.
         sums = _operand(probabilities, q.dtype) @ _keys(v, part)
         out[part.queries] = _by_token(sums, q.dtype)
         lse[part.queries] = _by_token(lse_KGM1, lse.dtype).squeeze(-1)
@@ -86,6 +90,7 @@ def attention_decode(
     for length, blocks in zip(lengths, table.blocks.tolist(), strict=True):
         tokens = range(length)
         size = table.block_tokens
+        # Token t of a sequence is slot t % size of its block number t // size.
         slots += [blocks[token // size] * size + token % size for token in tokens]
     ends = list(accumulate(lengths, initial=0))
     ranges = Ranges.of(table.q_offsets.tolist(), ends[:-1], ends[1:], q.device)
@@ -115,9 +120,12 @@ def attention_backward(
         # A query without keys has an lse of -inf, which no score may meet.
         shifted = torch.where(part.visible_ML, _scores(q, k, part, scale) - lse_KGM1, -torch.inf)
         probabilities = shifted.exp()
+        # delta = sum_d dout_d * out_d = sum_j p_j dp_j
         delta = (dout_KGMD * out_KGMD).sum(-1, keepdim=True)
+        # ds = p * (dp - delta) * scale, dp = dout v^T
         dscores = probabilities * (dout_KGMD @ _keys(v, part).mT - delta) * scale
         dscores, probabilities = (_operand(x, q.dtype) for x in (dscores, probabilities))
+        # dq = ds k; dk = ds^T q and dv = p^T dout, summed over the heads of a group
         dq[rows] = _by_token(dscores @ _keys(k, part), q.dtype)
         dk[part.keys] = (dscores.mT @ q_KGMD).sum(1).transpose(0, 1).to(k.dtype)
         dv[part.keys] = (probabilities.mT @ dout_KGMD).sum(1).transpose(0, 1).to(v.dtype)

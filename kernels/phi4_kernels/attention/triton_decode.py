@@ -75,9 +75,11 @@ def _combine_kernel(
     """A query and HEADS heads: its parts in order. A query of no sequence gets 0."""
     programs = tl.cdiv(num_heads, HEADS)
     query = tl.program_id(0) // programs
+    # The sequence of a query is the last one that begins at or before it.
     index = count(q_offsets_ptr, query, num_sequences + 1, steps, False) - 1
     known = (index >= 0) & (index < num_sequences)
     length = tl.load(lengths_ptr + index, mask=known, other=0)
+    # Only its own parts: a longer sequence in the batch adds none, so it changes no bit.
     parts = tl.minimum(tl.cdiv(length, PART), num_parts)
 
     head = tl.program_id(0) % programs * HEADS + tl.arange(0, HEADS)
@@ -97,12 +99,17 @@ def _combine_kernel(
             mask=mask[:, :, None] & (dims < DIM)[None, None, :],
             other=0.0,
         )
+        # m' = max(m, max_p m_p)
         m_new = tl.maximum(m_i, tl.max(m_p, 0))
+        # A row without keys has m = -inf, and -inf - -inf is NaN.
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        # alpha = exp2(m - m'), weight_p = exp2(m_p - m')
         alpha, weights = tl.exp2(m_i - shift), tl.exp2(m_p - shift[None, :])
+        # l' = l * alpha + sum_p weight_p * l_p, and acc' alike
         l_i = l_i * alpha + tl.sum(weights * l_p, 0)
         acc = acc * alpha[:, None] + tl.sum(weights[:, :, None] * acc_p, 0)
         m_i = m_new
+    # out = acc / l, lse = (m + log2(l)) * ln(2)
     divisor = tl.where(l_i == 0.0, 1.0, l_i)
     out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
     is_head = head < num_heads
@@ -135,6 +142,7 @@ def decode(
         return out, lse
     row = launch.pick(PARTS["float" if q.dtype == torch.float32 else "half"], max_length)
     num_parts = max(1, ceil_div(max_length, row.part_keys))
+    # fp32 between the kernels: rounding to bf16 here would add an error per part.
     acc = fp32((num_parts, num_queries, num_heads, dim))
     m, sums = (fp32((num_parts, num_queries, num_heads)) for _ in range(2))
     sizes = {"PART": row.part_keys, "DIM": dim, "PADDED": triton.next_power_of_2(dim)}

@@ -52,24 +52,29 @@ def _attend(
     keys = start + tl.arange(0, BLOCK_N)
     is_key = keys < end
     if MASKED:
+        # Key j is slot j % BLOCK_TOKENS of block blocks[j // BLOCK_TOKENS] of the cache.
         number = tl.load(blocks_ptr + keys // BLOCK_TOKENS, mask=is_key, other=0)
     else:
         number = tl.load(blocks_ptr + keys // BLOCK_TOKENS)
     slots = number.to(tl.int64) * BLOCK_TOKENS + keys % BLOCK_TOKENS
     k = _load(k_ptr, slots, is_key, stride_k, DIM, PADDED, MASKED)
     v = _load(v_ptr, slots, is_key, stride_v, DIM, PADDED, MASKED)
-    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+    # s = q k^T, in units of 1 / scale
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         # A value that is not finite makes the scores of the rows that see it NaN; as a zero it
         # leaves the other rows alone.
         marks = row_marks(v)
         v = finite(v)
         seen = keys[None, :] < seen_end[:, None]
-        qk = tl.where(seen, qk + marks[None, :], float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(qk, 1) * scale_log2)
+        s = tl.where(seen, s + marks[None, :], float("-inf"))
+    # m' = max(m, max_j s_j * scale * log2(e))
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
     # A row that has seen no key yet must subtract a number.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-    p = tl.exp2(qk * scale_log2 - shift[:, None])
+    # p_j = exp2(s_j * scale * log2(e) - m')
+    p = tl.exp2(s * scale_log2 - shift[:, None])
+    # alpha = exp2(m - m'), l' = l * alpha + sum_j p_j, acc' = acc * alpha + p v
     alpha = tl.exp2(m_i - shift)
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
@@ -115,10 +120,14 @@ def parts_kernel(
     end_query = tl.load(q_offsets_ptr + index + 1)
     length = tl.load(lengths_ptr + index)
     first = part * PART
+    # The last part takes what is left: num_parts follows from the longest length that the caller
+    # names; one that is too small costs time, not keys.
     last = tl.where(part == num_parts - 1, length, tl.minimum(first + PART, length))
+    # Parts past the end of a shorter sequence: their m, l and acc are not read either.
     if first >= last:
         return
 
+    # [sequences, max_blocks]: a row of the table per sequence
     blocks_ptr += index.to(tl.int64) * max_blocks
     k_ptr += key_head * stride_k_head
     v_ptr += key_head * stride_v_head
@@ -129,6 +138,7 @@ def parts_kernel(
         rows = row + tl.arange(0, ROWS)
         is_row = rows < num_rows
         mask = is_row[:, None] & (dims < DIM)
+        # Row r is query r // group and query head r % group of this key head.
         query = (first_query + rows // group).to(tl.int64)
         q_rows = query * stride_q + key_head * stride_q_group + rows % group * stride_q_head
         q = tl.load(q_ptr + q_rows[:, None] + dims, mask=mask, other=0.0)
@@ -142,48 +152,17 @@ def parts_kernel(
         l_i = tl.zeros((ROWS,), tl.float32)
         for start in range(first, full_end, BLOCK_N):
             acc, m_i, l_i = _attend(
-                q,
-                acc,
-                m_i,
-                l_i,
-                k_ptr,
-                v_ptr,
-                blocks_ptr,
-                start,
-                last,
-                seen_end,
-                stride_k,
-                stride_v,
-                scale_log2,
-                BLOCK_N,
-                BLOCK_TOKENS,
-                DIM,
-                PADDED,
-                False,
-            )
+                q, acc, m_i, l_i, k_ptr, v_ptr, blocks_ptr, start, last, seen_end,
+                stride_k, stride_v, scale_log2, BLOCK_N, BLOCK_TOKENS, DIM, PADDED, False,
+            )  # fmt: skip
         # Of a single query this is the last block alone: nothing to pipeline.
         for start in tl.range(full_end, last, BLOCK_N, num_stages=1, disable_licm=True):
             acc, m_i, l_i = _attend(
-                q,
-                acc,
-                m_i,
-                l_i,
-                k_ptr,
-                v_ptr,
-                blocks_ptr,
-                start,
-                last,
-                seen_end,
-                stride_k,
-                stride_v,
-                scale_log2,
-                BLOCK_N,
-                BLOCK_TOKENS,
-                DIM,
-                PADDED,
-                True,
-            )
+                q, acc, m_i, l_i, k_ptr, v_ptr, blocks_ptr, start, last, seen_end,
+                stride_k, stride_v, scale_log2, BLOCK_N, BLOCK_TOKENS, DIM, PADDED, True,
+            )  # fmt: skip
         head = key_head * group + rows % group
+        # [parts, queries, heads]: written once, no two programs at one place
         at = (part * num_queries.to(tl.int64) + query) * num_key_heads * group + head
         tl.store(m_ptr + at, m_i, mask=is_row)
         tl.store(l_ptr + at, l_i, mask=is_row)

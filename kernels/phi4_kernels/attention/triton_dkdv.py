@@ -27,6 +27,7 @@ def num_parts(row: Tile, num_keys: int, num_groups: int, group: int) -> int:
     fitting = (
         n for n in range(group, 1, -1) if not group % n and n * programs <= row.most_programs
     )
+    # The most parts that keep the number of programs within the row's limit; 1 where none does.
     return next(fitting, 1)
 
 
@@ -51,19 +52,20 @@ def _dkdv_block(
     stride_dout,
     stride_dout_head,
     scale_log2,
-    QUERIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One block of the queries of one head, the group's `member`.
 
-    P = exp2(K Q^T scale_log2 - lse2), dV += P dO, dS = P (V dO^T - delta), dK += dS Q.
+    Keys are rows here, so that p and ds are the left operands of their products untransposed.
     """
+    # The group's heads are next to each other in q and dout, and in the rows of lse2 and delta.
     member = tl.cast(member, tl.int64)
     q_ptr += member * stride_q_head
     dout_ptr += member * stride_dout_head
-    rows = row + tl.arange(0, QUERIES)
+    rows = row + tl.arange(0, BLOCK_M)
     rows_ptr += member * num_queries
     delta_ptr += member * num_queries
     if MASKED:
@@ -75,27 +77,33 @@ def _dkdv_block(
         lse2 = tl.where(is_finite, lse2, float("nan"))
         delta = tl.where(is_finite, delta, 0.0)
         kept = is_finite & (rows < last)
-        q = load_rows(q_ptr, row, kept, stride_q, QUERIES, DIM, PADDED)
-        dout = load_rows(dout_ptr, row, kept, stride_dout, QUERIES, DIM, PADDED)
+        q = load_rows(q_ptr, row, kept, stride_q, BLOCK_M, DIM, PADDED)
+        dout = load_rows(dout_ptr, row, kept, stride_dout, BLOCK_M, DIM, PADDED)
     else:
-        q = load(q_ptr, row, last, stride_q, QUERIES, DIM, PADDED, False)
-        dout = load(dout_ptr, row, last, stride_dout, QUERIES, DIM, PADDED, False)
+        q = load(q_ptr, row, last, stride_q, BLOCK_M, DIM, PADDED, False)
+        dout = load(dout_ptr, row, last, stride_dout, BLOCK_M, DIM, PADDED, False)
         lse2 = tl.load(rows_ptr + rows)
         delta = tl.load(delta_ptr + rows)
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-    weights = tl.exp2(scores * scale_log2 - lse2[None, :])
+    # s^T = k q^T
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    # p^T = exp2(s^T * scale * log2(e) - lse2)
+    p = tl.exp2(s * scale_log2 - lse2[None, :])
     if MASKED:
         visible = (rows[None, :] >= low[:, None]) & (rows[None, :] < high[:, None])
-        weights = tl.where(visible, weights, 0.0)
+        p = tl.where(visible, p, 0.0)
+    # dv += p^T dout
     if dout.dtype == tl.float32:
         # Summed apart: one chain of products over all heads and queries rounds to dv's size each
         # time. A limit on imprecise products, which only fp8 has, keeps Triton from joining them.
-        dv += tl.dot(weights, dout, input_precision="ieee", max_num_imprecise_acc=QUERIES)
+        dv += tl.dot(p, dout, input_precision="ieee", max_num_imprecise_acc=BLOCK_M)
     else:
-        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
-    dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")
-    dscores = weights * (dweights - delta[None, :])
-    dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    # dp^T = v dout^T
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    # ds^T = p^T * (dp^T - delta)
+    ds = p * (dp - delta[None, :])
+    # dk += ds^T q; scaled once, at the end
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -127,8 +135,8 @@ def dkdv_kernel(
     stride_dout_head,
     num_parts,
     stride_part,
-    KEYS: tl.constexpr,
-    QUERIES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     BORDER_STAGES: tl.constexpr,
@@ -141,58 +149,63 @@ def dkdv_kernel(
     num_groups = num_heads // group
     members = group // num_parts
     part = tl.program_id(0) % num_parts
+    # The first tile first: under a causal mask the most queries see it. Parts of a tile are
+    # neighbours, which read the same keys.
     tile = tl.program_id(0) // num_parts // num_groups
     if tile >= tl.load(tiles_ptr):
         return
     key_head = (tl.program_id(0) // num_parts % num_groups).to(tl.int64)
     first_key = tl.load(tiles_ptr + 1 + tile)
     end_key = tl.load(tiles_ptr + 2 + tile)
-    keys = first_key + tl.arange(0, KEYS)
-    low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, keys, end_key, QUERIES)
+    keys = first_key + tl.arange(0, BLOCK_N)
+    low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, keys, end_key, BLOCK_M)
 
     k_ptr += key_head * stride_k_head
     v_ptr += key_head * stride_v_head
+    # A key that no query sees may hold anything, NaN too; as zeros it gets gradients of 0.
     is_seen = (keys < end_key) & (low < high)
-    k = load_rows(k_ptr, first_key, is_seen, stride_k, KEYS, DIM, PADDED)
-    v = load_rows(v_ptr, first_key, is_seen, stride_v, KEYS, DIM, PADDED)
-    dk = tl.zeros((KEYS, PADDED), tl.float32)
-    dv = tl.zeros((KEYS, PADDED), tl.float32)
+    k = load_rows(k_ptr, first_key, is_seen, stride_k, BLOCK_N, DIM, PADDED)
+    v = load_rows(v_ptr, first_key, is_seen, stride_v, BLOCK_N, DIM, PADDED)
+    dk = tl.zeros((BLOCK_N, PADDED), tl.float32)
+    dv = tl.zeros((BLOCK_N, PADDED), tl.float32)
     first_member = tl.cast(part * members, tl.int64)
     q_ptr += key_head * stride_q_group + first_member * stride_q_head
     first_head = key_head * group + first_member
     dout_ptr += first_head * stride_dout_head
     rows_ptr += first_head * num_queries
     delta_ptr = rows_ptr + tl.cast(num_heads, tl.int64) * num_queries
-    num_full = (full_end - full) // QUERIES
+    # Full blocks of the first head, then of the second, ...; afterwards the same on the borders.
+    num_full = (full_end - full) // BLOCK_M
     # The pipeline's prologue divides before the loop is known to run.
     blocks = tl.maximum(num_full, 1)
     for step in range(0, members * num_full):
         member = step // blocks
-        row = full + step % blocks * QUERIES
+        row = full + step % blocks * BLOCK_M
         dk, dv = _dkdv_block(
             k, v, dk, dv, q_ptr, dout_ptr, rows_ptr, delta_ptr, member, row, last, low, high,
             num_queries, stride_q, stride_q_head, stride_dout, stride_dout_head, scale_log2,
-            QUERIES, DIM, PADDED, False,
+            BLOCK_M, DIM, PADDED, False,
         )  # fmt: skip
-    before = (full - first) // QUERIES
-    num_border = before + tl.cdiv(tl.maximum(last - full_end, 0), QUERIES)
+    before = (full - first) // BLOCK_M
+    num_border = before + tl.cdiv(tl.maximum(last - full_end, 0), BLOCK_M)
     blocks = tl.maximum(num_border, 1)
     for step in tl.range(0, members * num_border, num_stages=BORDER_STAGES):
         member = step // blocks
         border = step % blocks
-        # Counted from `first`: `before * QUERIES` would stay live across the loop above, which at
+        # Counted from `first`: `before * BLOCK_M` would stay live across the loop above, which at
         # D = 128 leaves no register free.
-        row = first + border * QUERIES + tl.where(border < before, 0, num_full * QUERIES)
+        row = first + border * BLOCK_M + tl.where(border < before, 0, num_full * BLOCK_M)
         dk, dv = _dkdv_block(
             k, v, dk, dv, q_ptr, dout_ptr, rows_ptr, delta_ptr, member, row, last, low, high,
             num_queries, stride_q, stride_q_head, stride_dout, stride_dout_head, scale_log2,
-            QUERIES, DIM, PADDED, True,
+            BLOCK_M, DIM, PADDED, True,
         )  # fmt: skip
     mask = (keys < end_key)[:, None] & (tl.arange(0, PADDED)[None, :] < DIM)
     width = num_groups * DIM
     place = tl.cast(part, tl.int64) * stride_part + key_head * DIM
-    dk_ptrs = block(dk_ptr + place, first_key, width, KEYS, PADDED)
-    dv_ptrs = block(dv_ptr + place, first_key, width, KEYS, PADDED)
+    dk_ptrs = block(dk_ptr + place, first_key, width, BLOCK_N, PADDED)
+    dv_ptrs = block(dv_ptr + place, first_key, width, BLOCK_N, PADDED)
+    # dk = scale * ds^T q and dv = p^T dout, or this part of them in fp32
     tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
@@ -211,6 +224,7 @@ def _add_parts_kernel(
     mask = at < num_elements
     dk = tl.load(dk_parts_ptr + at, mask=mask, other=0.0)
     dv = tl.load(dv_parts_ptr + at, mask=mask, other=0.0)
+    # dk = sum_p dk_p in the order of the parts: equal bits in every run
     for part in tl.static_range(1, PARTS):
         dk += tl.load(dk_parts_ptr + part * num_elements + at, mask=mask, other=0.0)
         dv += tl.load(dv_parts_ptr + part * num_elements + at, mask=mask, other=0.0)

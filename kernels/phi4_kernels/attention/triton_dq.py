@@ -24,25 +24,32 @@ def _dq_block(
     stride_k,
     stride_v,
     scale_log2,
-    KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys: P = exp2(Q K^T scale_log2 - lse2), dS = P (dO V^T - delta), dQ += dS K."""
-    k = load(k_ptr, key, last, stride_k, KEYS, DIM, PADDED, MASKED)
-    v = load(v_ptr, key, last, stride_v, KEYS, DIM, PADDED, MASKED)
+    """dq and one block of keys more."""
+    k = load(k_ptr, key, last, stride_k, BLOCK_N, DIM, PADDED, MASKED)
+    v = load(v_ptr, key, last, stride_v, BLOCK_N, DIM, PADDED, MASKED)
     if MASKED:
         # A key that is not finite has left its mark in lse2 or delta of the queries that see it.
         k = finite(k)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    weights = tl.exp2(scores * scale_log2 - lse2[:, None])
-    dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    dscores = weights * (dweights - delta[:, None])
+    # s = q k^T
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    # p = exp2(s * scale * log2(e) - lse2): the probabilities, with the normalizer that forward kept
+    p = tl.exp2(s * scale_log2 - lse2[:, None])
+    # dp = dout v^T
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    # ds = p * (dp - delta), softmax's gradient; delta = sum_j p_j dp_j
+    ds = p * (dp - delta[:, None])
     if MASKED:
-        keys = key + tl.arange(0, KEYS)[None, :]
-        dscores = tl.where((keys >= low[:, None]) & (keys < high[:, None]), dscores, 0.0)
-    return tl.dot(dscores.to(k.dtype), k, acc, input_precision="ieee")
+        keys = key + tl.arange(0, BLOCK_N)[None, :]
+        # Masked last: outside of a query's bounds p is of a score that its lse does not cover, and
+        # may be infinite.
+        ds = tl.where((keys >= low[:, None]) & (keys < high[:, None]), ds, 0.0)
+    # dq += ds k; the scale of s is applied once, to the sum
+    return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["num_queries"])
@@ -74,8 +81,8 @@ def dq_kernel(
     stride_dout_head,
     stride_out,
     stride_out_head,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     BORDER_STAGES: tl.constexpr,
@@ -87,39 +94,45 @@ def dq_kernel(
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     first_row = tl.load(tiles_ptr + 1 + tile)
     end_row = tl.load(tiles_ptr + 2 + tile)
-    rows = first_row + tl.arange(0, QUERIES)
+    rows = first_row + tl.arange(0, BLOCK_M)
     is_own = rows < end_row
-    low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, rows, end_row, KEYS)
+    low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, rows, end_row, BLOCK_N)
 
     k_ptr += head // group * stride_k_head
     v_ptr += head // group * stride_v_head
     dout_ptr += head * stride_dout_head
     out_ptr += head * stride_out_head
-    dout = load(dout_ptr, first_row, end_row, stride_dout, QUERIES, DIM, PADDED, True)
-    out = load(out_ptr, first_row, end_row, stride_out, QUERIES, DIM, PADDED, True)
+    dout = load(dout_ptr, first_row, end_row, stride_dout, BLOCK_M, DIM, PADDED, True)
+    out = load(out_ptr, first_row, end_row, stride_out, BLOCK_M, DIM, PADDED, True)
+    # delta = sum_d dout_d * out_d, which equals sum_j p_j dp_j: one row instead of all keys
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    # A query that sees no key has lse = -inf. Its tile has no full block, and the mask of the
+    # others leaves it out.
     lse2 = tl.load(lse_ptr + rows.to(tl.int64) * num_heads + head, mask=is_own, other=0.0) * _LOG2_E
+    # By head and then query: dk and dv read them by blocks of queries.
     rows_ptr += head * num_queries
     tl.store(rows_ptr + rows, lse2, mask=is_own)
     delta_ptr = rows_ptr + tl.cast(num_heads, tl.int64) * num_queries
     tl.store(delta_ptr + rows, delta, mask=is_own)
 
     q_ptr += head // group * stride_q_group + head % group * stride_q_head
-    q = load(q_ptr, first_row, end_row, stride_q, QUERIES, DIM, PADDED, True)
-    acc = tl.zeros((QUERIES, PADDED), tl.float32)
-    for key in range(full, full_end, KEYS):
+    q = load(q_ptr, first_row, end_row, stride_q, BLOCK_M, DIM, PADDED, True)
+    acc = tl.zeros((BLOCK_M, PADDED), tl.float32)
+    # The same walk as in forward: full blocks, then those on a border.
+    for key in range(full, full_end, BLOCK_N):
         acc = _dq_block(
             q, dout, lse2, delta, acc, k_ptr, v_ptr, key, last, low, high,
-            stride_k, stride_v, scale_log2, KEYS, DIM, PADDED, False,
+            stride_k, stride_v, scale_log2, BLOCK_N, DIM, PADDED, False,
         )  # fmt: skip
-    before = (full - first) // KEYS
-    num_border = before + tl.cdiv(tl.maximum(last - full_end, 0), KEYS)
+    before = (full - first) // BLOCK_N
+    num_border = before + tl.cdiv(tl.maximum(last - full_end, 0), BLOCK_N)
     for border in tl.range(0, num_border, num_stages=BORDER_STAGES):
-        key = tl.where(border < before, first, full_end - before * KEYS) + border * KEYS
+        key = tl.where(border < before, first, full_end - before * BLOCK_N) + border * BLOCK_N
         acc = _dq_block(
             q, dout, lse2, delta, acc, k_ptr, v_ptr, key, last, low, high,
-            stride_k, stride_v, scale_log2, KEYS, DIM, PADDED, True,
+            stride_k, stride_v, scale_log2, BLOCK_N, DIM, PADDED, True,
         )  # fmt: skip
-    pointers = block(dq_ptr + head * DIM, first_row, num_heads * DIM, QUERIES, PADDED)
+    pointers = block(dq_ptr + head * DIM, first_row, num_heads * DIM, BLOCK_M, PADDED)
     mask = is_own[:, None] & (tl.arange(0, PADDED)[None, :] < DIM)
+    # dq = scale * ds k
     tl.store(pointers, (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask)

@@ -74,8 +74,8 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 def _attend(
     q,
     acc,
-    largest,
-    total,
+    m_i,
+    l_i,
     k_ptr,
     v_ptr,
     key,
@@ -85,32 +85,37 @@ def _attend(
     stride_k,
     stride_v,
     scale_log2,
-    KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys, S = Q K^T scale_log2: m' = max(m, S), P = exp2(S - m'),
-    l' = l exp2(m - m') + sum(P), O' = O exp2(m - m') + P V."""
-    k = load(k_ptr, key, last, stride_k, KEYS, DIM, PADDED, MASKED)
-    v = load(v_ptr, key, last, stride_v, KEYS, DIM, PADDED, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    """One block of keys by the online softmax, in powers of 2: acc', m' and l'."""
+    k = load(k_ptr, key, last, stride_k, BLOCK_N, DIM, PADDED, MASKED)
+    v = load(v_ptr, key, last, stride_v, BLOCK_N, DIM, PADDED, MASKED)
+    # s = q k^T; the scale is applied in the exponent, by one fused multiply-add
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         # A value that is not finite makes the scores of the queries that see it NaN; as zeros it
         # leaves the others alone.
         marks = row_marks(v)
         v = finite(v)
-        keys = key + tl.arange(0, KEYS)[None, :]
+        keys = key + tl.arange(0, BLOCK_N)[None, :]
         visible = (keys >= low[:, None]) & (keys < high[:, None])
-        scores = tl.where(visible, scores + marks[None, :], float("-inf"))
-    new = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
+        s = tl.where(visible, s + marks[None, :], float("-inf"))
+    # m' = max(m, max_j s_j * scale * log2(e)): exp(x) is exp2(x * log2(e)), one instruction
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
     # A query that has met no key yet must subtract a number.
-    shift = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
-    weights = tl.exp2(scores * scale_log2 - shift[:, None])
-    decay = tl.exp2(largest - shift)
-    total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return acc, new, total
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+    # p_j = exp2(s_j * scale * log2(e) - m')
+    p = tl.exp2(s * scale_log2 - shift[:, None])
+    # alpha = exp2(m - m') takes what was summed under the old maximum to the new one
+    alpha = tl.exp2(m_i - shift)
+    # l' = l * alpha + sum_j p_j
+    l_i = l_i * alpha + tl.sum(p, 1)
+    # acc' = acc * alpha + p v
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, m_new, l_i
 
 
 @triton.jit
@@ -133,47 +138,56 @@ def _forward_kernel(
     stride_k_head,
     stride_v,
     stride_v_head,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
 ):
+    """out and lse of BLOCK_M queries of one head."""
+    # The last tile first: under a causal mask it meets the most keys. The grid has the most tiles
+    # that there can be, because their number is only known on the device.
     tile = tl.load(tiles_ptr) - 1 - tl.program_id(0) // num_heads
     if tile < 0:
         return
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     first_row = tl.load(tiles_ptr + 1 + tile)
     end_row = tl.load(tiles_ptr + 2 + tile)
-    rows = first_row + tl.arange(0, QUERIES)
-    low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, rows, end_row, KEYS)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    # Keys [first, last) are met by any query of the tile, [full, full_end) by every one.
+    low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, rows, end_row, BLOCK_N)
 
+    # GQA: `group` query heads read one key head.
     q_ptr += head // group * stride_q_group + head % group * stride_q_head
     k_ptr += head // group * stride_k_head
     v_ptr += head // group * stride_v_head
-    q = load(q_ptr, first_row, end_row, stride_q, QUERIES, DIM, PADDED, True)
-    acc = tl.zeros((QUERIES, PADDED), tl.float32)
-    largest = tl.full((QUERIES,), float("-inf"), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    for key in range(full, full_end, KEYS):
-        acc, largest, total = _attend(
-            q, acc, largest, total, k_ptr, v_ptr, key, last, low, high,
-            stride_k, stride_v, scale_log2, KEYS, DIM, PADDED, False,
+    q = load(q_ptr, first_row, end_row, stride_q, BLOCK_M, DIM, PADDED, True)
+    acc = tl.zeros((BLOCK_M, PADDED), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    # Blocks that every query sees: no mask.
+    for key in range(full, full_end, BLOCK_N):
+        acc, m_i, l_i = _attend(
+            q, acc, m_i, l_i, k_ptr, v_ptr, key, last, low, high,
+            stride_k, stride_v, scale_log2, BLOCK_N, DIM, PADDED, False,
         )  # fmt: skip
-    before = (full - first) // KEYS
-    for border in range(0, before + tl.cdiv(tl.maximum(last - full_end, 0), KEYS)):
-        key = tl.where(border < before, first, full_end - before * KEYS) + border * KEYS
-        acc, largest, total = _attend(
-            q, acc, largest, total, k_ptr, v_ptr, key, last, low, high,
-            stride_k, stride_v, scale_log2, KEYS, DIM, PADDED, True,
+    # Blocks on a border, before the full ones and after them, in one loop: one copy of its code.
+    before = (full - first) // BLOCK_N
+    for border in range(0, before + tl.cdiv(tl.maximum(last - full_end, 0), BLOCK_N)):
+        key = tl.where(border < before, first, full_end - before * BLOCK_N) + border * BLOCK_N
+        acc, m_i, l_i = _attend(
+            q, acc, m_i, l_i, k_ptr, v_ptr, key, last, low, high,
+            stride_k, stride_v, scale_log2, BLOCK_N, DIM, PADDED, True,
         )  # fmt: skip
     is_own = rows < end_row
-    divisor = tl.where(total == 0.0, 1.0, total)
+    # out = acc / l, and 0 for a query that sees no key
+    divisor = tl.where(l_i == 0.0, 1.0, l_i)
     out = acc / divisor[:, None]
     dims = tl.arange(0, PADDED)[None, :]
-    out_ptr = block(out_ptr + head * DIM, first_row, num_heads * DIM, QUERIES, PADDED)
+    out_ptr = block(out_ptr + head * DIM, first_row, num_heads * DIM, BLOCK_M, PADDED)
     mask = is_own[:, None] & (dims < DIM)
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=mask)
-    lse = (largest + tl.log2(divisor)) * _LN_2
+    # lse = (m + log2(l)) * ln(2), in natural units; -inf for a query that sees no key
+    lse = (m_i + tl.log2(divisor)) * _LN_2
     tl.store(lse_ptr + rows.to(tl.int64) * num_heads + head, lse, mask=is_own)
 
 
@@ -249,8 +263,8 @@ def forward(
         group,
         scale * _LOG2_E,
         *_strides(q=q, k=k, v=v),
-        QUERIES=row.rows,
-        KEYS=row.block,
+        BLOCK_M=row.rows,
+        BLOCK_N=row.block,
         **_sizes(dim),
         num_warps=row.num_warps,
         num_stages=row.num_stages,
@@ -279,7 +293,7 @@ def backward(
     q = _by_group(q, k.shape[1])
     num_queries, _, group, dim = q.shape
     num_heads = k.shape[1] * group
-    # Of each head and query: lse / scale, and the part of dscores that all keys share.
+    # Of each head and query: lse in powers of 2, and delta, the part of ds that all keys share.
     rows = torch.empty((2, num_heads, num_queries), dtype=torch.float32, device=q.device)
     where, strides = (q_offsets, k_starts, k_ends), _strides(q=q, k=k, v=v, dout=dout)
     constants = (
@@ -305,8 +319,8 @@ def backward(
             *tiles[:3],
             *constants,
             *_strides(out=out),
-            QUERIES=row.rows,
-            KEYS=row.block,
+            BLOCK_M=row.rows,
+            BLOCK_N=row.block,
             BORDER_STAGES=row.border_stages,
             **_sizes(dim),
             num_warps=row.num_warps,
@@ -340,6 +354,7 @@ def _launch_dkdv(
     parts = triton_dkdv.num_parts(row, k.shape[0], k.shape[1], q.shape[2])
     targets: tuple[Tensor, Tensor] | Tensor = outputs
     if parts > 1:
+        # Parts are summed in fp32, so that parting a group costs one rounding, not one per part.
         targets = torch.empty((2, parts, *k.shape), dtype=torch.float32, device=k.device)
     triton_dkdv.dkdv_kernel[(tiles.limit * k.shape[1] * parts,)](
         *inputs,
@@ -349,8 +364,8 @@ def _launch_dkdv(
         *constants,
         parts,
         k.numel(),
-        KEYS=row.rows,
-        QUERIES=row.block,
+        BLOCK_N=row.rows,
+        BLOCK_M=row.block,
         BORDER_STAGES=row.border_stages,
         **_sizes(k.shape[2]),
         num_warps=row.num_warps,

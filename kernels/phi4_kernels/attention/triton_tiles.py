@@ -47,6 +47,7 @@ class Tiles(NamedTuple):
 @triton.jit
 def block(ptr, first, stride, ROWS: tl.constexpr, PADDED: tl.constexpr):
     """Pointers of rows [first, first + ROWS): only the first row's offset needs 64 bits."""
+    # Row r, column d: first * stride + r * stride + d
     offsets = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, PADDED)[None, :]
     return ptr + tl.cast(first, tl.int64) * stride + offsets
 
@@ -87,12 +88,14 @@ def load_rows(
 @triton.jit
 def finite(x):
     """`x` with zeros for infinities and NaN, because even a weight of 0 times those is NaN."""
+    # NaN compares false, too.
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
 
 
 @triton.jit
 def row_marks(x):
     """[rows]: 0, or NaN where a row holds an infinity or NaN."""
+    # inf * 0 and NaN * 0 are NaN, anything else is 0.
     return tl.sum(x.to(tl.float32) * 0.0, 1)
 
 
@@ -108,8 +111,11 @@ def span(lows_ptr, highs_ptr, tokens, end, BLOCK: tl.constexpr):
     is_own = tokens < end
     low = tl.load(lows_ptr + tokens, mask=is_own, other=0)
     high = tl.load(highs_ptr + tokens, mask=is_own, other=0)
+    # Bounds of the stretch: min_i low_i over the tokens that meet any, and max_i high_i
     last = tl.max(high, 0)
     first = tl.minimum(tl.min(tl.where(low < high, low, 2147483647), 0), last)
+    # Blocks count from `first`. The first full one starts at or after max_i low_i, the last ends at
+    # or before min_i high_i: every token sees all of both.
     full = first + tl.cdiv(tl.max(low, 0) - first, BLOCK) * BLOCK
     seen_by_all = tl.min(tl.where(is_own, high, 2147483647), 0)
     full_end = full + tl.maximum(seen_by_all - full, 0) // BLOCK * BLOCK
@@ -119,6 +125,7 @@ def span(lows_ptr, highs_ptr, tokens, end, BLOCK: tl.constexpr):
 @triton.jit
 def count(edges_ptr, tokens, num_ranges, steps, STRICT: tl.constexpr):
     """How many of the ascending edges are <= each token, or < it."""
+    # Bisection: edges[low - 1] is before the token, edges[high] is not.
     low = tokens * 0
     high = low + num_ranges
     for _ in range(steps):
@@ -134,6 +141,7 @@ def count(edges_ptr, tokens, num_ranges, steps, STRICT: tl.constexpr):
 @triton.jit
 def _long_range(starts_ptr, ends_ptr, tokens, num_ranges, steps, ROWS: tl.constexpr):
     """Whether each token lies in a range of ROWS tokens or more, and where that starts."""
+    # Ranges ascend and do not overlap: the last that starts at or before a token may hold it.
     index = count(starts_ptr, tokens, num_ranges, steps, False) - 1
     start = tl.load(starts_ptr + index, mask=index >= 0, other=0)
     end = tl.load(ends_ptr + index, mask=index >= 0, other=0)
@@ -151,11 +159,15 @@ def _tiles_before(
         mask = index < num_ranges
         start = tl.load(starts_ptr + index, mask=mask, other=0)
         end = tl.load(ends_ptr + index, mask=mask, other=0)
+        # A range of ROWS tokens or more has ceil(n / ROWS) tiles of its own, in place of those of
+        # the regular grid that start within it.
         is_long = end - start >= ROWS
         stop = tl.maximum(tl.minimum(end, token), start)
         own = tl.cdiv(stop - start, ROWS)
         replaced = tl.cdiv(stop, ROWS) - tl.cdiv(start, ROWS)
         in_long, _ = _long_range(starts_ptr, ends_ptr, end, num_ranges, steps, ROWS)
+        # Behind it the next tile starts at once, unless the grid or another long range has one
+        # there.
         after = (end < token) & (end % ROWS != 0) & ~in_long
         counts += tl.where(is_long, own - replaced + after.to(tl.int32), 0)
     return tl.cdiv(token, ROWS) + tl.sum(counts)
@@ -192,9 +204,12 @@ def _tiles_kernel(
     high = tl.load(other_ends_ptr + index, mask=known, other=0)
     if CAUSAL:
         if OF_KEYS:
+            # Key j of U is seen by the last U - j queries: the last query sees all keys.
             low = tl.maximum(low, high - (end - tokens))
         else:
+            # Query i of T sees all keys but the last T - 1 - i.
             high = high - (end - 1 - tokens)
+    # Gaps between ranges, and tokens whose range has nothing on the other side, meet nothing.
     meets = (tokens < end) & (low < high)
     tl.store(lows_ptr + tokens, tl.where(meets, low, 0), mask=mask)
     tl.store(highs_ptr + tokens, tl.where(meets, high, 0), mask=mask)
@@ -208,8 +223,10 @@ def _tiles_kernel(
     elsewhere = (tokens % ROWS == 0) | follows_long
     begins = mask & tl.where(in_long, (tokens - start) % ROWS == 0, elsewhere)
     before = _tiles_before(first, starts_ptr, ends_ptr, num_ranges, steps, ROWS, BLOCK)
+    # A tile's number is how many start before it: those of earlier blocks, and a running sum here.
     place = before + tl.cumsum(begins.to(tl.int32), 0) - 1
     tl.store(tiles_ptr + 1 + place, tokens, mask=begins & (place < limit))
+    # The program of the last tokens knows the number of tiles, and closes the last one.
     if first + BLOCK >= num_tokens:
         total = tl.minimum(before + tl.sum(begins.to(tl.int32)), limit)
         tl.store(tiles_ptr, total)
@@ -235,6 +252,8 @@ def cut(
         of_keys: this side is the keys.
     """
     num_ranges = own[0].numel()
+    # The regular grid's tiles, and per long range at most two more: the last of its own and one
+    # behind it. A bound from sizes alone, so that the host does not wait for the number.
     limit = ceil_div(num_tokens, rows) + 2 * min(num_ranges, num_tokens // rows)
     lows, highs = (
         torch.empty(num_tokens, dtype=torch.int32, device=own[0].device) for _ in range(2)

@@ -66,6 +66,7 @@ class Head(NamedTuple):
     def gathered(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The chunks' spans and hidden states: this rank's rows, or those of all ranks one after
         the other. Each is gathered while the one before it is computed with."""
+        # One chunk ahead: its all-gather runs beside the products of the chunk before.
         before: tuple[slice, Callable[[], Tensor]] | None = None
         for span in self.spans(rows.shape[0]):
             started = self._gather(rows[span])
@@ -93,6 +94,8 @@ class Head(NamedTuple):
         """The chunk's part of a flat per-token tensor, in the order of `gathered`."""
         if per_token is None:
             return None
+        # [T] is P parts of T / P tokens; a chunk is the same rows of each part, one after the
+        # other.
         return per_token.unflatten(0, (self.num_parts, -1))[:, span].flatten(0, 1)
 
     def hidden_gradient(self, dlogits: Tensor) -> Callable[[], Tensor]:
@@ -102,6 +105,8 @@ class Head(NamedTuple):
             is_wide = dlogits.dtype == torch.float32
             alone = wide_product(dlogits, self.weight) if is_wide else dlogits @ self.weight
             return lambda: alone
+        # dhidden = dlogits weight, where dlogits are this rank's columns: a sum over ranks, in fp32
+        # because bf16 shares would be rounded before they are added.
         share = wide_product(dlogits, self.weight)
         if self.num_parts == 1:
             return partial(_waited, dist.all_reduce(share, group=group, async_op=True), share)
@@ -138,6 +143,7 @@ class Gradients:
 
     def add(self, head: Head, span: slice, rows: Tensor, dlogits: Tensor) -> None:
         """Add a chunk; the ranks sum the one gradient while the other is computed."""
+        # dweight += dlogits^T hidden
         of_hidden = None if self.hidden is None else head.hidden_gradient(dlogits)
         if self.weight is not None:
             add_wide_product(self.weight, dlogits, rows)
@@ -149,11 +155,13 @@ def _forward_chunk(
     head: Head, whole: Tensor, tokens: Tokens, span: slice, gradients: Gradients | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, log-probabilities and normalizer of a chunk; a function, so that its logits go."""
+    # logits = hidden weight^T, of chunk_tokens tokens: all that ever exists of them
     logits = whole @ head.weight.t()
     ids, scales = head.of_chunk(tokens.ids, span), head.of_chunk(tokens.scales, span)
     common = (head.options, head.shard, head.name)
     results = run_forward(logits, ids, scales, *common)
     if gradients is not None:
+        # The total is a plain sum, so each loss has a gradient of 1, known before backward.
         incoming = (torch.ones_like(results[0]), None)
         run_backward(logits, ids, scales, results[2], incoming, *common)
         gradients.add(head, span, whole, logits)
@@ -196,6 +204,7 @@ def _backward_chunk(
     gradients: Gradients,
 ) -> None:
     """Add a chunk's gradients; `saved` holds normalizer, dlosses, dlog_probs of all tokens."""
+    # Again, as they were overwritten or never kept: 2 T H V operations for T V elements of memory
     logits = whole @ head.weight.t()
     ids, scales = head.of_chunk(tokens.ids, span), head.of_chunk(tokens.scales, span)
     normalizer = head.of_chunk(saved[0], span)

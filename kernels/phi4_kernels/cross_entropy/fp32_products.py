@@ -28,6 +28,7 @@ def _wide_product_gpu(left: Tensor, right: Tensor) -> Tensor:
 def _wide_product_cpu(left: Tensor, right: Tensor) -> Tensor:
     if right.shape[0] <= _BLOCK_SUMMANDS:
         return left.float() @ right.float()
+    # Sums of 512 products in fp32, their sum in fp64: the error does not grow with the length.
     out = left.new_zeros((left.shape[0], right.shape[1]), dtype=torch.float64)
     for start in range(0, right.shape[0], _BLOCK_SUMMANDS):
         block = slice(start, start + _BLOCK_SUMMANDS)
@@ -36,6 +37,7 @@ def _wide_product_cpu(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _add_product_gpu(total: Tensor, left: Tensor, right: Tensor) -> None:
+    # total += left^T right, accumulated in fp32 by the GEMM itself
     torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
 
 

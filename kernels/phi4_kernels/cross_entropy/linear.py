@@ -182,6 +182,7 @@ class _PerToken(torch.autograd.Function):
         *head: Any,
     ) -> tuple[Tensor, Tensor]:
         tokens = Tokens(ids, scales)
+        # Kept: 3 numbers per token, from which backward makes p again. The logits are not.
         losses, log_probs, normalizer = chunks.forward(Head(weight, *head), rows, tokens)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, weight, ids, scales, normalizer)
@@ -217,6 +218,7 @@ class _Summed(torch.autograd.Function):
         scales: Tensor | None,
         *head: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # d total / d loss = 1 is known already, so gradients are made while a chunk's logits exist.
         gradients = Gradients(rows, weight, wanted, main_grad) if any(wanted) else None
         whole, tokens = Head(weight, *head), Tokens(ids, scales)
         losses, log_probs, _ = chunks.forward(whole, rows, tokens, gradients)
@@ -226,6 +228,7 @@ class _Summed(torch.autograd.Function):
             ctx.save_for_backward(gradients.hidden, own)
         ctx.has_main_grad = main_grad is not None
         ctx.dtype, ctx.num_others, ctx.overwritten = weight.dtype, 4 + len(head), False
+        # In fp64: a sum of many losses loses digits in fp32.
         return losses.sum(dtype=torch.float64).float(), losses, log_probs
 
     @staticmethod

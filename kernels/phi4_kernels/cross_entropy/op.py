@@ -175,6 +175,7 @@ def run_forward(
     Collectives: those of run_statistics.
     """
     if shard.size > 1 or name == "torch":
+        # 3 or 4 numbers per token cross the group, never logits.
         statistics = run_statistics(logits, targets, options, shard, name)
         return run_combine(statistics, targets, weights, options, shard, name)
     # With nothing to exchange one launch does both.
@@ -272,6 +273,7 @@ class _CrossEntropyFunction(torch.autograd.Function):
         if dlosses is None and dlog_probs is None:
             return None, None, None, None
         logits, targets, weights, normalizer = ctx.saved_tensors
+        # Written into the logits: a second [T, V / P] would be the largest tensor of the step.
         gradient, incoming = logits.detach(), (flat(dlosses), flat(dlog_probs))
         run_backward(gradient, targets, weights, normalizer, incoming, *ctx.common)
         # The logits are gone.

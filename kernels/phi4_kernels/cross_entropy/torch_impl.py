@@ -38,6 +38,7 @@ def statistics(
         if with_sum:
             out[part, 3] = x.sum(-1)
         out[part, :1] = largest
+        # l = sum_j exp(x_j - m), in place: x is not needed any more.
         out[part, 1] = x.sub(largest).mul_(_LOG2_E).exp2_().sum(-1)
     return out.masked_fill_((targets == ignore_index).unsqueeze(-1), 0.0)
 
@@ -57,18 +58,22 @@ def combine(
     largest, total, picked = parts[0, :, :3].unbind(-1)
     if parts.shape[0] > 1:
         largest, picked = parts[..., 0].amax(0), parts[..., 2].sum(0)
+        # l = sum_r l_r * exp(m_r - m) over the ranks r
         total = (parts[..., 1] * (parts[..., 0] - largest).exp()).sum(0)
     total = torch.where((targets < 0) | (targets >= vocabulary), torch.nan, total)
     log_sum = total.log()
+    # log_prob = x_y - m - log(l)
     log_probs = picked - largest - log_sum
     losses, slope = -log_probs, torch.ones_like(total)
     if label_smoothing or z_loss:
         log_normalizer = largest + log_sum
     if label_smoothing:
+        # Label smoothing e: (1 - e) * -log p_y + e * (lse - mean_j x_j)
         even = log_normalizer - parts[..., 3].sum(0) / vocabulary
         losses = (1 - label_smoothing) * losses + label_smoothing * even
     if z_loss:
         losses = losses + z_loss * log_normalizer.square()
+        # d loss / d lse without smoothing and weight
         slope = 1 + 2 * z_loss * log_normalizer
     if weights is not None:
         losses = losses * weights
@@ -101,6 +106,7 @@ def backward(
     dlog_prob = zeros if dlog_probs is None else dlog_probs.unsqueeze(-1)
     # A whole row shares its scale's rounding, so there is but one.
     scale = (inverse.double() * (dloss.double() * slope - dlog_prob)).float()
+    # dx_j = p_j * (dloss * slope - dlog_prob) + [j = y] * at_target - dloss * e / V
     at_target = dlog_prob - dloss * (1 - label_smoothing)
     # All bits or none: clears ignored rows, NaN too, in a tenth of masked_fill_'s time on a CPU.
     counted = (targets != ignore_index).unsqueeze(-1).int().neg()

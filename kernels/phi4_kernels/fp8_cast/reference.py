@@ -36,9 +36,11 @@ def cast_blocks(x: Tensor, block_rows: int, dtype: torch.dtype) -> tuple[Tensor,
     """
     rows, columns = x.shape
     padding = (0, -columns % BLOCK, 0, -rows % block_rows)
+    # Zeros at the edges change no maximum; they are cut off again.
     padded = F.pad(widened(x), padding)
     down, across = padded.shape[0] // block_rows, padded.shape[1] // BLOCK
     blocks = padded.view(down, block_rows, across, BLOCK)
+    # amax = max |x| of the block, inverse = amax / largest, y = round(x / inverse)
     amax = blocks.abs().amax(dim=(1, 3)) if x.numel() else blocks.new_zeros(down, across)
     inverse = (amax / torch.finfo(dtype).max).clamp(min=_SMALLEST)
     inverse = torch.where(amax == 0, 1.0, inverse)

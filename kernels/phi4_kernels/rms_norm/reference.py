@@ -25,6 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The sum x + residual, rounded to their dtype, and its norm: (y, sum)."""
+    # Rounded before the norm, as it is stored.
     total = x + residual
     return rms_norm(total, weight, eps), total
 
@@ -44,7 +45,9 @@ def rms_norm_backward(
     """dx = rstd * (dy * w - hat * mean(dy * w * hat)) (+ dtotal), dweight = sum(dy * hat)."""
     hat = widened(x) * rstd.unsqueeze(-1)
     scaled = widened(dy) * widened(weight)
+    # dx = rstd * (dy w - x^ * mean(dy w x^)), x^ = x * rstd
     dx = rstd.unsqueeze(-1) * (scaled - hat * (scaled * hat).mean(-1, keepdim=True))
     if dtotal is not None:
         dx = dx + widened(dtotal)
+    # dw = sum over the rows of dy * x^
     return dx.to(x.dtype), (widened(dy) * hat).sum(0)

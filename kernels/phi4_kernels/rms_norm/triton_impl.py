@@ -33,7 +33,9 @@ FP8_MAX = tl.constexpr(448.0)
 
 @triton.jit
 def _load(ptr, block: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Block number `block` of a row, in fp32."""
     cols = block * BLOCK + tl.arange(0, BLOCK)
+    # Decided when compiled: all blocks but a last, partial one have no mask.
     if (block + 1) * BLOCK <= WIDTH:
         return tl.load(ptr + cols).to(tl.float32)
     else:
@@ -54,6 +56,7 @@ def _inverse_root(mean_square, eps):
     # One value serves a row, and an error in it shifts all of the row: a rounded root and then a
     # rounded quotient can be off by 1 ulp. A Newton step of rsqrt.approx, with the rests of the
     # products by fma, is off by little more than half.
+    # root = 1 / sqrt(mean(x^2) + eps), then root += root / 2 * (1 - shifted * root^2)
     shifted = mean_square + eps
     root = tl.rsqrt(shifted)
     product = shifted * root
@@ -82,29 +85,39 @@ def _rms_norm_forward_kernel(
     ADD: tl.constexpr,
     FP8: tl.constexpr,
 ):
+    """A program per row: y, rstd, and as asked the sum with the residual and amax."""
     row = tl.program_id(0).to(tl.int64)
+    # sum_j x_j^2, per lane: the lanes meet once, after the last block.
     squares = tl.zeros((BLOCK,), tl.float32)
     b_x = ()
     for block in tl.static_range(NUM_BLOCKS):
         x = _load(x_ptr + row * stride_x, block, WIDTH, BLOCK)
         if ADD:
             x += _load(residual_ptr + row * stride_residual, block, WIDTH, BLOCK)
+            # The norm is of the sum as it is stored, rounded, so that backward sees the same
+            # numbers.
             x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
             _store(total_ptr + row * WIDTH, x, block, WIDTH, BLOCK)
         squares += x * x
+        # The row stays in registers, one tuple entry per block.
         b_x = b_x + (x,)
+    # rstd = 1 / sqrt(mean_j x_j^2 + eps)
     rstd = _inverse_root(tl.sum(squares) / WIDTH, eps)
     tl.store(rstd_ptr + row, rstd)
     largest = tl.zeros((BLOCK,), tl.float32)
     if FP8:
         scale = tl.load(scale_ptr)
     for block in tl.static_range(NUM_BLOCKS):
+        # y_j = x_j * rstd * w_j
         y = b_x[block] * rstd * _load(weight_ptr, block, WIDTH, BLOCK)
         if FP8:
+            # amax is of y before scaling, for the scale of a later step (delayed scaling).
             largest = tl.maximum(largest, tl.abs(y))
+            # e4m3 has no infinity: what is past its largest number, 448, saturates.
             y = tl.clamp(y * scale, -FP8_MAX, FP8_MAX)
         _store(y_ptr + row * WIDTH, y, block, WIDTH, BLOCK)
     if FP8:
+        # One maximum per row, reduced afterwards: no atomics.
         tl.store(amax_ptr + row, tl.max(largest))
 
 
@@ -128,6 +141,7 @@ def _rms_norm_fp8_columnwise_kernel(
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
 ):
+    """A program per ROWS rows: y in e4m3 and its transpose, which needs several rows at a time."""
     program = tl.program_id(0)
     rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = (rows < num_rows)[:, None]
@@ -136,6 +150,7 @@ def _rms_norm_fp8_columnwise_kernel(
     for start in range(0, WIDTH, BLOCK):
         b_cols = start + cols
         mask = live & (b_cols < WIDTH)
+        # First pass over the row: rstd. ROWS rows of 5120 do not fit in registers.
         x = tl.load(x_ptr + rows[:, None] * stride_x + b_cols, mask=mask, other=0.0).to(tl.float32)
         if ADD:
             added = residual_ptr + rows[:, None] * stride_residual + b_cols
@@ -149,6 +164,7 @@ def _rms_norm_fp8_columnwise_kernel(
     for start in range(0, WIDTH, BLOCK):
         b_cols = start + cols
         mask = live & (b_cols < WIDTH)
+        # Second pass, out of L2: y.
         x = tl.load(x_ptr + rows[:, None] * stride_x + b_cols, mask=mask, other=0.0).to(tl.float32)
         if ADD:
             added = residual_ptr + rows[:, None] * stride_residual + b_cols
@@ -157,12 +173,14 @@ def _rms_norm_fp8_columnwise_kernel(
             stored = x.to(total_ptr.dtype.element_ty)
             tl.store(total_ptr + rows[:, None] * WIDTH + b_cols, stored, mask=mask)
         weight = tl.load(weight_ptr + b_cols, mask=b_cols < WIDTH, other=0.0).to(tl.float32)
+        # y_j = x_j * rstd * w_j
         y = x * rstd[:, None] * weight
         largest = tl.maximum(largest, tl.abs(y))
         stored = tl.clamp(y * scale, -FP8_MAX, FP8_MAX).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + rows[:, None] * WIDTH + b_cols, stored, mask=mask)
         # Converted anew: ptxas 12 cannot use a pair of e4m3 twice, see testing/fp8_pairs.py.
         turned = tl.clamp(y * same_scale, -FP8_MAX, FP8_MAX).to(transposed_ptr.dtype.element_ty)
+        # y^T [H, T]: column j of the tile becomes a piece of ROWS bytes of row j.
         down = transposed_ptr + b_cols.to(tl.int64) * num_rows + rows[:, None]
         tl.store(tl.trans(down), tl.trans(turned), mask=tl.trans(mask))
     tl.store(amax_ptr + program, tl.max(tl.max(largest, axis=1), axis=0))
@@ -186,10 +204,12 @@ def _rms_norm_backward_kernel(
     NUM_BLOCKS: tl.constexpr,
     ADD: tl.constexpr,
 ):
+    """dx of every row, and each program's share of dweight."""
     program = tl.program_id(0)
     b_dweight = ()
     for _ in tl.static_range(NUM_BLOCKS):
         b_dweight = b_dweight + (tl.zeros((BLOCK,), tl.float32),)
+    # Persistent: row `program`, then every num_programs-th one, whose dweight stays in registers.
     for index in range(program, num_rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
         rstd = tl.load(rstd_ptr + row)
@@ -197,28 +217,36 @@ def _rms_norm_backward_kernel(
         b_hat = ()
         b_dy = ()
         for block in tl.static_range(NUM_BLOCKS):
+            # x^_j = x_j * rstd
             hat = _load(x_ptr + row * stride_x, block, WIDTH, BLOCK) * rstd
             dy = _load(dy_ptr + row * stride_dy, block, WIDTH, BLOCK)
+            # sum_j dy_j * w_j * x^_j, per lane
             products += dy * _load(weight_ptr, block, WIDTH, BLOCK) * hat
             b_hat = b_hat + (hat,)
             b_dy = b_dy + (dy,)
+        # c = mean_j(dy_j * w_j * x^_j)
         mean = tl.sum(products) / WIDTH
         summed = ()
         for block in tl.static_range(NUM_BLOCKS):
             weight = _load(weight_ptr, block, WIDTH, BLOCK)
+            # dx_j = rstd * (dy_j * w_j - x^_j * c)
             dx = rstd * (b_dy[block] * weight - b_hat[block] * mean)
             if ADD:
+                # The sum with the residual is also an output: its gradient passes through.
                 dx += _load(dtotal_ptr + row * stride_dtotal, block, WIDTH, BLOCK)
             _store(dx_ptr + row * WIDTH, dx, block, WIDTH, BLOCK)
+            # dw_j += dy_j * x^_j
             summed = summed + (b_dweight[block] + b_dy[block] * b_hat[block],)
         b_dweight = summed
     for block in tl.static_range(NUM_BLOCKS):
+        # [programs, H]: shares are summed in order by the caller, so two runs give equal bits.
         share_ptr = dweight_ptr + program.to(tl.int64) * WIDTH
         _store(share_ptr, b_dweight[block], block, WIDTH, BLOCK)
 
 
 @cache
 def _blocks(row: Launch, width: int) -> dict[str, int]:
+    # A block no wider than the row, or idle lanes would be the most of it.
     block = min(row.block, triton.next_power_of_2(width))
     return {"WIDTH": width, "BLOCK": block, "NUM_BLOCKS": launch.ceil_div(width, block)}
 
@@ -280,6 +308,7 @@ def forward_fp8(
         total = x.new_empty((0, 0)) if total is None else total
     else:
         y, transposed, total, rstd, amax = _forward_columnwise(x, residual, weight, eps, scale)
+    # No rows, no largest value: 0, as torch's reduction of nothing is an error.
     largest = scale.new_zeros(()) if amax is None or not amax.numel() else amax.amax()
     return y, transposed, largest, total, rstd
 

@@ -24,10 +24,12 @@ TILES = (Launch(512, 0, 1), Launch(4096, 0, 4), Launch(8192, 0, 8), Launch(32768
 def _position(
     token, ids_ptr, boundaries_ptr, num_documents, steps, IDS: tl.constexpr, DOCUMENTS: tl.constexpr
 ):
+    """The token's place in its document."""
     if IDS:
         return tl.load(ids_ptr + token).to(tl.int64)
     elif DOCUMENTS:
         # Invariant: boundaries[low] <= token < boundaries[high].
+        # Bisection over the cumulative lengths: the document of the token.
         low = token * 0
         high = low + num_documents
         for _ in range(steps):
@@ -35,6 +37,7 @@ def _position(
             started = tl.load(boundaries_ptr + middle) <= token
             low = tl.where(started, middle, low)
             high = tl.where(started, high, middle)
+        # Positions restart with every document.
         return token - tl.load(boundaries_ptr + low)
     else:
         return token
@@ -56,15 +59,19 @@ def _rotate(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
+    """All heads of a token: the first 2 * HALF dims of each are HALF pairs (d, d + HALF)."""
     heads = tl.arange(0, BLOCK_HEADS)[:, None]
     cols = tl.arange(0, BLOCK_HALF)[None, :]
+    # Head h of q is query h % PER_GROUP of group h // PER_GROUP; k and v have one head per group.
     group = heads // PER_GROUP
     member = heads % PER_GROUP
     mask = (heads < HEADS) & (cols < HALF)
     source = source_ptr + group * stride_source_group + member * stride_source_head + cols
     target = target_ptr + group * stride_target_group + member * stride_target_head + cols
+    # a = x_d, b = x_(d + HALF), and t the angle of the position at frequency d:
     a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+    # a' = a cos t - b sin t, b' = a sin t + b cos t
     tl.store(target, (a * cos - b * sin).to(target_ptr.dtype.element_ty), mask=mask)
     tl.store(target + HALF, (b * cos + a * sin).to(target_ptr.dtype.element_ty), mask=mask)
 
@@ -83,6 +90,7 @@ def _copy(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
+    """What is not rotated: values, and dims past the rotary ones."""
     heads = tl.arange(0, BLOCK_HEADS)[:, None]
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     group = heads // PER_GROUP
@@ -95,8 +103,9 @@ def _copy(
 
 @triton.jit
 def _angles(table_ptr, position, num_positions, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """The token's row of a table; NaN if its position is outside of it."""
+    """cos or sin of the token's position by frequency; NaN if the tables do not reach it."""
     cols = tl.arange(0, BLOCK_HALF)[None, :]
+    # NaN instead of an error: the host must not wait for positions that the device computes.
     mask = (cols < HALF) & (position >= 0) & (position < num_positions)
     return tl.load(table_ptr + position * HALF + cols, mask=mask, other=float("nan"))
 
@@ -126,6 +135,7 @@ def _rope_forward_kernel(
     IDS: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):
+    """q and k of a token, in place."""
     token = tl.program_id(0).to(tl.int64)
     position = _position(token, ids_ptr, boundaries_ptr, num_documents, steps, IDS, DOCUMENTS)
     cos = _angles(cos_ptr, position, num_positions, HALF, BLOCK_HALF)
@@ -135,21 +145,11 @@ def _rope_forward_kernel(
     sq_g = stride_q_group
     sq_h = stride_q_head
     sk_g = stride_k_group
+    # In place: each element is read and written by the thread that holds its pair.
     _rotate(
-        q,
-        q,
-        sq_g,
-        sq_h,
-        sq_g,
-        sq_h,
-        cos,
-        sin,
-        GROUPS * QUERIES,
-        QUERIES,
-        HALF,
-        BLOCK_HEADS,
-        BLOCK_HALF,
-    )
+        q, q, sq_g, sq_h, sq_g, sq_h, cos, sin, GROUPS * QUERIES, QUERIES, HALF,
+        BLOCK_HEADS, BLOCK_HALF,
+    )  # fmt: skip
     _rotate(k, k, sk_g, 0, sk_g, 0, cos, sin, GROUPS, 1, HALF, BLOCK_GROUPS, BLOCK_HALF)
 
 
@@ -191,9 +191,11 @@ def _rope_backward_kernel(
     IDS: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):
+    """Gradients of a token, rotated back and packed as QKV was."""
     token = tl.program_id(0).to(tl.int64)
     position = _position(token, ids_ptr, boundaries_ptr, num_documents, steps, IDS, DOCUMENTS)
     cos = _angles(cos_ptr, position, num_positions, HALF, BLOCK_HALF)
+    # The inverse of a rotation by t is one by -t: the sine changes its sign.
     sin = -_angles(sin_ptr, position, num_positions, HALF, BLOCK_HALF)
     dq = dq_ptr + token * stride_dq
     dk = dk_ptr + token * stride_dk
@@ -211,6 +213,7 @@ def _rope_backward_kernel(
     _rotate(dq, q, sd_g, sd_h, sq_g, sq_h, cos, sin, HEADS, QUERIES, HALF, BLOCK_HEADS, BLOCK_HALF)
     _rotate(dk, k, stride_dk_group, 0, sk_g, 0, cos, sin, GROUPS, 1, HALF, BLOCK_GROUPS, BLOCK_HALF)
     _copy(dv, v, stride_dv_group, 0, sk_g, 0, GROUPS, 1, HEAD_DIM, BLOCK_GROUPS, BLOCK_DIM)
+    # Partial rotary: the dims past 2 * HALF pass through.
     if REST > 0:
         dq += 2 * HALF
         q += 2 * HALF
@@ -223,6 +226,7 @@ def _rope_backward_kernel(
 @cache
 def _tiles(groups: int, queries: int, half: int) -> dict[str, int]:
     blocks = (groups, groups * queries, half)
+    # Triton's tiles are powers of two; masks cut them to size.
     block_groups, block_heads, block_half = map(triton.next_power_of_2, blocks)
     row = launch.pick(TILES, block_heads * block_half)
     return {
@@ -238,6 +242,7 @@ def _tiles(groups: int, queries: int, half: int) -> dict[str, int]:
 
 def _where(position_ids: Tensor | None, cu_seqlens: Tensor | None) -> tuple[tuple, dict[str, bool]]:
     num_documents = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    # Steps of the bisection: bits of the number of documents.
     arguments = (position_ids, cu_seqlens, num_documents, num_documents.bit_length())
     return arguments, {"IDS": position_ids is not None, "DOCUMENTS": cu_seqlens is not None}
 

@@ -36,6 +36,8 @@ def swiglu_backward(dout: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     gate, up = widened(gate_up).chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     dproduct = widened(dout)
+    # dg = dout * u * s * (1 + g * (1 - s)), s = sigmoid(g)
     dgate = dproduct * up * sigmoid * (1 + gate * (1 - sigmoid))
+    # du = dout * silu(g) = dout * g * s
     gradient = torch.cat((dgate, dproduct * gate * sigmoid), dim=-1)
     return gradient.to(gate_up.dtype), swiglu(gate_up)

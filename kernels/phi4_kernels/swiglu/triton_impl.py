@@ -33,6 +33,7 @@ def _exp(x):
     # tl.exp(x) is ex2.approx of a rounded x * log2(e): at -40 that rounding alone is 3 ulp. Here a
     # whole power of 2 is taken out first; its product with _LN_2_HIGH is exact.
     x = tl.maximum(x, -128.0)
+    # x = n ln(2) + r with |r| <= ln(2) / 2, so exp(x) = 2^n * exp(r)
     whole = tl.floor(x * _LOG2_E + 0.5)
     rest = x - whole * _LN_2_HIGH - whole * _LN_2_LOW
     return tl.exp2(whole) * tl.exp2(rest * _LOG2_E)
@@ -42,6 +43,7 @@ def _exp(x):
 def _sigmoid(x, EXACT: tl.constexpr):
     # exp of a non-positive number only: no overflow, and full precision on both sides of zero.
     small = _exp(-tl.abs(x)) if EXACT else tl.exp(-tl.abs(x))
+    # sigmoid(x) = 1 / (1 + exp(-x)) for x >= 0, else exp(x) / (1 + exp(x))
     share = tl.where(x >= 0, 1.0, small)
     # `/` is div.full, which loses 2 ulp.
     return tl.div_rn(share, 1.0 + small) if EXACT else share / (1.0 + small)
@@ -49,8 +51,10 @@ def _sigmoid(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _tile(num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows [ROWS, 1], columns [1, BLOCK] and mask [ROWS, BLOCK] of a program."""
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
+    # Neighbouring programs take neighbouring columns of the same rows.
     rows = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = rows < num_rows
@@ -76,8 +80,10 @@ def _swiglu_forward_kernel(
 ):
     rows, cols, mask = _tile(num_rows, WIDTH, ROWS, BLOCK)
     gate_ptr = gate_up_ptr + rows * stride_gate_up + cols
+    # A row is [gate, up], F columns each.
     gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    # out = silu(g) * u = g * sigmoid(g) * u
     out = gate * _sigmoid(gate, out_ptr.dtype.element_ty == tl.float32) * up
     if COLUMNWISE:
         # Converted anew: ptxas 12 cannot use a pair of e4m3 twice, see testing/fp8_pairs.py.
@@ -87,7 +93,9 @@ def _swiglu_forward_kernel(
         down = transposed_ptr + cols.to(tl.int64) * num_rows + rows
         tl.store(tl.trans(down), turned, mask=tl.trans(mask))
     if FP8:
+        # amax is of out before scaling; one per program, reduced afterwards: no atomics.
         tl.store(amax_ptr + tl.program_id(0), tl.max(tl.max(tl.abs(out), axis=1), axis=0))
+        # e4m3 has no infinity: what is past its largest number, 448, saturates.
         out = tl.clamp(out * tl.load(scale_ptr), -FP8_MAX, FP8_MAX)
     tl.store(out_ptr + rows * WIDTH + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -111,13 +119,17 @@ def _swiglu_backward_kernel(
     gate_ptr = gate_up_ptr + rows * stride_gate_up + cols
     gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    # s = sigmoid(g)
     sigmoid = _sigmoid(gate, gate_up_ptr.dtype.element_ty == tl.float32)
     silu = gate * sigmoid
+    # dg = dout * u * s * (1 + g * (1 - s)), as d silu / dg = s + g * s * (1 - s)
     dgate = dout * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     dgate_ptr = gradient_ptr + rows * (2 * WIDTH) + cols
     tl.store(dgate_ptr, dgate.to(gradient_ptr.dtype.element_ty), mask=mask)
+    # du = dout * silu(g)
     tl.store(dgate_ptr + WIDTH, (dout * silu).to(gradient_ptr.dtype.element_ty), mask=mask)
     if EMIT:
+        # out once more: the weight gradient of the next product needs it, forward did not keep it.
         product = (silu * up).to(product_ptr.dtype.element_ty)
         tl.store(product_ptr + rows * WIDTH + cols, product, mask=mask)
 
