@@ -74,8 +74,9 @@ durations: setup  ## record the CPU seconds of the test files, which order them
 	@$(PYTEST) $(DEFAULT) --write-cpu-seconds
 	@$(PYTEST) $(LONG) --write-cpu-seconds
 
-measured: setup  ## fill README's table from the rows under benchmarks/
+measured: setup  ## BENCHMARKS.md and README's table from the rows under benchmarks/
 	@.venv/bin/python -m tools.measured_table
+	@.venv/bin/python -m tools.benchmark_page
 
 picture: setup  ## draw the packages and their imports into docs/architecture.md
 	@.venv/bin/python -m tools.package_picture

@@ -136,6 +136,6 @@ for part in "$@"; do
     "part_$part"
     echo "make gpu: $part took $((SECONDS - started)) s"
 done
-"$python" -m phi4_kernels.bench --report || status=$?
+"$python" -m tools.benchmark_page || status=$?
 echo "to commit: kernels/phi4_kernels/correctness.jsonl, speed.jsonl, benchmarks/, BENCHMARKS.md"
 exit "$status"

@@ -47,7 +47,7 @@ def test_parts_go_on_after_one_that_fails(tmp_path):
     assert "part engine: exit status 3" in done.stdout
     assert any("testing numbers --jobs" in call for call in calls)
     assert any("tests/csrc/test_gpu_ops.py" in call for call in calls)
-    assert "--report" in calls[-1], "BENCHMARKS.md is rewritten from what rows there are"
+    assert calls[-1] == "-m tools.benchmark_page", "rewritten from what rows there are"
 
 
 def test_checks_are_shared_by_a_process_per_core_and_steps_leave_their_rows(tmp_path):

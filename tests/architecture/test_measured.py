@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools import fault_table
+from tools import benchmark_page, fault_table
 from tools.measured_table import README, ROOT, at_most, table, with_table
 
 
@@ -20,6 +20,32 @@ def test_page_of_faults_says_what_the_rows_say() -> None:
     assert [row["fault"] for row in rows] == list(fault_table.FAULTS)
     page = fault_table.PAGE.read_text(encoding="utf-8")
     assert fault_table.page_with(rows) == page, "run: python -m tools.fault_table --docs"
+
+
+def test_page_of_benchmarks_says_what_the_rows_say() -> None:
+    page = benchmark_page.PAGE.read_text(encoding="utf-8")
+    assert page == benchmark_page.page(ROOT / "benchmarks"), "run: make measured"
+
+
+def test_every_file_of_rows_is_on_the_page_of_benchmarks() -> None:
+    files = sorted(path.name for path in (ROOT / "benchmarks").glob("*.jsonl"))
+    assert benchmark_page.files() == files, "a section per file: tools/benchmark_sections.py"
+
+
+def test_the_page_of_benchmarks_shows_the_newest_row_of_each_case_passed_or_not(
+    tmp_path: Path,
+) -> None:
+    def row(case: str, error: float, passed: bool, commit: str) -> str:
+        columns = {"case": case, "device": "GPU", "losses": [1.0, 2.0], "tolerance": 0.1}
+        columns |= {"largest_relative_error": error, "passed": passed, "commit": commit}
+        return json.dumps(columns)
+
+    lines = [row("a", 0.01, True, "old"), row("b", 0.02, True, "b"), row("a", 0.3, False, "new")]
+    (tmp_path / "gpu_engine.jsonl").write_text("\n".join(lines))
+    page = benchmark_page.page(tmp_path)
+    assert "| a | 2 | 3.0e-01 | 0.1 | **no** | GPU | new |" in page and "| old |" not in page
+    assert "| b | 2 | 2.0e-02 | 0.1 | yes | GPU | b |" in page
+    assert "gpu_step_time" not in page, "no rows, no section"
 
 
 @given(st.floats(1e-12, 1e3))

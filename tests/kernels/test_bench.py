@@ -110,17 +110,17 @@ def test_the_page_and_the_picture_come_from_rows(
     older = row | {"p50_us": 777.7}
     (tmp_path / "rows.jsonl").write_text(json.dumps(older) + "\n" + json.dumps(row) + "\n")
     monkeypatch.setattr(report, "ROWS", tmp_path / "rows.jsonl")
-    monkeypatch.setattr(report, "PAGE", tmp_path / "BENCHMARKS.md")
+    monkeypatch.setattr(report, "FLOORS", tmp_path / "FLOORS.md")
     monkeypatch.setattr(report, "PICTURE", tmp_path / "roofline.png")
     assert report.load() == [older, row]
     report.write()
-    page = report.PAGE.read_text()
+    page = report.measured(report.load())
     assert "fails the error rule" in page and "50%" in page and "777.7" not in page
     assert report.PICTURE.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_committed_page_is_what_the_rows_give() -> None:
-    assert report.PAGE.read_text() == report.page(report.load())
+def test_the_committed_floors_are_those_of_the_cases() -> None:
+    assert report.floors_page() == report.FLOORS.read_text(), "run: make bench ARGS=--report"
 
 
 def test_without_a_gpu_nothing_is_timed(

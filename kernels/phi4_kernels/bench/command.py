@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--implementation", help="of ours; triton, cuda for csrc's ops without it")
     options.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the inputs")
     options.add_argument("--json", type=Path, help="append the rows to this file")
-    options.add_argument("--report", action="store_true", help="only rewrite BENCHMARKS.md")
+    options.add_argument(
+        "--report", action="store_true", help="only write kernels/FLOORS.md and the picture"
+    )
     return options
 
 

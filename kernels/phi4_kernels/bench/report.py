@@ -1,4 +1,8 @@
-"""BENCHMARKS.md and the roofline picture, from the committed rows and nothing else."""
+"""What the committed rows of the kernels say, as Markdown and as a picture; their floors apart.
+
+`tools/benchmark_page.py` of the checkout puts the measured tables into BENCHMARKS.md. Floors are
+arithmetic, and need no row.
+"""
 
 import json
 from collections.abc import Iterable
@@ -12,12 +16,11 @@ from phi4_kernels.bench import ceilings, measure, roofline
 
 ROOT = registry.ROOT.parent.parent
 ROWS = ROOT / "benchmarks" / "kernels.jsonl"
-PAGE = ROOT / "BENCHMARKS.md"
+FLOORS = ROOT / "kernels" / "FLOORS.md"
 PICTURE = ROOT / "benchmarks" / "roofline.png"
 
-_HEAD = """# Benchmarks of the kernels
-
-Generated from `benchmarks/kernels.jsonl` by `make bench ARGS=--report`; do not edit.
+_ABOUT = """
+### Kernels
 
 Every row is a median over interleaved CUDA-graph replays with inputs rotated past L2. The floor is
 the larger of the least bytes of the pass over the rate of a copy and its least FLOPs over the rate
@@ -25,13 +28,16 @@ of a bf16 matrix product, both measured in the same run: a kernel at 100% moves 
 fast as a copy does, or multiplies what must be multiplied, as fast as cuBLAS does. The rate is that
 of useful work: bytes or FLOPs that the definition needs over the time that the kernel took; what is
 masked away, loaded twice or computed again does not count. No row is written while the op's numeric
-checks are red.
+checks are red. A + after a commit says that files differed from it.
+[kernels.jsonl](benchmarks/kernels.jsonl), written by `make gpu`.
 """
-_NONE = """
-## Measured
+_FLOORS = """# Floors of the kernels
 
-No row yet: these kernels have been proven under the interpreter and compiled for sm_90, and have
-not been timed on a GPU. `make gpu` on a machine with one writes the rows.
+Arithmetic, not measurements: the least time of each pass in bf16 on an H200 that copies {copy} TB/s
+and multiplies {product} TFLOP/s, from the least bytes and FLOPs that its definition needs. Measured
+times are in [BENCHMARKS.md](../BENCHMARKS.md). Generated from the ops' `cases.py` by `make bench
+ARGS=--report`; do not edit.
+
 """
 
 
@@ -77,8 +83,12 @@ def useful_rate(row: dict[str, Any]) -> str:
     return f"{rate:.0f} {unit}" if rate > 10 else f"{rate:.2f} {unit}"
 
 
-def _measured(rows: list[dict[str, Any]]) -> str:
-    parts = []
+def measured(rows: list[dict[str, Any]]) -> str:
+    """The newest rows as a section of BENCHMARKS.md: a table per device; nothing without rows."""
+    if not rows:
+        return ""
+    rows = latest(rows)
+    parts = [_ABOUT]
     for device in sorted({row["device"] for row in rows}):
         mine = [row for row in rows if row["device"] == device]
         lines = [
@@ -98,29 +108,25 @@ def _measured(rows: list[dict[str, Any]]) -> str:
         head += ["useful rate", "of floor", "host, us", "saved, MB", "commit"]
         last = mine[-1]
         parts.append(
-            f"\n## {device}\n\nCopy {last['copy_bytes_per_second'] / 1e12:.2f} TB/s, bf16 matmul "
+            f"\n#### {device}\n\nCopy {last['copy_bytes_per_second'] / 1e12:.2f} TB/s, bf16 matmul "
             f"{last['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s, driver {last['driver']}, torch "
             f"{last['torch']}, triton {last['triton']}.\n\n{table(head, lines)}"
         )
     return "".join(parts) + "\n![roofline](benchmarks/roofline.png)\n"
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """BENCHMARKS.md."""
+def floors_page() -> str:
+    """kernels/FLOORS.md."""
     rates = ceilings.NOMINAL
-    about = (
-        f"\n## Floors\n\nArithmetic, not measurements: bf16, one H200 taken to copy at "
-        f"{rates.bytes_per_second / 1e12:.1f} TB/s and to multiply at "
-        f"{rates.flops_per_second / 1e12:.0f} TFLOP/s.\n\n"
-    )
-    return _HEAD + (_measured(latest(rows)) if rows else _NONE) + about + floors()
+    copy, product = rates.bytes_per_second / 1e12, rates.flops_per_second / 1e12
+    return _FLOORS.format(copy=f"{copy:.1f}", product=f"{product:.0f}") + floors()
 
 
 def write() -> list[Path]:
-    """Write the page, and the picture where there are rows."""
+    """Write the floors, and the picture where there are rows."""
+    FLOORS.write_text(floors_page())
     rows = load()
-    PAGE.write_text(page(rows))
     if not rows:
-        return [PAGE]
+        return [FLOORS]
     roofline.draw(latest(rows), PICTURE)
-    return [PAGE, PICTURE]
+    return [FLOORS, PICTURE]
