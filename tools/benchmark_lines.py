@@ -23,7 +23,7 @@ def _between(row: Row, name: str, digits: int = 2) -> str:
 
 
 def _one(**cells: Any) -> list[Line]:
-    """A single line; `_` in a name stands for a space, `__` for a hyphen."""
+    """A single line; in a name `_` means a space, `__` a hyphen."""
     return [{name.replace("__", "-").replace("_", " "): str(cell) for name, cell in cells.items()}]
 
 

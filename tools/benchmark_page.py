@@ -22,7 +22,7 @@ Every figure was measured, at the commit of its line. Of each case the newest ro
 it passed or not. Brackets hold 95% intervals of interleaved pairs where sides are compared. Without
 a GPU the machine has 2 cores, which other work may have shared; the rows say how busy it was.
 
-What no kernel can be faster than is arithmetic and stands apart, in
+Lower bounds on a kernel's time are arithmetic, not measurements; they are in
 [kernels/FLOORS.md](kernels/FLOORS.md).
 """
 

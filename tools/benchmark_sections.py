@@ -97,7 +97,7 @@ TRAINING = (
         "Asynchronous checkpoints",
         "async_save.jsonl",
         "make prove-async-save",
-        "How long training stands still for a save, against a save that it waits for.",
+        "How long training waits for an asynchronous save and for a synchronous one.",
         lines.async_save,
     ),
     Section(

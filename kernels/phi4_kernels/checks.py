@@ -78,8 +78,11 @@ def expect_rows_in_place(op: str, name: str, tensor: Tensor, row_dims: int) -> N
     width, fits = 1, True
     dims = list(zip(tensor.shape, tensor.stride(), strict=True))
     for size, stride in reversed(dims[-row_dims:]):
+        # From the last dimension: each stride is the number of elements that the inner ones hold.
         fits &= size == 1 or stride == width
         width *= size
+    # Rows at one distance: each outer dimension spans exactly the inner ones, so that a single
+    # stride reaches all rows.
     lead = [dim for dim in dims[:-row_dims] if dim[0] != 1]
     fits &= all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(lead))
     if not fits or (lead and lead[-1][1] < width):
@@ -94,5 +97,6 @@ def rows_of(tensor: Tensor) -> Tensor:
     """`tensor` [..., H] as [T, H] with unit last stride, without a copy where strides allow."""
     if tensor.dim() == 2 and tensor.stride(1) == 1:
         return tensor
+    # A view where strides allow it; a copy otherwise.
     rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.numel() == 0 else rows.contiguous()

@@ -31,6 +31,7 @@ def sources() -> list[Path]:
 @cache
 def digest() -> str:
     """Hash of sources and flags."""
+    # Flags decide what is computed as much as sources do: -fmad=false keeps products unfused.
     found = hashlib.sha256(" ".join((*NVCC_FLAGS, TORCH_TARGET)).encode())
     for path in sources():
         found.update(path.relative_to(SOURCES).as_posix().encode())
@@ -48,6 +49,7 @@ def missing() -> str | None:
     if not SOURCES.is_dir():
         return f"no csrc/ beside the package at {SOURCES}; run from a checkout"
     if not (folder() / LIBRARY).exists():
+        # To say which of the two is wrong: no build, or one of other sources.
         stale = any(BUILDS.glob(f"*/{LIBRARY}"))
         state = "built from other sources" if stale else "not built"
         return f"csrc is {state}; run `make csrc` where nvcc is installed"

@@ -82,6 +82,7 @@ def _automatic(
     if device.type != "cuda":
         return Choice(op, "torch", f"auto: tensors are on {device.type}")
     machine = machine_of(device)
+    # Proven here, faster where a gate asks for it, able to serve the call, and present.
     proven = [
         name
         for name in candidates(op)
@@ -102,6 +103,7 @@ def _automatic(
 
 def _fastest(op: str, proven: list[str], machine: GpuMachine, evidence: KernelEvidence) -> Choice:
     """Of proven implementations and torch, by times where there are some, else the preferred."""
+    # Times of one row alone are comparable: taken side by side on one device.
     timed = evidence.times(op, [*proven, "torch"], machine)
     # A gated kernel was timed by its gate, in every case and pass.
     if timed is None or proven[0] in SPEED_GATED:
@@ -113,6 +115,7 @@ def _fastest(op: str, proven: list[str], machine: GpuMachine, evidence: KernelEv
     microseconds = {name: us for name, us in times.items() if us is not None}
     if not microseconds:
         return Choice(op, proven[0], f"auto: proven on this {machine.device}; none could be timed")
+    # torch takes part: a proven kernel that is slower is not taken.
     best = min(microseconds, key=microseconds.__getitem__)
     shown = ", ".join(f"{name} {us:.1f} us" for name, us in microseconds.items())
     return Choice(op, best, f"auto: fastest that is proven on this {machine.device}: {shown}")
@@ -238,6 +241,7 @@ def _status_of(op: str, name: str) -> dict[str, str]:
     rows = [row for row in known().rows if row.get("kind", "correctness") == "correctness"]
     past = [entry for entry in rows if (entry["op"], entry["implementation"]) == (op, name)]
     source = registry.source_digest(op, name)
+    # Rows of another source say nothing of this one, but that there was a run is worth showing.
     current = [entry for entry in past if entry["source"] == source]
     if not past:
         state = "experimental: never executed on a GPU"

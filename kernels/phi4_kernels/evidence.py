@@ -99,10 +99,12 @@ class KernelEvidence:
             "capability": machine.capability,
             "source": registry.source_digest(op, implementation),
         }
+        # csrc is compiled by nvcc, whose flags are in its digest.
         if implementation != "cuda":
             wanted["triton"] = machine.triton
         if same_device:
             wanted["device"] = machine.device
+        # The newest counts, red ones too: a kernel may turn red by a driver.
         rows = [r for r in self._of("correctness") if wanted.items() <= r.items()]
         return rows[-1] if rows else None
 

@@ -21,12 +21,15 @@ ORDERS = ("forward", "reversed", "shuffled")
 
 
 def _bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
+    # bf16 is the upper half of fp32.
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _fp32_to_bf16(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    # Round to nearest even: add half of the last place that stays, less one bit where that is even.
     to_even = ((bits >> 16) & 1) + np.uint32(0x7FFF)
+    # A NaN whose payload is in the lower half would become an infinity.
     rounded = ((bits + to_even) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
@@ -40,11 +43,13 @@ def _convert_like_torch(interpreter: ModuleType) -> None:
     def convert(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
         if source == tl.bfloat16 and target == tl.float32:
             return _bf16_to_fp32(values)
+        # Conversions that are right already, and truncation where a kernel asks for it.
         if source != tl.float32 or str(rounding).endswith("RTZ"):
             return builtin(values, source, target, rounding)
         if target == tl.bfloat16:
             return _fp32_to_bf16(values)
         if target in fp8:
+            # torch's cast is the definition that kernels are compared with.
             exact = torch.from_numpy(np.ascontiguousarray(values))
             return exact.to(fp8[target]).view(torch.uint8).numpy()
         return builtin(values, source, target, rounding)
@@ -58,6 +63,7 @@ def _dot_in_fp32(interpreter: ModuleType) -> None:
     builtin = interpreter.InterpreterBuilder.create_dot
 
     def upcast(handle: Any) -> Any:
+        # The product of two bf16 numbers is exact in fp32, as in a tensor core.
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return interpreter.TensorHandle(_bf16_to_fp32(handle.data), tl.float32)
@@ -102,6 +108,7 @@ def program_order(order: str) -> Iterator[None]:
         grid = tuple(self.grid_dim)
         if grid not in permutations:
             inorder = list(product(*map(range, grid)))
+            # The n-th program to run is given the place of another one.
             permuted = inorder[::-1]
             if order == "shuffled":
                 random.Random(len(inorder)).shuffle(permuted)

@@ -62,6 +62,7 @@ def persistent_programs(per_processor: int, num_items: int, device: torch.device
     processors = _INTERPRETED_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
+    # More programs than items would find nothing to do.
     return min(num_items, processors * max(per_processor, 1))
 
 

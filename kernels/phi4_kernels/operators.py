@@ -32,6 +32,7 @@ def register(op: str, step: str, schema: str, fake: Callable[..., Any]) -> Any:
     signature = schema.removeprefix(name).replace(") ->", ", str implementation) ->", 1)
 
     def launch(*args: Any) -> Any:
+        # Looked up when called: an implementation is imported when it first runs.
         run, device = getattr(registry.implementation(op, args[-1]), step), args[0].device
         if device.type == "cpu" or device.index == torch.cuda.current_device():
             return run(*args[:-1])
@@ -117,6 +118,7 @@ def _direct(kernel: Callable[..., Any], dispatched: Callable[..., Any]) -> Calla
         if isinstance(first, list) and first:
             first = first[0]
         is_plain = type(first) in _PLAIN and not named
+        # A mode or a subclass must see the operator; plain eager calls need not.
         if not is_plain or is_compiling() or num_modes() or is_profiling():
             return dispatched(*args, **named)
         return kernel(*args)

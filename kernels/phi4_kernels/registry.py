@@ -222,6 +222,7 @@ def source_digest(op: str, name: str) -> str:
     """
     if name == "cuda":
         return cuda_library.digest()
+    # `triton_tiles.py` belongs to Triton, `cases.py` to all implementations.
     others = tuple(f"{other}_" for other in implementations(op) if other != name)
     digest = hashlib.sha256()
     for path in sorted(folder(op).rglob("*.py")):

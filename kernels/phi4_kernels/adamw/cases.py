@@ -114,6 +114,7 @@ def _define_fp8(**arguments: Any) -> tuple[Tensor, ...]:
 def _step(
     implementation: str, grad: Tensor, cuts: Sequence[int], **tensors: Tensor
 ) -> tuple[Tensor, ...]:
+    # As in training: norm, clip factor and update, without a value on the host.
     gradients = torch.tensor_split(grad.view(-1), list(cuts))
     total = square_sum(gradients, implementation=implementation)
     scale = clip_factor(total, _MAX_NORM)
@@ -121,6 +122,7 @@ def _step(
 
 
 def _define_step(grad: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+    # scale = min(1, max_norm / |g|), from the norm over all shards
     wide = grad.to(arguments["param"].dtype)
     scale = (_MAX_NORM / wide.square().sum().sqrt()).clamp(max=1.0)
     return _define(grad=grad, grad_scale=scale, **arguments)
@@ -163,6 +165,7 @@ def _optimizer_of(
     hyper = {"lr": _HYPER["lr"], "betas": (_HYPER["beta1"], _HYPER["beta2"])}
     hyper |= {"eps": _HYPER["eps"], "weight_decay": _HYPER["weight_decay"]}
     optimizer = fused_adam(parameters, adam_w_mode=True, **hyper)
+    # The next step of the optimizer is the one that the definition makes.
     optimizer.param_groups[0]["step"] = _STEP - 1
     for parameter, shard in zip(parameters, shards, strict=True):
         parameter.grad = shard.grad

@@ -28,6 +28,7 @@ def adamw(
         [weight.scale for weight in fp8],
         [weight.amax for weight in fp8],
         *(tensor for tensor, _ in scalars.values()),
+        # The kernel reads these from the device where a tensor is given, and ignores the number.
         0.0 if isinstance(hyper.lr, Tensor) else hyper.lr,
         hyper.beta1,
         hyper.beta2,

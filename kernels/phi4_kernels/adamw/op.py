@@ -47,6 +47,7 @@ def adamw(
         return
     _check(shards, step, device_scalars(step, hyper, grad_scale, found_inf))
     chosen = dispatch.resolve("adamw", implementation, shards[0].param.device)
+    # After all checks: either all shards are updated or none is.
     run = cuda_impl.adamw if chosen == "cuda" else torch_impl.adamw
     run(shards, step, hyper, grad_scale, found_inf)
 
@@ -91,6 +92,7 @@ def _check_shard(shard: ParameterShard, first: ParameterShard) -> None:
                 "an update in place needs the buffer itself, not a copy"
             )
     expect_same_device("adamw", first=first.param, **tensors)
+    # One launch serves all shards, and has one set of outputs.
     if (shard.weight is None, shard.fp8 is None) != (first.weight is None, first.fp8 is None):
         raise ShapeError(
             "adamw: some shards have a weight or an fp8 weight, others none; expected all alike; "

@@ -104,6 +104,7 @@ class FusedAdam(torch.optim.Optimizer):
             grad_scale=None if scale is None else _scalar(scale.float().reciprocal()),
             found_inf=None if found is None else _scalar(found.float()),
         )
+        # The host counts the step before it knows whether the device took it.
         if found is not None and not self.capturable and bool(found):
             self.retract()
         return loss
@@ -164,6 +165,8 @@ class FusedAdam(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for param, index in zip(group["params"], saved["params"], strict=True):
+                # torch casts state to the parameter's dtype, which would round fp32 moments to
+                # bf16.
                 if param.dtype != torch.float32 and index in state_dict["state"]:
                     self.state[param] = {
                         name: value.to(param.device, copy=True)
@@ -208,6 +211,7 @@ class FusedAdam(torch.optim.Optimizer):
         if not isinstance(before, Tensor):
             before = torch.full((), before, dtype=torch.int64, device=device)
         before = _scalar(before.to(device, torch.int64))
+        # On the device: a skipped step is not counted, without a synchronisation.
         group["step"] = before.add_(1 if found_inf is None else found_inf == 0)
         return group["step"]
 
@@ -230,6 +234,7 @@ def _alike(shards: list[ParameterShard]) -> list[list[ParameterShard]]:
     """Shards that one call of the op takes."""
     kinds: dict[Any, list[ParameterShard]] = {}
     for shard in shards:
+        # A launch has one form of its loop: with or without weight, one dtype of gradients.
         kind = (shard.weight is None, shard.grad.dtype, shard.param.device)
         kinds.setdefault(kind, []).append(shard)
     return list(kinds.values())

@@ -59,6 +59,7 @@ def checked(
             "attention", "q", q, (q.shape[0], k.shape[1], *q.shape[2:]), "its groups are k's heads"
         )
     expect_same_device("attention", q=q, k=k, v=v, q_offsets=where.q_offsets)
+    # On a GPU reading boundaries would stop the host until the device has caught up.
     on_host = q.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_host or dispatch.debug():
         where.validate(q.shape[0], k.shape[0])
@@ -74,6 +75,7 @@ def needs(q: Tensor, k: Tensor, ranges: Ranges, causal: bool) -> tuple[str, ...]
     """What a call asks of an implementation that not every one serves; reads no device memory."""
     of_dtype = need_of(q.dtype)
     is_packed = causal and ranges.num_tokens is not None
+    # Documents side by side that hold all tokens: what libraries take as cu_seqlens.
     if is_packed and ranges.num_tokens == q.shape[0] == k.shape[0]:
         return (of_dtype,)
     return of_dtype, ANY_RANGES
@@ -107,6 +109,7 @@ def aligned(x: Tensor) -> Tensor:
     are_whole = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
     if are_whole and x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
         return x
+    # A view into packed QKV with an odd start, for example.
     return x.clone(memory_format=torch.contiguous_format)
 
 

@@ -92,6 +92,7 @@ class BlockTable:
             PositionError: a number is negative, or a sequence has more keys than slots.
         """
         width = max(map(len, blocks), default=0)
+        # Columns past a sequence's last block are never read; 0 is a block that exists.
         rows = [[*row, *[0] * (width - len(row))] for row in blocks]
         counts = [1] * len(rows) if num_queries is None else num_queries
         offsets, lengths = list(accumulate(counts, initial=0)), list(lengths)
@@ -143,6 +144,7 @@ class BlockTable:
                 f"BlockTable: lengths are {lengths}; expected 0 to {num_slots}, the slots "
                 "of a row of blocks; append blocks"
             )
+        # ceil(length / block_tokens) blocks hold a sequence's keys.
         counts = (-(-length // self.block_tokens) for length in lengths)
         used = [row[:count] for row, count in zip(blocks, counts, strict=True) if count]
         lowest = min(map(min, used), default=0)

@@ -70,6 +70,7 @@ def drawn_cache(case: Case, dtype: torch.dtype) -> CallInputs:
         "values": drawn(of_keys, low=1 / sizes["spread"], high=sizes["spread"]),
     }
     held = _held(blocks, sizes["lengths"], sizes["block_tokens"], total)
+    # What belongs to no sequence is NaN, so that reading it shows in the result.
     tensors["q"][-1] = torch.nan
     for name in ("keys", "values"):
         tensors[name][~held] = torch.nan

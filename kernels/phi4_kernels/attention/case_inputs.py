@@ -49,6 +49,7 @@ def visible_keys(case: Case) -> Tensor:
     counts = torch.zeros(case.sizes["tokens"], dtype=torch.int64)
     offsets, starts, ends = (case.sizes[name] for name in ("offsets", "starts", "ends"))
     for (first, last), k_start, k_end in zip(pairwise(offsets), starts, ends, strict=True):
+        # Query i of m sees all keys of its range but those of the m - 1 - i queries after it.
         after = torch.arange(last - first).flip(0) if case.sizes["causal"] else 0
         counts[first:last] = k_end - k_start - after
     return counts.clamp_(min=0)
@@ -93,7 +94,10 @@ def drawn(case: Case, dtype: torch.dtype) -> CallInputs:
     of_keys = sizes["keys"], sizes["groups"], dim
     tensors = {
         "q": rows(of_queries, high=sizes["high"]),
+        # Keys at one scale: scores then spread as much as the queries' scales say.
         "k": rows(of_keys, low=1.0, high=1.0),
+        # Values from 1 / spread to spread: a row of large values must not drown a small one's
+        # error.
         "v": rows(of_keys, low=1 / sizes["spread"], high=sizes["spread"]),
     }
     return CallInputs(tensors, _constants(case))

@@ -117,6 +117,7 @@ def _make_differentiated(case: Case, dtype: torch.dtype) -> CallInputs:
     inputs = _make(case, dtype)
     if case in _BENCH:
         return inputs
+    # The module's head says why queries of few keys are left out.
     kept = (visible_keys(case) >= _FEWEST_KEYS).nonzero().squeeze(1)
     return CallInputs(inputs.tensors, inputs.constants | {"kept": kept})
 
@@ -126,12 +127,14 @@ def _make_part(case: Case, dtype: torch.dtype) -> CallInputs:
     inputs, tokens = drawn(case, dtype), case.sizes["tokens"]
     whole = Ranges.of([0, tokens], [0], [tokens])
     scale = inputs.constants["scale"]
+    # out and lse over all keys: backward of a part takes the merged ones.
     q, k, v = inputs.tensors.values()
     out, lse = reference.attention_forward(q, k, v, whole, causal=True, scale=scale)
     high = random_inputs.gradient_high(dtype)
     dout = random_inputs.rows(
         tuple(out.shape), dtype, case.generator(), high=high, strided=case.strided
     )
+    # The same here: a query of few keys gets no gradient to lose digits in.
     dout[: _FEWEST_KEYS - 1] = 0.0
     tensors = spoiled(case, {"dout": dout} | inputs.tensors | {"out": out})
     return CallInputs(tensors, inputs.constants | {"lse": lse})
@@ -140,6 +143,7 @@ def _make_part(case: Case, dtype: torch.dtype) -> CallInputs:
 def _cost(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
     sizes, itemsize = case.sizes, dtype.itemsize
     heads, groups, dim = sizes["heads"], sizes["groups"], sizes["dim"]
+    # A causal document of n tokens has n (n + 1) / 2 pairs; n^2 / 2 as in FlashAttention's counts.
     pairs = sum(length**2 for length in sizes["lengths"]) // 2
 
     def cost(products: int, of_queries: int, of_keys: int, rows: int) -> Cost:
@@ -153,6 +157,8 @@ def _cost(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
         flops = products * 2 * pairs * heads * dim
         return Cost(sizes["tokens"] * per_token, flops, formula)
 
+    # Forward: s and p v; reads q, k, v, writes out and lse. Backward: s, dp, dv, dq, dk; reads
+    # dout, q, k, v, out and lse, writes dq, dk, dv.
     return {"forward": cost(2, 2, 2, 1), "backward": cost(5, 4, 4, 1)}
 
 
@@ -164,6 +170,7 @@ def _decode_cost(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
         f"T * (2 * {heads} * {dim} * {dtype.itemsize} + {heads} * 4) B "
         f"+ {keys} * 2 * {groups} * {dim} * {dtype.itemsize} B"
     )
+    # q and out once per query, every cached key and value once, lse.
     moved = tokens * (2 * heads * dim * dtype.itemsize + heads * 4)
     moved += keys * 2 * groups * dim * dtype.itemsize
     return {"forward": Cost(moved, 2 * 2 * keys * heads * dim, formula)}

@@ -69,6 +69,7 @@ def _rows(q_offsets: Tensor) -> list[_Rows]:
     """All documents that have tokens, in order."""
     lengths = q_offsets.diff().tolist()
     found, start = [], 0
+    # Empty documents have no tokens, so those before and after them are neighbours.
     for length, same in groupby(length for length in lengths if length):
         found.append(_Rows(start, len(list(same)), length))
         start += found[-1].num_documents * length
@@ -118,6 +119,8 @@ def _single_backward(
     groups, dtype = (k.shape[1], -1), q.dtype
     dout, q, out = (x.float().unflatten(1, groups) for x in (dout, q, out))
     k, v = (x.float().unsqueeze(2) for x in (k, v))
+    # p = exp(s - lse), ds = p * (dp - delta), as in the definition; a single key makes each sum one
+    # term
     weights = ((q * k).sum(-1) * scale - lse.unflatten(1, groups)).exp().unsqueeze(-1)
     dscores = weights * ((dout * v).sum(-1, keepdim=True) - (dout * out).sum(-1, keepdim=True))
     dq = (dscores * k * scale).flatten(1, 2)

@@ -67,6 +67,7 @@ def _found() -> tuple[_Library | None, tuple[str, ...]]:
     """The first library that is here, and why those before it are not."""
     if not torch.cuda.is_available():
         return None, ("torch finds no CUDA device",)
+    # The newest first: FlashAttention-3 needs Hopper, the others do not.
     absent: list[str] = []
     for load in (_flash_attn_3, _flash_attn_2, _torch_varlen):
         try:
@@ -209,6 +210,7 @@ def forward(
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     at = _Documents(q_offsets, max(max_queries, max_keys), scale, sm_margin)
     out, lse = _called("forward", *map(aligned, (q, k, v)), at)
+    # Theirs is [N, T], ours [T, N]: rows of a query together, as all implementations here have it.
     return out, lse.t().contiguous()
 
 

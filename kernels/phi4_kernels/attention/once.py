@@ -44,8 +44,10 @@ def once(
     q_offsets = boundaries[0]
     if _is_capturing(q_offsets):
         return make()
+    # Inference tensors have no version counter.
     versions = tuple(0 if x.is_inference() else x._version for x in boundaries)
     derived = _derived.get(q_offsets)
+    # Boundaries that were overwritten since make another table.
     if derived is None or derived.versions != versions:
         _derived[q_offsets] = derived = _Derived(versions)
     # Kernels of another stream would not wait for what this one makes.

@@ -150,6 +150,7 @@ def attention_backward(
     name = dispatch.resolve("attention", implementation, q.device, None, asked)
     check_head_dim(q, name)
     q = for_implementation(q, name)
+    # Kernels index rows by strides, but the elements of a row by 1.
     tensors = (_unit_stride(dout), q, k, v, _unit_stride(out), lse.contiguous())
     where = (ranges.q_offsets, ranges.k_starts, ranges.k_ends)
     longest = (ranges.max_queries, ranges.max_keys)
@@ -183,6 +184,7 @@ class _AttentionFunction(torch.autograd.Function):
         out, lse = _forward(q, k, v, *where, *longest, causal, scale, sm_margin, name)
         ctx.save_for_backward(q, k, v, out, lse, *where)
         ctx.constants = *longest, causal, scale, sm_margin, name
+        # A gradient of lse would need a term that the kernels do not compute.
         ctx.mark_non_differentiable(lse)
         return out, lse
 

@@ -93,6 +93,7 @@ class Ranges:
             torch.tensor(list(part), dtype=torch.int32, device="cpu")
             for part in (q_offsets, k_starts, k_ends)
         )
+        # Checked on the host, before anything is on the device.
         cls(offsets, starts, ends, 0, 0).validate()
         most, most_keys = (
             int(part.max()) if part.numel() else 0 for part in (offsets.diff(), ends - starts)
@@ -115,6 +116,7 @@ class Ranges:
     def _spans(self) -> list[tuple[str, int, int]]:
         """Name, start and end of the stretches of queries and keys; 0 and 0 without ranges."""
         keys = zip(self.k_starts.tolist(), self.k_ends.tolist(), strict=True)
+        # Starts and ends in turn ascend exactly if ranges are in order and do not overlap.
         edges = [edge for pair in keys for edge in pair]
         spans = []
         for name, values in (("q_offsets", self.q_offsets.tolist()), ("key ranges", edges)):
@@ -136,6 +138,7 @@ class Ranges:
 def _num_tokens(q_offsets: Tensor, k_starts: Tensor, k_ends: Tensor) -> int | None:
     """See Ranges.num_tokens; reads the boundaries."""
     begins, ends = q_offsets[:-1], q_offsets[1:]
+    # Documents side by side: queries and keys of each are the same tokens, from token 0 on.
     if q_offsets[0] or not (torch.equal(begins, k_starts) and torch.equal(ends, k_ends)):
         return None
     return int(q_offsets[-1])

@@ -138,6 +138,7 @@ def attend(
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     for rows, scores in _plain_scores(q, k, causal, scale):
         part = torch.logsumexp(scores, -1)
+        # p = exp(s - lse), in the memory of s
         weights = scores.sub_(part.unsqueeze(-1)).exp_()
         out[:, :, rows] = (weights @ v.unsqueeze(2)).flatten(1, 2)
         lse[:, :, rows] = part.flatten(1, 2)
@@ -180,6 +181,7 @@ def _plain_scores(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Scores [B, K, N / K, rows, L] of some queries at a time."""
     (batch, num_heads, num_queries, _), num_keys = q.shape, k.shape[2]
+    # As many queries as fit the limit, at least one: s of all of them may not fit in memory.
     step = max(1, _SCORES // (batch * num_heads * num_keys))
     for start in range(0, num_queries, step):
         rows = slice(start, min(start + step, num_queries))
@@ -204,13 +206,16 @@ def _plain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = (k.shape[1], -1)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    # delta = sum_d dout_d * out_d
     delta = (dout * out).sum(-1, keepdim=True)
     for rows, scores in _plain_scores(q, k, causal, scale):
         dout_rows, delta_rows, q_rows, lse_rows = (
             x[:, :, rows].unflatten(1, groups) for x in (dout, delta, q, lse.unsqueeze(-1))
         )
+        # p = exp(s - lse), dv += p^T dout
         weights = scores.sub_(lse_rows).exp_()
         dv += (weights.mT @ dout_rows).sum(2)
+        # ds = p * (dp - delta) * scale, dq = ds k, dk += ds^T q
         dscores = (dout_rows @ v.unsqueeze(2).mT).sub_(delta_rows).mul_(weights).mul_(scale)
         dq[:, :, rows] = (dscores @ k.unsqueeze(2)).flatten(1, 2)
         dk += (dscores.mT @ q_rows).sum(2)
@@ -218,6 +223,7 @@ def _plain_backward(
 
 
 def _merged(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    # lse = log(exp(lse1) + exp(lse2)); each part weighs exp(lse_i - lse).
     total = torch.logaddexp(lse, more_lse)
     first, second = ((part - total).exp().unsqueeze(-1) for part in (lse, more_lse))
     return (out * first + more * second).to(out.dtype), total

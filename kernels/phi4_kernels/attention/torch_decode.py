@@ -53,6 +53,7 @@ def decode_plan(
         return _slots(blocks, lengths, block_tokens), plan
 
     where = q_offsets, blocks, lengths
+    # On a CPU one padded call costs less than a call per sequence.
     if q.device.type == "cpu" and q.shape[0] == lengths.numel():
         settings = ("torch", "decode padded", block_tokens)
         batches = once(where, settings, lambda: _padded(*where, block_tokens))
@@ -91,6 +92,7 @@ def _padded(q_offsets: Tensor, blocks: Tensor, lengths: Tensor, block_tokens: in
     starts, first, longest, total = [0], 0, 0, 0
     for row, count in enumerate(counts):
         longest, total = max(longest, count), total + count
+        # sequences * longest > 2 * keys: more than half of the batch would be padding.
         if (row + 1 - first) * longest > 2 * total:
             starts.append(row)
             first, longest, total = row, count, count
@@ -136,4 +138,5 @@ def _slots_of_blocks(blocks: Tensor, block_tokens: int) -> Tensor:
 def _slots(blocks: Tensor, lengths: Tensor, block_tokens: int) -> Tensor:
     """[U], int64: the slots of all keys, one sequence after the other."""
     slots = _slots_of_blocks(blocks, block_tokens)
+    # Slots past a sequence's length belong to other sequences or to none.
     return slots[torch.arange(slots.shape[1], device=blocks.device) < lengths.unsqueeze(1)]

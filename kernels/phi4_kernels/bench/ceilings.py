@@ -29,6 +29,7 @@ NOMINAL = Ceilings(4.3e12, 790e12)
 
 def measure() -> Ceilings:
     """Measure both on the current CUDA device."""
+    # Random bytes, and random factors below: zeros draw less power, so clocks rise.
     source = torch.randint(256, (_COPY_BYTES,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     a, b = (torch.randn(_MATMUL, _MATMUL, device="cuda").bfloat16() for _ in range(2))
@@ -36,6 +37,8 @@ def measure() -> Ceilings:
     matmul = sample_seconds({"matmul": lambda: a @ b}, _SAMPLES)["matmul"]
     median = _SAMPLES // 2
     return Ceilings(
+        # Each byte is read once and written once; a product of n^3 is n^3 multiplications and
+        # additions.
         2 * _COPY_BYTES / sorted(copy)[median],
         2 * _MATMUL**3 / sorted(matmul)[median],
         torch.cuda.get_device_properties(0).L2_cache_size,

@@ -67,6 +67,7 @@ def _is_right(entry: Entry, run: Callable[..., Any]) -> bool:
                 raise
         else:
             break
+    # The same rule as for our kernels: a fast provider that is wrong is marked in its row.
     truth = numerics.evaluate(entry.reference, numerics.converted(inputs, numerics.doubled), None)
     eager = numerics.evaluate(entry.reference, inputs, None)
     try:
@@ -98,6 +99,7 @@ def _prepared(
 
 
 def _forward(run: Callable[..., Any], inputs: CallInputs) -> Any:
+    # Autograd's bookkeeping is not the kernel's time.
     with torch.no_grad():
         return run(**inputs.tensors, **inputs.constants)
 
@@ -116,6 +118,7 @@ def _backward(run: Callable[..., Any], inputs: CallInputs) -> Callable[[], Any]:
 
 def _memory(task: Pass, run: Callable[..., Any], inputs: CallInputs) -> dict[str, int]:
     """Peak bytes over the inputs, and bytes that autograd keeps besides them."""
+    # Inputs live anyway; only what the function keeps besides them counts.
     given = {tensor.data_ptr() for tensor in inputs.tensors.values()}
     saved: dict[int, int] = {}
 
@@ -146,14 +149,17 @@ def measure(task: Pass, found: list[Variant], ceilings: Ceilings) -> list[dict[s
     Raises:
         GateError: a time is under the floor, so the measurement is wrong.
     """
+    # max(bytes / copy rate, FLOPs / product rate)
     floor = task.cost.floor_seconds(ceilings.bytes_per_second, ceilings.flops_per_second)
     num_sets = timing.num_input_sets(task.cost.bytes)
     sets = [_drawn(task) for _ in range(num_sets)]
     stream, replays, calls = torch.cuda.Stream(), {}, {}
+    # Calls of a replay: every input set equally often, and long enough for the clock.
     count = num_sets * timing.repeats(floor, num_sets)
     for variant in found:
         try:
             calls[variant.name] = _prepared(task, variant.run, sets, stream)
+            # Once outside of the graph: compilation and allocation cannot be captured.
             for call in calls[variant.name]:
                 call()
             torch.cuda.synchronize()
@@ -257,6 +263,7 @@ def best_of_torch(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     plain = {row["provider"]: row for row in measured if row["provider"] in ("torch", "compile")}
     if not plain:
         return measured
+    # `torch` in a comparison is the faster of its two forms.
     fastest = min(plain.values(), key=lambda row: row["p50_us"])
     way = "eager" if fastest["provider"] == "torch" else "compile"
     others = [row for row in measured if row["provider"] not in plain]

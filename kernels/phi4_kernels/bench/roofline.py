@@ -18,6 +18,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     bandwidth, peak = mine[-1]["copy_bytes_per_second"], mine[-1]["matmul_flops_per_second"]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    # rate <= min(peak, bandwidth * intensity); the lines meet at peak / bandwidth
     corners = (0.1, peak / bandwidth, 1e4)
     axes.plot(corners, [min(peak, bandwidth * x) / 1e12 for x in corners], color="black")
     for provider in sorted({row["provider"] for row in mine}):

@@ -38,6 +38,7 @@ def verdict(op: str, candidate: str, ratios: dict[str, float]) -> dict[str, Any]
         "source": registry.source_digest(op, candidate),
         "against_source": registry.source_digest(op, against),
         "ratios": {name: round(ratio, 4) for name, ratio in ratios.items()},
+        # In every pass of every case: no mean lets a slow case hide behind fast ones.
         "faster": bool(ratios) and max(ratios.values()) < 1.0,
     }
 
@@ -45,6 +46,7 @@ def verdict(op: str, candidate: str, ratios: dict[str, float]) -> dict[str, Any]
 def ratios(entry: Entry, candidate: str) -> dict[str, float]:
     """Median time of the candidate over that of the other, per case and pass, in bf16."""
     names = (candidate, SPEED_GATED[candidate])
+    # Both must be right before their times mean anything.
     for name in names:
         measure.require_green(entry, name)
     run = entry.timed or entry.function

@@ -19,6 +19,8 @@ _HOST_CALLS = 30
 def num_input_sets(bytes_per_set: int) -> int:
     """Input sets that together are several times the L2 cache."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    # ceil(3 * L2 / bytes of a set): when a set's turn comes again, three times the cache has
+    # passed.
     return max(2, -(-_L2_TURNOVER * l2_bytes // max(bytes_per_set, 1)))
 
 
@@ -33,12 +35,14 @@ def sample_seconds(
             run()
     torch.cuda.synchronize()
     for sample in range(num_samples):
+        # The first of a round changes, so that no variant always follows the same one.
         shift = sample % len(names)
         for name in names[shift:] + names[:shift]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             variants[name]()
             end.record()
+            # Awaited one by one: a queue of launches would time the queue.
             end.synchronize()
             times[name].append(start.elapsed_time(end) / 1e3)
     return times
@@ -47,6 +51,7 @@ def sample_seconds(
 def captured(calls: list[Callable[[], Any]], stream: torch.cuda.Stream) -> Callable[[], Any]:
     """A graph that makes all calls in order."""
     graph = torch.cuda.CUDAGraph()
+    # Captured: launches of a replay follow each other without the host.
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
@@ -63,6 +68,7 @@ def host_seconds(call: Callable[[], Any]) -> float:
     times = []
     torch.cuda.synchronize()
     for _ in range(_HOST_CALLS):
+        # Without waiting: what the call costs before the device has done anything.
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

@@ -72,6 +72,7 @@ def _targets(case: Case, logits: Tensor, generator: torch.Generator) -> Tensor:
 def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     generator = case.generator()
     shape = (case.sizes["tokens"], case.sizes["vocabulary"])
+    # Peaked: at 1e3 nothing but the largest logit would have a probability above 0.
     high = 30.0 if case.sizes.get("peaked") else 1e3
     logits = random_inputs.rows(shape, dtype, generator, high=high, strided=case.strided)
     constants: dict[str, Any] = {
@@ -123,6 +124,7 @@ def _shards_in_place(
         VocabularyShard(None, num_ranks, rank * width, vocabulary) for rank in range(num_ranks)
     ]
     pairs = list(zip(logits.split(width, dim=1), shards, strict=True))
+    # What an all-gather over the ranks would give.
     gathered = [op.run_statistics(part, targets, options, mine, name) for part, mine in pairs]
     losses, log_probs, normalizer = op.run_combine(
         torch.cat(gathered), targets, weights, options, shards[0], name
@@ -158,6 +160,7 @@ def _whole(
 def _cost(case: Case, dtype: torch.dtype, *, passes: int) -> dict[str, Cost]:
     elements = case.sizes["tokens"] * case.sizes["vocabulary"]
     formula = f"{passes} * T * {case.sizes['vocabulary']} * {dtype.itemsize} B"
+    # exp, subtraction, sum and maximum per logit; bytes decide by far.
     flops = 4 * passes * elements
     return {"forward": Cost(passes * elements * dtype.itemsize, flops, formula)}
 

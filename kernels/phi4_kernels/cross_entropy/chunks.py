@@ -66,7 +66,7 @@ class Head(NamedTuple):
     def gathered(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The chunks' spans and hidden states: this rank's rows, or those of all ranks one after
         the other. Each is gathered while the one before it is computed with."""
-        # One chunk ahead: its all-gather runs beside the products of the chunk before.
+        # One chunk ahead: its all-gather overlaps the products of the previous chunk.
         before: tuple[slice, Callable[[], Tensor]] | None = None
         for span in self.spans(rows.shape[0]):
             started = self._gather(rows[span])

@@ -43,10 +43,12 @@ def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     generator, sizes = case.generator(), case.sizes
     tokens, width, vocabulary = sizes["tokens"], sizes["hidden"], sizes["vocabulary"]
     hidden = random_inputs.rows((tokens, width), dtype, generator, high=10.0, strided=case.strided)
+    # Rows of norm about 1: logits have the scale of the hidden state's row.
     weight = torch.randn((vocabulary, width), generator=generator) / math.sqrt(width)
     weight = weight.to(dtype)
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     if sizes.get("peaked"):
+        # Targets that the model is sure of: a loss near 0 is a difference of almost equal numbers.
         targets[: tokens - 1] = (hidden.float() @ weight.float().t()).argmax(-1)[: tokens - 1]
     options = {key: sizes[key] for key in ("label_smoothing", "z_loss") if key in sizes}
     targets[tokens - round(sizes.get("ignored", 0.2) * tokens) :] = LossOptions().ignore_index

@@ -45,7 +45,7 @@ def _gradient(
 
 @triton.jit
 def _zero(row_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """No gradient for a whole row."""
+    """Zero gradient for a row."""
     for start in range(0, WIDTH, BLOCK):
         cols = columns_of(start, BLOCK)
         zeros = tl.zeros((BLOCK // PACK, PACK), row_ptr.dtype.element_ty)

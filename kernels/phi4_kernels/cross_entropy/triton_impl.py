@@ -30,7 +30,7 @@ COMBINE_BLOCK = 128
 
 @cache
 def _block(widest: int, width: int) -> int:
-    # A block no wider than the shard, in whole packs.
+    # A block no wider than the shard, and a multiple of a pack.
     return max(PACK.value, min(widest, triton.next_power_of_2(width)))
 
 

@@ -139,7 +139,7 @@ def cross_entropy_forward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses of one rank that has the whole vocabulary: a program per row."""
+    """Losses of one rank that has the full vocabulary: a program per row."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row).to(tl.int64)
     row_max = 0.0

@@ -70,6 +70,7 @@ def _cost(scale_bytes: Any, text: str) -> Any:
         size = rows * columns
         return {
             "forward": Cost(
+                # Read once, written in two layouts of a byte each.
                 (dtype.itemsize + 2) * size + scale_bytes(rows, columns),
                 4 * size,
                 f"T * C * ({dtype.itemsize} + 2) B{text}",
@@ -80,10 +81,12 @@ def _cost(scale_bytes: Any, text: str) -> Any:
 
 
 def _line_bytes(rows: int, columns: int) -> int:
+    # An fp32 scale per 128 elements of a row, and per 128 of a column for the transpose.
     return 4 * (rows * ceil_div(columns, 128) + columns * ceil_div(rows, 128))
 
 
 def _tile_bytes(rows: int, columns: int) -> int:
+    # One per tile, which both layouts share.
     return 4 * ceil_div(rows, 128) * ceil_div(columns, 128)
 
 

@@ -27,6 +27,7 @@ def cast_blocks(
     rowwise, transposed, inverse, inverse_t, _ = _launch(x, None, scaling, dtype, columnwise)
     if not columnwise:
         return rowwise, inverse, None, None
+    # A tile's scale serves both layouts, so that of the transpose is the transpose.
     if scaling == _TILE:
         inverse_t = inverse.t().contiguous()
     return rowwise, inverse, transposed, inverse_t
@@ -44,6 +45,7 @@ def _fake_cast(
     rows, columns = x.shape
     fp8 = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
     down, across = ceil_div(rows, reference.BLOCK), ceil_div(columns, reference.BLOCK)
+    # By _TENSOR, _LINE, _TILE.
     inverse = ((0, 0), (rows, across), (down, across))[scaling]
     by_line = scaling == _LINE and columnwise
     return (

@@ -21,4 +21,5 @@ def cast_blocks(
     rowwise, inverse = reference.cast_blocks(x, block_rows, dtype)
     if not columnwise:
         return rowwise, inverse, None, None
+    # A line of the transpose holds other elements, so it is cast separately.
     return rowwise, inverse, *reference.cast_blocks(x.t().contiguous(), block_rows, dtype)

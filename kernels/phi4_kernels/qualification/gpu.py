@@ -32,6 +32,7 @@ class GpuProver:
     def __init__(self, device: torch.device, jobs: int | None = None) -> None:
         self.machine = machine_of(device)
         self._device = device
+        # Cores that this process may use, which a container makes fewer than the machine has.
         self._jobs = jobs or min(_LARGEST_NUM_JOBS, len(os.sched_getaffinity(0)))
 
     def columns(self) -> Row:
@@ -42,6 +43,7 @@ class GpuProver:
         self, candidates: Sequence[Candidate], seconds: float
     ) -> Iterator[tuple[Candidate, dict[str, Any] | None]]:
         """See `qualify.Prover`. All checks are handed out at once: compilation is most of it."""
+        # One deadline for all: what is not done by then is left for the next run.
         deadline = time.monotonic() + seconds
         tasks = {candidate: two_sizes(*candidate) for candidate in candidates}
         num_checks = sum(map(len, tasks.values()))
@@ -68,6 +70,7 @@ class GpuProver:
     def _judged(
         self, candidate: Candidate, checks: list[gates.Check], outcomes: list[float | str | None]
     ) -> dict[str, Any] | None:
+        # One check without a result, and nothing is known of the candidate.
         if None in outcomes:
             return None
         red = {}
@@ -97,6 +100,8 @@ def two_sizes(op: str, implementation: str) -> list[gates.Check]:
         if not checks:
             continue
         dtype = "bf16" if any(check[2] == "bf16" for check in checks) else checks[0][2]
+        # The largest case meets all paths; the medium one is another row of the ladder, or another
+        # tail.
         volumes = {case.name: _volume(case) for case in entry.proof_cases}
         sized = sorted((c for c in checks if c[2] == dtype), key=lambda c: (volumes[c[1]], c[1]))
         found += [sized[len(sized) // 2], sized[-1]] if len(sized) > 1 else sized

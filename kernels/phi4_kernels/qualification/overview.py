@@ -68,6 +68,7 @@ def _margins(op: str, name: str) -> OpTable:
     """How much of the error rule each function uses up, on two sizes of each."""
     where = "on the GPU" if torch.cuda.is_available() else _HOST_FORMS.get(name, "on the CPU")
     title = f"Error rule, {name} {where}; 1.00 is the limit"
+    # An absent library is reported, not left out.
     if reason := registry.missing(op, name):
         return OpTable(title, (), (), f"not run: {reason}")
     if name == "gluon" and not torch.cuda.is_available():

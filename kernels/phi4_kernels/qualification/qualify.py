@@ -105,10 +105,13 @@ def qualify(
         # Read under the lock: another rank or run may just have made them.
         work = _Qualifying(prover, kept, dispatch.known())
         known = KernelEvidence((), work.evidence.speed) if again else work.evidence
+        # Proofs first, at most 70% of the time: a kernel without a proof never runs, one without
+        # times does.
         missing = _unproven(machine, known, ops)
         work.prove(missing, max(0.0, begun + _PROOF_SHARE * limit_seconds - clock()))
         known = KernelEvidence(tuple(work.rows)) if again else work.evidence
         for op, names in _untimed(machine, known, ops):
+            # What has no times yet is timed by the next run.
             if clock() - begun >= limit_seconds:
                 break
             work.time(op, names)

@@ -35,6 +35,7 @@ def _make(case: Case, dtype: torch.dtype, *, add: bool) -> CallInputs:
     generator = case.generator()
     shape = (case.sizes["rows"], case.sizes["hidden"])
     weight_dtype = torch.float32 if case.sizes.get("fp32_weight") else dtype
+    # Weights near 1, as a trained norm has them; not all alike, so that a permuted one shows.
     noise = torch.randn(shape[1], generator=generator, dtype=torch.float64)
     tensors = {
         "x": random_inputs.rows(shape, dtype, generator, strided=case.strided),
@@ -77,6 +78,8 @@ def _fp8(columnwise: bool) -> Any:
 
 
 def _cost(case: Case, dtype: torch.dtype, *, forward: int, backward: int) -> dict[str, Cost]:
+    # Forward reads x and writes y (with a residual two of each); backward reads dy and x, writes
+    # dx.
     elements = case.sizes["rows"] * case.sizes["hidden"]
 
     def cost(passes: int, flops: int) -> Cost:

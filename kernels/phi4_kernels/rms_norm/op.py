@@ -219,6 +219,7 @@ class _RMSNormFunction(torch.autograd.Function):
         rows = rows_of(x)
         y, rstd = _rms_norm_forward(rows, weight, eps, name)
         ctx.name = name
+        # Not y: backward makes x^ = x * rstd from what autograd keeps anyway.
         ctx.save_for_backward(rows, weight, rstd)
         return y.view(x.shape)
 
@@ -239,6 +240,7 @@ class _AddRMSNormFunction(torch.autograd.Function):
         rows, added = rows_of(x), rows_of(residual)
         y, total, rstd = _add_rms_norm_forward(rows, added, weight, eps, name)
         ctx.name = name
+        # The sum is what was normalised; neither of its summands is needed.
         ctx.save_for_backward(total, weight, rstd)
         return y.view(x.shape), total.view(x.shape)
 
@@ -248,6 +250,7 @@ class _AddRMSNormFunction(torch.autograd.Function):
         total, weight, rstd = ctx.saved_tensors
         dy_rows, dtotal_rows = rows_of(dy), rows_of(dtotal)
         dx, dweight = _rms_norm_backward(dy_rows, dtotal_rows, total, weight, rstd, ctx.name)
+        # The sum's gradient is that of both summands.
         return dx.view(dy.shape), dx.view(dy.shape), dweight.to(weight.dtype), None, None
 
 
@@ -262,6 +265,7 @@ class _SumGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable("rms_norm")
     def backward(ctx: Any, dweight: Tensor) -> tuple[Tensor, None]:
+        # Ranks of a sequence-parallel group have tokens each: dweight is the sum over all of them.
         summed = dweight.clone()
         dist.all_reduce(summed, group=ctx.group)
         return summed.to(ctx.dtype), None

@@ -62,6 +62,7 @@ def _layout(case: Case) -> QKVLayout:
 def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     generator, layout = case.generator(), _layout(case)
     tokens, where = case.sizes["tokens"], case.sizes["where"]
+    # Ids come from all of a long table, in no order, as packed documents' positions do.
     num_positions = 16384 if where == "ids" else max(tokens, 1)
     cos, sin = _tables(num_positions, case.sizes.get("rotary", layout.head_dim))
     constants = {"layout": layout, "cos": cos, "sin": sin}
@@ -86,10 +87,12 @@ def _cost(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
     tables = f"T * 2 * {half} * 4 B"
 
     def cost(heads: int) -> Cost:
+        # Read and written in place, and a row of cos and one of sin per token.
         per_token = 2 * heads * layout.head_dim * dtype.itemsize + 2 * half * 4
         formula = f"2 * T * {heads} * {layout.head_dim} * {dtype.itemsize} B + {tables}"
         return Cost(tokens * per_token, tokens * rotated * half * 6, formula)
 
+    # Backward also packs dv, which forward does not touch.
     return {"forward": cost(rotated), "backward": cost(rotated + layout.num_groups)}
 
 

@@ -47,8 +47,10 @@ class QKVLayout:
         """Views of packed [T, width]: q [T, G, Q, D], k [T, G, D], v [T, G, D]."""
         groups, queries = self.num_groups, self.queries_per_group
         if self.order == "grouped":
+            # Per group: Q queries, then its key, then its value.
             slots = packed.view(-1, groups, queries + 2, self.head_dim)
             return slots[:, :, :queries], slots[:, :, queries], slots[:, :, queries + 1]
+        # All queries, then all keys, then all values.
         heads = packed.view(-1, groups * (queries + 2), self.head_dim)
         q, k, v = heads.split((self.num_query_heads, groups, groups), dim=1)
         return q.unflatten(1, (groups, queries)), k, v

@@ -190,6 +190,7 @@ class _RopeQKVFunction(torch.autograd.Function):
         if name == "torch":
             torch_impl.forward(packed, layout, cos, sin, position_ids, cu_seqlens)
             return layout.split(packed)
+        # Views: both head orders are strides to the kernel.
         q, k, v = layout.split(packed)
         _rope_forward(q, k, cos, sin, position_ids, cu_seqlens, name)
         return q, k, v
@@ -201,6 +202,7 @@ class _RopeQKVFunction(torch.autograd.Function):
         if ctx.name == "torch":
             packed = torch_impl.backward(dq, dk, dv, layout, *tables)
         else:
+            # A gradient may be a broadcast or transposed view, which the kernel cannot index.
             dq, dk, dv = (_unit_stride(gradient) for gradient in (dq, dk, dv))
             sizes = (layout.num_groups, layout.queries_per_group, layout.head_dim)
             packed = _rope_backward(dq, dk, dv, *sizes, layout.order, *tables, ctx.name)

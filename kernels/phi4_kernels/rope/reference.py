@@ -22,6 +22,7 @@ def positions(
     if cu_seqlens is None:
         return tokens
     starts = cu_seqlens[:-1].to(tokens.dtype)
+    # The last document that starts at or before the token; empty ones hold none.
     index = torch.searchsorted(starts, tokens, right=True) - 1
     return tokens - starts[index.clamp(min=0)]
 
@@ -37,6 +38,7 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     shape = (cos.shape[0],) + (1,) * (heads.dim() - 2) + (half,)
     cos, sin = cos.view(shape), sin.view(shape)
+    # a' = a cos t - b sin t, b' = b cos t + a sin t; a and b are the halves, not neighbours
     a, b, rest = widened(heads).split((half, half, heads.shape[-1] - 2 * half), dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(heads.dtype)
 

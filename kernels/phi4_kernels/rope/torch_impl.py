@@ -11,6 +11,7 @@ def _rotate(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor) -> None:
     half = cos.shape[-1]
     shape = (cos.shape[0],) + (1,) * (source.dim() - 2) + (half,)
     cos, sin = cos.view(shape), sin.view(shape)
+    # Both halves are read before either is written: source and target may be one.
     a, b = source[..., :half].float(), source[..., half : 2 * half].float()
     first, second = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
     target[..., :half].copy_(first)
@@ -45,6 +46,7 @@ def backward(
 ) -> Tensor:
     """Gradient of the packed projection [T, width]."""
     at = reference.positions(dq.shape[0], position_ids, cu_seqlens, dq.device)
+    # The inverse of a rotation by t is one by -t.
     cos, sin = reference.angles(cos, at), -reference.angles(sin, at)
     packed = dq.new_empty(dq.shape[0], layout.width)
     q, k, v = layout.split(packed)

@@ -44,6 +44,7 @@ def _make(case: Case, dtype: torch.dtype) -> CallInputs:
 def _make_linear(case: Case, dtype: torch.dtype) -> CallInputs:
     generator = case.generator()
     weight = torch.randn(24, case.sizes["width"], generator=generator, dtype=torch.float64)
+    # Columns of norm 1, so that the product is of the activation's size.
     weight = (weight / case.sizes["width"] ** 0.5).to(dtype)
     return CallInputs(_make(case, dtype).tensors | {"weight": weight})
 
@@ -109,6 +110,7 @@ ENTRIES = (
         function=op.swiglu,
         reference=reference.swiglu,
         make=_make,
+        # Elements of [T, F] that are moved: gate, up, out; backward dout, gate, up, dgate, dup.
         cost=_cost({"forward": (3, 0, 6), "backward": (5, 0, 12)}),
     ),
     _entry(
@@ -118,6 +120,7 @@ ENTRIES = (
         function=_backward,
         reference=reference.swiglu_backward,
         make=_make_backward,
+        # The backward pass, and the product written once more.
         cost=_cost({"forward": (6, 0, 13)}),
         differentiable=False,
     ),
@@ -139,6 +142,7 @@ ENTRIES = (
         function=_ROWWISE[0],
         reference=_ROWWISE[1],
         make=_make_fp8,
+        # gate and up in the input's dtype, out in e4m3; columnwise its transpose too.
         cost=_cost({"forward": (2, 1, 7)}),
         differentiable=False,
     ),

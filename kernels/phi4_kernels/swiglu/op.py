@@ -56,6 +56,7 @@ def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
     if name == "torch":
         return torch_impl.swiglu(gate_up)
     rows = rows_of(gate_up)
+    # Without a graph to build, the Function's own cost is left out.
     run = _SwiGLUFunction.apply if needs_graph(rows) else _swiglu_forward
     out = run(rows, name)
     return out if gate_up.dim() == 2 else out.view(*gate_up.shape[:-1], width)
@@ -187,6 +188,7 @@ class _SwiGLULinearFunction(torch.autograd.Function):
     @once_differentiable("swiglu_linear")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
         gate_up, weight = ctx.saved_tensors
+        # dgate_up and, from the same read, the product again: dweight = dout^T product
         gradient, product = _backward(dout @ weight, gate_up, True, ctx.name)
         return gradient, dout.t() @ product, None
 

@@ -47,8 +47,10 @@ def write(found: dict[str, Found], entries: Collection[str]) -> None:
     FOLDER.mkdir(exist_ok=True)
     known = load() if path().exists() else {}
     others = registry.entries().keys() - set(entries)
+    # Other ops' budgets stay: `--op` writes one op's alone.
     kept = {key: value for key, value in known.items() if key.partition("/")[0] in others}
     budgets = kept | found
+    # A line per kernel: the diff shows which ones changed.
     lines = [f"  {json.dumps(key)}: {json.dumps(budgets[key])}" for key in sorted(budgets)]
     path().write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

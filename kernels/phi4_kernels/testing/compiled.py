@@ -112,6 +112,7 @@ class _CompileOnlyDriver(DriverBase):
 def count_instructions(sass: str) -> dict[str, int]:
     """Occurrences of the instructions that the gate looks at."""
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in _PATTERNS.items()}
+    # DEPBAR waits for all but N products: text between two waits runs while N are in flight.
     waits = re.split(r"\bWARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", sass)
     between = [text for text, left in zip(waits[2::2], waits[1::2], strict=True) if left != "0x0"]
     return counts | {"hidden_exponentials": sum(text.count("MUFU.EX2") for text in between)}
@@ -189,6 +190,7 @@ def _compile_entry(entry: Entry, implementation: str, kernels: dict[str, Any]) -
 
 def _read_all(compiled: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Resources by key; equal machine code is read once, two at a time."""
+    # Many cases compile to the same code: disassembling is the slow part.
     distinct = {kernel.asm["cubin"]: kernel for kernel in compiled.values()}
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(distinct, pool.map(read_resources, distinct.values()), strict=True))
@@ -203,6 +205,7 @@ def compile_all(entries: Iterable[Entry]) -> tuple[dict[str, dict[str, int]], li
 
     def recorded(ladder: launch.Ladder, size: int) -> launch.Launch:
         row = pick(ladder, size)
+        # By identity, as equal ladders of two ops are two.
         ladders[id(ladder)] = ladder
         reached.add((id(ladder), ladder.index(row)))
         return row

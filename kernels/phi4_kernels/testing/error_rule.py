@@ -26,6 +26,7 @@ class Margin:
 def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
     """Spacing of `dtype` at each |magnitude|, subnormals included."""
     info = torch.finfo(dtype)
+    # ulp(x) = eps * 2^floor(log2 |x|); below the least normal number the spacing is constant.
     exponent = torch.floor(torch.log2(magnitude.clamp(min=info.smallest_normal)))
     return info.eps * 2.0**exponent
 
@@ -56,9 +57,13 @@ def check(name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> Margin:
         return Margin(0.0, 0.0)
     values, plain, exact = _as_rows(ours), _as_rows(eager), _as_rows(truth)
     error, eager_error = (values - exact).abs(), (plain - exact).abs()
+    # max |ours - truth| <= 2 max |eager - truth| + ulp(max |truth|)
     bound = 2 * eager_error.max() + ulp(exact.abs().max(), ours.dtype)
     norm = exact.norm(dim=1)
+    # eager's worst relative row error: max over rows of |eager - truth| / |truth|, in L2
     relative = torch.where(norm > 0, eager_error.norm(dim=1) / norm, 0.0).max()
+    # |ours - truth| <= 2 * that * |truth| + ulp(max |truth|), row by row: a large row cannot hide a
+    # small one
     row_bound = 2 * relative * norm + ulp(exact.abs().amax(dim=1), ours.dtype)
     row_margins = error.norm(dim=1) / row_bound
     margin = Margin(float(error.max() / bound), float(row_margins.max()))

@@ -45,6 +45,7 @@ def machine() -> dict[str, str]:
 
 def _commit() -> str:
     """The checkout's commit, with a + where files differ from it."""
+    # The row must show that its files are in no commit.
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     dirty = "+" if _output("git", "status", "--porcelain", "--", ".") else ""
     return f"{commit}{dirty}" if commit else "unknown"

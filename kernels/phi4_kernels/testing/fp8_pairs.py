@@ -21,11 +21,13 @@ def lost(ptx: str) -> list[str]:
     joined: set[str] = set()
     for line in ptx.splitlines():
         code = line.partition("//")[0]
+        # A register that is written again starts a new count.
         if conversion := _CONVERSION.search(code):
             pairs[conversion[1]] = 0
             continue
         for register in set(_REGISTER.findall(code)) & pairs.keys():
             readers[register] = readers.get(register, 0) + 1
+            # `{%rs1, %rs2}` makes a word of two pairs; in a .b8 access each is a byte of its own.
             if _JOINED.search(code) and ".b8" not in code:
                 joined.add(register)
     return sorted(register for register in joined if readers[register] > 1)

@@ -81,6 +81,7 @@ def red_cases(op: str, implementation: str, device: str, jobs: int = 1) -> dict[
     ops = [entry for entry in registry.entries().values() if entry.op == op]
     checks = [check for entry in ops for check in names(entry, implementation)]
     run = partial(outcome_of, implementation, device)
+    # In this process, so that a debugger or profiler can attach.
     if jobs == 1:
         outcomes = [run(check) for check in checks]
     else:
@@ -97,6 +98,7 @@ def red_cases(op: str, implementation: str, device: str, jobs: int = 1) -> dict[
 def _shared(run: Callable[[Check], float | str], checks: list[Check], jobs: int) -> list:
     """Outcomes from spawned processes, each for a few checks: a fault on a device stays in one."""
     spawned = multiprocessing.get_context("spawn")
+    # Spawned, not forked: CUDA does not survive a fork.
     with spawned.Pool(min(jobs, len(checks) or 1), maxtasksperchild=_CHECKS_PER_PROCESS) as pool:
         waiting = [pool.apply_async(run, (check,)) for check in checks]
         return [_awaited(result) for result in waiting]
@@ -104,6 +106,7 @@ def _shared(run: Callable[[Check], float | str], checks: list[Check], jobs: int)
 
 def _awaited(result: Any) -> float | str:
     try:
+        # The result of a process that died never arrives.
         return result.get(_CHECK_SECONDS)
     except multiprocessing.TimeoutError:
         return f"no result within {_CHECK_SECONDS} s: it hangs, or its process died"

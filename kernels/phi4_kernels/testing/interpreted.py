@@ -41,6 +41,7 @@ class InterpretedProcess:
             answer = from_child.readline()
         except BrokenPipeError:
             answer = ""
+        # An access out of range ends the process: a new one serves the next call.
         if not answer:
             self.close()
             code = self._child.returncode

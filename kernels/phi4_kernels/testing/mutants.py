@@ -39,6 +39,7 @@ def mutant(op: str, file: str, *texts: str) -> Iterator[None]:
             raise ValueError(f"{op}/{file} has no {old!r} to replace")
         source = source.replace(old, new)
     name = file.partition("_")[0]
+    # Kernels are compiled from the text of their file: it has to be another file.
     if name != "torch" and name in registry.implementations(op):
         change = _imported_again(op, name, file, source)
     else:

@@ -75,6 +75,7 @@ def incoming(entry: Entry, case: Case, inputs: CallInputs) -> tuple[Tensor, ...]
     """Random gradients of the entry's outputs, one per output; None without autograd."""
     if not entry.differentiable:
         return None
+    # Shapes and dtypes of the outputs are the reference's: the kernel is not asked.
     outputs = outputs_of(entry.reference(**inputs.tensors, **inputs.constants))
     generator = case.generator()
     return tuple(
@@ -99,6 +100,7 @@ def run(
     move = partial(copied, device=device)
     moved = converted(inputs, move)
     arriving = None if gradients is None else tuple(move(gradient) for gradient in gradients)
+    # Inputs between bands, outputs full of NaN: an element left out or written past an end shows.
     with poisoned() as guard:
         results = evaluate(function, moved, arriving, guard.guarded)
         guard.verify()
@@ -128,6 +130,7 @@ def check(
     inputs = entry.make(case, dtype)
     gradients = incoming(entry, case, inputs)
     eager = evaluate(entry.reference, inputs, gradients)
+    # Truth is the reference in fp64, of the same rounded inputs and incoming gradients.
     truth = evaluate(
         entry.reference,
         converted(inputs, doubled),
@@ -140,6 +143,7 @@ def check(
     }
     if not registry.is_deterministic(entry.op, implementation):
         return margins
+    # A GPU orders programs as it likes; the interpreter runs them in three orders.
     interpreted = implementation == "triton" and dispatch.interpreting()
     for order in interpreter.ORDERS[1:] if interpreted else ("forward",):
         with interpreter.program_order(order) if interpreted else nullcontext():
@@ -148,6 +152,7 @@ def check(
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    # Bits, because NaN equals nothing and -0 equals 0.
     return tensor.flatten().view(torch.uint8)
 
 

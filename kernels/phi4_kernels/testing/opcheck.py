@@ -19,6 +19,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "phi4":
+            # Before the call: an operator may overwrite its arguments.
             kept = tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
             self.calls[func.name()] = (func, kept)
         return func(*args, **(kwargs or {}))

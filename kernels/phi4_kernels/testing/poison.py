@@ -30,6 +30,7 @@ class Guard:
         self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: Any
     ) -> Tensor:
         """A poisoned tensor between two bands."""
+        # Elements from the first to the last one, gaps between rows included.
         span = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else 0
         num_bytes = span * dtype.itemsize
         total = num_bytes + 2 * _GUARD_BYTES
@@ -47,6 +48,7 @@ class Guard:
     def verify(self) -> None:
         """Raise GateError if any band was written to."""
         for buffer, num_bytes in self._buffers:
+            # A store of the poison's own bits goes unseen: NaN of that very pattern is no result.
             bands = torch.cat((buffer[:_GUARD_BYTES], buffer[_GUARD_BYTES + num_bytes :]))
             if bool((bands != _POISON).any()):
                 raise GateError(
@@ -65,6 +67,7 @@ def poisoned() -> Iterator[Guard]:
 
     def empty(*size: Any, dtype: Any = None, device: Any = None) -> Tensor:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        # The strides that torch itself would give.
         layout = _EMPTY(shape, device="meta").stride()
         dtype = dtype or torch.get_default_dtype()
         return guard.allocate(tuple(shape), layout, dtype, device or "cpu")

@@ -10,6 +10,7 @@ _GAP = 8
 
 def row_scales(num_rows: int, generator: torch.Generator, low: float, high: float) -> Tensor:
     """[num_rows], fp64: log-uniform in [low, high]; the second of three or more rows is 0."""
+    # low * (high / low)^u, u uniform: as many rows of each order of magnitude
     spread = torch.rand(num_rows, generator=generator, dtype=torch.float64)
     scales = low * (high / low) ** spread
     if num_rows > 2:
@@ -41,6 +42,7 @@ def rows(
     values = values.to(dtype)
     if not strided:
         return values
+    # The gap is NaN, so that reading it shows in the result.
     wide = torch.full((*lead, width + _GAP), torch.nan, dtype=dtype)
     wide[..., :width] = values
     return wide[..., :width]

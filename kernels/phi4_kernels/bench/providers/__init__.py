@@ -81,6 +81,7 @@ def function(provider: str, entry: Entry) -> Run:
     try:
         if entry.name in TABLE[provider]:
             return TABLE[provider][entry.name]()
+        # Eager and compiled torch run the definition of any entry.
         if provider in OTHER_ENTRIES:
             return OTHER_ENTRIES[provider](entry)
     except ImportError as error:

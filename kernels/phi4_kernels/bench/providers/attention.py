@@ -62,6 +62,8 @@ def _by_document(backend: Any) -> Callable[..., Tensor]:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, documents: _PackedDocuments) -> Tensor:
         parts = (x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q, k, v))
+        # One call per document: no boundaries are known to it, and a mask would be the square of
+        # the sum.
         run = partial(
             scaled_dot_product_attention,
             is_causal=documents.causal,

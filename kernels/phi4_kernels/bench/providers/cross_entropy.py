@@ -33,6 +33,8 @@ def liger_losses() -> LossesOf:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     def losses_of(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+        # weight, ignored id, z-loss, smoothing, reduction, softcap, and whether the z-loss is
+        # returned
         options = (None, ignored, 0.0, 0.0, "none", None, False)
         return LigerCrossEntropyFunction.apply(logits, targets, *options)[0]
 
@@ -85,6 +87,7 @@ def liger_total() -> TotalOf:
 
 def _torch_losses(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     """In fp32: on bf16 logits PyTorch rounds the losses to bf16."""
+    # Per token, as our op gives them; a mean would be another kernel's work.
     return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="none")
 
 
@@ -118,6 +121,8 @@ def of_logits_with_gradient(library: Callable[[], LossesOf]) -> Callable[..., An
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             losses = losses_of(leaf, targets, options.ignore_index).float()
+            # log_prob = -loss without smoothing and z-loss: both gradients reach the logits through
+            # the loss.
             (gradient,) = torch.autograd.grad(losses, leaf, dlosses - dlog_probs)
         return losses.detach(), -losses.detach(), gradient
 

@@ -12,6 +12,8 @@ def liger_rms_norm() -> Callable[..., Tensor]:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     def run(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # Llama's casting: the product with the weight in the dtype of x. Not in place, as ours is
+        # not.
         return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
 
     return run
@@ -43,6 +45,7 @@ def liger_rope_qkv() -> Callable[..., tuple[Tensor, ...]]:
     ) -> tuple[Tensor, ...]:
         q, k, v = layout.split(qkv)
         at = slice(len(qkv)) if position_ids is None else position_ids
+        # Liger takes tables of full rotary width, gathered by position.
         tables = (torch.cat((table[at], table[at]), dim=-1)[None] for table in (cos, sin))
         heads = (part.flatten(1, -2)[None].transpose(1, 2) for part in (q, k))
         q_out, k_out = LigerRopeFunction.apply(*heads, *tables)

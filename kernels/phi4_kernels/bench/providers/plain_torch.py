@@ -26,4 +26,5 @@ def compiled(entry: Entry) -> Callable[..., Any]:
             f"compile has no {entry.name}: the definition holds all scores, 43 GB in fp32 for 40 "
             "heads of 16,384 tokens; expected a provider that does not; drop it"
         )
+    # The definition, not our `torch` form: what a user writes and hands to the compiler.
     return torch.compile(entry.reference, fullgraph=True, dynamic=False)

@@ -32,11 +32,14 @@ def _rewritten(kernel: GluonJITFunction, machine: Machine) -> FunctionType:
 
     def rewrite(function: GluonJITFunction) -> FunctionType:
         source = function.fn.__globals__
+        # Functions of one file share their globals, rewritten once; the dict is filled before its
+        # functions are rewritten, which may call each other.
         if id(source) not in modules:
             modules[id(source)] = module = {KERNEL_MARK: True}
             for name, value in source.items():
                 if isinstance(value, GluonJITFunction):
                     value = rewrite(value)
+                # On the CPU a constexpr is a plain number.
                 elif isinstance(value, gl.constexpr):
                     value = value.value
                 module[name] = stand_ins.get(id(value), value)
@@ -50,6 +53,7 @@ def _argument(value: Any) -> Any:
         return Descriptor(value)
     if isinstance(value, Tensor):
         return Pointer.of(value)
+    # Numbers are int32 tensors, as on the device, and overflow like them.
     if isinstance(value, int) and not isinstance(value, bool):
         return Value(torch.tensor(value, dtype=torch.int32))
     return value
@@ -65,6 +69,7 @@ def _run(
     constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     given = {k: value if k in constant else _argument(value) for k, value in given.items()}
     programs = list(range(grid[0]))
+    # Programs must not depend on their order, either.
     if schedule.order == "reversed":
         programs.reverse()
     elif schedule.order == "shuffled":

@@ -72,6 +72,7 @@ class Shared:
         slot = int(plain(slot))
         if not 0 <= slot < len(self.data):
             raise GateError(f"{self._name} has {len(self.data)} slots; got {slot}; check the ring")
+        # A slot is a region of its own: slots of a ring are written and released one by one.
         if slot not in self._parts:
             self._parts[slot] = self._region(f"{self._name}[{slot}]")
         return self._view(self.data[slot], {slot: self._parts[slot]})
@@ -86,6 +87,7 @@ class Shared:
         return self._view(self.data.permute(order))
 
     def load(self, layout: Any) -> Value:
+        # Copied: a later copy into the slot must not change what was loaded.
         self._machine.read(self.region, _where())
         return Value(self.data.clone())
 
@@ -164,6 +166,7 @@ class _Language:
         return Value(torch.where(torch.as_tensor(plain(condition)), plain(a), plain(b)))
 
     def minimum(self, a: Any, b: Any) -> Value:
+        # fmin and fmax pass over a NaN, as the hardware's min and max do.
         return Value(torch.fmin(*map(torch.as_tensor, (plain(a), plain(b)))))
 
     def maximum(self, a: Any, b: Any) -> Value:
@@ -191,6 +194,7 @@ class _Language:
 
     def allocate_shared_memory(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
         dtype = torch_dtype(dtype)
+        # Shared memory holds what the program before left: nothing that a kernel may count on.
         fill = math.nan if dtype.is_floating_point else -1
         data = torch.full(tuple(shape), fill, dtype=dtype)
         return Shared(self._machine, data, _assigned_name(), {})
@@ -248,7 +252,9 @@ class _Hopper:
             raise GateError(
                 f"{_where()} copies {tuple(block.shape)} to {result.shape}; expected equal blocks"
             )
+        # Until the copy lands the slot holds neither the old nor the new block.
         result.data.fill_(math.nan)
+        # Read when issued, written when the schedule lets it land.
         landing = partial(result.data.copy_, block)
         where, num_bytes = _where(), descriptor.block_type.nbytes
         self._machine.copy(result.region, self._barrier(barrier), num_bytes, landing, where)
@@ -266,6 +272,8 @@ class _Hopper:
                 f"{product.where}: {tuple(left.shape)} {left.dtype} by {tuple(b.data.shape)} "
                 f"{b.dtype}; expected equal dtypes and inner sizes"
             )
+        # Computed when issued, as no operand may change while the product is in flight: the machine
+        # checks that.
         result = left.float() @ b.data.float()
         if use_acc:
             result += acc._result if isinstance(acc, Accumulator) else acc.tensor

@@ -47,6 +47,7 @@ class Machine:
     def __init__(self, schedule: Schedule, program: int, grid: int) -> None:
         self.program, self.grid = program, grid
         self.schedule, self._random = schedule, random.Random(schedule.seed * 7919 + program)
+        # Before warp_specialize one partition runs, which knows its own time alone.
         self.partitions = [Partition(0, "kernel", {0: 1})]
         self.regions: list[Region] = []
         self._copies: list[Copy] = []
@@ -64,17 +65,20 @@ class Machine:
         """An ordinary read, or one by a product that is being issued."""
         me = self._current
         self._expect_written_before(region, f"{where} reads")
+        # A product reads through the asynchronous proxy: ordinary stores must be fenced before it.
         if product is None:
             region.ordinary.append(Access(me.index, me.now, where, is_store=False))
         else:
             self._expect_fenced(region, where, loads=False)
             product.regions.append(region)
+        # Until the product is waited for, nothing is ordered after its read.
         region.reads[me.index] = (_NEVER if product else me.now, f"{me.name} at {where}")
 
     def write(self, region: Region, where: str) -> None:
         """An ordinary store."""
         me = self._current
         self._expect_free(region, where)
+        # Reads that a write is ordered after need not be kept.
         region.written, region.writer = (me.index, me.now), f"{me.name} at {where}"
         region.reads = {}
         region.ordinary.append(Access(me.index, me.now, where, is_store=True))
@@ -85,6 +89,8 @@ class Machine:
         me = self._current
         for region in self.regions:
             for access in region.ordinary:
+                # Only accesses that happened before the fence, not all that this schedule ran
+                # before it.
                 if me.knows(access.agent, access.time):
                     access.fences.append((me.index, me.now))
 
@@ -101,10 +107,13 @@ class Machine:
         self._expect_free(region, where)
         self._expect_fenced(region, where, loads=True)
         self._expect_fenced(barrier.region, where, loads=True)
+        # The copy is ordered after them, and the next access after the copy.
         region.ordinary = []
+        # A copy is an agent of its own: it lands at a time that no partition decides.
         agent, self._agents = self._agents + 1000, self._agents + 1
         region.written, region.writer = (agent, 1), f"the copy that {me.name} issued at {where}"
         region.reads = {}
+        # Who waits for the copy's barrier knows all that its issuer knew, and the copy.
         clock = dict(me.clock) | {agent: 1}
         self._copies.append(Copy(region, barrier, num_bytes, land, clock))
         self.step()
@@ -117,8 +126,10 @@ class Machine:
     def wait_products(self, outstanding: int) -> None:
         """Finish all products of this partition but the newest `outstanding`."""
         me = self._current
+        # Products of a warpgroup finish in order, so the oldest are done.
         finished = me.products[: len(me.products) - outstanding]
         me.products = me.products[len(finished) :]
+        # A region may be read by several products; its read ends with the last of them.
         still = {id(region) for product in me.products for region in product.regions}
         for product in finished:
             product.done = True
@@ -130,6 +141,7 @@ class Machine:
     def arrive(self, barrier: Barrier, count: int, where: str, num_bytes: int = 0) -> None:
         """Arrive, after adding to the bytes that the phase expects."""
         me = self._current
+        # Two arrivals of one partition in a phase: one of them was meant for another phase.
         if me.index in barrier.arrived or barrier.pending < count:
             before = barrier.arrived.get(me.index, "others")
             raise GateError(
@@ -140,6 +152,8 @@ class Machine:
         barrier.arrived[me.index] = where
         barrier.bytes += num_bytes
         barrier.pending -= count
+        # What this partition knows goes to whoever waits for the phase. Its time moves on, so that
+        # what it does next is not part of that.
         merge(barrier.gathered, me.clock)
         me.clock[me.index] += 1
         barrier.settle()
@@ -149,9 +163,11 @@ class Machine:
         """Wait for the phase of that parity."""
         me = self._current
         me.waits = (barrier, parity, where)
+        # A wait that passes is a point to change partitions only where every step is drawn.
         if self.schedule.order == "shuffled" or not barrier.passes(parity):
             self._yield(me)
         me.waits = None
+        # All that arrived in the phase happened before what follows.
         merge(me.clock, barrier.released)
 
     def step(self) -> None:
@@ -163,6 +179,7 @@ class Machine:
         """Run partitions side by side until all have finished."""
         parent = self._current
         self.partitions = [
+            # Partitions know what the kernel did before them; the parent's time stays below theirs.
             Partition(i, name, dict(parent.clock) | {i: parent.now + 1})
             for i, (name, _) in enumerate(functions)
         ]
@@ -172,8 +189,10 @@ class Machine:
         ]
         for thread in threads:
             thread.start()
+        # One step at a time, until all partitions are done or one fails.
         while self._error is None and not all(p.finished for p in self.partitions):
             self._next()
+        # Wakes those that still wait: they see the error and end.
         for partition in self.partitions:
             partition.baton.release()
         for thread in threads:
@@ -192,6 +211,7 @@ class Machine:
             )
 
     def _run(self, partition: Partition, function: Callable[[], None]) -> None:
+        # The scheduler hands over the baton; no other partition runs meanwhile.
         partition.baton.acquire()
         try:
             if self._error is None:
@@ -204,6 +224,7 @@ class Machine:
         self._scheduler.release()
 
     def _yield(self, me: Partition) -> None:
+        # No other partition can run: either the wait passes or it never will.
         if len(self.partitions) == 1:
             if me.waits is not None and not me.waits[0].passes(me.waits[1]):
                 raise self._deadlock()
@@ -217,6 +238,7 @@ class Machine:
     def _next(self) -> None:
         """One step of the schedule: let a partition run on, or land a copy."""
         ready = [p for p in self.partitions if p.ready]
+        # Nothing can move: all that are not finished wait, and no copy is under way.
         choices: list[Any] = [*ready, *self._copies]
         if not choices:
             self._error = self._deadlock()
@@ -241,6 +263,7 @@ class Machine:
     def _land(self, copy: Copy) -> None:
         self._copies.remove(copy)
         copy.land()
+        # The copy's arrival is its bytes; the phase completes when none are missing.
         copy.barrier.bytes -= copy.num_bytes
         merge(copy.barrier.gathered, copy.clock)
         copy.barrier.settle()
@@ -274,6 +297,7 @@ class Machine:
         for agent, (time, reader) in region.reads.items():
             if agent != self._current.index and not self._current.knows(agent, time):
                 raise self._overwritten(region, where, reader)
+            # Its own product, still in flight.
             if time == _NEVER:
                 raise self._overwritten(region, where, reader)
 

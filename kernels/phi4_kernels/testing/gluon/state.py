@@ -13,6 +13,7 @@ Clock = dict[int, int]
 def merge(into: Clock, other: Clock) -> None:
     """Make `into` know all that `other` knows."""
     for agent, time in other.items():
+        # Vector clocks: the pointwise maximum knows what either knew.
         into[agent] = max(into.get(agent, 0), time)
 
 
@@ -61,18 +62,21 @@ class Barrier:
 
     def passes(self, parity: int) -> bool:
         """Whether a wait for `parity` returns."""
+        # As mbarrier.try_wait.parity: the phase of that parity is complete, so the next has begun.
         return self.phases % 2 != parity
 
     def settle(self) -> None:
         """Complete the phase if nothing is missing."""
         if self.pending:
             return
+        # More bytes than announced complete a phase too early on the machine.
         if self.bytes < 0:
             raise GateError(
                 f"{self.name}: {-self.bytes} bytes landed that were not expected in phase "
                 f"{self.phases}; expected the bytes of its copies; correct mbarrier.expect"
             )
         if self.bytes == 0:
+            # Kept over the phases: who waits later knows the earlier ones, too.
             merge(self.released, self.gathered)
             self.gathered, self.arrived = {}, {}
             self.phases, self.pending = self.phases + 1, self.count

@@ -72,6 +72,7 @@ def _divide(a: Any, b: Any) -> Tensor:
 
 def _binary(operation: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def forward(self: Value, other: Any) -> Any:
+        # int + pointer is the pointer's own addition.
         if isinstance(other, Pointer):
             return NotImplemented
         return Value(operation(self.tensor, plain(other)))
