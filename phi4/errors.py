@@ -1,14 +1,14 @@
-"""The errors a user can meet.
+"""The exception hierarchy for errors that a user can correct, and their exit codes.
 
-One family: the command line prints any `Phi4Error` as a single line and exits with its exit code.
-Every message says what was asked, what is true, and what to change. The codes are part of the
-interface; docs/faults.md lists them with what a launcher should do.
+The command line prints any `Phi4Error` as a single line and exits with its exit code. Every message
+states what was given, what is required, and how to fix it. The exit codes are part of the public
+interface; docs/faults.md lists them with the action that a launcher should take.
 """
 
 from typing import ClassVar
 
 REQUEUE_EXIT_CODE = 5
-"""A run that saved and stopped because it was told to: the same command goes on from there."""
+"""A run saved and stopped on request; the same command resumes it."""
 
 
 class Phi4Error(Exception):
@@ -26,11 +26,11 @@ class LayoutError(ConfigError):
 
 
 class DataError(Phi4Error):
-    """A token file, a source or a document is missing, damaged or foreign."""
+    """A token file, a source or a document is missing, damaged or of an unexpected format."""
 
 
 class TokenizerError(DataError):
-    """Tokenizer ranks are missing, have the wrong hash, or an id is out of range."""
+    """A tokenizer's rank file is missing, has the wrong hash, or an id is out of range."""
 
 
 class CheckpointError(Phi4Error):
@@ -42,11 +42,12 @@ class PlatformError(Phi4Error):
 
 
 class WorkerError(Phi4Error):
-    """A worker process died; the message carries the guilty rank and its traceback."""
+    """A worker process died; the message carries the failing rank and its traceback."""
 
 
 class SamplerError(Phi4Error):
-    """A model could not answer a request: its endpoint is gone, refuses, or answers nonsense."""
+    """A model could not answer a request: its endpoint is unreachable, refuses, or sends an invalid
+    reply."""
 
     def __init__(self, message: str, request_id: int) -> None:
         super().__init__(message)
@@ -54,38 +55,38 @@ class SamplerError(Phi4Error):
 
 
 class TrackingError(Phi4Error):
-    """A tracking server refuses what it is asked, or is not there; training never ends by it."""
+    """A tracking server is unreachable or rejects a request; training never ends because of it."""
 
 
 class OwnershipError(Phi4Error):
-    """Another process owns the run directory, or took it over while this one was running."""
+    """Another process owns the run directory, or took it over while this run was active."""
 
     exit_code = 3
 
 
 class DiskFullError(Phi4Error):
-    """The disk or the quota has too little space for what is to be written."""
+    """The disk or the quota has too little space for the data to be written."""
 
     exit_code = 4
 
 
 class DivergedError(Phi4Error):
-    """The loss or the gradients went wrong more often than the recipe allows."""
+    """Loss or gradients were bad more often than the recipe allows."""
 
     exit_code = 6
 
 
 class NotFiniteError(DivergedError):
-    """Weights that would be saved hold NaN or infinity."""
+    """Weights that are about to be saved contain NaN or infinity."""
 
 
 class HungError(Phi4Error):
-    """A rank stopped, or no rank goes on; names it."""
+    """A rank stopped responding, or no rank makes progress; the message names it."""
 
     exit_code = 7
 
 
 class CorruptionError(Phi4Error):
-    """Ranks that must hold the same numbers do not, or the same step gave two results."""
+    """Replicated values differ across ranks, or repeating a step gave different results."""
 
     exit_code = 8

@@ -1,4 +1,5 @@
-"""The recipe: one tree of frozen models, its cross-checks, and how it is read and compared."""
+"""The recipe: one tree of frozen pydantic models, its cross-checks, and code to read and compare
+it."""
 
 from phi4.config.data_schema import DataConfig, SourceConfig, TokenizerConfig
 from phi4.config.execution_schema import (

@@ -7,82 +7,86 @@ from pydantic import Strict
 from phi4.config.fields import NonNegative, Positive, Section, key
 
 Implementation = Literal["auto", "torch", "triton", "gluon", "cuda", "te", "flash", "cudnn"]
-# Strict alone would refuse the lists that TOML arrays become.
+# Strict mode alone would reject the lists that TOML arrays are parsed into.
 LayerCounts = Annotated[tuple[NonNegative, ...], Strict(False)]
 
 
 class ParallelConfig(Section):
-    """How many ranks share what. The product of the degrees is the number of processes."""
+    """Parallel layout. The product of the degrees is the number of processes."""
 
     tensor: Positive = key("free", 1)
-    """Ranks that share every matrix. Divides num_attention_heads, num_key_value_heads,
-    intermediate_size and vocab_size."""
+    """Tensor-parallel ranks; every matrix is split over them. Must divide num_attention_heads,
+    num_key_value_heads, intermediate_size and vocab_size."""
     pipeline: Positive = key("free", 1)
-    """Ranks that share the layers; each holds consecutive ones."""
+    """Pipeline-parallel ranks; each holds consecutive layers."""
     virtual_pipeline: Positive = key("free", 1)
     """Model chunks per pipeline rank (interleaved 1F1B when above 1)."""
     context: Positive = key("free", 1)
-    """Ranks that share the tokens of a row."""
+    """Context-parallel ranks; the tokens of a row are split over them."""
     context_attention: Literal["all_gather", "ring"] = key("free", "all_gather")
-    """How keys and values reach the other context ranks. all_gather: all at once, the least
-    latency. ring: one rank's after the other while the last ones are attended, the least memory."""
+    """How keys and values reach the other context ranks. all_gather: all at once, lowest latency.
+    ring: one rank's at a time, overlapped with attention over the previous one's, lowest memory."""
     data: NonNegative = key("free", 1)
-    """Data-parallel replicas; 0 means whatever the started processes leave."""
+    """Data-parallel replicas; 0 means all remaining processes."""
     sequence: bool = key("free", False)
     """Sequence parallelism: norms and residuals are split over the tensor ranks."""
     layers_per_stage: LayerCounts | None = key("free", None)
-    """Uneven pipeline: layers of each (virtual) stage in model order. The loss head weighs about
-    1.5 layers at Phi-4's shape, so a shorter last stage balances."""
+    """Uneven pipeline: layers of each (virtual) stage in model order. The loss head costs about 1.5
+    layers at Phi-4's shape, so a shorter last stage balances the load."""
     overlap_p2p: bool = key("free", False)
     """Overlap pipeline sends with compute. Needs virtual_pipeline > 1."""
     distributed_optimizer: bool = key("free", False)
     """Split the optimizer state over the data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = key("free", False)
-    """Reduce gradients over the data-parallel ranks while backward is still computing others."""
+    """Overlap the gradient reduction over data-parallel ranks with the rest of the backward
+    pass."""
     overlap_param_gather: bool = key("free", False)
-    """Gather updated parameters while forward is computing. Needs distributed_optimizer and
-    overlap_grad_reduce."""
+    """Overlap the gathering of updated parameters with the forward pass. Needs
+    distributed_optimizer and overlap_grad_reduce."""
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model and share one batch slice."""
+        """Ranks that hold one copy of the model and share one slice of the batch."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def needs_one_queue(self) -> bool:
-        """Whether a GPU must start kernels in the order they were queued in: the communication of
-        tensor and context parallelism before the products that hide it."""
+        """Whether a GPU must run kernels in the order in which they were queued: the communication
+        of tensor and context parallelism before the products that it overlaps with."""
         return self.tensor > 1 or self.context > 1
 
 
 class RecomputeConfig(Section):
-    """What the backward pass computes again instead of keeping."""
+    """Activation recomputation in the backward pass."""
 
     granularity: Literal["none", "selective", "full"] = key("free", "none")
-    """selective: core attention. full: whole layers."""
+    """selective: core attention only. full: entire layers."""
 
 
 class LossHeadConfig(Section):
-    """What exists of a micro-batch's logits at a time."""
+    """Memory use of the loss head."""
 
     form: Literal["logits", "recompute", "one_pass"] = key("free", "logits")
-    """logits: all of them, kept for backward. recompute: chunk_tokens' at a time, computed again in
-    backward (a third more work of the head). one_pass: chunk_tokens' at a time, no work twice; for
-    losses that are minus the masked log-probabilities, as in pretraining."""
+    """logits: the logits of the micro-batch are kept for backward. recompute: chunks of
+    chunk_tokens are computed again in backward (a third more work in the head). one_pass: chunks of
+    chunk_tokens, nothing is recomputed; for losses that are minus the masked log-probabilities, as
+    in pretraining."""
     chunk_tokens: Positive = key("free", 1024)
-    """More tokens are faster on a GPU, and take 2 * vocab_size / tensor bytes each in bf16."""
+    """Tokens per chunk. Larger chunks are faster on a GPU and take 2 * vocab_size / tensor bytes
+    per token in bf16."""
 
 
 class KernelsConfig(Section):
     """Implementation of each op; `auto` logs its choice and the reason. `flash` (FlashAttention, or
-    PyTorch's copy of it) and `cudnn` are other people's attention: bf16, no context parallelism."""
+    PyTorch's build of it) and `cudnn` are third-party attention: bf16 only, no context
+    parallelism."""
 
     rope: Implementation = key("free", "auto")
     """Rotary position embedding of queries and keys."""
     rms_norm: Implementation = key("free", "auto")
     """RMSNorm."""
     swiglu: Implementation = key("free", "auto")
-    """silu(gate) * up, between the two products of the MLP."""
+    """silu(gate) * up of the MLP."""
     attention: Implementation = key("free", "auto")
     """Causal attention within documents."""
     cross_entropy: Implementation = key("free", "auto")
@@ -92,15 +96,17 @@ class KernelsConfig(Section):
     grad_norm: Implementation = key("free", "auto")
     """Sum of squares of the gradient, for clipping."""
     fp8_cast: Implementation = key("free", "auto")
-    """The casts of precision.fp8=torch with a scale per matrix."""
+    """Casts of precision.fp8=torch with one scale per matrix."""
     deterministic: bool = key("free", True)
-    """Two runs of a step give equal bits, by which a replay tells a machine's fault from the
-    data's: an implementation without them, as cudnn, is refused. `auto` takes none either way."""
+    """Require bit-identical results when a step is repeated, which lets a replay tell hardware
+    faults from data faults; implementations without this property, such as cudnn, are refused.
+    `auto` never chooses one of those."""
     qualify: Literal["on", "off", "required"] = key("free", "on")
-    """On a GPU without proofs of its own for these sources and this Triton: prove the kernels and
-    time them beside torch before the first step, at most a minute, one rank per machine. `required`
-    ends a run where an op would be torch's all the same; `off` takes the proofs there are."""
+    """On a GPU without proof rows for these sources and this Triton version: test the kernels and
+    time them against torch before the first step, for at most a minute, on one rank per machine.
+    `required` ends the run if an op would still fall back to torch; `off` uses existing proof rows
+    only."""
 
     def by_op(self) -> dict[str, Implementation]:
-        """What is asked of every op."""
+        """Return the implementation requested for every op."""
         return self.model_dump(exclude={"deterministic", "qualify"})

@@ -1,4 +1,4 @@
-"""What every section of the recipe is made of: frozen tables, and keys that say their kind."""
+"""Base class of the recipe's sections, and the field function that declares a key's kind."""
 
 from typing import Annotated, Any, Literal
 
@@ -11,12 +11,12 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 
 def key(kind: Kind, default: Any = ..., **constraints: Any) -> Any:
-    """A key of this kind; constraints are pydantic's."""
+    """Declare a key of this kind; the constraints are pydantic's."""
     return Field(default, json_schema_extra={"kind": kind}, **constraints)
 
 
 class Section(BaseModel):
-    """A frozen table of the recipe that refuses unknown keys and values of another type."""
+    """A frozen section of the recipe that rejects unknown keys and values of the wrong type."""
 
     model_config = ConfigDict(
         frozen=True,

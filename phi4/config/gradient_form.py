@@ -1,4 +1,4 @@
-"""Which loss heads serve which objectives; free of torch, so that a recipe can be checked."""
+"""Which loss heads support which objectives; imports no torch, so that a recipe can be checked."""
 
 from typing import Literal
 
@@ -24,6 +24,6 @@ def check_gradient_form(form: str, gradient: GradientForm) -> None:
     if form == "one_pass" and gradient != "masked_nll":
         raise ConfigError(
             "loss_head.form=one_pass computes the gradient of minus the masked sum of "
-            "log-probabilities; the objective, or its alternative labels, need another; use "
-            "recompute or logits"
+            "log-probabilities; the objective or its alternative labels need a different gradient; "
+            "use recompute or logits"
         )

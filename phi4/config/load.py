@@ -1,7 +1,7 @@
-"""Reading, overriding, writing and comparing recipes.
+"""Read, override, write and compare recipes.
 
-TOML because it is typed, in the standard library and diffable; `3e-4` is a number in it and `on` is
-not a boolean. Overrides are in `overrides`.
+The format is TOML because it is typed, in the standard library and diffable; `3e-4` is a number in
+it and `on` is not a boolean. Overrides are parsed in `overrides`.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_toml(path: str | Path, kind: Literal["recipe", "sweep"]) -> dict[str, Any]:
-    """The tree of a TOML file.
+    """Read a TOML file as a plain tree.
 
     Args:
-        path: of the file.
+        path: path of the file.
         kind: what it is, for the message.
 
     Raises:
@@ -68,7 +68,7 @@ def recipe_from_toml(text: str, where: str) -> Recipe:
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe with `section.key=value` overrides applied."""
+    """Return the recipe with `section.key=value` overrides applied."""
     return parse_recipe(apply_overrides(_plain(recipe), overrides), where="overrides")
 
 
@@ -86,18 +86,18 @@ def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def dump_toml(recipe: Recipe) -> str:
-    """The whole resolved recipe as TOML; keys that are None are left out."""
+    """Return the fully resolved recipe as TOML; keys that are None are left out."""
     return tomli_w.dumps(_plain(recipe))
 
 
 def identity_hash(recipe: Recipe) -> str:
-    """sha256 over the identity keys: equal for runs that train the same model."""
+    """Return the sha256 of the identity keys: equal for runs that train the same model."""
     identity = {key: value for key, value in _flat(recipe).items() if _KINDS[key] == "identity"}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def changed_keys(old: Recipe, new: Recipe) -> dict[Kind, dict[str, tuple[Any, Any]]]:
-    """Keys that differ, by kind: {kind: {dotted key: (old value, new value)}}."""
+    """Return the keys that differ, by kind: {kind: {dotted key: (old value, new value)}}."""
     before, after = _flat(old), _flat(new)
     changes: dict[Kind, dict[str, tuple[Any, Any]]] = {"identity": {}, "schedule": {}, "free": {}}
     for key, value in after.items():
@@ -119,7 +119,7 @@ _REMEDIES = {
 
 
 def _bound(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sources without their free keys."""
+    """Return sources without their free keys."""
     return [{k: v for k, v in source.items() if _SOURCE_KINDS[k] != "free"} for source in sources]
 
 

@@ -1,8 +1,8 @@
-"""Overrides of a recipe: `section.key=value`, where the key's type says how the value is read.
+"""Apply `section.key=value` overrides; the key's type determines how the value is parsed.
 
-Text is taken as it stands, so `run.name=12345` is a name. Quotes around the whole of it are TOML's
-and are removed. `null` resets a key that may be unset. What cannot be read as the key's type is
-left as text, for the schema to refuse together with everything else that is wrong.
+Values of string keys are taken literally, so `run.name=12345` is a string; enclosing TOML quotes
+are removed. `null` unsets an optional key. A value that cannot be parsed as the key's type is left
+as text, so that the schema reports it together with all other errors.
 """
 
 import difflib
@@ -19,7 +19,8 @@ _NULLS = ("null", "none", "None")
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of a recipe's plain tree with the overridden keys set; the last one of a key holds.
+    """Return a copy of a recipe's plain tree with the overridden keys set; the last override of a
+    key wins.
 
     Raises:
         ConfigError: an override is not `section.key=value`, names an unknown key (the message names
@@ -43,7 +44,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the closest known key, or an empty string."""
+    """Return `; did you mean X?` for the closest known key, or an empty string."""
     known = list(known)
     name = key.rpartition(".")[2]
     names = {full.rpartition(".")[2]: full for full in known}
@@ -57,7 +58,8 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 
 def _read(text: str, annotation: Any) -> Any:
-    """The value that a text means for a field of this type; the text where it means none."""
+    """Return the value that a text denotes for a field of this type, or the text if it cannot be
+    parsed."""
     if get_origin(annotation) in (Union, types.UnionType):
         (annotation,) = (option for option in get_args(annotation) if option is not type(None))
         if text in _NULLS:
@@ -79,10 +81,10 @@ def _read(text: str, annotation: Any) -> Any:
 
 
 def _toml(text: str) -> Any:
-    """The TOML value that the whole text is, or the text."""
+    """Return the text parsed as one TOML value, or the text itself."""
     try:
         table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
-    # More than one key: the text went on behind its first line.
+    # More than one key: the text continued after its first line.
     return table["value"] if len(table) == 1 else text

@@ -1,7 +1,7 @@
-"""Type, range, default, kind and meaning of every key of the recipe, as text.
+"""Render type, range, default, kind and meaning of every key of the recipe as text.
 
-All of it is read from the JSON schema that pydantic makes of `schema.py`, so `phi4 recipe keys` and
-docs/recipe.md cannot say anything else than what a recipe is checked against.
+All of it is read from the JSON schema that pydantic generates from `schema.py`, so `phi4 recipe
+keys` and docs/recipe.md always agree with what a recipe is checked against.
 """
 
 import json
@@ -14,7 +14,7 @@ from phi4.config.schema import Recipe
 from phi4.errors import ConfigError
 
 KIND_TEXTS: dict[Kind, str] = {
-    "identity": "another value would be another model; a resumed run refuses it",
+    "identity": "part of the model's identity; cannot change when a run resumes",
     "schedule": "may change when a run resumes with `--change`; the run's history records the step",
     "free": "may change whenever a run resumes: layout, kernels, files",
 }
@@ -31,7 +31,7 @@ class KeyReference:
         type: with its range, in words.
         required: there is no default.
         default: None where the key may be unset and is, and where it is required.
-        kind: what a change of it means for a run that resumes.
+        kind: whether it may change when a run resumes.
         text: its docstring, in one line.
     """
 
@@ -60,12 +60,13 @@ class SectionReference:
 
     @property
     def header(self) -> str:
-        """The table's header as TOML writes it."""
+        """The table's header in TOML syntax."""
         return f"[[{self.name[:-2]}]]" if self.name.endswith("[]") else f"[{self.name}]"
 
 
 def reference() -> tuple[SectionReference, ...]:
-    """All sections in the order of the schema; tables of an array follow the section of it."""
+    """Return all sections in the order of the schema; array tables follow the section that holds
+    them."""
     schema = Recipe.model_json_schema()
     sections: list[SectionReference] = []
     listed: set[str] = set()
@@ -74,7 +75,7 @@ def reference() -> tuple[SectionReference, ...]:
         sections.append(_section(name, table))
         for key, node in table["properties"].items():
             items = node.get("items", {})
-            # data.sources and data.held_out hold tables of one kind: they are listed once.
+            # data.sources and data.held_out hold tables of the same type, which are listed once.
             if "$ref" in items and items["$ref"] not in listed:
                 listed.add(items["$ref"])
                 sections.append(_section(f"{name}.{key}[]", _table_of(items, schema)))
@@ -82,13 +83,13 @@ def reference() -> tuple[SectionReference, ...]:
 
 
 def find(name: str) -> tuple[SectionReference, ...]:
-    """The section of this name with the tables in it, or the section of a key with that key alone.
+    """Return the section of this name with its tables, or the section of a key with that key alone.
 
     Args:
         name: `optim`, `data.sources` or `optim.learning_rate`.
 
     Raises:
-        ConfigError: there is neither; the message names the nearest key.
+        ConfigError: no section or key has that name; the message names the nearest key.
     """
     sections = reference()
     known = {key.key: section for section in sections for key in section.keys}
@@ -121,17 +122,17 @@ def _section(name: str, table: dict[str, Any]) -> SectionReference:
 
 
 def _table_of(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """The table that a node refers to."""
+    """Return the table that a node refers to."""
     return schema["$defs"][node["$ref"].rpartition("/")[2]]
 
 
 def _line(node: dict[str, Any]) -> str:
-    """The docstring of a node in one line."""
+    """Return the docstring of a node in one line."""
     return " ".join(node.get("description", "").split())
 
 
 def _type(node: dict[str, Any]) -> str:
-    """A node's type and range in words."""
+    """Return a node's type and range in words."""
     if "anyOf" in node:
         options = [_type(option) for option in node["anyOf"] if option.get("type") != "null"]
         return " | ".join([*options, "None"])

@@ -1,7 +1,7 @@
-"""Cross-checks of a recipe: named rules, all violations reported before any process starts.
+"""Check a recipe against named rules; all violations are reported before any process starts.
 
-A rule takes the recipe and yields one line per violation in the form: what was asked, what is true,
-what to change.
+A rule takes the recipe and yields one line per violation: the value given, the constraint, and the
+remedy.
 """
 
 import itertools
@@ -18,12 +18,12 @@ Rule = Callable[[Recipe], Iterator[str]]
 
 
 def check(recipe: Recipe, world_size: int | None = None, stage_rules: Sequence[Rule] = ()) -> None:
-    """Refuse a recipe that breaks any rule.
+    """Raise an error for a recipe that breaks any rule.
 
     Args:
         recipe: the resolved recipe.
         world_size: processes that were started, or None when they are still to be started.
-        stage_rules: what the stage asks besides.
+        stage_rules: further rules of the stage.
 
     Raises:
         LayoutError: every violated rule, one line each.
@@ -38,7 +38,7 @@ def check(recipe: Recipe, world_size: int | None = None, stage_rules: Sequence[R
 
 
 def violations(recipe: Recipe, world_size: int | None = None) -> list[str]:
-    """Every violated rule as one line; an empty list for a sound recipe."""
+    """Return every violated rule as one line; the list is empty for a valid recipe."""
     found = [line for rule in RULES for line in rule(recipe)]
     if world_size is not None:
         found += _world(recipe, world_size)
@@ -46,7 +46,8 @@ def violations(recipe: Recipe, world_size: int | None = None) -> list[str]:
 
 
 def data_parallel_size(recipe: Recipe, world_size: int | None) -> int:
-    """Data-parallel replicas; `parallel.data = 0` takes what the started processes leave."""
+    """Return the number of data-parallel replicas; `parallel.data = 0` means all remaining
+    processes."""
     if recipe.parallel.data:
         return recipe.parallel.data
     return max(1, (world_size or 0) // recipe.parallel.model_parallel_size)
@@ -92,7 +93,7 @@ def _sequence(recipe: Recipe) -> Iterator[str]:
     if length % recipe.data.unit_tokens:
         yield (
             f"data.sequence_length={length} is not a multiple of data.unit_tokens="
-            f"{recipe.data.unit_tokens}; a row is a whole number of units"
+            f"{recipe.data.unit_tokens}; a row is an integer number of units"
         )
     if p.sequence and p.tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor > 1; there is nothing to split over"
@@ -140,7 +141,7 @@ def _pipeline(recipe: Recipe) -> Iterator[str]:
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:
-    # A batch that one replica cannot run, no number of replicas can.
+    # A batch that does not fit one replica fits no number of replicas.
     yield from _microbatches(recipe, recipe.parallel.data or 1)
 
 
@@ -150,7 +151,7 @@ def _microbatches(recipe: Recipe, data: int) -> Iterator[str]:
     if rest:
         yield (
             f"batch.global_batch_size={b.global_batch_size} is not a multiple of micro_batch_size="
-            f"{b.micro_batch_size} x data={data}; every rank runs whole micro-batches"
+            f"{b.micro_batch_size} x data={data}; every rank runs complete micro-batches"
         )
     # Interleaved 1F1B runs micro-batches in groups as large as the pipeline.
     elif p.virtual_pipeline > 1 and num_microbatches % p.pipeline:
@@ -197,7 +198,7 @@ def _sources(recipe: Recipe) -> Iterator[str]:
         if source.kind == "stream" and selects:
             yield (
                 f"source {source.name!r} selects documents by min_tokens, max_tokens or overlong, "
-                'and a stream is cut wherever they end; set kind="windows"'
+                'but a stream is cut regardless of document boundaries; set kind="windows"'
             )
         if source.kind in ("pairs", "pivots") and (selects or source.overlong):
             yield (
@@ -212,7 +213,7 @@ def _sources(recipe: Recipe) -> Iterator[str]:
         if 0 < source.max_tokens < source.min_tokens:
             yield (
                 f"source {source.name!r}: min_tokens={source.min_tokens} exceeds "
-                f"max_tokens={source.max_tokens}; no document is left"
+                f"max_tokens={source.max_tokens}; no document would remain"
             )
 
 
@@ -238,8 +239,8 @@ def _skip_windows(recipe: Recipe) -> Iterator[str]:
     if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
         begins = ", ".join(map(str, steps))
         yield (
-            f"data.skip_windows begin after steps {begins}, which do not ascend; name each step "
-            "once, in order"
+            f"data.skip_windows has the steps {begins}, which do not ascend; give each step once, "
+            f"in ascending order"
         )
 
 
@@ -247,8 +248,8 @@ def _replica(recipe: Recipe) -> Iterator[str]:
     replica_dir, run_dir = recipe.checkpoint.replica_dir, recipe.run.dir
     if replica_dir and Path(replica_dir).resolve().is_relative_to(Path(run_dir).resolve()):
         yield (
-            f"checkpoint.replica_dir={replica_dir} lies in run.dir={run_dir}, and would be lost "
-            "with it; use a directory on another file system, as a host's own disk"
+            f"checkpoint.replica_dir={replica_dir} is inside run.dir={run_dir} and would be lost "
+            f"with it; use a directory on another file system, such as a host's local disk"
         )
 
 

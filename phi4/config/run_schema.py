@@ -6,98 +6,103 @@ from phi4.config.fields import NonNegative, Positive, Section, key
 
 
 class RunConfig(Section):
-    """Where a run lives and how long it goes."""
+    """Identity, directory and length of a run."""
 
     stage: str = key("identity", "pretrain", min_length=1)
-    """What is trained: one of phi4.stages.STAGES."""
+    """Training stage: one of phi4.stages.STAGES."""
     dir: str = key("free", "runs/default", min_length=1)
-    """Directory of the run: checkpoints, logs, metrics. A start resumes what is in it."""
+    """Directory of the run: checkpoints, logs, metrics. A start resumes from it."""
     name: str | None = key("free", None)
-    """Shown in MLflow; the directory's name when None."""
+    """Name of the run in MLflow; defaults to the directory's name."""
     steps: Positive = key("schedule", 100)
-    """The run is finished after this optimizer step."""
+    """Number of optimizer steps after which the run is finished."""
     seed: int = key("identity", 1234, ge=0)
     """Seed of the initial weights and of the data order."""
     init_from: str | None = key("identity", None)
-    """Checkpoint whose weights the run starts from; None draws them from the seed. The data of that
-    run is left alone: see data.continue_from."""
+    """Checkpoint whose weights the run starts from; when unset, weights are initialised from the
+    seed. The data position of that run is not used: see data.continue_from."""
     platform: Literal["auto", "cpu", "cuda"] = key("free", "auto")
-    """cuda: NCCL. cpu: gloo. auto: cuda where a GPU is found."""
+    """cuda: NCCL. cpu: gloo. auto: cuda if a GPU is found."""
     threads: Positive = key("free", 1)
     """CPU threads of each process."""
 
 
 class CheckpointConfig(Section):
-    """What is saved, when and how."""
+    """When and how checkpoints are saved."""
 
     every: NonNegative = key("free", 0)
     """Steps between saves; 0 saves only at the end."""
     keep: Positive = key("free", 3)
-    """Complete checkpoints kept; older ones are removed after a save, except the newest that any
-    layout can load (optimizer format full)."""
+    """Number of complete checkpoints to keep; older ones are removed after a save, except the
+    newest that any layout can load (optimizer format full)."""
     optimizer_format: Literal["auto", "full", "dp"] = key("free", "auto")
-    """full: any layout can load it, gathers 12 bytes per parameter in host memory. dp: no gather,
-    same tensor and pipeline degrees. auto: full where the gather fits, else dp."""
+    """full: any layout can load it; gathers 12 bytes per parameter in host memory. dp: no gather;
+    needs the same tensor and pipeline degrees to load. auto: full where the gather fits in memory,
+    else dp."""
     host_memory_share: float = key("free", 0.25, gt=0, le=1)
-    """Share of a machine's memory that the gather of `full` may take before auto turns to dp."""
+    """With auto: fraction of a machine's memory that the gather of `full` may use."""
     reshardable_every: NonNegative = key("free", 0)
-    """With auto and dp for routine saves: steps between full ones; 0 means only on request."""
+    """With auto, and dp for routine saves: steps between full checkpoints; 0 means only on
+    request."""
     asynchronous: bool = key("free", False)
-    """Write while training goes on; a checkpoint counts once it is durable. Takes as much of the
-    host's memory as its ranks write. The last save of a run is waited for."""
+    """Save asynchronously while training continues; a checkpoint counts once it is durable. Uses as
+    much host memory as the ranks write. A run waits for its last save."""
     keep_every: NonNegative = key("free", 0)
-    """Checkpoints of steps that this divides are never removed; 0 keeps none besides `keep`."""
+    """Checkpoints whose step is a multiple of this are never removed; 0 keeps only those of
+    `keep`."""
     write_seconds: float = key("free", 1800.0, gt=0)
-    """A save that is not durable after so long has failed."""
+    """Time after which a save that is not yet durable has failed."""
     replica_dir: str = key("free", "")
-    """Directory on each host's own disk that takes a second copy of the newest checkpoint; a start
-    takes from it what the run's directory has lost. Empty keeps none."""
+    """Directory on each host's local disk for a second copy of the newest checkpoint; a start
+    restores from it what is missing in run.dir. Empty disables it."""
 
 
 class ReliabilityConfig(Section):
-    """What a run does about notices, hangs, spikes and hardware that computes wrongly."""
+    """Handling of notices, hangs, spikes and silent data corruption."""
 
     stop_seconds: float = key("free", 240.0, gt=0)
-    """From a notice (SIGTERM, SIGUSR1) until the run must have saved and ended; then it is
-    killed."""
+    """Time from a notice (SIGTERM, SIGUSR1) until the run must have saved and ended; after that it
+    is killed."""
     silence_seconds: float = key("free", 45.0, gt=0)
-    """A rank that shows no sign of life for so long has stopped, and the run ends."""
+    """Time without a heartbeat after which a rank counts as dead and the run ends."""
     rendezvous_seconds: float = key("free", 600.0, gt=0)
-    """How long ranks wait for each other at the start; every 30 s those missing are listed."""
+    """Time that ranks wait for each other at the start; missing ranks are listed every 30 s."""
     hang_seconds: float = key("free", 900.0, gt=0)
-    """The run ends when its ranks live but none of them goes on for so long."""
+    """Time after which the run ends if its ranks are alive but none makes progress."""
     straggler_every: NonNegative = key("free", 100)
-    """Steps between comparisons of the ranks' speed; 0 compares never."""
+    """Steps between straggler checks; 0 disables them."""
     straggler_factor: float = key("free", 1.5, gt=1)
-    """A rank that takes so many times what its peers take is named."""
+    """A rank that is slower than its peers by this factor is reported."""
     spike_deviations: float = key("free", 12.0, ge=0)
-    """A loss or gradient norm so many robust standard deviations above the median of the window
-    before it is a spike; 0 looks for none."""
+    """Threshold for a spike of loss or gradient norm, in robust standard deviations above the
+    median of the window before it; 0 disables the check."""
     spike_window: Positive = key("free", 128)
-    """Steps that a spike is compared with; before half of them are done none is looked for."""
+    """Length of the window that a spike is compared with, in steps; no check before half of it is
+    filled."""
     max_bad_steps: Positive = key("free", 3)
-    """Bad steps (spike or not finite) in a row whose update is skipped; the next one rolls back."""
+    """Consecutive bad steps (spike or not finite) whose update is skipped; the next one rolls
+    back."""
     max_roll_backs: NonNegative = key("free", 3)
-    """Roll backs of a run; then it ends as diverged."""
+    """Maximum number of rollbacks; one more ends the run as diverged."""
     replica_check_every: NonNegative = key("free", 1000)
-    """Steps between comparisons of the parameters over ranks that hold the same; 0 compares
-    never."""
+    """Steps between comparisons of replicated parameters across ranks; 0 disables them."""
 
 
 class TrackingConfig(Section):
-    """The view of a run in MLflow; files in run.dir are the record."""
+    """Tracking in MLflow; the files in run.dir remain the record of the run."""
 
     mlflow: bool = key("free", True)
-    """Whether the run is shown in MLflow."""
+    """Whether the run is logged to MLflow."""
     uri: str | None = key("free", None)
-    """None takes MLFLOW_TRACKING_URI; without that, a local sqlite store beside run.dir."""
+    """Tracking server or store. When unset: MLFLOW_TRACKING_URI, else a local sqlite store next to
+    run.dir."""
     experiment: str | None = key("free", None, min_length=1)
-    """None takes MLFLOW_EXPERIMENT_NAME; without that, `phi4`."""
+    """Experiment. When unset: MLFLOW_EXPERIMENT_NAME, else `phi4`."""
     peak_tflops: float | None = key("free", None, gt=0)
-    """What MFU is a share of: the dense peak of one GPU in precision.dtype, in TFLOP/s. None takes
-    the bf16 peak of the card where phi4 knows it, and reports no MFU elsewhere."""
+    """Peak that MFU is relative to: dense TFLOP/s of one GPU in precision.dtype. When unset, the
+    bf16 peak of the card if phi4 knows it; otherwise no MFU is reported."""
     group_norms_every: NonNegative = key("free", 0)
-    """Steps between records of the gradient norm of embedding, attention, mlp, norms and head,
-    each by itself; one more pass over the gradient. 0 records none."""
+    """Steps between records of the gradient norm per parameter group (embedding, attention, mlp,
+    norms, head); needs one more pass over the gradient; 0 disables them."""
     sweep: str | None = key("free", None, min_length=1)
-    """Sweep that the run is one of, whose runs have one parent run; `phi4 sweep` sets it."""
+    """Sweep that the run belongs to; its runs share one parent run; set by `phi4 sweep`."""

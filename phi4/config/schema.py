@@ -1,8 +1,9 @@
-"""The recipe's schema: every key, its unit, and what a change of it means for a running training.
+"""The recipe's schema: every key, its unit, and whether it may change when a run resumes.
 
-Each key is declared `identity` (a change refuses to resume: it would be another model), `schedule`
-(may change on resume with `--change`, recorded in the run's history with the step) or `free`
-(layout, kernels, files: may change at any restart). Cross-checks between keys live in `rules.py`.
+Each key is declared `identity` (part of the model's identity; a resume with another value is
+refused), `schedule` (may change on resume with `--change`, recorded in the run's history with the
+step) or `free` (layout, kernels, files: may change at any restart). Cross-checks between keys are
+in `rules.py`.
 """
 
 from pydantic.fields import FieldInfo
@@ -23,7 +24,7 @@ _KINDS: tuple[Kind, ...] = ("identity", "schedule", "free")
 
 
 class Recipe(Section):
-    """Everything that defines a training run."""
+    """The complete definition of a training run."""
 
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -51,7 +52,8 @@ def section_keys(section: str) -> dict[str, FieldInfo]:
 
 
 def key_kinds() -> dict[str, Kind]:
-    """Kind of every dotted key of the recipe, for example `model.num_layers: identity`."""
+    """Return the kind of every dotted key of the recipe, for example `model.num_layers:
+    identity`."""
     kinds: dict[str, Kind] = {}
     for section in Recipe.model_fields:
         for name, info in section_keys(section).items():
@@ -60,7 +62,8 @@ def key_kinds() -> dict[str, Kind]:
 
 
 def source_key_kinds() -> dict[str, Kind]:
-    """Kind of every key of a source; where only free ones change, so do the sources."""
+    """Return the kind of every key of a source; if only free keys change, the data stays the
+    same."""
     fields = SourceConfig.model_fields
     return {name: _kind_of(info, f"source.{name}") for name, info in fields.items()}
 

@@ -6,7 +6,7 @@ from phi4.config.fields import NonNegative, Positive, Section, key
 
 
 class BatchConfig(Section):
-    """How many rows a step takes."""
+    """Batch sizes."""
 
     global_batch_size: Positive = key("schedule", 8)
     """Rows per optimizer step over all data-parallel ranks."""
@@ -20,43 +20,44 @@ class OptimConfig(Section):
     learning_rate: float = key("schedule", 3e-4, gt=0)
     """Peak."""
     min_learning_rate: float = key("schedule", 0.0, ge=0)
-    """At the end of the decay and after it."""
+    """Learning rate at and after the end of the decay."""
     schedule_unit: Literal["steps", "tokens"] = key("schedule", "steps")
-    """What warmup and decay count."""
+    """Unit of warmup and decay."""
     warmup: NonNegative = key("schedule", 0)
     """Length of the warm-up in schedule_unit."""
     decay: NonNegative = key("schedule", 0)
-    """Where the decay ends, from the start, in schedule_unit; 0 means the end of the run."""
+    """End of the decay, counted from the start, in schedule_unit; 0 means the end of the run."""
     weight_decay: float = key("schedule", 0.1, ge=0)
-    """Decoupled; not applied to norm weights."""
+    """Decoupled weight decay; not applied to norm weights."""
     beta1: float = key("identity", 0.9, ge=0, lt=1)
-    """Decay of AdamW's first moment."""
+    """AdamW beta1."""
     beta2: float = key("identity", 0.95, ge=0, lt=1)
-    """Decay of AdamW's second moment."""
+    """AdamW beta2."""
     eps: float = key("identity", 1e-8, gt=0)
-    """Added to the root of AdamW's bias-corrected second moment."""
+    """AdamW epsilon, added to the root of the bias-corrected second moment."""
     clip_grad: float = key("schedule", 1.0, ge=0)
-    """Largest global L2 norm of the gradient; 0 switches clipping off."""
+    """Maximum global L2 norm of the gradient; 0 disables clipping."""
 
 
 class DpoConfig(Section):
-    """The loss of run.stage=dpo; the report leaves all of it open."""
+    """The loss of run.stage=dpo; the report specifies none of these values."""
 
     loss: Literal["sigmoid", "sigmoid_norm", "ipo", "hinge"] = key("schedule", "sigmoid")
     """sigmoid: Rafailov et al. 2023, equation 7. sigmoid_norm: each answer's log-ratio is divided
-    by its number of tokens. ipo: Azar et al. 2023, equation 17, divided likewise. hinge: Zhao et
-    al. 2023."""
+    by its number of tokens. ipo: Azar et al. 2023, equation 17, also divided by the number of
+    tokens. hinge: Zhao et al. 2023."""
     beta: float = key("schedule", 0.1, gt=0)
-    """How strongly the policy is held to the reference."""
+    """Strength of the constraint to the reference model."""
     label_smoothing: float = key("schedule", 0.0, ge=0, lt=0.5)
-    """Share of pairs that are taken to be labelled the wrong way round; sigmoid only."""
+    """Label smoothing: assumed probability that a pair is labelled the wrong way round; sigmoid
+    only."""
     sft_weight: float = key("schedule", 0.0, ge=0)
     """Weight of the mean negative log-probability of the chosen answers' tokens."""
     reference: str | None = key("identity", None, min_length=1)
-    """Checkpoint or run that the log-probabilities of data.reference_cache are of; None is
-    run.init_from."""
+    """Checkpoint or run directory of the reference model whose log-probabilities are in
+    data.reference_cache; defaults to run.init_from."""
     gate: bool = key("free", True)
-    """Whether a run checks reference, packing and layout on a batch before its first step."""
+    """Check reference, packing and layout on a batch before the first step."""
 
 
 class EvaluationConfig(Section):

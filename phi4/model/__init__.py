@@ -1,1 +1,1 @@
-"""Phi-4 on paper: its shape, the names of its tensors, and what it can be asked."""
+"""Phi-4's architecture without torch: sizes, tensor names, GPU data sheets, generation requests."""

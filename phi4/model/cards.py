@@ -1,4 +1,4 @@
-"""GPUs that phi4 knows: capacity and peak from their data sheets."""
+"""GPUs known to phi4, with memory capacity and peak throughput from their data sheets."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ class Card:
     name: str
     title: str
     capacity_bytes: int
-    """The data sheet's decimal gigabytes, all of which a plan may fill. Conservative: the memory is
-    sold rounded down, and torch reports more (an H100 SXM about 79 GiB, the plan uses 74.5)."""
+    """Memory in the data sheet's decimal gigabytes; a plan may use all of it. Conservative: torch
+    reports more (about 79 GiB on an H100 SXM; the plan uses 74.5)."""
     bf16_dense_tflops: float
     """Peak without sparsity."""
     source: str
     compute_capability: tuple[int, int]
     device_names: tuple[str, ...]
-    """What the driver calls it. Whole names: `NVIDIA GH200 480GB`, a slice of a card and the PCIe
-    forms contain the name of a card and have another peak."""
+    """Device names as the driver reports them. Matched exactly: `NVIDIA GH200 480GB`, MIG slices
+    and PCIe variants contain the name of a card but have another peak."""
 
 
 CARDS = {
@@ -58,10 +58,10 @@ CARDS = {
 
 
 def card_named(name: str) -> Card:
-    """The card of a name.
+    """Return the card with a given name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no card has that name.
     """
     if name not in CARDS:
         raise ConfigError(f"--gpu {name} is not known; use {', '.join(CARDS)}")
@@ -69,5 +69,5 @@ def card_named(name: str) -> Card:
 
 
 def card_of_device(device_name: str) -> Card | None:
-    """The card that the driver calls so, for example `NVIDIA H100 80GB HBM3`; None for others."""
+    """Return the card with a given driver name, for example `NVIDIA H100 80GB HBM3`, or None."""
     return next((card for card in CARDS.values() if device_name in card.device_names), None)

@@ -1,7 +1,7 @@
-"""A request for new tokens in ids, and what holds for every one that a model can answer.
+"""The generation request in token ids, and the checks that apply to every model.
 
-The decision: the rules stand below both the generation engine and `phi4.sampling`, so that there is
-one set of them, and a client of an endpoint checks its requests without loading an engine.
+The checks are in a layer below both the generation engine and `phi4.sampling`, so that there is one
+set of them, and an endpoint's client checks its requests without loading an engine.
 """
 
 import math
@@ -11,16 +11,16 @@ from typing import Protocol
 from phi4.errors import ConfigError
 
 MIN_TEMPERATURE = 1e-6
-"""Below it, and above 0, a temperature is a mistake: 0 is exact and asks for the same."""
+"""A temperature between 0 and this is an error: 0 is exact and means the same."""
 
 MAX_BIAS = 1e6
-"""Beyond every logit, and finite in fp32 when divided by `MIN_TEMPERATURE`."""
+"""Larger than every logit, and finite in fp32 when divided by `MIN_TEMPERATURE`."""
 
 _END_OF_SEEDS = 1 << 63
 
 
 class GenerationRequest(Protocol):
-    """What an engine needs of a request; `phi4.sampling.protocol.Request` is one."""
+    """The fields of a request that an engine needs; `phi4.sampling.protocol.Request` is one."""
 
     @property
     def prompt(self) -> Sequence[int]:
@@ -29,17 +29,17 @@ class GenerationRequest(Protocol):
 
     @property
     def n(self) -> int:
-        """Samples, at least one."""
+        """Number of samples, at least one."""
         ...
 
     @property
     def max_tokens(self) -> int:
-        """At most so many new tokens per sample; 0 only to score the prompt."""
+        """Maximum number of new tokens per sample; 0 only to score the prompt."""
         ...
 
     @property
     def temperature(self) -> float:
-        """0 takes the most probable token."""
+        """Temperature; 0 takes the most probable token."""
         ...
 
     @property
@@ -54,22 +54,22 @@ class GenerationRequest(Protocol):
 
     @property
     def min_p(self) -> float:
-        """In [0, 1]."""
+        """Min-p threshold, in [0, 1]."""
         ...
 
     @property
     def seed(self) -> int:
-        """Of the draws, from 0 to 2^63 - 1."""
+        """Sampling seed, from 0 to 2^63 - 1."""
         ...
 
     @property
     def forced(self) -> Sequence[int]:
-        """The first new tokens."""
+        """Tokens that every sample starts with."""
         ...
 
     @property
     def forbidden_first(self) -> Set[int]:
-        """Ids that the first new token is not."""
+        """Ids that may not be the first new token."""
         ...
 
     @property
@@ -96,7 +96,7 @@ class GenerationRequest(Protocol):
 def check_generation_request(
     request: GenerationRequest, vocab_size: int, max_sequence_tokens: int | None
 ) -> None:
-    """Refuse what no model of this size can answer.
+    """Raise an error for a request that no model of this size can answer.
 
     Args:
         request: any.
@@ -104,13 +104,13 @@ def check_generation_request(
         max_sequence_tokens: longest sequence of the model; None where only the model knows.
 
     Raises:
-        ConfigError: the first fault, in one line.
+        ConfigError: the first error found, in one line.
     """
     _check_lengths(request, max_sequence_tokens)
     for name in ("prompt", "forced", "forbidden_first", "logit_bias", "stop_ids"):
         _check_ids(name, getattr(request, name), vocab_size)
     if len(set(request.forbidden_first)) >= vocab_size:
-        raise ConfigError(f"forbidden_first holds all {vocab_size} ids; leave one to draw")
+        raise ConfigError(f"forbidden_first holds all {vocab_size} ids; leave at least one")
     _check_distribution(request)
     top = request.num_top_log_probs
     _check("num_top_log_probs", top, 0 <= top <= vocab_size, f"0 to {vocab_size}, the vocabulary")
@@ -154,6 +154,6 @@ def _check_ids(name: str, ids: Sequence[int] | Set[int] | Mapping[int, float], c
     wrong = [token for token in ids if not 0 <= token < count]
     if wrong:
         raise ConfigError(
-            f"{name} has the token id {wrong[0]}; expected 0 to {count - 1}; use the "
+            f"{name} contains the token id {wrong[0]}; expected 0 to {count - 1}; use the "
             "model's own tokenizer"
         )

@@ -1,4 +1,4 @@
-"""Where a tensor lives: megatron-core's global names and Hugging Face's Phi3 names, one to one.
+"""Map tensor names and layouts between megatron-core and Hugging Face's Phi3, one to one.
 
 All nine kinds have the same shape on both sides. Only QKV differs inside: megatron-core groups its
 rows per KV head, [q .. q, k, v] for each, so that a tensor rank's slice is contiguous; Hugging Face
@@ -57,7 +57,7 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def hf_name(name: str) -> str:
-    """The Hugging Face name of a megatron-core tensor.
+    """Return the Hugging Face name of a megatron-core tensor.
 
     Raises:
         CheckpointError: Phi-4 has no such tensor.
@@ -67,7 +67,7 @@ def hf_name(name: str) -> str:
 
 
 def megatron_name(name: str) -> str:
-    """The megatron-core name of a Hugging Face tensor.
+    """Return the megatron-core name of a Hugging Face tensor.
 
     Raises:
         CheckpointError: Phi-4 has no such tensor.
@@ -77,7 +77,7 @@ def megatron_name(name: str) -> str:
 
 
 def parameter_group(name: str) -> ParameterGroup:
-    """The group of a megatron-core tensor.
+    """Return the parameter group of a megatron-core tensor.
 
     Raises:
         CheckpointError: Phi-4 has no such tensor.
@@ -86,21 +86,21 @@ def parameter_group(name: str) -> ParameterGroup:
 
 
 def to_hf(name: str, tensor: torch.Tensor, model: ModelConfig) -> tuple[str, torch.Tensor]:
-    """Name and rows of a full (unsplit) megatron-core tensor as Hugging Face has them."""
+    """Return name and rows of a full (unsplit) megatron-core tensor in Hugging Face's layout."""
     if _role_of(name, _BY_MEGATRON)[0] == "qkv":
         tensor = block_qkv(tensor, model)
     return hf_name(name), tensor
 
 
 def to_megatron(name: str, tensor: torch.Tensor, model: ModelConfig) -> tuple[str, torch.Tensor]:
-    """Name and rows of a Hugging Face tensor as megatron-core has them, unsplit."""
+    """Return name and rows of a Hugging Face tensor in megatron-core's layout, unsplit."""
     if _role_of(name, _BY_HF)[0] == "qkv":
         tensor = group_qkv(tensor, model)
     return megatron_name(name), tensor
 
 
 def block_qkv(grouped_RH: torch.Tensor, model: ModelConfig) -> torch.Tensor:
-    """Rows [q .. q, k, v] per KV head reordered to [Q | K | V]; exact inverse of `group_qkv`.
+    """Reorder rows [q .. q, k, v] per KV head to [Q | K | V]; exact inverse of `group_qkv`.
 
     Raises:
         CheckpointError: the number of rows is not the model's.
@@ -113,7 +113,7 @@ def block_qkv(grouped_RH: torch.Tensor, model: ModelConfig) -> torch.Tensor:
 
 
 def group_qkv(blocked_RH: torch.Tensor, model: ModelConfig) -> torch.Tensor:
-    """Rows [Q | K | V] reordered to [q .. q, k, v] per KV head; exact inverse of `block_qkv`.
+    """Reorder rows [Q | K | V] to [q .. q, k, v] per KV head; exact inverse of `block_qkv`.
 
     Raises:
         CheckpointError: the number of rows is not the model's.
@@ -150,5 +150,5 @@ def _role_of(name: str, roles: dict[str, Role]) -> tuple[Role, str]:
     template = name if match is None else f"{name[: match.start(1)]}{{}}{name[match.end(1) :]}"
     if template not in roles:
         known = ", ".join(roles)
-        raise CheckpointError(f"tensor {name!r} is not Phi-4's; its tensors are {known}")
+        raise CheckpointError(f"tensor {name!r} is not a Phi-4 tensor; expected one of {known}")
     return roles[template], match[1] if match else ""

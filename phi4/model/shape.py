@@ -1,8 +1,8 @@
-"""Phi-4's shape in numbers: tensors, parameters, FLOPs and bytes, all from a `ModelConfig`.
+"""Phi-4's sizes: tensors, parameters, FLOPs and bytes, all computed from a `ModelConfig`.
 
 One table, `tensor_kinds`, lists the nine kinds of tensor with their shapes and the dimension that
-tensor parallelism splits; every count here and every name in `names.py` derives from it, so a
-number and a checkpoint cannot disagree.
+tensor parallelism splits; every count here and every name in `names.py` is derived from it, so
+counts and checkpoints always agree.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ GROUP_OF_ROLE: dict[Role, ParameterGroup] = {
     "final_norm": "norm",
     "head": "head",
 }
-"""Which tensors a gradient norm of their own is reported of."""
+"""Parameter groups whose gradient norms are reported separately."""
 PARAMETER_GROUPS = tuple(dict.fromkeys(GROUP_OF_ROLE.values()))
 
 DTYPE_BYTES: dict[Dtype, int] = {"fp32": 4, "bf16": 2}
@@ -64,7 +64,7 @@ class TensorKind:
 
 
 def tensor_kinds(model: ModelConfig) -> tuple[TensorKind, ...]:
-    """The nine kinds, in the order in which the model applies them."""
+    """Return the nine kinds of tensor, in the order in which the model applies them."""
     hidden, ffn, vocab = model.hidden_size, model.intermediate_size, model.vocab_size
     queries = model.num_attention_heads * model.head_dim
     keys_values = 2 * model.num_key_value_heads * model.head_dim
@@ -82,12 +82,12 @@ def tensor_kinds(model: ModelConfig) -> tuple[TensorKind, ...]:
 
 
 def num_layer_parameters(model: ModelConfig) -> int:
-    """Parameters of one transformer layer."""
+    """Return the number of parameters of one transformer layer."""
     return sum(kind.num_parameters for kind in tensor_kinds(model) if kind.per_layer)
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """All parameters; embedding and head are two tensors."""
+    """Return the number of all parameters; embedding and head are two tensors."""
     return sum(
         kind.num_parameters * (model.num_layers if kind.per_layer else 1)
         for kind in tensor_kinds(model)
@@ -95,7 +95,8 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def num_matmul_parameters(model: ModelConfig) -> int:
-    """Parameters that multiply every token: the matrices of the layers and the head."""
+    """Return the number of parameters in matrix products of every token: the layers and the
+    head."""
     return sum(
         kind.num_parameters * (model.num_layers if kind.per_layer else 1)
         for kind in tensor_kinds(model)
@@ -106,7 +107,7 @@ def num_matmul_parameters(model: ModelConfig) -> int:
 def num_rank_parameters(
     model: ModelConfig, num_layers: int, tp_size: int, *, first: bool, last: bool
 ) -> int:
-    """Parameters that one tensor rank of one pipeline stage holds.
+    """Return the number of parameters that one tensor rank of one pipeline stage holds.
 
     Args:
         model: the unsplit model.
@@ -123,15 +124,15 @@ def num_rank_parameters(
 
 
 class Work(NamedTuple):
-    """What a model is given to compute, in all that its FLOPs depend on."""
+    """The work that a model's FLOPs depend on."""
 
     num_tokens: int
-    """Positions of the rows, padding included: they are computed."""
+    """Positions of the rows, padding included, because it is computed."""
     squared_lengths: int
     """Sum of the squares of the lengths of all documents. Attention ends at their boundaries, so a
     row that holds several costs less than one that holds a long one."""
     num_second_labels: int = 0
-    """Positions that pass the head once more, for the other label of a pivot."""
+    """Positions that pass through the head once more, for the alternative label of a pivot."""
 
 
 NO_WORK = Work(0, 0)
@@ -145,15 +146,15 @@ class TrainingFlops:
 
     matmul: int
     attention_causal: int
-    """Scores and weighted sum over the tokens a causal mask leaves, half of the square."""
+    """Scores and weighted sum over the tokens that a causal mask leaves, half of the square."""
     attention_full: int
-    """The same over the whole square, the count of PaLM's appendix B."""
+    """The same over the full square, as in PaLM's appendix B."""
     six_n: int
     """6 x all parameters, embedding included, no attention."""
 
     @property
     def causal(self) -> int:
-        """The count that phi4 reports MFU with."""
+        """The count that MFU is based on."""
         return self.matmul + self.attention_causal
 
     @property
@@ -163,11 +164,11 @@ class TrainingFlops:
 
 
 def training_flops(model: ModelConfig, work: Work) -> TrainingFlops:
-    """FLOPs of one forward and backward pass over documents of any lengths.
+    """Return the FLOPs of one forward and backward pass over documents of any lengths.
 
-    They add up: those of two pieces of work are those of their sum. Six times a parameter per token
-    is the matrices' part; scores and weighted sum of a document of s tokens are 12 * s^2 * width
-    per layer, or half of it where the mask leaves half of the square.
+    FLOPs are additive over pieces of work. The matrices take six FLOPs per parameter and token;
+    scores and weighted sum of a document of s tokens take 12 * s^2 * width per layer, or half of it
+    where the mask leaves half of the square.
     """
     width = model.num_attention_heads * model.head_dim
     full = 12 * model.num_layers * width * work.squared_lengths
@@ -181,26 +182,26 @@ def training_flops(model: ModelConfig, work: Work) -> TrainingFlops:
 
 
 def training_flops_per_token(model: ModelConfig, sequence_length: int) -> TrainingFlops:
-    """FLOPs per token when rows of `sequence_length` tokens hold one document each."""
-    # A row's are those of S tokens and S^2: S times these.
+    """Return the FLOPs per token when rows of `sequence_length` tokens hold one document each."""
+    # FLOPs of a row are those of S tokens and S^2: S times these.
     return training_flops(model, Work(num_tokens=1, squared_lengths=sequence_length))
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, dtype: Dtype = "bf16") -> int:
-    """Bytes of keys and values that generation keeps per token, over all layers."""
+    """Return the bytes of keys and values per token that generation keeps, over all layers."""
     values = 2 * model.num_layers * model.num_key_value_heads * model.head_dim
     return values * DTYPE_BYTES[dtype]
 
 
 def weight_bytes(model: ModelConfig, dtype: Dtype) -> int:
-    """Bytes of the weights alone, as a checkpoint or an inference server holds them."""
+    """Return the bytes of the weights alone, as in a checkpoint or an inference server."""
     return num_parameters(model) * DTYPE_BYTES[dtype]
 
 
 def training_bytes_per_parameter(dtype: Dtype) -> int:
-    """Bytes of weight, fp32 gradient and AdamW state of one parameter, unsharded.
+    """Return the bytes of weight, fp32 gradient and AdamW state of one parameter, unsharded.
 
-    bf16 weights have an fp32 master copy beside the two moments; fp32 weights are their own.
+    bf16 weights have an fp32 master copy in addition to the two moments; fp32 weights do not.
     """
     weight, gradient, moments = DTYPE_BYTES[dtype], 4, 8
     master = 0 if dtype == "fp32" else 4
@@ -208,7 +209,7 @@ def training_bytes_per_parameter(dtype: Dtype) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """`count` bytes in binary units, one decimal, for example `27.3 GiB`."""
+    """Return `count` bytes in binary units, one decimal, for example `27.3 GiB`."""
     if abs(count) < 1024:
         return f"{count:.0f} B"
     for unit in ("KiB", "MiB", "GiB"):

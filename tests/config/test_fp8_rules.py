@@ -14,20 +14,20 @@ TP2_SP = ("parallel.tensor=2", "parallel.sequence=true")
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["precision.fp8_end_layers_in_bf16=20"], "leave none of model.num_layers=40 for FP8"),
-        (["model.intermediate_size=17928"], "columns of the MLP 17928 are not; change the model"),
+        (["precision.fp8_end_layers_in_bf16=20"], "leaves none of model.num_layers=40 for FP8"),
+        (["model.intermediate_size=17928"], "columns of the MLP 17928; change the model"),
         (
             ["model.intermediate_size=17936", *TP2_SP],
-            "multiples of 16, but columns of the MLP 8968 are not",
+            "multiples of 16; got columns of the MLP 8968",
         ),
         (
             [*("data.sequence_length=4104", "data.unit_tokens=4104"), "parallel.context=3"],
-            "tokens of a micro-batch 1368 are not; change the model, batch.micro_batch_size or",
+            "tokens of a micro-batch 1368; change the model, batch.micro_batch_size or",
         ),
-        ([BLOCKWISE, "model.intermediate_size=17936"], "multiples of 128, but columns of the MLP"),
+        ([BLOCKWISE, "model.intermediate_size=17936"], "multiples of 128; got columns of the MLP"),
         (
             [BLOCKWISE, "parallel.context=32", *TP2_SP],
-            "tokens of a micro-batch 64 are not",
+            "got tokens of a micro-batch 64",
         ),
     ],
 )

@@ -14,27 +14,27 @@ SOUND = with_overrides(Recipe(), ["batch.global_batch_size=16"])
 BROKEN = {
     "delayed scaling is Transformer Engine's": (
         ["precision.fp8=torch", "precision.fp8_recipe=delayed"],
-        "precision.fp8_recipe=delayed is Transformer Engine's alone; use precision.fp8=te, or "
-        "precision.fp8_recipe=tensorwise",
+        "precision.fp8_recipe=delayed is only available in Transformer Engine; use "
+        "precision.fp8=te, or precision.fp8_recipe=tensorwise",
     ),
     "rowwise scaling is torch's": (
         ["precision.fp8=te", "precision.fp8_recipe=rowwise"],
-        "precision.fp8_recipe=rowwise is no recipe of Transformer Engine; use tensorwise, "
+        "precision.fp8_recipe=rowwise is not supported by Transformer Engine; use tensorwise, "
         "blockwise or delayed, or precision.fp8=torch",
     ),
     "Transformer Engine reads bf16": (
         ["precision.fp8=te", "precision.dtype=fp32"],
-        "precision.fp8=te takes and gives bf16, but precision.dtype=fp32; use "
+        "precision.fp8=te needs bf16 inputs and outputs, but precision.dtype=fp32; use "
         "precision.dtype=bf16, or precision.fp8=torch",
     ),
     "Transformer Engine needs a GPU": (
         ["precision.fp8=te", "run.platform=cpu"],
         "precision.fp8=te needs a GPU, but run.platform=cpu; use precision.fp8=torch, which "
-        "multiplies in FP8 on a CPU too",
+        "also runs on a CPU",
     ),
     "delayed scaling is of all layers": (
         ["precision.fp8=te", "precision.fp8_recipe=delayed"],
-        "precision.fp8_recipe=delayed takes all layers or none, but "
+        "precision.fp8_recipe=delayed applies to all layers, but "
         "precision.fp8_end_layers_in_bf16=1; use precision.fp8_end_layers_in_bf16=0, or "
         "precision.fp8_recipe=tensorwise",
     ),
@@ -48,17 +48,17 @@ BROKEN = {
     ),
     "end layers in bf16 fit a stage": (
         ["precision.fp8=te", "precision.fp8_end_layers_in_bf16=11", "parallel.pipeline=4"],
-        "precision.fp8_end_layers_in_bf16=11 with precision.fp8=te is at most "
-        "model.num_layers / parallel.pipeline = 10; lower it, or parallel.pipeline",
+        "precision.fp8_end_layers_in_bf16=11 with precision.fp8=te exceeds "
+        "model.num_layers / parallel.pipeline = 10; lower it or parallel.pipeline",
     ),
     "skipped windows ascend": (
         ["data.skip_windows=[[4, 8], [4, 16]]"],
-        "data.skip_windows begin after steps 4, 4, which do not ascend; name each step once",
+        "data.skip_windows has the steps 4, 4, which do not ascend; give each step once",
     ),
     "replica is elsewhere": (
         ["run.dir=runs/a", "checkpoint.replica_dir=runs/b/../a/replica"],
-        "checkpoint.replica_dir=runs/b/../a/replica lies in run.dir=runs/a, and would be lost with "
-        "it; use a directory on another file system",
+        "checkpoint.replica_dir=runs/b/../a/replica is inside run.dir=runs/a and would be lost "
+        "with it; use a directory on another file system",
     ),
     "heads divide hidden": (
         ["model.num_attention_heads=30"],
@@ -168,7 +168,7 @@ BROKEN = {
     ),
     "streams take documents of any length": (
         ['data.sources=[{name="a", path="x", min_tokens=9}]'],
-        "source 'a' selects documents by min_tokens, max_tokens or overlong, and a stream is cut",
+        "source 'a' selects documents by min_tokens, max_tokens or overlong, but a stream is cut",
     ),
     "pairs are selected before training": (
         ['data.sources=[{name="a", path="x", kind="pairs", max_tokens=9}]'],

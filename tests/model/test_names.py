@@ -97,7 +97,9 @@ def test_released_checkpoint_has_243_tensors():
     ],
 )
 def test_foreign_name_is_refused(name):
-    with pytest.raises(CheckpointError, match=r"is not Phi-4's; its tensors are model\.embed"):
+    with pytest.raises(
+        CheckpointError, match=r"is not a Phi-4 tensor; expected one of model\.embed"
+    ):
         names.megatron_name(name)
 
 
