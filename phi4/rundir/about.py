@@ -1,7 +1,6 @@
-"""about/0000001.json: what people ask of an attempt of a run, written when it begins.
+"""about/0000001.json: metadata of an attempt of a run, written when it starts.
 
-Facts for those who look a run up later: in MLflow, in a report, by grep. Nothing of the training
-depends on them.
+For people who look up a run: in MLflow, in a report, by grep. Training does not depend on it.
 """
 
 import re
@@ -20,11 +19,11 @@ _NAME = re.compile(r"(\d{7,})\.json")
 
 
 class LaunchedBy(msgspec.Struct, frozen=True):
-    """Where the launcher put a process.
+    """Where the launcher placed a process.
 
     Attributes:
         slurm: Slurm's variables that name the job, without their prefix: job_id, partition, ...
-        node: number of this machine among those of the run.
+        node: index of this machine among those of the run.
         local_rank: rank among the processes of this machine.
     """
 
@@ -39,7 +38,7 @@ class LaunchedBy(msgspec.Struct, frozen=True):
 
 
 NO_LAUNCHER = LaunchedBy()
-"""A process that its user started."""
+"""A process that its user started directly."""
 
 
 class SourceTree(msgspec.Struct, frozen=True):
@@ -51,16 +50,16 @@ class SourceTree(msgspec.Struct, frozen=True):
 
 
 class AboutSource(msgspec.Struct, frozen=True, kw_only=True):
-    """A source of data as an attempt found it.
+    """A data source as an attempt found it.
 
     Attributes:
-        name: in the recipe.
+        name: name of the source in the recipe.
         path: absolute; a prefix, a glob of prefixes or a list file.
-        kind: how it is read.
-        weight: in the recipe.
-        sha256: of what it holds, wherever it lies.
-        num_tokens: in its files.
-        num_documents: in its files.
+        kind: kind in the recipe.
+        weight: weight in the recipe.
+        sha256: hash of its content, independent of its path.
+        num_tokens: tokens in its files.
+        num_documents: documents in its files.
         num_shards: pairs of files.
     """
 
@@ -75,14 +74,14 @@ class AboutSource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Origins(msgspec.Struct, frozen=True):
-    """Places, absolute, that a run takes from other runs; empty where it takes nothing.
+    """Absolute paths of what a run takes from other runs; empty where it takes nothing.
 
     Attributes:
-        init_from: of its first weights.
-        weights: the very checkpoint of the first weights.
-        weights_manifest_sha256: of that checkpoint.
-        continue_from: of its data ledger.
-        reference: of the model that a preference run is held to.
+        init_from: checkpoint or run of its initial weights.
+        weights: the exact checkpoint of the initial weights.
+        weights_manifest_sha256: hash of that checkpoint's manifest.
+        continue_from: checkpoint or run of its data ledger.
+        reference: reference model of a preference run.
     """
 
     init_from: str = ""
@@ -96,30 +95,30 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     """The content of the file.
 
     Attributes:
-        uid: of the run directory, drawn by its first attempt and kept by the others.
+        uid: uid of the run directory, drawn by its first attempt and kept by the others.
         attempt: number of the attempt.
         step: completed steps when it began.
-        unix_seconds: when.
+        unix_seconds: start time.
         command: the program and its arguments.
         directory: working directory.
-        user: that runs it.
-        host: of rank 0.
-        launched_by: of rank 0.
+        user: user that runs it.
+        host: host of rank 0.
+        launched_by: the launcher's placement of rank 0.
         source_tree: None outside a git checkout.
-        python: version.
-        packages: versions of those that matter.
+        python: Python version.
+        packages: versions of the relevant packages.
         platform: cpu or cuda.
-        gpu: name of rank 0's; empty without.
-        world_size: processes of the run, each with one GPU where there are any.
+        gpu: name of rank 0's GPU; empty without one.
+        world_size: number of processes, each with one GPU if there are GPUs.
         layout: in words.
         degrees: tensor, pipeline, virtual_pipeline, context, data.
         kernels: implementation of every op.
-        kernel_reasons: why that one.
-        sources: that are trained on.
-        held_out: that are not.
-        stage: of the run.
-        name: of the run.
-        origins: what it takes from other runs.
+        kernel_reasons: reason for each choice.
+        sources: training sources.
+        held_out: held-out sources.
+        stage: stage of the run.
+        name: name of the run.
+        origins: checkpoints of other runs that it starts from.
         recipe: every key by its dotted name; tables and lists as JSON text.
     """
 
@@ -151,12 +150,12 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def about_path(run_dir: Path, attempt: int) -> Path:
-    """The file of an attempt."""
+    """Return the path of an attempt's file."""
     return run_dir / ABOUT_DIR / f"{attempt:07d}.json"
 
 
 def write_about(run_dir: Path, about: About) -> None:
-    """Write the file of an attempt, all of it or none.
+    """Write an attempt's file atomically.
 
     Raises:
         DiskFullError: it does not fit on the disk.
@@ -168,9 +167,9 @@ def write_about(run_dir: Path, about: About) -> None:
 
 
 def read_abouts(run_dir: Path) -> list[About]:
-    """Those of all attempts, oldest first; damaged files and files of other versions are left out.
+    """Read those of all attempts, oldest first; skips damaged files and files of other versions.
 
-    Those of attempts that wrote none are missing too.
+    Attempts that wrote none are missing as well.
     """
     try:
         names = sorted(path.name for path in (run_dir / ABOUT_DIR).iterdir())
@@ -187,10 +186,10 @@ def read_abouts(run_dir: Path) -> list[About]:
 
 
 def abouts_of_training(run_dir: Path) -> list[About]:
-    """Those of the training that goes on in a directory, oldest first.
+    """Read those of the current training in a directory, oldest first.
 
-    A start without a checkpoint, under a recipe that differs in more than `free` keys, begins
-    another training: what was recorded before is no part of it.
+    A start without a checkpoint, under a recipe that differs in keys other than `free` ones, begins
+    another training: earlier records do not belong to it.
     """
     found: list[About] = []
     for about in read_abouts(run_dir):
@@ -208,6 +207,6 @@ def _is_other(before: About, after: About) -> bool:
 
 
 def uid_of(run_dir: Path) -> str:
-    """The uid of a run directory; a new one where no attempt has told it."""
+    """Return the uid of a run directory, or a new one if no attempt has recorded it."""
     abouts = read_abouts(run_dir)
     return abouts[0].uid if abouts else uuid.uuid4().hex

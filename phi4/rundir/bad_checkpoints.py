@@ -1,7 +1,8 @@
-"""Checkpoints after which training turned NaN: noted, and after the second time never taken again.
+"""Record checkpoints after which training became NaN; after the second time they are not used
+again.
 
-`checkpoints/bad.jsonl` has a line per time. A checkpoint is known by the hash of its manifest, so
-that a later one of the same step is not taken for it.
+`checkpoints/bad.jsonl` has a line per occurrence. A checkpoint is identified by the hash of its
+manifest, so that a later one of the same step is not confused with it.
 """
 
 import os
@@ -14,11 +15,11 @@ from phi4.rundir.manifest import manifest_hash
 from phi4.rundir.names import BAD_CHECKPOINTS_FILE
 
 TIMES = 2
-"""So often a checkpoint may turn NaN before it is bad: once may be the machine."""
+"""Number of times after which a checkpoint is bad: once may be a hardware fault."""
 
 
 class TurnedBad(msgspec.Struct, frozen=True):
-    """Training from a checkpoint that turned NaN soon."""
+    """An occurrence of NaN soon after a checkpoint."""
 
     checkpoint: str
     manifest_sha256: str
@@ -27,15 +28,15 @@ class TurnedBad(msgspec.Struct, frozen=True):
 
 
 def note_bad(root: Path, step: int, at_step: int) -> int:
-    """Note that training from a checkpoint turned NaN; only the writer rank calls it.
+    """Record that training from a checkpoint became NaN; only the writer rank calls it.
 
     Args:
         root: the run's `checkpoints` directory.
-        step: of the checkpoint.
+        step: step of the checkpoint.
         at_step: the first step that was not finite.
 
     Returns:
-        How often that happened now.
+        The number of occurrences, including this one.
 
     Raises:
         OSError: the line cannot be written.
@@ -43,7 +44,7 @@ def note_bad(root: Path, step: int, at_step: int) -> int:
     checkpoint = root / checkpoint_name(step)
     line = TurnedBad(checkpoint.name, manifest_hash(checkpoint), at_step)
     with (root / BAD_CHECKPOINTS_FILE).open("ab") as stream:
-        # A kill may have left half a line.
+        # A kill may have left an incomplete line.
         stream.write(b"\n" + msgspec.json.encode(line) + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
@@ -51,17 +52,17 @@ def note_bad(root: Path, step: int, at_step: int) -> int:
 
 
 def forget_bad(root: Path) -> None:
-    """Let every checkpoint be tried again: the schedule changed, which may have been the cause."""
+    """Allow every checkpoint again: the schedule changed, which may have been the cause."""
     (root / BAD_CHECKPOINTS_FILE).unlink(missing_ok=True)
 
 
 def is_bad(checkpoint: Path) -> bool:
-    """Whether training from a checkpoint turned NaN too often."""
+    """Return whether training from a checkpoint became NaN too often."""
     return _times(checkpoint.parent, checkpoint) >= TIMES
 
 
 def is_bad_content(root: Path, manifest_sha256: str) -> bool:
-    """The same of a checkpoint that lies elsewhere, by the hash of its manifest."""
+    """Return the same for a checkpoint at another path, by the hash of its manifest."""
     return sum(line.manifest_sha256 == manifest_sha256 for line in _lines(root)) >= TIMES
 
 
@@ -74,7 +75,8 @@ def _times(root: Path, checkpoint: Path) -> int:
 
 
 def _lines(root: Path) -> list[TurnedBad]:
-    """Every whole line; a kill may have cut the last one, and what is no line says nothing."""
+    """Return every complete line; a kill may have cut the last one, and invalid lines are
+    ignored."""
     try:
         text = (root / BAD_CHECKPOINTS_FILE).read_bytes()
     except FileNotFoundError:

@@ -1,4 +1,5 @@
-"""Where checkpoints live: `checkpoints/step_0000123/`, written aside, renamed when complete.
+"""Locations of checkpoints: `checkpoints/step_0000123/`, written under a temporary name and
+renamed.
 
 `latest` is a file that names the newest complete one; it is replaced atomically after the rename,
 so a kill at any moment leaves a `latest` that can be loaded.
@@ -19,7 +20,7 @@ _NAME = re.compile(r"step_(\d{7,})")
 
 
 def checkpoints_dir(run_dir: str | Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """Return the directory of a run's checkpoints."""
     return Path(run_dir) / CHECKPOINTS_DIR
 
 
@@ -29,7 +30,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(directory: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     match = _NAME.fullmatch(directory.name)
     if not match:
         raise CheckpointError(f"{directory} is not a checkpoint; its name is not step_NNNNNNN")
@@ -37,7 +38,7 @@ def step_of(directory: Path) -> int:
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Checkpoints with a manifest, oldest first."""
+    """Return checkpoints with a manifest, oldest first."""
     if not root.is_dir():
         return []
     found = [p for p in root.iterdir() if _NAME.fullmatch(p.name) and (p / MANIFEST_FILE).is_file()]
@@ -45,7 +46,7 @@ def complete_checkpoints(root: Path) -> list[Path]:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """What `latest` names, else the newest complete checkpoint, else None."""
+    """Return the checkpoint in `latest`, else the newest complete checkpoint, else None."""
     complete = complete_checkpoints(root)
     pointer = root / LATEST_FILE
     if pointer.is_file():
@@ -56,7 +57,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def find_checkpoint(place: Path) -> Path:
-    """A checkpoint, or the newest one of a `checkpoints` directory or of a run directory.
+    """Find a checkpoint, or the newest one of a `checkpoints` directory or of a run directory.
 
     Raises:
         CheckpointError: there is none.
@@ -75,7 +76,7 @@ def find_checkpoint(place: Path) -> Path:
 
 
 def read_checkpoint_file(checkpoint: Path, name: str) -> str:
-    """Text of a small file of a checkpoint.
+    """Return the text of a small file of a checkpoint.
 
     Raises:
         CheckpointError: it is not there, or not text.
@@ -92,11 +93,12 @@ def read_checkpoint_file(checkpoint: Path, name: str) -> str:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay when a new one is complete.
+    """Which checkpoints are kept when a new one is complete.
 
     Attributes:
-        keep: so many of the newest, and besides them the newest that any layout can load.
-        keep_every: those of steps that this divides, for ever; 0 means none.
+        keep: number of newest checkpoints to keep, in addition to the newest that any layout can
+            load.
+        keep_every: keep those whose step is a multiple of this for ever; 0 means none.
     """
 
     keep: int
@@ -104,13 +106,14 @@ class Retention:
 
 
 class CheckpointDirectory:
-    """One checkpoint being written. Only the writer rank, or its writer process, calls the methods.
+    """A checkpoint that is being written. Only the writer rank, or its writer process, calls the
+    methods.
 
     Args:
         root: the run's `checkpoints` directory.
         step: optimizer steps done.
-        tag: of this try. A writer that hangs in an earlier try of the same step and goes on later
-            then finds its directory gone.
+        tag: identifies this attempt at the save. A writer that hung in an earlier attempt at the
+            same step and continues later finds its directory gone.
     """
 
     def __init__(self, root: Path, step: int, tag: str = "") -> None:
@@ -119,9 +122,9 @@ class CheckpointDirectory:
         self.partial = root / f".{self.final.name}{tag and '.'}{tag}.partial"
 
     def begin(self) -> None:
-        """An empty directory to write into; what killed saves left is removed.
+        """Return an empty directory to write into; remove leftovers of killed saves.
 
-        No other save of the run may be under way.
+        No other save of the run may be in progress.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         for stale in self.root.glob(".step_*.partial"):
@@ -129,13 +132,13 @@ class CheckpointDirectory:
         self.partial.mkdir()
 
     def discard(self) -> None:
-        """Remove what was written; the checkpoints before it stay as they are."""
+        """Remove what was written; earlier checkpoints are unaffected."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def commit(self, files: Mapping[str, bytes], manifest: bytes) -> None:
         """Write the small files and the manifest, make all durable, rename, point `latest` at it.
 
-        What else the manifest lists is on the disk already.
+        All other files in the manifest must already be durable.
         """
         for name, content in files.items():
             write_durably(self.partial / name, content)
@@ -149,7 +152,7 @@ class CheckpointDirectory:
         _point_latest_at(self.final)
 
     def holds(self, manifest: bytes) -> bool:
-        """Whether this very checkpoint is complete and `latest` names it."""
+        """Return whether this exact checkpoint is complete and `latest` names it."""
         try:
             written = (self.final / MANIFEST_FILE).read_bytes()
             named = (self.root / LATEST_FILE).read_text(encoding="utf-8", errors="replace")
@@ -158,7 +161,7 @@ class CheckpointDirectory:
         return written == manifest and named.strip() == self.final.name
 
     def prune(self, retention: Retention) -> None:
-        """Remove what the retention does not keep."""
+        """Remove the checkpoints that the retention policy does not keep."""
         complete = complete_checkpoints(self.root)
         kept = {*complete[-retention.keep :], self.final}
         kept |= set([p for p in complete if _is_reshardable(p)][-1:])
@@ -198,14 +201,14 @@ def _is_reshardable(checkpoint: Path) -> bool:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Take it out of sight at once; what cannot be removed now is left to the next `begin`."""
+    """Hide it at once by a rename; what cannot be removed now is removed by the next `begin`."""
     aside = checkpoint.with_name(f".{checkpoint.name}.old.partial")
     checkpoint.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and fsync it."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -213,7 +216,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the disk."""
+    """Make the names in a directory durable (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

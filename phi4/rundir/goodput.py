@@ -1,9 +1,9 @@
-"""Where a run's wall time went, over all its attempts.
+"""Account for a run's wall time over all its attempts, by bucket.
 
-A line of metrics.jsonl says how many seconds of rank 0 passed since the line before it, by bucket
-(`seconds/BUCKET`); an attempt's file says what passed before its first and after its last line.
-What a roll back undid counts as roll_back and what a kill undid as restart, whatever it was spent
-on: that work was done again.
+A line of metrics.jsonl holds the seconds of rank 0 since the line before it, by bucket
+(`seconds/BUCKET`); an attempt's file holds the seconds before its first and after its last line.
+Time spent on steps that a rollback undid counts as roll_back, and on those that a kill undid as
+restart, whatever the bucket was: that work was done again.
 """
 
 from collections import defaultdict
@@ -19,18 +19,18 @@ SECONDS = "seconds/"
 
 BUCKETS = ("step", "data", "evaluation", "save", "start", "restart", "roll_back", "other")
 """start: until the first attempt's first step. restart: between attempts, until a later attempt's
-first step, and steps that are done again after a kill. other: hooks, records, the end."""
+first step, and steps repeated after a kill. other: hooks, records, the end."""
 
 _STARTING = ("start", "load")
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """Wall time of a run from its first start to its last sign of life.
+    """Wall time of a run from its first start to its last recorded activity.
 
     Attributes:
-        seconds: by bucket of `BUCKETS`; a bucket without any is there with 0.
-        began_unix: first start, seconds since the epoch; 0 for a run that does not say.
+        seconds: by bucket of `BUCKETS`, including those with 0.
+        began_unix: first start, seconds since the epoch; 0 if not recorded.
         ended_unix: end of the newest attempt, or its last line.
     """
 
@@ -40,21 +40,21 @@ class Goodput:
 
     @property
     def wall_seconds(self) -> float:
-        """By the clock on the wall; the buckets are counted by another clock and sum to it."""
+        """Elapsed wall-clock time; the buckets are measured with another clock and sum to it."""
         return self.ended_unix - self.began_unix
 
     @property
     def share(self) -> float:
-        """Of the wall time, what was spent in steps that count; 0 where nothing is known."""
+        """Fraction of the wall time spent in steps that count; 0 if unknown."""
         return self.seconds["step"] / self.wall_seconds if self.wall_seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Span:
-    """Wall time of an attempt, or between two, and what it was spent on.
+    """Wall time of an attempt, or between two attempts, by bucket.
 
     Attributes:
-        attempt: its number; of the time between two, that of the later one.
+        attempt: its number; for the time between two attempts, that of the later one.
         began_unix: seconds since the epoch.
         ended_unix: likewise.
         seconds: by bucket of `BUCKETS`.
@@ -67,7 +67,7 @@ class Span:
 
 
 def goodput_of(record: RunRecord) -> Goodput:
-    """Seconds by bucket over all attempts of a run; nothing for a run of version 0.1."""
+    """Return seconds by bucket over all attempts of a run; empty for a run of version 0.1."""
     seconds = dict.fromkeys(BUCKETS, 0.0)
     began = ended = 0.0
     for span in spans_of(record):
@@ -78,9 +78,10 @@ def goodput_of(record: RunRecord) -> Goodput:
 
 
 def spans_of(record: RunRecord) -> Iterator[Span]:
-    """The wall time of a run piece by piece, attempts in order; none for a run of version 0.1.
+    """Return the wall time of a run as spans, attempts in order; empty for a run of version 0.1.
 
-    Every attempt begins with a span of no length, so that one without a line has an end, too.
+    Every attempt begins with a span of zero length, so that an attempt without a line also has an
+    end.
     """
     lines: dict[int, list[Mapping[str, Any]]] = {}
     for line in (*record.steps, *record.undone):
@@ -125,5 +126,5 @@ def _attempt_spans(
     rest -= sum(seconds.values())
     yield Span(number, end - sum(seconds.values()), end, seconds)
     if not attempt.outcome:
-        # Killed, or running: what it did after its last line is known to nobody, and lost.
+        # Killed or still running: the time after its last line is unknown and counts as lost.
         yield Span(number, end - max(0.0, rest), end, {"restart": max(0.0, rest)})

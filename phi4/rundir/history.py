@@ -1,4 +1,4 @@
-"""What a run did at any step, told from its checkpoints alone."""
+"""Recipe and state of a run at any step, reconstructed from its checkpoints."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ class RunHistory:
     """Recipe and state of a run's checkpoints up to the newest, by step.
 
     Attributes:
-        recipe: of the newest checkpoint.
-        state: of the newest checkpoint; it holds a ledger.
+        recipe: recipe of the newest checkpoint.
+        state: state of the newest checkpoint; it holds a ledger.
         earlier: states of the checkpoints before it, oldest first.
     """
 
@@ -29,7 +29,7 @@ class RunHistory:
     earlier: tuple[RunState, ...]
 
     def recipe_at(self, step: int) -> Recipe:
-        """The recipe that a step ran under, with the sources where they are now.
+        """Return the recipe in effect at a step, with the sources at their current paths.
 
         Args:
             step: from 1.
@@ -47,9 +47,9 @@ class RunHistory:
         return parse_recipe(tree, where=f"the recipe of step {step}")
 
     def units_since(self, step: int) -> int:
-        """Units of the stream from the first one of `step` to the newest checkpoint.
+        """Return units of the stream from the first one of `step` to the newest checkpoint.
 
-        What roll backs skipped in between counts too.
+        Units skipped by rollbacks in between are included.
         """
         last = self.state.step
         changed = {change.step + 1 for change in self.state.history if step <= change.step < last}
@@ -63,7 +63,7 @@ class RunHistory:
 
 
 def read_history(run_dir: Path) -> RunHistory:
-    """The history of a run that drew data.
+    """Read the history of a run that has drawn data.
 
     Raises:
         CheckpointError: there is no checkpoint, one is damaged, or the newest has no ledger.
@@ -71,7 +71,7 @@ def read_history(run_dir: Path) -> RunHistory:
     root = checkpoints_dir(run_dir)
     newest = latest_checkpoint(root)
     if newest is None:
-        raise CheckpointError(f"{run_dir} holds no checkpoint; give the directory of a run")
+        raise CheckpointError(f"{run_dir} has no checkpoint; give the directory of a run")
     state = read_state(newest)
     if state.data is None:
         raise CheckpointError(f"{newest} has no ledger; the run has not drawn any data")

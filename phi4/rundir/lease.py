@@ -1,11 +1,11 @@
 """The lease: one run directory has one owner, the attempt with the highest number.
 
-Of two starts that find the owner dead at the same time one gets the next number, and no start has
-to remove or rename what another may just have written.
+If two starts find the owner dead at the same time, one of them gets the next number, and no start
+has to remove or rename a file that another may just have written.
 
-An owner shows that it lives by touching its file. Nobody compares clocks: a start that cannot see
-the owner's process watches whether the file changes. Touching needs no space on the disk, so a full
-one costs nobody the lease.
+An owner signals that it is alive by touching its file. Clocks are never compared: a start that
+cannot see the owner's process watches whether the file changes. Touching needs no disk space, so a
+full disk does not lose the lease.
 """
 
 import os
@@ -36,7 +36,7 @@ from phi4.rundir.process import Process, this_process
 
 HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 60.0
-"""An owner that does not touch its file for so long has lost the directory."""
+"""An owner that does not touch its file for this long has lost the directory."""
 
 _POLL_SECONDS = 0.5
 
@@ -48,7 +48,7 @@ class Lease:
 
     Args:
         run_dir: the run directory.
-        number: of the attempt, counted from 1.
+        number: number of the attempt, counted from 1.
         process: the process that holds the lease.
 
     Attributes:
@@ -62,11 +62,11 @@ class Lease:
         self._process = process
 
     def check(self) -> None:
-        """Make sure that the directory is still this attempt's; reads one small file.
+        """Check that this attempt still owns the directory; reads one small file.
 
         Raises:
-            OwnershipError: another start took the directory over, or somebody removed it.
-            PlatformError: the file system does not answer.
+            OwnershipError: another start took over the directory, or it was removed.
+            PlatformError: the file system does not respond.
         """
         successor = read_attempt(attempt_path(self.run_dir, self.number + 1))
         if successor is not None:
@@ -80,7 +80,7 @@ class Lease:
         )
 
     def begin(self) -> None:
-        """Note that this attempt is about to write; from here on it counts as one.
+        """Mark this attempt as writing; from now on it counts as one.
 
         Raises:
             OwnershipError: the directory is no longer this attempt's.
@@ -97,10 +97,10 @@ class Lease:
         preempted: bool | None = None,
         seconds: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Note how this attempt ends; fields as those of `Attempt`.
+        """Record how this attempt ended; fields as those of `Attempt`.
 
         Raises:
-            DiskFullError, PlatformError: the note cannot be written.
+            DiskFullError, PlatformError: the record cannot be written.
         """
         self._update(
             outcome=outcome,
@@ -117,11 +117,11 @@ class Lease:
         return record.started_unix if record else 0.0
 
     def touch(self) -> None:
-        """Show that the owner lives."""
+        """Renew the lease by touching its file."""
         os.utime(self.path)
 
     def release(self) -> None:
-        """Give the directory back; an attempt that never began leaves no trace of itself."""
+        """Release the directory; an attempt that never began removes its own files."""
         try:
             self.check()
         except OwnershipError:
@@ -131,7 +131,7 @@ class Lease:
             self._update(ended="released", ended_unix=record.ended_unix or time.time())
             return
         self.path.unlink()
-        # Whatever else is in them keeps the directories.
+        # The directories are kept if they contain anything else.
         with suppress(OSError):
             self.path.parent.rmdir()
             self.run_dir.rmdir()
@@ -149,12 +149,12 @@ class Lease:
 
 @contextmanager
 def held_lease(run_dir: Path, *, job: str, say: Say) -> Iterator[Lease]:
-    """Own the run directory for the time of the block.
+    """Own the run directory for the duration of the block.
 
     Args:
         run_dir: created when it does not exist.
         job: Slurm job id, or empty.
-        say: takes a line for the user when the owner's life is in doubt.
+        say: reports a line to the user while it is unknown whether the owner is alive.
 
     Raises:
         OwnershipError: another run owns the directory.
@@ -170,7 +170,7 @@ def held_lease(run_dir: Path, *, job: str, say: Say) -> Iterator[Lease]:
     finally:
         stopping.set()
         beat.join()
-        # The run's own outcome stands; a lease that cannot be released expires by itself.
+        # The run's own outcome has precedence; a lease that cannot be released expires by itself.
         with suppress(Phi4Error, OSError):
             lease.release()
 
@@ -183,7 +183,7 @@ def take_lease(
     process: Process | None = None,
     expiry_seconds: float = EXPIRY_SECONDS,
 ) -> Lease:
-    """Take the lease, from a dead owner too; `held_lease` keeps it alive and releases it.
+    """Take the lease, also from a dead owner; `held_lease` keeps it alive and releases it.
 
     Raises:
         OwnershipError, DiskFullError, PlatformError: as `held_lease`.
@@ -201,19 +201,21 @@ def take_lease(
 
 
 def inherited_lease(run_dir: Path, number: int) -> Lease:
-    """The lease that the launcher of this process holds.
+    """Return the lease that the launcher of this process holds.
 
     Raises:
-        OwnershipError: the launcher has lost it already.
+        OwnershipError: the launcher has already lost it.
     """
     record = read_attempt(attempt_path(run_dir, number))
     if record is None or record.ended:
-        raise OwnershipError(f"{run_dir} is no longer owned by attempt {number}; start it again")
+        raise OwnershipError(
+            f"{run_dir} is no longer owned by attempt {number}; start the run again"
+        )
     return Lease(run_dir, number, record.process)
 
 
 def require_free(run_dir: Path, *, say: Say) -> None:
-    """Make sure that no living run owns a directory, before it is removed.
+    """Check that no living run owns a directory, before it is removed.
 
     Raises:
         OwnershipError: one does.
@@ -223,7 +225,8 @@ def require_free(run_dir: Path, *, say: Say) -> None:
 
 
 def _await_free(run_dir: Path, process: Process, say: Say, expiry_seconds: float) -> int:
-    """The newest attempt's number, 0 without any, once it is known not to own the directory."""
+    """Return the newest attempt's number, or 0, once it is certain that it does not own the
+    directory."""
     number = newest_attempt(run_dir)
     path = attempt_path(run_dir, number)
     record = read_attempt(path)
@@ -238,7 +241,7 @@ def _await_free(run_dir: Path, process: Process, say: Say, expiry_seconds: float
         )
         is_alive = _beats(path, expiry_seconds)
     if is_alive:
-        # A file that was read while it was being written says now whose it is.
+        # A file that was read while it was being written now names its owner.
         record, trace = read_attempt(path) or record, trace_of(path)
         seen = f", last heartbeat {utc_text(trace[0] / 1e9)}" if trace else ""
         raise OwnershipError(
@@ -249,7 +252,7 @@ def _await_free(run_dir: Path, process: Process, say: Say, expiry_seconds: float
 
 
 def _beats(path: Path, seconds: float) -> bool:
-    """Whether the file changes within the time."""
+    """Return whether the file changes within the time."""
     first, deadline = trace_of(path), time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(min(_POLL_SECONDS, seconds / 10))
@@ -259,7 +262,8 @@ def _beats(path: Path, seconds: float) -> bool:
 
 
 def _close_books(run_dir: Path, number: int, successor: int) -> None:
-    """Note in a dead owner's file who took over; should it live after all, it reads so there."""
+    """Record in a dead owner's file which attempt took over, for the case that it is still
+    alive."""
     path = attempt_path(run_dir, number)
     record = read_attempt(path)
     if record is not None and not record.ended:
@@ -270,6 +274,6 @@ def _close_books(run_dir: Path, number: int, successor: int) -> None:
 
 def _beat(lease: Lease, stopping: threading.Event) -> None:
     while not stopping.wait(HEARTBEAT_SECONDS):
-        # A file system that is away for a moment is tried again; `check` notices a lost lease.
+        # A temporary failure of the file system is retried; `check` detects a lost lease.
         with suppress(OSError):
             lease.touch()

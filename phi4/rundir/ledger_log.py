@@ -1,7 +1,7 @@
-"""ledger.jsonl: what the ledger counted after every step of a blend that is weighed by loss tokens.
+"""ledger.jsonl: the ledger's counts after every step, for blends weighted by loss tokens.
 
-The draws of such a blend follow from every draw before them, and checkpoints are many steps apart.
-With a line per step in the run's directory, any step's draws are those after its predecessor's.
+The draws of such a blend depend on all draws before them, and checkpoints are many steps apart.
+With a line per step, the draws of any step can be reconstructed from its predecessor's counts.
 """
 
 import mmap
@@ -19,23 +19,23 @@ _DRAWN, _LOSS = "drawn/", "loss_tokens/"
 
 
 def counts_line(ledger: Mapping[str, Any]) -> dict[str, int]:
-    """A step's line from the ledger's state after it."""
+    """Return a step's line from the ledger's state after it."""
     sources: Mapping[str, dict[str, int]] = ledger["sources"]
     drawn = {f"{_DRAWN}{name}": count["drawn"] for name, count in sources.items()}
     return drawn | {f"{_LOSS}{name}": count["loss_tokens"] for name, count in sources.items()}
 
 
 def recorded_counts(run_dir: Path, step: int) -> Counts | None:
-    """What the ledger had counted after a step; None where no line says.
+    """Return what the ledger had counted after a step, or None if not recorded.
 
     Raises:
-        DataError: a line on the way is damaged.
+        DataError: a line that was read is damaged.
     """
     path = run_dir / LEDGER_FILE
     try:
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
+    except (FileNotFoundError, ValueError):  # An empty file cannot be memory-mapped.
         return None
     with content:
         line = _line_of(content, step, path)
@@ -46,13 +46,13 @@ def recorded_counts(run_dir: Path, step: int) -> Counts | None:
 
 
 def _line_of(content: mmap.mmap, step: int, path: Path) -> dict[str, int] | None:
-    """By bisection: steps increase from line to line."""
+    """Find the line by bisection; steps increase from line to line."""
     low, high = 0, len(content)
     while low < high:
         middle = (low + high) // 2
         begin = max(low, content.rfind(b"\n", low, middle) + 1)
         end = content.find(b"\n", middle)
-        if end < 0:  # the line that a kill cut off
+        if end < 0:  # A line that a kill cut off.
             high = begin
             continue
         try:

@@ -1,7 +1,7 @@
-"""manifest.json: size and sha256 of every file of a checkpoint, and what it belongs to.
+"""manifest.json: size and sha256 of every file of a checkpoint, its layout and its recipe's hash.
 
-A checkpoint is read only once its files agree with its manifest. A manifest is not a signature:
-whoever can change a file can change its hash, so what is read is vetted as well.
+A checkpoint is read only after its files have been checked against its manifest. A manifest is not
+a signature: anyone who can change a file can change its hash, so the content is validated as well.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from phi4.errors import CheckpointError
 from phi4.rundir.names import MANIFEST_FILE
 
 FORMAT_VERSION = 2
-"""2 leaves out the empty records of layers that have no extra state."""
+"""Version 2 omits the empty records of layers that have no extra state."""
 _READ_VERSIONS = (1, 2)
 LAYOUT_KEYS = frozenset(
     ("tensor", "pipeline", "virtual_pipeline", "context", "data", "distributed_optimizer", "cuda")
@@ -40,23 +40,23 @@ class CheckpointManifest(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     optimizer_format: OptimizerFormat
     layout: dict[str, int]
-    """Of the run that wrote it, by LAYOUT_KEYS."""
+    """Layout of the run that wrote it, by LAYOUT_KEYS."""
     recipe_sha256: str
     """Identity hash of the recipe."""
     identity_keys_sha256: str = ""
-    """Hash of the names of the recipe's identity keys; recipe_sha256 means nothing to a phi4 with
-    other ones. Version 1 has none."""
+    """Hash of the names of the recipe's identity keys; recipe_sha256 is meaningless to a phi4
+    version with other keys. Version 1 has none."""
     data: dict[str, str]
     """CheckpointManifest hash of every data source."""
     files: dict[str, FileEntry]
 
 
 def read_manifest(directory: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint.
+    """Return the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: missing, not JSON of this form, of another version, or it lists files
-            outside of the checkpoint.
+        CheckpointError: missing, malformed, of another version, or it lists files outside the
+            checkpoint.
     """
     path = directory / MANIFEST_FILE
     try:
@@ -66,10 +66,10 @@ def read_manifest(directory: Path) -> CheckpointManifest:
 
 
 def parse_manifest(content: bytes, path: Path) -> CheckpointManifest:
-    """A manifest from the bytes of its file.
+    """Return a manifest from the bytes of its file.
 
     Raises:
-        CheckpointError: as `read_manifest`; names the path.
+        CheckpointError: as `read_manifest`; the message has the path.
     """
     try:
         manifest = msgspec.json.decode(content, type=CheckpointManifest)
@@ -81,8 +81,8 @@ def parse_manifest(content: bytes, path: Path) -> CheckpointManifest:
         )
     if manifest.layout.keys() != LAYOUT_KEYS:
         raise CheckpointError(
-            f"{path} gives {', '.join(sorted(manifest.layout))} as the layout, expected "
-            f"{', '.join(sorted(LAYOUT_KEYS))}; take another checkpoint"
+            f"{path} has the layout keys {', '.join(sorted(manifest.layout))}, expected "
+            f"{', '.join(sorted(LAYOUT_KEYS))}; use another checkpoint"
         )
     for name in manifest.files:
         parts = PurePosixPath(name).parts
@@ -98,52 +98,52 @@ def identity_keys_hash() -> str:
 
 
 def check_recipe(checkpoint: Path, manifest: CheckpointManifest, recipe: Recipe) -> None:
-    """Check that a checkpoint's recipe is the one that its manifest was written for.
+    """Check that a checkpoint's recipe matches its manifest.
 
     Raises:
-        CheckpointError: it is another training's.
+        CheckpointError: it does not match.
     """
     comparable = manifest.identity_keys_sha256 == identity_keys_hash()
     if comparable and manifest.recipe_sha256 != identity_hash(recipe):
         raise CheckpointError(
-            f"the recipe in {checkpoint} is not the one that its {MANIFEST_FILE} was written for; "
-            "take another checkpoint"
+            f"the recipe in {checkpoint} does not match its {MANIFEST_FILE}; use another checkpoint"
         )
 
 
 def entry_of(content: bytes) -> FileEntry:
-    """Size and hash of a file with this content."""
+    """Return size and hash of a file with this content."""
     return FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
 
 def content_names(directory: Path) -> list[str]:
-    """Every file under a checkpoint but the manifest, sorted, relative."""
+    """Return every file under a checkpoint except the manifest, sorted, relative."""
     found = (path for path in directory.rglob("*") if path.is_file())
     names = (str(path.relative_to(directory)) for path in found)
     return sorted(name for name in names if name != MANIFEST_FILE)
 
 
 def verify_files(directory: Path, manifest: CheckpointManifest, names: Iterable[str]) -> list[str]:
-    """One line per named file that is missing, has another size or another hash."""
+    """Return one line per named file that is missing or has the wrong size or hash."""
     problems = []
     for name in names:
         expected, path = manifest.files[name], directory / name
         if not path.is_file():
             problems.append(f"{path} is missing")
         elif not path.resolve().is_relative_to(directory.resolve()):
-            problems.append(f"{path} is a link to a file outside of the checkpoint")
+            problems.append(f"{path} is a link to a file outside the checkpoint")
         elif path.stat().st_size != expected.bytes:
             problems.append(f"{path} has {path.stat().st_size} bytes, expected {expected.bytes}")
         elif _size_and_hash(path)[1] != expected.sha256:
-            problems.append(f"{path} has another sha256 than its manifest says")
+            problems.append(f"{path} has another sha256 than its manifest lists")
     return problems
 
 
 def read_verified(directory: Path, manifest: CheckpointManifest, name: str) -> bytes:
-    """The content of a small file, checked in memory, so that nobody can change it in between.
+    """Return the content of a small file, verified in memory, so that it cannot change after the
+    check.
 
     Raises:
-        CheckpointError: not listed, missing, or other than the manifest says.
+        CheckpointError: not listed, missing, or different from the manifest.
     """
     path, expected = directory / name, manifest.files.get(name)
     if expected is None:
@@ -152,12 +152,12 @@ def read_verified(directory: Path, manifest: CheckpointManifest, name: str) -> b
         raise CheckpointError(f"{path} is missing")
     content = path.read_bytes()
     if entry_of(content) != expected:
-        raise CheckpointError(f"{path} has another size or sha256 than its manifest says")
+        raise CheckpointError(f"{path} has another size or sha256 than its manifest lists")
     return content
 
 
 def manifest_hash(directory: Path) -> str:
-    """sha256 of the manifest; empty where there is none."""
+    """Return the sha256 of the manifest, or an empty string if there is none."""
     path = directory / MANIFEST_FILE
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 

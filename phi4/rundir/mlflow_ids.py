@@ -1,4 +1,4 @@
-"""mlflow.json: which run in MLflow a run directory is shown as, and in which store."""
+"""mlflow.json: the MLflow run and store in which a run directory is tracked."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ class MlflowIds(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         uri: tracking server or store, without user and password; a path in it is absolute.
-        experiment_id: of the run.
+        experiment_id: experiment of the run.
         run_id: the run in MLflow.
-        parent_run_id: the model that the run is a stage of; empty until it is known.
-        first_attempt: of the training that the run shows; see `abouts_of_training`.
+        parent_run_id: parent run, of the model that the run is a stage of; empty while unknown.
+        first_attempt: first attempt of the training that the run tracks; see `abouts_of_training`.
     """
 
     uri: str
@@ -27,7 +27,7 @@ class MlflowIds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_mlflow_ids(run_dir: Path) -> MlflowIds | None:
-    """The ids; None where the run is in no MLflow, or the file is damaged."""
+    """Read the ids; return None if the run is not in MLflow, or the file is damaged."""
     try:
         return msgspec.json.decode((run_dir / MLFLOW_IDS_FILE).read_bytes(), type=MlflowIds)
     except (OSError, msgspec.DecodeError):
@@ -35,7 +35,7 @@ def read_mlflow_ids(run_dir: Path) -> MlflowIds | None:
 
 
 def write_mlflow_ids(run_dir: Path, ids: MlflowIds) -> None:
-    """Replace the file, all of it or none.
+    """Replace the file atomically.
 
     Raises:
         DiskFullError: it does not fit on the disk.

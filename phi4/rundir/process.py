@@ -1,8 +1,8 @@
-"""One process among all the machines that share a file system, and whether it still runs.
+"""Identify a process across machines that share a file system, and check whether it runs.
 
-A pid alone says little: it is reused, and every container counts from 1. A process is therefore
-named by its host, the kernel's boot, its pid namespace, its pid and its start time; whether it runs
-can be told only from the same host, boot and namespace.
+A pid is not unique: it is reused, and every container counts from 1. A process is therefore
+identified by its host, boot id, pid namespace, pid and start time; whether it runs can be
+determined only from the same host, boot and namespace.
 """
 
 import os
@@ -20,17 +20,18 @@ class Process(msgspec.Struct, frozen=True):
 
     host: str
     kernel: str
-    """Boot id and pid namespace; empty where the kernel does not tell."""
+    """Boot id and pid namespace; empty if the kernel does not report them."""
     pid: int
     started_ticks: int
-    """Start time in clock ticks since boot: tells a process from a later one with its pid."""
+    """Start time in clock ticks since boot; distinguishes a process from a later one with the same
+    pid."""
 
     def is_local_to(self, other: "Process") -> bool:
-        """Whether the two share a pid space, so that one can see whether the other runs."""
+        """Return whether both share a pid space, so that each can see whether the other runs."""
         return bool(self.kernel) and (self.host, self.kernel) == (other.host, other.kernel)
 
     def is_running(self) -> bool:
-        """Whether it runs; only meaningful for a process that is local to this one."""
+        """Return whether it runs; only meaningful for a process that is local to this one."""
         try:
             fields = _stat_fields(self.pid)
         except (FileNotFoundError, ProcessLookupError):
@@ -39,7 +40,7 @@ class Process(msgspec.Struct, frozen=True):
 
 
 def this_process() -> Process:
-    """The calling process."""
+    """Return the calling process."""
     pid = os.getpid()
     return Process(socket.gethostname(), _kernel(), pid, int(_stat_fields(pid)[_START_TIME]))
 
@@ -49,14 +50,14 @@ def _stat_fields(pid: int) -> list[str]:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether the process exists although /proc, mounted with hidepid, does not show it."""
+    """Return whether the process exists although /proc, mounted with hidepid, hides it."""
     try:
         os.kill(pid, 0)
     except PermissionError:
         return True
     except ProcessLookupError:
         return False
-    # It may be visible after all, but started since /proc was read: a reused pid.
+    # It may be visible after all, but started after /proc was read: a reused pid.
     return False
 
 

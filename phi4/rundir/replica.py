@@ -1,9 +1,9 @@
-"""A second copy of a run's newest checkpoint, on each host's own disk.
+"""A second copy of a run's newest checkpoint, on each host's local disk.
 
 REPLICA_DIR/<run>/step_0000100-<16 digits of the manifest's sha256>/ holds the files that the host's
-ranks wrote, the small files and the manifest. The directory is named by what it holds, so that a
-checkpoint of the same step on another path of the run is another replica. A file has its name only
-once it is whole, on the disk, and has the hash that the manifest says; no mark is needed besides.
+ranks wrote, the small files and the manifest. The directory is named by its content, so that a
+checkpoint of the same step after a rollback is another replica. A file gets its name only once it
+is complete, durable, and has the hash in the manifest, so no completion marker is needed.
 """
 
 import hashlib
@@ -33,17 +33,17 @@ from phi4.rundir.names import MANIFEST_FILE, STATE_FILE
 from phi4.rundir.state import Numerics, RunState
 
 SHARD_SUFFIX = ".distcp"
-"""Ends the name of a file that one rank wrote; what else a checkpoint holds is small."""
+"""Suffix of a file that one rank wrote; all other files of a checkpoint are small."""
 
 _NAME = re.compile(r"step_(\d{7,})-([0-9a-f]{16})")
 _VISIBLE_SECONDS, _POLL_SECONDS = 40.0, 0.1
-"""How long another host's rename may take to be seen, over NFS or Lustre."""
+"""How long another host's rename may take to become visible over NFS or Lustre."""
 _BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class ReplicaId:
-    """Which checkpoint a replica is of."""
+    """Identifies the checkpoint that a replica is a copy of."""
 
     step: int
     manifest_sha256: str
@@ -56,13 +56,13 @@ class ReplicaId:
 
 @dataclass(frozen=True)
 class Held:
-    """What one host holds of a replica.
+    """The part of a replica that one host holds.
 
     Attributes:
-        of: the checkpoint.
-        present: files that are there with the right size.
-        num_files: of the checkpoint, on all hosts together.
-        state: of the checkpoint, without its data and its numerics; None where it is not there.
+        of: the checkpoint that it is a copy of.
+        present: files that are present with the right size.
+        num_files: number of files of the checkpoint over all hosts.
+        state: state of the checkpoint, without its data and its numerics; None if missing.
     """
 
     of: ReplicaId
@@ -72,7 +72,7 @@ class Held:
 
 
 def replica_place(replica_dir: str, run_dir: str) -> Path:
-    """Where a run's replicas are: named by the run and by a hash of where the run is."""
+    """Return the directory of a run's replicas: named by the run and a hash of its path."""
     where = Path(run_dir).resolve()
     digest = hashlib.sha256(str(where).encode()).hexdigest()
     return Path(replica_dir) / f"{where.name}-{digest[:12]}"
@@ -88,22 +88,22 @@ def replicate(
     kept: ReplicaId | None,
     visible_seconds: float = _VISIBLE_SECONDS,
 ) -> None:
-    """Copy one rank's files of a checkpoint, and wait until they are on the disk.
+    """Copy one rank's files of a checkpoint, and wait until they are durable.
 
     Args:
         checkpoint: a complete one.
-        place: from `replica_place`; the directory above it must exist, because one that is missing
-            may be a disk that is not mounted.
-        of: which checkpoint it is.
-        files: what the rank wrote, by name.
-        with_small_files: also copy what no rank's shard is, and remove what is not kept; for one
+        place: from `replica_place`; its parent must exist, because a missing one may be a disk that
+            is not mounted.
+        of: identifies the checkpoint.
+        files: names of the files that the rank wrote.
+        with_small_files: also copy the small files, and remove replicas that are not kept; for one
             rank of every host.
-        kept: the replica that stays besides this one.
-        visible_seconds: how long the checkpoint may take to be seen.
+        kept: another replica to keep.
+        visible_seconds: how long the checkpoint may take to become visible.
 
     Raises:
         OSError: names the file.
-        CheckpointError: the checkpoint is not the one that was meant, or is damaged.
+        CheckpointError: the checkpoint does not match `of`, or is damaged.
     """
     place.mkdir(exist_ok=True)
     target = place / of.name
@@ -118,7 +118,7 @@ def replicate(
         _wait_for(checkpoint / MANIFEST_FILE, deadline)
         content = (checkpoint / MANIFEST_FILE).read_bytes()
         if entry_of(content).sha256 != of.manifest_sha256:
-            raise CheckpointError(f"{checkpoint} is another checkpoint than the one just saved")
+            raise CheckpointError(f"{checkpoint} is not the checkpoint that was just saved")
         manifest = parse_manifest(content, checkpoint / MANIFEST_FILE)
         for name, entry in small_files(manifest).items():
             copy_verified(checkpoint / name, target / name, entry)
@@ -128,16 +128,16 @@ def replicate(
 
 
 def small_files(manifest: CheckpointManifest) -> dict[str, FileEntry]:
-    """What a checkpoint holds besides the ranks' shards."""
+    """Return the files of a checkpoint other than the ranks' shards."""
     return {n: entry for n, entry in manifest.files.items() if not n.endswith(SHARD_SUFFIX)}
 
 
 def copy_verified(source: Path, target: Path, expected: FileEntry) -> None:
-    """Copy a file aside, check it, wait until it is on the disk, and give it its name.
+    """Copy a file to a temporary name, verify it, make it durable, and rename it.
 
     Raises:
         OSError: names the file.
-        CheckpointError: the source is not what is expected.
+        CheckpointError: the source differs from the expected hash.
     """
     # Hosts may share the directory, and so write the same small files.
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -150,11 +150,11 @@ def copy_verified(source: Path, target: Path, expected: FileEntry) -> None:
                 _write_all(writer.fileno(), block)
             os.fsync(writer.fileno())
         if FileEntry(num_bytes, digest.hexdigest()) != expected:
-            raise CheckpointError(f"{source} has another size or sha256 than its manifest says")
+            raise CheckpointError(f"{source} has another size or sha256 than its manifest lists")
         aside.replace(target)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        # What a write meets names no file.
+        # Errors of a write do not name the file.
         raise OSError(error.errno, error.strerror, error.filename or str(target)) from None
     except CheckpointError:
         aside.unlink(missing_ok=True)
@@ -162,7 +162,8 @@ def copy_verified(source: Path, target: Path, expected: FileEntry) -> None:
 
 
 def held_replicas(place: Path) -> list[Held]:
-    """What this host holds of a run's checkpoints, oldest step first; without a manifest nothing.
+    """Return what this host holds of a run's checkpoints, oldest step first; skips those without a
+    manifest.
 
     Raises:
         OSError: the directory cannot be read.
@@ -174,7 +175,7 @@ def held_replicas(place: Path) -> list[Held]:
 
 
 def prune_replicas(place: Path, kept: Iterable[ReplicaId]) -> None:
-    """Remove all replicas but those; what cannot be removed is left to the next time."""
+    """Remove all other replicas; what cannot be removed is left for the next time."""
     names = {replica.name for replica in kept}
     for path in place.iterdir():
         if _NAME.fullmatch(path.name) and path.name not in names:

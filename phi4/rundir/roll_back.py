@@ -1,9 +1,9 @@
-"""A roll back on the disk: where the run goes on, and which data it never draws again.
+"""A rollback on disk: where the run resumes, and which data it never draws again.
 
-The run goes back to an earlier checkpoint and goes on behind all data that it had drawn. That
-checkpoint is not rewritten: `roll_back.json` holds the state that takes the place of its own. The
-roll back counts once this file is on the disk; what a kill leaves undone after it is done by the
-next start. The file stays, because a later start may have to fall back to that checkpoint again.
+The run returns to an earlier checkpoint and continues after all data that it had drawn. That
+checkpoint is not rewritten: `roll_back.json` holds the state that replaces its own. The rollback
+takes effect once this file is durable; if a kill interrupts the rest, the next start completes it.
+The file is kept, because a later start may have to use that checkpoint again.
 """
 
 from pathlib import Path
@@ -23,14 +23,15 @@ from phi4.rundir.state import RunState, Skip
 def continued_behind(
     saved: RunState, drawn: RunState, *, row_units: int, reason: str = ""
 ) -> RunState:
-    """A checkpoint's state, moved behind all data that was drawn after it.
+    """Return a checkpoint's state, moved past all data that was drawn after it.
 
     Args:
-        saved: of the checkpoint.
-        drawn: of a later place of the same stream, whose steps after the checkpoint are undone.
+        saved: state of the checkpoint.
+        drawn: state at a later position of the same stream, whose steps after the checkpoint are
+            undone.
         row_units: units of a row.
-        reason: of a new roll back; empty for one that counts already, whose checkpoint is now
-            another one: then those of the roll backs that are undone with it.
+        reason: reason for a new rollback; empty for one already in effect whose checkpoint is
+            replaced by another: then the reasons of the rollbacks that are undone with it.
     """
     kept = tuple(skip for skip in drawn.skips if skip.after_step <= saved.step)
     folded = [skip for skip in drawn.skips if skip.after_step > saved.step]
@@ -56,14 +57,14 @@ def continued_behind(
 
 
 def commit_roll_back(run_dir: Path, state: RunState) -> None:
-    """Make a roll back count, whatever happens next; only the writer rank calls it.
+    """Make a rollback take effect durably; only the writer rank calls it.
 
     Args:
-        run_dir: of the run.
-        state: where it goes on; a checkpoint of its step exists.
+        run_dir: run directory of the run.
+        state: state that it resumes with; a checkpoint of its step exists.
 
     Raises:
-        DiskFullError: there is no space for the file; the roll back does not count.
+        DiskFullError: there is no space for the file; the rollback has no effect.
         OSError: the file system fails otherwise.
     """
     write_atomically(run_dir / ROLL_BACK_FILE, state.to_json().encode())
@@ -71,12 +72,12 @@ def commit_roll_back(run_dir: Path, state: RunState) -> None:
 
 
 def forget_roll_back(run_dir: Path) -> None:
-    """A run begins anew where another one was; only the writer rank calls it."""
+    """Remove the file when a run starts over in the directory; only the writer rank calls it."""
     (run_dir / ROLL_BACK_FILE).unlink(missing_ok=True)
 
 
 def read_roll_back(run_dir: Path) -> RunState | None:
-    """The state that the newest roll back went on with; None without one.
+    """Read the state that the newest rollback resumed with; None without one.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -93,15 +94,16 @@ def read_roll_back(run_dir: Path) -> RunState | None:
 
 
 def is_undone(saved: RunState, roll_back: RunState) -> bool:
-    """Whether a checkpoint is of steps that a roll back undid: it does not know of its skips."""
+    """Return whether a checkpoint is of steps that a rollback undid, so that it lacks the
+    rollback's skips."""
     return saved.step > roll_back.step and not _knows(saved, roll_back)
 
 
 def still_counts(saved: RunState, roll_back: RunState | None) -> bool:
-    """Whether a checkpoint that was kept elsewhere is of steps that no roll back undid.
+    """Return whether a checkpoint that was kept elsewhere is of steps that no rollback undid.
 
-    Roll backs remove checkpoints from the run's directory, not from there; so this looks at all of
-    them: on the run's path a checkpoint knows all data that was skipped before its step.
+    A rollback removes checkpoints from the run's directory, but not other copies, so this checks
+    all rollbacks: a valid checkpoint contains all skips before its step.
     """
     if roll_back is None:
         return True
@@ -110,13 +112,14 @@ def still_counts(saved: RunState, roll_back: RunState | None) -> bool:
 
 
 def ledger_of(run_dir: Path, saved: RunState) -> dict[str, Any] | None:
-    """The ledger that another run continues from a checkpoint of this one; None without one.
+    """Return the ledger that another run continues with from a checkpoint of this one; None without
+    one.
 
-    Where the checkpoint is the one that a roll back went to, or of a step that it undid, that is
-    the ledger behind the skipped data.
+    If the checkpoint is the one that a rollback returned to, or of a step that it undid, that is
+    the ledger after the skipped data.
 
     Raises:
-        CheckpointError: the roll back's file is damaged.
+        CheckpointError: the rollback's file is damaged.
     """
     roll_back = read_roll_back(run_dir)
     if roll_back is None or saved.step < roll_back.step or _knows(saved, roll_back):
@@ -125,7 +128,8 @@ def ledger_of(run_dir: Path, saved: RunState) -> dict[str, Any] | None:
 
 
 def follows_roll_back(state: RunState) -> bool:
-    """Whether no step was done since a roll back, so that no checkpoint holds this state yet."""
+    """Return whether no step was done since a rollback, so that no checkpoint holds this state
+    yet."""
     return bool(state.skips) and state.skips[-1].after_step == state.step
 
 
@@ -134,5 +138,5 @@ def _knows(saved: RunState, roll_back: RunState) -> bool:
 
 
 def _units_drawn(state: RunState) -> int:
-    """Units of the stream before a place of it."""
+    """Return units of the stream before a position of it."""
     return sum(units_by_blend(parse_state(state.data or {})))

@@ -1,4 +1,4 @@
-"""Everything that a run's directory records, read as one value."""
+"""Read everything that a run's directory records as one value."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from phi4.rundir.step_log import read_metrics, read_undone
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run wrote down.
+    """The recorded data of a run.
 
     Attributes:
-        run_dir: of the run.
-        recipe: of its newest attempt.
+        run_dir: run directory of the run.
+        recipe: recipe of its newest attempt.
         steps: the accepted lines of metrics.jsonl, steps increasing; docs/metrics.md lists the
             keys.
-        undone: lines that a roll back or a resume cut off, with `undone_by`.
+        undone: lines that a rollback or a resume cut off, with `undone_by`.
         attempts: by number, from 1.
         saves: events of checkpoints.jsonl.
     """
@@ -36,7 +36,7 @@ class RunRecord:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Read a run's directory; what is not there is empty, except the recipe and metrics.jsonl.
+    """Read a run's directory; missing files count as empty, except the recipe and metrics.jsonl.
 
     Raises:
         DataError: there is no run in the directory, or a line of its metrics.jsonl is damaged.

@@ -1,6 +1,6 @@
-"""checkpoints.jsonl: what became of every save, one JSON object per event, in order of time.
+"""checkpoints.jsonl: the outcome of every save, one JSON object per event, in order of time.
 
-Appended to by all attempts and never cut: a save of a step that was undone happened, too.
+All attempts append to it, and it is never truncated: saves of undone steps stay in it.
 """
 
 import time
@@ -19,18 +19,17 @@ class SaveEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line.
 
     Attributes:
-        step: whose save it is.
-        state: scheduled, where training does not wait for it; then durable, or failed. refused
-            where it was not begun because of what would have been saved. After durable, with
-            checkpoint.replica_dir: replicated once all hosts hold the second copy, or
-            not_replicated.
-        attempt: of the run.
-        unix_seconds: when.
-        optimizer_format: of the checkpoint.
-        seconds: from its beginning until it was durable.
-        stall_seconds: of these, how long training stood still.
-        reason: why it failed, was refused or has no second copy.
-        manifest_sha256: of a durable checkpoint.
+        step: step of the checkpoint.
+        state: scheduled for an asynchronous save, then durable or failed; refused if it was not
+            begun because the content was not valid. After durable, with checkpoint.replica_dir:
+            replicated once all hosts hold the second copy, or not_replicated.
+        attempt: attempt of the run.
+        unix_seconds: time of the event.
+        optimizer_format: optimizer format of the checkpoint.
+        seconds: time from its beginning until it was durable.
+        stall_seconds: the part of it during which training was blocked.
+        reason: reason for failed, refused or not_replicated.
+        manifest_sha256: manifest sha256 of a durable checkpoint.
     """
 
     step: int
@@ -47,11 +46,11 @@ class SaveEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class SaveLog:
     """Writes a run's checkpoints.jsonl.
 
-    A disk that takes no line does not end the run: the line is kept, and written with the next one.
+    If the disk is full, the run continues: the line is kept and written with the next one.
 
     Args:
-        run_dir: of the run.
-        attempt: of the run.
+        run_dir: run directory of the run.
+        attempt: attempt of the run.
     """
 
     def __init__(self, run_dir: Path, attempt: int) -> None:
@@ -65,7 +64,7 @@ class SaveLog:
         self._unwritten += msgspec.json.encode(event) + b"\n"
         try:
             with self._path.open("ab", buffering=0) as file:
-                # After a line that a kill or a full disk cut off, a line of its own.
+                # Start a new line after one that a kill or a full disk cut off.
                 if file.tell() and not self._ends_a_line():
                     file.write(b"\n")
                 written = file.write(self._unwritten)
@@ -80,7 +79,7 @@ class SaveLog:
 
 
 def read_saves(run_dir: Path) -> list[SaveEvent]:
-    """All events, in order; lines that a kill cut off do not count.
+    """Read all events, in order; lines that a kill cut off are skipped.
 
     Raises:
         DataError: there is no such file.
@@ -99,10 +98,10 @@ def read_saves(run_dir: Path) -> list[SaveEvent]:
 
 
 def counting_manifests(run_dir: Path) -> dict[str, int]:
-    """Checkpoints that became durable and were not superseded: their steps by manifest hash.
+    """Return the steps of durable checkpoints that were not superseded, by manifest hash.
 
-    One is superseded by whatever became durable later with the same step or an earlier one: the run
-    had gone back, or begun anew.
+    A checkpoint is superseded by one that became durable later with the same step or an earlier
+    one: the run was rolled back or started over.
     """
     try:
         events = read_saves(run_dir)

@@ -1,7 +1,7 @@
-"""What a checkpoint holds besides weights: the recipe, and where the run stood.
+"""A checkpoint's content besides weights: the recipe and the state of the run.
 
 The history lists every change of a `schedule` key with the step after which it took effect, so the
-recipe of any step can be told from the newest checkpoint alone.
+recipe of any step can be derived from the newest checkpoint alone.
 """
 
 import ast
@@ -17,7 +17,7 @@ from phi4.rundir.names import RECIPE_FILE, STATE_FILE
 
 
 class Change(msgspec.Struct, frozen=True):
-    """A schedule key that changed on resume; values as JSON holds them."""
+    """A schedule key that changed on resume; values as in JSON."""
 
     step: int
     """Completed steps when it changed."""
@@ -27,60 +27,62 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class Skip(msgspec.Struct, frozen=True):
-    """Data that was skipped: by a roll back, whose undone steps drew it, or by the recipe."""
+    """Data that was skipped: by a rollback, whose undone steps drew it, or by the recipe."""
 
     after_step: int
-    """The step that the run went back to; the next one begins behind the skipped data."""
+    """The step that the run returned to; the next one begins after the skipped data."""
     last_undone: int
-    """Steps after_step + 1 up to this one were undone; after_step where the recipe asked."""
+    """Steps after_step + 1 up to this one were undone; equal to after_step for a skip in the
+    recipe."""
     units: int
     """Units of the stream that were skipped."""
     rows: int
-    """The same in rows of the recipe at that time."""
+    """The same in rows of the recipe in effect at that time."""
     reason: str
 
 
 class Numerics(msgspec.Struct, frozen=True):
-    """What the next step is compared with: it says which losses and gradients are spikes."""
+    """Recent statistics that decide whether the next step's loss and gradient are spikes."""
 
     losses: tuple[float, ...] = ()
-    """Of the last good steps, oldest first."""
+    """Losses of the last good steps, oldest first."""
     log_norms: tuple[float, ...] = ()
     """Natural logarithms of their gradient norms."""
     bad_in_row: int = 0
-    """Steps up to now, without a good one between, whose update was skipped."""
+    """Consecutive steps up to now whose update was skipped."""
 
 
 class FP8Fallback(msgspec.Struct, frozen=True):
-    """A layer that left FP8."""
+    """A layer that stopped using FP8."""
 
     step: int
-    """Completed steps when it did."""
+    """Completed steps at that time."""
     layer: int
-    """Of the whole model, from 0."""
+    """Index of the layer in the full model, from 0."""
     reason: str
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    """Plain values, the same on every rank, saved in every checkpoint."""
+    """State of a run as plain values, equal on every rank, saved in every checkpoint."""
 
     step: int = 0
     consumed_tokens: int = 0
     data: dict | None = None
-    """Ledger of the loader; None before the first step of a run that begins one."""
+    """Ledger of the loader; None before the first step of a run that starts a new one."""
     ledger_from: str = ""
-    """Checkpoint whose ledger the run began with; empty for a run that began one."""
+    """Checkpoint whose ledger the run started with; empty for a new ledger."""
     weights_from: str = ""
-    """Checkpoint whose weights the run began with; empty for weights drawn from the seed."""
+    """Checkpoint whose weights the run started with; empty for weights initialised from the
+    seed."""
     weights_manifest_sha256: str = ""
-    """Of that checkpoint's manifest, which holds the hashes of its files."""
+    """Hash of that checkpoint's manifest, which holds the hashes of its files."""
     history: tuple[Change, ...] = ()
     skips: tuple[Skip, ...] = ()
     roll_backs: int = 0
-    """How often the run was rolled back, on its way here and on ways that were undone."""
+    """Number of rollbacks of the run, including those that a later rollback undid."""
     numerics: Numerics = Numerics()
     fp8_fallbacks: tuple[FP8Fallback, ...] = ()
-    """Also of steps that a roll back undid: what is known of a layer is kept."""
+    """Includes those of undone steps, because they remain valid."""
 
     def to_json(self) -> str:
         """Text of state.json."""
@@ -101,7 +103,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_recipe(checkpoint: Path) -> Recipe:
-    """The recipe a checkpoint was written under.
+    """Return the recipe that a checkpoint was written under.
 
     Raises:
         CheckpointError: the file is missing.
@@ -111,7 +113,7 @@ def read_recipe(checkpoint: Path) -> Recipe:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The run state in a checkpoint.
+    """Return the run state in a checkpoint.
 
     Raises:
         CheckpointError: missing or damaged.
@@ -124,7 +126,8 @@ def read_state(checkpoint: Path) -> RunState:
 
 
 def _with_json_values(entry: Any) -> Any:
-    """An entry of the history; until version 0.1 it held Python literals under `old` and `new`."""
+    """Convert an entry of the history; until version 0.1 it held Python literals under `old` and
+    `new`."""
     if not isinstance(entry, dict) or "old" not in entry:
         return entry
     try:

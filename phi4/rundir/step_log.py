@@ -1,8 +1,8 @@
-"""metrics.jsonl: the record of a run, one JSON object per step, steps increasing.
+"""metrics.jsonl: the metrics of a run, one JSON object per step, steps increasing.
 
-A line counts once its newline is written, so a kill costs at most the line being written. JSON has
-no NaN and no infinity; they are the strings "NaN", "Infinity" and "-Infinity", which `float` of
-Python and `Number` of JavaScript turn back.
+A line counts once its newline is written, so a kill loses at most the line being written. JSON has
+no NaN and no infinity; they are written as the strings "NaN", "Infinity" and "-Infinity", which
+Python's `float` and JavaScript's `Number` convert back.
 """
 
 import errno
@@ -25,19 +25,19 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 class StepLog:
     """Writes a run's metrics.jsonl; a `Tracker`.
 
-    While the disk has no space, lines are kept in memory and written once it has: training costs
-    more than to wait for somebody who frees it.
+    While the disk is full, lines are kept in memory and written once there is space again: stopping
+    the training would cost more than waiting for space.
 
     Args:
         path: created with its directory.
-        resume_step: the step that training goes on from. What is recorded of later steps is cut
-            off, for it happens again; 0 starts the file anew.
+        resume_step: the step that training resumes from. Records of later steps are cut off,
+            because those steps are repeated; 0 starts a new file.
         say: takes one line for the console.
-        undone: file that lines are moved to when they are cut off, `undone_by` a resume or a roll
-            back; None drops them.
+        undone: file that cut-off lines are moved to, with `undone_by` a resume or a rollback; None
+            drops them.
 
     Raises:
-        DataError: a line of the file is not a step's object.
+        DataError: a line of the file is not the JSON object of a step.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class StepLog:
         undone: Path | None = None,
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: what the disk did not take stays in `_unwritten`, in order.
+        # Unbuffered: what could not be written stays in `_unwritten`, in order.
         self._file: BinaryIO = path.open("ab", buffering=0)
         self._path, self._say, self._undone = path, say, undone
         self._unwritten = b""
@@ -56,11 +56,11 @@ class StepLog:
         self._cut(resume_step, "resume")
 
     def start(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
-        """The recipe lies beside the file."""
+        """Do nothing; the recipe is stored next to the file."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the step's line before this returns, or keep it while the disk is full."""
-        assert step > self._last_step, f"step {step} is logged after step {self._last_step}"
+        """Write the step's line before returning, or keep it while the disk is full."""
+        assert step > self._last_step, f"step {step} was logged after step {self._last_step}"
         self._last_step = step
         line = {"step": step, **{key: _to_json(value) for key, value in metrics.items()}}
         was_full = bool(self._unwritten)
@@ -68,13 +68,16 @@ class StepLog:
         self._write()
         if bool(self._unwritten) != was_full:
             self._say(
-                f"{self._path} has all steps again"
+                f"{self._path} is complete again"
                 if was_full
-                else f"{self._path}: no space on the disk; steps are kept in memory, free some"
+                else (
+                    f"{self._path}: no space on the disk; steps are kept in memory until space is "
+                    f"freed"
+                )
             )
 
     def rewind(self, step: int) -> None:
-        """Cut off what is recorded of later steps, for they happen again; 0 cuts everything.
+        """Cut off records of later steps, because those steps are repeated; 0 cuts everything.
 
         Raises:
             DataError: a line of the file is not a step's object.
@@ -88,10 +91,10 @@ class StepLog:
                 if found > step:
                     break
                 self._last_step, size = found, end
-        # A line that the disk took in part goes on in memory.
+        # The remainder of a partially written line stays in memory.
         behind = self._path.read_bytes()[size:] + self._unwritten if self._unwritten else b""
         self._keep_undone(size, by)
-        # One system call: a kill leaves the file either as it was or as it should be.
+        # One system call: a kill leaves the file in either the old or the new state.
         os.ftruncate(self._file.fileno(), size)
         self._unwritten = b""
         for line in behind.splitlines(keepends=True) if step > 0 else ():
@@ -111,14 +114,16 @@ class StepLog:
         self._file.close()
         if self._unwritten and status == "finished":
             raise DiskFullError(
-                f"{self._path}: no space for its last {len(self._unwritten)} bytes; free some and "
-                "start the run again from its last checkpoint"
+                f"{self._path}: no space for its last {len(self._unwritten)} bytes; free some "
+                f"space and resume the run from its last checkpoint"
             )
 
     def _keep_undone(self, size: int, by: UndoneBy) -> None:
-        """Move whole lines behind `size` to the file of undone ones, as far as the disk takes them.
+        """Move complete lines after `size` to the file of undone ones, as far as there is disk
+        space.
 
-        A kill before they are cut off leaves them twice: readers tell by attempt, step and time.
+        A kill before they are cut off leaves them in both files: readers identify them by attempt,
+        step and time.
         """
         if self._undone is None or self._path.stat().st_size == size:
             return
@@ -130,7 +135,7 @@ class StepLog:
             file.writelines(line[:-2] + mark for line in lines)
 
     def _write(self) -> None:
-        """Write as much as the disk takes."""
+        """Write as much as fits on the disk."""
         try:
             while self._unwritten:
                 written = self._file.write(self._unwritten)
@@ -141,7 +146,7 @@ class StepLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The steps of a metrics.jsonl, in order; a last line without its newline does not count.
+    """Read the steps of a metrics.jsonl, in order; a last line without its newline is ignored.
 
     Raises:
         DataError: the file is missing, or a line is not a step's object.
@@ -150,10 +155,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def decode_line(line: bytes, where: str) -> dict[str, float]:
-    """The step of one whole line.
+    """Decode one complete line.
 
     Args:
-        line: of a metrics.jsonl.
+        line: line of a metrics.jsonl.
         where: names the line in the error.
 
     Raises:
@@ -163,7 +168,8 @@ def decode_line(line: bytes, where: str) -> dict[str, float]:
 
 
 def read_undone(path: Path) -> list[dict[str, Any]]:
-    """The lines of an undone.jsonl in the order of their steps' end, each once; none without it."""
+    """Read the lines of an undone.jsonl, each once, in the order in which their steps ended; none
+    if it does not exist."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     try:
         lines = path.read_bytes().splitlines()

@@ -1,4 +1,5 @@
-"""A rank's side of its writer process: hands over tasks and looks for answers, and never waits."""
+"""A rank's interface to its writer process: submits tasks and polls for replies, without
+blocking."""
 
 import contextlib
 import os
@@ -23,18 +24,18 @@ class Handle(Protocol):
     pid: int
 
     def poll(self) -> int | None:
-        """Exit code, negative for a signal; None while it runs."""
+        """Return the exit code, negative for a signal; None while it runs."""
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it."""
 
 
 def start_interpreter(control_fd: int, memory_fd: int, first: str = "") -> Handle:
-    """A new interpreter that serves the two descriptors, and inherits no other.
+    """Start an interpreter that serves the two descriptors and inherits no other.
 
     Args:
         control_fd, memory_fd: see `phi4.writer.process.serve`.
-        first: statements that it runs before; measurements slow the disk down by them.
+        first: statements that it runs before; measurements use it to slow down the disk.
     """
     code = (
         f"import sys; sys.path[:] = {sys.path!r}\n{first}\n"
@@ -47,11 +48,11 @@ def start_interpreter(control_fd: int, memory_fd: int, first: str = "") -> Handl
 
 
 class WriterProcess:
-    """Starts a writer when there is none, and replaces one that ended.
+    """Starts a writer if there is none, and replaces one that ended.
 
     Args:
-        staging: the memory that is shared with it.
-        start: starts the process; tests give another one.
+        staging: the shared memory.
+        start: starts the process; tests substitute another one.
     """
 
     def __init__(
@@ -65,14 +66,14 @@ class WriterProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, if one was started."""
+        """Pid of the process, if one was started."""
         return None if self._handle is None else self._handle.pid
 
     def prepare(self) -> None:
-        """Start the process, so that the first save finds it ready.
+        """Start the process in advance, so that the first save does not wait for it.
 
         Raises:
-            OSError: the machine starts no more processes.
+            OSError: the process cannot be started.
         """
         if self._handle is not None and self._handle.poll() is None:
             return
@@ -84,7 +85,7 @@ class WriterProcess:
         self._control = ours
 
     def submit(self, task: Task) -> None:
-        """Hand over a task; `reply` gives its outcome.
+        """Submit a task; `reply` returns its outcome.
 
         Raises:
             OSError: no process can be started.
@@ -94,16 +95,16 @@ class WriterProcess:
         write_all(self.staging.fd, content, offset)
         self._is_busy = True
         assert self._control is not None
-        # One that ended meanwhile is noticed by `reply`.
+        # A process that ended meanwhile is detected by `reply`.
         with contextlib.suppress(OSError):
             self._control.send(FRAME.pack(offset, len(content)))
 
     def reply(self) -> Reply | None:
-        """The outcome of the task, once; None while it is being done."""
+        """Return the outcome of the task, once; None while it is in progress."""
         if not self._is_busy:
             return None
         assert self._handle is not None and self._control is not None
-        # Asked first: what a process answered before it ended counts.
+        # Checked first: a reply that a process sent before it ended counts.
         code = self._handle.poll()
         frame = b""
         try:
@@ -120,12 +121,12 @@ class WriterProcess:
         return Failed(f"its writer process {self._handle.pid} {_end(self._handle)}")
 
     def cancel(self) -> None:
-        """Give up the task that is being done, and the process with it."""
+        """Abort the current task by killing the process."""
         if self._is_busy:
             self.kill()
 
     def kill(self) -> None:
-        """End the process without waiting for it: one that hangs in the kernel ends later."""
+        """Kill the process without waiting for it: one that hangs in the kernel ends later."""
         self._is_busy = False
         if self._handle is not None and self._handle.poll() is None:
             self._handle.kill()
@@ -134,13 +135,13 @@ class WriterProcess:
         self._handle = self._control = None
 
     def close(self) -> None:
-        """End the process and give the shared memory back."""
+        """End the process and free the shared memory."""
         self.kill()
         self.staging.close()
 
 
 def _end(handle: Handle) -> str:
-    # Its socket closes a moment before its exit code is there.
+    # Its socket closes shortly before its exit code is available.
     for _ in range(_EXIT_POLLS):
         if (code := handle.poll()) is not None:
             return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"

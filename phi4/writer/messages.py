@@ -1,4 +1,4 @@
-"""What a rank asks of its writer process, and what that answers."""
+"""Messages between a rank and its writer process."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from phi4.writer.shard_file import WrittenFile
 
 @dataclass(frozen=True)
 class StagedTensor:
-    """A tensor in the memory that both processes map, contiguous at `offset`."""
+    """A tensor in the shared memory, contiguous at `offset`."""
 
     offset: int
     num_bytes: int
@@ -40,14 +40,14 @@ class WriteShards:
 
 @dataclass(frozen=True)
 class Commit:
-    """Make a checkpoint count whose shards all ranks have written; rank 0's writer only.
+    """Commit a checkpoint whose shards all ranks have written; rank 0's writer only.
 
     Attributes:
-        directory: where they are.
+        directory: directory of the shards.
         files: content of the small files by name.
-        manifest: of all files, encoded.
-        retention: what is removed afterwards.
-        lease: of the run; nothing is touched once it is lost. None outside of a run.
+        manifest: manifest of all files, encoded.
+        retention: which checkpoints are kept afterwards.
+        lease: lease of the run; nothing is modified once it is lost. None outside a run.
     """
 
     directory: CheckpointDirectory
@@ -59,7 +59,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Replicate:
-    """Copy this rank's files of a checkpoint that counts; see `phi4.rundir.replica.replicate`."""
+    """Copy this rank's files of a committed checkpoint; see `phi4.rundir.replica.replicate`."""
 
     checkpoint: Path
     place: Path
@@ -71,29 +71,29 @@ class Replicate:
 
 @dataclass(frozen=True)
 class Written:
-    """This rank's shards are on the disk."""
+    """This rank's shards are durable."""
 
     files: tuple[WrittenFile, ...]
 
 
 @dataclass(frozen=True)
 class Committed:
-    """The checkpoint counts."""
+    """The checkpoint is committed."""
 
 
 @dataclass(frozen=True)
 class Replicated:
-    """This rank's files of the replica are on the disk."""
+    """This rank's files of the replica are durable."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """What was asked was not done.
+    """The task failed.
 
     Attributes:
-        reason: for a user.
-        errno: of the operating system, or None.
-        path: that it names, or None.
+        reason: message for the user.
+        errno: errno of the operating system, or None.
+        path: path of the failed operation, or None.
     """
 
     reason: str
@@ -101,7 +101,7 @@ class Failed:
     path: str | None = None
 
     def as_error(self) -> OSError:
-        """The error that this process would have met."""
+        """Return the error that this process would have raised."""
         if self.errno is None:
             return OSError(self.reason)
         return OSError(self.errno, self.reason, self.path)

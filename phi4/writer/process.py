@@ -1,7 +1,7 @@
-"""The writer process: does one task after the other, and ends with the rank that started it.
+"""The writer process: executes tasks one after the other, and ends with the rank that started it.
 
 Signals that ask a run to save and end reach every process of a job; this one ignores them, because
-the rank decides, and what is being written may be the very save that the signal asks for.
+the rank decides, and the file being written may belong to the save that the signal requests.
 """
 
 import ctypes
@@ -30,16 +30,16 @@ from phi4.writer.shard_file import write_shard_file
 from phi4.writer.staging import staged_records
 
 FRAME = struct.Struct("<QQ")
-"""Offset and length of a pickled message in the shared memory: what goes over the socket is small
-enough to never wait for the other side."""
+"""Offset and length of a pickled message in the shared memory: small enough that sending it over
+the socket never blocks."""
 
 _PR_SET_PDEATHSIG = 1
 _NICENESS = 10
-"""A tenth of a rank's weight where they share a core: a save may take longer, a step may not."""
+"""CPU weight a tenth of a rank's if they share a core: a save may take longer, a step may not."""
 
 
 def serve(control_fd: int, memory_fd: int, parent_pid: int) -> None:
-    """Do what the rank asks until it closes the socket or ends.
+    """Execute the rank's tasks until it closes the socket or ends.
 
     Args:
         control_fd: a socket that carries a FRAME per message.
@@ -67,7 +67,7 @@ def write_all(fd: int, content: bytes, offset: int) -> None:
 
 
 def _end_with(parent_pid: int) -> None:
-    """Be killed when the rank ends, however it does."""
+    """Have the kernel kill this process when the rank ends, for any reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
@@ -92,7 +92,7 @@ def _done(task: Task, memory_fd: int) -> Reply:
 
 
 def _write(task: WriteShards, memory_fd: int) -> Written:
-    # Not closed here: that is refused while a tensor lies in it.
+    # Not closed here: closing is refused while a tensor refers to it.
     memory = mmap.mmap(memory_fd, 0)
     return Written(
         tuple(

@@ -1,6 +1,6 @@
-"""One file of records as torch's distributed checkpoints have it, hashed while it is written.
+"""Write one file of records in torch's distributed checkpoint format, hashed during the write.
 
-A save that waits and one that does not write by this function, so their files are the same.
+Synchronous and asynchronous saves both use this function, so their files are identical.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file that is on the disk.
+    """A file that has been written durably.
 
     Attributes:
-        name: of the file, without its directory.
-        places: (offset, length) in bytes of every record, in the order they were given.
+        name: name of the file, without its directory.
+        places: (offset, length) in bytes of every record, in the given order.
         num_bytes: size of the file.
-        sha256: of its content.
+        sha256: sha256 of its content.
     """
 
     name: str
@@ -35,15 +35,15 @@ class WrittenFile:
 
 
 def write_shard_file(path: Path, records: Iterable[bytes | torch.Tensor]) -> WrittenFile:
-    """Write records one after the other and wait until they are on the disk.
+    """Write records one after the other and fsync the file.
 
     Args:
-        path: must not exist: nobody else writes there.
-        records: bytes are written as they are; a tensor, on the host, in the form of `torch.save`,
-            alone even where it is a view of more.
+        path: must not exist, and no other process may write there.
+        records: bytes are written unchanged; a tensor, on the host, in the format of `torch.save`,
+            without the rest of its storage if it is a view.
 
     Raises:
-        OSError: names the file.
+        OSError: with the file's name.
     """
     stream, places = _HashedStream(path), []
     try:
@@ -74,7 +74,7 @@ def _save_tensor(tensor: torch.Tensor, stream: "_HashedStream") -> None:
 
 
 class _HashedStream(io.RawIOBase):
-    """A new file, written from begin to end; keeps the first error that writing met."""
+    """A new file, written sequentially; keeps the first error of a write."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb", buffering=0)
@@ -82,11 +82,11 @@ class _HashedStream(io.RawIOBase):
         self.error: OSError | None = None
 
     def writable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def write(self, content: "ReadableBuffer", /) -> int:
-        """Write all of it."""
+        """Write all of the data."""
         view = memoryview(content).cast("B")
         rest = view
         try:
@@ -100,15 +100,15 @@ class _HashedStream(io.RawIOBase):
         return len(view)
 
     def tell(self) -> int:
-        """Bytes written."""
+        """Return the number of bytes written."""
         return self._num_bytes
 
     def sync(self) -> None:
-        """Wait until they are on the disk."""
+        """Fsync the file."""
         os.fsync(self._file.fileno())
 
     def sha256(self) -> str:
-        """Of what was written."""
+        """Return the hash of the written data."""
         return self._digest.hexdigest()
 
     def close(self) -> None:

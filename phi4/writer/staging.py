@@ -1,8 +1,8 @@
-"""Memory that a rank and its writer process share: tensors wait in it to be written.
+"""Memory shared by a rank and its writer process, in which tensors wait to be written.
 
-An anonymous file of the kernel (memfd): no name is left behind by a kill, and no container's small
-/dev/shm limits it. It grows to the largest save and stays, so a save after the first allocates
-nothing. Where the tensors are on a GPU it is pinned, which makes the copy as fast as the bus.
+An anonymous file of the kernel (memfd): a kill leaves no name behind, and a container's small
+/dev/shm does not limit it. It grows to the largest save and is kept, so later saves allocate
+nothing. If the tensors are on a GPU it is pinned, so that the copy reaches the bus's bandwidth.
 """
 
 import mmap
@@ -22,12 +22,12 @@ class Staging:
     """The shared memory of one rank.
 
     Args:
-        device: of the tensors that are staged.
-        ranks_per_host: ranks that do the same on this machine.
+        device: device of the tensors that are staged.
+        ranks_per_host: number of ranks that stage on this machine.
 
     Attributes:
         fd: descriptor for the writer process.
-        capacity: bytes for tensors; messages lie behind them.
+        capacity: bytes for tensors; messages follow them.
     """
 
     def __init__(self, device: torch.device, ranks_per_host: int = 1) -> None:
@@ -38,10 +38,10 @@ class Staging:
         self._is_pinned = False
 
     def stage(self, tensors: Sequence[torch.Tensor]) -> list[StagedTensor]:
-        """Copy tensors; when this returns they may change.
+        """Copy tensors; they may change once this returns.
 
         Raises:
-            PlatformError: the machine has too little memory, or the driver pins no more of it.
+            PlatformError: the machine has too little memory, or the driver cannot pin more.
         """
         offsets, end = [], 0
         for tensor in tensors:
@@ -58,14 +58,14 @@ class Staging:
         return staged
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._unpin()
         self._bytes = torch.empty(0, dtype=torch.uint8)
         os.close(self.fd)
 
     def _copy(self, tensor: torch.Tensor, place: torch.Tensor) -> None:
         if self._device.type == "cpu":
-            # memcpy: a sixth faster than torch, which reads every line that it overwrites.
+            # memcpy is a sixth faster than torch, which reads every cache line that it overwrites.
             place.numpy()[:] = tensor.reshape(-1).view(torch.uint8).numpy()
         else:
             target = place.view(tensor.dtype).view(tensor.shape)
@@ -78,13 +78,14 @@ class Staging:
         free = psutil.virtual_memory().available
         if grows > free:
             raise PlatformError(
-                f"an asynchronous save needs {grows:,} bytes more of this machine's memory, it has "
-                f"{free:,}; use checkpoint.asynchronous=false or a larger parallel.data"
+                f"an asynchronous save needs {grows:,} more bytes of this machine's memory, but "
+                f"{free:,} are available; use checkpoint.asynchronous=false or a larger "
+                f"parallel.data"
             )
         self._unpin()
-        # Nothing fits where the rest of this fails.
+        # If a later step here fails, nothing is staged.
         self.capacity = 0
-        # Allocated now: a page that is missing later on would be a SIGBUS.
+        # Allocated now: a page that cannot be allocated later would cause a SIGBUS.
         os.posix_fallocate(self.fd, 0, num_bytes)
         self._bytes = torch.frombuffer(mmap.mmap(self.fd, num_bytes), dtype=torch.uint8)
         if self._device.type == "cuda":
@@ -95,7 +96,7 @@ class Staging:
         code = int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), num_bytes, 0))
         if code:
             raise PlatformError(
-                f"CUDA does not pin {num_bytes:,} bytes for asynchronous saves (error {code}); "
+                f"CUDA cannot pin {num_bytes:,} bytes for asynchronous saves (error {code}); "
                 "raise the limit of locked memory (ulimit -l), or use checkpoint.asynchronous=false"
             )
         self._is_pinned = True
@@ -109,7 +110,7 @@ class Staging:
 def staged_records(
     memory: mmap.mmap, records: Sequence[bytes | StagedTensor]
 ) -> list[bytes | torch.Tensor]:
-    """Records with tensors that lie in the shared memory; each has a storage of its own size."""
+    """Return records with tensors in the shared memory; each has a storage of its own size."""
     return [r if isinstance(r, bytes) else _tensor(memory, r) for r in records]
 
 

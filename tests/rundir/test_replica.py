@@ -105,7 +105,7 @@ def test_file_that_cannot_be_copied_is_named_and_leaves_nothing(tmp_path: Path) 
     with pytest.raises(OSError, match=r"No such file or directory: .*__0_0.distcp"):
         replicate(checkpoint, place, of, own, **arguments)
     (checkpoint / MANIFEST_FILE).write_bytes(b"{}")
-    with pytest.raises(CheckpointError, match="another checkpoint than the one just saved"):
+    with pytest.raises(CheckpointError, match="not the checkpoint that was just saved"):
         replicate(checkpoint, place, of, {}, with_small_files=True, kept=None, visible_seconds=0)
 
 

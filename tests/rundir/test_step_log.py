@@ -73,7 +73,7 @@ def test_step_is_never_logged_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 4))
     metrics = StepLog(path, 3)
-    with pytest.raises(AssertionError, match="step 3 is logged after step 3"):
+    with pytest.raises(AssertionError, match="step 3 was logged after step 3"):
         metrics.log(3, {"held_out_loss": 1.0})
 
 
@@ -109,7 +109,7 @@ def test_lines_that_a_full_disk_refuses_are_kept_and_written_in_order(tmp_path, 
     assert len(said) == 1 and "metrics.jsonl: no space" in said[0]
     disk.room = 10_000
     metrics.log(5, {"loss": 1.0})
-    assert said[1:] == [f"{tmp_path}/metrics.jsonl has all steps again"]
+    assert said[1:] == [f"{tmp_path}/metrics.jsonl is complete again"]
     metrics.finish("finished")
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 

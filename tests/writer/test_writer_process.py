@@ -87,7 +87,7 @@ def test_memory_that_the_driver_does_not_pin_is_an_error_each_time() -> None:
     with patch("torch.cuda.cudart") as cudart:
         cudart().cudaHostRegister.return_value = 2
         for num_bytes in (64, 32):
-            with pytest.raises(PlatformError, match=r"does not pin .* \(error 2\)"):
+            with pytest.raises(PlatformError, match=r"cannot pin .* \(error 2\)"):
                 staging.stage([torch.zeros(num_bytes, dtype=torch.uint8)])
         cudart().cudaHostUnregister.assert_not_called()
         staging.close()
