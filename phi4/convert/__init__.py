@@ -1,4 +1,4 @@
-"""Weights in and out of other systems' formats: Hugging Face's Phi3 directory."""
+"""Conversion of weights to and from other systems' formats: Hugging Face's Phi3 directory."""
 
 from phi4.convert.hf import read_hf, write_hf
 

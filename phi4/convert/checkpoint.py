@@ -1,7 +1,7 @@
-"""The bridge between checkpoints and Hugging Face directories, in one process.
+"""Convert between checkpoints and Hugging Face directories, in one process.
 
-A checkpoint carries its recipe, so an export needs nothing else. One that comes from Hugging Face
-gets a recipe made from config.json, the number format of its files, and weights only.
+A checkpoint contains its recipe, so an export needs no other input. An import makes a recipe from
+config.json and the dtype of the files, and holds weights only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,20 +45,21 @@ def export_checkpoint(
     Args:
         checkpoint: a `step_NNNNNNN` directory.
         out: must not exist, or be empty.
-        platform: of a single process.
-        dtype: of the stored weights; the checkpoint's own by default.
-        overrides: of the checkpoint's recipe, for example where the tokenizer now lies.
+        platform: platform of a single process.
+        dtype: dtype of the stored weights; the checkpoint's own by default.
+        overrides: overrides of the checkpoint's recipe, for example the tokenizer's current path.
 
     Raises:
         As `recipe_of`, `open_checkpoint`, `load_tokenizer` and `write_hf`.
     """
     recipe = recipe_of(checkpoint, overrides)
-    # What computed the weights does not matter here, and may not run on this machine.
+    # The implementations that trained the weights do not matter here, and may not run on this
+    # machine.
     recipe = recipe.model_copy(update={"kernels": KernelsConfig()})
     check(recipe, platform.world_size)
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        # Entered once write_hf has found the output and the tokenizer right.
+        # Entered only after write_hf has checked the output directory and the tokenizer.
         engine = open_checkpoint(recipe, checkpoint, platform)
         yield from engine.whole_parameters()
         engine.close()
@@ -75,14 +76,14 @@ def import_hf(
     Args:
         hf_dir: config.json and safetensors.
         root: a new or empty directory.
-        platform: of a single process.
-        overrides: of the recipe made from config.json, for example data.sequence_length.
+        platform: platform of a single process.
+        overrides: overrides of the recipe made from config.json, for example data.sequence_length.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: `root` holds something, a tensor has non-finite values, or as `read_hf`.
+        CheckpointError: `root` is not empty, a tensor has non-finite values, or as `read_hf`.
         ConfigError: an override is wrong or changes the model, or as `read_hf`.
         LayoutError: the recipe breaks a rule.
     """
@@ -90,7 +91,7 @@ def import_hf(
     recipe = hf_recipe(found, hf_dir, root, overrides)
     check(recipe, platform.world_size)
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise CheckpointError(f"{root} exists and is not empty; name a new directory")
+        raise CheckpointError(f"{root} exists and is not empty; give a new directory")
     engine = Engine(recipe, platform, trains=False, draws_weights=False)
     engine.read_parameters(found.stream())
     files = {RECIPE_FILE: dump_toml(recipe), STATE_FILE: RunState().to_json()}
@@ -102,13 +103,13 @@ def import_hf(
 def hf_recipe(
     found: HuggingFaceModel, hf_dir: Path, run_dir: Path, overrides: Sequence[str] = ()
 ) -> Recipe:
-    """The recipe of a Phi3-shape directory's model, with overrides; its rules are not checked.
+    """Return the recipe of a Phi3 directory's model, with overrides; its rules are not checked.
 
     Args:
         found: from `read_hf`.
-        hf_dir: names it in an error.
+        hf_dir: its path, for error messages.
         run_dir: the recipe's run.dir.
-        overrides: of everything but the model.
+        overrides: overrides of everything but the model.
 
     Raises:
         ConfigError: an override is wrong or changes the model.
@@ -117,7 +118,7 @@ def hf_recipe(
     length = min(DataConfig().sequence_length, model.max_position_embeddings)
     recipe = Recipe(
         model=model,
-        # Only phi-4's own vocabulary is known by its size; another one has to be named.
+        # Only phi-4's own vocabulary is recognised by its size; any other must be specified.
         tokenizer=TokenizerConfig(kind="phi4" if model.vocab_size == phi4.vocab_size else "bpe"),
         data=DataConfig(sequence_length=length, unit_tokens=length),
         precision=PrecisionConfig(dtype=found.dtype),
@@ -125,5 +126,7 @@ def hf_recipe(
     )
     changed = with_overrides(recipe, overrides)
     if changed.model != model:
-        raise ConfigError(f"overrides change [model], which {hf_dir}/config.json says; remove them")
+        raise ConfigError(
+            f"overrides change [model], which is defined by {hf_dir}/config.json; remove them"
+        )
     return changed

@@ -1,8 +1,8 @@
-"""A Hugging Face model directory, written and read without transformers.
+"""Read and write a Hugging Face model directory without transformers.
 
-Weights pass through as a stream of full megatron-core tensors, so neither direction holds the model
-in memory, and where they come from (a checkpoint, live ranks) is the caller's affair. A directory
-appears complete or not at all: it is written beside its place and renamed.
+Weights are passed as a stream of full megatron-core tensors, so neither direction holds the model
+in memory, and the caller decides where they come from (a checkpoint, live ranks). A directory is
+created atomically: it is written under a temporary name and renamed.
 """
 
 import json
@@ -25,18 +25,18 @@ from phi4.model.shape import Dtype, format_bytes, weight_bytes
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 _INV_FREQ_TOLERANCE = 1e-2
-"""Relative: old checkpoints keep the buffer in bf16 too, whose values are 2^-8 apart."""
+"""Relative tolerance: old checkpoints keep the buffer in bf16 too, whose values are 2^-8 apart."""
 
 
 class HuggingFaceModel(NamedTuple):
-    """A Phi3-shape directory whose names, shapes and dtypes are checked."""
+    """A Phi3 directory whose names, shapes and dtypes have been checked."""
 
     config: ModelConfig
     stream: Callable[[], Iterator[tuple[str, torch.Tensor]]]
-    """Yields every tensor once, in model order, under its global megatron-core name, full, in the
-    stored dtype; CheckpointError for one with non-finite values."""
+    """Yields every tensor once, in model order, under its global megatron-core name, unsplit, in
+    the stored dtype; raises CheckpointError for one with non-finite values."""
     dtype: Dtype
-    """That loses nothing of any tensor."""
+    """Smallest dtype that represents every tensor exactly."""
 
 
 def write_hf(
@@ -53,21 +53,21 @@ def write_hf(
     Args:
         out: must not exist, or be an empty directory.
         weights: every tensor once, in any order: global megatron-core name and full tensor.
-        model: shape of the weights; its RoPE base and longest sequence are written as they are.
+        model: shape of the weights; its RoPE base and longest sequence are written unchanged.
         tokenizer: its ids must fit the model's vocabulary.
-        dtype: of the stored weights.
+        dtype: dtype of the stored weights.
         max_shard_bytes: a larger tensor gets a shard of its own.
 
     Raises:
-        CheckpointError: `out` holds something, the disk is too small, or the weights are not
+        CheckpointError: `out` is not empty, the disk has too little space, or the weights are not
             exactly the model's.
         ConfigError: the tokenizer has more ids than the model.
         TokenizerError: the tokenizer's ranks have no exact Hugging Face form.
     """
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size={model.vocab_size}; "
-            f"export with the tokenizer of the training"
+            f"the tokenizer has {tokenizer.vocab_size} ids, but "
+            f"model.vocab_size={model.vocab_size}; export with the tokenizer used in training"
         )
     out = out.resolve()
     _refuse_occupied(out, weight_bytes(model, dtype))
@@ -88,10 +88,11 @@ def write_hf(
 
 
 def read_hf(hf_dir: Path) -> HuggingFaceModel:
-    """Open a Phi3-shape directory.
+    """Open a Phi3 directory.
 
-    Names, shapes and dtypes are checked here, from the headers; no weight is read before the
-    stream is. RoPE's buffer, which transformers used to store, may be there and is not a weight.
+    Names, shapes and dtypes are checked here, from the headers; weights are read only when the
+    stream is consumed. RoPE's buffer, which transformers used to store, may be present and is not a
+    weight.
 
     Raises:
         CheckpointError: a file is missing or damaged, the tensors are not the config's, or RoPE's
@@ -112,7 +113,7 @@ def read_hf(hf_dir: Path) -> HuggingFaceModel:
 
 
 def _rope_buffers(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of RoPE's buffer under the names that versions of transformers have stored it."""
+    """Return shapes of RoPE's buffer under the names used by different versions of transformers."""
     owners = ["model", *(f"model.layers.{i}.self_attn" for i in range(model.num_layers))]
     return {f"{owner}.rotary_emb.inv_freq": (model.head_dim // 2,) for owner in owners}
 
@@ -123,14 +124,14 @@ def _check_rope(buffers: dict[str, Path], model: ModelConfig) -> None:
     for name, stored in read_tensors(buffers):
         if not torch.allclose(stored.float(), expected, rtol=_INV_FREQ_TOLERANCE, atol=1e-7):
             raise CheckpointError(
-                f"{buffers[name]}: {name} is not that of config.json's rope_theta="
+                f"{buffers[name]}: {name} does not match config.json's rope_theta="
                 f"{model.rope_theta:g}; use the config.json that belongs to these weights"
             )
 
 
 def _refuse_occupied(out: Path, num_bytes: int) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not empty; name a new directory")
+        raise CheckpointError(f"{out} exists and is not empty; give a new directory")
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < num_bytes:
@@ -164,5 +165,5 @@ def _read_config(hf_dir: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); copy it again") from None
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds no table; copy it again")
+        raise CheckpointError(f"{path} is not a JSON object; copy it again")
     return raw

@@ -1,9 +1,9 @@
-"""`config.json` and `generation_config.json` of a Phi3-shape model, written and read.
+"""Read and write `config.json` and `generation_config.json` of a Phi3 model.
 
 The RoPE base and the dtype are written under both of their keys: transformers 5 reads
-`rope_parameters` and `dtype`, version 4 reads `rope_theta` and `torch_dtype` and silently takes
-10,000 where it finds no base. Reading is strict for the same reason: what our model cannot compute,
-and what two keys say differently, is refused with the reason.
+`rope_parameters` and `dtype`; version 4 reads `rope_theta` and `torch_dtype` and silently uses
+10,000 if it finds no base. Reading is strict for the same reason: a feature that our model does not
+support, or two keys that contradict each other, raise an error with the reason.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,10 +16,10 @@ from phi4.errors import ConfigError
 from phi4.model.shape import Dtype
 
 _HF_DTYPE: dict[Dtype, str] = {"fp32": "float32", "bf16": "bfloat16"}
-# The released file's, whose keys these are. Without one, 4.57.6 takes the tokenizer for Mistral's
-# and warns that its split is wrong.
+# From the released config. Without a tokenizer class, 4.57.6 takes the tokenizer for Mistral's and
+# warns that its split is wrong.
 _FORMAT_VERSION = "4.47.0"
-# Hugging Face's key: ours. The first group has no default that could be meant.
+# Hugging Face's key: our key. The first group has no safe default.
 _REQUIRED = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -34,11 +34,11 @@ _OPTIONAL = {"rms_norm_eps": "rms_norm_eps", "initializer_range": "init_std"}
 def hf_config(
     model: ModelConfig, *, dtype: Dtype, bos_id: int, eos_id: int, pad_id: int
 ) -> dict[str, Any]:
-    """The content of config.json.
+    """Return the content of config.json.
 
     Args:
         model: the shape.
-        dtype: of the stored weights.
+        dtype: dtype of the stored weights.
         bos_id: document separator.
         eos_id: end of a turn.
         pad_id: differs from `eos_id`, or padding would hide the stop token from a later loss.
@@ -78,7 +78,8 @@ def hf_config(
 
 
 def hf_generation_config(*, bos_id: int, eos_id: int, pad_id: int) -> dict[str, Any]:
-    """The content of generation_config.json: generation stops at a document's and a turn's end."""
+    """Return the content of generation_config.json: generation stops at the end of a document or
+    turn."""
     return {
         "bos_token_id": bos_id,
         "eos_token_id": [bos_id, eos_id],
@@ -87,7 +88,7 @@ def hf_generation_config(*, bos_id: int, eos_id: int, pad_id: int) -> dict[str, 
 
 
 def model_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """The shape that a config.json describes.
+    """Return the model shape that a config.json describes.
 
     Raises:
         ConfigError: a key is missing or has a wrong value, or the model does something that Phi-4
@@ -112,7 +113,10 @@ def model_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _refusals(raw: Mapping[str, Any]) -> Iterator[str]:
     if raw.get("model_type") != "phi3":
-        yield f"model_type={raw.get('model_type')!r}, expected 'phi3'; other shapes are not read"
+        yield (
+            f"model_type={raw.get('model_type')!r}, expected 'phi3'; other model types are not "
+            f"supported"
+        )
     for key in _REQUIRED:
         if key not in raw:
             yield f"{key} is missing; add it"
@@ -122,13 +126,16 @@ def _refusals(raw: Mapping[str, Any]) -> Iterator[str]:
         ("attention_bias", False),
     ):
         if raw.get(key, wanted) != wanted:
-            yield f"{key}={raw[key]!r}, but Phi-4 has {key}={wanted!r}; this model is another"
+            yield (
+                f"{key}={raw[key]!r}, but Phi-4 has {key}={wanted!r}; this is not a Phi-4 "
+                f"architecture"
+            )
     yield from _rope_refusals(raw)
     window, longest = raw.get("sliding_window"), raw.get("max_position_embeddings")
     if window is not None and not _at_least(window, longest):
         yield (
-            f"sliding_window={window!r} is below max_position_embeddings={longest!r}, but Phi-4's "
-            f"attention is full; set it to null if the model was trained so"
+            f"sliding_window={window!r} is below max_position_embeddings={longest!r}, but Phi-4 "
+            f"uses full attention; set it to null if the model was trained without a window"
         )
 
 
@@ -139,16 +146,27 @@ def _rope_refusals(raw: Mapping[str, Any]) -> Iterator[str]:
         rope = _table(raw, key)
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            yield f"{key} is of type {kind!r}, but Phi-4's RoPE is unscaled; this model is another"
+            yield (
+                f"{key} is of type {kind!r}, but Phi-4's RoPE is unscaled; this is not a Phi-4 "
+                f"architecture"
+            )
     for table in (raw, _table(raw, "rope_parameters")):
         part = table.get("partial_rotary_factor")
         if part not in (None, 1):
-            yield f"partial_rotary_factor={part!r}, but Phi-4 rotates whole heads; expected 1.0"
+            yield (
+                f"partial_rotary_factor={part!r}, but Phi-4 rotates all dimensions of a head; "
+                f"expected 1.0"
+            )
     bases = _rope_bases(raw)
     if not bases:
-        yield "no RoPE base under rope_parameters.rope_theta or rope_theta; add the trained one"
+        yield (
+            "no RoPE base under rope_parameters.rope_theta or rope_theta; add the base used in "
+            "training"
+        )
     if any(base != bases[0] for base in bases):
-        yield f"the keys of the RoPE base say {' and '.join(map(str, bases))}; make them equal"
+        yield (
+            f"the keys of the RoPE base disagree: {' and '.join(map(str, bases))}; make them equal"
+        )
 
 
 def _rope_bases(raw: Mapping[str, Any]) -> list[Any]:
@@ -170,10 +188,12 @@ def _check_heads(model: ModelConfig, head_dim: int | None) -> None:
     if model.hidden_size % heads or heads % kv_heads:
         raise ConfigError(
             f"config.json: hidden_size={model.hidden_size}, num_attention_heads={heads} and "
-            f"num_key_value_heads={kv_heads} do not divide in this order; the file is damaged"
+            f"num_key_value_heads={kv_heads} are inconsistent: num_attention_heads must divide "
+            f"hidden_size, and num_key_value_heads must divide num_attention_heads; the file is "
+            f"damaged"
         )
     if head_dim is not None and head_dim != model.head_dim:
         raise ConfigError(
             f"config.json: head_dim={head_dim}, but Phi-4 has hidden_size / num_attention_heads = "
-            f"{model.head_dim}; this model is another"
+            f"{model.head_dim}; this is not a Phi-4 architecture"
         )

@@ -1,8 +1,8 @@
-"""Safetensors shards, written and read one tensor at a time.
+"""Read and write safetensors shards one tensor at a time.
 
 All sizes are known before the first tensor arrives, so every shard gets its header and its full
-length at once and a tensor is written at its own offset: tensors may come in any order, and memory
-holds one of them, not a shard. (`safetensors.torch.save_file` wants a shard's tensors together.)
+length at once and a tensor is written at its own offset: tensors may come in any order, and only
+one of them is in memory. (`safetensors.torch.save_file` needs all tensors of a shard at once.)
 """
 
 import json
@@ -25,7 +25,8 @@ _SAFETENSORS_DTYPE: dict[Dtype, str] = {"fp32": "F32", "bf16": "BF16"}
 _TORCH_DTYPE: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _READABLE = ("F32", "BF16", "F16")
 _COUNTED_VALUES = 1 << 24
-"""Searched at a time for non-finite values, because the search allocates as much again."""
+"""Elements checked at a time for non-finite values, because the check allocates as much memory
+again."""
 
 
 class ShardWriter:
@@ -63,12 +64,12 @@ class ShardWriter:
         """Store one tensor.
 
         Raises:
-            CheckpointError: the tensor has another shape, came before, is not the model's, or has
-                non-finite values in the stored dtype.
+            CheckpointError: the tensor has the wrong shape, was already written, is not part of the
+                model, or has non-finite values in the stored dtype.
         """
         shape = self._waiting.pop(name, None)
         if shape is None:
-            reason = "came twice" if name in self._place else "is not one of the model's"
+            reason = "came twice" if name in self._place else "is not part of the model"
             raise CheckpointError(f"tensor {name} {reason}; give each tensor of the model once")
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
@@ -91,12 +92,12 @@ class ShardWriter:
         """Make the shards durable.
 
         Raises:
-            CheckpointError: a tensor never came.
+            CheckpointError: a tensor was not written.
         """
         if self._waiting:
             raise CheckpointError(
-                f"{len(self._waiting)} tensors are missing, first {next(iter(self._waiting))}; "
-                f"give each tensor of the model once"
+                f"{len(self._waiting)} tensors are missing, the first is "
+                f"{next(iter(self._waiting))}; give each tensor of the model once"
             )
         for file in self._files:
             with file.open("r+b") as stream:
@@ -138,12 +139,12 @@ def locate(
     shapes: Mapping[str, tuple[int, ...]],
     optional: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Path]:
-    """The shard of every tensor, after checking names, shapes and dtypes against the headers.
+    """Return the shard of every tensor, after checking names, shapes and dtypes in the headers.
 
     Args:
         directory: holds the shards.
-        shapes: of the tensors that must be there.
-        optional: of tensors that may be there.
+        shapes: shapes of the tensors that must be there.
+        optional: shapes of tensors that may be missing.
 
     Raises:
         CheckpointError: no safetensors, an unreadable shard, a tensor missing, unexpected, stored
@@ -155,7 +156,7 @@ def locate(
         for name, shape, dtype in _header(file):
             if name in place:
                 raise CheckpointError(
-                    f"{name} is in {place[name].name} and {file.name}; expected once"
+                    f"{name} is in both {place[name].name} and {file.name}; expected in one shard"
                 )
             if known.get(name, shape) != shape:
                 raise CheckpointError(
@@ -170,18 +171,19 @@ def locate(
             place[name] = file
     for reason, names in (
         ("are missing", shapes.keys() - place.keys()),
-        ("are not Phi-4's", place.keys() - known.keys()),
+        ("are not part of Phi-4", place.keys() - known.keys()),
     ):
         if names:
             raise CheckpointError(
-                f"{directory}: {len(names)} tensors {reason}, first {min(names)}; "
+                f"{directory}: {len(names)} tensors {reason}, the first is {min(names)}; "
                 f"expected the {len(shapes)} tensors of a Phi3ForCausalLM without biases"
             )
     return place
 
 
 def stored_dtype(place: Mapping[str, Path]) -> Dtype:
-    """bf16 where all of these tensors are stored so; else fp32, which holds all that others can."""
+    """Return bf16 if all of these tensors are bf16, else fp32, which represents the others
+    exactly."""
     stored = {
         dtype for file in set(place.values()) for name, _, dtype in _header(file) if name in place
     }

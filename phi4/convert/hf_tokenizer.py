@@ -1,12 +1,13 @@
-"""Hugging Face's tokenizer files from tiktoken ranks, and ranks from a `tokenizer.json`.
+"""Convert tiktoken ranks to Hugging Face's tokenizer files, and `tokenizer.json` to ranks.
 
-tiktoken keeps only ranks, Hugging Face wants pairs. The pair of a token is what is left of it when
-all merges of a lower rank are done; in a vocabulary that byte-pair encoding made these are always
-two parts, and merging exactly these pairs in rank order gives tiktoken's ids. Each export proves it
-on a probe text before anything is written.
+tiktoken stores ranks, Hugging Face stores merge pairs. The pair of a token is the result of
+applying all merges of lower rank to it; in a vocabulary made by byte-pair encoding this always
+leaves two parts, and applying these merges in rank order gives tiktoken's ids. Each export verifies
+this on a probe text before anything is written.
 
-tokenizer_class is the literal GPT2Tokenizer: version 4 of transformers refuses version 5's generic
-name, and llama.cpp looks for it. Beside a phi3 config.json both versions load tokenizer.json as is.
+tokenizer_class is the literal GPT2Tokenizer: version 4 of transformers rejects version 5's generic
+name, and llama.cpp looks for it. With a phi3 config.json both versions load tokenizer.json
+unchanged.
 """
 
 import json
@@ -53,12 +54,12 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_tokens: int) -> N
 
     Args:
         directory: existing.
-        tokenizer: the one of the training.
+        tokenizer: tokenizer used in training.
         max_tokens: longest sequence that the model declares.
 
     Raises:
-        TokenizerError: the ranks are no byte-pair vocabulary, or the probe text gets other ids than
-            the tokenizer's own.
+        TokenizerError: the ranks are not a byte-pair vocabulary, or the probe text is encoded
+            differently.
     """
     fast = fast_tokenizer(tokenizer)
     _probe(fast, tokenizer, "try another version of the tokenizers package")
@@ -70,10 +71,10 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_tokens: int) -> N
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer as Hugging Face's `tokenizers` runs it.
+    """Return the tokenizer as an object of Hugging Face's `tokenizers`.
 
     Raises:
-        TokenizerError: the ranks are no byte-pair vocabulary.
+        TokenizerError: the ranks are not a byte-pair vocabulary.
     """
     ranks = tokenizer.mergeable_ranks
     vocabulary = {_text(token): rank for token, rank in ranks.items()}
@@ -93,7 +94,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def tokenizer_config(tokenizer: Tokenizer, max_tokens: int) -> dict[str, Any]:
-    """The content of tokenizer_config.json."""
+    """Return the content of tokenizer_config.json."""
     names = {token_id: token for token, token_id in tokenizer.special_tokens.items()}
     return {
         "add_prefix_space": False,
@@ -111,7 +112,7 @@ def tokenizer_config(tokenizer: Tokenizer, max_tokens: int) -> dict[str, Any]:
 
 
 def merges_from_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge of each token longer than a byte, in rank order.
+    """Return the merge of each token longer than a byte, in rank order.
 
     Raises:
         TokenizerError: a token does not come from merging two tokens of lower rank.
@@ -123,7 +124,7 @@ def merges_from_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
         parts = _parts_below(token, rank, ranks)
         if len(parts) != 2:
             raise TokenizerError(
-                f"token {token!r} of rank {rank} falls into {len(parts)} parts of lower rank, "
+                f"token {token!r} of rank {rank} splits into {len(parts)} parts of lower rank, "
                 f"expected 2; the ranks are not those of a byte-pair encoding"
             )
         merges.append((parts[0], parts[1]))
@@ -143,7 +144,8 @@ def _parts_below(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> list[by
 
 
 def read_tokenizer(hf_dir: Path) -> Tokenizer:
-    """The tokenizer of a directory's tokenizer.json, whose merges give the ids of its ranks.
+    """Read the tokenizer of a directory's tokenizer.json, after checking that its merges match its
+    ranks.
 
     Raises:
         TokenizerError: the file is missing or damaged, is no byte-level BPE with phi-4's added
@@ -155,35 +157,36 @@ def read_tokenizer(hf_dir: Path) -> Tokenizer:
         ranks = {_bytes(text): i for text, i in vocabulary.items() if text not in added}
     except KeyError:
         raise TokenizerError(
-            f"{path} has tokens that are not written in bytes; only byte-level BPE is read"
+            f"{path} has tokens that are not written in bytes; only byte-level BPE is supported"
         ) from None
     tokenizer = tokenizer_of_ranks(ranks, str(path))
     for name, token_id in added.items():
         expected = tokenizer.special_tokens.get(name, "no such token")
         if expected != token_id:
             raise TokenizerError(
-                f"{path} has the added token {name} with id {token_id}, phi-4 has {expected}; only "
-                "phi-4's added tokens are read"
+                f"{path} has the added token {name} with id {token_id}, expected {expected}; only "
+                f"phi-4's added tokens are supported"
             )
-    _probe(fast, tokenizer, "this is no tokenizer of phi-4")
+    _probe(fast, tokenizer, "this is not a phi-4 tokenizer")
     return tokenizer
 
 
 def _parsed(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int], dict[str, int]]:
-    """What the file is to `tokenizers`, and the ids of its tokens and of its added tokens."""
+    """Return the parsed `tokenizers` object, and the ids of its tokens and of its added tokens."""
     try:
         content = path.read_bytes()
-        # What the package cannot read is found first, by an exception without a type of its own.
+        # The package raises an untyped exception for a file that it cannot parse, so that is
+        # checked first.
         fast, raw = tokenizers.Tokenizer.from_buffer(content), json.loads(content)
         added = {token["content"]: token["id"] for token in raw["added_tokens"]}
         return fast, raw["model"]["vocab"], added
     except OSError as error:
         raise TokenizerError(
-            f"{path} cannot be read ({error.strerror}); copy it from where the model is from"
+            f"{path} cannot be read ({error.strerror}); copy it again from the model's source"
         ) from None
     except Exception as error:
         reason = " ".join(str(error).split())[:100]
-        raise TokenizerError(f"{path} is no tokenizer ({reason}); copy it again") from None
+        raise TokenizerError(f"{path} is not a tokenizer ({reason}); copy it again") from None
 
 
 def _probe(fast: tokenizers.Tokenizer, tokenizer: Tokenizer, remedy: str) -> None:
@@ -200,7 +203,7 @@ def _probe(fast: tokenizers.Tokenizer, tokenizer: Tokenizer, remedy: str) -> Non
 
 
 def _byte_alphabet() -> list[str]:
-    # Byte-level BPE shows a byte as itself where that is a visible Latin-1 character, else as the
+    # Byte-level BPE writes a byte as itself if that is a visible Latin-1 character, else as the
     # next character from U+0100 on.
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]

@@ -1,7 +1,7 @@
-"""Where a model to generate with comes from: a checkpoint of a run, or a Hugging Face directory.
+"""Locate and open a model for generation: a run's checkpoint or a Hugging Face directory.
 
-The decision: both are found and checked before any process starts, and opened by each rank in the
-layout of the recipe; every rank keeps its own shard and no rank ever holds the whole model.
+Either is found and checked before any process starts, and opened by each rank in the recipe's
+layout; every rank keeps its own shard and no rank ever holds the full model.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class ModelSource:
 
     Attributes:
         path: a `step_NNNNNNN` directory, or a Hugging Face directory.
-        recipe: lays it out; one replica of it.
+        recipe: recipe with the model's layout; one replica.
         hugging_face: what the directory holds; None for a checkpoint.
     """
 
@@ -43,7 +43,7 @@ class ModelSource:
     hugging_face: HuggingFaceModel | None
 
     def tokenizer(self) -> Tokenizer:
-        """The model's own tokenizer.
+        """Return the model's own tokenizer.
 
         Raises:
             TokenizerError: see `load_tokenizer` and `read_tokenizer`.
@@ -56,13 +56,13 @@ class ModelSource:
         num_ids, vocab_size = tokenizer.vocab_size, self.recipe.model.vocab_size
         if num_ids > vocab_size:
             raise ConfigError(
-                f"the tokenizer has {num_ids} ids, model.vocab_size={vocab_size}; use the "
-                "tokenizer of the training"
+                f"the tokenizer has {num_ids} ids, but model.vocab_size={vocab_size}; use the "
+                f"tokenizer used in training"
             )
         return tokenizer
 
     def open(self, platform: Platform) -> Engine:
-        """An engine without optimizer that holds this rank's part of the weights.
+        """Return an engine without optimizer that holds this rank's part of the weights.
 
         Raises:
             CheckpointError: a file is incomplete or damaged, or has non-finite values.
@@ -76,12 +76,12 @@ class ModelSource:
         return engine
 
     def check_successor(self, checkpoint: Path) -> None:
-        """Check that `load_into` can take a checkpoint; in one process, from any thread.
+        """Check that `load_into` can load a checkpoint; runs in one process, from any thread.
 
-        Reads all of it.
+        Reads the entire checkpoint.
 
         Raises:
-            CheckpointError: it is incomplete or damaged, or of another model or tokenizer.
+            CheckpointError: it is incomplete, damaged, or of another model or tokenizer.
         """
         try:
             self._check_kind(checkpoint)
@@ -93,12 +93,11 @@ class ModelSource:
             raise CheckpointError("; ".join(problems))
 
     def load_into(self, engine: Engine, checkpoint: Path) -> None:
-        """Replace the weights of an engine that `open` made by those of another checkpoint.
+        """Replace the weights of an engine made by `open` with those of another checkpoint.
 
         Raises:
             CheckpointError: see `check_successor`; the weights are as before, on every rank.
-            PlatformError: it could not be read to its end. The weights are undefined, on every
-                rank.
+            PlatformError: it could not be read completely; the weights are undefined on every rank.
 
         Collectives: one broadcast over all ranks; those of `verify_checkpoint` and of
             `load_checkpoint`.
@@ -112,33 +111,34 @@ class ModelSource:
             load_checkpoint(engine, checkpoint, verified, optimizer=False)
         except CheckpointError as error:
             raise PlatformError(
-                f"{error}; it went away or changed while it was read, and the model has no weights "
-                "now: start again, and let the run keep more checkpoints (checkpoint.keep)"
+                f"{error}; it was removed or changed while it was read, so the model's weights are "
+                f"undefined; restart the server, and keep more checkpoints of the run "
+                f"(checkpoint.keep)"
             ) from None
 
     def _check_kind(self, checkpoint: Path) -> None:
-        """Without reading the weights; see `check_successor`."""
+        """Check everything except the weights; see `check_successor`."""
         try:
             written = read_recipe(checkpoint)
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         check_recipe(checkpoint, read_manifest(checkpoint), written)
-        # Not where files lie, which an override may say.
+        # Except paths, which an override may change.
         changed = changed_keys(self.recipe, written)["identity"]
         foreign = [name for name in changed if name.startswith(("model.", "tokenizer."))]
         if foreign:
             raise CheckpointError(
-                f"{', '.join(sorted(foreign))} of {checkpoint} is not that of {self.path}; serve "
-                "it apart"
+                f"{', '.join(sorted(foreign))} of {checkpoint} differs from that of {self.path}; "
+                f"serve it separately"
             )
 
 
 def find_model(place: Path, overrides: Sequence[str] = ()) -> ModelSource:
-    """The model of a run directory (its newest checkpoint), of a step or of Hugging Face's format.
+    """Find the model in a run directory (newest checkpoint), a step or a Hugging Face directory.
 
     Args:
         place: a directory; one with a config.json is Hugging Face's.
-        overrides: of the recipe; without them the model is on one process.
+        overrides: overrides of the recipe; without them the model is on one process.
 
     Raises:
         CheckpointError: there is no model, or it is not Phi-4's architecture.
@@ -156,13 +156,13 @@ def find_model(place: Path, overrides: Sequence[str] = ()) -> ModelSource:
 
 
 def _refuse_replicas(overrides: Sequence[str]) -> None:
-    """Before other rules of the layout, which would speak of rows that nobody trains."""
+    """Raise an error before other rules of the layout, whose messages refer to training rows."""
     layout = [override for override in overrides if override.startswith("parallel.")]
     parallel = with_overrides(Recipe(), layout).parallel
     for name in ("data", "context"):
         degree = getattr(parallel, name)
         if degree != 1:
             raise LayoutError(
-                f"parallel.{name}={degree}, but one replica generates; expected 1: split the model "
-                "by parallel.tensor and parallel.pipeline"
+                f"parallel.{name}={degree}, but generation uses one replica; expected 1: split the "
+                f"model by parallel.tensor and parallel.pipeline"
             )

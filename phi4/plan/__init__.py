@@ -1,7 +1,7 @@
-"""Whether a recipe fits its GPUs, answered before anything starts.
+"""Memory planning: whether a recipe fits its GPUs, computed before anything starts.
 
-Parameters are counted on the real model built without bytes; activations come from a formula that
-lists what our layers save, which a test compares with autograd. Nothing here predicts speed.
+Parameters are counted on the real model on the meta device; activations come from a formula that
+lists what our layers save, which a test compares with autograd. Speed is not predicted.
 """
 
 from phi4.model.cards import CARDS, Card, card_named

@@ -1,8 +1,8 @@
 """Bytes that a micro-batch keeps between its forward and its backward pass, term by term.
 
-Counted are storages, not tensors: a view keeps its whole storage alive. The terms follow what
+Storages are counted, not tensors: a view keeps its entire storage alive. The terms follow what
 engine/layers.py, engine/attention.py and engine/loss_head.py save on a CUDA device; a test runs
-these very modules under `saved_tensors_hooks` and finds the same number of bytes.
+these modules under `saved_tensors_hooks` and finds the same number of bytes.
 
 With t tokens of a row slice, r = t / tp under sequence parallelism (else t), e bytes per element,
 and h, q, kv, f the widths of hidden state, queries, keys and SwiGLU on this tensor rank, a layer
@@ -21,7 +21,7 @@ and copies of queries, keys and values instead of the packed ones. Selective rec
 layer without what core attention saves, full recompute keeps r h e.
 
 A layer whose linears multiply in FP8 keeps their inputs in it, one byte an element, and their
-scales: instead of e bytes those of the norms' outputs and of SwiGLU's product; beside them that of
+scales: instead of e bytes those of the norms' outputs and of SwiGLU's product; also that of
 core attention's output where core attention keeps its output, too.
 """
 
@@ -70,7 +70,7 @@ class Activations:
 
     @property
     def layer_bytes(self) -> int:
-        """Kept per layer under the recipe's recompute mode."""
+        """Bytes kept per layer under the recipe's recompute mode."""
         granularity = self.recipe.recompute.granularity
         if granularity == "full":
             return self.residual_bytes
@@ -80,21 +80,24 @@ class Activations:
 
     @property
     def fp8_layer_bytes(self) -> int:
-        """The same of a layer whose linears multiply in FP8; layer_bytes where there is none."""
+        """Bytes kept per layer whose linears run in FP8; equals layer_bytes without FP8."""
         if self.recipe.precision.fp8 == "off" or self.recipe.recompute.granularity == "full":
             return self.layer_bytes
         return self.layer_bytes + self._fp8_difference_bytes
 
     @property
     def embedding_bytes(self) -> int:
-        """Kept by the embedding: with a split vocabulary, local ids and where they are foreign."""
+        """Bytes kept by the embedding: with a split vocabulary, local ids and the mask of ids on
+        other ranks."""
         return 0 if self.recipe.parallel.tensor == 1 else 9 * self.tokens
 
     @property
     def head_bytes(self) -> int:
-        """Kept by final norm and loss head: its inputs or their gradient, logits where they stay.
+        """Bytes kept by final norm and loss head: its inputs or their gradient, and logits that are
+        kept.
 
-        All logits are nearly all of it; chunks of them leave a few numbers per token.
+        Kept logits make up nearly all of it; computed in chunks, they leave a few numbers per
+        token.
         """
         norm = 2 * self.residual_bytes + _FP32 * self.residual_tokens
         # Several rows are copied into the order of the logits.
@@ -113,19 +116,19 @@ class Activations:
 
     @property
     def batch_bytes(self) -> int:
-        """A micro-batch placed on the device: ids, labels, mask, positions, cosines and sines.
+        """Bytes of a micro-batch on the device: ids, labels, mask, positions, cosines and sines.
 
-        Documents add 12 bytes each, which are not counted.
+        Documents add 12 bytes each, which is ignored.
         """
         tables = 2 * self.recipe.model.head_dim * self.element_bytes
         return self.tokens * (8 + 8 + 4 + 4 + tables)
 
     def working_bytes(self, *, is_last: bool) -> int:
-        """Bound of what lives beside the kept bytes while one layer or the loss head runs.
+        """Upper bound of temporary memory while one layer or the loss head runs.
 
-        Gradients of one layer's activations and of its largest matrix, what recompute brings back,
-        the gathered input under sequence parallelism, keys on their way between context ranks, the
-        buffers of pipeline sends.
+        Gradients of one layer's activations and of its largest matrix, recomputed activations, the
+        gathered input under sequence parallelism, keys and values in transfer between context
+        ranks, and the buffers of pipeline sends.
         """
         parallel = self.recipe.parallel
         gathered = self.tokens * self.recipe.model.hidden_size * self.element_bytes
@@ -147,25 +150,27 @@ class Activations:
 
     @property
     def _travelling_bytes(self) -> int:
-        """Keys, values and their gradients between context ranks, while attention goes backward."""
+        """Return the bytes of keys, values and their gradients in transfer between context ranks,
+        in backward."""
         both, element = 2 * self._keys * self.tokens, self.element_bytes
         if self.recipe.parallel.context_attention == "all_gather":
             # In the order of ranks and of rows; the gradient of each chunk, their sum and its copy.
             return self.recipe.parallel.context * both * (3 * element + 2 * _FP32)
-        # The present block and the next, gradients of the present one, those that come and go, and
-        # the sum of the queries' gradients.
+        # The current block and the next, gradients of the current one, those being sent and
+        # received, and the sum of the queries' gradients.
         return both * (3 * element + 3 * _FP32) + _FP32 * self._queries * self.tokens
 
     @property
     def _head_working_bytes(self) -> int:
-        # The gradient of the logits takes their place, so that only the linear's are left. torch's
-        # form of the loss widens a slice of the logits, twice, where a kernel needs nothing.
+        # The gradient of the logits reuses their memory, so that only the linear's is added.
+        # torch's implementation of the loss upcasts a slice of the logits, twice; a kernel needs no
+        # copy.
         hidden = self.tokens * self.recipe.model.hidden_size * self.element_bytes
         columns = self.recipe.model.vocab_size // self.recipe.parallel.tensor
         if self.recipe.loss_head.form == "logits":
             matrix = self.element_bytes * self.recipe.model.hidden_size * columns
             return max(2 * _FP32 * min(self.num_logits, _WIDENED_LOGITS), matrix + hidden)
-        # The weight's gradient goes to megatron-core's buffer.
+        # The weight's gradient is written to megatron-core's buffer.
         chunk = min(self.recipe.loss_head.chunk_tokens, self.tokens) * columns
         return hidden + self.element_bytes * chunk + 2 * _FP32 * min(chunk, _WIDENED_LOGITS)
 
@@ -187,17 +192,18 @@ class Activations:
 
     @property
     def _fp8_difference_bytes(self) -> int:
-        """What the linears' inputs take in FP8, less what they take without."""
+        """Return the bytes of the linears' inputs in FP8 minus those without FP8."""
         of_norms = 2 * self.residual_tokens * self.recipe.model.hidden_size
         product, attended = self.tokens * self._ffn, self.tokens * self._queries
-        # Fused attention keeps its output for itself.
+        # Fused attention keeps its own copy of its output.
         is_kept = self._is_fused and self.recipe.recompute.granularity == "none"
         replaced = of_norms + product + (0 if is_kept else attended)
         return of_norms + product + attended + self._scale_bytes - self.element_bytes * replaced
 
     @property
     def _scale_bytes(self) -> int:
-        """Of the inputs, cast along the tokens for the weights' gradients."""
+        """Return the bytes of the inputs' scales, cast along the tokens for the weights'
+        gradients."""
         widths = 2 * self.recipe.model.hidden_size, self._ffn + self._queries
         match self.recipe.precision.fp8_recipe:
             case "rowwise":
@@ -206,12 +212,13 @@ class Activations:
                 blocks = self.residual_tokens // FP8_BLOCK, self.tokens // FP8_BLOCK
                 counts = (width * count for width, count in zip(widths, blocks, strict=True))
                 return _FP32 * sum(counts)
-        # One of a matrix.
+        # One scale per matrix.
         return 0
 
     @property
     def _fp8_working_bytes(self) -> int:
-        """While a matrix is cast: values, their scaled and their clamped form, in fp32."""
+        """Return the bytes used while a matrix is cast: values, their scaled and their clamped
+        form, in fp32."""
         if self.recipe.precision.fp8 == "off":
             return 0
         width = 2 * self._ffn
@@ -227,14 +234,15 @@ class Activations:
     @property
     def _core_inputs_bytes(self) -> int:
         packed_and_rotated = 2 * self._queries + 3 * self._keys
-        # The queries of a single group are contiguous among the rotated; of several, copied.
+        # The queries of a single group are contiguous among the rotated ones; those of several are
+        # copied.
         is_copied = self.recipe.model.num_key_value_heads > self.recipe.parallel.tensor
         queries = self._queries if is_copied else 0
         return self.tokens * (packed_and_rotated + queries) * self.element_bytes
 
     @property
     def _core_bytes(self) -> int:
-        """What core attention saves beside its inputs."""
+        """Return the bytes that core attention saves in addition to its inputs."""
         if self._is_fused:
             return _FP32 * self.tokens * self._heads
         copies = 3 * self._queries * self.tokens
@@ -246,7 +254,7 @@ class Activations:
 
     @property
     def _scores(self) -> int:
-        """Scores of rows that are one document each."""
+        """Return the bytes of scores of rows that hold one document each."""
         return self._heads * self.tokens * self.row_tokens
 
     @property

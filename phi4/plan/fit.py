@@ -1,4 +1,4 @@
-"""The rule that a recipe fits its cards, and the changes that would make it fit."""
+"""Check whether a recipe fits its GPUs, and find changes that would make it fit."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ MOST_REMEDIES = 4
 
 
 def check_fit(plan: MemoryPlan) -> None:
-    """Refuse a plan that exceeds its card.
+    """Raise an error for a plan that exceeds its card's memory.
 
     Raises:
         LayoutError: names the fullest stage, by how much it exceeds, and overrides that fit.
@@ -30,7 +30,7 @@ def check_fit(plan: MemoryPlan) -> None:
 
 
 def fullest_stage(plan: MemoryPlan) -> StageMemory:
-    """The stage that takes the most bytes."""
+    """Return the stage that takes the most bytes."""
     return max(plan.stages, key=lambda stage: stage.total)
 
 
@@ -86,7 +86,7 @@ def _single_changes(recipe: Recipe) -> Iterator[list[str]]:
 def _pipelined(recipe: Recipe, pipeline: int) -> list[str]:
     change = [f"parallel.pipeline={pipeline}"]
     if recipe.parallel.layers_per_stage is not None:
-        # The list of the recipe is for its own number of stages.
+        # The recipe's list is only valid for its own number of stages.
         stages = pipeline * recipe.parallel.virtual_pipeline
         share, rest = divmod(recipe.model.num_layers, stages)
         counts = [share + (index < rest) for index in range(stages)]

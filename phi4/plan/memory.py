@@ -1,4 +1,4 @@
-"""Bytes on each pipeline stage's GPUs, and in host memory during a save."""
+"""Memory per GPU of each pipeline stage, and host memory during a save."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,14 @@ from phi4.plan.schedule import peak_in_flight
 GRADIENT_BYTES = 4
 """megatron-core's gradient buffer is fp32 (grad_reduce_in_fp32) for bf16 and fp32 parameters."""
 FP8_CASTS_BYTES = 2
-"""A weight is cast for the forward product and, transposed, for the input's gradient."""
+"""A weight is cast for the forward product and, transposed, for the gradient of the input."""
 CONTEXT_BYTES = 2**30
 """Allowance, not a measurement: CUDA context, cuBLAS workspaces, kernel code."""
 NCCL_GROUP_BYTES = 2**28
 """Allowance, not a measurement: buffers of one communicator."""
 FRAGMENTATION = 0.05
-"""Allowance, not a measurement: share of activations and working memory lost between blocks."""
+"""Allowance, not a measurement: fraction of activations and working memory lost to
+fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class StageMemory:
 
     pp_rank: int
     layers: tuple[int, ...]
-    """Per model chunk."""
+    """Parameters per model chunk."""
     in_flight: tuple[int, ...]
     """Micro-batches per model chunk at the peak."""
     num_parameters: int
     weights: int
-    """With their casts to FP8, which a step keeps."""
+    """Bytes of weights, including FP8 casts that are kept during a step."""
     gradients: int
     optimizer: int
     activations: int
@@ -44,14 +45,15 @@ class StageMemory:
     loss_head: int
     """Kept by final norm, output layer and loss for the micro-batches in flight."""
     working: int
-    """Lives beside the kept bytes while one layer or the loss head runs; a bound."""
+    """Temporary memory while one layer or the loss head runs; an upper bound."""
     batch: int
-    """Tokens and RoPE tables of the micro-batches in flight and of the one being placed."""
+    """Tokens and RoPE tables of the micro-batches in flight and of the one being copied to the
+    device."""
     allowance: int
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all of them."""
         state = self.weights + self.gradients + self.optimizer
         return (
             state + self.activations + self.loss_head + self.working + self.batch + self.allowance
@@ -60,25 +62,25 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A recipe on a number of GPUs of one kind."""
+    """Memory plan of a recipe on a number of GPUs of one kind."""
 
     recipe: Recipe
-    """With parallel.data as the GPUs make it."""
+    """The recipe, with parallel.data derived from the number of GPUs."""
     card: Card
     num_gpus: int
     gpus_per_node: int
     num_parameters: int
-    """Of the whole model, each counted once."""
+    """Parameters of the full model, each counted once."""
     stages: tuple[StageMemory, ...]
 
     @property
     def largest_stage_parameters(self) -> int:
-        """Parameters on a GPU of the stage that holds most."""
+        """Parameters on a GPU of the largest stage."""
         return max(stage.num_parameters for stage in self.stages)
 
     @property
     def num_microbatches(self) -> int:
-        """Per step and data-parallel rank."""
+        """Micro-batches per step and data-parallel rank."""
         batch = self.recipe.batch
         return batch.global_batch_size // (batch.micro_batch_size * self.recipe.parallel.data)
 
@@ -89,30 +91,32 @@ class MemoryPlan:
 
     @property
     def gather_bytes(self) -> int:
-        """Host memory that a save in format `full` takes on the fullest machine."""
+        """Host memory that a save in format `full` takes on the most loaded machine."""
         if not self.recipe.parallel.distributed_optimizer:
             return 0
         ranks = min(self.num_gpus, self.gpus_per_node)
         return GATHER_BYTES_PER_PARAMETER * self.largest_stage_parameters * ranks
 
     def save_format(self, host_bytes: int) -> str:
-        """What checkpoint.optimizer_format=auto takes for routine saves on such a machine."""
+        """Return the format that checkpoint.optimizer_format=auto uses for routine saves on such a
+        machine."""
         share = self.recipe.checkpoint.host_memory_share
         return "full" if self.gather_bytes <= share * host_bytes else "dp"
 
 
 def make_plan(recipe: Recipe, num_gpus: int, card: Card, gpus_per_node: int = 8) -> MemoryPlan:
-    """Lay a recipe out on GPUs and count.
+    """Lay out a recipe on GPUs and compute its memory plan.
 
     Args:
-        recipe: its parallel.data is replaced by what the GPUs make.
-        num_gpus: in all.
+        recipe: its parallel.data is derived from the number of GPUs.
+        num_gpus: total number of GPUs.
         card: the kind of GPU.
         gpus_per_node: GPUs, and so ranks, that share a machine's memory.
 
     Raises:
-        LayoutError: num_gpus is no multiple of a model copy's GPUs, or a rule is broken.
-        PlatformError: the card has no FP8 where the recipe asks for it.
+        LayoutError: num_gpus is not a multiple of the GPUs of one model copy, or a rule is
+            violated.
+        PlatformError: the recipe uses FP8 and the card does not support it.
     """
     fault = gpu_fault(recipe.precision, card.compute_capability)
     if fault:
@@ -128,7 +132,8 @@ def make_plan(recipe: Recipe, num_gpus: int, card: Card, gpus_per_node: int = 8)
 
 
 def optimizer_bytes_per_parameter(recipe: Recipe, *, distributed: bool) -> float:
-    """AdamW's moments and, beside bf16 weights, the fp32 master.
+    """Return the bytes per parameter of AdamW's moments and, with bf16 weights, of the fp32 master
+    copy.
 
     Args:
         recipe: gives the dtype and the data and context ranks.
@@ -146,7 +151,7 @@ def _laid_out(recipe: Recipe, num_gpus: int) -> Recipe:
         raise LayoutError(
             f"--gpus {num_gpus} is not a multiple of tensor={parallel.tensor} x pipeline="
             f"{parallel.pipeline} x context={parallel.context} = {parallel.model_parallel_size}; "
-            "change --gpus or one of the three"
+            "change --gpus or one of these degrees"
         )
     recipe = with_overrides(recipe, [f"parallel.data={copies}"])
     check(recipe, num_gpus)
@@ -192,7 +197,7 @@ def _stage(recipe: Recipe, tensor_ranks: Sequence[RankShape]) -> StageMemory:
         activations=activations,
         loss_head=loss_head,
         working=working,
-        # Every model chunk has the micro-batch after its present one on the device.
+        # Every model chunk has the micro-batch after its current one on the device.
         batch=(sum(in_flight) + 1 + len(in_flight)) * kept.batch_bytes,
         allowance=_allowance(recipe, activations + loss_head + working),
     )
@@ -201,6 +206,6 @@ def _stage(recipe: Recipe, tensor_ranks: Sequence[RankShape]) -> StageMemory:
 def _allowance(recipe: Recipe, churned_bytes: int) -> int:
     parallel = recipe.parallel
     axes = (parallel.tensor, parallel.pipeline, parallel.context, parallel.data)
-    # Beside one group per axis in use: all ranks, one model copy, data with context.
+    # In addition to one group per axis in use: all ranks, one model copy, data with context.
     groups = sum(size > 1 for size in axes) + 3
     return CONTEXT_BYTES + groups * NCCL_GROUP_BYTES + round(FRAGMENTATION * churned_bytes)

@@ -1,15 +1,15 @@
-"""Whether the recipe's recompute is worth its work."""
+"""Check whether the recipe's recompute saves enough memory to justify its cost."""
 
 from phi4.config import with_overrides
 from phi4.plan.memory import MemoryPlan, make_plan
 
 LEAST_SAVING = 0.01
-"""Share of a stage's bytes below which recompute only costs time."""
+"""Fraction of a stage's bytes; recompute that saves less only costs time."""
 _WORK = {"selective": "core attention", "full": "every layer"}
 
 
 def recompute_mistake(plan: MemoryPlan) -> str | None:
-    """One line about a recompute that saves less than LEAST_SAVING of every stage, else None."""
+    """Return one line if recompute saves less than LEAST_SAVING on every stage, else None."""
     granularity = plan.recipe.recompute.granularity
     if granularity == "none":
         return None

@@ -1,4 +1,4 @@
-"""How many micro-batches a pipeline rank has in flight, by walking megatron-core's schedule."""
+"""Micro-batches in flight on a pipeline rank, found by simulating megatron-core's schedule."""
 
 from collections.abc import Sequence
 
@@ -18,10 +18,10 @@ def num_warmup_passes(pp_rank: int, pp_size: int, num_chunks: int, num_microbatc
 def peak_in_flight(
     chunk_bytes: Sequence[int], *, pp_rank: int, pp_size: int, num_microbatches: int
 ) -> tuple[int, ...]:
-    """Micro-batches in flight of each chunk at the moment when they hold the most bytes.
+    """Return the micro-batches in flight of each chunk at the moment of peak memory.
 
     Args:
-        chunk_bytes: what one micro-batch keeps in each of this rank's chunks.
+        chunk_bytes: bytes that one micro-batch keeps in each of this rank's chunks.
         pp_rank: index of the pipeline rank.
         pp_size: pipeline ranks.
         num_microbatches: of a step on one data-parallel rank; with several chunks a multiple of
@@ -43,5 +43,6 @@ def peak_in_flight(
 
 
 def chunk_of_pass(index: int, pp_size: int, num_chunks: int) -> int:
-    """Chunk of a rank's index-th forward pass: groups of pp_size micro-batches, chunk by chunk."""
+    """Return the chunk of a rank's index-th forward pass: groups of pp_size micro-batches, chunk by
+    chunk."""
     return index % (pp_size * num_chunks) // pp_size

@@ -1,4 +1,4 @@
-"""Stages: what a batch is and what its loss is; nothing about parallelism.
+"""Training stages: each defines what a batch is and its loss, independent of parallelism.
 
 `run.stage` of a recipe names one of STAGES; the module of that name defines it as `STAGE`.
 """
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 STAGES = {
     "pretrain": "Next-token prediction over a blend of sources.",
     "midtrain": "Pretraining continued from trained weights, with longer rows.",
-    "sft": "Next-token prediction over the assistant's tokens of conversations.",
+    "sft": "Next-token prediction on the assistant's tokens of conversations.",
     "dpo": "Direct preference optimisation over pairs of answers and pivotal tokens.",
 }
-"""Every stage with a line about it. No stage is imported before a recipe asks for it: that would
-import torch and megatron-core."""
+"""Every stage with a one-line description. A stage is imported only when a recipe selects it,
+because the import loads torch and megatron-core."""
 
 STAGES_WITH_GATE = ("dpo",)
-"""Stages with `phi4.stages.gate` among their hooks."""
+"""Stages that have `phi4.stages.gate` among their hooks."""
 
 
 def require_stage(recipe: Recipe) -> None:
-    """Refuse a recipe whose stage does not exist.
+    """Raise an error for a recipe whose stage does not exist.
 
     Raises:
-        ConfigError: names the stages there are.
+        ConfigError: lists the stages.
     """
     if recipe.run.stage not in STAGES:
         raise ConfigError(
@@ -38,20 +38,20 @@ def require_stage(recipe: Recipe) -> None:
 
 
 def require_gate(recipe: Recipe) -> None:
-    """Refuse a recipe whose stage checks nothing before its first step.
+    """Raise an error for a recipe whose stage has no start gate.
 
     Raises:
-        ConfigError: names the stages that do.
+        ConfigError: lists the stages that have one.
     """
     if recipe.run.stage not in STAGES_WITH_GATE:
         raise ConfigError(
-            f"--no-gate skips the start gate, and run.stage={recipe.run.stage} has none; leave it "
-            f"out ({', '.join(STAGES_WITH_GATE)} has one)"
+            f"--no-gate skips the start gate, but run.stage={recipe.run.stage} has none; omit "
+            f"--no-gate (stages with a gate: {', '.join(STAGES_WITH_GATE)})"
         )
 
 
 def stage_of(recipe: Recipe) -> "Stage":
-    """The stage that a recipe trains.
+    """Return the stage that a recipe trains.
 
     Raises:
         ConfigError: as `require_stage`.

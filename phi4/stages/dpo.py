@@ -1,9 +1,9 @@
-"""Direct preference optimisation: of two answers the chosen one becomes more likely.
+"""Direct preference optimisation (DPO) over pairs of answers and over pivotal tokens.
 
 Segments 2i and 2i + 1 of a micro-batch are the chosen and the rejected answer of pair i. A pivot is
-a pair whose answers are two labels of one position: its position is segment 2i, segment 2i + 1 is
-empty, and the second label's log-probability belongs there. So one forward pass serves all pivots
-of a trajectory. The reference model's log-probabilities come with the batch.
+a pair whose answers are two labels of one position: that position is segment 2i; segment 2i + 1 has
+no positions and gets the log-probability of the second label. One forward pass thus serves all
+pivots of a trajectory. The reference model's log-probabilities are part of the batch.
 
 Source: Rafailov et al. 2023; report, section 4.2.
 """
@@ -24,7 +24,7 @@ from phi4.stages.stage import Stage, starts_from_weights
 # Shape legend: B rows, S columns of a context rank, N = 2 P segments, P pairs.
 
 PairLoss = Callable[[torch.Tensor, DpoConfig], torch.Tensor]
-"""Margins [P], fp64, to the loss of each pair [P]."""
+"""Maps margins [P], fp64, to the loss of each pair [P]."""
 
 
 def _sigmoid(margins_P: torch.Tensor, settings: DpoConfig) -> torch.Tensor:
@@ -39,7 +39,7 @@ def _ipo(margins_P: torch.Tensor, settings: DpoConfig) -> torch.Tensor:
 
 
 def _hinge(margins_P: torch.Tensor, settings: DpoConfig) -> torch.Tensor:
-    """The calibration loss of Zhao et al. 2023, on log-ratios."""
+    """Return the calibration loss of Zhao et al. 2023, on log-ratios."""
     return F.relu(1 - settings.beta * margins_P)
 
 
@@ -55,27 +55,27 @@ _REMEDIES = {
     "reference": "write it with `phi4 dpo cache-ref`, and name it in data.reference_cache",
     "tokens_per_pair": "add the mean number of chosen loss tokens per pair of the global batch",
 }
-"""What a batch has to bring along, and how it gets it."""
+"""Extras that a batch must carry, and how to provide them."""
 
 
 def _multiplies_as_the_reference(recipe: Recipe) -> Iterator[str]:
     if recipe.precision.fp8 != "off":
         yield (
-            f"precision.fp8={recipe.precision.fp8} would round the policy's log-probabilities and "
-            "not the reference's, and the margin is their difference; use precision.fp8=off"
+            f"precision.fp8={recipe.precision.fp8} rounds the policy's log-probabilities but not "
+            f"the reference's, which biases the margin; use precision.fp8=off"
         )
 
 
 class PreferenceLoss:
-    """Mean over the pairs of the global batch of `dpo.loss`, and of the sft term.
+    """Mean over the pairs of the global batch of `dpo.loss` and of the SFT term.
 
-    Takes of a batch segment_extras["reference"], log-probability of each answer under the reference
-    model [N], and with an sft term segment_extras["tokens_per_pair"], the mean number of chosen
-    loss tokens per pair of the global batch [N].
+    Uses segment_extras["reference"] of a batch, the log-probability of each answer under the
+    reference model [N], and with an SFT term segment_extras["tokens_per_pair"], the mean number of
+    chosen loss tokens per pair of the global batch [N].
 
-    The metrics have TRL's names and values: rewards are beta times whole log-ratios, whatever the
-    loss. `logps/chosen_change` is log p(chosen) minus the reference's, which may fall while margins
-    rise.
+    The metrics have TRL's names and definitions: rewards are beta times the summed log-ratios,
+    regardless of the loss. `logps/chosen_change` is log p(chosen) minus the reference's, which may
+    fall while margins rise.
     """
 
     metric_names: tuple[str, ...] = (
@@ -96,7 +96,7 @@ class PreferenceLoss:
         """See `phi4.engine.objective.Objective`.
 
         Raises:
-            DataError: before `segment_sum`, when the batch lacks a reference or half a pair.
+            DataError: before `segment_sum`, when the batch lacks a reference or one side of a pair.
         """
         settings = self.settings
         _check(inputs, settings)
@@ -107,7 +107,7 @@ class PreferenceLoss:
             compared_N = ratios_N / _num_tokens(inputs, segment_sum).clamp_min(1)
         losses_P = _LOSSES[settings.loss](compared_N[0::2] - compared_N[1::2], settings)
         if settings.sft_weight:
-            # Divided by the tokens per pair, a mean over pairs is one over tokens.
+            # Divided by the tokens per pair, so that a mean over pairs becomes one over tokens.
             per_pair_N = log_probs_N / _extra(inputs, "tokens_per_pair")
             losses_P = losses_P - settings.sft_weight * per_pair_N[0::2]
         num_pairs = inputs.segment_total(torch.ones_like(losses_P))
@@ -158,14 +158,14 @@ def _as_rejected(values_N: torch.Tensor) -> torch.Tensor:
 
 
 def _extra(inputs: LossInputs, name: str) -> torch.Tensor:
-    """Values per segment; a micro-batch without pairs may lack them."""
+    """Return values per segment; a micro-batch without pairs may lack them."""
     return inputs.segment_extras.get(name, inputs.log_probs_BS.new_zeros(0, dtype=torch.float64))
 
 
 def _check(inputs: LossInputs, settings: DpoConfig) -> None:
     if inputs.num_segments % 2:
         raise DataError(
-            f"a micro-batch has {inputs.num_segments} segments, and a pair has two; keep both "
+            f"a micro-batch has {inputs.num_segments} segments, expected an even number; keep both "
             "answers of a pair in one row"
         )
     needed = _REMEDIES if settings.sft_weight else ("reference",)
@@ -180,8 +180,8 @@ def _check(inputs: LossInputs, settings: DpoConfig) -> None:
 def _has_references(recipe: Recipe) -> Iterator[str]:
     if recipe.data.reference_cache is None:
         yield (
-            "run.stage=dpo compares with a reference model, and data.reference_cache is not set; "
-            "name the directory that `phi4 dpo cache-ref` wrote"
+            "run.stage=dpo needs a reference model, but data.reference_cache is not set; set it to "
+            "the directory that `phi4 dpo cache-ref` wrote"
         )
 
 

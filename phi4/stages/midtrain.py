@@ -1,4 +1,4 @@
-"""Midtraining: pretraining's loss, from trained weights, with longer rows and another RoPE base.
+"""Midtraining: pretraining's loss, from pretrained weights, with longer rows and another RoPE base.
 
 Source: report, section 3.3.
 """

@@ -1,4 +1,4 @@
-"""Pretraining: next-token loss over every token whose label counts."""
+"""Pretraining: the next-token loss over every token in the loss mask."""
 
 from phi4.config.gradient_form import GradientForm
 from phi4.engine.objective import Loss, LossInputs, SegmentSum

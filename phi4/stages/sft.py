@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: the next-token loss over what the assistant says in conversations.
+"""Supervised fine-tuning: the next-token loss over the assistant's tokens of conversations.
 
-The loss mask comes with the conversations: it covers the assistant's tokens and the `<|im_end|>`
-after them.
+The loss mask is stored with the conversations: it covers the assistant's tokens and the
+`<|im_end|>` after them.
 
 Source: report, section 4.1.
 """
@@ -17,8 +17,8 @@ def _keeps_conversations_whole(recipe: Recipe) -> Iterator[str]:
     for source in (*recipe.data.sources, *recipe.data.held_out):
         if source.overlong == "cut":
             yield (
-                f"source {source.name!r} has overlong=cut, and a row that begins inside an answer "
-                "trains it without its question; use truncate or drop"
+                f"source {source.name!r} has overlong=cut, but a row that begins inside an answer "
+                f"would train it without its question; use truncate or drop"
             )
 
 

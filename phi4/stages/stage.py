@@ -1,4 +1,4 @@
-"""What a stage of training is: its loss, the data that it takes, what it asks of a recipe."""
+"""Definition of a training stage: its loss, accepted source kinds, recipe rules and hooks."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from phi4.errors import ConfigError
 from phi4.train.hooks import HookFactory
 
 STAGE_SECTIONS = ("dpo",)
-"""Sections of a recipe that only the stage of their name reads."""
+"""Sections of a recipe that are only read by the stage of the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage, without anything about parallelism.
+    """A training stage, independent of parallelism.
 
     Attributes:
-        make_objective: its loss, for a recipe.
+        make_objective: makes the loss for a recipe.
         source_kinds: values of a source's `kind` that it can train on.
-        rules: what else it asks of a recipe; see `phi4.config.rules`.
-        hooks: what it does around the steps besides; see `phi4.train.hooks`.
+        rules: further rules for a recipe; see `phi4.config.rules`.
+        hooks: hooks around the steps; see `phi4.train.hooks`.
     """
 
     make_objective: Callable[[Recipe], Objective]
@@ -31,13 +31,13 @@ class Stage:
     hooks: tuple[HookFactory, ...] = ()
 
     def violations(self, recipe: Recipe) -> Iterator[str]:
-        """Everything that this stage refuses in a recipe, a line each."""
+        """Return every violation of this stage's rules, one line each."""
         stage, accepted = recipe.run.stage, ", ".join(sorted(self.source_kinds))
         for source in (*recipe.data.sources, *recipe.data.held_out):
             if source.kind not in self.source_kinds:
                 yield (
-                    f"source {source.name!r} has kind={source.kind}, and run.stage={stage} takes "
-                    f"{accepted}; change the kind, or the stage"
+                    f"source {source.name!r} has kind={source.kind}, but run.stage={stage} accepts "
+                    f"{accepted}; change the kind or the stage"
                 )
         yield from _sections_without_effect(recipe)
         try:
@@ -49,11 +49,11 @@ class Stage:
 
 
 def starts_from_weights(recipe: Recipe) -> Iterator[str]:
-    """The rule of stages that train no model from random weights."""
+    """Rule of stages that do not train from random weights."""
     if recipe.run.init_from is None:
         yield (
-            f"run.stage={recipe.run.stage} continues trained weights, and run.init_from is not "
-            "set; name a checkpoint or a run, or use run.stage=pretrain"
+            f"run.stage={recipe.run.stage} starts from trained weights, but run.init_from is not "
+            f"set; set it to a checkpoint or a run, or use run.stage=pretrain"
         )
 
 

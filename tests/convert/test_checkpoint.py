@@ -128,13 +128,13 @@ def test_wrong_input_is_one_line_and_writes_nothing(exported, imported, phi4, tm
     cases = {
         ("to-hf", tmp_path, out): "no checkpoint in",
         ("to-hf", tmp_path / "absent", out): "no checkpoint in",
-        ("to-hf", imported, source): "exists and is not empty; name a new directory",
+        ("to-hf", imported, source): "exists and is not empty; give a new directory",
         ("to-hf", imported, out, "tokenizer.path=absent"): "tokenizer ranks absent cannot be read",
-        ("to-hf", imported, out, "model.num_layers=2"): "model.num_layers belong to what",
+        ("to-hf", imported, out, "model.num_layers=2"): "model.num_layers are fixed by",
         ("to-hf", imported, out, "parallel.tensor=2"): "1 processes were started; tensor=2",
         ("from-hf", tmp_path / "absent", out): "config.json cannot be read",
         ("from-hf", damaged, out): "is missing, but the index names it",
-        ("from-hf", source, imported): "exists and is not empty; name a new directory",
+        ("from-hf", source, imported): "exists and is not empty; give a new directory",
         ("from-hf", source, out, "model.rope_theta=1e4"): "overrides change [model]",
         ("from-hf", source, out, "data.sequence_length=999"): "data.sequence_length=999 exceeds",
     }

@@ -165,7 +165,7 @@ def test_ropes_old_buffer_is_no_weight(tmp_path, weights, model, tokenizer, dtyp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x**0.7, r"inv_freq is not that of config\.json's rope_theta=250000; use the"),
+        (lambda x: x**0.7, r"inv_freq does not match config\.json's rope_theta=250000; use the"),
         (lambda x: x[:-1], r"inv_freq has shape \[3\], config\.json says \[4\]"),
         (lambda x: x * torch.nan, r"inv_freq has non-finite values: 4 of 4"),
     ],
@@ -202,16 +202,22 @@ def test_streams_hold_one_tensor_at_a_time(tmp_path, weights, model, tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop(QKV), "1 tensors are missing, first model.layers.0.self_attn.qkv_proj"),
+        (
+            lambda w: w.pop(QKV),
+            "1 tensors are missing, the first is model.layers.0.self_attn.qkv_proj",
+        ),
         (lambda w: w.update({QKV: w[QKV][:40]}), r"\[40, 48\], expected 80 rows"),
         (
             lambda w: w.update({"output_layer.weight": w["output_layer.weight"][:544]}),
             r"lm_head.weight has shape \[544, 48\], expected \[1088, 48\]",
         ),
-        (lambda w: w.update({"output_layer.bias": w[QKV]}), "'output_layer.bias' is not Phi-4's"),
+        (
+            lambda w: w.update({"output_layer.bias": w[QKV]}),
+            "'output_layer.bias' is not a Phi-4 tensor",
+        ),
         (
             lambda w: w.update({"decoder.layers.3.input_layernorm.weight": w[QKV]}),
-            "layers.3.input_layernorm.weight is not one of the model's",
+            "layers.3.input_layernorm.weight is not part of the model",
         ),
     ],
 )
@@ -236,7 +242,7 @@ def test_a_tensor_given_twice_is_refused(tmp_path, weights, model, tokenizer):
 def test_an_occupied_directory_is_left_alone(tmp_path, weights, model, tokenizer):
     (tmp_path / "notes.txt").write_text("mine")
 
-    with pytest.raises(CheckpointError, match="is not empty; name a new directory"):
+    with pytest.raises(CheckpointError, match="is not empty; give a new directory"):
         write_hf(tmp_path, weights.items(), model, tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -259,7 +265,9 @@ def test_a_directory_without_config_is_refused(tmp_path):
         read_hf(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "holds no table")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[]", "is not a JSON object")]
+)
 def test_a_damaged_config_is_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
 

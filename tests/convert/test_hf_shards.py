@@ -140,8 +140,8 @@ def test_a_shard_that_goes_away_after_the_check_is_refused(stored):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"b": None}, "1 tensors are missing, first b; expected the 3 tensors"),
-        ({"b.bias": torch.ones(1)}, "1 tensors are not Phi-4's, first b.bias"),
+        ({"b": None}, "1 tensors are missing, the first is b; expected the 3 tensors"),
+        ({"b.bias": torch.ones(1)}, "1 tensors are not part of Phi-4, the first is b.bias"),
         ({"b": torch.ones(6)}, r"b has shape \[6\], config.json says \[5\]"),
         ({"b": torch.ones(5, dtype=torch.int8)}, "b is stored as I8, expected one of F32, BF16"),
     ],

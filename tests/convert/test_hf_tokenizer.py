@@ -150,8 +150,8 @@ DAMAGES = {
     "not written in bytes": lambda raw: raw["model"].update(
         vocab={text.replace("Ġ", "▁"): i for text, i in raw["model"]["vocab"].items()}, merges=[]
     ),
-    "no tokenizer of phi-4": _without_digits,
-    "is no tokenizer (": lambda raw: raw.pop("model"),
+    "not a phi-4 tokenizer": _without_digits,
+    "is not a tokenizer (": lambda raw: raw.pop("model"),
 }
 
 

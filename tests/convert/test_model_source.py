@@ -51,8 +51,12 @@ def test_missing_weights_are_named(pool, hf_dir) -> None:
     [
         (("model.num_layers=2",), ConfigError, "overrides change [model]"),
         (("parallel.tensor=4",), LayoutError, "parallel.tensor=4 does not divide"),
-        (("parallel.data=0",), LayoutError, "parallel.data=0, but one replica generates"),
-        (("parallel.context=2",), LayoutError, "parallel.context=2, but one replica generates"),
+        (("parallel.data=0",), LayoutError, "parallel.data=0, but generation uses one replica"),
+        (
+            ("parallel.context=2",),
+            LayoutError,
+            "parallel.context=2, but generation uses one replica",
+        ),
         (("parallel.tensr=2",), ConfigError, "did you mean parallel.tensor?"),
     ],
 )

@@ -205,7 +205,7 @@ def test_a_batch_without_references_is_refused_before_any_sum() -> None:
         line = str(refused.value)
         assert f"2 pairs has no segment_extras['{missing}']" in line
         assert remedy in line and "\n" not in line
-    with pytest.raises(DataError, match="3 segments, and a pair has two"):
+    with pytest.raises(DataError, match="3 segments, expected an even number"):
         PreferenceLoss(DpoConfig())(replace(inputs, num_segments=3), never)
     never.assert_not_called()
 

@@ -106,7 +106,7 @@ def test_cache_of_another_model_names_a_tensor(copy: Path, pool: RankPool) -> No
     before = arrays(copy / "cache")
     [error] = pool.run(preference_runs.cache, copy, other)
     assert "another model: tensor decoder.layers.0.mlp.linear_fc1.weight" in error
-    assert "give --overwrite" in error and len(error.splitlines()) == 1
+    assert "use --overwrite" in error and len(error.splitlines()) == 1
     assert arrays(copy / "cache") == before
     [error] = pool.run(preference_runs.run, copy, other)
     assert error.startswith("CheckpointError: reference cache cache is of another model: tensor ")
@@ -141,7 +141,7 @@ def test_run_goes_on_with_the_reference_that_it_began_with(copy: Path, pool: Ran
     other = "data.reference_cache=cache_of_other"
     assert pool.run(preference_runs.cache, copy, (other, "run.init_from=other")) == [""]
     [error] = pool.run(preference_runs.run, copy, (other,))
-    assert "is not of the reference model that the run began with: tensor" in error
+    assert "is not of the reference model that the run started with: tensor" in error
     record.rename(copy / "kept")
     [error] = pool.run(preference_runs.run, copy)
     assert f"{REFERENCE_FILE} does not exist" in error

@@ -86,7 +86,7 @@ def test_fp8_is_refused_where_a_reference_is_subtracted() -> None:
         *("run.stage=dpo", "run.init_from=r", "data.reference_cache=c", "precision.fp8=torch")
     )
     line = refusal(with_source(recipe, kind="pairs"))
-    assert line.startswith("precision.fp8=torch would round the policy's log-probabilities")
+    assert line.startswith("precision.fp8=torch rounds the policy's log-probabilities")
     assert line.endswith("use precision.fp8=off") and "\n" not in line
     tuned = tiny_recipe("run.stage=sft", "run.init_from=r", "precision.fp8=torch")
     tuned = with_source(tuned, kind="conversations")
@@ -126,8 +126,8 @@ DPO = ("run.stage=dpo", "run.init_from=r", "data.reference_cache=c")
 @pytest.mark.parametrize(
     ("overrides", "asked", "remedy"),
     [
-        (SFT[:1], "run.init_from is not set", "name a checkpoint or a run"),
-        ((DPO[0], DPO[2]), "run.init_from is not set", "name a checkpoint or a run"),
+        (SFT[:1], "run.init_from is not set", "set it to a checkpoint or a run"),
+        ((DPO[0], DPO[2]), "run.init_from is not set", "set it to a checkpoint or a run"),
         (DPO[:2], "data.reference_cache is not set", "phi4 dpo cache-ref"),
         (
             (*DPO, "dpo.loss=ipo", "dpo.label_smoothing=0.1"),

@@ -163,10 +163,10 @@ def run(rank: int, world_size: int, root: Path, fault: str, overrides: Sequence[
         ("mask one early", ("pairs.bin, document", "the loss mask is shifted")),
         ("swapped sides", ("document", "in the reference cache")),
         ("EOS doubled", ("document", "in the reference cache")),
-        ("beta on one side", ("loss at margins that were planted is", "dpo.beta=0.1")),
+        ("beta on one side", ("loss at synthetic margins is", "dpo.beta=0.1")),
         ("sides of the loss swapped", ("loss", "dpo.loss=sigmoid")),
-        ("another pass differs", ("the same forward pass twice",)),
-        ("attention leaks", ("alone in a padded row", "packing, positions or the document mask")),
+        ("another pass differs", ("repeating the forward pass",)),
+        ("attention leaks", ("alone in a padded row", "packing, positions and the document mask")),
     ],
 )
 def test_fault_is_refused(
@@ -215,7 +215,7 @@ def test_missing_context_rank_is_refused(
 ) -> None:
     overrides = (f"run.dir={tmp_path}/run", "parallel.context=2")
     errors = pair_of_ranks.run(run, root, "a context rank missing in the sum", overrides)
-    assert all("loss where the policy is the reference is" in error for error in errors)
+    assert all("loss with the policy equal to the reference is" in error for error in errors)
     assert pair_of_ranks.run(run, root, "none", overrides) == ["", ""]
 
 

@@ -1,4 +1,4 @@
-"""The start gate: what a preference stage must show on its own data before the first step."""
+"""The start gate: checks that a preference stage runs on its own data before the first step."""
 
 from phi4.stages.gate.start import start_gate
 

@@ -1,13 +1,13 @@
-"""The losses of `dpo.loss` worked out on the host, from sums that nothing of the engine touched.
+"""The losses of `dpo.loss` computed on the host, independently of the engine.
 
-They are written a second time on purpose: the gate compares the stage's objective with them.
+This is a deliberate second implementation: the gate compares the stage's objective with it.
 """
 
 import numpy as np
 
 from phi4.config import DpoConfig
 
-# Shape legend: N = 2 P segments of P pairs, chosen and rejected side by turns.
+# Shape legend: N = 2 P segments of P pairs, alternating chosen and rejected sides.
 
 
 def mean_margin(log_ratios_N: np.ndarray) -> float:

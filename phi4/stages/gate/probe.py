@@ -1,4 +1,5 @@
-"""The rows that the start gate looks at: the run's first ones, and their documents one by one."""
+"""The rows that the start gate checks: the first rows of the run, and their documents one by
+one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from phi4.errors import DataError
 
 NUM_ROWS = 2
 MOST_DOCUMENTS = 16
-"""Documents that are looked at alone; each costs a row's forward pass."""
+"""Maximum number of documents that are evaluated alone; each costs a row's forward pass."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class ProbeRow:
     documents: tuple[str, ...]
 
     def describe(self, segment: int) -> str:
-        """Source, file, document and side behind a segment, in words."""
+        """Describe the source, file, document and side of a segment in words."""
         ids, alternatives = self.batch.segments[0], self.batch.alternative_labels
-        # The rejected side of a pivot is no segment of a label: it stands where the chosen one is.
+        # The rejected side of a pivot has no position of its own: it shares that of the chosen one.
         places = np.flatnonzero(ids == segment)
         place = int(places[0]) if places.size else int(np.argmax(ids == segment - segment % 2))
         is_pivot = alternatives is not None and alternatives[0, place] >= 0
@@ -49,7 +50,7 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class LoneDocument:
-    """A document of a probe row alone in a row of the same length.
+    """One document of a probe row, alone in a row of the same length.
 
     Attributes:
         row: index of the probe row.
@@ -63,10 +64,10 @@ class LoneDocument:
 
 
 def read_probe(recipe: Recipe, tokenizer: TokenizerFacts, num_rows: int) -> list[ProbeRow]:
-    """The first rows of the run's own stream.
+    """Read the first rows of the run's own stream.
 
     Raises:
-        DataError: as `Loader`; or a row has no pair, or a pair no reference.
+        DataError: as `Loader`; also if a row has no pair, or a pair has no reference.
     """
     loader = Loader(recipe.data, tokenizer, recipe.run.seed)
     rows = [
@@ -75,23 +76,23 @@ def read_probe(recipe: Recipe, tokenizer: TokenizerFacts, num_rows: int) -> list
     for index, row in enumerate(rows):
         if not row.batch.num_segments:
             raise DataError(
-                f"row {index} of the stream has no pair, so the start gate has nothing to look at; "
-                "use sources of kind pairs or pivots"
+                f"row {index} of the stream has no pair, so the start gate has nothing to check; "
+                f"use sources of kind pairs or pivots"
             )
         _check_places(row)
         if "reference" not in row.batch.segment_extras:
             raise DataError(
                 f"{row.describe(0)}: the batch has no reference log-probabilities; run `phi4 dpo "
-                "cache-ref` and name its directory in data.reference_cache"
+                "cache-ref` and set data.reference_cache to its directory"
             )
     return rows
 
 
 def _check_places(row: ProbeRow) -> None:
-    """Check that sides stand where sides may stand.
+    """Check that every side is inside one document and every pivot on a chosen side.
 
     Raises:
-        DataError: a side reaches into two documents, or a pivot is not on a chosen side.
+        DataError: a side spans two documents, or a pivot is not on a chosen side.
     """
     ids, alternatives = row.batch.segments[0], row.batch.alternative_labels
     for segment in np.unique(ids[ids >= 0]).tolist():
@@ -99,23 +100,24 @@ def _check_places(row: ProbeRow) -> None:
         if row.document_of(first) != row.document_of(last):
             raise DataError(
                 f"start gate: {row.describe(segment)}: its loss tokens are labels {first} to {last}"
-                " of the row, which lie in two documents; expected one; the loss mask is shifted"
+                " of the row, which span two documents, expected one; the loss mask is shifted"
             )
     if alternatives is None:
         return
     wrong = np.flatnonzero((alternatives[0] >= 0) & ((ids < 0) | (ids % 2 == 1)))
     if wrong.size:
         raise DataError(
-            f"start gate: the pivot at label {wrong[0]} of a row counts for segment "
-            f"{ids[wrong[0]]}; expected the chosen side of a pair, an even one; mask or sides of "
-            "pivots are shifted"
+            f"start gate: the pivot at label {wrong[0]} of a row belongs to segment "
+            f"{ids[wrong[0]]}; expected an even segment, the chosen side of a pair; the mask or "
+            f"the sides of pivots are shifted"
         )
 
 
 def lone_documents(
     rows: Sequence[ProbeRow], tokenizer: TokenizerFacts, *, document_mask: bool
 ) -> list[LoneDocument]:
-    """Documents with loss tokens, each alone, at most MOST_DOCUMENTS spread over the rows."""
+    """Return documents with loss tokens, each alone, at most MOST_DOCUMENTS spread over the
+    rows."""
     places = [
         (row, document)
         for row, probe in enumerate(rows)

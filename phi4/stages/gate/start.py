@@ -1,9 +1,10 @@
-"""The start gate of preference stages: a wrong sum is found before the first step, and named.
+"""The start gate of preference stages: detects wrong log-probability sums before the first step.
 
-On the first rows of the run's own stream, in the run's own layout: the same pass twice gives the
-same bits; an answer has the same log-probability packed as alone in a row; that is the cached one
-where the run starts from its reference, so that every margin is 0; and the stage's loss is what the
-host works out from these sums, at margin 0 and at other margins.
+On the first rows of the run's own stream, in the run's own layout, it checks that a repeated
+forward pass gives the same bits; that an answer has the same log-probability packed as alone in a
+row; that this equals the cached one if the run starts from its reference model, so that every
+margin is 0; and that the stage's loss equals the one computed on the host, at margin 0 and at other
+margins.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,13 +35,14 @@ _REFUSED = "training is refused (--no-gate skips this check)"
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """A probe row as the engine and the host see it; arrays are [N], two segments per pair.
+    """A probe row as measured by the engine and described on the host; arrays are [N], two segments
+    per pair.
 
     Attributes:
-        row: of the stream.
+        row: row of the stream.
         sums: log-probabilities of the sides.
         tokens: loss tokens of the sides.
-        tolerance: of the sums.
+        tolerance: allowed error of the sums.
     """
 
     row: ProbeRow
@@ -61,17 +63,18 @@ class MeasuredRow:
 
 
 class StartGate(Hook):
-    """Refuses to train where the checks of this module find a difference; before step 1 only."""
+    """Refuses to train if a check of this module fails; runs before step 1 only."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
 
     def start(self, state: RunState) -> None:
-        """Look, and write down what was found; nothing on resume.
+        """Run the checks and record the results; does nothing on resume.
 
         Raises:
-            DataError: names what differs, with what it is and what it should be.
-            CheckpointError: the run starts from its reference model, and the cache is of another.
+            DataError: names what differs, with the value and the expected value.
+            CheckpointError: the run starts from its reference model, but the cache is of another
+                model.
 
         Collectives: those of `Engine.log_probs`, `Engine.evaluate` and `Engine.weights_sha256`;
         all-gathers of verdicts and broadcasts over all ranks.
@@ -93,7 +96,7 @@ class StartGate(Hook):
                 [m.reference for m in measured],
                 np.zeros(tolerance_N.size),
                 tolerance_N,
-                "where the policy is the reference",
+                "with the policy equal to the reference",
             )
         planted = [_planted_ratios(m.sums.size) for m in measured]
         ratios_N = np.concatenate(planted)
@@ -102,7 +105,7 @@ class StartGate(Hook):
             [m.sums - ratios for m, ratios in zip(measured, planted, strict=True)],
             ratios_N,
             np.full(ratios_N.size, SAME_FORWARD),
-            "at margins that were planted",
+            "at synthetic margins",
         )
         num_pairs = sum(m.sums.size // 2 for m in measured)
         context.say(f"start gate: passed on {num_pairs} pairs of {len(measured)} rows")
@@ -116,11 +119,11 @@ class StartGate(Hook):
         )
 
     def _measured(self) -> list[MeasuredRow]:
-        """The probe rows, once repetition and packing are found to change nothing."""
+        """Return the probe rows, after checking that repetition and packing change nothing."""
         context, engine = self._context, self._context.engine
         recipe, tokenizer = context.recipe, context.tokenizer
-        # Interleaved 1F1B takes micro-batches in groups as large as the pipeline. All replicas look
-        # at the same rows, so the mean over the global batch is that of each of them.
+        # Interleaved 1F1B takes micro-batches in groups as large as the pipeline. All replicas get
+        # the same rows, so the mean over the global batch is that of each of them.
         group = engine.layout.pp_size if engine.layout.vpp_size > 1 else 1
         num_rows = -(-NUM_ROWS // group) * group
         rows = done_by_all(context.platform, partial(read_probe, recipe, tokenizer, num_rows))
@@ -143,14 +146,14 @@ class StartGate(Hook):
                     sums,
                     document.segments,
                     "alone in a padded row",
-                    "packing, positions or the document mask are at fault",
+                    "check packing, positions and the document mask",
                 )
 
         self._together(compare_packing)
         return measured
 
     def _starts_from_reference(self) -> bool:
-        """Whether the policy is the reference model now."""
+        """Return whether the policy is the reference model at this point."""
         context, recipe = self._context, self._context.recipe
         if recipe.dpo.reference is None:
             return True
@@ -165,14 +168,14 @@ class StartGate(Hook):
         errors_N: np.ndarray,
         where: str,
     ) -> None:
-        """The stage's loss and mean margin against the host's.
+        """Compare the stage's loss and mean margin with the host's.
 
         Args:
             measured: the probe rows.
-            references: of each of them, [N].
-            ratios_N: log-ratios that should come out, of all rows.
-            errors_N: how far they may be off.
-            where: says which references these are.
+            references: references of each of them, [N].
+            ratios_N: expected log-ratios of all rows.
+            errors_N: their allowed errors.
+            where: describes these references, for the message.
 
         Collectives: those of `Engine.evaluate`.
         """
@@ -184,7 +187,8 @@ class StartGate(Hook):
         result = context.engine.evaluate(batches, context.objective)
         tokens_N = np.concatenate([m.tokens for m in measured])
         nll_P = np.concatenate([m.chosen_nll for m in measured]) if settings.sft_weight else None
-        # The largest that errors of the sums can do to the mean: all margins off the same way.
+        # The largest effect that errors of the sums can have on the mean: all margins off in one
+        # direction.
         apart_N = errors_N * np.where(np.arange(errors_N.size) % 2, -1.0, 1.0)
         low, loss, high = (
             mean_loss(ratios_N + sign * apart_N, tokens_N, settings, nll_P) for sign in (-1, 0, 1)
@@ -197,18 +201,18 @@ class StartGate(Hook):
 
     def _judge(self, what: str, where: str, got: float, expected: float, error: float) -> None:
         allowed = error + 1e-6 * max(1.0, abs(expected))
-        # The same numbers on every rank, so all raise or none does. NaN is refused, too.
+        # The numbers are equal on every rank, so either all raise or none does. NaN is refused too.
         if abs(got - expected) <= allowed:
             return
         settings = self._context.recipe.dpo
         raise DataError(
             f"start gate: {what} {where} is {got:.9g}, expected {expected:.9g} within "
-            f"{allowed:.1g} (dpo.loss={settings.loss}, dpo.beta={settings.beta:g}); the objective, "
-            f"or its sums over context ranks, are at fault: {_REFUSED}"
+            f"{allowed:.1g} (dpo.loss={settings.loss}, dpo.beta={settings.beta:g}); check the "
+            f"objective and its sums over context ranks: {_REFUSED}"
         )
 
     def _together(self, check: Callable[[], None]) -> None:
-        """Raise on every rank what a check finds on one of them."""
+        """Raise on every rank an error that a check finds on one of them."""
         error = None
         try:
             check()
@@ -224,7 +228,7 @@ class StartGate(Hook):
 
 
 def start_gate(context: RunContext) -> Sequence[Hook]:
-    """The hook of stages with a start gate; see `HookFactory`."""
+    """Make the hook of stages with a start gate; see `HookFactory`."""
     return [StartGate(context)]
 
 
@@ -235,8 +239,8 @@ def _compare_repetition(rows: Sequence[ProbeRow], first: Sequence, again: Sequen
             same &= np.array_equal(one.alternative_labels, other.alternative_labels, equal_nan=True)
         if not same:
             raise DataError(
-                f"start gate: {row.describe(0)}: the same forward pass twice gives other "
-                f"log-probabilities, expected the same bits; this layout does not repeat itself: "
+                f"start gate: {row.describe(0)}: repeating the forward pass changed the "
+                f"log-probabilities, expected identical bits; this layout is not deterministic: "
                 f"{_REFUSED}"
             )
 
@@ -248,15 +252,14 @@ def _compare_with_cache(measured: Sequence[MeasuredRow]) -> None:
             m.reference,
             np.arange(m.sums.size),
             "in the reference cache",
-            "the cache is stale, or mask and sides of the pair are not those that it was computed "
-            "with",
+            "the cache is stale, or was computed with another mask or other sides of the pair",
         )
 
 
 def _compare(
     measured: MeasuredRow, expected: np.ndarray, segments: np.ndarray, where: str, reason: str
 ) -> None:
-    """Refuse the first of some segments whose log-probability is not what it is elsewhere."""
+    """Raise an error for the first segment whose log-probability differs from the expected one."""
     differs = ~(np.abs(measured.sums - expected) <= measured.tolerance)
     wrong = segments[differs[segments]]
     if wrong.size:
@@ -268,7 +271,7 @@ def _compare(
 
 
 def _planted_ratios(num_segments: int) -> np.ndarray:
-    """Log-ratios that differ between sides and between pairs, [N]."""
+    """Return log-ratios that differ between sides and between pairs, [N]."""
     segment = np.arange(num_segments)
     pair = segment // 2
     return np.where(segment % 2, -0.75 - 0.25 * (pair % 2), 1.25 + 0.5 * (pair % 3))

@@ -1,22 +1,23 @@
-"""How far two log-probabilities of the same answer may lie apart."""
+"""Tolerance between two log-probabilities of the same answer."""
 
 from typing import Literal
 
 import numpy as np
 
 SAME_FORWARD = 5e-5
-"""Absolute, of two sums of the same per-token values in other orders."""
+"""Absolute tolerance of two sums of the same per-token values in different orders."""
 _RELATIVE = 1e-6
 _BF16_TOKEN = 0.125
-"""bf16 has 8 significant bits, so logits between 8 and 16 lie 1/16 apart, and what two layouts or
-two row lengths round the other way moves a token's log-probability by up to one such step at each
-of the last layers; 1/8 is two steps. Errors of tokens are independent: they grow with the root."""
+"""bf16 has 8 significant bits, so logits between 8 and 16 are spaced 1/16 apart. Different rounding
+in two layouts or two row lengths moves a token's log-probability by up to one such step at each of
+the last layers; 1/8 is two steps. Errors of tokens are independent, so they grow with the square
+root."""
 
 
 def sum_tolerance(
     sums: np.ndarray, tokens: np.ndarray, dtype: Literal["fp32", "bf16"]
 ) -> np.ndarray:
-    """Largest difference of log-probabilities of whole answers, [N].
+    """Return the largest allowed difference of the answers' summed log-probabilities, [N].
 
     Args:
         sums: [N].

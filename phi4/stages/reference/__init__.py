@@ -1,4 +1,4 @@
-"""The reference model of a preference stage: its log-probabilities, computed once and checked."""
+"""The reference model of a preference stage: computes, stores and checks its log-probabilities."""
 
 from phi4.stages.reference.check import check_reference
 from phi4.stages.reference.job import cache_references

@@ -1,7 +1,7 @@
-"""A run begins and goes on with the log-probabilities of its own reference model, or not at all.
+"""Check that a run trains with log-probabilities of its own reference model, at start and resume.
 
-The decision: weights are compared by the hash of each tensor, at the first step with those that the
-run starts from, later with what the run wrote down at its first step.
+Weights are compared by the hash of each tensor: at the first step with the weights that the run
+starts from, later with what the run recorded at its first step.
 """
 
 from collections.abc import Sequence
@@ -30,20 +30,20 @@ class RunReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weights: dict[str, str]
     """Global name of each tensor -> sha256 of its bytes."""
     checkpoint: str
-    """Where the reference cache had them from."""
+    """Checkpoint that the reference cache was computed from."""
 
 
 class ReferenceCheck(Hook):
-    """Refuses a reference cache that is not of the run's reference model, or not of its sources."""
+    """Refuses a reference cache of another reference model or of other sources."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
 
     def start(self, state: RunState) -> None:
-        """Compare, and write down the reference model before the first step.
+        """Compare, and record the reference model before the first step.
 
         Raises:
-            DataError: there is no cache, or it is of other sources; names the first item.
+            DataError: there is no cache, or it is of other sources; names the first difference.
             CheckpointError: it is of another model; names the number format or a tensor.
 
         Collectives: broadcasts of what the writer found; before the first step those of
@@ -62,7 +62,7 @@ class ReferenceCheck(Hook):
             decided_by_writer(context.platform, partial(self._record, cache))
 
     def _open(self) -> ReferenceCache:
-        """The cache, once all sources are what it was computed for."""
+        """Return the cache, after checking that it was computed for all sources."""
         recipe = self._context.recipe
         cache = open_references(cache_dir_of(recipe))
         for source in open_preferences(recipe, self._context.tokenizer):
@@ -87,20 +87,20 @@ class ReferenceCheck(Hook):
             record = msgspec.json.decode(path.read_bytes(), type=RunReference)
         except FileNotFoundError:
             raise CheckpointError(
-                f"{path} does not exist, so nothing says which reference model the run began with; "
-                "copy it from where the run began, or start another run"
+                f"{path} does not exist, so the reference model that the run started with is "
+                f"unknown; copy it from the run's original directory, or start another run"
             ) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(
-                f"{path} is damaged ({error}); copy it from where the run began, or start another "
-                "run"
+                f"{path} is damaged ({error}); copy it from the run's original directory, or start "
+                f"another run"
             ) from None
         difference = weights_difference(cache.manifest.weights, record.weights)
         if difference:
             raise CheckpointError(
                 f"reference cache {cache.directory} is not of the reference model that the run "
-                f"began with: {difference}; name the cache that it began with, or compute that "
-                "again"
+                f"started with: {difference}; use the cache that it started with, or compute that "
+                f"again"
             )
 
     def _record(self, cache: ReferenceCache) -> None:
@@ -115,14 +115,14 @@ class ReferenceCheck(Hook):
 
 
 def check_reference(context: RunContext) -> Sequence[Hook]:
-    """The hook of stages that train against a reference model; see `HookFactory`.
+    """Make the hook of stages that train against a reference model; see `HookFactory`.
 
     Raises:
         ConfigError: the recipe names no cache.
     """
     if context.recipe.data.reference_cache is None:
         raise ConfigError(
-            "data.reference_cache is not set, and this stage needs the reference model's "
-            "log-probabilities; name a directory and fill it with `phi4 dpo cache-ref`"
+            "data.reference_cache is not set, but this stage needs the reference model's "
+            "log-probabilities; set it to a directory and fill it with `phi4 dpo cache-ref`"
         )
     return [ReferenceCheck(context)]

@@ -1,7 +1,7 @@
-"""The files of a reference cache while it is written: chunks of rows first, then one whole array.
+"""The files of a reference cache during computation: chunks of rows, then one array per source.
 
-A chunk is written under its name only when it is complete, so a job that was killed goes on with
-the chunks that are missing, and what it writes in the end is the same to the bit.
+A chunk is written under its name only when it is complete, so a killed job continues with the
+missing chunks, and the final result is bit-identical.
 """
 
 import shutil
@@ -30,7 +30,7 @@ from phi4.data.stream.references import (
 from phi4.errors import DataError, Phi4Error
 
 _CHUNKS_DIR = "chunks"
-_REMEDY = "give --overwrite to compute it anew, or another data.reference_cache"
+_REMEDY = "use --overwrite to recompute it, or another data.reference_cache"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ReferenceModel:
 
 
 def chunks_of(directory: Path, sources: Sequence[PairSource], chunk_rows: int) -> list[Chunk]:
-    """All rows of all sources, in order, in chunks."""
+    """Split all rows of all sources, in order, into chunks."""
     chunks = []
     for index, source in enumerate(sources):
         folder = directory / _CHUNKS_DIR / quote(source.name, safe="")
@@ -77,16 +77,16 @@ def begin_cache(
     *,
     overwrite: bool,
 ) -> bool:
-    """Make a directory ready for the chunks of a cache; reads all shards.
+    """Prepare a directory for the chunks of a cache; reads all shards.
 
     Args:
-        directory: of the cache; made if there is none.
+        directory: directory of the cache; created if missing.
         model: the reference.
         sources: what it is computed for.
         overwrite: remove a cache of something else.
 
     Returns:
-        Whether it holds the finished cache already.
+        Whether it already holds the finished cache.
 
     Raises:
         Phi4Error: it holds the cache of another model, format or content, and may not be
@@ -122,15 +122,16 @@ def write_chunk(chunk: Chunk, sums: np.ndarray) -> None:
 
 
 def finish_cache(directory: Path, sources: Sequence[PairSource], chunks: Sequence[Chunk]) -> int:
-    """Make one array per source of its chunks, then the manifest; gives the number of items.
+    """Merge the chunks into one array per source, then write the manifest; return the number of
+    items.
 
     Raises:
-        DataError: a chunk is damaged or does not fit its rows, an item is in no row, or a
+        DataError: a chunk is damaged or does not match its rows, an item is in no row, or a
             log-probability is not finite.
     """
     unfinished = read_cache(directory, UNFINISHED, _REMEDY)
     if unfinished is None:
-        raise DataError(f"{directory / UNFINISHED} is gone; run the same command again")
+        raise DataError(f"{directory / UNFINISHED} is missing; run the same command again")
     entries = dict(unfinished.manifest.sources)
     for index, source in enumerate(sources):
         log_probs = _merged(source, [chunk for chunk in chunks if chunk.source == index])
@@ -153,7 +154,7 @@ def _check(cache: ReferenceCache, model: ReferenceModel, sources: Sequence[PairS
 
 
 def _clear(directory: Path) -> None:
-    """Remove a cache; nothing that is not one of its files."""
+    """Remove the files of a cache, and no other files."""
     for name in (FINISHED, UNFINISHED):
         (directory / name).unlink(missing_ok=True)
     for pattern in ("*.items.npy", "*.log_probs.npy"):
@@ -163,7 +164,7 @@ def _clear(directory: Path) -> None:
 
 
 def _write_key(directory: Path, model: ReferenceModel, sources: Sequence[PairSource]) -> None:
-    # Chunks without a key belong to nothing that is known.
+    # Chunks without a key belong to an unknown cache.
     shutil.rmtree(directory / _CHUNKS_DIR, ignore_errors=True)
     entries = {}
     for source in sources:
@@ -181,7 +182,7 @@ def _write_key(directory: Path, model: ReferenceModel, sources: Sequence[PairSou
 
 
 def _merged(source: PairSource, chunks: Sequence[Chunk]) -> np.ndarray:
-    """Log-probabilities of all items of a source, [items, 2] float64."""
+    """Return log-probabilities of all items of a source, [items, 2] float64."""
     log_probs = np.full((source.num_items, 2), np.nan)
     for chunk in chunks:
         items = np.concatenate([source.row_items(row) for row in chunk.rows])
@@ -205,7 +206,7 @@ def _read(chunk: Chunk, num_items: int) -> np.ndarray:
         ) from None
     if values.shape != (num_items, 2) or values.dtype != np.float64:
         raise DataError(
-            f"{chunk.path} holds {values.dtype} {values.shape}, its rows have {num_items} pairs; "
-            "remove it and run the same command again"
+            f"{chunk.path} holds {values.dtype} {values.shape}, but its rows have {num_items} "
+            f"pairs; remove it and run the same command again"
         )
     return values

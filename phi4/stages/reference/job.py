@@ -1,6 +1,7 @@
-"""Computing a reference cache: every rank's part of `phi4 dpo cache-ref`.
+"""Compute a reference cache: the work of every rank of `phi4 dpo cache-ref`.
 
-Data-parallel replicas share the chunks of rows and never wait for each other until all are done.
+Data-parallel replicas divide the chunks of rows among them and do not synchronise until all are
+done.
 """
 
 import time
@@ -35,7 +36,7 @@ from phi4.train.sources import opened_writer_first
 Say = Callable[[str], None]
 
 CHUNK_ROWS = 64
-"""Rows between two files; what a kill loses of each replica's work."""
+"""Rows per chunk file; at most this much of each replica's work is lost by a kill."""
 
 
 def cache_references(
@@ -47,7 +48,7 @@ def cache_references(
         recipe: checked against the rules and the world size; names the cache.
         platform: this process.
         overwrite: replace a cache of another model or of other content.
-        chunk_rows: rows of one chunk; a job that goes on takes the chunks of the same size.
+        chunk_rows: rows per chunk; a resumed job reuses existing chunks of the same size.
 
     Raises:
         ConfigError: the recipe has no source of pairs or pivots.
@@ -72,10 +73,13 @@ def cache_references(
     chunks = chunks_of(directory, sources, chunk_rows)
     missing = decided_by_writer(platform, begin)
     if missing is None:
-        say(f"reference cache {directory} is complete for this model and these sources; left alone")
+        say(
+            f"reference cache {directory} is complete for this model and these sources; nothing to "
+            f"do"
+        )
     else:
         if len(missing) < len(chunks):
-            say(f"{len(chunks) - len(missing)} of {len(chunks)} chunks are there already")
+            say(f"{len(chunks) - len(missing)} of {len(chunks)} chunks already exist")
         _compute(engine, sources, missing, tokenizer, say)
         done_by_all(platform, lambda: None)
         wait_until_visible(platform, [chunk.path for chunk in missing])
@@ -85,7 +89,7 @@ def cache_references(
 
 
 def _reference(recipe: Recipe, platform: Platform, say: Say) -> tuple[Engine, ReferenceModel]:
-    """The reference model in the recipe's layout, and what the cache says of it."""
+    """Return the reference model in the recipe's layout, and its description for the cache."""
     place = recipe.dpo.reference or recipe.run.init_from
     found = decided_by_writer(platform, partial(_found, place)) if place else None
     engine = Engine(recipe, platform, trains=False, draws_weights=place is None)
@@ -110,7 +114,7 @@ def _compute(
     tokenizer: TokenizerFacts,
     say: Say,
 ) -> None:
-    """This replica's share of the missing chunks."""
+    """Compute this replica's share of the missing chunks."""
     layout = engine.layout
     share = missing[layout.dp_rank :: layout.dp_size]
     writes = (layout.tp_rank, layout.pp_rank, layout.cp_rank) == (0, 0, 0)
@@ -131,7 +135,7 @@ def _compute(
 def _chunk_sums(
     engine: Engine, source: PairSource, rows: range, tokenizer: TokenizerFacts
 ) -> np.ndarray:
-    """Log-probabilities of both sides of the pairs of some rows, [pairs, 2] float64.
+    """Return log-probabilities of both sides of the pairs of some rows, [pairs, 2] float64.
 
     Collectives: those of `Engine.log_probs`.
     """

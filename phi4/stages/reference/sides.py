@@ -1,4 +1,4 @@
-"""Sums of log-probabilities over the two sides of pairs, from whole rows on the host."""
+"""Sum log-probabilities over the two sides of pairs, from complete rows on the host."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def segment_sums(batch: Batch, log_probs: RowLogProbs) -> np.ndarray:
 
     Args:
         batch: with segment ids.
-        log_probs: of its rows.
+        log_probs: log probs of its rows.
 
     Returns:
         [num_segments] float64.

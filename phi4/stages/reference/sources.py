@@ -1,4 +1,4 @@
-"""The sources of pairs and pivots of a recipe, row by row in the order of their files."""
+"""The recipe's sources of pairs and pivots, row by row in file order."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,8 @@ KINDS_OF_PAIRS = ("pairs", "pivots")
 
 
 def open_preferences(recipe: Recipe, tokenizer: TokenizerFacts) -> list[PairSource]:
-    """Every source of pairs or pivots that a recipe trains on or holds out, in its order.
+    """Open every source of pairs or pivots that a recipe trains on or holds out, in the recipe's
+    order.
 
     They are opened without their reference log-probabilities.
 
@@ -29,14 +30,14 @@ def open_preferences(recipe: Recipe, tokenizer: TokenizerFacts) -> list[PairSour
     names = [config.name for config in configs]
     if not names:
         raise ConfigError(
-            "the recipe has no source of kind pairs or pivots, so there is nothing to cache; name "
-            "one under data.sources"
+            "the recipe has no source of kind pairs or pivots, so there is nothing to cache; add "
+            "one to data.sources"
         )
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(
-                f"two sources of pairs are named {name!r}, and the reference cache finds a source "
-                "by its name; name the one under data.held_out otherwise"
+                f"two sources of pairs are named {name!r}, but the reference cache needs unique "
+                f"names; rename the one under data.held_out"
             )
     pool = ShardPool(data.max_open_shards)
     manifests = [read_source(config.path, tokenizer, data.cache_dir) for config in configs]
@@ -63,17 +64,17 @@ def read_batch(
     *,
     document_mask: bool,
 ) -> Batch:
-    """Rows of a source as a micro-batch, packed and masked as in training.
+    """Read rows of a source as a micro-batch, packed and masked as in training.
 
     Args:
-        source: of pairs or pivots.
-        units: its rows, at most num_rows; padding fills what they leave.
-        num_rows: of the batch.
-        tokenizer: whose ids the source holds.
+        source: source of pairs or pivots.
+        units: its rows, at most num_rows; the rest of the batch is padding.
+        num_rows: number of rows of the batch.
+        tokenizer: tokenizer that produced the source's ids.
         document_mask: see `data.document_mask`.
 
     Returns:
-        As `with_pairs`, for no loss.
+        As `with_pairs` without a loss.
 
     Raises:
         DataError: an id is outside the vocabulary.
