@@ -168,7 +168,7 @@ step=$!
 ) &
 watch=$!
 
-# A trap ends the wait; srun goes on.
+# A trap ends the wait; srun continues.
 while :; do
     interrupted=no
     wait "$step"

@@ -1,4 +1,4 @@
-"""Starting a run's workers and learning who started this one. Imports no torch."""
+"""Start a run's workers, and identify the launcher of this process. Imports no torch."""
 
 from phi4.launch.environment import (
     Starter,

@@ -1,7 +1,7 @@
-"""Who started this process, and which rank it is.
+"""Determine which launcher started this process, and its rank.
 
-Owns the three launch conventions (`phi4`'s own launcher, torchrun, srun). One decision: they are
-read once, into a frozen value that is passed on; nothing below asks the environment again.
+Supports three launch conventions (`phi4`'s own launcher, torchrun, srun). They are read once, into
+a frozen value that is passed on; no other code reads these environment variables.
 """
 
 import os
@@ -16,7 +16,7 @@ from phi4.rundir.about import LaunchedBy
 
 Starter = Literal["phi4", "torchrun", "slurm"]
 
-# Slurm numbers the steps that are not srun's (pending, extern, batch, interactive) from here on.
+# Slurm numbers steps that srun did not start (pending, extern, batch, interactive) from here on.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 _SLURM_FACTS = {
@@ -31,10 +31,10 @@ _SLURM_FACTS = {
     "array_task_id": "SLURM_ARRAY_TASK_ID",
     "restart_count": "SLURM_RESTART_COUNT",
 }
-"""What people look a job up by."""
+"""Variables by which users look up a job."""
 
 _NUM_PORTS = 4
-"""Ports that rank 0 tries, as another process may have one."""
+"""Number of ports that rank 0 tries, because some may be in use."""
 
 _RANGE = r"\d+(?:-\d+)?"
 _HOSTS = rf"(?:[\w.-]|\[{_RANGE}(?:,{_RANGE})*\])+"
@@ -45,28 +45,28 @@ _TASKS = rf"{_COUNT}(?:,{_COUNT})*"
 
 @dataclass(frozen=True)
 class WorkerEnvironment:
-    """One worker's place in its run, and where the workers meet."""
+    """A worker's rank, and where the workers rendezvous."""
 
     rank: int
     local_rank: int
-    """Rank among the workers of this machine: which device it takes."""
+    """Rank among the workers of this machine; selects its device."""
     world_size: int
     rendezvous: Literal["none", "directory", "env", "tcp"]
-    """none: a single process. directory: rank 0 listens on a loopback port of its choice and writes
-    it there. env: torchrun's own store, by torch's `env://`. tcp: rank 0 listens on address."""
+    """none: a single process. directory: rank 0 listens on a free loopback port and writes it
+    there. env: torchrun's own store, by torch's `env://`. tcp: rank 0 listens on address."""
     address: str
-    """Empty, a directory, `env://` or `tcp://host:port,port/run`: the run's name keeps two runs
-    apart whose ports coincide."""
+    """Empty, a directory, `env://` or `tcp://host:port,port/run`: the run's name separates two runs
+    that use the same ports."""
     job: str = ""
     """Slurm job id; empty outside Slurm."""
     attempt: int | None = None
-    """The attempt whose lease on the run directory the launcher holds; None when it holds none."""
+    """The attempt whose lease on the run directory the launcher holds; None if it holds none."""
     hosts: tuple[str, ...] = ()
-    """The host that each rank is expected on; empty where the launcher does not say."""
+    """The host that each rank is expected on; empty if the launcher does not provide it."""
 
 
 def started_by(environ: Mapping[str, str]) -> Starter | None:
-    """Which launcher started this process as one of several workers; None when none did."""
+    """Return which launcher started this process as one of several workers, or None."""
     if "PHI4_RENDEZVOUS" in environ:
         return "phi4"
     if "RANK" in environ and "WORLD_SIZE" in environ:
@@ -78,7 +78,7 @@ def started_by(environ: Mapping[str, str]) -> Starter | None:
 
 
 def worker_environment(environ: Mapping[str, str]) -> WorkerEnvironment:
-    """This process's rank and rendezvous, whoever started it.
+    """Return this process's rank and rendezvous under any of the launchers.
 
     Raises:
         PlatformError: a variable is missing, is not a number, or the rank is outside the world.
@@ -114,8 +114,10 @@ def worker_environment(environ: Mapping[str, str]) -> WorkerEnvironment:
 
 
 def launched_by(environ: Mapping[str, str] = os.environ) -> LaunchedBy:
-    """What the environment says of the Slurm job, and of this machine among those of the run."""
-    # srun numbers the machines of a step, torchrun calls them groups; phi4 starts ranks on one.
+    """Return the Slurm job and the index of this machine in the run, as reported by the
+    environment."""
+    # srun numbers the machines of a step, torchrun calls them groups; phi4 starts ranks on one
+    # machine.
     node = {"slurm": "SLURM_NODEID", "torchrun": "GROUP_RANK"}.get(started_by(environ) or "", "")
     local_rank = "SLURM_LOCALID" if started_by(environ) == "slurm" else "LOCAL_RANK"
     return LaunchedBy(
@@ -126,7 +128,7 @@ def launched_by(environ: Mapping[str, str] = os.environ) -> LaunchedBy:
 
 
 def expand_nodelist(nodelist: str) -> list[str]:
-    """Host names of a Slurm node list, in its order: `n[1-2,05],m` gives n1, n2, n05, m.
+    """Return the host names of a Slurm node list, in order: `n[1-2,05],m` gives n1, n2, n05, m.
 
     Raises:
         PlatformError: the text is not a node list.
@@ -159,7 +161,7 @@ def _torch_ranks(environ: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def _slurm_tasks(environ: Mapping[str, str]) -> int:
-    # SLURM_NTASKS may still be the allocation's; the step's own count is certain.
+    # SLURM_NTASKS may still be the allocation's; the step's own count is reliable.
     in_step = "SLURM_STEP_NUM_TASKS" in environ
     return _integer(environ, "SLURM_STEP_NUM_TASKS" if in_step else "SLURM_NTASKS")
 
@@ -177,7 +179,7 @@ def _slurm_host(environ: Mapping[str, str]) -> str:
 
 
 def _slurm_hosts(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The host of every rank of the step; empty where Slurm does not fill node after node."""
+    """Return the host of every rank of the step; empty if Slurm does not fill nodes in order."""
     nodelist = environ.get("SLURM_STEP_NODELIST", "")
     counts = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     is_block = environ.get("SLURM_DISTRIBUTION", "block").partition(":")[0] == "block"
@@ -195,12 +197,12 @@ def _slurm_hosts(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _slurm_address(environ: Mapping[str, str]) -> str:
-    """Where the ranks of the step meet: all derive the same ports and the same name."""
+    """Return the address where the ranks of the step meet; all derive the same ports and name."""
     step = f"{_integer(environ, 'SLURM_JOB_ID')}.{_integer(environ, 'SLURM_STEP_ID')}"
     if "MASTER_PORT" in environ:
         ports = [_integer(environ, "MASTER_PORT")]
     else:
-        # Below the range of outgoing connections.
+        # Below the range of ephemeral ports.
         ports = [
             10_000 + zlib.crc32(f"{step} {choice}".encode()) % 20_000
             for choice in range(_NUM_PORTS)
@@ -209,16 +211,16 @@ def _slurm_address(environ: Mapping[str, str]) -> str:
 
 
 def _slurm_job(environ: Mapping[str, str]) -> str:
-    """Id of the Slurm job, or of the task of an array; empty outside Slurm."""
+    """Return the id of the Slurm job, or of the task of an array; empty outside Slurm."""
     array, task = (environ.get(f"SLURM_ARRAY_{what}_ID") for what in ("JOB", "TASK"))
-    # SLURM_JOB_ID of one of the tasks is the id of the whole array.
+    # SLURM_JOB_ID of one of the tasks is the id of the entire array.
     return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID", "")
 
 
 def _integer(environ: Mapping[str, str], key: str) -> int:
     text = environ.get(key)
     if text is None or not text.isdecimal():
-        got = "is not set" if text is None else f"is {text!r}, not a whole number"
+        got = "is not set" if text is None else f"is {text!r}, not an integer"
         raise PlatformError(
             f"{key} {got}; start the workers through phi4 train, torchrun or srun, which set it"
         )

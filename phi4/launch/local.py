@@ -1,8 +1,8 @@
-"""Runs the workers of a run on this machine.
+"""Run the workers of a run on this machine.
 
-Owns their start, their output, and their end. One decision: the launcher never takes part in a
-collective and never imports torch; it only watches processes, so that nothing can hang it. No port
-is chosen here: the workers meet in a fresh directory (PHI4_RENDEZVOUS), over loopback.
+Manages their start, their output, and their end. The launcher never takes part in a collective and
+never imports torch; it only watches processes, so it cannot hang in a collective. It chooses no
+port: the workers meet in a fresh directory (PHI4_RENDEZVOUS), over loopback.
 """
 
 import os
@@ -26,9 +26,9 @@ from phi4.launch.worker import ErrorReport, read_reports
 
 _POLL_SECONDS = 0.05
 
-# The kernel closes a dying process's connections before its death can be seen here, so a peer may
+# The kernel closes a dying process's connections before its death is visible here, so a peer may
 # report the broken connection first. A death without a report is dated back by this much; on a busy
-# machine more may pass, but SIGKILL never is a consequence of what a peer did.
+# machine more may pass, but SIGKILL is never a consequence of a peer's failure.
 _NOTICE_SECONDS = 0.25
 
 _ENDED_BY_CTRL_C = (128 + signal.SIGINT, -signal.SIGINT)
@@ -42,10 +42,10 @@ class _Worker:
     rank: int
     process: subprocess.Popen
     log: Path | None
-    """None for rank 0, whose output is the launcher's own."""
+    """None for rank 0, which inherits the launcher's output."""
     log_start: int
     died_at: float | None = None
-    """When its failure was seen; None while it runs, and for a rank that ended well."""
+    """Time of its failure; None while it runs, and for a rank that ended successfully."""
 
     @property
     def exit_code(self) -> int:
@@ -54,7 +54,7 @@ class _Worker:
 
     @property
     def was_told(self) -> bool:
-        """Whether it ended because a notice told it to."""
+        """Whether it ended because of a notice."""
         return self.process.returncode == REQUEUE_EXIT_CODE
 
 
@@ -69,29 +69,29 @@ def run_workers(
     interactive: bool = False,
     command: Sequence[str] = (sys.executable, "-m", "phi4"),
 ) -> int:
-    """Run `command argv` once per rank on this machine, to the end of all or of the first to fail.
+    """Run `command argv` once per rank on this machine, until all end or the first one fails.
 
     Rank 0 writes to this process's stdout and stderr, rank N to `work_dir/logs/rank_N.log`
     (appended). When a rank fails, or SIGINT, SIGTERM or SIGHUP arrives, the others are told to stop
-    (SIGHUP, or SIGINT after a signal), and after `grace_seconds` no process of the run is left,
-    grandchildren included. That holds also when this process is killed. Main thread only.
+    (SIGHUP, or SIGINT after a signal), and after `grace_seconds` every process of the run is
+    killed, grandchildren included; also if this process itself is killed. Main thread only.
 
-    Workers that take notices (`stop`) are started with SIGTERM and SIGUSR1 blocked, get SIGTERM
-    for either of the two, and end with code 5, or with 0 where nothing is left to be done.
+    Workers that handle notices (`stop`) are started with SIGTERM and SIGUSR1 blocked, receive
+    SIGTERM for either signal, and end with code 5, or with 0 if they were already finished.
 
     Args:
         argv: arguments of every worker.
         num_workers: world size, at least 1.
         work_dir: the run's directory.
-        env: added to the workers' environment; the rank variables win over it.
-        grace_seconds: what the others get to note how the run ended.
-        stop: how the workers end at a notice. None ends them by SIGTERM as by SIGINT.
-        interactive: rank 0 reads this process's stdin, and SIGINT is its own affair: it is passed
-            on to it, and ends the run only if rank 0 ends by it.
-        command: what is run; a parameter for programs other than phi4.
+        env: added to the workers' environment; the rank variables override it.
+        grace_seconds: time for the others to record how the run ended.
+        stop: what the workers do at a notice. None ends them at SIGTERM as at SIGINT.
+        interactive: rank 0 reads this process's stdin and handles SIGINT itself: it is forwarded to
+            rank 0, and ends the run only if rank 0 ends because of it.
+        command: the program to run; a parameter for programs other than phi4.
 
     Returns:
-        0; 5 when the ranks ended as a notice told them to; the exit code of the guilty rank's
+        0; 5 if the ranks ended because of a notice; the exit code of the failing rank's
         `Phi4Error`, printed as one line; 1 for any other error, its traceback printed last; the
         exit code of a rank that gave no report; 128+S for a rank killed by signal S, and for a
         signal to the launcher (130 for Ctrl-C).
@@ -99,7 +99,7 @@ def run_workers(
     run_dir = Path(tempfile.mkdtemp(prefix="phi4-run-"))
     workers: list[_Worker] = []
     notice = None if stop is None else PassedOnNotice(stop)
-    # Around the end too: one Ctrl-C more must not keep processes alive.
+    # Covers the shutdown too: another Ctrl-C must not leave processes alive.
     with _received_signals(workers if interactive else None, notice) as received:
         guard = _start_reaper(run_dir)
         try:
@@ -110,7 +110,7 @@ def run_workers(
             if notice is not None:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICES)
             _watch(workers, received, notice)
-            # The second is of a rank that had not yet reached `report_errors`.
+            # SIGTERM may end a rank that had not yet reached `report_errors`.
             if interactive and workers[0].process.returncode in _ENDED_BY_CTRL_C:
                 received.append(signal.SIGINT)
             _stop(workers, received, grace_seconds)
@@ -149,7 +149,7 @@ def _rank_environment(rank: int, num_workers: int, run_dir: Path) -> dict[str, s
 def _start(
     command: Sequence[str], rank: int, work_dir: Path, env: Mapping[str, str], stdin: int | None
 ) -> _Worker:
-    # A killed rank must not take its last lines with it, and one that crashes says where.
+    # Unbuffered, so that a killed rank's last lines are not lost; a crash prints its stack.
     defaults = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     environment = {**defaults, **os.environ, **env}
     start = partial(subprocess.Popen, command, env=environment, stdin=stdin, start_new_session=True)
@@ -166,10 +166,10 @@ def _start(
 def _received_signals(
     workers: Sequence[_Worker] | None, notice: PassedOnNotice | None
 ) -> Iterator[list[int]]:
-    """The signals that ask for an end, as they arrive; ignored ones (nohup) stay ignored.
+    """Yield termination signals as they arrive; ignored ones (nohup) stay ignored.
 
     Args:
-        workers: SIGINT goes to the first of these and is not noted, once that is there.
+        workers: SIGINT is forwarded to the first of these, once it exists, and is not recorded.
         notice: takes SIGTERM and SIGUSR1, which are blocked at first and as they were at the end,
             and SIGINT where its plan says so.
     """
@@ -196,7 +196,7 @@ def _received_signals(
 
 
 def _watch(workers: Sequence[_Worker], received: list[int], notice: PassedOnNotice | None) -> None:
-    """Wait until all ended well or as told, one failed, or a signal came that ends the run."""
+    """Wait until all ended as expected, one failed, or a signal came that ends the run."""
     while not received and (running := _running(workers)):
         ended = [worker for worker in workers if worker.died_at]
         if any(notice is None or not worker.was_told for worker in ended):
@@ -212,8 +212,8 @@ def _watch(workers: Sequence[_Worker], received: list[int], notice: PassedOnNoti
 
 
 def _stop(workers: Sequence[_Worker], received: Sequence[int], grace_seconds: float) -> None:
-    """Tell those that run to stop and wait for them; a second signal ends the wait."""
-    # A worker that takes notices would save at a SIGTERM.
+    """Stop the running workers and wait for them; a second signal ends the wait."""
+    # At SIGTERM a worker that handles notices would save.
     asked = signal.SIGINT if received else signal.SIGHUP
     told = _running(workers)
     for worker in told:
@@ -227,7 +227,7 @@ def _stop(workers: Sequence[_Worker], received: Sequence[int], grace_seconds: fl
 
 
 def _running(workers: Sequence[_Worker]) -> list[_Worker]:
-    """Those that have not ended; dates the failure of those that have."""
+    """Return the workers that still run; record the time of failures."""
     running = []
     for worker in workers:
         code = worker.process.poll()
@@ -245,7 +245,7 @@ def _conclude(
     *,
     takes_notices: bool = False,
 ) -> int:
-    """Say why the run ended, the guilty rank's word last; gives the exit code."""
+    """Print why the run ended, with the failing rank's message last, and return the exit code."""
     if received:
         name = signal.Signals(received[0]).name
         _say(f"interrupted by {name}; all {len(workers)} workers are stopped")
@@ -271,7 +271,7 @@ def _conclude(
 
 
 def _last_lines(worker: _Worker, num_workers: int) -> str:
-    """The last lines of a rank that died without a report, and how it died."""
+    """Return the last lines of a rank that died without a report, and how it died."""
     code = worker.process.returncode
     if code > 0:
         cause = f"exited with code {code} and left no report"
@@ -289,6 +289,6 @@ def _last_lines(worker: _Worker, num_workers: int) -> str:
 
 
 def _say(text: str) -> None:
-    # A progress bar that was killed leaves the cursor hidden.
+    # A killed progress bar leaves the cursor hidden.
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
     print(f"{show_cursor}{text}", file=sys.stderr, flush=True)

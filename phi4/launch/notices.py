@@ -1,12 +1,12 @@
-"""Notices: SIGTERM and SIGUSR1, by which a cluster asks a run to save its step and end.
+"""Notices: SIGTERM and SIGUSR1, with which a cluster asks a run to save its step and end.
 
-A server ends likewise: what it is asked already is answered first. `StopPlan` says which it is.
+A server ends in the same way, after answering open requests. `StopPlan` distinguishes the two.
 
-One decision: both signals are blocked in every thread, and one thread takes them. So they are kept
-from the first moment of a process on, whatever it is doing; a rank that waits in a collective sees
-them; no system call is interrupted; and the processes that a rank starts, which inherit the mask,
-neither die of them nor act on them: Slurm sends a signal to every process of a step. Such a process
-ends by a message or by SIGKILL, `Process.terminate` does not reach it.
+Both signals are blocked in every thread, and one thread receives them. They are thus pending from
+the start of a process, whatever it is doing; a rank that waits in a collective receives them; no
+system call is interrupted; and child processes, which inherit the mask, neither die of them nor
+handle them, although Slurm sends a signal to every process of a step. A child process is ended by a
+message or by SIGKILL; `Process.terminate` has no effect on it.
 """
 
 import os
@@ -22,19 +22,19 @@ from typing import NoReturn
 NOTICES = frozenset({signal.SIGTERM, signal.SIGUSR1})
 
 SECOND_SECONDS = 1.0
-"""A SIGTERM so long after the first is a second one: a batch script that passes it on and Slurm,
-which sends it to every process, mean the same one."""
+"""A SIGTERM this long after the first counts as a second one: the same notice may arrive twice,
+from a batch script that forwards it and from Slurm, which sends it to every process."""
 
 
 @dataclass(frozen=True)
 class StopPlan:
-    """What a command does from a notice on, and what it says.
+    """What a command does after a notice, and the messages that it prints.
 
     Attributes:
-        seconds: what it has from the first notice on to end by itself; then it is killed.
-        first: said at the notice.
-        overdue: said where it did not end in time.
-        second: said at a second signal, which ends it at once.
+        seconds: time from the first notice to end by itself; then it is killed.
+        first: printed at the notice.
+        overdue: printed if it did not end in time.
+        second: printed at a second signal, which ends it at once.
         by_ctrl_c: whether Ctrl-C is a notice as well; otherwise it ends the command at once.
     """
 
@@ -46,7 +46,7 @@ class StopPlan:
 
 
 def save_and_end(seconds: float) -> StopPlan:
-    """The plan of a training.
+    """Return the stop plan of a training run.
 
     Args:
         seconds: `reliability.stop_seconds`.
@@ -62,16 +62,17 @@ def save_and_end(seconds: float) -> StopPlan:
 
 
 def hold_notices() -> None:
-    """Let notices wait until they are taken, here and in what this process starts."""
+    """Keep notices pending, here and in the processes that this one starts."""
     signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
 
 
 def take_notices(plan: StopPlan | None, *, ends_at_second: bool = False) -> threading.Event:
-    """An event that is set once a notice arrived; for the time of the process. Main thread only.
+    """Return an event that is set once a notice has arrived, for the lifetime of the process. Main
+    thread only.
 
     Args:
-        plan: a process that has not ended in its time leaves with 143. None where its launcher
-            sees to that, and to Ctrl-C.
+        plan: a process that has not ended in time exits with 143. None if its launcher handles
+            that, and Ctrl-C.
         ends_at_second: whether a second SIGTERM ends the process at once, with 143; needs a plan.
     """
     hold_notices()
@@ -84,11 +85,11 @@ def take_notices(plan: StopPlan | None, *, ends_at_second: bool = False) -> thre
 
 
 class PassedOnNotice:
-    """A notice on its way through the launcher to the workers, and what is left of their time.
+    """A notice that the launcher forwards to the workers, and the time they have left.
 
     Args:
-        plan: of the workers; their time runs from the first signal on, or from the first of them
-            that ended because it was told to.
+        plan: plan of the workers; their time runs from the first signal, or from the first worker
+            that ended because of a notice.
     """
 
     def __init__(self, plan: StopPlan) -> None:
@@ -99,11 +100,12 @@ class PassedOnNotice:
         self._is_passed_on = False
 
     def takes(self, number: int) -> bool:
-        """Whether a signal is a notice."""
+        """Return whether a signal is a notice."""
         return number in NOTICES or (self._plan.by_ctrl_c and number == signal.SIGINT)
 
     def arrived(self, number: int) -> bool:
-        """Note a signal; whether it is a second SIGTERM or Ctrl-C, which ends the run at once."""
+        """Record a signal; return whether it is a second SIGTERM or Ctrl-C, which ends the run at
+        once."""
         now, is_first = time.monotonic(), self._number is None
         self._number = self._number or number
         if number == signal.SIGINT:
@@ -114,7 +116,7 @@ class PassedOnNotice:
         return now - self._first_term > SECOND_SECONDS
 
     def pass_on(self, workers: Sequence[subprocess.Popen]) -> str:
-        """Tell the workers, once; gives a line to say then, else nothing."""
+        """Forward the notice to the workers, once; return a line to print, or nothing."""
         if self._number is None or self._is_passed_on:
             return ""
         self._is_passed_on = True
@@ -124,11 +126,11 @@ class PassedOnNotice:
         return f"{signal.Signals(self._number).name}: {self._plan.first}"
 
     def begin(self) -> None:
-        """The workers' time runs from now on, unless it does already."""
+        """Start the workers' time limit, unless it has been started."""
         self._since = self._since or time.monotonic()
 
     def overdue(self) -> int | None:
-        """The signal that ends the run when the workers' time is over."""
+        """Return the signal that ends the run when the workers' time is over."""
         if self._since is None or time.monotonic() - self._since < self._plan.seconds:
             return None
         return self._number or signal.SIGTERM

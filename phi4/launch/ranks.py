@@ -1,6 +1,6 @@
-"""One command, any number of ranks: the same call starts the workers and is the workers.
+"""Run one function on any number of ranks: the same call starts the workers and runs in them.
 
-`phi4 train RECIPE` typed by a user starts `num_workers` copies of itself; a copy, or a process that
+A user's `phi4 train RECIPE` starts `num_workers` copies of itself; a copy, or a process that
 torchrun or srun started, joins the others and runs the body.
 """
 
@@ -34,23 +34,24 @@ def on_ranks(
     interactive: bool = False,
     one_queue: bool = True,
 ) -> int:
-    """Run `body` on every rank; in the process that the user started, wait for them all.
+    """Run `body` on every rank; in the process that the user started, wait for all of them.
 
     Args:
-        argv: arguments that make `phi4` call this function again, for the workers.
-        body: the work of one rank; what it returns is the rank's exit code, None is 0.
-        num_workers: processes to start here; ignored where torchrun or srun started them.
-        work_dir: takes the workers' logs.
+        argv: arguments with which `phi4` calls this function again, in the workers.
+        body: the work of one rank; it returns the rank's exit code, with None for 0.
+        num_workers: processes to start here; ignored under torchrun or srun.
+        work_dir: directory for the workers' logs.
         owns_work_dir: hold the lease of work_dir, a run directory, before anything is written into
-            it and until all ranks ended; the body gets the attempt's number. Under torchrun and
-            srun, where no process of ours outlives the ranks, that is left to the body.
-        stop: the body takes notices, and this is what it does then; see `run_workers`.
+            it and until all ranks have ended; the body receives the attempt's number. Under
+            torchrun and srun, where no process of ours outlives the ranks, the body has to take the
+            lease.
+        stop: how the body reacts to notices; None if it does not handle them; see `run_workers`.
         interactive: rank 0 reads stdin and decides what Ctrl-C ends; see `run_workers`.
-        one_queue: a GPU starts kernels in the order they were queued in, as tensor and context
-            parallelism want it on Hopper; other layouts overlap more without.
+        one_queue: make a GPU start kernels in the order in which they were queued, as tensor and
+            context parallelism need on Hopper; other layouts overlap more without it.
 
     Returns:
-        Exit code; when all ranks returned, theirs.
+        The exit code; if all ranks returned, theirs.
 
     Raises:
         LayoutError: torchrun or srun started one process for a layout of several.
@@ -75,8 +76,8 @@ def on_ranks(
             )
     if starter == "torchrun" and worker.world_size == 1 < num_workers:
         raise LayoutError(
-            f"torchrun started one process, the layout needs {num_workers}; "
-            f"use --nproc-per-node so that all nodes make {num_workers}"
+            f"torchrun started one process, but the layout needs {num_workers}; use "
+            f"--nproc-per-node so that all nodes together start {num_workers}"
         )
     return run(worker)
 
@@ -94,7 +95,8 @@ def _run_body(
     takes_notices: bool,
     one_queue: bool,
 ) -> int:
-    # No op of ours goes through torch.compile here, and importing it costs every rank two seconds.
+    # No op of ours is compiled by torch.compile here, and importing it costs every rank two
+    # seconds.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if one_queue:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

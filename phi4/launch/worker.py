@@ -1,7 +1,7 @@
-"""How a worker tells why it failed, and how it leaves.
+"""Error reports of a worker, and its immediate exit.
 
-One decision: a rank that fails leaves at once, without unwinding the interpreter. Destructors of
-communicators wait for other ranks, which wait for this one; a run that should end would hang.
+A failing rank exits at once, without unwinding the interpreter. Destructors of communicators wait
+for other ranks, which wait for this one, so a normal exit could hang.
 """
 
 import os
@@ -26,18 +26,18 @@ _STOP_SIGNALS = frozenset({signal.SIGHUP, signal.SIGTERM})
 
 
 class ErrorReport(msgspec.Struct, frozen=True):
-    """What one rank raised."""
+    """The error that one rank raised."""
 
     rank: int
     time: float
-    """Seconds since the epoch when it was raised; the earliest of a run is the guilty rank's."""
+    """Time of the error in seconds since the epoch; the earliest of a run is the root cause."""
     type: str
     message: str
     traceback: str
     user_error: bool
-    """A `Phi4Error`: the message alone tells the user what to change."""
+    """A `Phi4Error`: its message alone is enough for the user."""
     exit_code: int
-    """The error's, which docs/faults.md explains; 1 for an error that is not a `Phi4Error`."""
+    """The error's exit code, see docs/faults.md; 1 for an error that is not a `Phi4Error`."""
 
     @property
     def line(self) -> str:
@@ -45,7 +45,7 @@ class ErrorReport(msgspec.Struct, frozen=True):
 
 
 class StoppedError(WorkerError):
-    """This rank was told to stop: by the launcher, as another one failed, or by a SIGTERM."""
+    """This rank was told to stop: by the launcher, after another one failed, or by a SIGTERM."""
 
     def __init__(self, message: str, number: int = signal.SIGHUP) -> None:
         super().__init__(message)
@@ -56,16 +56,17 @@ class StoppedError(WorkerError):
 def report_errors(
     environ: Mapping[str, str] = os.environ, *, takes_notices: bool = False
 ) -> Iterator[None]:
-    """Report what the block raises, then leave the process; the outermost block of a worker's work.
+    """Report an exception of the block, then exit the process; wraps all of a worker's work.
 
-    A worker of `phi4` writes PHI4_ERROR_FILE, from which the launcher prints the guilty rank's; one
-    of torchrun or srun prints to stderr itself. A process that nobody started as a worker raises as
-    usual. Nothing outside the block runs after a failure, and nothing in it may close connections
-    before the error arrives here, or a peer that notices is blamed. Under `phi4`, SIGINT raises
-    KeyboardInterrupt and SIGTERM raises `StoppedError` in the block. Main thread only.
+    A worker of `phi4` writes PHI4_ERROR_FILE, from which the launcher prints the failing rank's
+    report; one of torchrun or srun prints to stderr itself. A process that is not a worker raises
+    as usual. No code outside the block runs after a failure, and no code in it may close
+    connections before the error arrives here, or a peer that notices is blamed. Under `phi4`,
+    SIGINT raises KeyboardInterrupt and SIGTERM raises `StoppedError` in the block. Main thread
+    only.
 
-    A `HungError` of another thread is reported likewise and ends the process, as the main thread
-    then waits for something that never comes.
+    A `HungError` of another thread is also reported and ends the process, because the main thread
+    is then blocked.
     """
     starter = started_by(environ)
     threading.excepthook = partial(_thread_failed, environ)
@@ -99,14 +100,14 @@ def _thread_failed(environ: Mapping[str, str], failure: threading.ExceptHookArgs
 
 
 def read_reports(run_dir: Path) -> list[ErrorReport]:
-    """Reports of a run's ranks, the earliest first."""
+    """Read reports of a run's ranks, earliest first."""
     decoder = msgspec.json.Decoder(ErrorReport)
     reports = [decoder.decode(path.read_bytes()) for path in run_dir.glob("rank_*.json")]
     return sorted(reports, key=lambda report: report.time)
 
 
 def _reported(error: BaseException, raised_at: float, environ: Mapping[str, str]) -> int:
-    """Report the error where it belongs; gives the exit code."""
+    """Report the error to the launcher or stderr; return the exit code."""
     match error:
         case SystemExit(code=int(code)):
             return code
@@ -128,7 +129,7 @@ def _reported(error: BaseException, raised_at: float, environ: Mapping[str, str]
     destination = environ.get("PHI4_ERROR_FILE")
     if destination:
         _write(Path(destination), report)
-    # Rank 0 shares the launcher's terminal, where the guilty rank's report is to be the last word.
+    # Rank 0 shares the launcher's terminal, where the failing rank's report should come last.
     if not destination or report.rank:
         text = report.line if report.user_error else report.traceback
         print(f"rank {report.rank}: {text}", file=sys.stderr)

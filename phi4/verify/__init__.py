@@ -1,1 +1,1 @@
-"""Proofs that users can run on their own recipe and machine."""
+"""Checks that users can run on their own recipe and machine."""

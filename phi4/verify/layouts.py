@@ -1,4 +1,4 @@
-"""The layouts that parity is shown for, each as overrides of a recipe."""
+"""The layouts that parity is checked for, each as overrides of a recipe."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,8 @@ _SINGLE = (
     "parallel.overlap_param_gather=false",
     "recompute.granularity='none'",
     "precision.dtype='fp32'",
-    # Sums in another order move what is rounded to 3 bits; tests/engine/fp8 holds FP8 to layouts.
+    # Sums in another order change values that are rounded to 3 bits; tests/engine/fp8 checks
+    # layouts with FP8.
     "precision.fp8='off'",
 )
 
@@ -59,7 +60,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "pp2xcp2-ring+recompute": (_PP2, _CP2, _RING, "recompute.granularity='selective'"),
     "dp2xtp2": (_DP2, _TP2),
 }
-"""Name -> overrides on top of one process."""
+"""Layout name -> overrides of the single-process recipe."""
 
 LEAK_LAYOUTS = (
     "recompute-selective",
@@ -75,10 +76,10 @@ LEAK_LAYOUTS = (
     "tp2xcp2+sp-ring",
     "pp2xcp2-ring+recompute",
 )
-"""Layouts in which documents meet borders of ranks; what data ranks share, they add up."""
+"""Layouts in which documents cross rank boundaries; data ranks only sum their results."""
 
 BITWISE = frozenset({"recompute-selective", "recompute-full"})
-"""Layouts that only compute again what was computed before."""
+"""Layouts that only recompute activations."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class LayoutCase:
 
 
 def reference_case(recipe: Recipe) -> LayoutCase:
-    """The recipe on one process, in fp32."""
+    """Return the recipe on one process, in fp32."""
     single = recipe.model_copy(
         update={"parallel": recipe.parallel.model_copy(update={"layers_per_stage": None})}
     )
@@ -103,7 +104,7 @@ def reference_case(recipe: Recipe) -> LayoutCase:
 
 
 def names_of(text: str, default: tuple[str, ...]) -> tuple[str, ...]:
-    """Layout names of a comma-separated list; the default when it is empty.
+    """Return layout names of a comma-separated list; the default if it is empty.
 
     Raises:
         ConfigError: no layout has that name.
@@ -116,7 +117,7 @@ def names_of(text: str, default: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def cases(recipe: Recipe, names: tuple[str, ...]) -> tuple[list[LayoutCase], dict[str, str]]:
-    """Cases that the recipe's rules allow, and for the others the rule they break."""
+    """Return cases that the recipe's rules allow, and for the others the violated rule."""
     single, possible, impossible = reference_case(recipe).recipe, [], {}
     for name in names:
         case = LayoutCase(name, with_overrides(single, LAYOUTS[name]))

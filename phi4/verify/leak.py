@@ -1,9 +1,9 @@
-"""What one document cannot do to another.
+"""Check document isolation: no document affects another's logits or gradients.
 
-Attention and positions end at the borders of a document. So where the tokens of one change and its
+Attention and positions restart at document boundaries. If the tokens of one document change and its
 loss weight is 0, the logits of all others, the gradients of the embedding's output at their
-positions and every parameter gradient stay the same to the bit. The check first runs without the
-document mask, where each of the three must change: what is blind there proves nothing.
+positions and every parameter gradient must be bit-identical. The check first runs without the
+document mask, where each of the three must change: otherwise the check could not detect a leak.
 """
 
 import json
@@ -28,8 +28,8 @@ DOCUMENTS = {
     "middle": (19, 23),
     "last": (23, 32),
 }
-"""Documents of the first row, columns in 32nds. Context ranks meet at 8, 16 and 24, or more often.
-The second row has documents of its own."""
+"""Documents of the first row, as columns in 32nds. Context ranks meet at 8, 16 and 24, or more
+often. The second row has documents of its own."""
 _PARTS = 32
 _SECOND_ROW_ENDS = (2, 14, 15, 31)
 _EOD_ID = 0
@@ -41,9 +41,10 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Difference:
-    """What one rank saw change when one document's tokens did; None where it holds no such thing.
+    """Changes seen on one rank when one document's tokens changed; None for values that it does not
+    hold.
 
-    The first field speaks of the document itself, which must change; the others of the rest.
+    The first field is about the document itself, which must change; the others are about the rest.
     """
 
     own_logits: bool | None
@@ -51,22 +52,23 @@ class Difference:
     embedding: bool | None
     """Gradients of the embedding's output at the other documents' positions."""
     parameters: int
-    """Parameters whose gradient is not the same to the bit."""
+    """Names of parameters whose gradient is not bit-identical."""
 
     @property
     def is_none(self) -> bool:
-        """The document changed nothing outside of itself."""
+        """Whether the document changed nothing outside itself."""
         return not (self.logits or self.embedding or self.parameters)
 
     @property
     def is_everywhere(self) -> bool:
-        """Everything that this rank holds changed."""
+        """Whether every value on this rank changed."""
         return self.logits is not False and self.embedding is not False and self.parameters > 0
 
 
 @dataclass(frozen=True)
 class LeakFindings:
-    """One layout: by rank, what changed without the document mask and by document with it."""
+    """Results of one layout, by rank: changes without the document mask, and per document with
+    it."""
 
     case: LayoutCase
     without_mask: tuple[Difference, ...]
@@ -74,11 +76,11 @@ class LeakFindings:
 
     @property
     def sees(self) -> bool:
-        """Every rank found the leak that there is without the mask."""
+        """Whether every rank detected the leak that exists without the mask."""
         return all(difference.is_everywhere for difference in self.without_mask)
 
     def leaks(self, document: str) -> str:
-        """What the document changed elsewhere, in words; empty when nothing."""
+        """Return what the document changed elsewhere, in words; empty if nothing."""
         found = self.by_document[document]
         kinds = [kind for kind in ("logits", "embedding") if any(getattr(d, kind) for d in found)]
         if worst := max(difference.parameters for difference in found):
@@ -89,31 +91,32 @@ class LeakFindings:
 
     @property
     def passed(self) -> bool:
-        """Nothing leaks, and the check would have seen it."""
+        """Whether nothing leaks and the check was able to detect a leak."""
         return self.sees and not any(self.leaks(document) for document in self.by_document)
 
 
 def leak_case(case: LayoutCase, recipe: Recipe) -> LayoutCase:
-    """The case in the recipe's number format, with the two rows of `leak_batch` per micro-batch.
+    """Return the case in the recipe's number format, with the two rows of `leak_batch` per
+    micro-batch.
 
     Raises:
-        ConfigError: numbers of one document depend on another by design, or the rows are too short.
+        ConfigError: values of one document depend on another by design, or the rows are too short.
     """
     dtype, length = recipe.precision.dtype, recipe.data.sequence_length
     if dtype not in _SEPARABLE:
         raise ConfigError(
-            f"precision.dtype={dtype} scales whole tensors, so every document moves the rounding "
-            f"of all others by design; use {' or '.join(_SEPARABLE)} for this proof"
+            f"precision.dtype={dtype} scales entire tensors, so every document changes the "
+            f"rounding of all others by design; use {' or '.join(_SEPARABLE)} for this check"
         )
     if recipe.precision.fp8 != "off":
         raise ConfigError(
-            f"precision.fp8={recipe.precision.fp8} scales numbers of several documents together, "
-            "so each moves the rounding of others by design; use precision.fp8=off for this proof"
+            f"precision.fp8={recipe.precision.fp8} scales values of several documents together, so "
+            f"each changes the rounding of others by design; use precision.fp8=off for this check"
         )
     if length < _PARTS:
         raise ConfigError(
             f"data.sequence_length={length} is too short for {len(DOCUMENTS)} documents with "
-            f"context borders between; use at least {_PARTS}"
+            f"context boundaries between; use at least {_PARTS}"
         )
     parallel = case.recipe.parallel
     rows = 2 * parallel.pipeline * parallel.data
@@ -123,7 +126,7 @@ def leak_case(case: LayoutCase, recipe: Recipe) -> LayoutCase:
 
 
 def run_leak(case: LayoutCase, platform: Platform, objective: Objective, *, work_dir: Path) -> None:
-    """Measure one layout on this rank and write what it saw under work_dir.
+    """Measure one layout on this rank and write the results under work_dir.
 
     Collectives: those of the engine's training step and logits.
     """
@@ -140,7 +143,7 @@ def run_leak(case: LayoutCase, platform: Platform, objective: Objective, *, work
 
 
 def read_findings(case: LayoutCase, work_dir: Path) -> LeakFindings:
-    """What all ranks of a case wrote."""
+    """Read the results of all ranks of a case."""
     folder = work_dir / case.name.replace(" ", "_")
     ranks = [
         json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(case.world_size)
@@ -150,7 +153,8 @@ def read_findings(case: LayoutCase, work_dir: Path) -> LeakFindings:
 
 
 def leak_batch(recipe: Recipe, changed: str, seed: int, *, mask: bool = True) -> Batch:
-    """Two rows of documents; the changed one's tokens depend on the seed and do not count."""
+    """Make two rows of documents; the changed one's tokens depend on the seed and have no loss
+    weight."""
     length, vocabulary = recipe.data.sequence_length, recipe.model.vocab_size
     columns = document_columns(length, changed)
     tokens = np.random.default_rng(0).integers(1, vocabulary, (2, length + 1))
@@ -164,7 +168,7 @@ def leak_batch(recipe: Recipe, changed: str, seed: int, *, mask: bool = True) ->
 
 
 def document_columns(length: int, document: str) -> slice:
-    """Columns of a document in the first row."""
+    """Return the columns of a document in the first row."""
     start, end = DOCUMENTS[document]
     return slice(start * length // _PARTS, end * length // _PARTS)
 
@@ -194,8 +198,8 @@ def _difference(engine: Engine, objective: Objective, document: str, *, mask: bo
 
 
 def _measure(engine: Engine, objective: Objective, batch: Batch) -> Tensors:
-    """What this rank holds of logits [B, S, V], gradients of the embedding's output, local
-    [S, B, hidden], and parameter gradients by name."""
+    """Return this rank's logits [B, S, V], gradients of the embedding's output, local [S, B,
+    hidden], and parameter gradients by name."""
     batches = [batch] * engine.layout.pp_size
     outputs = engine.logits(batches)
     measured = {"logits": outputs[-1]} if outputs else {}
@@ -217,7 +221,7 @@ def _measure(engine: Engine, objective: Objective, batch: Batch) -> Tensors:
 
 
 def _embedded_positions(engine: Engine, mask_BS: torch.Tensor) -> torch.Tensor:
-    """The mask at the positions whose embeddings this rank holds, [S, B]."""
+    """Return the mask at the positions whose embeddings this rank holds, [S, B]."""
     layout = engine.layout
     mask_SB = layout.context_slice(mask_BS).t()
     return mask_SB.chunk(layout.tp_size)[layout.tp_rank] if layout.parallel.sequence else mask_SB

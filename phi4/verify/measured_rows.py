@@ -1,4 +1,4 @@
-"""Rows of measured results: each with its commit, versions, and how busy the machine was."""
+"""Append measured results to JSON Lines files, with commit, versions and machine load."""
 
 import json
 import os
@@ -12,7 +12,7 @@ PACKAGES = ("torch", "megatron-core", "triton", "transformers")
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (with `-dirty` where the checkout differs), versions, cores and load average."""
+    """Return commit (with `-dirty` for a modified checkout), versions, cores and load average."""
     versions = {name: found for name in PACKAGES if (found := _version(name))}
     return {
         "commit": _commit(),
@@ -23,7 +23,7 @@ def provenance() -> dict[str, Any]:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append a row with its provenance, where it does not name its own, to a JSON Lines file."""
+    """Append a row to a JSON Lines file; its provenance is added unless the row has its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({**provenance(), **row}) + "\n")

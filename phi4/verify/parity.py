@@ -1,10 +1,10 @@
-"""One process against every layout: same checkpoint, same batches, ten steps.
+"""Compare every layout with one process: same checkpoint, same batches, ten steps.
 
-The batches are hard on purpose: several documents per row, a random loss mask whose counts differ
-per micro-batch, data rank and context rank, one micro-batch and one context slice whose tokens all
-are masked. A stage that takes pairs gets pairs and pivots instead. Every data rank's first
-micro-batch counts, because nothing else shows a weight that is read before the last update has
-reached it.
+The batches cover difficult cases: several documents per row, a random loss mask whose counts differ
+per micro-batch, data rank and context rank, and one micro-batch and one context slice that are
+fully masked. Stages that train on pairs get pairs and pivots instead. Every data rank's first
+micro-batch has loss tokens, because only it reveals a weight that is read before the last update
+has arrived.
 """
 
 import json
@@ -27,29 +27,29 @@ from phi4.verify.layouts import BITWISE, LayoutCase
 from phi4.verify.preference_batches import preference_micro_batches
 
 LOSS_TOLERANCE = 5e-7
-"""Of the loss."""
+"""Tolerance of the loss."""
 GROUP_NORM_TOLERANCE = 1e-6
-"""Of the gradient norm of a parameter group."""
+"""Tolerance of the gradient norm of a parameter group."""
 PARAMETER_TOLERANCE = 1e-5
-"""Relative L2 error of a tensor."""
+"""Tolerance of the relative L2 error of a tensor."""
 LEARNING_RATE = 1e-3
-"""Reached after WARMUP_STEPS, whatever the recipe says. Adam's first updates divide a gradient by
-its own size, so where one is nearly zero its rounding moves a weight by a share of the rate; parity
-is about layouts, and a rate that suits the recipe's width would measure that amplification."""
+"""Learning rate after WARMUP_STEPS, regardless of the recipe. Adam's first updates divide a
+gradient by its own size, so where a gradient is nearly zero its rounding error moves a weight by a
+fraction of the rate; a larger rate would measure this amplification instead of the layout."""
 WARMUP_STEPS = 10
 _EOD_ID = 0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One layout against one process."""
+    """Comparison of one layout with one process."""
 
     name: str
     loss_error: float
     """Largest |difference| / loss over the steps."""
     grad_norm_error: float
     group_norm_error: float
-    """Of the worst parameter group's gradient norm, likewise."""
+    """The same of the worst parameter group's gradient norm."""
     same_work: bool
     """Whether both counted the same tokens and squared document lengths."""
     parameter_error: float
@@ -58,7 +58,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Within the tolerances; recompute layouts must be bit-identical."""
+        """Whether it is within the tolerances; recompute layouts must be bit-identical."""
         if self.name in BITWISE:
             errors = (self.loss_error, self.group_norm_error, self.parameter_error)
             return self.same_work and errors == (0, 0, 0)
@@ -102,7 +102,7 @@ def run_case(
 
 
 def compare(case: LayoutCase, reference: LayoutCase, work_dir: Path) -> Comparison:
-    """Compare what two cases wrote."""
+    """Compare the results of two cases."""
     expected, found = (
         np.array(json.loads((_folder(work_dir, c) / "steps.json").read_text()))
         for c in (reference, case)
@@ -129,11 +129,11 @@ def compare(case: LayoutCase, reference: LayoutCase, work_dir: Path) -> Comparis
 
 
 def global_batch(recipe: Recipe, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [rows, S + 1] and loss mask [rows, S] of a step, the same for every layout."""
+    """Make token ids [rows, S + 1] and loss mask [rows, S] of a step, the same for every layout."""
     rows, length = recipe.batch.global_batch_size, recipe.data.sequence_length
     random = np.random.default_rng([recipe.run.seed, step])
     tokens = random.integers(1, recipe.model.vocab_size, (rows, length + 1))
-    # Half of the tokens follow from the one before, so that there is something to learn.
+    # Half of the tokens are determined by the one before, so that the model can learn something.
     followers = tokens[:, 1::2]
     followers[:] = tokens[:, 0::2][:, : followers.shape[1]] * 7 % (recipe.model.vocab_size - 1) + 1
     tokens[random.random(tokens.shape) < 4 / length] = _EOD_ID
@@ -141,14 +141,14 @@ def global_batch(recipe: Recipe, step: int) -> tuple[np.ndarray, np.ndarray]:
     mask = (random.random((rows, length)) < density).astype(np.float32)
     size = recipe.batch.micro_batch_size
     if rows >= 4 * size:
-        # The last but one: the first of a data rank only where each has no more than one.
+        # The last but one: it is a data rank's first micro-batch only if each has just one.
         mask[-2 * size : -size] = 0
     mask[-1, length // 4 : 3 * length // 4] = 0
     return tokens, mask
 
 
 def micro_batches(recipe: Recipe, step: int, dp_rank: int, dp_size: int) -> list[Batch]:
-    """The micro-batches of one data rank: every dp_size-th group of rows."""
+    """Return the micro-batches of one data rank: every dp_size-th group of rows."""
     tokens, mask = global_batch(recipe, step)
     size = recipe.batch.micro_batch_size
     return [
@@ -163,7 +163,7 @@ def micro_batches(recipe: Recipe, step: int, dp_rank: int, dp_size: int) -> list
 
 
 def _step(engine: Engine, recipe: Recipe, objective: Objective, step: int) -> list[float]:
-    """Loss, gradient norm, the norm of each parameter group, and the counts of `Work`."""
+    """Return loss, gradient norm, the norm of each parameter group, and the counts of `Work`."""
     takes_pairs = "pairs" in stage_of(recipe).source_kinds
     serve = preference_micro_batches if takes_pairs else micro_batches
     batches = serve(recipe, step, engine.layout.dp_rank, engine.layout.dp_size)

@@ -1,7 +1,7 @@
-"""Batches of pairs and pivots for parity: every split of a batch parts something in them.
+"""Batches of pairs and pivots for parity, in which every split of a batch separates related values.
 
-Answers begin and end anywhere, so context ranks share pairs; rows differ in their number of pairs;
-one micro-batch has none, as where a data rank has fewer rows than the others.
+Answers begin and end anywhere, so pairs span context ranks; rows differ in their number of pairs;
+one micro-batch has none, as when a data rank has fewer rows than the others.
 """
 
 import math
@@ -19,7 +19,7 @@ _PIVOT_SHARE = 0.3
 
 
 def preference_micro_batches(recipe: Recipe, step: int, dp_rank: int, dp_size: int) -> list[Batch]:
-    """The micro-batches of one data rank: every dp_size-th group of rows."""
+    """Return the micro-batches of one data rank: every dp_size-th group of rows."""
     rows, tokens_per_pair = _global_rows(recipe, step)
     size = recipe.batch.micro_batch_size
     places = [
@@ -43,7 +43,8 @@ def preference_micro_batches(recipe: Recipe, step: int, dp_rank: int, dp_size: i
 
 
 def _global_rows(recipe: Recipe, step: int) -> tuple[Rows, float]:
-    """Rows of a step, the same for every layout, and the mean number of chosen loss tokens."""
+    """Return rows of a step, the same for every layout, and the mean number of chosen loss
+    tokens."""
     num_rows, length = recipe.batch.global_batch_size, recipe.data.sequence_length
     random = np.random.default_rng([recipe.run.seed, step])
     rows = Rows.empty(num_rows, length, have_pairs=True)
@@ -51,8 +52,8 @@ def _global_rows(recipe: Recipe, step: int) -> tuple[Rows, float]:
     rows.tokens[:], rows.labels[:], rows.weights[:] = tokens[:, :-1], tokens[:, 1:], 0
     size = recipe.batch.micro_batch_size
     for row in range(num_rows):
-        # The last but one micro-batch: the first of a data rank only where each has no more than
-        # one, and there a step without any weight on a rank is not what is asked.
+        # The last but one micro-batch: it is a data rank's first only if each has just one, and a
+        # step without any weight on a rank is not what this tests.
         if num_rows < 4 * size or not num_rows - 2 * size <= row < num_rows - size:
             _fill(rows.cut(row, 0, length), random, recipe.model.vocab_size)
     pairs = rows.pair_columns
@@ -61,7 +62,7 @@ def _global_rows(recipe: Recipe, step: int) -> tuple[Rows, float]:
 
 
 def _fill(row: Rows, random: np.random.Generator, vocab_size: int) -> None:
-    """Pairs and pivots until the row is nearly full."""
+    """Add pairs and pivots until the row is nearly full."""
     length, place, pair = row.tokens.size, 0, 0
     longest = max(_SHORTEST + 1, length // 4)
     while True:
@@ -84,7 +85,7 @@ def _fill(row: Rows, random: np.random.Generator, vocab_size: int) -> None:
 
 
 def _add_pair(row: Rows, pair: int, sizes: np.ndarray, random: np.random.Generator) -> int:
-    """Two sequences that share a prompt; the loss covers most of what follows it."""
+    """Add two sequences that share a prompt; the loss covers most of what follows it."""
     prompt = int(random.integers(1, sizes.min() - 1))
     begins = (0, int(sizes[0]))
     for side, begin in enumerate(begins):
@@ -99,7 +100,7 @@ def _add_pair(row: Rows, pair: int, sizes: np.ndarray, random: np.random.Generat
 
 
 def _add_pivots(row: Rows, pair: int, random: np.random.Generator, vocab_size: int) -> int:
-    """A sequence with second labels at up to three places."""
+    """Add a sequence with alternative labels at up to three positions."""
     positions = np.sort(random.choice(row.tokens.size, random.integers(1, 4), replace=False))
     row.weights[positions] = 1
     row.pair_columns.segment_ids[0, positions] = 2 * (pair + np.arange(positions.size))

@@ -1,8 +1,8 @@
-"""Whether the machines of a run are fit for it, before the run: every rank against its peers.
+"""Check the machines of a run before it starts, by comparing every rank with its peers.
 
-One decision: nothing is compared with a table of what a GPU should do. Ranks of a run do the same
-work, so a rank that differs from most, or reaches less than half of the median, is what slows down
-or ends a run, whatever the hardware is.
+Measurements are not compared with a table of expected GPU performance. Ranks of a run do the same
+work, so a rank that differs from most, or reaches less than half of the median, would slow down or
+end the run on any hardware.
 """
 
 from collections import Counter
@@ -27,24 +27,24 @@ from phi4.verify.preflight_speed import (
 )
 
 _SLOW = 0.5
-"""Share of the median below which a rank is named."""
+"""Fraction of the median below which a rank is reported."""
 _OCCUPIED = 0.9
-"""Share of a GPU's memory that is free where nobody else uses it."""
+"""Fraction of a GPU's memory that must be free: less means that another process uses it."""
 _SAVED_BYTES_PER_PARAMETER = 14
-"""Weights in bf16, and master weights and two moments in fp32."""
+"""bf16 weights, and fp32 master weights and two moments."""
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """All that one rank found.
+    """All facts and measurements of one rank.
 
     Attributes:
-        program: code, packages, recipe.
-        device: GPU or CPU.
-        free_memory_bytes: of the host.
-        free_disk_bytes: where run.dir is.
-        shared: what is wrong with the shared directory; empty where it is fine.
-        matmul_tflops: of the device.
-        link_gbytes_per_second: to the better neighbour; 0 without one.
+        program: code, packages and recipe.
+        device: the rank's GPU or CPU.
+        free_memory_bytes: free memory of the host.
+        free_disk_bytes: free space in run.dir.
+        shared: problem of the shared directory; empty if there is none.
+        matmul_tflops: matrix product throughput of the device.
+        link_gbytes_per_second: bandwidth to the better neighbour; 0 without one.
     """
 
     program: Program
@@ -61,12 +61,12 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 class Preflight(msgspec.Struct, frozen=True):
-    """What all ranks found together.
+    """Result of the preflight over all ranks.
 
     Attributes:
-        facts: by rank.
+        facts: facts by rank.
         all_reduce_gbytes_per_second: bus bandwidth over all ranks; 0 for one.
-        failures: one line for each thing that is wrong.
+        failures: one line per problem.
     """
 
     facts: list[Facts]
@@ -75,7 +75,7 @@ class Preflight(msgspec.Struct, frozen=True):
 
 
 def preflight(recipe: Recipe, platform: Platform, tick: Callable[[], None]) -> Preflight:
-    """Look at this rank's machine, and compare with the others.
+    """Examine this rank's machine, and compare with the others.
 
     Args:
         recipe: the run.
@@ -110,11 +110,11 @@ def preflight(recipe: Recipe, platform: Platform, tick: Callable[[], None]) -> P
 
 
 def failures(everyone: Sequence[Facts], needed_disk_bytes: int) -> list[str]:
-    """One line for each thing that is wrong, with rank and host.
+    """Return one line per problem, with rank and host.
 
     Args:
-        everyone: what the ranks found.
-        needed_disk_bytes: for one checkpoint with the optimizer's state.
+        everyone: facts of all ranks.
+        needed_disk_bytes: space for one checkpoint with the optimizer's state.
     """
     lines = differences([facts.program for facts in everyone])
     lines += [f"{facts.where}: {facts.shared}" for facts in everyone if facts.shared]
@@ -125,10 +125,10 @@ def failures(everyone: Sequence[Facts], needed_disk_bytes: int) -> list[str]:
         device = facts.device
         if device.driver and device.free_bytes < _OCCUPIED * device.total_bytes:
             gib = f"{device.free_bytes / 2**30:.0f} of {device.total_bytes / 2**30:.0f} GiB"
-            lines.append(f"{facts.where}: {gib} of device memory are free; another process has it")
+            lines.append(f"{facts.where}: {gib} of device memory are free; another process uses it")
         if facts.free_disk_bytes < needed_disk_bytes:
             lines.append(
-                f"{facts.where}: {facts.free_disk_bytes / 1e9:.1f} GB free for run.dir, one "
+                f"{facts.where}: {facts.free_disk_bytes / 1e9:.1f} GB free for run.dir, but one "
                 f"checkpoint needs {needed_disk_bytes / 1e9:.1f} GB"
             )
     for name, unit, get in _COMPARED:
@@ -138,7 +138,7 @@ def failures(everyone: Sequence[Facts], needed_disk_bytes: int) -> list[str]:
 
 _COMPARED: tuple[tuple[str, str, Callable[[Facts], float]], ...] = (
     ("matrix products", "TFLOP/s", lambda facts: facts.matmul_tflops),
-    ("link to its neighbours", "GB/s", lambda facts: facts.link_gbytes_per_second),
+    ("bandwidth to its neighbours", "GB/s", lambda facts: facts.link_gbytes_per_second),
     ("free host memory", "GiB", lambda facts: facts.free_memory_bytes / 2**30),
 )
 
@@ -147,7 +147,7 @@ def _unlike_most(everyone: Sequence[Facts], what: str) -> list[str]:
     values = Counter(getattr(facts.device, what) for facts in everyone)
     (most, _), *_ = values.most_common(1)
     return [
-        f"{facts.where}: device {what.replace('_', ' ')} is {value}, of most ranks {most}"
+        f"{facts.where}: device {what.replace('_', ' ')} is {value}, but {most} on most ranks"
         for facts in everyone
         if (value := getattr(facts.device, what)) != most
     ]

@@ -1,4 +1,4 @@
-"""What one rank finds out about its machine without the others: device, memory, disk."""
+"""Collect facts about one rank's machine, without communication: device, memory, disk."""
 
 import shutil
 import subprocess
@@ -18,14 +18,14 @@ class Device(msgspec.Struct, frozen=True):
     """The device of one rank.
 
     Attributes:
-        name: as the driver calls it; `cpu` without one.
-        driver: its version; empty on the CPU.
+        name: device name as reported by the driver; `cpu` without a GPU.
+        driver: driver version; empty on the CPU.
         max_clock_mhz: highest clock that the driver allows; 0 where unknown.
-        clock_mhz: at the moment.
+        clock_mhz: current clock.
         celsius: temperature.
-        free_bytes: of its memory; on the CPU what the host has available.
-        total_bytes: of its memory.
-        trouble: why the driver could not be asked; empty where it could.
+        free_bytes: free device memory; on the CPU the host's available memory.
+        total_bytes: total device memory.
+        trouble: why the driver could not be queried; empty if it could.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Device(msgspec.Struct, frozen=True):
 
 
 def device_facts(platform: Platform) -> Device:
-    """The device of this rank, before anything of the run is on it."""
+    """Return the device of this rank, before the run has allocated anything on it."""
     if platform.kind == "cpu":
         memory = psutil.virtual_memory()
         return Device("cpu", free_bytes=memory.available, total_bytes=memory.total)
@@ -47,7 +47,7 @@ def device_facts(platform: Platform) -> Device:
     free, total = torch.cuda.mem_get_info(platform.device)
     device = Device(properties.name, free_bytes=free, total_bytes=total)
     try:
-        # By uuid: nvidia-smi does not follow CUDA_VISIBLE_DEVICES.
+        # By uuid: nvidia-smi ignores CUDA_VISIBLE_DEVICES.
         answer = subprocess.run(
             [
                 "nvidia-smi",
@@ -66,15 +66,15 @@ def device_facts(platform: Platform) -> Device:
 
 
 def with_answer(device: Device, answer: str) -> Device:
-    """What nvidia-smi said of a device.
+    """Return the device with values from nvidia-smi.
 
     Args:
-        device: as torch sees it.
-        answer: one line of comma-separated values; a value that is not there reads [N/A].
+        device: the device as reported by torch.
+        answer: one line of comma-separated values; a missing value is [N/A].
     """
     values = [value.strip() for value in answer.strip().split(",")]
     if len(values) != len(_QUERY):
-        return msgspec.structs.replace(device, trouble=f"nvidia-smi said {answer.strip()!r}")
+        return msgspec.structs.replace(device, trouble=f"nvidia-smi printed {answer.strip()!r}")
     driver, *numbers = values
     max_clock, clock, celsius = (int(n) if n.isdecimal() else 0 for n in numbers)
     return msgspec.structs.replace(
@@ -83,11 +83,11 @@ def with_answer(device: Device, answer: str) -> Device:
 
 
 def free_disk_bytes(directory: Path) -> int:
-    """Free bytes where a directory is, or will be once it is made."""
+    """Return free bytes at a directory that may not exist yet."""
     return shutil.disk_usage(existing_part(directory)).free
 
 
 def existing_part(directory: Path) -> Path:
-    """The directory, or the nearest one above it that is there."""
+    """Return the directory, or its nearest existing parent."""
     whole = directory.absolute()
     return next(path for path in (whole, *whole.parents) if path.is_dir())

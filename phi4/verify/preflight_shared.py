@@ -1,4 +1,4 @@
-"""Whether the directory of a run is one and the same for all ranks, and all can write to it."""
+"""Check that run.dir is the same shared directory for all ranks, and writable by all."""
 
 import secrets
 import shutil
@@ -18,15 +18,15 @@ _POLL_SECONDS = 0.1
 def shared_directory_trouble(
     platform: Platform, run_dir: Path, *, seconds: float = VISIBILITY_SECONDS
 ) -> str:
-    """What is wrong with it for this rank; empty where nothing is.
+    """Return the problem that this rank has with it; empty if there is none.
 
-    Rank 0 makes a directory where run.dir is or will be, every rank writes a file there, and rank 0
-    must see it. The directory is removed again.
+    Rank 0 creates a directory at run.dir or its nearest existing parent, every rank writes a file
+    there, and rank 0 must see it. The directory is removed again.
 
     Args:
         platform: this process.
-        run_dir: need not be there yet.
-        seconds: how long a rank waits for what another one wrote.
+        run_dir: directory that may not exist yet.
+        seconds: how long a rank waits for another's file.
 
     Raises:
         PlatformError: rank 0 cannot write there; on every rank.
@@ -53,7 +53,7 @@ def shared_directory_trouble(
         return found
 
     if platform.rank in decided_by_writer(platform, unseen):
-        return f"wrote {own}, which rank 0 does not see; run.dir needs a shared file system"
+        return f"wrote {own}, but rank 0 does not see it; run.dir needs a shared file system"
     return trouble
 
 
@@ -61,7 +61,8 @@ def _written(own: Path, seconds: float) -> str:
     try:
         if not _appears(own.parent, seconds):
             return (
-                f"does not see {own.parent}, which rank 0 made; run.dir needs a shared file system"
+                f"does not see {own.parent}, which rank 0 created; run.dir needs a shared file "
+                f"system"
             )
         own.write_text(socket.gethostname())
     except OSError as error:

@@ -1,4 +1,5 @@
-"""How fast this rank's device multiplies, and how fast its links are. A few seconds at most."""
+"""Measure matrix product throughput of this rank's device and bandwidth of its links, in
+seconds."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ _CUDA_BYTES, _CPU_BYTES = 64 << 20, 4 << 20
 
 
 def matmul_tflops(platform: Platform) -> float:
-    """TFLOP/s of the best of a few square products, bf16 on CUDA and fp32 on the CPU."""
+    """Return the best TFLOP/s of a few square products, bf16 on CUDA and fp32 on the CPU."""
     is_cuda = platform.kind == "cuda"
     size = _CUDA_SIZE if is_cuda else _CPU_SIZE
     dtype = torch.bfloat16 if is_cuda else torch.float32
@@ -23,7 +24,7 @@ def matmul_tflops(platform: Platform) -> float:
 
 
 def all_reduce_gbytes_per_second(platform: Platform) -> float:
-    """Bus bandwidth of an all-reduce over all ranks, GB/s; the same for all.
+    """Return the bus bandwidth of an all-reduce over all ranks, GB/s; the same on all.
 
     Collectives: a few all-reduces over all ranks, of 64 MiB on CUDA and 4 MiB on the CPU.
     """
@@ -34,10 +35,10 @@ def all_reduce_gbytes_per_second(platform: Platform) -> float:
 
 
 def link_gbytes_per_second(platform: Platform) -> float:
-    """Bandwidth of an exchange with a neighbour, GB/s; the better one of its two neighbours.
+    """Return the bandwidth of an exchange with a neighbour, GB/s: the better of its two neighbours.
 
-    A rank beside one with a slow link has another neighbour, so it is not blamed. Of three ranks or
-    fewer, and at the end of an odd number, a rank may have but one.
+    A rank next to one with a slow link also has another neighbour, so it is not blamed. With three
+    ranks or fewer, and at the end of an odd number, a rank may have only one.
 
     Collectives: sends and receives between neighbours, as many bytes as `all_reduce`.
     """
@@ -60,7 +61,7 @@ def link_gbytes_per_second(platform: Platform) -> float:
 
 
 def _partner(rank: int, first: int, world_size: int) -> int | None:
-    """Who this rank exchanges with in a round; None where it is left over."""
+    """Return the partner of this rank in a round, or None if it has none."""
     if first and world_size % 2 == 0:
         return (rank + (1 if rank % 2 else -1)) % world_size if world_size > 2 else None
     peer = rank + 1 if (rank - first) % 2 == 0 else rank - 1
@@ -73,7 +74,8 @@ def _payload(platform: Platform) -> torch.Tensor:
 
 
 def _best_seconds(platform: Platform, act: Callable[[], object]) -> float:
-    """Of a few repeats; the first one, which may compile or connect, does not count."""
+    """Return the best time of a few repeats; the first one, which may compile or connect, is
+    ignored."""
     seconds = []
     for _ in range(1 + _REPEATS):
         begun = time.perf_counter()

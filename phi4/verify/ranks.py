@@ -1,4 +1,4 @@
-"""Cases of different sizes one after the other on the same processes."""
+"""Run cases of different sizes one after the other on the same processes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ def run_in_turn(
     kind: Literal["cpu", "cuda"],
     work_dir: Path,
 ) -> None:
-    """Run the cases as this rank; ranks beyond a case's size sit it out.
+    """Run the cases as this rank; ranks beyond a case's size skip it.
 
     Args:
         cases: the same on every rank.
-        rank: of this process; on CUDA also its device.
-        run: one case on this rank.
-        kind: where to.
-        work_dir: the ranks meet under it.
+        rank: rank of this process; on CUDA also its device.
+        run: runs one case on this rank.
+        kind: cpu or cuda.
+        work_dir: rendezvous directory.
 
     Collectives: those of `run`, in a process group of each case's own.
     """
@@ -48,7 +48,7 @@ def run_in_turn(
 def within_devices(
     cases: Sequence[LayoutCase], kind: Literal["cpu", "cuda"]
 ) -> tuple[list[LayoutCase], dict[str, str]]:
-    """Cases that this machine has devices for, and for the others what they need."""
+    """Return cases that this machine has enough devices for, and for the others what they need."""
     available = torch.cuda.device_count() if kind == "cuda" else max(c.world_size for c in cases)
     missing = {
         case.name: f"{case.world_size} processes need as many CUDA devices, found {available}"

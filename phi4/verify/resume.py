@@ -1,7 +1,7 @@
-"""A run that stops and resumes against one that does not, in the same layout: bit by bit.
+"""Compare a run that stops and resumes with an uninterrupted one in the same layout, bit by bit.
 
-The straight run saves half way; that checkpoint is the start of a second run directory, which a new
-set of processes takes to the same last step.
+The uninterrupted run saves half way; a second run directory starts from that checkpoint, and new
+processes train it to the same last step.
 """
 
 import shutil
@@ -19,16 +19,16 @@ COMPARED = ("loss", "grad_norm", "learning_rate", "consumed_tokens")
 
 @dataclass(frozen=True)
 class ResumeReport:
-    """What the two runs recorded for the steps after the resumption."""
+    """Records of both runs for the steps after the resume."""
 
     first_step: int
     last_step: int
     differences: tuple[str, ...]
-    """`step 12: loss 5.1 straight, 5.2 resumed`, empty when bit-identical."""
+    """`step 12: loss 5.1 straight, 5.2 resumed`; empty when bit-identical."""
 
 
 def straight_recipe(recipe: Recipe, steps: int, work_dir: Path) -> Recipe:
-    """The recipe for `steps` steps in one go, saving half way.
+    """Return the recipe for `steps` uninterrupted steps, saving half way.
 
     Raises:
         ConfigError: fewer than two steps.
@@ -48,7 +48,8 @@ def straight_recipe(recipe: Recipe, steps: int, work_dir: Path) -> Recipe:
 
 
 def resumed_recipe(straight: Recipe, work_dir: Path) -> Recipe:
-    """The recipe of the run that goes on from the middle, and its directory with the checkpoint."""
+    """Return the recipe of the run that resumes half way; create its directory with the
+    checkpoint."""
     middle = checkpoint_name(straight.checkpoint.every)
     run_dir = work_dir / "resumed"
     shutil.copytree(checkpoints_dir(straight.run.dir) / middle, checkpoints_dir(run_dir) / middle)
@@ -56,7 +57,7 @@ def resumed_recipe(straight: Recipe, work_dir: Path) -> Recipe:
 
 
 def compare_runs(straight: Recipe, resumed: Recipe) -> ResumeReport:
-    """Compare the records of the steps after the middle."""
+    """Compare the records of the steps after the resume."""
     before = {m["step"]: m for m in read_metrics(Path(straight.run.dir) / METRICS_FILE)}
     after = {m["step"]: m for m in read_metrics(Path(resumed.run.dir) / METRICS_FILE)}
     steps = range(straight.checkpoint.every + 1, straight.run.steps + 1)

@@ -53,10 +53,16 @@ def test_equal_machines_have_no_failures() -> None:
         ({"free_bytes": 30 << 30}, "rank 5 on n2: 30 of 80 GiB of device memory are free"),
         ({"trouble": "nvidia-smi: not found"}, "rank 5 on n2: nvidia-smi: not found"),
         ({"free_memory_bytes": 300 << 30}, "rank 5 on n2: free host memory 300.00 GiB, below half"),
-        ({"free_disk_bytes": 10**8}, "rank 5 on n2: 0.1 GB free for run.dir, one checkpoint needs"),
+        (
+            {"free_disk_bytes": 10**8},
+            "rank 5 on n2: 0.1 GB free for run.dir, but one checkpoint needs",
+        ),
         ({"shared": "cannot write /x"}, "rank 5 on n2: cannot write /x"),
         ({"matmul_tflops": 250.0}, "rank 5 on n2: matrix products 250.00 TFLOP/s, below half"),
-        ({"link_gbytes_per_second": 3.0}, "rank 5 on n2: link to its neighbours 3.00 GB/s, below"),
+        (
+            {"link_gbytes_per_second": 3.0},
+            "rank 5 on n2: bandwidth to its neighbours 3.00 GB/s, below",
+        ),
     ],
 )
 def test_unfit_rank_is_named_with_its_host(changes: dict[str, object], said: str) -> None:
@@ -116,4 +122,4 @@ def test_rank_that_does_not_see_the_directory_says_so(pool, tmp_path: Path) -> N
 
 def test_rank_whose_file_rank_0_does_not_see_says_so(pool, tmp_path: Path) -> None:
     found = [trouble for trouble, _ in pool.run(_shared, tmp_path, 0)]
-    assert "which rank 0 does not see" in found[1] and "which rank 0 does not see" in found[2]
+    assert "but rank 0 does not see it" in found[1] and "but rank 0 does not see it" in found[2]

@@ -1,4 +1,4 @@
-"""Runs on a Slurm cluster: the sbatch script, its submission, and what became of it."""
+"""Runs on a Slurm cluster: the sbatch script, its submission, and the state of jobs."""
 
 from phi4.launch.slurm.fitting import require_fit
 from phi4.launch.slurm.jobs import JobAttempt, RunStatus, attempts, cancel, log_paths, status

@@ -1,6 +1,6 @@
-"""Slurm's command line clients: every call has a time limit, every failure is one line.
+"""Calls to Slurm's command line clients, each with a time limit and one-line errors.
 
-Only the clients are used: they are on every cluster, slurmrestd and the libraries are not.
+Only the clients are used, because they exist on every cluster; slurmrestd and the libraries do not.
 """
 
 import re
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from phi4.errors import PlatformError
 
 CLIENT_SECONDS = 60.0
-"""A controller that fails over answers within its SlurmctldTimeout, half a minute on most sites."""
+"""A controller that fails over responds within its SlurmctldTimeout, half a minute on most
+sites."""
 
 _SOON_SECONDS = 5.0
-"""For a question of a run that has little time left."""
+"""For a query from a run that has little time left."""
 
-# What a job can end as. All others pass: SIGNALING, COMPLETING, REQUEUED, CONFIGURING, ...
+# Final states of a job. All others are transient: SIGNALING, COMPLETING, REQUEUED, CONFIGURING, ...
 _ENDED = frozenset(
     [
         "COMPLETED",
@@ -33,7 +34,7 @@ _ENDED = frozenset(
 
 @dataclass(frozen=True)
 class SlurmPartition:
-    """A partition as sinfo shows it."""
+    """A partition as reported by sinfo."""
 
     name: str
     num_nodes: int
@@ -41,7 +42,7 @@ class SlurmPartition:
 
 @dataclass(frozen=True)
 class JobState:
-    """What the controller says of a job."""
+    """State of a job as reported by the controller."""
 
     state: str
     """RUNNING, PENDING, COMPLETED, FAILED, CANCELLED, ..."""
@@ -60,14 +61,14 @@ class JobState:
 
 
 def call(*words: str, seconds: float = CLIENT_SECONDS) -> str:
-    """Output of a client.
+    """Return the output of a client.
 
     Args:
-        words: of the command.
-        seconds: how long it may take.
+        words: words of the command.
+        seconds: time limit.
 
     Raises:
-        PlatformError: it is not on this machine, failed, or did not answer.
+        PlatformError: the client is not installed, failed, or did not respond in time.
     """
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
@@ -78,7 +79,7 @@ def call(*words: str, seconds: float = CLIENT_SECONDS) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise PlatformError(
-            f"{words[0]} did not answer in {seconds:.0f} s; see whether sinfo answers"
+            f"{words[0]} did not respond within {seconds:.0f} s; check whether sinfo responds"
         ) from None
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
@@ -87,22 +88,23 @@ def call(*words: str, seconds: float = CLIENT_SECONDS) -> str:
 
 
 def version() -> tuple[int, int]:
-    """Slurm's version, for example (22, 5).
+    """Return Slurm's version, for example (22, 5).
 
     Raises:
-        PlatformError: as `call`, or its answer names no version.
+        PlatformError: as `call`, or its output has no version.
     """
     text = call("sbatch", "--version")
     found = re.search(r"(\d+)\.(\d+)", text)
     if not found:
         raise PlatformError(
-            f"sbatch --version says {text.strip()!r}, which names no version; is it Slurm's?"
+            f"sbatch --version printed {text.strip()!r}, which has no version; check that it is "
+            f"Slurm's sbatch"
         )
     return int(found[1]), int(found[2])
 
 
 def partitions() -> dict[str, SlurmPartition]:
-    """All partitions by name.
+    """Return all partitions by name.
 
     Raises:
         PlatformError: as `call`.
@@ -117,7 +119,7 @@ def partitions() -> dict[str, SlurmPartition]:
 
 
 def default_partition() -> str | None:
-    """The partition of a job that names none."""
+    """Return the partition of a job that specifies none."""
     for line in call("sinfo", "-h", "-o", "%P").splitlines():
         if line.strip().endswith("*"):
             return line.strip()[:-1]
@@ -125,11 +127,12 @@ def default_partition() -> str | None:
 
 
 def job_state(job: str, *, seconds: float = CLIENT_SECONDS) -> JobState | None:
-    """State of a job, or of a task of an array; None when the controller has forgotten it.
+    """Return the state of a job, or of a task of an array; None if the controller no longer knows
+    it.
 
     Args:
         job: its id.
-        seconds: how long the controller may take.
+        seconds: time limit of the controller's response.
 
     Raises:
         PlatformError: as `call`, for another reason.
@@ -138,7 +141,7 @@ def job_state(job: str, *, seconds: float = CLIENT_SECONDS) -> JobState | None:
 
 
 def job_states(job: str, *, seconds: float = CLIENT_SECONDS) -> list[JobState]:
-    """States of the tasks of a job array; those that wait may be one entry together.
+    """Return states of the tasks of a job array; pending ones may share an entry.
 
     Raises:
         PlatformError: as `job_state`.
@@ -165,16 +168,16 @@ def _job_state(line: str) -> JobState:
 
 
 def was_preempted(job: str) -> bool | None:
-    """Of a job whose ranks were told to end: whether the cluster starts it again.
+    """Return, for a job whose ranks were told to end, whether the cluster starts it again.
 
-    Slurm says so of a preemption. A job that goes on running had a notice of its time limit or of a
-    preemption to come, and its script requeues it. Any other was cancelled.
+    Slurm reports a preemption. A job that keeps running had a notice of its time limit or of a
+    coming preemption, and its script requeues it. Any other was cancelled.
 
     Args:
         job: its id; empty outside Slurm.
 
     Returns:
-        None outside Slurm, and where the controller does not answer at once.
+        None outside Slurm, and if the controller does not respond at once.
     """
     if not job:
         return None

@@ -1,4 +1,4 @@
-"""Whether a recipe runs on every number of nodes that Slurm may choose."""
+"""Check that a recipe runs on every number of nodes that Slurm may choose."""
 
 from collections.abc import Sequence
 
@@ -16,9 +16,9 @@ def require_fit(
     tasks_per_node: int,
     stage_violations: Sequence[str] = (),
 ) -> None:
-    """Refuse a request that some number of nodes cannot run.
+    """Raise an error for a request that does not run on some allowed number of nodes.
 
-    The global batch stays what it is, so the data-parallel size must divide it on every count.
+    The global batch is fixed, so the data-parallel size must divide it for every count.
 
     Raises:
         LayoutError: names the first count that fails, why, and the counts that work.
@@ -33,7 +33,7 @@ def require_fit(
     failing = next((count for count in nodes.counts if broken(count)), None)
     if failing is None:
         return
-    # Beyond the batch there is nothing left to share out.
+    # A larger data-parallel size than the batch leaves ranks without rows.
     most = max(nodes.most, recipe.batch.global_batch_size * recipe.parallel.model_parallel_size)
     fitting = [count for count in range(1, min(most, _TRIED_COUNTS) + 1) if not broken(count)]
     raise LayoutError(
@@ -44,7 +44,7 @@ def require_fit(
 
 def _remedy(recipe: Recipe, nodes: NodeRange, fitting: list[int]) -> str:
     if recipe.parallel.data and nodes.least != nodes.most:
-        return "parallel.data=0 takes what the nodes leave"
+        return "parallel.data=0 uses all available nodes"
     if not fitting:
         return "no number of nodes works; change the ranks per node or the layout"
     shown = ", ".join(map(str, fitting[:12])) + (", ..." if len(fitting) > 12 else "")

@@ -1,4 +1,4 @@
-"""The jobs of a run: what became of them, their output, their end."""
+"""The Slurm jobs of a run: status, history, output, and cancellation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,14 @@ class AttemptLine(msgspec.Struct, frozen=True):
     """train; at its end requeue, cancel or end."""
     why: str
     step: int
-    """Of the newest checkpoint."""
+    """Step of the newest checkpoint."""
     nodes: str
 
 
 @dataclass(frozen=True)
 class JobAttempt:
-    """One attempt; the end is None while it runs, and where the script could not write it (the
-    first node was lost, or Slurm killed the job without notice)."""
+    """One attempt; the end is None while it runs, and if the script could not record it (the first
+    node was lost, or Slurm killed the job without notice)."""
 
     start: AttemptLine
     end: AttemptLine | None
@@ -39,23 +39,23 @@ class JobAttempt:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What is known of a run's newest job."""
+    """Known state of a run's newest job."""
 
     run_dir: Path
     submission: Submission
     job: clients.JobState | None
-    """None: Slurm has forgotten it."""
+    """None if Slurm no longer knows the job."""
     step: int
-    """Of the newest checkpoint."""
+    """Step of the newest checkpoint."""
     attempts: int
 
 
 def status(run_dir: Path) -> RunStatus:
-    """The newest job of a run.
+    """Return the status of a run's newest job.
 
     Raises:
-        ConfigError: nothing was submitted for it.
-        PlatformError: Slurm does not answer.
+        ConfigError: no job was submitted for it.
+        PlatformError: Slurm does not respond.
     """
     submission = newest(run_dir)
     checkpoint = latest_checkpoint(checkpoints_dir(run_dir))
@@ -69,7 +69,7 @@ def status(run_dir: Path) -> RunStatus:
 
 
 def newest(run_dir: Path) -> Submission:
-    """The newest submission.
+    """Return the newest submission.
 
     Raises:
         ConfigError: there is none.
@@ -84,7 +84,7 @@ def newest(run_dir: Path) -> Submission:
 
 
 def attempts(run_dir: Path) -> list[JobAttempt]:
-    """Every attempt of every job of the run, the oldest first."""
+    """Return every attempt of every job of the run, oldest first."""
     lines: list[AttemptLine] = read_lines(run_dir / SLURM_DIR / ATTEMPTS_FILE, AttemptLine)
     ends = {(line.job, line.attempt): line for line in lines if line.event == "end"}
     starts = [line for line in lines if line.event == "start"]
@@ -92,33 +92,34 @@ def attempts(run_dir: Path) -> list[JobAttempt]:
 
 
 def cancel(run_dir: Path, *, save: bool) -> str:
-    """End the newest job.
+    """Cancel the newest job.
 
     Args:
-        run_dir: of the run.
+        run_dir: run directory of the run.
         save: let a running job save first.
 
     Returns:
-        What was done, a line.
+        A line that says what was done.
 
     Raises:
-        ConfigError: there is no job that could be ended.
-        PlatformError: Slurm does not answer.
+        ConfigError: there is no job to cancel.
+        PlatformError: Slurm does not respond.
     """
     submission = newest(run_dir)
     state = clients.job_state(submission.job)
     if state is None or not state.is_active:
-        said = "is forgotten by Slurm" if state is None else f"is {state.state}"
+        said = "is no longer known to Slurm" if state is None else f"is {state.state}"
         raise ConfigError(f"job {submission.job} of {run_dir} {said}; there is nothing to cancel")
     if save and state.state == "RUNNING":
         (run_dir / STOP_FILE).touch()
-        return f"job {submission.job} saves its step and ends; it is CANCELLED then"
+        return f"job {submission.job} saves its step and then ends as CANCELLED"
     clients.call("scancel", submission.job)
     return f"job {submission.job} is cancelled"
 
 
 def log_paths(run_dir: Path, rank: int) -> list[Path]:
-    """Output of the newest job's script, then of a rank in its newest attempt; those that exist."""
+    """Return existing paths of the newest job's output: its script's, then a rank's in its newest
+    attempt."""
     directory, job = run_dir / SLURM_DIR, newest(run_dir).job
     numbers = [a.start.attempt for a in attempts(run_dir) if a.start.job == job]
     paths = [directory / f"{job}.out"]

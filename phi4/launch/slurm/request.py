@@ -1,4 +1,4 @@
-"""What a user asks of Slurm for one run, as plain values."""
+"""The user's request for a Slurm job, as plain values."""
 
 import re
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ RankStarter = Literal["srun", "torchrun"]
 
 @dataclass(frozen=True)
 class NodeRange:
-    """How many nodes a job may get; Slurm picks any count in between, at every start anew."""
+    """Number of nodes of a job; Slurm picks any count in the range at every start."""
 
     least: int
     most: int
 
     @classmethod
     def parse(cls, text: str) -> "NodeRange":
-        """`4` or `2-4`.
+        """Parse `4` or `2-4`.
 
         Raises:
             ConfigError: it is neither, or the range is empty.
@@ -33,19 +33,19 @@ class NodeRange:
 
     @property
     def counts(self) -> range:
-        """Every count that Slurm may pick."""
+        """Return every count that Slurm may pick."""
         return range(self.least, self.most + 1)
 
 
 def limit_seconds(text: str) -> int:
-    """Slurm's time limit: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:...].
+    """Parse Slurm's time limit: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:...].
 
     Raises:
         ConfigError: it is none of these.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
-        raise ConfigError(f"--time={text} is no time limit; give 24:00:00, 90 (minutes) or 2-00")
+        raise ConfigError(f"--time={text} is not a time limit; give 24:00:00, 90 (minutes) or 2-00")
     days, *rest = match.groups()
     numbers = [int(part) for part in rest if part is not None]
     if days is not None:
@@ -59,12 +59,12 @@ def limit_seconds(text: str) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """An environment variable of the ranks; the user's own value wins."""
+    """An environment variable of the ranks; a value set by the user has precedence."""
 
     name: str
     value: str
     reason: str
-    """One line, the comment above it in the script."""
+    """One line, used as the comment above it in the script."""
 
 
 @dataclass(frozen=True)
@@ -77,29 +77,29 @@ class ArrayTask:
 
 @dataclass(frozen=True)
 class SlurmRequest:
-    """One job: what it runs, on what, and how often it may fail.
+    """A job request: program, resources, and retry limit.
 
     Attributes:
-        written_by: the command line that asked for it, for the reader of the script.
-        run_dir: of the recipe, relative to the directory of submission where it is relative there;
-            of an array the directory of its script.
+        written_by: the command line that produced it, shown in the script.
+        run_dir: from the recipe, relative to the directory of submission if it is relative there;
+            for an array the directory of its script.
         last_step: run.steps; the job is finished when the newest checkpoint is of this step.
-        command: what every rank runs, in the words of the shell. The tasks of an array append the
-            recipe of their run.
-        nodes: how many machines.
-        tasks_per_node: ranks of a machine, one per GPU where there are GPUs.
-        gpus_per_node: 0 asks for none.
+        command: what every rank runs, as a shell command. The tasks of an array append the recipe
+            of their run.
+        nodes: number of machines.
+        tasks_per_node: ranks per machine, one per GPU if there are GPUs.
+        gpus_per_node: GPUs per machine; 0 requests none.
         starter: srun: one Slurm task per rank. torchrun: one task per node, which starts them.
-        signal_seconds: from the notice before the end of the time limit, or at a preemption, to
-            the kill.
-        max_retries: failures in a row, without a newer checkpoint, after which the job is not
+        signal_seconds: time between the notice (before the time limit, or at a preemption) and the
+            kill.
+        max_retries: consecutive failures without a newer checkpoint after which the job is not
             requeued.
         setup: shell lines run on the first node before the ranks start, for example `module load`.
         settings: environment variables of the ranks.
         container: image for `srun --container-image` (pyxis).
         container_mounts: for `srun --container-mounts`.
         cpus_per_task: None leaves it to the cluster.
-        sbatch: further options of sbatch, each a whole word such as `--qos=high`.
+        sbatch: further options of sbatch, each a single word such as `--qos=high`.
         tasks: runs of a job array, one task each; empty for a job of one run.
         parallel_tasks: tasks that may run at a time; None sets no limit.
     """

@@ -1,7 +1,7 @@
-"""The sbatch script of a run: short enough for the person on call to read.
+"""Generate the sbatch script of a run: short enough for the person on call to read.
 
-One decision: the script itself decides how the job ends. `--requeue` alone requeues a job only
-where Slurm ended it; a job whose ranks saved and left after a notice would be COMPLETED.
+The script itself decides how the job ends. `--requeue` alone requeues a job only if Slurm ended it;
+a job whose ranks saved and left after a notice would be COMPLETED.
 """
 
 import re
@@ -16,7 +16,7 @@ from phi4.rundir.names import CHECKPOINTS_DIR, LATEST_FILE, RECIPE_FILE, SLURM_D
 
 
 def script_text(request: SlurmRequest) -> str:
-    """The script, to be given to sbatch."""
+    """Return the script for sbatch."""
     is_torchrun = request.starter == "torchrun"
     node_part = (script_parts.TORCHRUN,) if is_torchrun else ()
     parts = (*script_parts.BEGINNING, *node_part, script_parts.MAIN)
@@ -43,12 +43,12 @@ def script_text(request: SlurmRequest) -> str:
 
 
 def _filled(text: str, values: Mapping[str, object]) -> str:
-    # `@{name}`: bash keeps its own dollars.
+    # `@{name}` as the placeholder, because bash uses dollar signs.
     return re.sub(r"@\{(\w+)\}", lambda match: str(values[match[1]]), text)
 
 
 def _run_part(request: SlurmRequest) -> str:
-    """The bash that says which run a job, or a task of an array, trains."""
+    """Return the bash that selects the run of a job, or of a task of an array."""
     values = {
         "run_dir": shlex.quote(request.run_dir),
         "last_step": request.last_step,
@@ -95,7 +95,8 @@ def _room_option(request: SlurmRequest) -> str:
     tasks = _slurm_tasks_per_node(request)
     if request.nodes.least == request.nodes.most:
         return f"--ntasks-per-node={tasks}"
-    # sbatch would take it for least * tasks tasks, and Slurm gives a job no more nodes than tasks.
+    # sbatch would interpret a range as least * tasks tasks, and Slurm gives a job no more nodes
+    # than tasks.
     return f"--mincpus={tasks * (request.cpus_per_task or 1)}"
 
 
@@ -106,12 +107,12 @@ def _slurm_tasks_per_node(request: SlurmRequest) -> int:
 def _srun_options(request: SlurmRequest) -> list[str]:
     tasks = _slurm_tasks_per_node(request)
     options = [
-        # A requeued job may have another number of nodes than the one that was submitted.
+        # A requeued job may have another number of nodes than the submitted one.
         f'--nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * {tasks}))',
         f"--ntasks-per-node={tasks} --kill-on-bad-exit=1",
     ]
     if request.cpus_per_task:
-        # Since Slurm 22.05 srun does not take it over from sbatch.
+        # Since Slurm 22.05 srun does not inherit it from sbatch.
         options.append(f"--cpus-per-task={request.cpus_per_task}")
     if request.container:
         mounts = (

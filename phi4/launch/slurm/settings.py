@@ -1,7 +1,7 @@
 """Environment variables of the ranks, by hardware and layout.
 
-What a site must set itself (network interfaces, NCCL plugins) belongs into --setup: wrong guesses
-here are slow or do not connect.
+Site-specific variables (network interfaces, NCCL plugins) belong in --setup: wrong guesses here are
+slow or do not connect.
 """
 
 from phi4.config import Recipe
@@ -9,10 +9,10 @@ from phi4.launch.slurm.request import Setting
 
 
 def rank_settings(recipe: Recipe, *, on_gpus: bool) -> tuple[Setting, ...]:
-    """The variables with the reason of each."""
+    """Return the variables with the reason for each."""
     settings = [
-        Setting("PYTHONUNBUFFERED", "1", "A killed rank must not take its last lines with it."),
-        Setting("PYTHONFAULTHANDLER", "1", "A rank that crashes says where."),
+        Setting("PYTHONUNBUFFERED", "1", "Keeps the last output lines of a killed rank."),
+        Setting("PYTHONFAULTHANDLER", "1", "A crashing rank prints its stack."),
         Setting("OMP_NUM_THREADS", str(recipe.run.threads), "run.threads of the recipe."),
     ]
     if not on_gpus:
@@ -23,7 +23,7 @@ def rank_settings(recipe: Recipe, *, on_gpus: bool) -> tuple[Setting, ...]:
             "expandable_segments:True",
             "Micro-batches of several sizes fragment the allocator's fixed segments.",
         ),
-        Setting("NCCL_DEBUG", "WARN", "NCCL names the link and the peer that failed."),
+        Setting("NCCL_DEBUG", "WARN", "NCCL logs the link and the peer that failed."),
         Setting(
             "TORCH_FR_BUFFER_SIZE",
             "2000",
@@ -35,8 +35,8 @@ def rank_settings(recipe: Recipe, *, on_gpus: bool) -> tuple[Setting, ...]:
             Setting(
                 "CUDA_DEVICE_MAX_CONNECTIONS",
                 "1",
-                "Tensor and context parallel: communication is queued before the products that "
-                "hide it (Hopper; without effect on Blackwell).",
+                "Tensor and context parallel: communication is queued before the products that it "
+                "overlaps with (Hopper; without effect on Blackwell).",
             )
         )
     return tuple(settings)

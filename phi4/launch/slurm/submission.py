@@ -1,8 +1,7 @@
-"""Handing a run to Slurm, and the record of it in `RUN/slurm/`.
+"""Submit a run to Slurm, and record the submission in `RUN/slurm/`.
 
-One decision: a job trains the recipe as it was when it was submitted, from a copy of its own, so
-that an edit of the original cannot change a run between two attempts. The next submission says what
-differs.
+A job trains a copy of the recipe made at submission, so that an edit of the original cannot change
+a run between two attempts. The next submission reports the differences.
 
 RUN/slurm/
   recipe.toml         the newest submission's recipe, overrides applied
@@ -39,24 +38,25 @@ class Submission(msgspec.Struct, frozen=True):
 
     job: str
     time: str
-    """UTC, for people."""
+    """Submission time in UTC, for people."""
     command: str
     nodes: str
     steps: int
 
 
 def submitted_recipe_path(run_dir: str) -> Path:
-    """The copy that a job trains."""
+    """Return the path of the recipe copy that a job trains."""
     return Path(run_dir) / SLURM_DIR / RECIPE_FILE
 
 
 def submissions(run_dir: Path) -> list[Submission]:
-    """All submissions of a run, the newest last."""
+    """Return all submissions of a run, newest last."""
     return read_lines(run_dir / SLURM_DIR / SUBMISSIONS_FILE, Submission)
 
 
 def read_lines(path: Path, kind: type) -> list:
-    """The lines of a .jsonl file; none without the file. A torn last line is left out."""
+    """Read the lines of a .jsonl file; none if it does not exist. An incomplete last line is
+    skipped."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines()
@@ -75,7 +75,7 @@ def read_lines(path: Path, kind: type) -> list:
 def require_same_run(
     run_dir: str, recipe: Recipe, *, allow: bool, say: Callable[[str], None]
 ) -> None:
-    """Say what differs from the recipe that was submitted before.
+    """Report differences from the previously submitted recipe.
 
     Raises:
         ConfigError: an identity key differs, or a schedule key does and `allow` is False.
@@ -90,63 +90,66 @@ def require_same_run(
             say(f"{kind:8}  {key}: {old!r} -> {new!r}")
     if changes["identity"]:
         raise ConfigError(
-            f"{', '.join(sorted(changes['identity']))} differs from the submission before, and "
-            f"would be another training; restore the value, or use another run.dir than {run_dir}"
+            f"{', '.join(sorted(changes['identity']))} differs from the previous submission and "
+            f"cannot change in a run; restore the value, or use another run.dir than {run_dir}"
         )
     if changes["schedule"] and not allow:
         raise ConfigError(
-            f"{', '.join(sorted(changes['schedule']))} differs from the submission before; pass "
-            "--change to go on with the new value"
+            f"{', '.join(sorted(changes['schedule']))} differs from the previous submission; pass "
+            f"--change to continue with the new value"
         )
 
 
 def require_idle(run_dir: str) -> None:
-    """Refuse a second job for a run that has one.
+    """Raise an error if the run already has an active job.
 
     Raises:
-        OwnershipError: the newest job runs or waits.
-        ConfigError: the file is there that stops every attempt.
-        PlatformError: Slurm does not answer.
+        OwnershipError: the newest job is running or pending.
+        ConfigError: the stop file exists.
+        PlatformError: Slurm does not respond.
     """
     stop = Path(run_dir) / STOP_FILE
     if stop.exists():
-        raise ConfigError(f"{stop} exists, so the job would end at once; remove it")
+        raise ConfigError(f"{stop} exists, so the job would stop at once; remove it")
     for submission in submissions(Path(run_dir))[-1:]:
         state = clients.job_state(submission.job)
         if state is not None and state.is_active:
             raise OwnershipError(
-                f"job {submission.job} of {run_dir} is {state.state}; wait for it, or "
-                f"`phi4 launch cancel {run_dir}` first"
+                f"job {submission.job} of {run_dir} is {state.state}; wait for it, or run `phi4 "
+                f"launch cancel {run_dir}` first"
             )
 
 
 def require_version() -> None:
-    """Refuse a Slurm that the script is not written for.
+    """Raise an error for a Slurm version that the script does not support.
 
     Raises:
-        PlatformError: it is too old, or does not answer.
+        PlatformError: it is too old, or does not respond.
     """
     major, minor = clients.version()
     if (major, minor) < OLDEST_VERSION:
         raise PlatformError(
-            f"Slurm {major}.{minor:02d} is older than 22.05, whose srun takes --cpus-per-task and "
-            "--ntasks-per-node of a step as the script gives them; see --dry-run"
+            f"Slurm {major}.{minor:02d} is older than 22.05, the first version whose srun supports "
+            f"--cpus-per-task and --ntasks-per-node of a step as the script uses them; see "
+            f"--dry-run"
         )
 
 
 def require_partition(request: SlurmRequest) -> None:
-    """Refuse what the cluster does not have.
+    """Raise an error for a partition or a number of nodes that the cluster does not have.
 
     Raises:
         ConfigError: the partition is unknown, or has fewer nodes than asked.
-        PlatformError: Slurm does not answer.
+        PlatformError: Slurm does not respond.
     """
     known = clients.partitions()
     name = request.partition or clients.default_partition()
     if name is None:
-        raise ConfigError(f"no partition is the default one; use --partition {' or '.join(known)}")
+        raise ConfigError(
+            f"the cluster has no default partition; use --partition {' or '.join(known)}"
+        )
     if name not in known:
-        raise ConfigError(f"partition {name!r} is unknown; use {' or '.join(sorted(known))}")
+        raise ConfigError(f"partition {name!r} does not exist; use {' or '.join(sorted(known))}")
     if request.nodes.least > known[name].num_nodes:
         raise ConfigError(
             f"--nodes={request.nodes} is more than the {known[name].num_nodes} nodes of partition "
@@ -155,13 +158,13 @@ def require_partition(request: SlurmRequest) -> None:
 
 
 def submit(request: SlurmRequest, recipe: Recipe) -> str:
-    """Write recipe and script, give them to sbatch, note the job.
+    """Write recipe and script, submit them with sbatch, and record the job.
 
     Returns:
         The job's id.
 
     Raises:
-        PlatformError: sbatch refuses; says why.
+        PlatformError: sbatch refuses; the message has its reason.
     """
     script = _tested_script(request)
     directory = script.parent
@@ -172,10 +175,11 @@ def submit(request: SlurmRequest, recipe: Recipe) -> str:
 
 
 def _tested_script(request: SlurmRequest) -> Path:
-    """Write the script; gives its path once sbatch would take it.
+    """Write the script and check it with sbatch; return its path.
 
     Raises:
-        PlatformError: the directory cannot be written, or sbatch refuses; says why.
+        PlatformError: the directory cannot be written, or sbatch refuses; the message has its
+            reason.
     """
     directory = Path(request.run_dir) / SLURM_DIR
     script = directory / SCRIPT_FILE
@@ -184,26 +188,26 @@ def _tested_script(request: SlurmRequest) -> Path:
         _replace(script, script_text(request))
     except OSError as error:
         raise PlatformError(f"run.dir={request.run_dir} cannot be written: {error}") from None
-    # Everything that sbatch refuses, before the copy of a recipe is replaced.
+    # Everything that sbatch would refuse is checked before the copy of a recipe is replaced.
     clients.call("sbatch", "--test-only", str(script))
     return script
 
 
 def submit_array(request: SlurmRequest, recipes: Sequence[Recipe]) -> str:
-    """Write the recipe of every task and the script, give it to sbatch, note the array.
+    """Write the recipe of every task and the script, submit them with sbatch, and record the array.
 
-    It is noted for the array and for every run, so that `phi4 launch status` and the commands
-    beside it work on the run's directory.
+    It is recorded for the array and for every run, so that `phi4 launch status` and related
+    commands work on the run's directory.
 
     Args:
         request: with one task per recipe.
-        recipes: of the tasks, in order.
+        recipes: recipes of the tasks, in order.
 
     Returns:
         The array's id.
 
     Raises:
-        PlatformError: sbatch refuses; says why.
+        PlatformError: sbatch refuses; the message has its reason.
     """
     assert len(recipes) == len(request.tasks)
     script = _tested_script(request)
@@ -219,11 +223,11 @@ def submit_array(request: SlurmRequest, recipes: Sequence[Recipe]) -> str:
 
 
 def require_idle_array(directory: str) -> None:
-    """Refuse a second job array for a sweep that has one.
+    """Raise an error if the sweep already has an active job array.
 
     Raises:
-        OwnershipError: tasks of the newest one run or wait.
-        PlatformError: Slurm does not answer.
+        OwnershipError: tasks of the newest one are running or pending.
+        PlatformError: Slurm does not respond.
     """
     for submission in submissions(Path(directory))[-1:]:
         active = [s.state for s in clients.job_states(submission.job) if s.is_active]

@@ -1,4 +1,4 @@
-"""Grids of small runs: the sweep file, its runs, and how they are run here or as a job array."""
+"""Sweeps: grids of small runs, executed on this machine or as a Slurm job array."""
 
 from phi4.launch.sweep.array import array_request, stop_seconds_of
 from phi4.launch.sweep.file import Analysis, SweepFile, load_sweep

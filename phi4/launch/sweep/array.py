@@ -1,4 +1,4 @@
-"""A sweep as one Slurm job array: a task per run, each requeued and ended as a job of its own."""
+"""A sweep as one Slurm job array: one task per run, each requeued and ended individually."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,11 +9,11 @@ from phi4.launch.sweep.runs import SweepRun
 
 
 def array_request(request: SlurmRequest, runs: Sequence[SweepRun]) -> SlurmRequest:
-    """A request for all runs.
+    """Make a request for all runs.
 
     Args:
-        request: what is asked of every task; its run_dir is the sweep's directory.
-        runs: that have not ended; what their stages ask is checked before.
+        request: the request for every task; its run_dir is the sweep's directory.
+        runs: runs that have not ended; the rules of their stages have already been checked.
 
     Raises:
         LayoutError: a run does not fit the nodes; names it.
@@ -30,14 +30,14 @@ def array_request(request: SlurmRequest, runs: Sequence[SweepRun]) -> SlurmReque
     if len(settings) > 1:
         one, other = list(settings.values())[:2]
         raise ConfigError(
-            f"runs {one} and {other} differ in run.threads, or in that one splits its model over "
-            "tensor or context ranks; one job array sets the same environment for all, so make "
-            "two sweeps of them"
+            f"runs {one} and {other} differ in run.threads, or only one of them uses tensor or "
+            f"context parallelism; a job array sets the same environment for all tasks, so split "
+            f"the sweep in two"
         )
     if request.signal_seconds and request.signal_seconds < stop_seconds_of(runs):
         raise ConfigError(
-            f"--signal-seconds={request.signal_seconds} is less than the runs have to save "
-            f"(reliability.stop_seconds up to {stop_seconds_of(runs):g}); give a longer notice"
+            f"--signal-seconds={request.signal_seconds} is shorter than the time that the runs "
+            f"have to save (reliability.stop_seconds up to {stop_seconds_of(runs):g}); raise it"
         )
     return replace(
         request,
@@ -48,5 +48,5 @@ def array_request(request: SlurmRequest, runs: Sequence[SweepRun]) -> SlurmReque
 
 
 def stop_seconds_of(runs: Sequence[SweepRun]) -> float:
-    """What the slowest run has to save and end after a notice."""
+    """Return the longest time that a run has to save and end after a notice."""
     return max(run.recipe.reliability.stop_seconds for run in runs)

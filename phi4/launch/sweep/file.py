@@ -1,7 +1,7 @@
-"""The sweep file: a base recipe, and what varies over its runs.
+"""The sweep file: a base recipe, and the values that vary over its runs.
 
-A change is a part of a recipe, written as in one: `optim.learning_rate = 3e-3`. One key more is
-allowed, `weights`: the named sources of the base recipe with these weights, the others left out.
+A change is written as in a recipe: `optim.learning_rate = 3e-3`. One additional key is allowed,
+`weights`: the named sources of the base recipe with these weights, without the others.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ Change = dict[str, Any]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
 Names = Annotated[tuple[str, ...], Strict(False)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
-# What an axis may set is the recipe's to check.
+# The values of an axis are validated by the recipe.
 Values = Annotated[tuple[Any, ...], Strict(False)]
 
 WEIGHTS = "weights"
@@ -29,20 +29,20 @@ OWNED_KEYS = ("run.dir", "run.name", "run.seed", "tracking.sweep")
 
 
 class Axis(Section):
-    """What varies: a key with its values, or named changes."""
+    """An axis of the sweep: a key with its values, or named sets of changes."""
 
     key: str | None = None
-    """Dotted key of the recipe, as optim.learning_rate."""
+    """Dotted key of the recipe, such as optim.learning_rate."""
     values: Values = ()
     sets: dict[Name, Change] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _has_one_form(self) -> "Axis":
         if bool(self.sets) == (self.key is not None):
-            raise ValueError("has key and values, or sets: one of the two forms")
+            raise ValueError("needs either key and values, or sets")
         if self.key is None:
             if self.values:
-                raise ValueError("values need the key that they are of")
+                raise ValueError("values need a key")
             return self
         known = key_kinds()
         if self.key not in known:
@@ -53,52 +53,53 @@ class Axis(Section):
 
 
 class SweepFile(Section):
-    """What `phi4 sweep` reads."""
+    """The content of a sweep file."""
 
     name: Name
-    """Of the parent run in MLflow, whose children the runs are (tracking.sweep)."""
+    """Name of the parent run in MLflow, whose children are the runs (tracking.sweep)."""
     recipe: str
-    """The base recipe, from the directory that the command runs in."""
+    """Path of the base recipe, relative to the working directory of the command."""
     directory: str
-    """Takes runs, logs and pictures."""
+    """Directory for runs, logs and plots."""
     seeds: Seeds
-    """Every combination runs once with each (run.seed)."""
+    """Seeds; every combination runs once with each (run.seed)."""
     axes: dict[Name, Axis] = Field(min_length=1)
-    """What makes a variant. Variants are the rows of the table."""
+    """Axes that make up a variant. Variants are the rows of the table."""
     combine: Literal["grid", "zip"] = "grid"
-    """grid: every value of an axis with every value of the others. zip: the first of each, ..."""
+    """grid: every value of an axis with every value of the others. zip: the first of each, the
+    second of each, ..."""
     scales: dict[Name, Change] = Field(default_factory=dict)
-    """Sizes of model or token budget that every variant runs at; without any, the base's."""
+    """Model sizes or token budgets that every variant runs at; defaults to the base recipe's."""
     overrides: Change = Field(default_factory=dict)
-    """Of all runs."""
+    """Changes for all runs."""
     metrics: Names = ("held_out_loss",)
-    """Of a run: the last value of a key of metrics.jsonl, as held_out_loss/SOURCE; or `spikes`,
-    its skipped updates and roll backs; or `loss_rise`, the most that the training loss rose above
-    its lowest value before. The first one is ranked, fitted and drawn."""
+    """Metrics of a run: the last value of a key of metrics.jsonl, such as held_out_loss/SOURCE; or
+    `spikes`, the number of skipped updates and rollbacks; or `loss_rise`, the largest rise of the
+    training loss above its previous minimum. The first metric is ranked, fitted and plotted."""
     maximize: Names = ()
-    """Those metrics of which more is better."""
+    """Metrics for which higher is better."""
     baseline: str | None = None
-    """The variant that the others are compared with; None is the first."""
+    """The variant that the others are compared with; defaults to the first."""
     analysis: Analysis = "table"
-    """Of `phi4 sweep table` where it names none."""
+    """Default of `phi4 sweep table`."""
     predict_tokens: Positive | None = None
-    """Token budget that analysis learning_rate predicts the best rate of."""
+    """Token budget for which analysis learning_rate predicts the best rate."""
     parallel_runs: Positive = 1
-    """Runs at a time on this machine."""
+    """Number of concurrent runs on this machine."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "SweepFile":
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {list(self.seeds)} has one twice")
+            raise ValueError(f"seeds: {list(self.seeds)} contains a seed twice")
         if not self.metrics:
-            raise ValueError('metrics: name one, as ["held_out_loss"]')
+            raise ValueError('metrics is empty; give at least one, such as ["held_out_loss"]')
         lengths = {name: len(axis.values or axis.sets) for name, axis in self.axes.items()}
         if self.combine == "zip" and len(set(lengths.values())) > 1:
-            raise ValueError(f'combine="zip" needs axes of one length, got {lengths}; use "grid"')
+            raise ValueError(f'combine="zip" needs axes of equal length, got {lengths}; use "grid"')
         keys = [axis.key for axis in self.axes.values() if axis.key]
         for key in keys:
             if keys.count(key) > 1:
-                raise ValueError(f"two axes vary {key}; make them one")
+                raise ValueError(f"two axes vary {key}; merge them")
             if key in OWNED_KEYS:
                 raise ValueError(f"{key} is set by the sweep (seeds, directory); vary another key")
         return self
@@ -108,7 +109,8 @@ def load_sweep(path: str | Path) -> SweepFile:
     """Read a sweep file.
 
     Raises:
-        ConfigError: it is missing, no TOML, or a key is unknown or wrong; all of them at once.
+        ConfigError: the file is missing or not TOML, or keys are unknown or wrong; all of them at
+            once.
     """
     tree = read_toml(path, "sweep")
     try:

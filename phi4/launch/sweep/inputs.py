@@ -1,4 +1,4 @@
-"""Are the files there that the runs of a sweep read?"""
+"""Check that the input files of a sweep's runs exist."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from phi4.launch.sweep.runs import SweepRun
 
 
 def require_inputs(runs: Sequence[SweepRun]) -> None:
-    """Look for tokenizer, sources and held-out sources of every run, each once.
+    """Check tokenizer, sources and held-out sources of every run, each once.
 
     Raises:
         DataError: names what is missing and a run that needs it.

@@ -1,8 +1,8 @@
-"""The runs of a sweep on this machine: child processes of `phi4 train`, some at a time.
+"""Run a sweep on this machine: child processes of `phi4 train`, a limited number at a time.
 
-One decision: a process per run. A run that fails, hangs or is killed cannot take another with it,
-and what starts here is what a user would type. A watcher (`phi4.launch.reaper`) ends the children
-when this process is killed, so the same command can go on at once.
+Each run is a process, started with the same command that a user would type, so a run that fails,
+hangs or is killed does not affect the others. A watcher (`phi4.launch.reaper`) ends the children
+when this process is killed, so the same command can be repeated at once.
 """
 
 import os
@@ -28,10 +28,10 @@ MARK = "PHI4_SWEEP"
 _POLL_SECONDS = 0.1
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_SECONDS = 10.0
-"""From a Ctrl-C, and beyond reliability.stop_seconds of the runs after a SIGTERM."""
+"""Time to stop after a Ctrl-C, and in addition to reliability.stop_seconds after a SIGTERM."""
 
 _REST_SECONDS = 30.0
-"""What processes that outlive their run get at the end of a sweep."""
+"""Grace time at the end of a sweep for processes that outlive their run."""
 
 Say = Callable[[str], None]
 
@@ -52,21 +52,21 @@ def run_here(
     say: Say,
     command: Sequence[str] = (sys.executable, "-m", "phi4"),
 ) -> int:
-    """Run all of them, `jobs` at a time; one that fails does not stop the others. Main thread only.
+    """Run all of them, `jobs` at a time; a failing run does not stop the others. Main thread only.
 
     SIGINT ends all children; SIGTERM and SIGHUP let them save their step first; a second signal
-    kills them. No process of the sweep is left, even when this one is killed.
+    kills them. No process of the sweep is left behind, even if this one is killed.
 
     Args:
-        runs: to be run, in this order.
-        directory: of the sweep.
-        jobs: children at a time.
-        say: takes a line for the user.
+        runs: runs in the order of execution.
+        directory: directory of the sweep.
+        jobs: number of concurrent children.
+        say: prints a line for the user.
         command: what `train RECIPE` is appended to; a parameter for tests.
 
     Returns:
-        0; 1 when a run failed, not counting those that diverged; after a signal 128 + S, or 5
-        after SIGTERM: the same command goes on.
+        0; 1 when a run failed, not counting those that diverged; after a signal 128 + S, or 5 after
+        SIGTERM: the same command continues the sweep.
     """
     mark = uuid.uuid4().hex
     waiting = deque(runs)
@@ -90,7 +90,7 @@ def run_here(
             _await_rest(mark)
     if not received:
         return 1 if num_failed else 0
-    say(f"{signal.Signals(received[0]).name}: all runs are stopped; the same command goes on")
+    say(f"{signal.Signals(received[0]).name}: all runs are stopped; repeat the command to continue")
     return REQUEUE_EXIT_CODE if received[0] == signal.SIGTERM else 128 + received[0]
 
 
@@ -100,7 +100,7 @@ def _started(run: SweepRun, directory: Path, command: Sequence[str], mark: str) 
     for path in (recipe, log):
         path.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(dump_toml(run.recipe), encoding="utf-8")
-    # A killed run must not take its last lines with it.
+    # Unbuffered, so that a killed run's last lines are not lost.
     defaults = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -109,7 +109,7 @@ def _started(run: SweepRun, directory: Path, command: Sequence[str], mark: str) 
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Ctrl-C in the terminal reaches this process alone, which passes it on.
+            # Ctrl-C in the terminal reaches this process alone, which forwards it.
             start_new_session=True,
         )
     note(directory, run.name, process.pid)
@@ -127,23 +127,23 @@ def _told(child: _Child, code: int) -> str:
     if code == 0:
         return f"{name} finished in {seconds}"
     if code == DivergedError.exit_code:
-        return f"{name} diverged after {seconds}; it counts as the worst"
+        return f"{name} diverged after {seconds}; it ranks last"
     if code == REQUEUE_EXIT_CODE:
         return f"{name} saved its step and stopped after {seconds}"
     return f"{name} failed with code {code} after {seconds}: {_last_line(child.log)}"
 
 
 def _last_line(log: Path) -> str:
-    """What the run said last, and where the rest is."""
+    """Return the last line of the run's output, and the path of the rest."""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         lines = file.read().decode(errors="replace").split("\n")
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     return f"{said[:200]} (see {log})"
 
 
 def _stop(children: Sequence[_Child], received: list[int]) -> None:
-    """Tell the children once, wait for them, and kill what is left."""
+    """Signal the children once, wait for them, and kill those that remain."""
     first = received[0]
     seconds = _GRACE_SECONDS
     if first != signal.SIGINT:
@@ -161,7 +161,7 @@ def _stop(children: Sequence[_Child], received: list[int]) -> None:
 
 
 def _await_rest(mark: str) -> None:
-    """Let what ended runs left behind, as a tracker that still sends, come to its end."""
+    """Wait for processes that ended runs left behind, such as a tracker that is still sending."""
     deadline = time.monotonic() + _REST_SECONDS
     while reaper.processes_of(mark, MARK) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -169,10 +169,10 @@ def _await_rest(mark: str) -> None:
 
 @contextmanager
 def _received() -> Iterator[list[int]]:
-    """The signals that ask for an end, as they arrive; ignored ones (nohup) stay ignored.
+    """Yield termination signals as they arrive; ignored ones (nohup) stay ignored.
 
-    Whoever started this process may have blocked them, as `phi4 train` does; they arrive all the
-    same, here and in the children.
+    The parent of this process may have blocked them, as `phi4 train` does; they are unblocked here
+    and in the children.
     """
     received: list[int] = []
     previous = {
@@ -191,7 +191,7 @@ def _received() -> Iterator[list[int]]:
 
 @contextmanager
 def _watched(mark: str) -> Iterator[None]:
-    """A watcher beside this process, and no process of the sweep behind it."""
+    """Run a watcher next to this process, which leaves no process of the sweep behind."""
     null = subprocess.DEVNULL
     guard = subprocess.Popen(
         [sys.executable, "-I", "-S", reaper.__file__, mark, MARK],

@@ -1,8 +1,7 @@
-"""What became of the runs of a sweep, as their directories say.
+"""Progress of a sweep's runs, read from their directories.
 
-One decision: the run's own record decides. A run is finished when its newest checkpoint is of its
-last step, regardless of how it was started; runs.jsonl and Slurm's attempts only add how the
-others ended.
+A run is finished when its newest checkpoint is of its last step, however it was started; runs.jsonl
+and Slurm's attempts only add how the others ended.
 
 SWEEP/
   runs.jsonl    start and end of every child process, written by `phi4 sweep run`
@@ -45,10 +44,10 @@ class RunEvent(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class RunProgress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        step: of its newest checkpoint.
+        step: step of its newest checkpoint.
         exit_code: of its last process; None while it runs, and where nothing could note it.
     """
 
@@ -58,15 +57,15 @@ class RunProgress:
 
     @property
     def has_ended(self) -> bool:
-        """Whether there is nothing left to do: a run that diverged would do so again."""
+        """Whether there is nothing left to do: a run that diverged would diverge again."""
         return self.status in ("finished", "diverged")
 
 
 def progress_of(runs: Sequence[SweepRun], directory: Path) -> dict[str, RunProgress]:
-    """Progress of every run, by name.
+    """Return the progress of every run, by name.
 
     Raises:
-        ConfigError: a run was made from another recipe than the file asks for now.
+        ConfigError: a run was started with a recipe that differs from the sweep file.
     """
     last: dict[str, RunEvent] = {}
     for event in read_lines(directory / RUNS_FILE, RunEvent):
@@ -84,7 +83,7 @@ def note(directory: Path, run: str, pid: int, exit_code: int | None = None) -> N
 
 def _progress(run: SweepRun, last: RunEvent | None) -> RunProgress:
     if not run.run_dir.exists():
-        # Removed by a user who wants it again, or never begun.
+        # Removed by a user to repeat it, or never started.
         code = None if last is None or last.exit_code == DivergedError.exit_code else last.exit_code
         return RunProgress("waiting" if code is None else "failed", 0, code)
     _require_same(run)
@@ -97,13 +96,13 @@ def _progress(run: SweepRun, last: RunEvent | None) -> RunProgress:
         return RunProgress("diverged", step, code)
     if code is not None:
         return RunProgress("failed", step, code)
-    # A job array that waits in the queue has written its recipe only.
+    # A pending job array has only written its recipe.
     has_begun = last is not None or (run.run_dir / CONFIG_FILE).exists() or attempts(run.run_dir)
     return RunProgress("started" if has_begun else "waiting", step, None)
 
 
 def _last_code(run: SweepRun, last: RunEvent | None) -> int | None:
-    """Exit code of the run's last process, here or on Slurm."""
+    """Return the exit code of the run's last process, here or on Slurm."""
     jobs = attempts(run.run_dir)
     if jobs:
         return None if jobs[-1].end is None else jobs[-1].end.code

@@ -1,4 +1,4 @@
-"""The results of the runs that ended."""
+"""Collect the metrics of the runs that ended."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from phi4.track.sweep.results import Result, metrics_of
 def results_of(
     runs: Sequence[SweepRun], progress: Mapping[str, RunProgress], metrics: Sequence[str]
 ) -> list[Result]:
-    """Of finished runs what they measured, of diverged ones NaN; the others are left out.
+    """Return the metrics of finished runs, and NaN for diverged ones; others are omitted.
 
     Raises:
-        DataError: a finished run did not measure a metric.
+        DataError: a finished run has no value for a metric.
     """
     return [
         Result(

@@ -1,7 +1,7 @@
-"""The runs of a sweep: every combination of axes, scales and seeds as a checked recipe.
+"""Expand a sweep: every combination of axes, scales and seeds as a checked recipe.
 
-One decision: all of them are made and checked before the first one starts, so that a sweep does not
-stop in the night at a combination that could never run.
+All recipes are made and checked before the first run starts, so that a sweep cannot fail hours
+later at an invalid combination.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from phi4.errors import ConfigError
 from phi4.launch.sweep.file import OWNED_KEYS, WEIGHTS, Axis, Change, SweepFile
 
 ONLY_SCALE = "all"
-"""Name of the scale of a sweep that has none."""
+"""Name of the scale in a sweep without scales."""
 _MOST_SHOWN = 5
 _HELD_OUT = "held_out_loss"
 
@@ -25,14 +25,14 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run.
+    """One run of a sweep.
 
     Attributes:
-        name: of its directory under the sweep's.
-        variant: the row of the table that it is one run of.
-        scale: the column.
-        values: of the axes, by name; of an axis with sets the set's name.
-        recipe: what it trains.
+        name: name of its directory under the sweep's.
+        variant: row of the table that it belongs to.
+        scale: column of the table.
+        values: values of the axes, by name; for an axis with sets the set's name.
+        recipe: its recipe.
     """
 
     name: str
@@ -60,15 +60,15 @@ def runs_of(
     where: str,
     stage_violations: Callable[[Recipe], Sequence[str]] = lambda recipe: (),
 ) -> list[SweepRun]:
-    """Every run: scales outermost, then variants, then seeds.
+    """Return every run: scales outermost, then variants, then seeds.
 
     Args:
         sweep: the file's content.
         where: its path, for errors.
-        stage_violations: what the stage of a recipe asks besides the rules.
+        stage_violations: returns violations of the rules of a recipe's stage.
 
     Raises:
-        ConfigError: names every combination that is no sound recipe, and why.
+        ConfigError: lists every combination that is not a valid recipe, and why.
     """
     base = _plain(load_recipe(sweep.recipe))
     runs: list[SweepRun] = []
@@ -101,9 +101,9 @@ class Option:
     """One point of an axis.
 
     Attributes:
-        label: in names of variants: `report`, or `learning_rate=0.003`.
-        value: of the key, or the set's name.
-        change: of the recipe.
+        label: part of a variant's name: `report`, or `learning_rate=0.003`.
+        value: value of the key, or the set's name.
+        change: changes of the recipe.
     """
 
     label: str
@@ -116,12 +116,12 @@ Choice = Mapping[str, Option]
 
 
 def variant_name(choice: Choice) -> str:
-    """As the row of the table is called: `report`, or `learning_rate=0.003, warmup=10`."""
+    """Name of the table row: `report`, or `learning_rate=0.003, warmup=10`."""
     return ", ".join(option.label for option in choice.values())
 
 
 def run_name(choice: Choice, scale: str, seed: int) -> str:
-    """As the directory is called: `report.small.seed_1`."""
+    """Name of the directory: `report.small.seed_1`."""
     parts = [variant_name(choice).replace(", ", "_"), *([scale] if scale else []), f"seed_{seed}"]
     return re.sub(r"[^A-Za-z0-9._=+-]", "-", ".".join(parts))
 
@@ -132,7 +132,7 @@ def _shown(value: Any) -> str:
 
 
 def _choices(sweep: SweepFile) -> Iterator[Choice]:
-    """The variants, the last axis fastest."""
+    """Return the variants, with the last axis varying fastest."""
     options = [_options(name, axis) for name, axis in sweep.axes.items()]
     combined = zip(*options, strict=True) if sweep.combine == "zip" else itertools.product(*options)
     for row in combined:
@@ -149,7 +149,8 @@ def _options(name: str, axis: Axis) -> list[Option]:
 
 
 def _combined(sweep: SweepFile, base: Tree, scale: Change, choice: Choice) -> Tree:
-    """The base recipe's tree with all changes; those of the axes hold over the scale's."""
+    """Return the base recipe's tree with all changes; changes of axes override those of the
+    scale."""
     tree = {section: dict(table) for section, table in base.items()}
     changed_by: dict[str, str] = {}
     changes = [("overrides", sweep.overrides), ("the scale", scale)]
@@ -163,29 +164,29 @@ def _combined(sweep: SweepFile, base: Tree, scale: Change, choice: Choice) -> Tr
                 tree.setdefault(section, {}).update(table)
                 keys = [f"{section}.{key}" for key in table]
             else:
-                raise ConfigError(f"{who}: {section}={table!r} is no section.key of a recipe")
+                raise ConfigError(f"{who}: {section}={table!r} is not a section.key of a recipe")
             for key in keys:
                 if key in OWNED_KEYS:
-                    raise ConfigError(
-                        f"{who} sets {key}, which the sweep sets itself; leave it out"
-                    )
+                    raise ConfigError(f"{who} sets {key}, which the sweep sets itself; remove it")
                 before = changed_by.get(key, "")
                 if before.startswith("axis") and who != before:
-                    raise ConfigError(f"{before} and {who} both set {key}; leave one of them out")
+                    raise ConfigError(f"{before} and {who} both set {key}; remove one of them")
                 changed_by[key] = who
     return tree
 
 
 def _weighed(base: Tree, weights: Any) -> list[Tree]:
-    """The base's sources with these weights; those of 0 and those not named are left out."""
+    """Return the base recipe's sources with these weights; sources with weight 0 or not named are
+    dropped."""
     sources = base.get("data", {}).get("sources", [])
     names = [source["name"] for source in sources]
     if not isinstance(weights, dict):
-        raise ConfigError(f"weights={weights!r} is no table; write weights.NAME = 0.5")
+        raise ConfigError(f"weights={weights!r} is not a table; write weights.NAME = 0.5")
     unknown = sorted(set(weights) - set(names))
     if unknown:
         raise ConfigError(
-            f"weights name {', '.join(unknown)}; the base recipe has the sources {', '.join(names)}"
+            f"weights has unknown sources {', '.join(unknown)}; the base recipe has "
+            f"{', '.join(names)}"
         )
     return [
         {**source, "weight": float(weights[source["name"]])}
@@ -195,7 +196,7 @@ def _weighed(base: Tree, weights: Any) -> list[Tree]:
 
 
 def _finished(sweep: SweepFile, tree: Tree, name: str, seed: int) -> Recipe:
-    """The recipe with the keys that the sweep sets."""
+    """Return the recipe with the keys that the sweep sets."""
     own: dict[str, dict[str, object]] = {
         "run": {"dir": str(Path(sweep.directory) / "runs" / name), "name": name, "seed": seed},
         "tracking": {"sweep": sweep.name},
@@ -210,9 +211,9 @@ def _metric_violations(sweep: SweepFile, recipe: Recipe) -> Iterator[str]:
     for metric in sweep.metrics:
         key, _, source = metric.partition("/")
         if key.startswith(_HELD_OUT) and not names:
-            yield f"metric {metric} needs data.held_out, which the recipe leaves empty"
+            yield f"metric {metric} needs data.held_out, which is empty in the recipe"
         elif key == _HELD_OUT and source and source not in names:
-            yield f"metric {metric}: data.held_out has {', '.join(names)}"
+            yield f"metric {metric}: unknown; data.held_out has {', '.join(names)}"
 
 
 def _complaint(where: str, wrong: Mapping[str, str]) -> str:
@@ -222,7 +223,7 @@ def _complaint(where: str, wrong: Mapping[str, str]) -> str:
     shown = "\n".join(f"  - {line}" for line in lines[:_MOST_SHOWN])
     rest = len(lines) - _MOST_SHOWN
     more = f"\n  and {rest} more" if rest > 0 else ""
-    return f"sweep {where}: {len(lines)} runs are no sound recipe:\n{shown}{more}"
+    return f"sweep {where}: {len(lines)} runs do not have a valid recipe:\n{shown}{more}"
 
 
 def _require_distinct(runs: Sequence[SweepRun], where: str) -> None:
@@ -230,8 +231,8 @@ def _require_distinct(runs: Sequence[SweepRun], where: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(
-            f"sweep {where}: {len(twice)} runs would share a directory, {twice[0]} the first; give "
-            "every value once, and sets whose names differ in letters and digits"
+            f"sweep {where}: {len(twice)} runs would share a directory, the first is {twice[0]}; "
+            f"give every value once, and use set names that differ in letters and digits"
         )
 
 
@@ -239,12 +240,15 @@ def _require_baseline(sweep: SweepFile, runs: Sequence[SweepRun], where: str) ->
     variants = list(dict.fromkeys(run.variant for run in runs))
     if sweep.baseline is not None and sweep.baseline not in variants:
         raise ConfigError(
-            f"sweep {where}: baseline={sweep.baseline!r} is no variant; use one of "
+            f"sweep {where}: baseline={sweep.baseline!r} is not a variant; use one of "
             f"{'; '.join(variants)}"
         )
     unknown = sorted(set(sweep.maximize) - set(sweep.metrics))
     if unknown:
-        raise ConfigError(f"sweep {where}: maximize names {', '.join(unknown)}, not in metrics")
+        raise ConfigError(
+            f"sweep {where}: maximize has {', '.join(unknown)}, which are not in metrics; add them "
+            f"there"
+        )
 
 
 def _plain(recipe: Recipe) -> Tree:

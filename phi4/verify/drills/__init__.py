@@ -1,1 +1,1 @@
-"""Faults on purpose: a recipe's own run is told to stop, or killed, at random moments."""
+"""Fault drills: a recipe's run is notified or killed at random moments."""

@@ -1,8 +1,8 @@
-"""A recipe run again and again with faults in it, until there were enough of them.
+"""Run a recipe repeatedly with injected faults, until a given number of faults has occurred.
 
-A run with few steps is disturbed in attempt after attempt until it finishes; then another begins.
-Every finished run has to equal an undisturbed one. Moments are drawn from the seed, in parts of
-what an undisturbed run takes; where exactly they fall depends on the machine's speed.
+A short run is disturbed in attempt after attempt until it finishes; then another begins. Every
+finished run must equal an undisturbed one. Moments are drawn from the seed, as fractions of an
+undisturbed run's duration; where exactly they fall depends on the machine's speed.
 """
 
 import time
@@ -22,20 +22,20 @@ from phi4.verify.drills.watched_run import WatchedRun, recorded_step, saved_step
 Phase = Literal["start-up", "training", "save"]
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY, KEEP = 12, 3, 2, 8
-"""Of every run: short, and most of its time is spent in evaluations and saves."""
+"""Steps of every run: few, with most of the time spent in evaluations and saves."""
 
 _TIMEOUT_FACTOR = 30
-"""An attempt is given so many times what an undisturbed run took, and ten minutes."""
+"""Time limit of an attempt, as a multiple of an undisturbed run's time, plus ten minutes."""
 
 
 @dataclass(frozen=True)
 class DrillPace:
-    """What an undisturbed run took, in seconds."""
+    """Durations of an undisturbed run, in seconds."""
 
     start: float
-    """From the lease to the record of the first step."""
+    """From taking the lease to the record of the first step."""
     step: float
-    """From a step to the next, evaluations and saves included, on average."""
+    """From one step to the next, evaluations and saves included, on average."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Moment:
     """When a fault happens.
 
     Attributes:
-        phase: start-up: a delay after the lease was taken. training: after some steps, and a delay.
-            save: after some steps, when a checkpoint is next being written.
-        num_steps: of the attempt that are recorded before.
+        phase: start-up: a delay after the lease was taken. training: a number of steps, then a
+            delay. save: a number of steps, then at the next write of a checkpoint.
+        num_steps: steps of the attempt that are recorded before it.
         delay: seconds.
     """
 
@@ -55,7 +55,8 @@ class Moment:
 
     @staticmethod
     def drawn(random: Random, pace: DrillPace) -> "Moment":
-        """Any moment of an attempt; a quarter of them during start-up, another during a save."""
+        """Draw a moment of an attempt; a quarter of them during start-up, another quarter during a
+        save."""
         phases: tuple[Phase, ...] = ("start-up", "training", "training", "save")
         phase = random.choice(phases)
         if phase == "start-up":
@@ -64,7 +65,7 @@ class Moment:
         return Moment(phase, random.randint(1, 3), delay)
 
     def arrive(self, attempt: WatchedRun) -> bool:
-        """Wait for it; False when the run ended before."""
+        """Wait for it; return False if the run ended before."""
         if not attempt.wait_until(attempt.has_begun):
             return False
         if not attempt.wait_until(lambda: attempt.has_recorded(self.num_steps)):
@@ -77,16 +78,16 @@ class Moment:
 
 @dataclass(frozen=True)
 class FaultOutcome:
-    """One fault and what came of it.
+    """A fault and its outcome.
 
     Attributes:
         what: the fault.
-        phase: in which it came.
-        exit_code: of the attempt.
+        phase: phase in which it happened.
+        exit_code: exit code of the attempt.
         seconds: from the fault to the end of the attempt.
-        step: the newest checkpoint then.
-        has_saved: whether the attempt left a checkpoint that was not there before.
-        wrong: what is not as it should be; empty.
+        step: newest checkpoint at that time.
+        has_saved: whether the attempt left a new checkpoint.
+        wrong: what is wrong; empty if nothing is.
     """
 
     what: str
@@ -98,7 +99,7 @@ class FaultOutcome:
     wrong: str
 
     def describe(self) -> str:
-        """One line."""
+        """Return a one-line description."""
         return (
             f"{self.what} during {self.phase}: code {self.exit_code} after {self.seconds:.1f} s, "
             f"newest checkpoint {self.step or 'none'}, {self.wrong or 'ok'}"
@@ -106,19 +107,19 @@ class FaultOutcome:
 
 
 class Fault(Protocol):
-    """What happens to an attempt, and what has to come of it."""
+    """An injected fault, and the required outcome of the attempt."""
 
     def strike(self, attempt: WatchedRun, random: Random) -> str:
-        """Do it; gives what was done."""
+        """Inject the fault; return what was done."""
 
     def verdict(self, attempt: WatchedRun, code: int, before: set[int], after: set[int]) -> str:
-        """What is wrong with the end of the attempt, empty for nothing.
+        """Return what is wrong with the end of the attempt, or an empty string.
 
         Args:
-            attempt: that ended.
+            attempt: the attempt that ended.
             code: its exit code.
             before: steps of the complete checkpoints when it began.
-            after: and when it ended.
+            after: steps of the complete checkpoints when it ended.
         """
 
 
@@ -126,10 +127,10 @@ class Drill:
     """Runs of one recipe, with faults.
 
     Args:
-        recipe: checked; its steps, saves and evaluations are replaced.
-        work_dir: takes everything.
-        random: moments and victims are drawn from it.
-        say: takes a line per fault and run.
+        recipe: a checked recipe; its steps, saves and evaluations are replaced.
+        work_dir: directory for all files.
+        random: source of moments and victims.
+        say: prints a line per fault and run.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class Drill:
         self.num_runs = 0
 
     def undisturbed(self) -> tuple[DrilledRun, DrillPace]:
-        """The run that all others have to equal.
+        """Return the run that all others must equal.
 
         Raises:
             WorkerError: it fails.
@@ -163,7 +164,8 @@ class Drill:
         return read_record(run_dir), DrillPace(stepped - begun, (now - stepped) / (STEPS - 1))
 
     def run(self, fault: Fault, num_faults: int) -> tuple[list[FaultOutcome], list[str]]:
-        """So many faults; gives them, and what differs in the runs that finished after them."""
+        """Inject a number of faults; return them, and the differences of the runs that finished
+        after them."""
         expected, pace = self.undisturbed()
         self._say(f"undisturbed: final loss {expected.final_loss!r}")
         outcomes: list[FaultOutcome] = []
@@ -190,7 +192,7 @@ class Drill:
     def _attempt(
         self, path: Path, recipe: Recipe, moment: Moment | None, fault: Fault
     ) -> FaultOutcome | None:
-        """One start, with a fault unless it ends before; None without one."""
+        """Start one attempt, and inject a fault unless it ends before; None without one."""
         run_dir = Path(recipe.run.dir)
         before = saved_steps(run_dir)
         with started(path, recipe, self._seconds) as attempt:
@@ -203,7 +205,7 @@ class Drill:
             code = attempt.end()
             seconds = time.monotonic() - since
         if code == 0 and _is_finished(run_dir):
-            # The fault came too late to be one.
+            # The fault came too late to take effect.
             return None
         if _left_evaluation(self._recipe, run_dir):
             phase = "evaluation"
@@ -214,7 +216,7 @@ class Drill:
         )
 
     def _begin_run(self, name: str) -> tuple[Path, Recipe]:
-        """A recipe with a run directory of its own, and its file."""
+        """Make a recipe with its own run directory, and write its file."""
         run_dir = self._work_dir / name
         recipe = with_overrides(
             self._recipe,
@@ -233,7 +235,7 @@ class Drill:
 
 
 def _left_evaluation(recipe: Recipe, run_dir: Path) -> bool:
-    """Whether the last recorded step lacks the evaluation that it is due."""
+    """Return whether the last recorded step lacks an evaluation that was due."""
     step = recorded_step(run_dir)
     if not recipe.data.held_out or not step or step % EVALUATE_EVERY:
         return False

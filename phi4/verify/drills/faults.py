@@ -27,7 +27,7 @@ class Notice:
         return f"{number.name} to {who}"
 
     def verdict(self, attempt: WatchedRun, code: int, before: set[int], after: set[int]) -> str:
-        """Code 5, and exactly one checkpoint that nothing but the notice asked for."""
+        """Require code 5, and exactly one checkpoint that only the notice caused."""
         if code != REQUEUE_EXIT_CODE:
             return f"exit code {code}"
         output = attempt.output()
@@ -39,7 +39,7 @@ class Notice:
             return "no line says where it stopped"
         step = int(stopped.group(1))
         others = {saved for saved in new if saved % SAVE_EVERY and saved != step}
-        # A save that is put off, as an asynchronous one was under way, comes at any step.
+        # A save that is postponed, because an asynchronous one was in progress, may be of any step.
         if max(after, default=0) != step or (others and "is put off until" not in output):
             return f"stopped after step {step}, new checkpoints {sorted(new)}"
         return ""
@@ -52,13 +52,13 @@ class Kill:
         """Send it."""
         ranks = attempt.await_ranks()
         if not ranks:
-            return "SIGKILL to nobody"
+            return "SIGKILL to no process"
         rank = random.randrange(len(ranks))
         attempt.send(signal.SIGKILL, [ranks[rank]])
         return f"SIGKILL to rank {rank}"
 
     def verdict(self, attempt: WatchedRun, code: int, before: set[int], after: set[int]) -> str:
-        """The code of a killed rank, and no checkpoint lost."""
+        """Require the exit code of a killed rank, and that no checkpoint was lost."""
         if code != 128 + signal.SIGKILL:
             return f"exit code {code}"
         if before and max(before) not in after:

@@ -1,4 +1,4 @@
-"""What a run left behind, compared with what an undisturbed one left, bit by bit."""
+"""Compare the record of a run with that of an undisturbed one, bit by bit."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from phi4.rundir.state import read_state
 from phi4.rundir.step_log import read_metrics
 
 TIME_TOLERANCE = 0.005
-"""Of the wall time, what the buckets of all attempts may lack or have too much."""
+"""Allowed difference between the wall time and the sum of all attempts' buckets, as a fraction."""
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "consumed_tokens", "held_out_loss")
 
@@ -25,8 +25,8 @@ class DrilledRun:
 
     Attributes:
         steps: the record, by step.
-        stream_sha256: of the data ledger after the last step, which says what was drawn from every
-            source and where it goes on.
+        stream_sha256: hash of the data ledger after the last step, which determines what was drawn
+            from every source and the next position.
     """
 
     steps: dict[int, dict[str, float]]
@@ -34,19 +34,19 @@ class DrilledRun:
 
     @property
     def final_loss(self) -> float:
-        """Of the last step."""
+        """Loss of the last step."""
         return self.steps[max(self.steps)]["loss"]
 
 
 def read_record(run_dir: Path) -> DrilledRun:
-    """What a finished run left."""
+    """Read the record of a finished run."""
     steps = {int(line["step"]): line for line in read_metrics(run_dir / METRICS_FILE)}
     data = read_state(find_checkpoint(run_dir)).data
     return DrilledRun(steps, hashlib.sha256(msgspec.json.encode(data, order="sorted")).hexdigest())
 
 
 def differences(undisturbed: DrilledRun, found: DrilledRun) -> list[str]:
-    """One line per number that differs; an evaluation that was left has no number."""
+    """Return one line per number that differs; skipped evaluations have no number."""
     lines = [
         f"step {step}: {key} {line[key]!r} undisturbed, {found.steps[step].get(key)!r} after faults"
         for step, line in undisturbed.steps.items()
@@ -63,7 +63,7 @@ def differences(undisturbed: DrilledRun, found: DrilledRun) -> list[str]:
 
 
 def missing_time(run_dir: Path) -> list[str]:
-    """A line where the buckets of a run do not sum to its wall time."""
+    """Return a line if the buckets of a run do not sum to its wall time."""
     goodput = goodput_of(read_run(run_dir))
     counted, wall = sum(goodput.seconds.values()), goodput.wall_seconds
     if wall > 0 and abs(counted - wall) <= TIME_TOLERANCE * wall:

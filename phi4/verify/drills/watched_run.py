@@ -1,6 +1,6 @@
-"""One start of `phi4 train` as a user makes it, watched from outside.
+"""Start `phi4 train` as a user does, and watch it from outside.
 
-What it does is told by its run directory and its output; nothing in it knows that it is watched.
+Its state is read from its run directory and its output; the run itself is unmodified.
 """
 
 import os
@@ -23,16 +23,16 @@ _POLL_SECONDS = 0.005
 
 
 class WatchedRun:
-    """One start of `phi4 train` and what can be seen of it.
+    """A start of `phi4 train` and its observable state.
 
     Args:
         process: its launcher.
         run_dir: its run directory.
-        log: takes its output.
-        log_start: where its output begins there, in bytes.
+        log: file of its output.
+        log_start: offset in bytes where its output begins.
         num_before: number of the attempt before it.
-        num_ranks: of its layout.
-        deadline: of the monotonic clock; waiting longer raises.
+        num_ranks: number of ranks of its layout.
+        deadline: time of the monotonic clock after which waiting raises an error.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class WatchedRun:
 
     @property
     def pid(self) -> int:
-        """Of the launcher."""
+        """Pid of the launcher."""
         return self._process.pid
 
     def wait_until(self, happened: Callable[[], bool]) -> bool:
-        """Wait for an event; False when the run ended before it.
+        """Wait for an event; return False if the run ended before it.
 
         Raises:
             WorkerError: it took too long.
@@ -70,26 +70,26 @@ class WatchedRun:
             if self._process.poll() is not None:
                 return False
             if time.monotonic() > self._deadline:
-                raise WorkerError(f"a run does not go on and was killed; its output: {self.log}")
+                raise WorkerError(f"a run made no progress and was killed; its output: {self.log}")
             time.sleep(_POLL_SECONDS)
         return True
 
     def has_begun(self) -> bool:
-        """Whether it owns the run directory."""
+        """Return whether it owns the run directory."""
         return newest_attempt(self._run_dir) > self._num_before
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is being written."""
+        """Return whether a checkpoint is being written."""
         return any(checkpoints_dir(self._run_dir).glob(".step_*.partial"))
 
     def has_recorded(self, num_steps: int) -> bool:
-        """Whether so many steps of this attempt are in the record."""
+        """Return whether this many steps of the attempt are in the record."""
         return recorded_step(self._run_dir) >= self.first_step + num_steps
 
     def await_ranks(self) -> list[int]:
-        """Pids of the ranks, by rank, once there are all; empty when the run ended before.
+        """Return pids of the ranks, by rank, once all have started; empty if the run ended before.
 
-        The launcher where it is the only process.
+        The launcher's pid if it is the only process.
         """
         if self._num_ranks == 1:
             return [self.pid]
@@ -105,19 +105,19 @@ class WatchedRun:
         return [found[rank] for rank in sorted(found)] if self.wait_until(are_there) else []
 
     def send(self, number: int, pids: list[int]) -> None:
-        """Send a signal to processes that may just have ended."""
+        """Send a signal to processes, some of which may just have ended."""
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def output(self) -> str:
-        """What it wrote."""
+        """Return its output."""
         with self.log.open(encoding="utf-8", errors="replace") as log:
             log.seek(self._log_start)
             return log.read()
 
     def end(self) -> int:
-        """Exit code, once it ended; 128 + S for one that died of signal S.
+        """Return the exit code, once it ended; 128 + S if it died of signal S.
 
         Raises:
             WorkerError: it took too long.
@@ -129,12 +129,12 @@ class WatchedRun:
 
 @contextmanager
 def started(recipe_path: Path, recipe: Recipe, seconds: float) -> Iterator[WatchedRun]:
-    """Start a recipe; whatever is left of it at the end of the block is killed.
+    """Start a recipe; all remaining processes are killed at the end of the block.
 
     Args:
-        recipe_path: its file; the output goes beside it.
-        recipe: what the file holds.
-        seconds: bound of every wait.
+        recipe_path: its file; the output is written next to it.
+        recipe: content of the file.
+        seconds: time limit of every wait.
     """
     run_dir, log = Path(recipe.run.dir), recipe_path.with_suffix(".log")
     num_ranks = recipe.parallel.model_parallel_size * max(recipe.parallel.data, 1)
@@ -167,12 +167,12 @@ def started(recipe_path: Path, recipe: Recipe, seconds: float) -> Iterator[Watch
 
 
 def recorded_step(run_dir: Path) -> int:
-    """Steps in the record whose line is complete; 0 without one."""
+    """Return the number of recorded steps with a complete line."""
     with suppress(FileNotFoundError):
         return (run_dir / METRICS_FILE).read_bytes().count(b"\n")
     return 0
 
 
 def saved_steps(run_dir: Path) -> set[int]:
-    """Steps of the complete checkpoints."""
+    """Return the steps of the complete checkpoints."""
     return {step_of(path) for path in complete_checkpoints(checkpoints_dir(run_dir))}

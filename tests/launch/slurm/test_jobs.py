@@ -22,7 +22,7 @@ VENV = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"partition": "nowhere"}, "partition 'nowhere' is unknown; use high or low"),
+        ({"partition": "nowhere"}, "partition 'nowhere' does not exist; use high or low"),
         ({"nodes": NodeRange(3, 3)}, "--nodes=3 is more than the 2 nodes of partition low"),
     ],
 )

@@ -98,7 +98,7 @@ def test_one_queue_only_where_the_layout_hides_communication() -> None:
     [
         ("4-6", [], "--nodes=4-6 may give 5 nodes of 1 ranks"),
         ("5", [], "these numbers of nodes work: 1, 2, 3, 4, 6, 12"),
-        ("2-3", ["parallel.data=2"], "parallel.data=0 takes what the nodes leave"),
+        ("2-3", ["parallel.data=2"], "parallel.data=0 uses all available nodes"),
         ("3", ["parallel.pipeline=2"], "these numbers of nodes work: 2, 4, 6, 8, 12, 24"),
     ],
 )
@@ -126,7 +126,7 @@ def test_counts_of_nodes(text: str) -> None:
 def test_time_limits(text: str, seconds: int) -> None:
     """In all of Slurm's forms."""
     assert limit_seconds(text) == seconds
-    with pytest.raises(ConfigError, match="is no time limit"):
+    with pytest.raises(ConfigError, match="is not a time limit"):
         limit_seconds(f"{text}x")
 
 

@@ -72,7 +72,7 @@ def test_an_axis_holds_over_the_scale_and_the_scale_over_all(
 
 WRONG = [
     (("seeds = [1, 2]", "seeds = []"), "seeds"),
-    (("seeds = [1, 2]", "seeds = [1, 1]"), "seeds: [1, 1] has one twice"),
+    (("seeds = [1, 2]", "seeds = [1, 1]"), "seeds: [1, 1] contains a seed twice"),
     (("seeds =", "seds ="), "unknown key seds; did you mean seeds?"),
     (("optim.learning_rate", "optim.learnin_rate"), "did you mean optim.learning_rate?"),
     (("optim.learning_rate", "run.seed"), "run.seed is set by the sweep"),
@@ -82,14 +82,20 @@ WRONG = [
     (("run.steps = 8", "run.steps = 8\nparallel.tensor = 7"), ".long.seed_1: parallel.tensor=7"),
     (("run.steps = 8", "run.dir = 'x'"), "sets run.dir, which the sweep sets itself"),
     (("run.steps = 8", "rum.steps = 8"), "unknown key rum; did you mean"),
-    (("run.steps = 8", "weights.c = 1.0"), "weights name c; the base recipe has the sources a, b"),
-    (("seeds", "baseline = 'x'\nseeds"), "baseline='x' is no variant; use one of learning_rate="),
+    (
+        ("run.steps = 8", "weights.c = 1.0"),
+        "weights has unknown sources c; the base recipe has a, b",
+    ),
+    (
+        ("seeds", "baseline = 'x'\nseeds"),
+        "baseline='x' is not a variant; use one of learning_rate=",
+    ),
     (("seeds", "metrics = ['held_out_loss/x']\nseeds"), "data.held_out has held"),
     (("seeds", "maximize = ['loss']\nseeds"), "maximize names loss, not in metrics"),
     (("base.toml", "base.tml"), "base.tml does not exist"),
     (
         ("[axes.l", "[axes.x]\nkey = 'optim.learning_rate'\nvalues = [1.0]\n[axes.l"),
-        "make them one",
+        "merge them",
     ),
     (("[axes.l", "combine = 'zip'\n[axes.x]\nkey = 'run.steps'\nvalues = [1]\n[axes.l"), "length"),
     (
@@ -109,7 +115,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, change: tuple[str, str], message
 
 def test_every_wrong_combination_is_counted(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, ("1e-3, 3e-3", "1e-3, -1.0, -2.0"))
-    with pytest.raises(ConfigError, match="8 runs are no sound recipe") as caught:
+    with pytest.raises(ConfigError, match="8 runs do not have a valid recipe") as caught:
         loaded(path)
     assert str(caught.value).count("\n  - ") == 5
     assert str(caught.value).endswith("and 3 more")

@@ -161,7 +161,7 @@ def test_a_signal_ends_all_children_and_starts_no_more(
     process.send_signal(number)
     said, _ = process.communicate(timeout=LONG_SECONDS)
     assert process.returncode == code
-    assert "all runs are stopped; the same command goes on" in said
+    assert "all runs are stopped; repeat the command to continue" in said
     assert sum(sweeps.starts.values()) == 2 and not sweeps.alive
     assert ("saved its step" in said) == (number == signal.SIGTERM)
     assert sweeps.states == [*["failed"] * 2, *["waiting"] * 4]
