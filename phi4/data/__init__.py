@@ -1,4 +1,6 @@
-"""Data: tokenizers, token files, and a training stream that is a function, not an index.
+"""Data: tokenizers, token files, and a training stream computed from a seed, without a stored
+index.
 
-Nothing here knows of ranks: `dp_rank` and `dp_size` are plain numbers that the caller hands in.
+This package does not depend on torch.distributed: `dp_rank` and `dp_size` are plain numbers that
+the caller passes.
 """

@@ -1,8 +1,8 @@
-"""A keyed permutation of 0 .. n - 1 that is computed, not stored.
+"""A keyed pseudo-random permutation of 0 .. n - 1, computed instead of stored.
 
 A Feistel network over the smallest near-square grid that holds n numbers; results outside n are
-walked through the network again until they fall inside. Any element of a permutation of 10^12
-numbers costs the same few operations, no memory and no start-up.
+passed through the network again until they fall inside (cycle walking). Any element of a
+permutation of 10^12 numbers costs the same few operations, without memory or start-up time.
 
 Source: Black and Rogaway 2002, Ciphers with arbitrary finite domains (generalized Feistel).
 """
@@ -16,14 +16,14 @@ _NUM_ROUNDS = 8
 
 
 def permutation_key(*parts: str | int) -> np.ndarray:
-    """Round keys, [8] uint64, that depend on every part and on nothing else."""
+    """Return round keys, [8] uint64, derived from all parts and nothing else."""
     name = "\x1f".join(str(part) for part in parts)
     digest = hashlib.blake2b(name.encode(), digest_size=8 * _NUM_ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 
 def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-    """Images of some numbers under the permutation of 0 .. size - 1 that a key names.
+    """Return the images of some numbers under the permutation of 0 .. size - 1 with a key.
 
     Args:
         index: [n], integers in [0, size).
@@ -46,7 +46,7 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 
 
 def _network(x: np.ndarray, height: np.uint64, width: np.uint64, key: np.ndarray) -> np.ndarray:
-    """One pass of the network over the grid of height x width numbers: a bijection of the grid."""
+    """Apply the network once to the grid of height x width numbers: a bijection of the grid."""
     row, column = np.divmod(x, width)
     for round_key in key.reshape(-1, 2):
         row = (row + mix(column ^ round_key[0]) % height) % height
@@ -55,7 +55,7 @@ def _network(x: np.ndarray, height: np.uint64, width: np.uint64, key: np.ndarray
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer: every input bit reaches every output bit."""
+    """splitmix64's finalizer: every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -114,7 +114,7 @@ def test_flag_of_a_message_excludes_it_from_the_loss(flag: str, no, yes) -> None
     completion = {"prompt": "q", "completion": messages[1:]}
     assert covered_text(completion) == "right<|im_end|>"
     assert covered_text({"messages": [turn("user", "q"), right]}) == "right<|im_end|>"
-    with pytest.raises(DataError, match="no assistant turn to learn"):
+    with pytest.raises(DataError, match="no assistant turn in the loss"):
         read_conversation({"messages": [turn("user", "q"), wrong]})
 
 
@@ -139,7 +139,7 @@ def test_flags_of_a_preference_row() -> None:
     assert [pair.conversations()[0].is_in_loss(index) for index in range(3)] == [False, False, True]
     flagged = {**turn("assistant", "good"), "weight": 0}
     for row, message in (
-        ({"chosen": [flagged], "rejected": "bad"}, "flags exclude a whole answer"),
+        ({"chosen": [flagged], "rejected": "bad"}, "flags exclude all turns of the answer"),
         ({"chosen": [flagged], "rejected": "good"}, "are equal"),
     ):
         with pytest.raises(DataError, match=message):
@@ -168,7 +168,7 @@ def test_preference_rows_in_all_forms() -> None:
         ({"messages": [turn("user", None)]}, r"messages\[0\] is .* expected"),
         ({"messages": "hello"}, "expected a list of messages"),
         ({"messages": []}, "expected a list of messages"),
-        ({"messages": [turn("user", "x")]}, "no assistant turn to learn"),
+        ({"messages": [turn("user", "x")]}, "no assistant turn in the loss"),
         ({"prompt": [turn("assistant", "x")], "completion": [turn("user", "y")]}, "no assistant"),
         ({"prompt": "x"}, "has columns prompt; expected `messages`"),
         ({"messages": [turn("assistant", "\ud800")]}, "lone surrogate at character 0"),

@@ -58,10 +58,10 @@ def test_first_row_that_is_longer_than_the_look_at_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"text\none\n", r"a\.csv: its name does not say what it holds.*\.jsonl"),
-        ("README", b"one", "README: its name does not say what it holds"),
+        ("a.csv", b"text\none\n", r"a\.csv: its name does not determine its format.*\.jsonl"),
+        ("README", b"one", "README: its name does not determine its format"),
         ("a.json", b'[{"text": "one"}]', r"a\.json begins with b'\['.*jq -c"),
-        ("a.json", PRETTY, r"a\.json has a first line that is not a whole object.*jq -c"),
+        ("a.json", PRETTY, r"a\.json has a first line that is not a complete object.*jq -c"),
         ("none.csv", None, r"none\.csv cannot be read \(No such file"),
     ],
 )

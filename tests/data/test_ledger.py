@@ -126,8 +126,8 @@ def test_another_stream_is_refused(changes: dict[str, int], message: str) -> Non
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (SourceCount(8), r"'code' is 8 units of , the checkpoint counted 7 units of ;"),
-        (SourceCount(7, content="ab"), "'code' is 7 units of ab, the checkpoint counted 7 units"),
+        (SourceCount(8), r"'code' is 8 units of , but the checkpoint has 7 units of ;"),
+        (SourceCount(7, content="ab"), "'code' is 7 units of ab, but the checkpoint has 7 units"),
     ],
 )
 def test_source_of_other_content_is_refused_also_after_it_was_retired(
@@ -141,7 +141,7 @@ def test_source_of_other_content_is_refused_also_after_it_was_retired(
 
 @pytest.mark.parametrize("state", [{}, {"seed": "x"}, {"sources": object()}])
 def test_damaged_state_is_one_clear_line(state: dict) -> None:
-    with pytest.raises(DataError, match="data position is not one of phi4") as caught:
+    with pytest.raises(DataError, match="data ledger is invalid") as caught:
         ledger({"code": 1.0}, state)
     assert "\n" not in str(caught.value)
 
@@ -158,7 +158,9 @@ def test_source_under_a_new_name_is_refused_unless_the_old_one_stays() -> None:
     book = named({"old": 1.0})
     named({"new": 1.0}, book.state())  # nothing was drawn yet
     drawn(book, 4)
-    refusal = "'new' holds what 'old' held, of which 4 of 10 units are drawn .* call it 'old' again"
+    refusal = (
+        "'new' has the content of 'old', of which 4 of 10 units were drawn .* rename it to 'old'"
+    )
     with pytest.raises(DataError, match=refusal):
         named({"new": 1.0, "other": 1.0}, book.state())
     named({"other": 1.0}, book.state())

@@ -260,7 +260,7 @@ def test_unusable_source_is_one_clear_line(
     elif other == "tiny":
         path, message = (
             write_source("s", [4]),
-            "'s': the longest shard .* has 3 labels, a unit has 4",
+            "'s': the longest shard .* has 3 labels, but a unit has 4",
         )
     else:
         weight, message = 0.0, "no data source with a weight above 0"
@@ -384,12 +384,12 @@ def test_files_that_a_blend_holds_twice_are_said(write_source, facts, tmp_path: 
 
     assert notes(code="code", prose="prose", web="web_[01]") == []
     assert notes(code="code", again="code", prose="prose") == [
-        "sources 'again' and 'code' share files, 100% of the tokens of the one and 100% of the "
-        "other; each draws them in its own epochs"
+        "sources 'again' and 'code' share files, 100% of the first one's tokens and 100% of "
+        "the second's; each source draws them in its own epochs"
     ]
     assert notes(web="web_[012]", copied="copied") == [
-        "source 'web': 38% of its tokens are copies of others of its own; an epoch draws them more "
-        "than once",
-        "sources 'copied' and 'web' share files, 100% of the tokens of the one and 23% of the "
-        "other; each draws them in its own epochs",
+        "source 'web': 38% of its tokens are duplicates within the source; an epoch draws them "
+        "more than once",
+        "sources 'copied' and 'web' share files, 100% of the first one's tokens and 23% of the "
+        "second's; each source draws them in its own epochs",
     ]

@@ -175,7 +175,7 @@ def test_an_answer_ends_after_max_response_tokens(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "pairs", pairs)
     source = opened(path, "pairs", max_response_tokens=3)
     assert source.num_items == NUM_PAIRS
-    assert source.describe().endswith("1 left out: equal within max_response_tokens")
+    assert source.describe().endswith("1 dropped: equal within max_response_tokens")
     found = loader(SourceConfig(name="p", path=path, kind="pairs", max_response_tokens=3))
     seen = {p for batch in epoch(found, source.num_units) for p in segments(batch)}
     whole = [expected_of_pair(pair) for pair in pairs[:-1]]

@@ -144,7 +144,7 @@ def test_failed_job_leaves_no_token_file(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mixed = lines(tmp_path / "x.jsonl", [*PAIRS, PIVOTS[0]])
-    message = r"the inputs mix pairs and pivots: .*x\.jsonl:1 is of the first, .*x\.jsonl:4 of the"
+    message = r"the inputs mix pairs and pivots: .*x\.jsonl:1 has the first kind, .*x\.jsonl:4 the"
     with pytest.raises(DataError, match=message):
         write([mixed], tmp_path / "p", tokenizer)
     assert left(tmp_path) == []
@@ -188,7 +188,7 @@ def test_commands_on_pairs(run, tmp_path: Path) -> None:
     path, prefix = lines(tmp_path / "x.jsonl", [*PAIRS, *BAD[:2], BAD[0]]), tmp_path / "p"
     printed = run("pairs", path, "--out", prefix, "--row-tokens", 100)
     assert "3 pairs from 6 rows, 3 rows left out" in printed
-    assert "        2  chosen and rejected are equal; leave the row out" in printed
+    assert "        2  chosen and rejected are equal; remove the row" in printed
     assert "        1  chosen has an empty answer" in printed and "p.rejected.jsonl" in printed
     assert "labels per pair: mean" in printed
     shown = run("inspect", prefix, "--samples", 1)

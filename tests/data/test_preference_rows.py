@@ -128,13 +128,13 @@ SKIPPED = {"role": "assistant", "content": "", "weight": 0}
         ({**STRINGS, "chosen": ""}, "chosen has an empty answer: turn 1 is ''"),
         ({**STRINGS, "rejected": " \n"}, "rejected has an empty answer"),
         ({**STRINGS, "chosen": [assistant(""), assistant("x")]}, "chosen has an empty answer"),
-        ({**STRINGS, "chosen": [SKIPPED]}, "flags exclude a whole answer, chosen"),
+        ({**STRINGS, "chosen": [SKIPPED]}, "flags exclude all turns of the answer chosen"),
         ({**STRINGS, "chosen": [user("p"), assistant("x")]}, "chosen begins with a user turn"),
         ({"chosen": "a", "rejected": "b"}, "no prompt"),
         ({"chosen": [user("q")], "rejected": [user("q"), assistant("a")]}, "chosen must end"),
         ({"chosen": [user("p"), assistant("a")], "rejected": [user("q"), assistant("b")]}, "no pr"),
         ({"prompt": "q", "answer": "x"}, "no preference: its columns are answer, prompt; expected"),
-        ({**STRINGS, **IDS}, "holds a preference twice, under chosen and chosen_ids"),
+        ({**STRINGS, **IDS}, "has two preferences, under chosen and chosen_ids"),
         ({**STRINGS, "tools": [{}]}, "uses `tools`"),
         ({"context": [user("q")], "completions": []}, "0 completions; expected exactly two"),
         ({"completions": [{}, {}]}, "expected `context` and `completions`"),
@@ -185,9 +185,9 @@ def test_pair_fills_a_row_to_the_last_label_and_is_never_cut() -> None:
     labels = encode(STRINGS).num_labels
     assert labels == sum(ids.size - 1 for ids in encode(STRINGS).sequences)
     assert encode(STRINGS, labels).num_labels == labels
-    with pytest.raises(DataError, match=f"longer than a row: {labels} labels, a row has"):
+    with pytest.raises(DataError, match=f"longer than a row: {labels} labels, but a row has"):
         encode(STRINGS, labels - 1)
-    with pytest.raises(DataError, match="longer than a row: 3 labels, a row has 2"):
+    with pytest.raises(DataError, match="longer than a row: 3 labels, but a row has 2"):
         encode(TRAJECTORY, 2)
 
 

@@ -93,7 +93,7 @@ def test_names_keep_apart_what_paths_keep_apart(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"en/0001\.jsonl is given 2 times"):
         names(tmp_path, en)
     rows(tmp_path / "en/0001.jsonl.gz")
-    with pytest.raises(DataError, match=r"0001\.jsonl and .*\.gz would both be called en/0001"):
+    with pytest.raises(DataError, match=r"0001\.jsonl and .*\.gz would both get the name en/0001"):
         names(tmp_path)
 
 
@@ -160,7 +160,7 @@ def test_second_screen_of_a_directory_is_refused_and_the_first_goes_on(tmp_path:
     with Outputs([item], out) as first:
         first.keep(source, b"kept")
         first.hold(b"held")
-        with pytest.raises(DataError, match=r"another screen is writing to .*; give each its own"):
+        with pytest.raises(DataError, match=r"another job is writing to .*; give each its own"):
             screen([source], out, RULE)
     assert (out / "web.jsonl").read_bytes() == b"kept\n"
     assert (out / "quarantine.rejects").read_bytes() == b"held\n"
@@ -186,7 +186,9 @@ def test_output_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(DiskFullError, match=r"out.*: File too large, .*; make room or raise"):
+        with pytest.raises(
+            DiskFullError, match=r"out.*: File too large, .*; free some space or raise"
+        ):
             screen([source], tmp_path / "out", RULE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -196,5 +198,5 @@ def test_output_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_has_its_own_exit_code(number: int) -> None:
-    with pytest.raises(DiskFullError, match=r"x: .*; make room or raise"), writing(Path("x")):
+    with pytest.raises(DiskFullError, match=r"x: .*; free some space or raise"), writing(Path("x")):
         raise OSError(number, os.strerror(number))

@@ -80,7 +80,7 @@ def test_few_corrupted_rows_do_not_move_what_is_normal(profile: Profile) -> None
 
 
 def test_too_little_text_to_learn_from() -> None:
-    with pytest.raises(DataError, match="too few to learn what normal text is"):
+    with pytest.raises(DataError, match="too few to estimate normal text"):
         learn_profile(["short"] * 100)
 
 
@@ -118,7 +118,7 @@ def test_callable_is_loaded_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["pydoc:none", "no_such_module:f", "pydoc", ":", "pydoc:__doc__"])
 def test_callable_that_cannot_be_loaded(name: str) -> None:
-    with pytest.raises(DataError, match=r"module:function|is no function"):
+    with pytest.raises(DataError, match=r"module:function|is not a function"):
         load_identify(name)
 
 

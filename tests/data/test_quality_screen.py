@@ -162,10 +162,10 @@ def test_wrong_inputs_and_outputs_are_one_clear_line(tmp_path: Path) -> None:
     broken = write(tmp_path / "broken.jsonl.gz", gzip.compress(b"x" * 999)[:-9])
     packed = write(tmp_path / "rows.jsonl.gz", gzip.compress(b"{}"))
     cases = [
-        ([source, packed], "rows.jsonl and .*rows.jsonl.gz would both be called rows"),
+        ([source, packed], "rows.jsonl and .*rows.jsonl.gz would both get the name rows"),
         ([source, source], "rows.jsonl is given 2 times"),
         ([tmp_path / "none.jsonl"], "none.jsonl cannot be read"),
-        ([write(tmp_path / "rows.csv", b"x")], "its name does not say what it holds"),
+        ([write(tmp_path / "rows.csv", b"x")], "its name does not determine its format"),
         ([tmp_path / "empty"], "empty holds no rows; give .jsonl"),
         ([write(tmp_path / "rows.txt", b"x")], "rows.txt holds no rows; give .jsonl"),
         ([broken], "broken.jsonl.gz cannot be read"),

@@ -86,11 +86,11 @@ def test_cache_gives_what_was_written(tmp_path: Path) -> None:
     ("found", "line"),
     [
         ((1, 2, 9, 4), "item 2 (document 2) is not what the reference cache was computed for"),
-        ((1, 3, 4), "item 1 of the reference cache is missing; where it stood, now stands docume"),
-        ((1, 2, 3), "item 3 of the reference cache is missing; where it stood, it ends"),
+        ((1, 3, 4), "item 1 of the reference cache is missing; its place now holds docume"),
+        ((1, 2, 3), "item 3 of the reference cache is missing; the source ends before it"),
         ((1, 9, 2, 3, 4), "item 1 (document 1) is new: the reference cache does not have it"),
         ((1, 2, 3, 4, 5), "item 4 (document 4) is new"),
-        ((2, 1, 3, 4), "item 0 (document 0) stands elsewhere in the reference cache"),
+        ((2, 1, 3, 4), "item 0 (document 0) is at another position in the reference cache"),
     ],
 )
 def test_item_that_differs_is_named(tmp_path: Path, found: tuple[int, ...], line: str) -> None:
@@ -134,8 +134,8 @@ def test_other_model_is_named(tmp_path: Path) -> None:
 
 def test_source_of_one_side_only_is_named(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, items(1, 2, 3, 4))
-    assert "'new' is in the recipe and not in" in refusal(cache.check_names, ["new", "web/pairs"])
-    assert "'web/pairs' is in the reference cache and not in" in refusal(cache.check_names, [])
+    assert "'new' is in the recipe but not in" in refusal(cache.check_names, ["new", "web/pairs"])
+    assert "'web/pairs' is in the reference cache but not in" in refusal(cache.check_names, [])
     assert "has no source 'new', only 'web/pairs'" in refusal(cache.log_probs, "new")
 
 

@@ -333,7 +333,7 @@ def test_what_the_run_never_served_is_refused(run: FakeRun, arguments, message: 
 
 
 def test_a_directory_without_checkpoints_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
         phi4_data("ledger", tmp_path)
 
 

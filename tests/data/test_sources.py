@@ -90,7 +90,7 @@ def test_shard_that_changed_under_a_running_job_is_refused(
 ) -> None:
     source = read_source(f"{tmp_path}/web-*", facts)
     write_source("web-01", [30], 2)
-    with pytest.raises(DataError, match=r"web-01\.bin holds 30 tokens, its manifest said 10"):
+    with pytest.raises(DataError, match=r"web-01\.bin holds 30 tokens, but its manifest has 10"):
         ShardPool(1).open(source.shards[1])
 
 
@@ -112,9 +112,9 @@ def test_stream_over_shards_is_that_of_their_units(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("none-*", r"none-\* names no shard"),
+        ("none-*", r"none-\* matches no shard"),
         ("none.list", r"none\.list cannot be read as a list"),
-        ("empty.list", r"empty\.list names no shard"),
+        ("empty.list", r"empty\.list matches no shard"),
         ("twice.list", r"twice\.list names .*web-00 twice"),
         ("lost.list", r"nothing\.idx cannot be read"),
         ("web-?[0-9]", r"web-01\.manifest\.json does not exist"),
@@ -149,11 +149,15 @@ def test_more_epochs_than_allowed_are_refused_before_the_ledger_moves(
     loader = Loader(config, facts, 7)
     size = {"micro_batch_size": 1, "dp_rank": 0, "dp_size": 1}
     loader.require_epochs(15)
-    with pytest.raises(DataError, match=r"'s' would be read 1\.60 times, its max_epochs is 1\.5"):
+    with pytest.raises(
+        DataError, match=r"'s' would be read 1\.60 times, but its max_epochs is 1\.5"
+    ):
         loader.require_epochs(16)
     loader.next_step(global_batch_size=15, **size)
     before = loader.state()
-    with pytest.raises(DataError, match=r"'s' would be read 1\.60 times, its max_epochs is 1\.5"):
+    with pytest.raises(
+        DataError, match=r"'s' would be read 1\.60 times, but its max_epochs is 1\.5"
+    ):
         loader.next_step(global_batch_size=1, **size)
     assert loader.state() == before
 

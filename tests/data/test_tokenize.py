@@ -332,14 +332,14 @@ def test_truncated_run_is_refused(config: TokenizerConfig, rows: Path, tmp_path:
     tokenize_parts(plan, tmp_path / "p", config, **options)
     (run_file,) = work_directory(tmp_path / "p").glob("*.tokens")
     run_file.write_bytes(run_file.read_bytes()[:400])
-    with pytest.raises(DataError, match=r"\.tokens holds 100 tokens, its keys describe"):
+    with pytest.raises(DataError, match=r"\.tokens holds 100 tokens, but its keys describe"):
         merge_runs(tmp_path / "p")
     assert not Path(f"{tmp_path}/p.bin").exists()
 
 
 def test_nothing_to_write_leaves_no_file(config: TokenizerConfig, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    with pytest.raises(DataError, match="the inputs hold no text"):
+    with pytest.raises(DataError, match="the inputs contain no text"):
         run(config, [tmp_path / "in"], tmp_path / "out" / "p")
     assert not list((tmp_path / "out").iterdir())
     assert not work_directory(tmp_path / "out" / "p").exists()

@@ -168,17 +168,17 @@ def test_what_differs_from_the_begun_plan_is_said(
     tokenize(begun, tmp_path / "p", config, shard=(0, 2))
 
     def refused(plan: TokenizePlan) -> str:
-        with pytest.raises(DataError, match=r"p\.work was begun with ") as caught:
+        with pytest.raises(DataError, match=r"p\.work was created with ") as caught:
             tokenize(plan, tmp_path / "p", config, shard=(1, 2))
         assert "\n" not in str(caught.value)
-        return str(caught.value).partition("begun with ")[2]
+        return str(caught.value).partition("created with ")[2]
 
     changed = {
         "--keep-order": plan_of(config, rows, seed=None),
         "--text-field": plan_of(config, rows, text_column="body"),
         "other inputs: with ": plan_of(config, other),
         "other inputs: without ": plan_of(config, rows, other),
-        "cut into other parts": plan_of(config, rows, part_bytes=600),
+        "split into other parts": plan_of(config, rows, part_bytes=600),
         "another tokenizer": msgspec.structs.replace(
             begun, tokenizer=dataclasses.replace(begun.tokenizer, fingerprint="e" * 64)
         ),
@@ -294,7 +294,7 @@ def test_prefix_that_names_no_pair_is_refused(
         lambda prefix: tokenize(plan_of(config, rows), prefix, config),
         lambda prefix: TokenFileWriter(prefix, load_tokenizer(config).facts).__enter__(),
     ):
-        with pytest.raises(DataError, match=r"names a directory|stands for a list"):
+        with pytest.raises(DataError, match=r"is a directory|is interpreted as a list"):
             write(f"{tmp_path}/{name}")
     assert names(tmp_path) == before
 

@@ -203,12 +203,12 @@ def test_conversations_that_do_not_fit_are_refused_until_the_recipe_decides(
     ("overlong", "covered", "note"),
     [
         # The second conversation's first 8 labels hold no answer.
-        ("truncate", {13, 14, *range(42, 49)}, "2 longer than a row .*, 17 tokens left out"),
-        ("drop", {13, 14}, "2 longer than a row .*, 25 tokens left out"),
+        ("truncate", {13, 14, *range(42, 49)}, "2 longer than a row .*, 17 tokens dropped"),
+        ("drop", {13, 14}, "2 longer than a row .*, 25 tokens dropped"),
         (
             "cut",
             {13, 14, *range(30, 33), *range(42, 54)},
-            "2 longer than a row .*, 8 tokens left out",
+            "2 longer than a row .*, 8 tokens dropped",
         ),
     ],
 )
@@ -250,7 +250,7 @@ def test_tables_and_manifests_are_kept_where_the_recipe_says(
         "phi4.data.stream.window_table._computed", side_effect=AssertionError("packed again")
     ):
         assert np.array_equal(epoch(Loader(data, facts, 5)).tokens, first.tokens)
-    with pytest.raises(DataError, match=r"data\.cache_dir=.* cannot be made"):
+    with pytest.raises(DataError, match=r"data\.cache_dir=.* cannot be created"):
         Loader(data.model_copy(update={"cache_dir": f"{tmp_path}/s0.bin/x"}), facts, 5)
 
 
@@ -258,5 +258,5 @@ def test_rank_that_cannot_keep_its_table_says_so(write_source, facts: TokenizerF
     path = write_source("s", [9, 14, 3])
     with patch("phi4.data.stream.kept_table.os.access", return_value=False):
         (note,) = Loader(windows(path, 8), facts, 5).notes
-    assert note.endswith("nothing can be written beside the shards: set data.cache_dir")
+    assert note.endswith("the shards' directory is not writable: set data.cache_dir")
     assert not list(Path(path).parent.glob("*.npy"))

@@ -1,1 +1,1 @@
-"""The demo corpus, built on this machine from what is installed on it."""
+"""The demo's data, built on this machine from its Python installation."""

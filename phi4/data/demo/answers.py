@@ -1,9 +1,9 @@
 """Post-training data from the standard library: conversations, preferences, pivots.
 
-A conversation asks for a function and gets it. The preference is planted: the chosen answer is the
-function, the rejected one is the same lines in another order, so a model that orders lines better
-than its reference does has found it. A pivot is the choice between the token that follows in the
-function and the same token once more.
+A conversation asks for a function and gets it. The preference is synthetic: the chosen answer is
+the function, the rejected one has the same lines in another order, so a model that has learned the
+preference orders lines better than its reference does. A pivot is the choice between the token that
+follows in the function and a repetition of the previous token.
 """
 
 import random
@@ -15,15 +15,15 @@ from phi4.data.vocabulary.chat import encode_chat
 from phi4.data.vocabulary.tokenizer import Tokenizer
 
 _VARIANTS = 4
-"""Orders of lines that a function is rejected in."""
+"""Number of line orders in which a function is rejected."""
 _LONGEST = 280
-"""Characters of an answer that is preferred to another: both fit into a short row."""
+"""Maximum characters of an answer in a pair: both answers must fit into a short row."""
 _PIVOTS = 4
-"""Of a trajectory, as far as it has tokens."""
+"""Pivots per trajectory, fewer if it is short."""
 
 
 def conversation_rows(exercises: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A row with `messages` of each exercise."""
+    """Make a row with `messages` from each exercise."""
     for task, answer in map(_split, exercises):
         user, assistant = ("user", task), ("assistant", answer)
         turns = [{"role": role, "content": content} for role, content in (user, assistant)]
@@ -31,7 +31,8 @@ def conversation_rows(exercises: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def preference_rows(exercises: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows with `prompt`, `chosen` and `rejected` of the short exercises of several lines."""
+    """Make rows with `prompt`, `chosen` and `rejected` from the short exercises of several
+    lines."""
     for task, answer in map(_split, exercises):
         if len(answer) > _LONGEST:
             continue
@@ -47,11 +48,11 @@ def preference_rows(exercises: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def pivot_rows(exercises: Sequence[str], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """Rows with `ids` and `pivots` of the exercises, up to the last pivot."""
+    """Make rows with `ids` and `pivots` from the exercises, up to the last pivot."""
     for row in conversation_rows(exercises):
         tokens = encode_chat(read_conversation(row), tokenizer)
         draw = random.Random(row["messages"][-1]["content"])
-        # What follows position p is the token that a pivot chooses.
+        # The pivot at position p chooses the token that follows it.
         places = [p for p, counts in enumerate(tokens.loss_mask[1:]) if counts]
         pivots = []
         for position in sorted(draw.sample(places, min(_PIVOTS, len(places)))):
@@ -63,6 +64,7 @@ def pivot_rows(exercises: Sequence[str], tokenizer: Tokenizer) -> Iterator[dict[
 
 
 def _split(exercise: str) -> tuple[str, str]:
-    """Task, with the first paragraph of its description, and answer of an exercise."""
+    """Split an exercise into the task, with the first paragraph of its description, and the
+    answer."""
     task, _, answer = exercise.partition("\n\nAnswer:\n\n")
     return "\n\n".join(task.split("\n\n")[:2]), answer.strip()

@@ -1,29 +1,29 @@
-"""Arithmetic modulo 10 by rewriting, as a writer who makes mistakes does it.
+"""Arithmetic modulo 10 by rewriting, as solved by a writer who makes mistakes.
 
 An expression of digits, `+` and `*` becomes shorter by one operator at a time:
-`3+5+5*2=8+5*2=8+0=8`. Products come before sums, and now and then the writer takes a sum that a
-product should have come before. The decision: a model that learns from such a writer knows the rule
-and the mistake, so which operator is next is a choice that often decides whether the answer is
-right, at places that vary, with a key that needs no data.
+`3+5+5*2=8+5*2=8+0=8`. Products come before sums, but the writer sometimes computes a sum before a
+product. A model trained on such a writer learns both the rule and the mistake, so the choice of the
+next operator often decides whether the answer is right, at varying positions, and the answer key
+needs no data.
 """
 
 import random
 from dataclasses import dataclass
 
 SEPARATOR = "="
-"""Between the steps; what follows the last one is the answer."""
+"""Separates the steps; the text after the last one is the answer."""
 _LEFTMOST = 0.7
-"""How often the writer takes the first of the operators that may be next."""
+"""Probability that the writer takes the first of the operators that may be next."""
 
 
 @dataclass(frozen=True)
 class Writer:
-    """How often it is wrong.
+    """Error rates of a writer.
 
     Attributes:
-        precedence_error: probability of taking a sum before a product beside it, each time that
-            there is one.
-        slip: probability of a step that changes a digit besides.
+        precedence_error: probability of computing a sum before an adjacent product, whenever there
+            is one.
+        slip: probability that a step also changes a digit.
     """
 
     precedence_error: float = 0.4
@@ -37,7 +37,7 @@ def draw_expression(draw: random.Random, num_operators: int) -> str:
 
 
 def value(expression: str) -> int:
-    """What it amounts to modulo 10."""
+    """Return its value modulo 10."""
     total = 0
     for term in expression.split("+"):
         product = 1
@@ -48,7 +48,7 @@ def value(expression: str) -> int:
 
 
 def write_solution(draw: random.Random, expression: str, writer: Writer) -> str:
-    """The steps from an expression to a digit, `8+5*2=8+0=8` for `3+5+5*2`."""
+    """Write the steps from an expression to a digit, `8+5*2=8+0=8` for `3+5+5*2`."""
     steps = []
     while len(expression) > 1:
         expression = _reduced(expression, _next_operator(draw, expression, writer))
@@ -61,7 +61,7 @@ def write_solution(draw: random.Random, expression: str, writer: Writer) -> str:
 
 
 def _next_operator(draw: random.Random, expression: str, writer: Writer) -> int:
-    """Place of the operator that the writer takes."""
+    """Return the position of the operator that the writer takes."""
     right: list[int] = []
     wrong: list[int] = []
     for place in range(1, len(expression), 2):

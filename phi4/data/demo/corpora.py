@@ -1,9 +1,10 @@
-"""The corpus that every CPython carries: its standard library.
+"""Corpora made from CPython's standard library.
 
-Sources are the code; docstrings and pydoc's language reference are the prose; functions turned into
-the answer to their own description are the synthetic exercises. It shows that a model learns, and
-needs no download; it is no base for claims about capability. All that is made from one module goes
-to one side of the training / held-out split, so no held-out text was seen in another form.
+Sources are the code; docstrings and pydoc's language reference as prose; and functions turned into
+answers to their own descriptions as synthetic exercises. The corpus is enough to show that a model
+learns, and needs no download; it supports no claims about capability. Everything made from one
+module is on one side of the training / held-out split, so no held-out text appears in training in
+another form.
 """
 
 import ast
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from phi4.errors import DataError
 
-# Tests, foreign packages, and tables that are neither code nor prose.
+# Tests, third-party packages, and tables that are neither code nor prose.
 _EXCLUDED_PARTS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     | {"encodings", "lib2to3", "pydoc_data", "turtledemo"}
@@ -27,17 +28,17 @@ _TOPICS_HELD_OUT_PERCENT = 12  # there are few
 
 
 PHI4_SHARES = {"synthetic": 0.40, "code": 0.20, "web": 0.30, "acquired": 0.10}
-"""Fractions of the report's Table 5; web and web rewrites are one source here."""
+"""Weights as in the report's Table 5; web and web rewrites are one source here."""
 
 
 def standard_library_corpus(max_code_bytes: int = 5_000_000) -> dict[str, list[str]]:
-    """Documents of `code`, `prose`, `code_held_out` and `prose_held_out`.
+    """Return documents of `code`, `prose`, `code_held_out` and `prose_held_out`.
 
     The order is that of the content hashes, which shuffles the documents and makes the cut at
-    `max_code_bytes` a fair sample. A text appears once over all four.
+    `max_code_bytes` a fair sample. A text appears only once in all four.
 
     Raises:
-        DataError: this Python comes without the sources or topics of its standard library.
+        DataError: this Python lacks the sources or topics of its standard library.
     """
     corpus = phi4_corpus(max_code_bytes)
     for side in ("", "_held_out"):
@@ -49,11 +50,11 @@ def standard_library_corpus(max_code_bytes: int = 5_000_000) -> dict[str, list[s
 
 
 def phi4_corpus(max_code_bytes: int = 5_000_000) -> dict[str, list[str]]:
-    """The same documents under the names of Phi-4's sources, each with its `_held_out` side.
+    """Return the same documents under the names of Phi-4's sources, each with its `_held_out` side.
 
     `code` is modules, `web` their docstrings, `acquired` the language reference, `synthetic`
     exercises whose answers are functions of the code: the report's instruction reversal. A text
-    appears once over all of them.
+    appears only once in all of them.
 
     Source: technical report, section 2.2.
 
@@ -91,7 +92,7 @@ def phi4_corpus(max_code_bytes: int = 5_000_000) -> dict[str, list[str]]:
 
 
 def exercises(module: ast.Module, source: str) -> Iterator[str]:
-    """Documented functions of a module as a task and its answer.
+    """Return documented functions of a module as tasks with answers.
 
     Args:
         module: parsed.
@@ -99,7 +100,7 @@ def exercises(module: ast.Module, source: str) -> Iterator[str]:
     """
     lines = source.splitlines(keepends=True)
     for node in ast.walk(module):
-        # A body that is only a docstring answers nothing.
+        # A body that is only a docstring is not an answer.
         if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
             continue
         text = ast.get_docstring(node)
@@ -116,7 +117,7 @@ def exercises(module: ast.Module, source: str) -> Iterator[str]:
 
 
 def docstrings(source: str) -> str | None:
-    """A module's docstrings under the names they describe; None when it is not Python."""
+    """Return a module's docstrings under the names they describe; None if it is not Python."""
     module = _parsed(source)
     return None if module is None else "\n\n".join(_described(module, ""))
 
@@ -153,7 +154,7 @@ def _sources() -> Iterator[str]:
         try:
             yield importlib.util.decode_source(path.read_bytes())
         except (OSError, SyntaxError, UnicodeDecodeError):
-            continue  # a dangling link or a file that is no Python source
+            continue  # A dangling link, or a file that is not Python source.
 
 
 def _topics() -> list[str]:

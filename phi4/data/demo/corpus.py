@@ -1,4 +1,5 @@
-"""The demo's data: corpus, small tokenizer, token files, and the entropy that a model must beat."""
+"""Build the demo's data: corpus, small tokenizer, token files, and the unigram entropy as a
+baseline."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ class SourceReport(msgspec.Struct, frozen=True):
 
 
 class CorpusReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What `build_demo` wrote; kept as corpus.json."""
+    """Result of `build_demo`; stored as corpus.json."""
 
     vocab_size: int
     tokenizer_fingerprint: str
@@ -40,8 +41,8 @@ def build_demo(out: str | Path, vocab_size: int = 2048) -> CorpusReport:
     """Write bpe.tiktoken, the token files of every source and corpus.json into a directory.
 
     Sources are those of pretraining; for post-training `chats`, `preferences` and `pivots`; and
-    `garbage`, the documents of `web` with their tokens shuffled, which an ablation of mixtures must
-    tell from the others.
+    `garbage`, the documents of `web` with their tokens shuffled, which a data mixture ablation must
+    distinguish from the others.
 
     Raises:
         DataError: this Python lacks its standard library's sources, or vocab_size does not fit.
@@ -77,7 +78,7 @@ def build_demo(out: str | Path, vocab_size: int = 2048) -> CorpusReport:
 
 
 def _write_shuffled(texts: Sequence[str], tokenizer: Tokenizer, prefix: Path) -> ShardManifest:
-    """The documents with the tokens of each in another order: as frequent, without meaning."""
+    """Write the documents with their tokens shuffled: same frequencies, no meaning."""
     draw = np.random.default_rng(0)
     with TokenFileWriter(prefix, tokenizer.facts) as writer:
         for text in texts:

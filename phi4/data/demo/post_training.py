@@ -19,9 +19,9 @@ from phi4.data.vocabulary.chat import chat_template_sha256, encode_chat
 from phi4.data.vocabulary.tokenizer import Tokenizer
 
 ROW_TOKENS = 256
-"""Of the tiny recipes; longer preferences are listed in `PREFIX.rejected.jsonl`."""
+"""Row length of the tiny recipes; longer preferences are listed in `PREFIX.rejected.jsonl`."""
 _MOST_ROWS = 400
-"""Of preferences and of trajectories: their reference takes a forward pass of each."""
+"""Number of preferences and of trajectories: the reference model needs a forward pass of each."""
 
 
 def write_post_training(
@@ -31,8 +31,8 @@ def write_post_training(
 
     Args:
         out: directory.
-        exercises: by what is appended to the names: "" for training, "_held_out".
-        tokenizer: of the ids.
+        exercises: exercises by the suffix of the names: "" for training, "_held_out".
+        tokenizer: tokenizer of the ids.
 
     Returns:
         Manifests by the name of the token file.

@@ -1,7 +1,7 @@
-"""The reasoning demo's data: documents to pretrain on, and questions of every later stage.
+"""The reasoning demo's data: pretraining documents, and questions for every later stage.
 
-The decision: expressions are dealt to the sets before anything is written, so no expression is in
-two of them, and no question was seen in pretraining.
+Expressions are assigned to sets before anything is written, so no expression is in two sets, and no
+question appears in pretraining.
 """
 
 import random
@@ -27,26 +27,26 @@ QUESTION_SETS: Mapping[str, int] = {
     "stop": 400,
     "test": 400,
 }
-"""Questions of each file: for best-of answers, pivotal token search, the judge's round, choosing
-checkpoints, and the figures at the end."""
+"""Number of questions of each file: for best-of answers, pivotal token search, the judge's round,
+checkpoint selection, and the final evaluation."""
 HELD_OUT_DOCUMENTS = 500
 REPORT_FILE = "reasoning.json"
 _ROLES = ("user", "assistant")
-"""One token each, as in phi-4's vocabulary, so that the header of a turn is three."""
+"""One token each, as in phi-4's vocabulary, so that a turn header is three tokens."""
 VOCAB_SIZE = 256 + sum(len(role) - 1 for role in _ROLES) + NUM_ADDED_TOKENS
 _MOST_DRAWS = 100
 
 
 @dataclass(frozen=True)
 class ReasoningData:
-    """What is written.
+    """Size and parameters of the data.
 
     Attributes:
-        num_operators: of every expression.
-        num_documents: to pretrain on; an expression may be in several of them.
-        num_questions: by the name of the set.
-        writer: of the documents.
-        seed: of expressions and documents.
+        num_operators: operators of every expression.
+        num_documents: pretraining documents; an expression may be in several of them.
+        num_questions: number of questions by name of the set.
+        writer: writer of the documents.
+        seed: seed of expressions and documents.
     """
 
     num_operators: int = 3
@@ -56,14 +56,15 @@ class ReasoningData:
     seed: int = 0
 
     def scaled(self, scale: float) -> "ReasoningData":
-        """With so many times the documents and questions, at least two of each."""
+        """Return a copy with the number of documents and questions multiplied, at least two of
+        each."""
         num_questions = {k: max(2, round(v * scale)) for k, v in self.num_questions.items()}
         num_documents = max(2, round(self.num_documents * scale))
         return replace(self, num_documents=num_documents, num_questions=num_questions)
 
 
 class ReasoningReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What `build_reasoning` wrote; kept as reasoning.json."""
+    """Result of `build_reasoning`; stored as reasoning.json."""
 
     seed: int
     num_operators: int
@@ -72,7 +73,7 @@ class ReasoningReport(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     num_questions: dict[str, int]
     answer_tokens: int
-    """Of an answer, with the token that ends it."""
+    """Length of an answer, with the token that ends it."""
     vocab_size: int
     tokenizer_fingerprint: str
 
@@ -84,11 +85,11 @@ def build_reasoning(out: str | Path, data: ReasoningData) -> ReasoningReport:
     `3+5+5*2=8+5*2=8+0=8`; `NAME.jsonl` of each set of questions, with the `prompt` `3+5+5*2=` and
     as `answer` the key of the oracle `exact`.
 
-    What was written with the same numbers is left as it is.
+    Existing data with the same parameters is kept.
 
     Raises:
-        DataError: there are too few expressions of so many operators, or the directory has data of
-            other numbers.
+        DataError: there are too few expressions with this many operators, or the directory has data
+            with other parameters.
     """
     out = Path(out)
     finished = _finished(out / REPORT_FILE, data)
@@ -125,7 +126,7 @@ def build_reasoning(out: str | Path, data: ReasoningData) -> ReasoningReport:
 
 
 def _finished(path: Path, data: ReasoningData) -> ReasoningReport | None:
-    """The report of an earlier call with the same numbers."""
+    """Return the report of an earlier call with the same parameters."""
     if not path.exists():
         return None
     try:
@@ -136,15 +137,17 @@ def _finished(path: Path, data: ReasoningData) -> ReasoningReport | None:
         was, asked = getattr(report, name), getattr(data, name)
         if was != asked:
             raise DataError(
-                f"{path.parent} holds data with {name}={was}, asked is {asked}; give another --out"
+                f"{path.parent} holds data with {name}={was}, but {asked} was requested; give "
+                f"another --out"
             )
     return report
 
 
 def question_row(expression: str) -> dict[str, object]:
-    """The row of a question: what is asked, and the key of its answer.
+    """Make the row of a question: its prompt, and the key of its answer.
 
-    The id is the expression, so that answers to its text and to it as a user's turn are compared.
+    The id is the expression, so that answers to its text and to it as a user's turn can be
+    compared.
     """
     key = {"last": str(value(expression)), "separator": SEPARATOR}
     prompt = expression + SEPARATOR
@@ -152,12 +155,12 @@ def question_row(expression: str) -> dict[str, object]:
 
 
 def document(draw: random.Random, expression: str, writer: Writer) -> str:
-    """An expression and how the writer solves it."""
+    """Return an expression and the writer's solution."""
     return expression + SEPARATOR + write_solution(draw, expression, writer)
 
 
 def _deal(draw: random.Random, data: ReasoningData) -> Mapping[str, Sequence[str]]:
-    """Expressions of every set of questions, and those of the held-out documents."""
+    """Assign expressions to every set of questions and to the held-out documents."""
     sizes = {**data.num_questions, "held_out": HELD_OUT_DOCUMENTS}
     needed = sum(sizes.values())
     found: dict[str, None] = {}
@@ -165,13 +168,13 @@ def _deal(draw: random.Random, data: ReasoningData) -> Mapping[str, Sequence[str
         if len(found) == needed:
             break
         found[draw_expression(draw, data.num_operators)] = None
-    # Documents need expressions too: at least half of them are left.
+    # Documents need expressions too: at least half of them remain.
     possible = 2**data.num_operators * 10 ** (data.num_operators + 1)
     if 2 * needed > possible or len(found) < needed:
         raise DataError(
-            f"{needed} questions and held-out documents are asked of {possible} expressions with "
-            f"{data.num_operators} operators, half of which are left to train on; ask for fewer, "
-            "or for more operators"
+            f"{needed} questions and held-out documents were requested of {possible} expressions "
+            f"with {data.num_operators} operators, half of which are reserved for training; "
+            f"request fewer, or more operators"
         )
     dealt = iter(found)
     return {name: list(islice(dealt, size)) for name, size in sizes.items()}

@@ -1,1 +1,1 @@
-"""Files: token shards and their manifests, and the formats that documents are read from."""
+"""File formats: token shards and their manifests, and the inputs that documents are read from."""

@@ -1,7 +1,7 @@
-"""Adoption: the manifest of a pair that another tool wrote, once phi4 can read it as its own.
+"""Adopt a token file that another tool wrote: check it and write its manifest.
 
-Units and windows find documents by the end-of-document token alone, never by the index. A pair
-whose documents do not end with it would be read as one long document, so it is refused.
+Units and windows find documents by the end-of-document token alone, not by the index. A pair whose
+documents do not end with it would be read as one long document, so it is refused.
 """
 
 from collections import Counter
@@ -50,11 +50,11 @@ def adopt(prefix: str | Path, tokenizer: TokenizerFacts) -> ShardManifest:
 
 
 def _check_ends(pair: TokenFile, eod_id: int) -> None:
-    """Refuse documents that do not end with `eod_id`; an index that passed its check is needed."""
+    """Check that documents end with `eod_id`; the index must already have been checked."""
     others: Counter[int] = Counter()
     for begin in range(0, pair.num_documents, _BLOCK_DOCUMENTS):
         bounds = pair.document_bounds[begin : begin + _BLOCK_DOCUMENTS + 1]
-        bounds = bounds[np.insert(np.diff(bounds) > 0, 0, True)]  # some have no sequence
+        bounds = bounds[np.insert(np.diff(bounds) > 0, 0, True)]  # Some documents have no sequence.
         starts = pair.pointers[bounds[:-1]] // pair.tokens.itemsize
         ends = pair.pointers[bounds[1:] - 1] // pair.tokens.itemsize + pair.lengths[bounds[1:] - 1]
         ids = pair.tokens[ends[ends > starts] - 1]
@@ -64,7 +64,7 @@ def _check_ends(pair: TokenFile, eod_id: int) -> None:
         ((token, count),) = others.most_common(1)
         raise DataError(
             f"{pair.prefix}: {others.total()} of {pair.num_documents} documents do not end with "
-            f"token {eod_id} (end of document), {count} of them end with {token}; phi4 would not "
-            "see where they end: build the pair again with Megatron's --append-eod and a tokenizer "
-            f"whose eod is {eod_id}, or with `phi4 data tokenize`"
+            f"token {eod_id} (end of document), {count} of them end with {token}; phi4 cannot find "
+            f"their ends: build the pair again with Megatron's --append-eod and a tokenizer whose "
+            f"eod is {eod_id}, or with `phi4 data tokenize`"
         )

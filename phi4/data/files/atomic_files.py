@@ -1,7 +1,7 @@
-"""Files whose name only ever stands for the whole of them.
+"""Write files atomically: a file name refers only to complete content.
 
-Content goes to a temporary name and is renamed once it is on the disk. A disk that fills up is an
-error that names the file and the bytes; no temporary file stays behind, except that of a killed
+Content is written under a temporary name and renamed once it is durable. A full disk raises an
+error with the file's name and size; no temporary file is left behind, except that of a killed
 process, which the next writer of the same name removes.
 """
 
@@ -27,13 +27,13 @@ _TEMPORARY = ".partial-"
 def write_atomically(
     path: str | Path, content: bytes | memoryview, *, sync_name: bool = True
 ) -> None:
-    """Write a file so that its name only ever stands for the whole of it.
+    """Write a file atomically.
 
     Args:
         path: replaced if it exists.
-        content: of the file, on the disk when this returns.
-        sync_name: whether its name is, too; the next file in the directory whose name is synced
-            brings it along.
+        content: content of the file, durable when this returns.
+        sync_name: whether to make its name durable too; the next synced name in the directory
+            includes it.
 
     Raises:
         DiskFullError: the content does not fit on the disk.
@@ -58,10 +58,10 @@ def write_atomically(
 
 
 class HashedFile:
-    """A long file under a temporary name, locked, and the sha256 of what was written."""
+    """A large file under a temporary name, locked, and the sha256 of its content."""
 
     def __init__(self, path: str) -> None:
-        """Begin the file.
+        """Create the file.
 
         Raises:
             DataError: another process is writing it.
@@ -69,7 +69,7 @@ class HashedFile:
         _remove_leftovers(path)
         self._path = path
         self._stream = open(_temporary(path), "wb", buffering=_BLOCK_BYTES)  # noqa: SIM115
-        with suppress(OSError):  # some file systems have no locks
+        with suppress(OSError):  # Some file systems have no locks.
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._digest = hashlib.sha256()
 
@@ -79,35 +79,35 @@ class HashedFile:
         self._digest.update(content)
 
     def finish(self) -> str:
-        """The checksum, once the content is on the disk."""
+        """Make the content durable and return the checksum."""
         with _filling(self._path, _BLOCK_BYTES):
             _sync_and_close(self._stream)
         return self._digest.hexdigest()
 
     def publish(self) -> None:
-        """Give the file its name."""
+        """Rename the file to its final name."""
         os.replace(self._stream.name, self._path)
 
     def discard(self) -> None:
-        """Remove what was written."""
-        with suppress(OSError):  # closing writes the rest of the buffer, which may not fit
+        """Remove the file."""
+        with suppress(OSError):  # Closing flushes the rest of the buffer, which may not fit.
             self._stream.close()
         with suppress(FileNotFoundError):
             os.unlink(self._stream.name)
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file name is one of these writers' temporary ones."""
+    """Return whether a file name is one of these writers' temporary ones."""
     return _TEMPORARY in name
 
 
 def file_error(error: OSError, path: str | Path | None = None, num_bytes: int = 0) -> Phi4Error:
-    """A failed file operation as the error that a user reads.
+    """Convert an OSError of a file operation to the error for the user.
 
     Args:
-        error: what the operating system said.
-        path: of the file, where the error does not name it.
-        num_bytes: that were to be written.
+        error: error of the operating system.
+        path: path of the file, if the error does not contain it.
+        num_bytes: bytes that were to be written.
     """
     path = path or error.filename or "a file"
     reason = error.strerror or str(error)
@@ -118,7 +118,8 @@ def file_error(error: OSError, path: str | Path | None = None, num_bytes: int = 
         reason += f", {shutil.disk_usage(directory).free} bytes are free in {directory}"
     more = f" writing {num_bytes} bytes:" if num_bytes else ""
     return DiskFullError(
-        f"{path}:{more} {reason}; make room or raise the limit, then run the same command again"
+        f"{path}:{more} {reason}; free some space or raise the limit, then run the same command "
+        f"again"
     )
 
 
@@ -133,7 +134,7 @@ def _filling(path: str | Path, num_bytes: int) -> Iterator[None]:
 
 
 def _remove_leftovers(path: str) -> None:
-    """Remove the temporary files of killed writers of a path; the lock of a live one is held."""
+    """Remove temporary files of killed writers of a path; a live writer holds a lock."""
     for leftover in glob(f"{escape(path)}{_TEMPORARY}*"):
         with suppress(FileNotFoundError), open(leftover, "r+b") as stream:
             try:
@@ -144,7 +145,7 @@ def _remove_leftovers(path: str) -> None:
                     "it, or stop it and run this again"
                 ) from None
             except OSError:
-                continue  # without locks, nothing says that its writer is dead
+                continue  # Without locks, it is unknown whether its writer is dead.
             os.unlink(leftover)
 
 

@@ -7,13 +7,13 @@ import numpy as np
 from phi4.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds
+HEADER = struct.Struct("<9sQBQQ")  # Magic, version, dtype code, sequences, document bounds.
 _DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 _INT32_CODE = 4
 
 
 def index_bytes(lengths: np.ndarray, sequences_per_document: int = 1) -> bytes:
-    """The `.idx` of int32 documents that have the same number of sequences each.
+    """Return the `.idx` of int32 documents that have the same number of sequences each.
 
     Args:
         lengths: [num_sequences], int32, tokens per sequence.
@@ -29,24 +29,24 @@ def index_bytes(lengths: np.ndarray, sequences_per_document: int = 1) -> bytes:
 
 
 def read_header(header: bytes, path: str) -> tuple[np.dtype, int, int]:
-    """Type of the ids, number of sequences and number of document bounds.
+    """Read type of the ids, number of sequences and number of document bounds.
 
     Raises:
-        DataError: the bytes are no header that phi4 reads.
+        DataError: the bytes are not a supported header.
     """
     if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise DataError(f"{path} is not a Megatron index; write one with `phi4 data tokenize`")
     _, version, code, num_sequences, num_bounds = HEADER.unpack(header)
     if version != 1 or code not in _DTYPES:
         raise DataError(
-            f"{path} has version {version} and dtype code {code}; phi4 reads version 1 with int32 "
-            "(4) or uint16 (8) ids: tokenize again"
+            f"{path} has version {version} and dtype code {code}; expected version 1 with int32 "
+            f"(4) or uint16 (8) ids; tokenize again"
         )
     return _DTYPES[code], num_sequences, num_bounds
 
 
 def check_index_size(found: int, expected: int, num_sequences: int, path: str) -> None:
-    """Compare the bytes of an index with those that its header describes.
+    """Check the size of an index against its header.
 
     Raises:
         DataError: they differ.
@@ -54,6 +54,6 @@ def check_index_size(found: int, expected: int, num_sequences: int, path: str) -
     # Multimodal files carry one more byte per sequence.
     if found not in (expected, expected + num_sequences):
         raise DataError(
-            f"{path} has {found} bytes, its header describes {expected}; the index is truncated "
-            "or damaged: copy it again or tokenize again"
+            f"{path} has {found} bytes, but its header describes {expected}; the index is "
+            f"truncated or damaged: copy it again or tokenize again"
         )

@@ -1,7 +1,8 @@
-"""Input files as rows: JSON Lines, parquet, and text files as a row each.
+"""Read input files as rows: JSON Lines, parquet, and text files as one row each.
 
-Inputs are cut into parts that any process can read alone, the same parts for any number of
-processes. A row that cannot be read is a value with a reason, never an exception and never a skip.
+Inputs are split into parts that any process can read independently, the same parts for any number
+of processes. A row that cannot be read becomes a value with a reason; it is neither raised as an
+exception nor skipped.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,19 +26,20 @@ from phi4.data.files.jsonl import (
 from phi4.data.files.parquet import parquet_cuts, parquet_rows
 
 BLANK = "no text"
-"""Reason of a line without content, which is no fault."""
+"""Reason of an empty line, which is not an error."""
 
 _DIVISIBLE = (".jsonl", ".ndjson", ".json")
-"""Names of uncompressed lines, which can be read from any byte on."""
+"""Suffixes of uncompressed line files, which can be read from any byte on."""
 
 
 class Part(msgspec.Struct, frozen=True):
-    """What one task reads.
+    """The unit of work of one task.
 
     Attributes:
-        files: one file of rows, or whole text files.
-        begin, end: bytes of uncompressed lines that begin there, rows of parquet; otherwise 0.
-        num_bytes: of the files, for progress.
+        files: one file of rows, or several complete text files.
+        begin, end: byte range in which lines begin, for uncompressed lines; rows, for parquet;
+            otherwise 0.
+        num_bytes: size of the files, for progress.
     """
 
     files: tuple[InputFile, ...]
@@ -52,7 +54,7 @@ class InputRow:
 
     Attributes:
         path: the input.
-        number: line or row from 1, counted from the begin of the part; 0 for a whole file.
+        number: line or row from 1, counted from the beginning of the part; 0 for an entire file.
         content: columns by name, the text of a text file, None for a bad row.
         reason: why it is bad.
     """
@@ -64,12 +66,12 @@ class InputRow:
 
 
 def list_parts(files: Sequence[InputFile], part_bytes: int | None = None) -> list[Part]:
-    """Cut inputs into parts, in their order.
+    """Split inputs into parts, in order.
 
     Args:
         files: from `find_inputs`.
-        part_bytes: size of a part, about; None takes a 256th of the inputs, 4 to 32 MB, so that
-            few inputs still make parts for many processes.
+        part_bytes: approximate size of a part; None takes 1/256 of the inputs, between 4 and 32 MB,
+            so that few inputs still make parts for many processes.
 
     Raises:
         DataError: parquet metadata is damaged.
@@ -86,11 +88,11 @@ def list_parts(files: Sequence[InputFile], part_bytes: int | None = None) -> lis
 
 
 def read_input_rows(part: Part, columns: Sequence[str]) -> Iterator[InputRow]:
-    """All rows of a part in order.
+    """Read all rows of a part in order.
 
     Args:
         part: from `list_parts`.
-        columns: of parquet to read; a line has all of its keys.
+        columns: columns of parquet to read; a line has all of its keys.
 
     Raises:
         DataError: a file cannot be read or decompressed.
@@ -153,7 +155,7 @@ def _whole_file(path: str) -> InputRow:
 def _line_rows(path: str, part: Part) -> Iterator[InputRow]:
     with open_lines(path) as stream:
         if part.begin:
-            # The line that begins before this part belongs to the one before.
+            # The line that begins before this part belongs to the previous part.
             stream.seek(part.begin - 1)
             skip_line(stream)
         lines = read_lines(stream, MAX_ROW_BYTES, part.end)

@@ -1,8 +1,8 @@
-"""Which files are inputs of a tokenization, and what each of them holds.
+"""Find the input files of a tokenization, and determine their formats.
 
-The name says what a file holds, whatever the case of its letters; `.json` names both rows and
-single values, so there the first line decides. A named file that holds none of the known forms is
-an error; in a directory it is skipped and counted.
+The suffix determines the format, ignoring case; `.json` may be rows or a single value, so there the
+first line decides. A file given explicitly whose format is unknown is an error; in a directory it
+is skipped and counted.
 """
 
 import os
@@ -32,7 +32,7 @@ TEXT_SUFFIXES = frozenset(
     | {".c", ".cc", ".cpp", ".cs", ".cu", ".go", ".h", ".hpp", ".java", ".jl", ".js", ".kt", ".lua"}
     | {".php", ".pl", ".py", ".r", ".rb", ".rs", ".scala", ".sh", ".sql", ".swift", ".ts"}
 )
-"""Names of files that are one document each."""
+"""Suffixes of files that are one document each."""
 
 PLAN_FILE = "plan.json"
 WORK_SUFFIX = ".work"
@@ -46,7 +46,7 @@ _HEAD_BYTES = 4096
 
 
 class Form(Enum):
-    """What a file holds."""
+    """Format of a file."""
 
     TEXT = "text"
     LINES = "lines"
@@ -54,12 +54,12 @@ class Form(Enum):
 
 
 class InputFile(msgspec.Struct, frozen=True, array_like=True):
-    """An input as it was when it was found.
+    """An input file with size and modification time when it was found.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         num_bytes: its size.
-        mtime_ns: its time of change, nanoseconds since 1970.
+        mtime_ns: modification time, nanoseconds since 1970.
     """
 
     path: str
@@ -69,14 +69,14 @@ class InputFile(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True)
 class FoundInputs:
-    """The files to read, in order, and how many others the directories hold, by kind."""
+    """The files to read, in order, and the number of other files in the directories, by kind."""
 
     files: tuple[InputFile, ...]
     skipped: Counter[str]
 
 
 def form_of(path: str | Path) -> Form | None:
-    """What a file of this name holds; None if the name does not say."""
+    """Return the format of a file by its name; None if the name does not determine it."""
     name = os.path.basename(path).lower()
     if name.endswith((*LINE_SUFFIXES, *JSON_SUFFIXES)):
         return Form.LINES
@@ -86,15 +86,15 @@ def form_of(path: str | Path) -> Form | None:
 
 
 def find_inputs(paths: Iterable[str | Path]) -> FoundInputs:
-    """The input files behind paths, in their order; those of a directory in sorted order.
+    """Find the input files under paths, in order; those of a directory in sorted order.
 
-    Files that phi4 itself wrote are no inputs of a directory.
+    Files written by phi4 itself are skipped in directories.
 
     Args:
         paths: files and directories.
 
     Raises:
-        DataError: a path is missing, or a named file holds nothing that phi4 reads.
+        DataError: a path is missing, or a file given explicitly has an unknown format.
     """
     files: list[InputFile] = []
     skipped: Counter[str] = Counter()
@@ -108,7 +108,7 @@ def find_inputs(paths: Iterable[str | Path]) -> FoundInputs:
 
 
 def check_unchanged(files: Iterable[InputFile]) -> None:
-    """Compare sizes and times of change with those of now.
+    """Check that sizes and modification times are unchanged.
 
     Raises:
         DataError: names the first file that changed.
@@ -116,10 +116,10 @@ def check_unchanged(files: Iterable[InputFile]) -> None:
     for file in files:
         now = _input_file(Path(file.path))
         if now != file:
-            what = "size" if now.num_bytes != file.num_bytes else "time of change"
+            what = "size" if now.num_bytes != file.num_bytes else "modification time"
             raise DataError(
-                f"{file.path} changed while it was read: its {what} is another than when the job "
-                "began; tokenize again from inputs that nobody writes to"
+                f"{file.path} changed while it was read: its {what} differs from the start of the "
+                f"job; tokenize again while no process writes to the inputs"
             )
 
 
@@ -137,7 +137,8 @@ def _in_directory(directory: Path, skipped: Counter[str]) -> Iterator[Path]:
 
 
 def _why_skipped(path: Path) -> str:
-    """The kind under which a file of a directory is counted as skipped; empty if it is read."""
+    """Return the kind under which a file of a directory is counted as skipped; empty if it is
+    read."""
     name = path.name.lower()
     if name.endswith(_OWN_SUFFIXES) or is_temporary(name):
         return "written by phi4"
@@ -150,19 +151,19 @@ def _why_skipped(path: Path) -> str:
 def _require_readable_form(path: Path) -> None:
     if form_of(path) is None:
         raise DataError(
-            f"{path}: its name does not say what it holds; phi4 reads .jsonl, .ndjson and .json "
-            "(also .gz, .bz2, .zst), .parquet, and text under names such as .txt: convert the "
-            "file, or link it under a name that says so"
+            f"{path}: its name does not determine its format; supported are .jsonl, .ndjson and "
+            f".json (also .gz, .bz2, .zst), .parquet, and text under names such as .txt: convert "
+            f"the file, or link it under such a name"
         )
     if reason := _why_not_lines(path):
         raise DataError(
-            f"{path} {reason}; phi4 reads one object per line: convert it, for example with "
+            f"{path} {reason}; expected one object per line; convert it, for example with "
             "`jq -c '.[]'`, or rename it to .jsonl if only that line is damaged"
         )
 
 
 def _why_not_lines(path: Path) -> str:
-    """Why a .json file does not hold one object per line; empty if it does, or has another name."""
+    """Return why a .json file is not JSON Lines; empty if it is, or has another suffix."""
     if not path.name.lower().endswith(JSON_SUFFIXES):
         return ""
     with reading(path), open_lines(path) as stream:
@@ -175,7 +176,7 @@ def _why_not_lines(path: Path) -> str:
         if line and (line_break or len(head) < _HEAD_BYTES):
             parse_row(line, len(line))
     except RowError:
-        return "has a first line that is not a whole object"
+        return "has a first line that is not a complete object"
     return ""
 
 

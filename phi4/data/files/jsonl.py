@@ -1,7 +1,7 @@
-"""Rows of JSON Lines files, plain or compressed: the one reader of the tokenizer and the screens.
+"""Read rows of JSON Lines files, plain or compressed; used by the tokenizer and the screens.
 
-At most a limit of bytes of a line is ever in memory, and a line that is no JSON object is an error
-of its own kind, with a reason to file it under.
+Only a limited number of bytes of a line is held in memory, and a line that is not a JSON object
+raises an error of its own type, with the reason for the quarantine.
 """
 
 import bz2
@@ -21,25 +21,25 @@ from phi4.errors import DataError, PlatformError
 
 _COMPRESSIONS = ("", ".gz", ".zst", ".bz2")
 LINE_SUFFIXES = tuple(name + packed for name in (".jsonl", ".ndjson") for packed in _COMPRESSIONS)
-"""Names of JSON Lines, in lower case."""
+"""Suffixes of JSON Lines, in lower case."""
 JSON_SUFFIXES = tuple(f".json{packed}" for packed in _COMPRESSIONS)
-"""Names that stand for JSON Lines as often as for a single JSON value."""
+"""Suffixes used both for JSON Lines and for a single JSON value."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 MAX_ROW_BYTES = 32 << 20
-"""A longer row is no document: it is a file that lost its line breaks."""
+"""A longer row is not a document but a file that lost its line breaks."""
 
 _SHOWN_BYTES = 1000
 
 
 class RowError(DataError):
-    """A row cannot be used; the message is the reason that goes with it into quarantine."""
+    """A row cannot be used; the message is the reason recorded in the quarantine."""
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Turn what goes wrong while a file is read into one clear line.
+    """Convert errors of reading a file to a one-line error.
 
     Raises:
         DataError: the file cannot be read or decompressed.
@@ -52,7 +52,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def open_lines(path: str | Path) -> BufferedIOBase:
-    """A stream of a file's bytes, decompressed as its suffix says."""
+    """Open a file's bytes, decompressed according to its suffix."""
     name = str(path)
     suffix = Path(path).suffix.lower()
     if suffix == ".gz":
@@ -60,7 +60,7 @@ def open_lines(path: str | Path) -> BufferedIOBase:
     if suffix == ".bz2":
         return bz2.open(name)
     if suffix == ".zst":
-        # Unlike the common binding, arrow's stream does not take a truncated file for a short one.
+        # Unlike the usual binding, arrow's stream reports a truncated file.
         return BufferedReader(arrow(name).input_stream(name, compression="zstd"))
     return open(name, "rb")
 
@@ -68,15 +68,15 @@ def open_lines(path: str | Path) -> BufferedIOBase:
 def read_lines(
     stream: BinaryIO | BufferedIOBase, max_bytes: int = MAX_ROW_BYTES, end: int = 0
 ) -> Iterator[tuple[bytes, int]]:
-    """Each line without its break, and its length in bytes.
+    """Yield each line without its break, and its length in bytes.
 
     Args:
-        stream: at the begin of a line.
-        max_bytes: of a longer line, only the first bytes come, and its real length.
-        end: lines that begin there or later are left to others; 0 reads to the end.
+        stream: positioned at the beginning of a line.
+        max_bytes: a longer line is truncated to this, with its real length.
+        end: lines that begin here or later are not read; 0 reads to the end.
     """
     while not end or stream.tell() < end:
-        # With room for \r\n, so that a line without a break is one beyond the limit.
+        # With room for \r\n, so that a truncated line is longer than the limit.
         raw = stream.readline(max_bytes + 2)
         if not raw:
             return
@@ -89,7 +89,7 @@ def read_lines(
 
 
 def skip_line(stream: BinaryIO | BufferedIOBase) -> int:
-    """Read to the end of the line; returns its bytes without the break."""
+    """Read to the end of the line; return its bytes without the break."""
     num_bytes = 0
     while piece := stream.readline(1 << 20):
         num_bytes += len(piece.rstrip(b"\r\n"))
@@ -99,10 +99,10 @@ def skip_line(stream: BinaryIO | BufferedIOBase) -> int:
 
 
 def parse_row(line: bytes, num_bytes: int, max_bytes: int = MAX_ROW_BYTES) -> dict[str, object]:
-    """The JSON object of a line as `read_lines` gives it.
+    """Parse a line from `read_lines` as a JSON object.
 
-    What Python's json module writes is read too: NaN, Infinity and integers of any length. So is a
-    line that begins with a byte order mark.
+    Output of Python's json module is accepted too: NaN, Infinity and integers of any length, and so
+    is a line that begins with a byte order mark.
 
     Raises:
         RowError: the line is too long, not UTF-8, or not a JSON object.
@@ -119,7 +119,7 @@ def parse_row(line: bytes, num_bytes: int, max_bytes: int = MAX_ROW_BYTES) -> di
 
 
 def arrow(path: str) -> ModuleType:
-    """pyarrow, which an extra brings.
+    """Import pyarrow, an optional dependency.
 
     Raises:
         PlatformError: it is not installed.
@@ -134,14 +134,14 @@ def arrow(path: str) -> ModuleType:
 
 
 def _parse_leniently(line: bytes, reason: str) -> object:
-    """The value of a line that is not strict JSON; what is wrong with it otherwise is `reason`."""
+    """Return the value of a line that is not strict JSON; `reason` is raised if it is invalid."""
     try:
         text = line.removeprefix(BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
         raise RowError(f"invalid UTF-8 at byte {error.start}") from None
     try:
         row = json.loads(text, parse_int=_number)
-        # Unlike the decoder, the encoder finds a lone surrogate.
+        # Unlike the decoder, the encoder detects a lone surrogate.
         msgspec.json.encode(row)
     except (ValueError, RecursionError):
         raise RowError(reason) from None
@@ -149,5 +149,5 @@ def _parse_leniently(line: bytes, reason: str) -> object:
 
 
 def _number(digits: str) -> int | float:
-    """Python refuses to make an int of thousands of digits; no text is lost in a float."""
+    """Parse as float, because Python refuses ints of thousands of digits; no text is lost."""
     return int(digits) if len(digits) < 20 else float(digits)

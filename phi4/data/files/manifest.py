@@ -1,7 +1,7 @@
-"""The manifest beside a token file: what the numbers mean and what the bytes must be.
+"""The manifest of a token file: tokenizer, counts and checksums.
 
-A `.bin/.idx` pair does not say which tokenizer wrote it. The manifest does, with counts and
-checksums, in a few lines of JSON that checkpoints can quote by hash.
+A `.bin/.idx` pair does not record which tokenizer wrote it. The manifest does, with counts and
+checksums, in a few lines of JSON that checkpoints refer to by hash.
 """
 
 import hashlib
@@ -14,18 +14,18 @@ import numpy as np
 from phi4.errors import DataError
 
 FileKind = Literal["documents", "pairs", "pivots"]
-"""What a document of a pair of files is. documents: one text or conversation. pairs: two
-sequences, prompt with the chosen and with the rejected answer. pivots: four sequences, a
-trajectory, positions in it, and the chosen and the rejected id that may follow each of them."""
+"""Structure of a document. documents: one text or conversation. pairs: two sequences, prompt with
+the chosen and with the rejected answer. pivots: four sequences, a trajectory, positions in it, and
+the chosen and the rejected id that may follow each of them."""
 
 
 class ShardManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Facts about one `.bin/.idx` pair."""
+    """Metadata of one `.bin/.idx` pair."""
 
     format_version: int = 1
     kind: FileKind = "documents"
     chat_template_sha256: str | None = None
-    """Of the chat format that answers were written in; None for text and for given ids."""
+    """Hash of the chat format of the answers; None for text and for given ids."""
     tokenizer_fingerprint: str
     vocab_size: int
     num_documents: int
@@ -33,36 +33,36 @@ class ShardManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     bin_sha256: str
     idx_sha256: str
     mask_sha256: str | None = None
-    """Of the loss mask, where it leaves some tokens out."""
+    """Hash of the loss mask, if it excludes some tokens."""
     length_histogram: tuple[int, ...] = ()
     """Entry k counts the documents of 2^k to 2^(k+1) - 1 tokens."""
     num_rejected: int = 0
-    """Rows that went to PREFIX.rejected.jsonl."""
+    """Rows listed in PREFIX.rejected.jsonl."""
     shuffle_seed: int | None = None
     """Seed of the order of the documents; None for the order of the inputs."""
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """Where the manifest of `PREFIX.bin` lies."""
+    """Return the path of the manifest of `PREFIX.bin`."""
     return Path(f"{prefix}.manifest.json")
 
 
 def length_histogram(lengths: np.ndarray) -> tuple[int, ...]:
-    """Documents by the power of two below their length; [n] lengths, 0 counts as 1."""
+    """Count documents by the power of two below their length; [n] lengths, 0 counts as 1."""
     exponents = np.frexp(np.maximum(lengths, 1).astype(np.float64))[1] - 1
     return tuple(np.bincount(exponents).tolist())
 
 
 def encode_manifest(manifest: msgspec.Struct) -> bytes:
-    """A manifest as indented JSON."""
+    """Encode a manifest as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
 
 
 def read_manifest(prefix: str | Path) -> ShardManifest | None:
-    """The manifest of a pair, None when there is none.
+    """Read the manifest of a pair; None if there is none.
 
     Raises:
-        DataError: the file is there but is not a manifest.
+        DataError: the file exists but is not a manifest.
     """
     path = manifest_path(prefix)
     try:
@@ -71,7 +71,7 @@ def read_manifest(prefix: str | Path) -> ShardManifest | None:
         return None
     except (msgspec.DecodeError, OSError) as error:
         raise DataError(
-            f"{path} is not a manifest of phi4 ({error}); write it anew with `phi4 data adopt`"
+            f"{path} is not a manifest of phi4 ({error}); write it again with `phi4 data adopt`"
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""Rows of parquet files, a few at a time: memory follows the pages, not the row groups.
+"""Read rows of parquet files a few at a time, with memory proportional to pages, not row groups.
 
-One row group may hold a whole corpus, so neither parts nor batches need to end with one. A row that
-cannot be used is a `RowError` in its place.
+One row group may hold an entire corpus, so parts and batches are independent of row groups. A row
+that cannot be used is returned as a `RowError`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,21 +17,23 @@ if TYPE_CHECKING:
 
 _BATCH_BYTES = 4 << 20
 _BATCH_ROWS = 64
-"""The metadata undercount repeated texts, which lie in a dictionary of about a megabyte."""
+"""The metadata underestimates repeated texts, which are stored in a dictionary of about a
+megabyte."""
 _PARTS_PER_GROUP = 16
-"""Each decodes the group from its begin: with sixteen, that is about 4% of their tokenization."""
+"""Each part decodes the group from its beginning: with sixteen parts, that is about 4% of their
+tokenization."""
 _PAGE_BUFFER_BYTES = 1 << 20
 
 
 def parquet_cuts(path: str, num_parts: int) -> list[int]:
-    """Rows at which a file is cut, the first and the last bound included.
+    """Return the rows at which a file is cut, including the first and the last bound.
 
-    Cuts follow row groups where there are enough: to begin inside of one, its earlier rows are
-    decoded and dropped.
+    Cuts follow row groups if there are enough of them; a part that begins inside a group decodes
+    and drops its earlier rows.
 
     Args:
-        path: of the file.
-        num_parts: how many are asked for; few row groups or rows give fewer, at least one.
+        path: path of the file.
+        num_parts: requested number of parts; few row groups or rows give fewer, at least one.
 
     Raises:
         DataError: the file is not parquet.
@@ -48,13 +50,13 @@ def parquet_cuts(path: str, num_parts: int) -> list[int]:
 def parquet_rows(
     path: str, begin: int, end: int, columns: Sequence[str], max_bytes: int
 ) -> Iterator[dict[str, object] | RowError]:
-    """The rows `begin` to `end` of a file; binary values are read as UTF-8.
+    """Read rows `begin` to `end` of a file; binary values are decoded as UTF-8.
 
     Args:
-        path: of the file.
+        path: path of the file.
         begin, end: rows from 0.
-        columns: to read; those that the file lacks are missing in the rows.
-        max_bytes: a longer row is an error in its place.
+        columns: columns to read; those missing in the file are missing in the rows.
+        max_bytes: a longer row is returned as an error.
 
     Raises:
         DataError: the file is not parquet.
@@ -105,13 +107,13 @@ def _batch_rows(metadata: "FileMetaData", group: int, columns: list[str]) -> int
 
 
 def _group_bounds(metadata: "FileMetaData") -> list[int]:
-    """First row of each row group, and the number of rows."""
+    """Return the first row of each row group, and the number of rows."""
     groups = range(metadata.num_row_groups)
     return list(accumulate((metadata.row_group(i).num_rows for i in groups), initial=0))
 
 
 def _without_dictionaries(batch: "RecordBatch") -> "RecordBatch":
-    """The same rows with values in place of indices, so that sizes are those of the rows."""
+    """Return the same rows with values instead of indices, so that sizes are those of the rows."""
     if not any(hasattr(kind, "index_type") for kind in batch.schema.types):
         return batch
     columns = [
@@ -156,7 +158,7 @@ def _not_utf8(error: UnicodeDecodeError) -> RowError:
 
 
 def open_parquet(path: str) -> "ParquetFile":
-    """A file to be read in pages, not a row group at a time.
+    """Open a file for reading by pages instead of row groups.
 
     Raises:
         DataError: it is not parquet.
@@ -166,8 +168,8 @@ def open_parquet(path: str) -> "ParquetFile":
     from pyarrow.parquet import ParquetFile
 
     try:
-        # With a buffer, pages are read as they come, not a whole column of a row group at once; the
-        # default would read the row group ahead all the same.
+        # With a buffer, pages are read on demand, not an entire column of a row group at once; the
+        # default would prefetch the row group anyway.
         return ParquetFile(path, buffer_size=_PAGE_BUFFER_BYTES, pre_buffer=False)
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own are of these kinds
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors
         raise DataError(f"{path} is not a parquet file ({error}); check the file") from None

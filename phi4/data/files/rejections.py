@@ -1,4 +1,4 @@
-"""Rows that were left out of a token file, and why: `PREFIX.rejected.jsonl`."""
+"""`PREFIX.rejected.jsonl`: the rows excluded from a token file, with reasons."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,17 +19,17 @@ class RejectedRow(msgspec.Struct, frozen=True):
 
 
 def rejected_path(prefix: str | Path) -> str:
-    """Where the rejected rows of `PREFIX.bin` are listed."""
+    """Return the path of the list of rejected rows of `PREFIX.bin`."""
     return f"{prefix}.rejected.jsonl"
 
 
 def num_faults(rows: Iterable[RejectedRow]) -> int:
-    """Rejected rows that are bad; blank lines are no fault."""
+    """Count rejected rows that are bad; blank lines are not errors."""
     return sum(row.reason != BLANK for row in rows)
 
 
 def write_rejected_rows(path: str | Path, rows: Sequence[RejectedRow]) -> None:
-    """Write the list; no file is left where there are no rows."""
+    """Write the list; with no rows, remove the file."""
     if rows:
         write_atomically(path, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
     else:
@@ -37,17 +37,17 @@ def write_rejected_rows(path: str | Path, rows: Sequence[RejectedRow]) -> None:
 
 
 def why_nothing(prefix: str | Path, num_rows: int, rows: Iterable[RejectedRow], noun: str) -> str:
-    """Why there is nothing to write, for an error.
+    """Return why there is nothing to write, for an error.
 
     Args:
-        prefix: of the pair that is not written.
-        num_rows: that were read.
+        prefix: prefix of the pair that is not written.
+        num_rows: number of rows that were read.
         rows: all of them, rejected.
-        noun: what a row should have been.
+        noun: what a row was expected to be.
     """
     common = Counter(row.reason for row in rows).most_common(1)
     if not common:
-        return "the inputs hold no text; directories are searched for source, text and row files"
+        return "the inputs contain no text; directories are searched for source, text and row files"
     reason, count = common[0]
     return (
         f"none of {num_rows} rows is a {noun}, {count} of them because: {reason}; see "

@@ -1,7 +1,7 @@
-"""Reader of Megatron's `.bin/.idx` token files.
+"""Read Megatron's `.bin/.idx` token files.
 
-`.bin` is one flat array of token ids; `.idx` says where sequences and documents begin. Both are
-memory-mapped: opening compares sizes with the header and touches no token, in constant time and
+`.bin` is one flat array of token ids; `.idx` has the bounds of sequences and documents. Both are
+memory-mapped: opening compares sizes with the header and reads no token, in constant time and
 memory for any number of documents.
 """
 
@@ -31,7 +31,8 @@ class TokenFile:
         lengths: [num_sequences], int32, tokens per sequence.
         pointers: [num_sequences], int64, byte offset of each sequence in `.bin`.
         document_bounds: [num_documents + 1], int64, first sequence of each document.
-        loss_mask: [num_tokens], uint8, 1 where the loss covers the token as a label; None for all.
+        loss_mask: [num_tokens], uint8, 1 where the token counts in the loss as a label; None for
+            all.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -66,14 +67,14 @@ class TokenFile:
         return max(0, self.document_bounds.size - 1)
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens of one document."""
+        """Return the tokens of one document."""
         return self.tokens[self._span(index)]
 
     def sequences(self, index: int, values: np.ndarray | None = None) -> list[np.ndarray]:
-        """Tokens of each sequence of one document, or what stands beside them.
+        """Return the tokens of each sequence of one document, or parallel values.
 
         Args:
-            index: of the document.
+            index: index of the document.
             values: [num_tokens], such as the loss mask; None for the tokens.
         """
         first, last = (int(self.document_bounds[index + i]) for i in (0, 1))
@@ -83,7 +84,7 @@ class TokenFile:
         return [values[a:b] for a, b in pairwise([begin, *ends.tolist()])]
 
     def num_loss_labels(self, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Labels that the loss covers in stretches of tokens.
+        """Count labels in the loss in ranges of tokens.
 
         Args:
             begins: [n] first tokens, ascending.
@@ -94,25 +95,25 @@ class TokenFile:
         """
         if self.loss_mask is None or not sizes.size:
             return sizes
-        # Sums of all stretches between consecutive bounds; every other one is asked for.
+        # Sums of all ranges between consecutive bounds; every other one is needed.
         bounds = np.stack([begins + 1, begins + 1 + sizes], axis=1).reshape(-1)
         bounds = bounds if bounds[-1] < self.num_tokens else bounds[:-1]
         return np.add.reduceat(self.loss_mask, bounds, dtype=np.int64)[::2]
 
     def document_mask(self, index: int) -> np.ndarray:
-        """Loss mask of one document, as long as its tokens; uint8."""
+        """Return the loss mask of one document, as long as its tokens; uint8."""
         span = self._span(index)
         if self.loss_mask is None:
             return np.ones(span.stop - span.start, np.uint8)
         return self.loss_mask[span]
 
     def document_lengths(self) -> np.ndarray:
-        """Tokens of each document, [num_documents] int64."""
+        """Return the number of tokens of each document, [num_documents] int64."""
         ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         return np.diff(ends[self.document_bounds])
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Document that holds a token position, and the offset inside the document."""
+        """Return the document that holds a token position, and the offset inside the document."""
         pointers = np.asarray(self.pointers)
         sequence = np.searchsorted(pointers, position * self.tokens.itemsize, side="right") - 1
         document = int(np.searchsorted(self.document_bounds, sequence, side="right")) - 1
@@ -120,29 +121,29 @@ class TokenFile:
         return document, position - start
 
     def manifest(self) -> ShardManifest:
-        """The manifest beside the pair.
+        """Return the manifest of the pair.
 
         Raises:
-            DataError: there is none, or its counts are not those of the pair.
+            DataError: there is none, or its counts differ from the pair's.
         """
         manifest = read_manifest(self.prefix)
         if manifest is None:
             raise DataError(
-                f"{manifest_path(self.prefix)} does not exist, so nothing says which tokenizer "
-                f"wrote {self.prefix}.bin; write it with `phi4 data adopt {self.prefix}`"
+                f"{manifest_path(self.prefix)} does not exist, so the tokenizer of "
+                f"{self.prefix}.bin is unknown; write it with `phi4 data adopt {self.prefix}`"
             )
         found = (self.num_documents, self.num_tokens)
         expected = (manifest.num_documents, manifest.num_tokens)
         if found != expected:
             raise DataError(
-                f"{self.prefix}.bin/.idx hold {found[0]} documents and {found[1]} tokens, the "
-                f"manifest says {expected[0]} and {expected[1]}; tokenize again or run `phi4 data "
-                "adopt`"
+                f"{self.prefix}.bin/.idx hold {found[0]} documents and {found[1]} tokens, but the "
+                f"manifest has {expected[0]} and {expected[1]}; tokenize again or run `phi4 data "
+                f"adopt`"
             )
         return manifest
 
     def require_tokenizer(self, tokenizer: TokenizerFacts) -> ShardManifest:
-        """The manifest, once it is clear that this tokenizer wrote the ids.
+        """Return the manifest after checking that this tokenizer wrote the ids.
 
         Raises:
             DataError: no manifest, or one of another tokenizer.
@@ -151,13 +152,13 @@ class TokenFile:
         found, expected = manifest.tokenizer_fingerprint, tokenizer.fingerprint
         if found != expected:
             raise DataError(
-                f"{self.prefix}.bin was written by tokenizer {found[:12]}, the recipe's is "
-                f"{expected[:12]}; tokenize the source again or name its tokenizer in the recipe"
+                f"{self.prefix}.bin was written by tokenizer {found[:12]}, but the recipe's is "
+                f"{expected[:12]}; tokenize the source again or set its tokenizer in the recipe"
             )
         return manifest
 
     def verify(self) -> ShardManifest:
-        """Compare the files with the checksums of the manifest, and check the whole index.
+        """Compare the files with the checksums of the manifest, and check the entire index.
 
         Raises:
             DataError: no manifest, a file that differs from it, or a wrong index.
@@ -166,7 +167,7 @@ class TokenFile:
         if self.loss_mask is not None and manifest.mask_sha256 is None:
             raise DataError(
                 f"{self.prefix}.mask is not in the manifest, so training would refuse the pair; "
-                "remove the file if it is foreign, or run `phi4 data adopt`"
+                f"remove the file if it does not belong to it, or run `phi4 data adopt`"
             )
         checksums = {"bin": manifest.bin_sha256, "idx": manifest.idx_sha256}
         if manifest.mask_sha256 is not None:
@@ -175,19 +176,19 @@ class TokenFile:
             found = file_sha256(f"{self.prefix}.{suffix}")
             if found != expected:
                 raise DataError(
-                    f"{self.prefix}.{suffix}: sha256 is {found}, the manifest says {expected}; the "
-                    "file changed after it was written: copy it again or tokenize again"
+                    f"{self.prefix}.{suffix}: sha256 is {found}, but the manifest has {expected}; "
+                    f"the file was changed: copy it again or tokenize again"
                 )
         self.check_index()
         return manifest
 
     def check_index(self) -> None:
-        """Read the whole index and check that it describes every token once, in order.
+        """Check that the index describes every token exactly once, in order; reads all of it.
 
-        Opening a pair checks only both ends of it, in constant time.
+        Opening a pair checks only its first and last entries, in constant time.
 
         Raises:
-            DataError: names the first sequence or document that is wrong.
+            DataError: names the first invalid sequence or document.
         """
         size, offset = self.tokens.itemsize, 0
         for begin in range(0, self.lengths.size, _BLOCK_ENTRIES):
@@ -220,15 +221,17 @@ class TokenFile:
         raise DataError(f"{self.prefix}.idx: {what}; the index is damaged: build the pair again")
 
     def _check_content(self, found_bytes: int, itemsize: int, split: list[int]) -> None:
-        """Compare sizes with the last sequence and document; `split` is where the columns begin."""
+        """Compare sizes with the last sequence and document; `split` is the offset of the
+        columns."""
         ends = [(split[1] - 4, 4), (split[2] - 8, 8), (split[2], 8), (split[3] - 8, 8)]
         read = _read_at(f"{self.prefix}.idx", ends)
         length, pointer, first, last = (int.from_bytes(b, "little", signed=True) for b in read)
         expected = pointer + length * itemsize if self.lengths.size else 0
         if found_bytes != expected:
             raise DataError(
-                f"{self.prefix}.bin has {found_bytes} bytes, its .idx describes {expected}; the "
-                "pair is truncated or mixed: copy both again or tokenize again"
+                f"{self.prefix}.bin has {found_bytes} bytes, but its .idx describes {expected}; "
+                f"the pair is truncated or the files do not belong together: copy both again or "
+                f"tokenize again"
             )
         if not self.document_bounds.size:
             first, last = 0, 0
@@ -239,12 +242,12 @@ class TokenFile:
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, locate: Callable[[int], str]) -> None:
-    """Refuse ids outside the vocabulary.
+    """Check that all ids are inside the vocabulary.
 
     Args:
         ids: integer array of any shape.
         vocab_size: ids must be in [0, vocab_size).
-        locate: says where the id at a flat position comes from.
+        locate: describes the origin of the id at a flat position.
 
     Raises:
         DataError: names the first such id and its origin.
@@ -274,7 +277,7 @@ def _map_bytes(path: Path) -> np.ndarray:
 
 
 def _read_at(path: str, places: list[tuple[int, int]]) -> list[bytes]:
-    """Some bytes at (offset, size), read: for a touched byte of a mapping, 2 MB may be mapped."""
+    """Read some bytes at (offset, size): touching a byte of a mapping may map 2 MB."""
     with open(path, "rb") as stream:
         return [os.pread(stream.fileno(), size, offset) for offset, size in places]
 
@@ -285,7 +288,6 @@ def _map_mask(path: Path, num_tokens: int) -> np.ndarray | None:
     mask = _map_bytes(path)
     if mask.size != num_tokens:
         raise DataError(
-            f"{path} masks {mask.size} tokens, the .bin beside it holds {num_tokens}; tokenize "
-            "again"
+            f"{path} has {mask.size} tokens, but its .bin has {num_tokens}; tokenize again"
         )
     return mask

@@ -1,7 +1,7 @@
-"""Writer of Megatron's `.bin/.idx` token files.
+"""Write Megatron's `.bin/.idx` token files.
 
-Tokens stream to a temporary name; after fsync everything is renamed, the manifest last, so a
-manifest always stands for a complete pair.
+Tokens are written under a temporary name; after fsync everything is renamed, the manifest last, so
+a manifest always belongs to a complete pair.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ from phi4.data.vocabulary.tokenizer import Tokenizer, TokenizerFacts
 from phi4.errors import DataError
 
 LIST_SUFFIX = ".list"
-"""A source under such a name is a file that lists its pairs."""
+"""A source path with this suffix is a file that lists pairs."""
 
 _SEQUENCES = {"documents": 1, "pairs": 2, "pivots": 4}
 _BLOCK_BYTES = 1 << 20
 
 
 class TokenFileWriter:
-    """Writes documents one after another; a context manager that leaves all or nothing.
+    """Writes documents one after another; a context manager that leaves a complete pair or none.
 
-    Files that stand under the prefix are replaced when the context ends without an exception.
+    Existing files of the prefix are replaced when the context ends without an exception.
 
     Raises:
-        DataError: the prefix cannot be one, or another process is writing it.
+        DataError: the prefix is invalid, or another process is writing it.
         DiskFullError: the pair does not fit on the disk.
     """
 
@@ -53,7 +53,7 @@ class TokenFileWriter:
         kind: FileKind = "documents",
         chat_template_sha256: str | None = None,
     ) -> None:
-        """Name the pair and what its manifest says beside the counts."""
+        """Set the pair's prefix and the manifest's fields other than the counts."""
         self.prefix = str(prefix)
         self._manifest: ShardManifest | None = None
         self._tokenizer = tokenizer
@@ -84,7 +84,7 @@ class TokenFileWriter:
         return len(self._lengths) // self._sequences
 
     def describe(self, *, num_rejected: int, chat_template_sha256: str | None) -> None:
-        """Say what is known only once all documents are added; see `ShardManifest`."""
+        """Set fields known only after all documents have been added; see `ShardManifest`."""
         self._num_rejected, self._chat_template_sha256 = num_rejected, chat_template_sha256
 
     def add(self, document: np.ndarray, loss_mask: np.ndarray | None = None) -> None:
@@ -92,18 +92,18 @@ class TokenFileWriter:
 
         Args:
             document: [n] token ids, the end-of-document token included.
-            loss_mask: [n], 1 where the loss covers the token as a label; None for all.
+            loss_mask: [n], 1 where the token counts in the loss as a label; None for all.
         """
         self.add_many(document, [len(document)], loss_mask)
 
     def add_many(
         self, tokens: np.ndarray, lengths: Sequence[int], loss_mask: np.ndarray | None = None
     ) -> None:
-        """Append documents that stand one after another.
+        """Append consecutive documents.
 
         Args:
             tokens: [n] ids.
-            lengths: tokens of each document, sum n; of each of its sequences where a document has
+            lengths: tokens of each document, sum n; of each of its sequences if a document has
                 several, see `FileKind`.
             loss_mask: as in `add`.
         """
@@ -156,7 +156,7 @@ class TokenFileWriter:
             num_rejected=self._num_rejected,
             shuffle_seed=self._shuffle_seed,
         )
-        # Without its old manifest a half-replaced pair cannot pass for a complete one.
+        # Without its old manifest a half-replaced pair cannot be mistaken for a complete one.
         manifest_path(self.prefix).unlink(missing_ok=True)
         Path(f"{self.prefix}.mask").unlink(missing_ok=True)
         for file in filter(None, (self._content, self._mask)):
@@ -168,7 +168,7 @@ class TokenFileWriter:
 def write_documents(
     texts: Iterable[str], tokenizer: Tokenizer, prefix: str | Path
 ) -> ShardManifest:
-    """Tokenize a few texts into `PREFIX.bin/.idx`, each closed by the end-of-document token."""
+    """Tokenize a few texts into `PREFIX.bin/.idx`, each followed by the end-of-document token."""
     with TokenFileWriter(prefix, tokenizer.facts) as writer:
         for text in texts:
             writer.add(np.append(tokenizer.encode_array(text), tokenizer.eod_id))
@@ -176,24 +176,25 @@ def write_documents(
 
 
 def existing_file(prefix: str | Path) -> str | None:
-    """A file of a pair that stands under a prefix, None where there is none."""
+    """Return an existing file of a prefix, or None."""
     names = (f"{prefix}.bin", f"{prefix}.idx", str(manifest_path(prefix)))
     return next(filter(os.path.exists, names), None)
 
 
 def check_prefix(prefix: str | Path) -> None:
-    """Refuse prefixes whose files nobody would find again.
+    """Raise an error for a prefix whose files could not be found again.
 
     Raises:
-        DataError: it names a directory, or a recipe would take it for a list of shards.
+        DataError: it is a directory, or a recipe would interpret it as a list of shards.
     """
     name = os.path.basename(str(prefix))
     if name in ("", ".", ".."):
         raise DataError(
-            f"{prefix} names a directory; give the path of the pair without a suffix, such as "
+            f"{prefix} is a directory; give the path of the pair without a suffix, such as "
             f"{os.path.join(str(prefix), 'web')} for web.bin and web.idx"
         )
     if name.endswith(LIST_SUFFIX):
         raise DataError(
-            f"{prefix}: a name ending in {LIST_SUFFIX} stands for a list of shards; give another"
+            f"{prefix}: a name ending in {LIST_SUFFIX} is interpreted as a list of shards; give "
+            f"another"
         )

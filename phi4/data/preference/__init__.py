@@ -1,1 +1,1 @@
-"""Preferences: rows in, token files of pairs or pivots out."""
+"""Convert preference rows to token files of pairs or pivots."""

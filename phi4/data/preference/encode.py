@@ -1,7 +1,7 @@
-"""A preference in token ids, as the sequences of one document of a token file.
+"""Encode a preference as token ids: the sequences of one document of a token file.
 
 A pair is two sequences, the prompt with each answer; a trajectory with pivots is four. Every form
-of the same pair ends here as the same ids.
+of the same pair is encoded to the same ids.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ class PreferenceDocument:
     """One document of a token file of pairs or pivots.
 
     Attributes:
-        kind: of the file that it belongs in.
+        kind: kind of file that it belongs in.
         sequences: see `FileKind`.
-        loss_mask: 1 where the loss covers the token as a label; over all sequences, one after
-            another. None for pivots.
-        num_labels: places that it takes in a row.
-        uses_chat_format: whether the ids were made of messages.
+        loss_mask: 1 where the token counts in the loss as a label; over all sequences,
+            concatenated. None for pivots.
+        num_labels: labels that it occupies in a row.
+        uses_chat_format: whether the ids were encoded from messages.
     """
 
     kind: FileKind
@@ -46,15 +46,16 @@ class PreferenceDocument:
 def encode_preference(
     row: Mapping[str, object], tokenizer: Tokenizer, row_tokens: int
 ) -> PreferenceDocument:
-    """The document of a row in any form of `read_preference_row`.
+    """Encode a row in any form of `read_preference_row`.
 
     Args:
         row: columns by name.
-        tokenizer: of the ids.
-        row_tokens: labels that a row of a batch holds.
+        tokenizer: tokenizer of the ids.
+        row_tokens: labels per row of a batch.
 
     Raises:
-        DataError: the row is no preference, its sides have equal ids, or it is longer than a row.
+        DataError: the row is not a preference, its sides have equal ids, or it is longer than a
+            row.
     """
     found = read_preference_row(row, tokenizer.vocab_size)
     if isinstance(found, Pivots):
@@ -66,8 +67,8 @@ def encode_preference(
         document = _pair(*_encoded(found, tokenizer), True)
     if document.num_labels > row_tokens:
         raise DataError(
-            f"longer than a row: {document.num_labels} labels, a row has {row_tokens}; leave it "
-            "out, or raise --row-tokens to the recipe's data.sequence_length"
+            f"longer than a row: {document.num_labels} labels, but a row has {row_tokens}; remove "
+            f"it, or raise --row-tokens to the recipe's data.sequence_length"
         )
     return document
 
@@ -83,13 +84,13 @@ def _answered(prompt: tuple[int, ...], answer: tuple[int, ...]) -> ChatTokens:
 
 def _pair(chosen: ChatTokens, rejected: ChatTokens, uses_chat_format: bool) -> PreferenceDocument:
     if chosen.ids == rejected.ids:
-        raise DataError("chosen and rejected have equal token ids; leave the row out")
+        raise DataError("chosen and rejected have equal token ids; remove the row")
     sequences = tuple(np.array(side.ids, dtype=np.int32) for side in (chosen, rejected))
     return PreferenceDocument(
         kind="pairs",
         sequences=sequences,
         loss_mask=np.array(chosen.loss_mask + rejected.loss_mask, dtype=np.uint8),
-        # The first token of a sequence is no label.
+        # The first token of a sequence is not a label.
         num_labels=sum(ids.size - 1 for ids in sequences),
         uses_chat_format=uses_chat_format,
     )

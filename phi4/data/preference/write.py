@@ -1,7 +1,7 @@
-"""Preference rows into a token file, in the order of the inputs, all of them or none.
+"""Write preference rows to a token file, in input order; the file is complete or not written.
 
 Every row is a document of the file or is listed with a reason: the two counts add up to the rows
-that were read. Nothing is cut to fit.
+that were read. Rows are never truncated.
 """
 
 from collections import Counter
@@ -32,15 +32,15 @@ from phi4.errors import DataError
 
 @dataclass(frozen=True)
 class WrittenPreferences:
-    """What became of the rows.
+    """Counts of the written rows.
 
     Attributes:
-        manifest: of the token file.
-        num_rows: read, blank lines included.
+        manifest: manifest of the token file.
+        num_rows: rows read, blank lines included.
         num_preferences: pairs or pivots written.
-        mean_labels: places that a document takes in a row, the mean.
-        max_labels: of the longest document.
-        reasons: rejected rows by the part of the reason that they share.
+        mean_labels: mean number of labels that a document occupies in a row.
+        max_labels: labels of the longest document.
+        reasons: number of rejected rows by the common part of the reason.
     """
 
     manifest: ShardManifest
@@ -64,14 +64,14 @@ def write_preferences(
 
     Args:
         inputs: from `find_inputs`.
-        prefix: of the token file.
-        tokenizer: of its ids.
-        row_tokens: labels that a row of a batch holds.
-        max_rejected: bad rows after which it stops.
-        overwrite: replace a token file that stands under the prefix.
+        prefix: prefix of the token file.
+        tokenizer: tokenizer of its ids.
+        row_tokens: labels per row of a batch.
+        max_rejected: number of bad rows after which it stops.
+        overwrite: replace an existing token file.
 
     Raises:
-        DataError: such a file stands there, the inputs hold pairs and pivots, no row is a
+        DataError: such a file exists, the inputs mix pairs and pivots, no row is a
             preference, too many are bad, or an input is damaged or changed while it was read.
         DiskFullError: the files do not fit on the disk.
     """
@@ -102,7 +102,7 @@ def write_preferences(
 
 
 def _rows(inputs: FoundInputs) -> Iterator[InputRow]:
-    # One part a file, so that rows are numbered as in it.
+    # One part per file, so that rows are numbered as in the file.
     whole = max((file.num_bytes for file in inputs.files), default=0) + 1
     for part in list_parts(inputs.files, whole):
         yield from read_input_rows(part, PREFERENCE_FORM_COLUMNS)
@@ -111,7 +111,7 @@ def _rows(inputs: FoundInputs) -> Iterator[InputRow]:
 
 @dataclass
 class _PreferenceJob:
-    """Writes rows as they come; the first good one decides the kind of the file."""
+    """Writes rows as they arrive; the first good one determines the kind of the file."""
 
     prefix: str | Path
     tokenizer: Tokenizer
@@ -128,7 +128,7 @@ class _PreferenceJob:
     rejected: list[RejectedRow] = field(default_factory=list)
 
     def take(self, row: InputRow, stack: ExitStack) -> None:
-        """Write a row, or list it; the writer is entered on the stack."""
+        """Write a row, or list it as rejected; the writer is entered on the stack."""
         self.num_rows += 1
         try:
             document = encode_preference(_columns(row), self.tokenizer, self.row_tokens)
@@ -161,8 +161,8 @@ class _PreferenceJob:
             self.kind, self.first = document.kind, place
         if document.kind != self.kind:
             raise DataError(
-                f"the inputs mix {self.kind} and {document.kind}: {self.first} is of the first, "
-                f"{place} of the second; write each kind to a prefix of its own"
+                f"the inputs mix {self.kind} and {document.kind}: {self.first} has the first kind, "
+                f"{place} the second; write each kind to its own prefix"
             )
 
 
@@ -170,5 +170,5 @@ def _columns(row: InputRow) -> dict[str, object]:
     if row.content is None:
         raise DataError(row.reason)
     if isinstance(row.content, str):
-        raise DataError("a text file holds no preference; leave it out of the inputs")
+        raise DataError("a text file holds no preference; remove it from the inputs")
     return row.content

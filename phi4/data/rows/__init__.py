@@ -1,1 +1,1 @@
-"""Rows of training data under the column names that TRL and NeMo-RL use."""
+"""Parse rows of training data in the column names of TRL and NeMo-RL."""

@@ -1,4 +1,4 @@
-"""Conversations of rows: `messages`, or `prompt` and `completion`."""
+"""Parse rows of conversations: `messages`, or `prompt` and `completion`."""
 
 from collections.abc import Mapping
 
@@ -14,12 +14,12 @@ from phi4.data.vocabulary.chat import Conversation, Role
 from phi4.errors import DataError
 
 CONVERSATION = "messages"
-"""Column that stands for a conversation, under whatever columns it lies."""
+"""Name that selects the conversation of a row, whatever its columns are."""
 CONVERSATION_COLUMNS = (CONVERSATION, "prompt", "completion")
 
 
 def read_conversation(row: Mapping[str, object]) -> Conversation:
-    """The conversation of a training row with TRL's column names.
+    """Parse the conversation of a training row with TRL's column names.
 
     Args:
         row: `messages`, a list of `{"role", "content"}`; or `prompt` and `completion`, each a
@@ -30,7 +30,7 @@ def read_conversation(row: Mapping[str, object]) -> Conversation:
 
     Raises:
         DataError: the columns are missing or malformed, a role or the value of a flag is unknown,
-            the loss covers no turn, or one that is empty.
+            no turn is in the loss, or one that is in the loss is empty.
     """
     refuse_tools(row)
     if CONVERSATION in row:
@@ -43,16 +43,16 @@ def read_conversation(row: Mapping[str, object]) -> Conversation:
             "`completion`"
         )
     if not conversation.has_loss:
-        raise DataError("chat row has no assistant turn to learn; add one or leave the row out")
+        raise DataError("chat row has no assistant turn in the loss; add one or remove the row")
     check_answers(conversation, "chat row")
     return conversation
 
 
 def check_answers(conversation: Conversation, place: str) -> None:
-    """Refuse a conversation with an empty answer.
+    """Raise an error for a conversation with an empty answer.
 
     Raises:
-        DataError: a turn that the loss covers is empty or white space.
+        DataError: a turn in the loss is empty or white space.
     """
     messages = conversation.messages
     covered = [conversation.is_in_loss(index) for index in range(len(messages))]

@@ -1,4 +1,4 @@
-"""Which form a preference row has: the columns that stand in it say so, and they must agree."""
+"""Determine the form of a preference row from its columns, which must be unambiguous."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ from phi4.data.rows.token_ids import (
 from phi4.errors import DataError
 
 PREFERENCE_FORM_COLUMNS = (*PREFERENCE_COLUMNS, *PAIR_ID_COLUMNS, *PIVOT_COLUMNS, "tools")
-"""Every column that a reader of preferences looks at."""
+"""All columns used by readers of preferences."""
 PREFERENCE_MARKS = ("chosen", "completions", "chosen_ids", "chosen_id", "pivots")
 """Columns of which a preference row has exactly one."""
 
@@ -23,14 +23,14 @@ PREFERENCE_MARKS = ("chosen", "completions", "chosen_ids", "chosen_id", "pivots"
 def read_preference_row(
     row: Mapping[str, object], vocab_size: int
 ) -> PreferencePair | PairIds | Pivots:
-    """The preference of a row in any form; a column that is null is none.
+    """Parse the preference of a row in any form; a column that is null counts as missing.
 
     Args:
-        row: columns by name; those that no form has are ignored.
-        vocab_size: ids must be below.
+        row: columns by name; unknown columns are ignored.
+        vocab_size: ids must be below this.
 
     Raises:
-        DataError: the row has no form or two of them, or as the form's reader says.
+        DataError: the row has no form or two of them, or as the form's reader.
     """
     row = {name: value for name, value in row.items() if value is not None}
     marks = [name for name in PREFERENCE_MARKS if name in row]
@@ -40,7 +40,7 @@ def read_preference_row(
             f"{', '.join(PREFERENCE_MARKS[:-1])} or {PREFERENCE_MARKS[-1]}"
         )
     if len(marks) > 1:
-        raise DataError(f"row holds a preference twice, under {' and '.join(marks)}; drop one")
+        raise DataError(f"row has two preferences, under {' and '.join(marks)}; remove one")
     match marks[0]:
         case "chosen" | "completions":
             return read_preference(row)
@@ -51,5 +51,5 @@ def read_preference_row(
 
 
 def holds_preference(row: Mapping[str, object]) -> bool:
-    """Whether a row has a column of a preference."""
+    """Return whether a row has a column of a preference."""
     return any(row.get(name) is not None for name in PREFERENCE_MARKS)

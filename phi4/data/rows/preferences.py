@@ -1,6 +1,6 @@
-"""Preferences of rows: two answers to one prompt, as messages.
+"""Parse preferences of rows: two answers to one prompt, as messages.
 
-Whatever form a row has, the prompt is read once: answers that repeat it are whole conversations,
+The prompt is read once in any form: if the answers repeat it, they are complete conversations,
 whose common beginning is the prompt.
 """
 
@@ -27,21 +27,22 @@ _SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A context and two continuations of it."""
+    """A context and two continuations."""
 
     prompt: Messages
     chosen: Messages
     rejected: Messages
 
     def conversations(self) -> tuple[Conversation, Conversation]:
-        """The chosen and the rejected one; the loss covers both from the end of the prompt on."""
+        """The chosen and the rejected conversation; the loss covers both from the end of the prompt
+        on."""
         start = len(self.prompt)
         chosen = Conversation(self.prompt + self.chosen, start)
         return chosen, Conversation(self.prompt + self.rejected, start)
 
 
 def read_preference(row: Mapping[str, object]) -> PreferencePair:
-    """The pair of a preference row with the column names of TRL or NeMo-RL.
+    """Parse the pair of a preference row with the column names of TRL or NeMo-RL.
 
     Args:
         row: `prompt`, `chosen` and `rejected`, each a string or a list of messages. Without
@@ -52,7 +53,7 @@ def read_preference(row: Mapping[str, object]) -> PreferencePair:
     Raises:
         DataError: the columns are missing or malformed, a role or the value of a flag is unknown,
             there is no prompt, an answer does not begin and end with an assistant turn, is empty or
-            has no turn that the loss covers, or the two are equal.
+            has no turn in the loss, or the two are equal.
     """
     refuse_tools(row)
     if "completions" in row:
@@ -69,7 +70,7 @@ def read_preference(row: Mapping[str, object]) -> PreferencePair:
     else:
         prompt, chosen, rejected = _split_common(chosen, rejected)
     if spoken(chosen) == spoken(rejected):
-        raise DataError("chosen and rejected are equal; leave the row out")
+        raise DataError("chosen and rejected are equal; remove the row")
     if not prompt:
         raise DataError("preference row has no prompt; add `prompt` or common first messages")
     pair = PreferencePair(prompt, chosen, rejected)
@@ -89,13 +90,13 @@ def _check_sides(pair: PreferencePair) -> None:
     for name, conversation in zip(_SIDES, pair.conversations(), strict=True):
         if not conversation.has_loss:
             raise DataError(
-                f"flags exclude a whole answer, {name}: no turn has a loss; leave the row out"
+                f"flags exclude all turns of the answer {name} from the loss; remove the row"
             )
         check_answers(conversation, name)
 
 
 def _split_given(given: Messages, chosen: Messages, rejected: Messages) -> tuple:
-    """Prompt and answers of a row with a prompt, which one answer or both may repeat."""
+    """Split a row with a prompt, which one or both answers may repeat, into prompt and answers."""
     ends = [end_of_prompt(given, side) for side in (chosen, rejected)]
     if not any(ends):
         return given, chosen, rejected
@@ -111,7 +112,7 @@ def _split_common(first: Messages, second: Messages) -> tuple:
 
 
 def _from_ranked(row: Mapping[str, object]) -> dict[str, object]:
-    """A row of NeMo-RL's under TRL's names."""
+    """Convert a row of NeMo-RL's format to TRL's names."""
     if any(name in row for name in _SIDES) or "context" not in row:
         raise DataError(
             f"preference row has columns {column_names(row)}; expected `context` and `completions`"

@@ -1,7 +1,7 @@
-"""Preferences of rows as token ids: pairs of answers, and pivots of trajectories.
+"""Parse preferences of rows given as token ids: pairs of answers, and pivots of trajectories.
 
-The ids are taken as they are: no end of turn is appended, no text is encoded again. A pivot is a
-position of a trajectory with two tokens that may follow it, one preferred.
+The ids are used unchanged: no end of turn is appended, no text is encoded again. A pivot is a
+position of a trajectory with two tokens that may follow it, one of them preferred.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,20 +43,20 @@ class Pivots:
 
 
 def read_pair_ids(row: Mapping[str, object], vocab_size: int) -> PairIds:
-    """The pair of a row with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+    """Parse the pair of a row with `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
     Raises:
-        DataError: a column is missing or no list of ids, or it is empty.
+        DataError: a column is missing, empty or not a list of ids.
     """
     prompt, chosen, rejected = (read_ids(row, name, vocab_size) for name in PAIR_ID_COLUMNS)
     return PairIds(prompt, chosen, rejected)
 
 
 def read_pivots(row: Mapping[str, object], vocab_size: int) -> Pivots:
-    """The pivots of a row.
+    """Parse the pivots of a row.
 
     Args:
-        row: `prompt_ids`, `chosen_id` and `rejected_id`: one pivot behind the prompt. Or `ids` and
+        row: `prompt_ids`, `chosen_id` and `rejected_id`: one pivot after the prompt. Or `ids` and
             `pivots`, a list of `{"position", "chosen_id", "rejected_id"}` in any order.
         vocab_size: ids must be below.
 
@@ -97,10 +97,10 @@ def _pivot(value: object, length: int, vocab_size: int) -> tuple[int, int, int]:
 
 
 def read_ids(row: Mapping[str, object], column: str, vocab_size: int) -> tuple[int, ...]:
-    """The token ids of a column.
+    """Read the token ids of a column.
 
     Raises:
-        DataError: it is missing, empty or no list of ids.
+        DataError: it is missing, empty or not a list of ids.
     """
     if column not in row:
         raise DataError(f"row of token ids lacks `{column}`: it has {column_names(row)}")
@@ -108,7 +108,7 @@ def read_ids(row: Mapping[str, object], column: str, vocab_size: int) -> tuple[i
     if not isinstance(value, list) or any(type(item) is not int for item in value):
         raise DataError(f"{column} is {shown(value)}; expected a list of token ids")
     if not value:
-        raise DataError(f"{column} is empty; leave the row out")
+        raise DataError(f"{column} is empty; remove the row")
     _check_vocabulary(value, column, vocab_size)
     return tuple(value)
 
@@ -118,5 +118,5 @@ def _check_vocabulary(ids: Sequence[int], place: str, vocab_size: int) -> None:
         wrong = next(item for item in ids if not 0 <= item < vocab_size)
         raise DataError(
             f"{place} holds an id outside the vocabulary: {wrong} of {vocab_size}; encode with the "
-            "tokenizer that --ranks names"
+            f"tokenizer given by --ranks"
         )

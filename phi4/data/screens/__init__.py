@@ -1,1 +1,2 @@
-"""Screens: what is taken out of a corpus, and why."""
+"""Corpus filters: deduplication, decontamination, and removal of corrupted or foreign-language
+text."""

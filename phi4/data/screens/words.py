@@ -1,9 +1,9 @@
-"""Text as words: the one segmentation behind deduplication and decontamination.
+"""Split text into words; the segmentation used by deduplication and decontamination.
 
-A word is a run of letters, marks and digits, by their Unicode categories, because `\\w` leaves out
-the vowel signs of half of the world's scripts. Scripts that write no spaces between words get units
-that depend on the neighbouring characters alone, so that a passage has the same words wherever it
-stands and a change in it changes only those around it.
+A word is a run of letters, marks and digits, by their Unicode categories, because `\\w` excludes
+the vowel signs of half of the world's scripts. Scripts without spaces between words are split into
+units that depend only on neighbouring characters, so that a passage has the same words in any
+context and a change affects only the words around it.
 """
 
 import re
@@ -14,7 +14,7 @@ _ZERO_WIDTH_SPACE = "\u200b"
 _IDEOGRAPH = re.compile(
     "[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-"""Chinese and Japanese, whose characters are words of their own."""
+"""Chinese and Japanese, in which each character is a word."""
 # Thai and Lao, Myanmar, Khmer, Tai Le and New Tai Lue, Tai Tham, Balinese, Javanese, Tai Viet.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f"
@@ -24,14 +24,14 @@ _UNSPACED_RUN = re.compile(f"[{_UNSPACED}]+")
 _HIDDEN_BREAK = re.compile(f"(?<=[{_UNSPACED}]){_ZERO_WIDTH_SPACE}+(?=[{_UNSPACED}])")
 _MULTIPLIER = 0x9E3779B1
 _CUT_SHIFT = 30
-"""Leaves two of 32 bits: one pair of characters in four ends a unit, about as words do."""
+"""Keeps two of 32 bits: one pair of characters in four ends a unit, about the length of words."""
 
 
 def split_words(text: str) -> list[str]:
-    """Words in compatibility form and lower case, without punctuation and symbols.
+    """Split into words in compatibility form and lower case, without punctuation and symbols.
 
-    A zero-width space separates words, except in scripts that have no spaces; other invisible
-    format characters vanish.
+    A zero-width space separates words, except in scripts without spaces; other invisible format
+    characters are removed.
     """
     if text.isascii():
         return text.lower().translate(_SEPARATED).split()
@@ -42,7 +42,7 @@ def split_words(text: str) -> list[str]:
 
 
 class _SeparatorTable(dict):
-    """What str.translate does with a character, worked out when it is first met."""
+    """Table for str.translate, computed per character on first use."""
 
     def __missing__(self, code: int) -> str | None:
         character = chr(code)
@@ -56,7 +56,7 @@ _SEPARATED = _SeparatorTable({ord(_ZERO_WIDTH_SPACE): " "})
 
 
 def _units(match: re.Match[str]) -> str:
-    """A run of characters with spaces where two neighbours ask for one."""
+    """Insert spaces in a run of characters between neighbours that end a unit."""
     run = match[0]
     pieces = [" ", run[0]]
     for before, after in pairwise(run):

@@ -1,7 +1,7 @@
-"""A micro-batch as the engine takes it: tokens, labels, weights and document boundaries.
+"""A micro-batch for the engine: tokens, labels, weights and document boundaries.
 
-Boundaries and positions follow from the tokens alone, so every batch, served or synthetic, is made
-by one function and a boundary can never disagree with the text.
+Boundaries and positions are derived from the tokens, by one function for served and synthetic
+batches, so boundaries and text always agree.
 """
 
 from collections.abc import Mapping
@@ -18,17 +18,18 @@ class Batch:
         tokens: [B, S] int64.
         labels: [B, S] int64, the token that follows.
         loss_mask: [B, S] float32, weight of each label.
-        cu_seqlens: [num_documents + 1] int32, where documents begin in the rows flattened in row
+        cu_seqlens: [num_documents + 1] int32, starts of documents in the rows flattened in row
             order, closed by B * S; every row start is a boundary.
         positions: [B, S] int64, distance to the last boundary.
-        segment_ids: [B, S] int64, which segment each label counts for, in [0, num_segments), -1 for
-            none. Ids count within the batch; a segment is whatever an objective sums over, for
+        segment_ids: [B, S] int64, the segment that each label counts for, in [0, num_segments), -1
+            for none. Ids count within the batch; a segment is whatever an objective sums over, for
             example one answer.
         num_segments: N.
-        alternative_labels: [B, S] int64, a second label of the same position, -1 where there is
-            none: the rejected token of a pair that differs in one.
-        token_extras: name -> [B, S] float32, handed to the objective.
-        segment_extras: name -> [N, ...], handed to the objective: a reference's log-probabilities.
+        alternative_labels: [B, S] int64, a second label of the same position, -1 if there is none:
+            the rejected token of a pair that differs in one token.
+        token_extras: name -> [B, S] float32, passed to the objective.
+        segment_extras: name -> [N, ...], passed to the objective, for example a reference's
+            log-probabilities.
     """
 
     tokens: np.ndarray
@@ -58,7 +59,7 @@ def build_batch(
     document_mask: bool = True,
     starts: np.ndarray | None = None,
 ) -> Batch:
-    """Derive boundaries and positions; segments and extras are `dataclasses.replace`'s to add.
+    """Derive boundaries and positions; add segments and extras with `dataclasses.replace`.
 
     Args:
         tokens: [B, S] integers.
@@ -66,7 +67,7 @@ def build_batch(
         loss_mask: [B, S].
         eod_id: the token after which a document starts.
         document_mask: whether documents inside a row are boundaries; row starts always are.
-        starts: [B, S] bool, further places where a document starts: pieces that a row is joined
+        starts: [B, S] bool, further positions where a document starts: pieces that a row is joined
             from.
     """
     tokens = np.ascontiguousarray(tokens, dtype=np.int64)
@@ -78,7 +79,7 @@ def build_batch(
             begins |= starts.reshape(-1)
     begins[::row_tokens] = True
     bounds = np.append(np.flatnonzero(begins), num_tokens)
-    # Steps whose running sum counts up and falls back to 0 where a document begins.
+    # Increments whose running sum counts up and returns to 0 where a document begins.
     positions = np.ones(num_tokens, dtype=np.int64)
     positions[0] = 0
     positions[bounds[1:-1]] -= np.diff(bounds[:-1])

@@ -1,10 +1,10 @@
-"""Which source the next draw comes from: quota rules with earliest deadlines.
+"""Choose the source of the next draw: quota rules with earliest deadlines.
 
 Draws of equal size: a source may be drawn once its deficit has reached 1 / (2K - 2) of a draw and
-must be drawn before the deficit exceeds 1 - 1 / (2K - 2); among those that may, the earliest
-deadline goes first. That keeps every source within one unit of its fraction at every prefix. The
+must be drawn before the deficit exceeds 1 - 1 / (2K - 2); among the eligible sources, the earliest
+deadline goes first. This keeps every source within one unit of its fraction at every prefix; the
 more obvious rule, always the largest deficit, does not. The order repeats once every source has had
-its whole share, so one period answers for any place in any run. Draws of unequal size, weighed by
+its full share, so one period determines any position in any run. Draws of unequal size, weighted by
 loss tokens: worst-case fair queueing, which keeps every source within one largest sample. All
 arithmetic is on integers, so both orders are exact at any length.
 
@@ -21,15 +21,16 @@ from itertools import count
 import numpy as np
 
 _LONGEST_PERIOD = 1 << 17
-"""Blends whose weights have up to five decimals are below it; others are drawn one by one."""
+"""Longest stored period, enough for weights of up to five decimals; longer ones are drawn one by
+one."""
 
 _BLOCK_DRAWS = 128
-"""Loss tokens of so many draws are looked up at once."""
+"""Number of draws whose loss tokens are looked up at once."""
 
 
 def integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """The weights as integers in the same, exact decimal ratio, without common divisor."""
-    # str gives the decimal that the recipe wrote: 0.15 is 3/20 here, not its binary neighbour.
+    """Return the weights as integers in the same, exact decimal ratio, without common divisor."""
+    # str gives the decimal written in the recipe: 0.15 is 3/20 here, not its binary neighbour.
     exact = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(fraction.denominator for fraction in exact))
     shares = [int(fraction * scale) for fraction in exact]
@@ -38,7 +39,7 @@ def integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def draw_order(shares: Sequence[int], drawn: Sequence[int], num_draws: int) -> np.ndarray:
-    """As `quota_order`, looked up in the period of the blend where that is short enough."""
+    """Return `quota_order`, looked up in the period of the blend if that is short enough."""
     total = sum(shares)
     if total > _LONGEST_PERIOD:
         return quota_order(shares, drawn, num_draws)
@@ -47,7 +48,7 @@ def draw_order(shares: Sequence[int], drawn: Sequence[int], num_draws: int) -> n
 
 
 def drawn_after(shares: Sequence[int], drawn: Sequence[int], num_draws: int) -> list[int]:
-    """Draws from each source once `num_draws` more are made; constant time for short periods."""
+    """Return draws from each source after `num_draws` more; constant time for short periods."""
     total = sum(shares)
     periods, rest = divmod(num_draws, total) if total <= _LONGEST_PERIOD else (0, num_draws)
     added = np.bincount(draw_order(shares, drawn, rest), minlength=len(shares)).tolist()
@@ -58,19 +59,19 @@ def drawn_after(shares: Sequence[int], drawn: Sequence[int], num_draws: int) -> 
 
 
 def quota_order(shares: Sequence[int], drawn: Sequence[int], num_draws: int) -> np.ndarray:
-    """Sources of the next draws of equal size.
+    """Return the sources of the next draws of equal size.
 
     Args:
         shares: integers in the ratio of the blend, at least one positive; a source with share 0
             is never drawn.
         drawn: draws from each source since this blend began.
-        num_draws: how many to compute.
+        num_draws: number of draws.
 
     Returns:
         [num_draws], int64, index of the source of each draw.
     """
     total = sum(shares)
-    # 1 / spread is the deficit that makes a source eligible; a lone source is always.
+    # 1 / spread is the deficit that makes a source eligible; a single source is always eligible.
     spread = max(2, 2 * sum(share > 0 for share in shares) - 2)
     counts = list(drawn)
 
@@ -103,15 +104,16 @@ def loss_order(
     num_draws: int,
     loss_of: Callable[[int, int, int], np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sources of the next draws when the blend is measured in loss tokens.
+    """Return the sources of the next draws when the blend is measured in loss tokens.
 
     A source may be drawn while it is not ahead of its fraction; among those, the one whose next
-    sample would be due first goes first. No source is ever a largest sample away from its fraction.
+    sample is due first goes first. No source deviates from its fraction by a largest sample or
+    more.
 
     Args:
         shares: as in `quota_order`.
         served: loss tokens from each source since this blend began.
-        num_draws: how many to compute.
+        num_draws: number of draws.
         loss_of: (source, begin, end) to the loss tokens of those of its next draws, all above 0.
 
     Returns:
@@ -137,7 +139,7 @@ def loss_order(
 
 
 def _one_by_one(loss_of: Callable[[int, int, int], np.ndarray], source: int) -> Iterator[int]:
-    """The loss tokens of a source's draws, asked for in blocks."""
+    """Yield the loss tokens of a source's draws, looked up in blocks."""
     for begin in count(0, _BLOCK_DRAWS):
         yield from loss_of(source, begin, begin + _BLOCK_DRAWS).tolist()
 

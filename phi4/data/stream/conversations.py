@@ -17,11 +17,11 @@ def open_conversations(
     tokenizer: TokenizerFacts,
     data: DataConfig,
 ) -> WindowSource:
-    """Open a source whose loss covers only what its mask says; see `kinds.OpenKind`.
+    """Open a source with a loss mask; see `kinds.OpenKind`.
 
     Raises:
-        DataError: a shard has no loss mask, a conversation has no token that the loss covers, or
-            the recipe lets one go on in another row.
+        DataError: a shard has no loss mask, a conversation has no token in the loss, or the recipe
+            allows one to continue in another row.
     """
     if config.overlong == "cut":
         raise DataError(
@@ -33,7 +33,7 @@ def open_conversations(
         if not shard.has_mask:
             raise DataError(
                 f"source {config.name!r}: {shard.prefix}.bin has no loss mask, so its documents "
-                "are text and no conversations; tokenize rows with `messages`, or set "
+                f"are text, not conversations; tokenize rows with `messages`, or set "
                 'kind="windows"'
             )
     source = WindowSource.open(config, manifest, pool, tokenizer, data)
@@ -41,7 +41,7 @@ def open_conversations(
         raise DataError(
             f"source {config.name!r}: the loss mask covers no token of {source.num_without_loss} "
             f"of its conversations, the first is {_first_without_loss(manifest, pool)}; tokenize "
-            "the rows again: those without an answer are listed then"
+            f"the rows again, which lists those without an answer"
         )
     return source
 
@@ -53,4 +53,4 @@ def _first_without_loss(manifest: SourceManifest, pool: ShardPool) -> str:
         begins, labels = np.cumsum(lengths) - lengths, np.maximum(lengths - 1, 1)
         for document in np.flatnonzero(file.num_loss_labels(begins, labels) == 0).tolist():
             return f"document {document} of {shard.prefix}.bin"
-    raise AssertionError("the table counted a document without loss")
+    raise AssertionError("the table counts a document without loss")

@@ -1,4 +1,4 @@
-"""How many tokens the ledger's draws were, by source."""
+"""Count the tokens of the ledger's draws, by source."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,10 @@ from phi4.data.stream.ledger import BlendEntry, LedgerState, SourceCount
 
 
 def drawn_tokens(ledger: LedgerState) -> dict[str, int]:
-    """Tokens of every unit or row that was drawn, by source, since the ledger began.
+    """Return the tokens of every unit or row drawn since the ledger began, by source.
 
-    A row's padding is in them, and so are windows that were skipped after a spike: they were drawn
-    and will not come again.
+    This includes padding of rows, and windows that were skipped after a spike: they were drawn and
+    will not be drawn again.
     """
     return {name: _tokens(ledger, name, count) for name, count in ledger.sources.items()}
 
@@ -17,7 +17,7 @@ def drawn_tokens(ledger: LedgerState) -> dict[str, int]:
 def _tokens(ledger: LedgerState, name: str, count: SourceCount) -> int:
     if not count.whole_rows:
         return count.drawn * ledger.unit_tokens
-    # A row is as long as rows were under the blend that drew it.
+    # A row has the row length of the blend that drew it.
     return sum(
         drawn * blend.draw_units * ledger.unit_tokens
         for blend, drawn in _drawn_by_blend(ledger, name, count)

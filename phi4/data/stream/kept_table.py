@@ -1,8 +1,8 @@
-"""Tables that are computed once and kept: beside a source's shards, or in `data.cache_dir`.
+"""Cache tables that are computed once: next to a source's shards, or in `data.cache_dir`.
 
-A table's name is the hash of all that it depends on, so it never has to be invalidated. Where the
-directory cannot be written, every start computes it. Processes that meet a new source at once would
-each compute it: let one go first.
+A table's name is the hash of all that it depends on, so it never has to be invalidated. If the
+directory is not writable, every start recomputes it. Concurrent processes would each compute a new
+table, so the caller should let one go first.
 """
 
 import os
@@ -19,16 +19,16 @@ from phi4.data.stream.sources import SourceManifest
 def kept_table(
     manifest: SourceManifest, cache_dir: str | None, name: str, compute: Callable[[], np.ndarray]
 ) -> tuple[np.ndarray, bool]:
-    """Read a table where it is kept, else compute it and keep it.
+    """Read a cached table, or compute and store it.
 
     Args:
-        manifest: of the source whose shards it stands beside.
-        cache_dir: where it is kept instead.
-        name: of the file, by everything that the table depends on.
-        compute: gives the table.
+        manifest: manifest of the source; the table is stored next to its shards.
+        cache_dir: directory to use instead.
+        name: file name, derived from everything that the table depends on.
+        compute: computes the table.
 
     Returns:
-        The table, and whether the next start finds it.
+        The table, and whether it is stored.
     """
     directory = Path(cache_dir or Path(manifest.shards[0].prefix).parent)
     kept = directory / name

@@ -1,4 +1,5 @@
-"""The kinds of source, by `kind` in the recipe: a class that is a `Source`, and a line here."""
+"""The kinds of source, by `kind` in the recipe; a new kind is a class that is a `Source` and an
+entry here."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -32,11 +33,11 @@ class OpenKind(Protocol):
             config: the source in the recipe.
             manifest: its shards.
             pool: opens them.
-            tokenizer: whose ids they hold.
-            data: what all sources share: lengths of rows and units, cache_dir.
+            tokenizer: tokenizer that produced their ids.
+            data: settings shared by all sources: lengths of rows and units, cache_dir.
 
         Raises:
-            DataError: the shards hold nothing that this kind can serve.
+            DataError: this kind cannot use the shards.
         """
 
 
@@ -57,17 +58,17 @@ def open_source(
     tokenizer: TokenizerFacts,
     data: DataConfig,
 ) -> Source:
-    """Open a source as what its kind says; see `OpenKind`.
+    """Open a source according to its kind; see `OpenKind`.
 
     Raises:
-        DataError: its files are of another kind; or of the kind that opens it.
+        DataError: its files are of another kind; or as the kind's opener.
     """
     expected = _OTHER_FILES.get(config.kind, "documents")
     for shard in manifest.shards:
         if shard.kind != expected:
             fitting = "conversations or windows" if shard.kind == "documents" else shard.kind
             raise DataError(
-                f"source {config.name!r} has kind={config.kind}, and {shard.prefix}.bin holds "
-                f"{shard.kind}; set kind to {fitting}, or name files of {expected}"
+                f"source {config.name!r} has kind={config.kind}, but {shard.prefix}.bin holds "
+                f"{shard.kind}; set kind to {fitting}, or give files of {expected}"
             )
     return KINDS[config.kind](config, manifest, pool, tokenizer, data)

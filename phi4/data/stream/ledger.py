@@ -1,9 +1,9 @@
-"""The ledger: how many units each source has given, under which blends.
+"""The ledger: the number of units drawn from each source, and the blends they were drawn under.
 
-It is the whole state of the training stream. The n-th unit of a source is element n of a
-permutation that its name, the seed and the epoch define, so counts are enough to go on anywhere: at
-another data-parallel size, batch size or sequence length, and with another blend. A source that
-leaves the blend keeps its count and continues where it stood when it comes back.
+It is the complete state of the training stream. The n-th unit of a source is element n of a
+permutation determined by its name, the seed and the epoch, so counts are enough to resume anywhere:
+at another data-parallel size, batch size or sequence length, and with another blend. A source that
+is removed from the blend keeps its count and resumes at its position when it is added again.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,19 +22,19 @@ Counts = dict[str, tuple[int, int]]
 
 
 class SourceCount(msgspec.Struct, forbid_unknown_fields=True):
-    """Size of a source and what was drawn from it since the run began."""
+    """Size of a source and the number of units drawn from it since the run began."""
 
     num_units: int
     drawn: int = 0
     whole_rows: bool = False
-    """One of its units is a row, whatever the draws of the blend take from other sources."""
+    """Whether one of its units is a row, regardless of the blend's draw size."""
     loss_tokens: int = 0
-    """Counted under blends that are weighed by them."""
+    """Counted under blends that are weighted by loss tokens."""
     content: str = ""
-    """sha256 that says what it holds and how that is cut."""
+    """sha256 of its content and of how it is cut."""
 
     def described(self) -> str:
-        """What must stay as it is."""
+        """Fields that must not change on resume, as text."""
         return f"{self.num_units} {'rows' if self.whole_rows else 'units'} of {self.content[:12]}"
 
 
@@ -44,12 +44,12 @@ class BlendEntry(msgspec.Struct, forbid_unknown_fields=True):
     weights: dict[str, float]
     drawn: dict[str, int]
     draw_units: int = 1
-    """Units of the stream that one draw fills."""
+    """Units of the stream per draw."""
     weigh_by: Literal["units", "loss_tokens"] = "units"
     loss_tokens: dict[str, int] = {}
 
     def same_as(self, other: "BlendEntry") -> bool:
-        """Whether both draw in the same way."""
+        """Return whether both draw in the same way."""
         return (_ratio(self.weights), self.draw_units, self.weigh_by) == (
             _ratio(other.weights),
             other.draw_units,
@@ -58,7 +58,7 @@ class BlendEntry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class LedgerState(msgspec.Struct, forbid_unknown_fields=True):
-    """What a checkpoint keeps."""
+    """The ledger's state in a checkpoint."""
 
     seed: int
     unit_tokens: int
@@ -81,9 +81,10 @@ class Draws:
     source: np.ndarray
     """Index into the ledger's names."""
     ordinal: np.ndarray
-    """How many units of its source came before the first one of the draw, ever."""
+    """Number of units of its source drawn before the first one of this draw, since the
+    beginning."""
     loss: np.ndarray | None
-    """Loss tokens, where the blend is weighed by them."""
+    """Loss tokens, if the blend is weighted by them."""
 
 
 class Ledger:
@@ -104,20 +105,21 @@ class Ledger:
         state: dict[str, Any] | None = None,
         loss_of: LossOf | None = None,
     ) -> None:
-        """Begin, or go on from a state; a blend other than its last one begins anew.
+        """Start a new ledger or resume from a state; a blend that differs from the last one starts
+        with new counts.
 
         Args:
-            sources: sizes of the blend's sources; what they count is ignored.
-            blend: weights in any scale, and how they are drawn by; what it counts is ignored. Ties
-                go to the first name in sorted order, so the order in a recipe means nothing.
-            seed: names the permutations.
+            sources: sizes of the blend's sources; their counts are ignored.
+            blend: weights in any scale, and their unit; its counts are ignored. Ties go to the
+                first name in sorted order, so the order in a recipe does not matter.
+            seed: seed of the permutations.
             unit_tokens: labels per unit.
             state: from `state()`.
-            loss_of: (name, [n] ordinals) to the loss tokens of draws, for blends weighed by them.
+            loss_of: (name, [n] ordinals) to the loss tokens of draws, for blends weighted by them.
 
         Raises:
-            DataError: the state is damaged, a source, the seed or the unit is not the one that it
-                counted, or a source was counted under another name.
+            DataError: the state is damaged, a source, the seed or the unit differs from the
+                state's, or a source was counted under another name.
         """
         self.names = tuple(sorted(blend.weights))
         self.draw_units = blend.draw_units
@@ -135,14 +137,14 @@ class Ledger:
             same = msgspec.structs.replace(size, drawn=count.drawn, loss_tokens=count.loss_tokens)
             if count != same:
                 raise DataError(
-                    f"source {name!r} is {size.described()}, the checkpoint counted "
-                    f"{count.described()}; restore its files (of windows also sequence_length and "
-                    "the bounds), or give a source with other content another name"
+                    f"source {name!r} is {size.described()}, but the checkpoint has "
+                    f"{count.described()}; restore its files (for windows also sequence_length and "
+                    f"the bounds), or give a source with other content another name"
                 )
         self._begin_blend(blend)
 
     def draw(self, num_draws: int) -> Draws:
-        """The next draws, without counting them."""
+        """Return the next draws, without counting them."""
         counts = [self._state.sources[name] for name in self.names]
         steps = [per_draw(count, self.draw_units) for count in counts]
         loss = None
@@ -174,7 +176,7 @@ class Ledger:
             self._state.sources[name].drawn = drawn
 
     def drawn_after(self, num_draws: int) -> dict[str, int] | None:
-        """Units of each source once draws are made; None for blends weighed by loss tokens."""
+        """Return units of each source after some draws; None for blends weighted by loss tokens."""
         if self._state.blends[-1].weigh_by == "loss_tokens":
             return None
         since = self._draws_since()
@@ -186,7 +188,7 @@ class Ledger:
         }
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """Return the state as plain JSON."""
         return msgspec.to_builtins(self._state)
 
     def _draws_since(self) -> list[int]:
@@ -217,29 +219,30 @@ class Ledger:
         ):
             if now != then:
                 raise DataError(
-                    f"{key}={now}, the checkpoint's stream was drawn with {then}; set it back, or "
-                    "units would be repeated and lost"
+                    f"{key}={now}, but the checkpoint's stream was drawn with {then}; restore it, "
+                    f"otherwise units would be repeated and lost"
                 )
 
     def _check_name(self, name: str, size: SourceCount) -> None:
-        """Refuse a source under a new name, which would draw again what was drawn."""
+        """Raise an error for a source under a new name, because its units would be drawn again."""
         counts = self._state.sources
         if name in counts or not size.content:
             return
         for former, count in counts.items():
-            # A former name that is still in the blend says that both are meant.
+            # A former name that is still in the blend shows that both are intended.
             if count.drawn and former not in self.names and count.content == size.content:
                 raise DataError(
-                    f"source {name!r} holds what {former!r} held, of which {count.drawn} of "
-                    f"{count.num_units} units are drawn and would be repeated; call it {former!r} "
-                    f"again, or keep {former!r} in data.sources with weight 0 if that is meant"
+                    f"source {name!r} has the content of {former!r}, of which {count.drawn} of "
+                    f"{count.num_units} units were drawn and would be repeated; rename it to "
+                    f"{former!r}, or keep {former!r} in data.sources with weight 0 if that is "
+                    f"intended"
                 )
 
     def _begin_blend(self, blend: BlendEntry) -> None:
         blends, sources = self._state.blends, self._state.sources
         drawn = {name: count.drawn for name, count in sources.items()}
         if blends and not blends[-1].same_as(blend) and drawn.items() >= blends[-1].drawn.items():
-            blends.pop()  # nothing was drawn under it
+            blends.pop()  # Nothing was drawn under it.
         if not blends or not blends[-1].same_as(blend):
             loss = {n: count.loss_tokens for n, count in sources.items() if count.loss_tokens}
             begun = msgspec.structs.replace(blend, drawn=drawn, loss_tokens=loss)
@@ -247,21 +250,21 @@ class Ledger:
 
 
 def per_draw(count: SourceCount, draw_units: int) -> int:
-    """Units that one draw takes from a source."""
+    """Return the units that one draw takes from a source."""
     return 1 if count.whole_rows else draw_units
 
 
 def parse_state(state: dict[str, Any]) -> LedgerState:
-    """A ledger as checkpoints keep it.
+    """Parse a ledger from a checkpoint.
 
     Raises:
-        DataError: it is not one.
+        DataError: it is not a ledger.
     """
     try:
         return msgspec.convert(state, LedgerState)
     except msgspec.ValidationError as error:
         raise DataError(
-            f"the checkpoint's data position is not one of phi4 ({error}); take another checkpoint"
+            f"the checkpoint's data ledger is invalid ({error}); use another checkpoint"
         ) from None
 
 

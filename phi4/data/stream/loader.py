@@ -1,7 +1,8 @@
-"""The loader: micro-batches of one data-parallel rank, cut from a stream that no layout changes.
+"""The loader: micro-batches of one data-parallel rank, from a stream that is independent of the
+layout.
 
-Every rank draws the whole global batch from its ledger and reads only its own rows, so nothing is
-broadcast, all ranks hold the same state, and a checkpoint continues at any data-parallel size.
+Every rank draws the entire global batch from its ledger and reads only its own rows, so nothing is
+broadcast, all ranks have the same state, and a checkpoint resumes at any data-parallel size.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +28,10 @@ class Loader:
     """Training batches, step by step.
 
     Attributes:
-        stream: where the batches are cut from.
-        manifests: what each source consists of, by name.
-        notes: lines to show at the start: what each source says of itself, for example what was
-            packed into rows and what was left out, and which sources hold the same files.
+        stream: the stream that batches are cut from.
+        manifests: shards of each source, by name.
+        notes: lines to print at the start: a description of each source, for example what was
+            packed into rows and what was dropped, and which sources share files.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Loader:
         seed: int,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """Open the sources, and go on from a state where one is given.
+        """Open the sources, and resume from a state if one is given.
 
         Raises:
             DataError: no source, a source is missing, damaged or from another tokenizer, or the
@@ -51,7 +52,7 @@ class Loader:
         if data.sequence_length % data.unit_tokens:
             raise DataError(
                 f"data.sequence_length={data.sequence_length} is not a multiple of "
-                f"data.unit_tokens={data.unit_tokens}; a row is a whole number of units"
+                f"data.unit_tokens={data.unit_tokens}; a row is an integer number of units"
             )
         self._data = data
         self._tokenizer = tokenizer
@@ -71,7 +72,7 @@ class Loader:
         self.go_to(state)
 
     def go_to(self, state: dict[str, Any] | None) -> None:
-        """Go on from a state of this loader or of an earlier one; None begins anew.
+        """Resume from a state of this loader or of an earlier one; None starts from the beginning.
 
         The sources stay open.
 
@@ -98,7 +99,8 @@ class Loader:
     def next_step(
         self, *, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
     ) -> list[Batch]:
-        """This rank's micro-batches of the next optimizer step; the ledger moves by all of them.
+        """Return this rank's micro-batches of the next optimizer step; the ledger advances by all
+        ranks' rows.
 
         Args:
             global_batch_size: rows over all data-parallel ranks.
@@ -108,12 +110,12 @@ class Loader:
 
         Raises:
             DataError: a token id is outside the vocabulary (names source, document, offset).
-            LayoutError: the rows do not split into whole micro-batches.
+            LayoutError: the rows do not split into complete micro-batches.
         """
         if global_batch_size % (micro_batch_size * dp_size):
             raise LayoutError(
                 f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size="
-                f"{micro_batch_size} x data={dp_size}; every rank runs whole micro-batches"
+                f"{micro_batch_size} x data={dp_size}; every rank runs complete micro-batches"
             )
         row_draws = self._data.sequence_length // self.stream.draw_tokens
         draws = self.stream.next_draws(global_batch_size * row_draws, self._max_epochs)
@@ -127,11 +129,11 @@ class Loader:
         )
 
     def skip(self, num_rows: int) -> None:
-        """Go on as if so many rows had been served."""
+        """Advance as if this many rows had been served."""
         self.stream.skip(num_rows * (self._data.sequence_length // self.stream.draw_tokens))
 
     def require_epochs(self, num_rows: int) -> None:
-        """Refuse now what `next_step` would refuse after some of the rows that are still to come.
+        """Raise an error now if `next_step` would raise it after some of the remaining rows.
 
         Raises:
             DataError: a source would be read more often than its `max_epochs`.
@@ -140,21 +142,21 @@ class Loader:
         self.stream.require_epochs(num_rows * row_draws, self._max_epochs)
 
     def state(self) -> dict[str, Any]:
-        """The ledger between two steps, plain JSON."""
+        """Return the ledger between two steps, as plain JSON."""
         return self.stream.state()
 
     def source_hashes(self) -> dict[str, str]:
-        """sha256 of what each source holds, by source name."""
+        """Return the sha256 of each source's content, by source name."""
         return {name: manifest.content_hash for name, manifest in self.manifests.items()}
 
     def row(self, index: int) -> Batch:
-        """Row `index` of the stream from here, [1, S]; the ledger stays where it is."""
+        """Return row `index` of the stream from here, [1, S]; the ledger does not advance."""
         draws = self._row_draws(index)
         tokens_per_pair = self.stream.chosen_tokens_per_pair(draws)
         return self._batches(draws.source, draws.ordinal, 1, tokens_per_pair)[0]
 
     def describe_row(self, index: int) -> list[str]:
-        """Where the pieces of that row come from, a line each."""
+        """Describe the origin of that row's pieces, a line each."""
         draws = self._row_draws(index)
         return [
             line
@@ -170,7 +172,7 @@ class Loader:
     def _batches(
         self, source: np.ndarray, ordinal: np.ndarray, num_rows: int, tokens_per_pair: float
     ) -> list[Batch]:
-        """Draws as batches of so many rows; all are read at once, in the order of the files."""
+        """Return draws as batches of some number of rows; all are read at once, in file order."""
         rows = self.stream.read(source, ordinal).as_rows(self._data.sequence_length)
         places = [slice(i, i + num_rows) for i in range(0, len(rows.tokens), num_rows)]
         batches = [
@@ -194,7 +196,7 @@ class Loader:
 
 
 class HeldOut:
-    """Batches of documents that are never trained on, the same ones at every evaluation."""
+    """Batches of held-out documents, the same ones at every evaluation."""
 
     def __init__(self, data: DataConfig, tokenizer: TokenizerFacts, seed: int) -> None:
         """Open `data.held_out`.
@@ -207,7 +209,7 @@ class HeldOut:
 
     @property
     def manifests(self) -> Mapping[str, SourceManifest]:
-        """What each source consists of, by name."""
+        """Shards of each source, by name."""
         return self._loader.manifests
 
     def batches(
@@ -219,9 +221,9 @@ class HeldOut:
         dp_rank: int,
         dp_size: int,
     ) -> Iterator[list[Batch]]:
-        """The first global batches of the held-out stream, one list of micro-batches for each.
+        """Yield the first global batches of the held-out stream, one list of micro-batches each.
 
-        One iteration at a time: each begins the stream anew.
+        Only one iteration at a time: each restarts the stream.
 
         Args:
             num_batches: global batches.
@@ -241,7 +243,7 @@ class HeldOut:
 
 
 def open_held_out(data: DataConfig, tokenizer: TokenizerFacts, seed: int) -> dict[str, HeldOut]:
-    """Every source of `data.held_out` on its own, by name.
+    """Open every source of `data.held_out` separately, by name.
 
     Raises:
         DataError: as `Loader`.
@@ -256,8 +258,8 @@ def open_held_out(data: DataConfig, tokenizer: TokenizerFacts, seed: int) -> dic
 def _require_weight(sources: Sequence[SourceConfig]) -> None:
     if not any(source.weight for source in sources):
         raise DataError(
-            "no data source with a weight above 0; name a .bin/.idx prefix under data.sources (or "
-            "data.held_out), `phi4 data demo` writes some"
+            "no data source with a weight above 0; set a .bin/.idx prefix in data.sources (or "
+            "data.held_out); `phi4 data demo` writes some"
         )
 
 
@@ -274,6 +276,6 @@ def _make(cache_dir: str | None) -> None:
             Path(cache_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"data.cache_dir={cache_dir} cannot be made ({error.strerror}); name a directory that "
-            "every rank can write to"
+            f"data.cache_dir={cache_dir} cannot be created ({error.strerror}); use a directory "
+            f"that every rank can write to"
         ) from None

@@ -1,7 +1,8 @@
-"""Files that a blend holds more than once, found by the hashes of their manifests.
+"""Find files that a blend contains more than once, by the hashes of their manifests.
 
-The ledger keeps sources apart by name, so tokens under two names are drawn for each of them. That
-may be meant, as with long documents that also stand in the whole: it is said, not refused.
+The ledger distinguishes sources by name, so tokens under two names are drawn for each of them. That
+may be intended, for example for long documents that are also in the full set: it is reported, not
+refused.
 """
 
 from collections import Counter
@@ -12,7 +13,7 @@ from phi4.data.stream.sources import SourceManifest
 
 
 def describe_overlaps(manifests: Mapping[str, SourceManifest]) -> list[str]:
-    """A line for each source that holds a shard twice and each two that share some.
+    """Return a line for each source that has a shard twice and each two that share some.
 
     Args:
         manifests: by source name.
@@ -31,8 +32,8 @@ def describe_overlaps(manifests: Mapping[str, SourceManifest]) -> list[str]:
         repeated = sum((count - 1) * sizes[sha] for sha, count in counts.items())
         if repeated:
             lines.append(
-                f"source {name!r}: {_share(repeated, manifests[name])} of its tokens are copies of "
-                "others of its own; an epoch draws them more than once"
+                f"source {name!r}: {_share(repeated, manifests[name])} of its tokens are "
+                f"duplicates within the source; an epoch draws them more than once"
             )
     names_of: dict[str, list[str]] = {}
     for name, counts in sorted(shards.items()):
@@ -43,8 +44,9 @@ def describe_overlaps(manifests: Mapping[str, SourceManifest]) -> list[str]:
         for pair in combinations(names, 2):
             common[pair] += sizes[sha]
     lines += [
-        f"sources {a!r} and {b!r} share files, {_share(tokens, manifests[a])} of the tokens of the "
-        f"one and {_share(tokens, manifests[b])} of the other; each draws them in its own epochs"
+        f"sources {a!r} and {b!r} share files, {_share(tokens, manifests[a])} of the first one's "
+        f"tokens and {_share(tokens, manifests[b])} of the second's; each source draws them in its "
+        f"own epochs"
         for (a, b), tokens in sorted(common.items())
         if tokens
     ]

@@ -1,18 +1,19 @@
-"""Best-fit packing: pieces of given lengths into as few rows of equal capacity as is cheap.
+"""Best-fit packing of pieces of given lengths into few rows of equal capacity.
 
-Longest piece first, each into the open row that it fills best. The remaining capacities that occur
-are bits of one integer, so the best row is the lowest set bit above the piece's length.
+Pieces are placed longest first, each into the open row with the least remaining space that fits.
+The remaining capacities in use are bits of one integer, so the best row is the lowest set bit at or
+above the piece's length.
 """
 
 import numpy as np
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack pieces; the result depends on the lengths and their order alone.
+    """Pack pieces; the result depends only on the lengths and their order.
 
     Args:
         lengths: [n] integers in [1, capacity].
-        capacity: of a row.
+        capacity: capacity of a row.
 
     Returns:
         order: [n] int64, pieces row by row.

@@ -1,4 +1,5 @@
-"""A micro-batch with its pairs as an objective sums them: segments, second labels, references."""
+"""Add pairs to a micro-batch as an objective needs them: segments, alternative labels,
+references."""
 
 from dataclasses import replace
 
@@ -11,12 +12,12 @@ from phi4.data.stream.units import PairColumns
 def with_pairs(batch: Batch, pairs: PairColumns, tokens_per_pair: float) -> Batch:
     """Add the pairs of its rows to a batch.
 
-    Segments 2i and 2i + 1 of the batch are the chosen and the rejected side of its pair i. Extras
-    of segments are `tokens_per_pair` and, where there is a reference cache, `reference`.
+    Segments 2i and 2i + 1 of the batch are the chosen and the rejected side of its pair i. Segment
+    extras are `tokens_per_pair` and, with a reference cache, `reference`.
 
     Args:
         batch: B rows.
-        pairs: of the same rows.
+        pairs: pairs of the same rows.
         tokens_per_pair: mean number of loss tokens of a chosen side over the global batch.
     """
     before = 2 * (np.cumsum(pairs.num_pairs) - pairs.num_pairs)

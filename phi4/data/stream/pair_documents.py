@@ -1,4 +1,4 @@
-"""How a document of preferences becomes part of a row: a pair of answers, or pivots of one text."""
+"""Place a document of preferences into part of a row: a pair of answers, or pivots of one text."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,42 +13,42 @@ from phi4.errors import DataError
 
 
 class PairDocuments(Protocol):
-    """What a source of preferences asks of the kind of its documents."""
+    """Operations of a preference source that depend on the kind of its documents."""
 
     def pieces(self, file: TokenFile) -> Pieces:
-        """What there is to pack in one shard.
+        """Return the pieces to pack from one shard.
 
         Raises:
-            DataError: the file does not hold such documents.
+            DataError: the file does not contain such documents.
         """
 
     def fill(self, file: TokenFile, document: int, rows: Rows, pair: int) -> None:
-        """Copy one document into a cut of exactly its labels.
+        """Copy one document into a slice of exactly its number of labels.
 
         Args:
             file: an open shard.
-            document: its index there.
-            rows: [labels] each; `rows.pairs` is of the same cut.
-            pair: number in its row of the first pair that it makes.
+            document: its index in the file.
+            rows: [labels] each; `rows.pairs` belongs to the same slice.
+            pair: index in its row of the first pair of the document.
         """
 
     def hashes(self, file: TokenFile, document: int) -> Iterator[int]:
-        """64 bits of the content of each pair that a document makes, in order."""
+        """Return 64-bit content hashes of a document's pairs, in order."""
 
 
 class AnswerPairs:
-    """Two sequences: prompt with the chosen, prompt with the rejected answer."""
+    """Two sequences: the prompt with the chosen and with the rejected answer."""
 
     def __init__(self, max_response_tokens: int) -> None:
-        """Say after how many tokens of the loss a side ends; 0 for the whole answer."""
+        """Set the number of loss tokens after which a side is truncated; 0 for none."""
         self._most = max_response_tokens
 
     def pieces(self, file: TokenFile) -> Pieces:
-        """See `PairDocuments`; pairs whose sides are equal once they are cut are left out."""
+        """See `PairDocuments`; pairs whose sides are equal after truncation are dropped."""
         if file.loss_mask is None and file.num_documents:
             raise DataError(
-                f"{file.prefix}.mask does not exist, so nothing says which tokens of a pair are "
-                "the answers; write the file with `phi4 data pairs`"
+                f"{file.prefix}.mask does not exist, so the answers of the pairs are unknown; "
+                f"write the file with `phi4 data pairs`"
             )
         document = np.arange(file.num_documents)
         if self._most:
@@ -85,7 +85,7 @@ class AnswerPairs:
         yield int.from_bytes(digest.digest(), "little")
 
     def _sides(self, file: TokenFile, document: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and loss mask of both sides."""
+        """Return ids and loss mask of both sides."""
         masks = file.sequences(document, file.loss_mask)
         for ids, mask in zip(file.sequences(document), masks, strict=True):
             end = ids.size
@@ -116,8 +116,9 @@ class TokenPivots:
     """Four sequences: a trajectory, positions in it, chosen ids, rejected ids.
 
     A pivot is the choice of the token that follows a position. The difference of two
-    log-probabilities there is what direct preference optimisation takes of two sequences that part
-    at that token and end with it, so one pass over the trajectory serves all of its pivots.
+    log-probabilities there equals what direct preference optimisation computes from two sequences
+    that differ in that token and end with it, so one pass over the trajectory serves all of its
+    pivots.
 
     Source: report, section 4.3.
     """

@@ -1,7 +1,8 @@
-"""Sources of preferences: two answers to one prompt, or two tokens at one place, packed into rows.
+"""Sources of preferences: two answers to one prompt, or two tokens at one position, packed into
+rows.
 
-Both sides of a pair stand in the same row, so no split of the batch parts them, and what differs
-between them is a difference of two sums of that row.
+Both sides of a pair are in the same row, so no split of the batch separates them, and their margin
+is a difference of two sums of that row.
 """
 
 import numpy as np
@@ -23,13 +24,13 @@ class PairSource:
     Attributes:
         name: as in the recipe.
         kind: pairs or pivots.
-        content: sha256 that says what it holds and how that is packed.
+        content: sha256 of its content and of how it is packed.
         row_tokens: tokens in a row.
         num_units: rows.
         num_items: pairs or pivots, numbered in the order of the files.
-        manifest: its shards.
-        whole_rows: True, a unit is a whole row.
-        has_pairs: True, `fill` takes rows with `pairs`.
+        manifest: manifest of its shards.
+        whole_rows: True, a unit is a complete row.
+        has_pairs: True, `fill` expects rows with `pairs`.
     """
 
     whole_rows = True
@@ -44,7 +45,7 @@ class PairSource:
         data: DataConfig,
         documents: PairDocuments,
     ) -> None:
-        """Find or make the table of rows, and read the reference cache where the recipe names one.
+        """Find or compute the table of rows, and open the recipe's reference cache if there is one.
 
         Raises:
             DataError: see `PairTable`, `open_references`.
@@ -68,7 +69,7 @@ class PairSource:
         tokenizer: TokenizerFacts,
         data: DataConfig,
     ) -> "PairSource":
-        """As the recipe names it; see `kinds.OpenKind`.
+        """Open a source of the recipe; see `kinds.OpenKind`.
 
         Raises:
             DataError: see the constructor.
@@ -78,7 +79,7 @@ class PairSource:
         return cls(config, manifest, pool, tokenizer, data, documents)
 
     def describe(self) -> str:
-        """Pairs, rows, and what is no row's, in words."""
+        """Describe pairs, rows, and dropped items in words."""
         table = self._table
         filled = table.num_labels / (self.num_units * self.row_tokens)
         words = (
@@ -86,11 +87,11 @@ class PairSource:
             f"{self.row_tokens:,} tokens, {filled:.1%} filled"
         )
         if table.num_left_out:
-            words += f"; {table.num_left_out:,} left out: equal within max_response_tokens"
+            words += f"; {table.num_left_out:,} dropped: equal within max_response_tokens"
         return words
 
     def fill(self, unit: int, rows: Rows) -> None:
-        """Copy one row into [row_tokens] slices; what is left over is padding.
+        """Copy one row into [row_tokens] slices; the rest is padding.
 
         Raises:
             DataError: an id is outside the vocabulary (names source, document, offset), or a pair
@@ -112,20 +113,20 @@ class PairSource:
             rows.pad(place, self._tokenizer.pad_id)
 
     def loss_tokens(self, units: np.ndarray) -> np.ndarray:
-        """Labels of weight 1 in each row, both sides, [n] int64, at least 2."""
+        """Return labels of weight 1 in each row, both sides, [n] int64, at least 2."""
         return self._table.row_counts[units, 2]
 
     def pair_counts(self, units: np.ndarray) -> np.ndarray:
-        """Pairs, and loss tokens of their chosen sides, in each row, [n, 2] int64."""
+        """Return pairs, and loss tokens of their chosen sides, in each row, [n, 2] int64."""
         return self._table.row_counts[units, :2]
 
     def row_items(self, unit: int) -> np.ndarray:
-        """Items behind the pairs of a row, [pairs] int64."""
+        """Return the items of the pairs of a row, [pairs] int64."""
         pieces = self._table.row(unit)
         return np.concatenate([p.first_item + np.arange(p.num_items) for p in pieces])
 
     def item_hashes(self) -> np.ndarray:
-        """64 bits of the content of each item, [num_items] uint64; reads all shards."""
+        """Return 64-bit content hashes of the items, [num_items] uint64; reads all shards."""
         hashes = np.empty(self.num_items, dtype=np.uint64)
         for unit in range(self.num_units):
             for piece in self._table.row(unit):
@@ -135,15 +136,15 @@ class PairSource:
         return hashes
 
     def locate_item(self, item: int) -> str:
-        """Source, file and document behind an item, in words."""
+        """Describe source, file and document of an item in words."""
         for unit in range(self.num_units):
             for piece in self._table.row(unit):
                 if 0 <= item - piece.first_item < piece.num_items:
                     return self._place(piece)
-        raise IndexError(f"source {self.name!r} has {self.num_items} items, asked for {item}")
+        raise IndexError(f"source {self.name!r} has {self.num_items} items, requested {item}")
 
     def locate(self, unit: int, offset: int) -> str:
-        """Source, file, document and offset behind a token of a row, in words."""
+        """Describe source, file, document and offset of a token of a row in words."""
         for piece in self._table.row(unit):
             if offset < piece.num_labels:
                 return f"{self._place(piece)}, label {offset}"

@@ -1,8 +1,8 @@
-"""The table behind a source of pairs or pivots: which of its documents make up each of its rows.
+"""The table of a source of pairs or pivots: which of its documents make up each row.
 
-A piece is what goes into one row whole: a pair with both of its answers, or a trajectory with all
-of its pivots. An item is what the reference model has log-probabilities of: a pair, or a pivot.
-Items are numbered in the order of the files, over all shards.
+A piece is placed into one row as a unit: a pair with both of its answers, or a trajectory with all
+of its pivots. An item has log-probabilities of the reference model: a pair, or a pivot. Items are
+numbered in file order, over all shards.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ _NUM_COUNTS = 5
 
 
 class Pieces(NamedTuple):
-    """What a shard has to pack.
+    """The pieces of a shard.
 
     Attributes:
         columns: [n, 5] int64: document, labels, items, loss tokens of the chosen sides, loss tokens
             of both sides.
-        num_left_out: documents that are none.
+        num_left_out: documents that make no piece.
     """
 
     columns: np.ndarray
@@ -51,11 +51,11 @@ class PairTable:
     """Rows of a source.
 
     Attributes:
-        content: sha256 of all that the table depends on.
+        content: sha256 of everything that the table depends on.
         num_rows: rows.
         num_items: pairs or pivots in all rows.
-        num_labels: labels in all rows, padding left out.
-        num_left_out: documents that no row holds.
+        num_labels: labels in all rows, without padding.
+        num_left_out: documents that are in no row.
         row_counts: [num_rows, 3] int64: pairs, loss tokens of the chosen sides, of both sides.
     """
 
@@ -67,14 +67,14 @@ class PairTable:
         data: DataConfig,
         pieces_of: PiecesOf,
     ) -> None:
-        """Read the table where it is kept, else compute it and keep it.
+        """Read the cached table, or compute and store it.
 
         Args:
             source: as in the recipe.
             manifest: its shards.
-            pool: opens them.
-            data: row length, and where the table is kept.
-            pieces_of: the pieces of a shard.
+            pool: opens the shards.
+            data: row length and cache directory.
+            pieces_of: returns the pieces of a shard.
 
         Raises:
             DataError: a piece is longer than a row, or there is none.
@@ -96,7 +96,7 @@ class PairTable:
         self._pieces = pieces.reshape(-1, len(Piece._fields))
 
     def row(self, index: int) -> list[Piece]:
-        """Pieces of a row in their order."""
+        """Return the pieces of a row in order."""
         begin, end = self._row_starts[index : index + 2]
         return [Piece(*piece) for piece in self._pieces[begin:end].tolist()]
 
@@ -108,21 +108,21 @@ def _computed(
     row_tokens: int,
     pieces_of: PiecesOf,
 ) -> np.ndarray:
-    """Counts, row starts, counts of each row, and pieces; flat int64."""
+    """Compute counts, row starts, counts of each row, and pieces; flat int64."""
     found = [pieces_of(pool.open(shard)) for shard in manifest.shards]
     shards = [np.full(len(pieces.columns), i) for i, pieces in enumerate(found)]
     document, labels, items, chosen, both = np.concatenate([p.columns for p in found]).T
     if not document.size:
         raise DataError(
             f"source {source.name!r}: {manifest.path} holds no {source.kind} that can be trained "
-            "on; look at it with `phi4 data inspect`"
+            f"on; inspect it with `phi4 data inspect`"
         )
     if labels.max() > row_tokens:
         raise DataError(
             f"source {source.name!r}: {np.count_nonzero(labels > row_tokens)} of {labels.size} "
             f"documents of {manifest.path} are longer than a row, the longest has {labels.max()} "
-            f"labels and data.sequence_length is {row_tokens}; lengthen it, or write the file "
-            f"again with `phi4 data pairs --row-tokens {row_tokens}`, which lists what is too long"
+            f"labels, but data.sequence_length is {row_tokens}; raise it, or write the file again "
+            f"with `phi4 data pairs --row-tokens {row_tokens}`, which lists rows that are too long"
         )
     first_item = np.cumsum(items) - items
     pieces = np.stack([np.concatenate(shards), document, labels, items, first_item], axis=1)

@@ -1,6 +1,6 @@
-"""A loader that reads the next step's batches while the present step is trained.
+"""A loader that prefetches the next step's batches while the current step is trained.
 
-Nobody sees that: what it serves, the states it tells and where it refuses are those of `Loader`.
+Prefetching is invisible to callers: batches, states and errors are those of `Loader`.
 """
 
 import threading
@@ -46,7 +46,7 @@ class ReadAheadLoader(Loader):
         super().require_epochs(num_rows)
 
     def state(self) -> dict[str, Any]:
-        """See `Loader.state`: of what was served, not of what is read ahead."""
+        """See `Loader.state`; excludes prefetched steps."""
         return super().state() if self._ahead is None else self._ahead.before
 
     def row(self, index: int) -> Batch:
@@ -60,7 +60,7 @@ class ReadAheadLoader(Loader):
         return super().describe_row(index)
 
     def _stop(self) -> None:
-        """Wait for what is read ahead, and take it back."""
+        """Wait for the prefetch and undo it."""
         if self._ahead is not None:
             ahead, self._ahead = self._ahead, None
             ahead.wait()
@@ -68,12 +68,12 @@ class ReadAheadLoader(Loader):
 
 
 class _Ahead:
-    """A step that a thread makes.
+    """A step prefetched by a thread.
 
     Args:
-        sizes: what it was made for.
+        sizes: arguments that it was made for.
         before: state of the loader before it.
-        make: makes its batches, and moves the loader.
+        make: makes its batches and advances the loader.
     """
 
     def __init__(
@@ -81,19 +81,19 @@ class _Ahead:
     ) -> None:
         self.sizes, self.before = sizes, before
         self._made: Future[list[Batch]] = Future()
-        # A daemon, because a run that ends does not wait for a file system that hangs.
+        # A daemon, because a run that ends must not wait for a hanging file system.
         threading.Thread(target=self._run, args=(make,), name="read ahead", daemon=True).start()
 
     def result(self) -> list[Batch]:
-        """The batches, or the error of making them, raised."""
+        """Return the batches, or raise the error of making them."""
         return self._made.result()
 
     def wait(self) -> None:
-        """Until they are made, well or not."""
+        """Wait until they are made or have failed."""
         self._made.exception()
 
     def _run(self, make: Callable[[], list[Batch]]) -> None:
         try:
             self._made.set_result(make())
-        except BaseException as error:  # raised where the step is asked for
+        except BaseException as error:  # Raised when the step is requested.
             self._made.set_exception(error)

@@ -1,4 +1,4 @@
-"""What differs between what a reference cache was computed for and what it is asked to serve."""
+"""Describe the differences between a reference cache and the run that wants to use it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ItemDifference:
-    """The first item in which a source is not what a cache was computed for.
+    """The first item in which a source differs from the cache.
 
     Attributes:
         kind: missing from the source, new in it, changed in place, or moved to another place.
-        item: its number, in the cache where it is missing, else in the source.
+        item: its number in the cache if it is missing, else in the source.
     """
 
     kind: Literal["missing", "new", "changed", "moved"]
@@ -21,7 +21,7 @@ class ItemDifference:
 
 
 def weights_difference(cached: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """What differs between two models, in words that name a tensor; empty where nothing does."""
+    """Describe what differs between two models, with a tensor's name; empty if nothing does."""
     only_one = sorted(cached.keys() ^ found.keys())
     if only_one:
         owner = "the cache's" if only_one[0] in cached else "this"
@@ -35,7 +35,7 @@ def weights_difference(cached: Mapping[str, str], found: Mapping[str, str]) -> s
 
 
 def first_difference(cached: np.ndarray, found: np.ndarray) -> ItemDifference | None:
-    """The first place in which two lists of item hashes part; None where they are equal.
+    """Return the first difference between two lists of item hashes; None if they are equal.
 
     Args:
         cached: [items] of the cache.
@@ -50,7 +50,7 @@ def first_difference(cached: np.ndarray, found: np.ndarray) -> ItemDifference | 
     place = int(parted[0])
     is_missing = not np.isin(cached[place], found[place:]).item()
     is_new = not np.isin(found[place], cached[place:]).item()
-    # Where the items behind it moved up or down by one, it was removed or added; else replaced.
+    # If the items after it are shifted by one, it was removed or added; otherwise it was replaced.
     if is_missing and not is_new:
         return ItemDifference("missing", place)
     if is_new and not is_missing:
@@ -61,7 +61,8 @@ def first_difference(cached: np.ndarray, found: np.ndarray) -> ItemDifference | 
 
 
 def _of_duplicates(num_cached: int, num_found: int) -> Literal["missing", "new", "moved"]:
-    """Both hashes occur again behind the place: items moved, or one of equal items came or went."""
+    """Both hashes occur again later: items moved, or one of several equal items was added or
+    removed."""
     if num_cached == num_found:
         return "moved"
     return "missing" if num_cached > num_found else "new"

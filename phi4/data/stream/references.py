@@ -1,8 +1,8 @@
 """The reference cache: a reference model's log-probabilities of both sides of every pair.
 
 `phi4 dpo cache-ref` computes them once, and a run reads them instead of holding a second model. A
-cache serves only the model, the number format, the chat template and the pairs that it was computed
-for; what differs is named.
+cache is valid only for the model, the number format, the chat template and the pairs that it was
+computed for; an error names what differs.
 
 CACHE/
   references.json        what it was computed for, written last; unfinished.json until then
@@ -41,13 +41,13 @@ class SourceReferences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     chat_templates: tuple[str | None, ...]
     """sha256 of the chat formats of its shards, None for text and ids; each once, in order."""
     items_sha256: str
-    """Of the hashes of all items."""
+    """Hash of the hashes of all items."""
     log_probs_sha256: str = ""
-    """Of the log-probabilities; empty while the cache is unfinished."""
+    """Hash of the log-probabilities; empty while the cache is unfinished."""
 
 
 class ReferenceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a cache was computed for."""
+    """Model and sources that a cache was computed for."""
 
     format_version: Literal[1] = 1
     dtype: str
@@ -55,31 +55,32 @@ class ReferenceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     weights: dict[str, str]
     """Global name of each tensor of the reference model -> sha256 of its bytes."""
     checkpoint: str = ""
-    """Where the weights were read from; empty for weights drawn from a seed."""
+    """Checkpoint of the weights; empty for weights initialised from a seed."""
     checkpoint_manifest_sha256: str = ""
     sources: dict[str, SourceReferences]
 
 
 class PreferenceItems(Protocol):
-    """What the cache asks of a source of pairs or pivots; see `phi4.data.stream.stream.Source`."""
+    """What the cache needs from a source of pairs or pivots; see
+    `phi4.data.stream.stream.Source`."""
 
     name: str
     num_items: int
     manifest: SourceManifest
 
     def item_hashes(self) -> np.ndarray:
-        """64 bits of the content of each item, [num_items] uint64; reads all shards."""
+        """Return 64-bit content hashes of the items, [num_items] uint64; reads all shards."""
 
     def locate_item(self, item: int) -> str:
-        """Source, file and document behind an item, in words."""
+        """Describe source, file and document of an item in words."""
 
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """A cache on disk, and the comparisons with what it is asked to serve.
+    """A cache on disk, and its comparison with a run.
 
     Attributes:
-        directory: of the cache.
+        directory: directory of the cache.
         manifest: what it was computed for.
         remedy: ends the message of every error.
     """
@@ -89,7 +90,7 @@ class ReferenceCache:
     remedy: str = RUN_AGAIN
 
     def log_probs(self, source_name: str) -> np.ndarray:
-        """Log-probabilities of both sides of each item, [items, 2] float64, memory-mapped.
+        """Return log-probabilities of both sides of each item, [items, 2] float64, memory-mapped.
 
         Raises:
             DataError: the cache has no such source, or the file is missing or damaged.
@@ -98,8 +99,8 @@ class ReferenceCache:
         return self._load(source_name, "log_probs", (entry.num_items, 2), np.float64)
 
     def log_probs_of(self, source: PreferenceItems) -> np.ndarray:
-        """`log_probs` of a source; the content of its items is compared only if their number is not
-        the cache's, to name the first one that was removed or added. `check_source` compares all.
+        """Return `log_probs` of a source; the content of its items is compared only if their number
+        differs, to name the first removed or added item. `check_source` compares all.
 
         Raises:
             DataError: as `log_probs`, or the number of items differs.
@@ -134,19 +135,19 @@ class ReferenceCache:
         if dtype != self.manifest.dtype:
             raise CheckpointError(
                 f"reference cache {self.directory} was computed with precision.dtype="
-                f"{self.manifest.dtype}, the recipe has {dtype}; {self.remedy}"
+                f"{self.manifest.dtype}, but the recipe has {dtype}; {self.remedy}"
             )
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Check that the cache is of these sources and no others.
+        """Check that the cache has exactly these sources.
 
         Raises:
-            DataError: names one that only one of both has.
+            DataError: names a source that only one of both has.
         """
         for name in sorted(self.manifest.sources.keys() ^ set(names)):
             has = name in self.manifest.sources
             raise DataError(
-                f"source {name!r} is in the {'reference cache' if has else 'recipe'} and not in "
+                f"source {name!r} is in the {'reference cache' if has else 'recipe'} but not in "
                 f"the {'recipe' if has else 'reference cache'} ({self.directory}); {self.remedy}"
             )
 
@@ -155,14 +156,14 @@ class ReferenceCache:
 
         Raises:
             DataError: names the chat template, or the first item that changed, is missing, or is
-                new; or the log-probabilities are not those that the manifest was written for.
+                new; or the log-probabilities do not match the manifest.
         """
         entry = self._entry(source.name)
         templates = chat_templates(source.manifest)
         if templates != entry.chat_templates:
             raise DataError(
-                f"source {source.name!r} was written with chat template {_short(templates)}, the "
-                f"reference cache {self.directory} is of {_short(entry.chat_templates)}; "
+                f"source {source.name!r} was written with chat template {_short(templates)}, but "
+                f"the reference cache {self.directory} has {_short(entry.chat_templates)}; "
                 f"{self.remedy}"
             )
         self.check_items(source)
@@ -171,7 +172,7 @@ class ReferenceCache:
             self._check_sha256(source.name, "log_probs", values, entry.log_probs_sha256)
 
     def check_items(self, source: PreferenceItems) -> None:
-        """The part of `check_source` that is about the items.
+        """Check the items only; see `check_source`.
 
         Raises:
             DataError: names the first item that differs.
@@ -190,7 +191,7 @@ class ReferenceCache:
         entry = self.manifest.sources.get(source_name)
         if entry is None:
             raise DataError(
-                f"reference cache {self.directory} has no source {source_name!r}, only "
+                f"reference cache {self.directory} has no source {source_name!r}, but "
                 f"{', '.join(map(repr, sorted(self.manifest.sources)))}; {self.remedy}"
             )
         return entry
@@ -220,13 +221,13 @@ class ReferenceCache:
     ) -> None:
         if array_sha256(values) != expected:
             raise DataError(
-                f"{array_path(self.directory, source_name, what)} has another sha256 than the "
-                f"manifest beside it says; {self.remedy}"
+                f"{array_path(self.directory, source_name, what)} has another sha256 than its "
+                f"manifest; {self.remedy}"
             )
 
 
 def open_references(cache_dir: str | Path) -> ReferenceCache:
-    """A finished cache.
+    """Open a finished cache.
 
     Raises:
         DataError: there is none, it is unfinished, or its manifest is damaged.
@@ -238,7 +239,7 @@ def open_references(cache_dir: str | Path) -> ReferenceCache:
     if (directory / UNFINISHED).exists():
         raise DataError(
             f"reference cache {directory} is unfinished; run `phi4 dpo cache-ref` again with this "
-            "recipe, it goes on where it stopped"
+            f"recipe to complete it"
         )
     raise DataError(
         f"data.reference_cache={directory} has no {FINISHED}; run `phi4 dpo cache-ref` with this "
@@ -247,7 +248,7 @@ def open_references(cache_dir: str | Path) -> ReferenceCache:
 
 
 def read_cache(directory: Path, name: str, remedy: str = RUN_AGAIN) -> ReferenceCache | None:
-    """The cache behind one of its two manifests, None where there is no such file.
+    """Read the cache with one of its two manifests; None if there is no such file.
 
     Raises:
         DataError: the manifest is damaged.
@@ -265,7 +266,7 @@ def read_cache(directory: Path, name: str, remedy: str = RUN_AGAIN) -> Reference
 
 
 def array_path(directory: Path, source_name: str, what: Literal["items", "log_probs"]) -> Path:
-    """Where an array of a source lies."""
+    """Return the path of an array of a source."""
     return directory / f"{quote(source_name, safe='')}.{what}.npy"
 
 
@@ -283,7 +284,7 @@ def array_sha256(values: np.ndarray) -> str:
 
 
 def chat_templates(manifest: SourceManifest) -> tuple[str | None, ...]:
-    """Hashes of the chat formats that the shards of a source were written in, each once.
+    """Return hashes of the chat formats of a source's shards, each once.
 
     Raises:
         DataError: a shard has no manifest.
@@ -298,7 +299,7 @@ def chat_templates(manifest: SourceManifest) -> tuple[str | None, ...]:
 
 
 def source_references(source: PreferenceItems, item_hashes: np.ndarray) -> SourceReferences:
-    """The entry of a source in the manifest of a cache that is not finished.
+    """Return the entry of a source in the manifest of an unfinished cache.
 
     Raises:
         DataError: see `chat_templates`.
@@ -313,16 +314,17 @@ def source_references(source: PreferenceItems, item_hashes: np.ndarray) -> Sourc
 def _describe(difference: ItemDifference, source: PreferenceItems) -> str:
     item = difference.item
     if difference.kind == "missing":
-        place = f"now stands {source.locate_item(item)}" if item < source.num_items else "it ends"
-        return (
-            f"source {source.name!r}: item {item} of the reference cache is missing; where it stood"
-            f", {place}"
+        place = (
+            f"its place now holds {source.locate_item(item)}"
+            if item < source.num_items
+            else "the source ends before it"
         )
+        return f"source {source.name!r}: item {item} of the reference cache is missing; {place}"
     where = f"item {item} ({source.locate_item(item)})"
     return {
         "new": f"{where} is new: the reference cache does not have it",
         "changed": f"{where} is not what the reference cache was computed for",
-        "moved": f"{where} stands elsewhere in the reference cache",
+        "moved": f"{where} is at another position in the reference cache",
     }[difference.kind]
 
 

@@ -1,9 +1,9 @@
-"""Any earlier place of a stream, from the ledger that it ended with.
+"""Reconstruct any earlier position of a stream from the ledger that it ended with.
 
-The ledger keeps where every blend began, and a blend's draws are a function of their number, so the
-last ledger of a run answers for all of its steps. Under blends weighed by loss tokens the draws are
-made again one by one, from the counts that were recorded of the place, else from the nearest ledger
-that is at hand.
+The ledger records where every blend began, and a blend's draws are a function of their number, so
+the last ledger of a run determines all of its steps. Under blends weighted by loss tokens the draws
+are repeated one by one, starting from recorded counts of the position, or else from the nearest
+available ledger.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,14 @@ def rewind(
     at_hand: Sequence[LedgerState] = (),
     recorded: Counts | None = None,
 ) -> tuple[LedgerState, int]:
-    """A ledger at or before a place, under the blend of that place, and the draws between.
+    """Return a ledger at or before a position, under the blend in effect there, and the draws
+    between.
 
     Args:
-        latest: where the stream ended.
-        units_back: units of the stream between the place and its end.
+        latest: ledger at the end of the stream.
+        units_back: units of the stream between the position and its end.
         at_hand: earlier ledgers of the same stream.
-        recorded: what was counted at the place, where that is known.
+        recorded: recorded counts at the position, if available.
 
     Raises:
         DataError: the stream is shorter than that.
@@ -36,7 +37,7 @@ def rewind(
         if len(state.blends) == 1:
             raise DataError(
                 "the ledger counts fewer units than the run's steps took; the checkpoint's state "
-                "and recipe are not of one run"
+                "and recipe are of different runs"
             )
         units_back -= state.draws() * state.blends[-1].draw_units
         state = _without_last_blend(state)
@@ -50,7 +51,7 @@ def rewind(
 
 
 def units_by_blend(latest: LedgerState) -> list[int]:
-    """Units of the stream that were drawn under each blend, in their order."""
+    """Return units of the stream that were drawn under each blend, in order."""
     units, state = [], latest
     for number in reversed(range(len(latest.blends))):
         units.append(state.draws() * state.blends[-1].draw_units)
@@ -59,14 +60,14 @@ def units_by_blend(latest: LedgerState) -> list[int]:
 
 
 def _at_last_blend(state: LedgerState) -> LedgerState:
-    """The same stream at the moment its last blend began."""
+    """Return the same stream at the moment its last blend began."""
     blend = state.blends[-1]
     loss = blend.loss_tokens
     return _counting(state, {name: (n, loss.get(name, 0)) for name, n in blend.drawn.items()})
 
 
 def _counting(state: LedgerState, counts: Counts) -> LedgerState:
-    """The state at another place, without the sources that had not come by then."""
+    """Return the state at another position, without sources that were added later."""
     sources = {
         name: msgspec.structs.replace(count, drawn=counts[name][0], loss_tokens=counts[name][1])
         for name, count in state.sources.items()

@@ -1,7 +1,7 @@
-"""What a source consists of: an ordered list of shards, and one manifest of them all.
+"""The shards of a source, in order, and one manifest for all of them.
 
-A recipe names a prefix, a glob of prefixes, or a list file. The manifests of many shards are read
-once and kept as one source manifest, so a start opens no shard and reads one file per source.
+A recipe gives a prefix, a glob of prefixes, or a list file. The manifests of many shards are read
+once and stored as one source manifest, so a start opens no shard and reads one file per source.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ class SourceShard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_documents: int
     num_tokens: int
     has_mask: bool
-    """The loss leaves some of its tokens out: it holds conversations or pairs."""
+    """Whether the loss excludes some of its tokens, as for conversations and pairs."""
     kind: FileKind = "documents"
     manifest_sha256: str
     manifest_mtime_ns: int
@@ -43,7 +43,7 @@ class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def content_hash(self) -> str:
-        """sha256 over the shards' manifests: what the source holds, wherever it lies."""
+        """sha256 over the shards' manifests: identifies the content, independent of paths."""
         joined = "\n".join(shard.manifest_sha256 for shard in self.shards)
         return hashlib.sha256(joined.encode()).hexdigest()
 
@@ -51,15 +51,15 @@ class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 def read_source(
     path: str, tokenizer: TokenizerFacts, cache_dir: str | None = None
 ) -> SourceManifest:
-    """The manifest of a source; that of several shards is kept.
+    """Read the manifest of a source; that of several shards is cached.
 
-    Where it cannot be written, the shards' manifests are read at every start.
+    If the cache is not writable, the shards' manifests are read at every start.
 
     Args:
         path: a prefix; a glob of prefixes, in sorted order; or a `.list` file with a prefix per
             line, relative to the file, in its order.
-        tokenizer: whose ids the shards must hold.
-        cache_dir: where it is kept; beside the shards when None.
+        tokenizer: tokenizer that must have produced the shards.
+        cache_dir: directory of the cached manifest; next to the shards if None.
 
     Raises:
         DataError: no shard, a shard without manifest, or ids of another tokenizer.
@@ -76,13 +76,13 @@ def read_source(
 
 
 def shard_prefixes(path: str) -> list[str]:
-    """The pairs behind the path of a source, in order.
+    """Return the pairs at the path of a source, in order.
 
     Args:
         path: as in `read_source`.
 
     Raises:
-        DataError: it names no pair, or one twice.
+        DataError: it matches no pair, or one twice.
     """
     if path.endswith(LIST_SUFFIX):
         prefixes = _listed(Path(path))
@@ -91,10 +91,10 @@ def shard_prefixes(path: str) -> list[str]:
     else:
         return [path]
     if not prefixes:
-        raise DataError(f"{path} names no shard; expected prefixes of .bin/.idx pairs")
+        raise DataError(f"{path} matches no shard; expected prefixes of .bin/.idx pairs")
     if len(set(prefixes)) < len(prefixes):
         twice = next(p for p in prefixes if prefixes.count(p) > 1)
-        raise DataError(f"{path} names {twice} twice; its tokens would count twice: list it once")
+        raise DataError(f"{path} lists {twice} twice; its tokens would count twice: list it once")
     return prefixes
 
 
@@ -107,7 +107,8 @@ def _listed(path: Path) -> list[str]:
 
 
 def _is_glob(path: str) -> bool:
-    """Whether a path is a pattern; one under which a pair stands is the name of that pair."""
+    """Return whether a path is a glob pattern; if a pair of exactly that name exists, it is a
+    prefix."""
     return _has_wildcard(path) and not os.path.exists(f"{path}.bin")
 
 
@@ -116,7 +117,8 @@ def _has_wildcard(path: str) -> bool:
 
 
 def _kept_at(path: str, cache_dir: str | None) -> Path | None:
-    """Where the source manifest lies; None for a single pair, whose own manifest is enough."""
+    """Return the path of the source manifest; None for a single pair, which has its own
+    manifest."""
     if cache_dir and (path.endswith(LIST_SUFFIX) or _is_glob(path)):
         return Path(cache_dir) / f"{_name(os.path.abspath(path))}.source.json"
     if path.endswith(LIST_SUFFIX):
@@ -135,7 +137,7 @@ def _name(text: str) -> str:
 
 
 def _read_kept(path: Path, prefixes: list[str]) -> SourceManifest | None:
-    """The kept manifest while it describes these very shards."""
+    """Return the cached manifest if it describes exactly these shards."""
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=SourceManifest)
     except (OSError, msgspec.DecodeError):
@@ -151,8 +153,8 @@ def _read_shards(path: str, prefixes: list[str]) -> SourceManifest:
     shards, writers = [], {}
     for prefix in prefixes:
         written = _mtime_ns(prefix)
-        # A lone pair is opened, so what is wrong with it is known at once. Of many, each is checked
-        # when it is first drawn from; one without a manifest is opened to say what is missing.
+        # A single pair is opened, so that errors are found at once. With many, each is checked when
+        # it is first used; one without a manifest is opened for its error message.
         manifest = read_manifest(prefix) if len(prefixes) > 1 else None
         manifest = manifest or TokenFile(prefix).manifest()
         writers[manifest.tokenizer_fingerprint, manifest.vocab_size] = prefix
@@ -189,6 +191,6 @@ def _check_tokenizer(manifest: SourceManifest, tokenizer: TokenizerFacts) -> Non
     found, expected = manifest.tokenizer_fingerprint, tokenizer.fingerprint
     if found != expected:
         raise DataError(
-            f"{manifest.path} was written by tokenizer {found[:12]}, the recipe's is "
-            f"{expected[:12]}; tokenize the source again or name its tokenizer in the recipe"
+            f"{manifest.path} was written by tokenizer {found[:12]}, but the recipe's is "
+            f"{expected[:12]}; tokenize the source again or set its tokenizer in the recipe"
         )

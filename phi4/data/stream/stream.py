@@ -1,8 +1,8 @@
-"""The training stream: an endless order of units that is a function of seed, sources and blend.
+"""The training stream: an endless sequence of units, a function of seed, sources and blend.
 
-The quota rule says which source comes next, the source's permutation of the current epoch says
-which of its units. Nobody stores an order; a rank computes the units of its own rows. A draw is one
-unit, or one row in blends with a source of whole rows.
+The quota rule gives the next source, and the source's permutation of the current epoch gives the
+unit. No global order is stored; each rank computes the units of its own rows. A draw is one unit,
+or one row in blends with a row-based source.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,15 @@ from phi4.errors import DataError
 
 
 class Source(Protocol):
-    """What the stream draws from: pieces of a fixed size, numbered from 0.
+    """A source of the stream: pieces of a fixed size, numbered from 0.
 
     Attributes:
-        name: as in the recipe.
-        content: sha256 that says what it holds and how that is cut.
-        num_units: pieces.
+        name: name in the recipe.
+        content: sha256 of its content and of how it is cut.
+        num_units: number of pieces.
         row_tokens: tokens in a piece.
-        whole_rows: whether a piece is a whole row; else a row may join several pieces.
-        has_pairs: whether pieces hold pairs: it is a `PairedSource`.
+        whole_rows: whether a piece is a complete row; otherwise a row may join several pieces.
+        has_pairs: whether pieces hold pairs, so that it is a `PairedSource`.
     """
 
     name: str
@@ -37,28 +37,29 @@ class Source(Protocol):
     has_pairs: bool
 
     def describe(self) -> str:
-        """A line for the start of a run: what is served and what is left out; may be empty."""
+        """Return a line for the start of a run: what is served and what is dropped; may be
+        empty."""
 
     def fill(self, unit: int, rows: Rows) -> None:
-        """Copy one piece into slices of [row_tokens]; what it does not fill is padding.
+        """Copy one piece into slices of [row_tokens]; the rest is padding.
 
         Raises:
             DataError: an id is outside the vocabulary (names source, document, offset).
         """
 
     def loss_tokens(self, units: np.ndarray) -> np.ndarray:
-        """Labels of weight 1 in each piece, [n] int64, at least 1."""
+        """Return labels of weight 1 in each piece, [n] int64, at least 1."""
 
     def locate(self, unit: int, offset: int) -> str:
-        """Source, file, document and offset behind a token of a piece, in words."""
+        """Describe source, file, document and offset of a token of a piece in words."""
 
 
 @runtime_checkable
 class PairedSource(Source, Protocol):
-    """A source whose pieces hold pairs; `fill` takes rows with `pairs`."""
+    """A source whose pieces hold pairs; `fill` expects rows with `pairs`."""
 
     def pair_counts(self, units: np.ndarray) -> np.ndarray:
-        """Pairs, and loss tokens of their chosen sides, in each piece, [n, 2] int64."""
+        """Return pairs, and loss tokens of their chosen sides, in each piece, [n, 2] int64."""
 
 
 class Stream:
@@ -78,13 +79,13 @@ class Stream:
         unit_tokens: int,
         state: dict[str, Any] | None = None,
     ) -> None:
-        """Begin, or go on from a ledger state.
+        """Start at the beginning, or resume from a ledger state.
 
         Args:
-            sources: those of the blend.
-            blend: weights by source name, and how they are drawn by.
-            tokenizer: whose ids the sources hold.
-            seed: names the order.
+            sources: sources of the blend.
+            blend: weights by source name, and their unit.
+            tokenizer: tokenizer that produced the sources' ids.
+            seed: seed of the order.
             unit_tokens: labels per unit.
             state: from `state()`.
 
@@ -124,13 +125,14 @@ class Stream:
         return draws
 
     def state(self) -> dict[str, Any]:
-        """The ledger as plain JSON."""
+        """Return the ledger as plain JSON."""
         return self._ledger.state()
 
     def require_epochs(self, num_draws: int, max_epochs: Mapping[str, float]) -> None:
-        """Refuse draws to come that would read a source more often than allowed.
+        """Raise an error if coming draws would read a source more often than allowed.
 
-        Blends weighed by loss tokens cannot tell before they draw; `next_draws` refuses then.
+        Blends weighted by loss tokens cannot check this in advance; `next_draws` raises the error
+        then.
         """
         drawn = self._ledger.drawn_after(num_draws)
         for source in self._sources:
@@ -138,15 +140,15 @@ class Stream:
                 _check_epochs(source, drawn[source.name] - 1, max_epochs[source.name])
 
     def peek(self, num_draws: int) -> Draws:
-        """The next draws, not counted."""
+        """Return the next draws without counting them."""
         return self._ledger.draw(num_draws)
 
     def skip(self, num_draws: int) -> None:
-        """Go on as if draws had been served."""
+        """Advance as if draws had been served."""
         self._ledger.skip(num_draws)
 
     def read(self, source: np.ndarray, ordinal: np.ndarray) -> Rows:
-        """Inputs, labels, label weights and joints of some draws, [n, draw_tokens].
+        """Return inputs, labels, label weights and document starts of some draws, [n, draw_tokens].
 
         Raises:
             DataError: an id is outside the vocabulary.
@@ -156,7 +158,7 @@ class Stream:
         for index, item in enumerate(self._sources):
             chosen = np.flatnonzero(source == index)
             units = self._units(item, ordinal[chosen])
-            # In the order of the files: neighbours share a shard.
+            # In file order: neighbours share a shard.
             for place in np.argsort(units, axis=None).tolist():
                 draw, part = divmod(place, units.shape[1])
                 begin = part * item.row_tokens
@@ -164,7 +166,8 @@ class Stream:
         return rows
 
     def chosen_tokens_per_pair(self, draws: Draws) -> float:
-        """Mean number of loss tokens on the chosen side of a pair over some draws; 1 without."""
+        """Return the mean number of loss tokens on the chosen side of a pair over some draws; 1
+        without pairs."""
         counts = np.zeros(2, dtype=np.int64)
         for index, item in enumerate(self._sources):
             if isinstance(item, PairedSource):
@@ -174,7 +177,7 @@ class Stream:
         return tokens / pairs if pairs else 1.0
 
     def describe(self, source: int, ordinal: int) -> list[str]:
-        """Where each document of one draw begins, in words."""
+        """Describe where each document of one draw begins, in words."""
         item = self._sources[source]
         units = self._units(item, np.array([ordinal]))[0].tolist()
         return [
@@ -185,7 +188,7 @@ class Stream:
         ]
 
     def _begins(self, item: Source, unit: int) -> list[int]:
-        """Where documents begin in a unit, padding left out."""
+        """Return positions where documents begin in a unit, without padding."""
         rows = Rows.empty(1, item.row_tokens, have_pairs=item.has_pairs)
         cut = rows.cut(0, 0, item.row_tokens)
         item.fill(unit, cut)
@@ -194,7 +197,7 @@ class Stream:
         return [b for b in np.flatnonzero(begins).tolist() if cut.weights[b:].any()]
 
     def _units(self, item: Source, ordinal: np.ndarray) -> np.ndarray:
-        """Units behind the draws of one source, [n, units per draw] int64."""
+        """Return the units of one source's draws, [n, units per draw] int64."""
         per_draw = self.draw_tokens // item.row_tokens
         place = (ordinal[:, None] + np.arange(per_draw)).reshape(-1)
         epochs, place = np.divmod(place, item.num_units)
@@ -215,6 +218,6 @@ def _check_epochs(source: Source, last_ordinal: int, allowed: float) -> None:
     if last_ordinal >= allowed * source.num_units:
         raise DataError(
             f"source {source.name!r} would be read {(last_ordinal + 1) / source.num_units:.2f} "
-            f"times, its max_epochs is {allowed:g}; lower its weight, raise max_epochs or end the "
-            "run before"
+            f"times, but its max_epochs is {allowed:g}; lower its weight, raise max_epochs or end "
+            f"the run earlier"
         )

@@ -1,8 +1,8 @@
-"""Units: the fixed pieces that a source is cut into once, and that the ledger counts.
+"""Units: the fixed pieces that a source is cut into, and that the ledger counts.
 
 Unit u of a shard holds tokens [u * U, (u + 1) * U] inclusive: neighbours share one token, which is
-the last label of one and the first input of the other. So every token but a shard's first is a
-label exactly once, whatever the sequence length of the run.
+the last label of one and the first input of the other. Every token except a shard's first is thus a
+label exactly once, regardless of the run's sequence length.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ from phi4.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class PairColumns:
-    """Which pairs stand in rows, and where; a pair stands wholly in one.
+    """The pairs in rows and their positions; a pair is entirely in one row.
 
     Segments 2i and 2i + 1 are the chosen and the rejected side of a row's pair i. The rejected side
-    of a pivot is the second label of its position and no segment.
+    of a pivot is the alternative label of its position, not a segment.
     """
 
     segment_ids: np.ndarray
     """[n, S] int32, the segment that each label counts for, -1 for none."""
     alternatives: np.ndarray
-    """[n, S] int64, the second label of a position, -1 for none."""
+    """[n, S] int64, the alternative label of a position, -1 for none."""
     reference: np.ndarray
     """[n, S, 2] float64, at index i log-probabilities of both sides of pair i; NaN without a
     reference cache."""
@@ -37,7 +37,7 @@ class PairColumns:
 
     @staticmethod
     def empty(num_rows: int, num_tokens: int) -> "PairColumns":
-        """Rows without pairs."""
+        """Return rows without pairs."""
         shape = (num_rows, num_tokens)
         return PairColumns(
             np.full(shape, -1, np.int32),
@@ -47,28 +47,28 @@ class PairColumns:
         )
 
     def rows(self, place: slice) -> "PairColumns":
-        """Some rows, a view."""
+        """Return some rows as a view."""
         columns = (self.segment_ids, self.alternatives, self.reference, self.num_pairs)
         return PairColumns(*(column[place] for column in columns))
 
     def stretch(self, place: slice) -> "PairColumns":
-        """Some tokens of every row, a view; the pairs are still those of the whole rows."""
+        """Return some tokens of every row as a view; the pairs are still those of the full rows."""
         ids, alternatives = self.segment_ids[:, place], self.alternatives[:, place]
         return PairColumns(ids, alternatives, self.reference, self.num_pairs)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a batch is built from; [n, S] each. Sources fill slices of it."""
+    """Arrays that a batch is built from; [n, S] each. Sources fill slices of it."""
 
     tokens: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
-    """float32, 1 where the loss covers the label, else 0."""
+    """float32, 1 where the label is in the loss, else 0."""
     starts: np.ndarray
-    """bool, where a piece begins that has nothing to do with what stands before it."""
+    """bool, True where a piece begins that is unrelated to the previous one."""
     pairs: PairColumns | None = None
-    """Only of blends with a source of pairs, whose pieces are whole rows."""
+    """Only for blends with a source of pairs, whose pieces are complete rows."""
 
     @property
     def pair_columns(self) -> PairColumns:
@@ -78,7 +78,7 @@ class Rows:
 
     @staticmethod
     def empty(num_rows: int, num_tokens: int, *, have_pairs: bool = False) -> "Rows":
-        """Rows whose content is still undefined; nothing starts in them."""
+        """Allocate rows with undefined content and no document starts."""
         shape = (num_rows, num_tokens)
         # One block: an allocator that got it back once keeps its pages for the next one.
         tokens, labels = np.empty((2, *shape), dtype=np.int64)
@@ -86,22 +86,22 @@ class Rows:
         return Rows(tokens, labels, np.empty(shape, np.float32), np.zeros(shape, bool), pairs)
 
     def pad(self, begin: int, pad_id: int) -> None:
-        """Make the rest of a cut padding that weighs nothing."""
+        """Fill the rest of a slice with padding of weight 0."""
         self.tokens[begin:] = self.labels[begin:] = pad_id
         self.weights[begin:] = 0
 
     def as_rows(self, num_tokens: int) -> "Rows":
-        """The same tokens in rows of another length, a view."""
+        """Return the same tokens in rows of another length, as a view."""
         return self._each(lambda column: column.reshape(-1, num_tokens), self.pairs)
 
     def cut(self, row: int, begin: int, num_tokens: int) -> "Rows":
-        """A view of part of one row, [num_tokens] each."""
+        """Return a view of part of one row, [num_tokens] each."""
         place = (row, slice(begin, begin + num_tokens))
         pairs = None if self.pairs is None else self.pairs.rows(slice(row, row + 1))
         return self._each(lambda column: column[place], pairs)
 
     def stretch(self, begin: int, num_tokens: int) -> "Rows":
-        """A view of part of a cut, [num_tokens] each."""
+        """Return a view of part of a slice, [num_tokens] each."""
         place = slice(begin, begin + num_tokens)
         pairs = None if self.pairs is None else self.pairs.stretch(place)
         return self._each(lambda column: column[place], pairs)
@@ -114,24 +114,24 @@ class Rows:
 
 
 class ShardPool:
-    """Open shards, the least recently used ones closed beyond a limit."""
+    """Open shards; the least recently used ones are closed beyond a limit."""
 
     def __init__(self, max_open: int) -> None:
         self._max_open = max_open
         self._opened: dict[str, TokenFile] = {}
 
     def open(self, shard: SourceShard) -> TokenFile:
-        """The pair behind a shard.
+        """Return the pair of a shard.
 
         Raises:
-            DataError: it is missing, damaged, or not what the source manifest counted.
+            DataError: it is missing, damaged, or differs from the source manifest.
         """
         pair = self._opened.pop(shard.prefix, None)
         if pair is None:
             pair = TokenFile(shard.prefix)
             if pair.num_tokens != shard.num_tokens:
                 raise DataError(
-                    f"{shard.prefix}.bin holds {pair.num_tokens} tokens, its manifest said "
+                    f"{shard.prefix}.bin holds {pair.num_tokens} tokens, but its manifest has "
                     f"{shard.num_tokens}; tokenize again or run `phi4 data adopt`"
                 )
             if (pair.loss_mask is not None) != shard.has_mask:
@@ -149,8 +149,8 @@ class UnitSource:
     """An ordered list of shards under one name, addressed by unit; a `Source`.
 
     Attributes:
-        name: as in the recipe.
-        content: sha256 that says what it holds.
+        name: name in the recipe.
+        content: sha256 of its content.
         row_tokens: labels per unit.
         num_units: units of all shards; the last one of a shard may be partial.
         whole_rows: False, a row may join several units.
@@ -185,8 +185,8 @@ class UnitSource:
         if labels.max() < unit_tokens:
             raise DataError(
                 f"source {name!r}: the longest shard of {manifest.path} has {labels.max()} labels, "
-                f"a unit has {unit_tokens} (data.unit_tokens), so every row would be padded; give "
-                'it more text, set kind="windows", or leave it out'
+                f"but a unit has {unit_tokens} (data.unit_tokens), so every row would be padded; "
+                'add text, set kind="windows", or remove the source'
             )
 
     @classmethod
@@ -198,28 +198,28 @@ class UnitSource:
         tokenizer: TokenizerFacts,
         data: DataConfig,
     ) -> "UnitSource":
-        """As the recipe names it; see `kinds.OpenKind`.
+        """Open a source of the recipe; see `kinds.OpenKind`.
 
         Raises:
             DataError: no shard fills a unit, or the shards hold conversations and the recipe does
-                not say that they may be cut.
+                not allow to cut them.
         """
         if config.overlong is None and any(shard.has_mask for shard in manifest.shards):
             raise DataError(
                 f"source {config.name!r}: {manifest.path} holds conversations, which a stream cuts "
-                'anywhere; set kind="windows" to keep them whole, or overlong="cut" if that is '
-                "meant"
+                'anywhere; set kind="windows" to keep them intact, or overlong="cut" if '
+                "that is intended"
             )
         return cls(config.name, manifest, pool, tokenizer, data.unit_tokens)
 
     def describe(self) -> str:
-        """Nothing: every token is served."""
+        """Return an empty string: every token is served."""
         return ""
 
     def fill(self, unit: int, rows: Rows) -> None:
-        """Copy one unit into [unit_tokens] slices; beyond a partial unit stands padding.
+        """Copy one unit into [unit_tokens] slices; after a partial unit comes padding.
 
-        The label after an end-of-document token weighs 0, like those that the file masks.
+        The label after an end-of-document token has weight 0, like those that the file masks.
 
         Raises:
             DataError: an id is outside the vocabulary (names source, document, offset).
@@ -238,11 +238,11 @@ class UnitSource:
         rows.starts[0] = True
 
     def loss_tokens(self, units: np.ndarray) -> np.ndarray:
-        """Labels of weight 1 in each unit, [n] int64, at least 1."""
+        """Return labels of weight 1 in each unit, [n] int64, at least 1."""
         return np.array([self._loss_tokens(unit) for unit in units.tolist()], dtype=np.int64)
 
     def locate(self, unit: int, offset: int) -> str:
-        """Source, file, document and offset behind a token of a unit, in words."""
+        """Describe source, file, document and offset of a token of a unit in words."""
         pair, begin = self._place(unit)
         document, inside = pair.locate(begin + offset)
         return f"source {self.name!r}, {pair.prefix}.bin, document {document}, offset {inside}"

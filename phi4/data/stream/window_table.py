@@ -1,7 +1,7 @@
-"""The table behind a window source: which pieces of which documents make up each of its rows.
+"""The table of a window source: which pieces of which documents make up each of its rows.
 
-It depends on nothing but the shards' content, the row length and the bounds, and is kept under a
-name that those define; see `kept_table`.
+It depends only on the shards' content, the row length and the length bounds, and is stored under a
+name derived from those; see `kept_table`.
 """
 
 import hashlib
@@ -23,16 +23,16 @@ class WindowTable:
     """Rows of a source.
 
     Attributes:
-        content: sha256 of all that the table depends on.
+        content: sha256 of everything that the table depends on.
         num_rows: rows.
-        num_labels: labels in all rows, padding left out.
-        num_documents: documents within the bounds.
-        num_outside: documents beyond them.
+        num_labels: labels in all rows, without padding.
+        num_documents: documents within the length bounds.
+        num_outside: documents outside the length bounds.
         num_overlong: documents within the bounds that are longer than a row.
         num_overlong_chats: those of them that have a loss mask.
-        num_left_out: labels of documents within the bounds that no row holds.
-        num_without_loss: documents within the bounds whose loss mask covers no token.
-        is_kept: whether the next start finds the table.
+        num_left_out: labels of documents within the bounds that are in no row.
+        num_without_loss: documents within the bounds without a token in the loss.
+        is_kept: whether the table is stored for the next start.
         row_loss: [num_rows] int64, labels of weight 1 in each row.
     """
 
@@ -44,18 +44,18 @@ class WindowTable:
         row_tokens: int,
         cache_dir: str | None = None,
     ) -> None:
-        """Read the table where it is kept, else compute it and keep it.
+        """Read the cached table, or compute and store it.
 
         Args:
-            source: its bounds, and what becomes of documents longer than a row.
+            source: source with its length bounds and handling of overlong documents.
             manifest: its shards.
-            pool: opens them.
+            pool: opens the shards.
             row_tokens: tokens in a row.
-            cache_dir: where it is kept; beside the shards when None.
+            cache_dir: directory of the cached table; next to the shards if None.
 
         Raises:
             DataError: no document is within the bounds; or conversations are longer than a row and
-                the recipe does not say what becomes of them.
+                the recipe does not set overlong.
         """
         overlong = source.overlong or "cut"
         bounds = f"{source.min_tokens} {source.max_tokens}"
@@ -78,7 +78,7 @@ class WindowTable:
         self._check(source, manifest, row_tokens)
 
     def row(self, index: int) -> list[list[int]]:
-        """(shard, first token, labels) of the pieces of a row, in their order."""
+        """Return (shard, first token, labels) of the pieces of a row, in order."""
         begin, end = self._row_starts[index : index + 2]
         return self._pieces[begin:end].tolist()
 
@@ -87,21 +87,21 @@ class WindowTable:
             raise DataError(
                 f"source {source.name!r}: {self.num_overlong_chats} of {self.num_documents} "
                 f"conversations in {manifest.path} do not fit into data.sequence_length="
-                f'{row_tokens}; lengthen it, or set overlong="truncate" (keeps the beginning), '
-                '"drop" or "cut" (goes on in another row, without the beginning)'
+                f'{row_tokens}; raise it, or set overlong="truncate" (keeps the beginning), '
+                '"drop" or "cut" (continues in another row, without the beginning)'
             )
         if not self.num_rows:
             raise DataError(
                 f"source {source.name!r}: no document of {manifest.path} has {source.min_tokens} "
-                f"to {source.max_tokens or 'any number of'} tokens and a label that the loss "
-                "covers; change min_tokens, max_tokens or overlong"
+                f"to {source.max_tokens or 'any number of'} tokens and a label in the loss; change "
+                f"min_tokens, max_tokens or overlong"
             )
 
 
 def _computed(
     source: SourceConfig, manifest: SourceManifest, pool: ShardPool, row_tokens: int
 ) -> np.ndarray:
-    """The counts, row starts, loss of each row, and pieces; flat int64."""
+    """Compute the counts, row starts, loss of each row, and pieces; flat int64."""
     pieces, counts = [], np.zeros(6, dtype=np.int64)
     for index, shard in enumerate(manifest.shards):
         found, counted = _shard_pieces(index, pool.open(shard), source, row_tokens)
@@ -119,7 +119,7 @@ def _computed(
 def _shard_pieces(
     index: int, pair: TokenFile, source: SourceConfig, row_tokens: int
 ) -> tuple[np.ndarray, list[int]]:
-    """Pieces of the documents taken, and the last six counts of a table.
+    """Return pieces of the selected documents, and the last six counts of a table.
 
     Returns:
         pieces: [n, 4] int64: shard, first token, labels, labels of weight 1.
@@ -142,7 +142,7 @@ def _shard_pieces(
     begin, size = begins[document] + offset, np.minimum(row_tokens, labels[document] - offset)
     num_covered = pair.num_loss_labels(begin, size)
     pieces = np.stack([np.full_like(size, index), begin, size, num_covered], axis=1)
-    # The loss covers nothing of a part of a conversation without an answer.
+    # A part of a conversation without an answer has no label in the loss.
     pieces = pieces[num_covered > 0]
     num_overlong = int(np.count_nonzero(overlong))
     left_out = int(labels.sum() - pieces[:, 2].sum())

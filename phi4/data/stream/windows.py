@@ -1,8 +1,9 @@
-"""Window sources: documents kept whole, packed into rows, one row the unit that the ledger counts.
+"""Window sources: intact documents packed into rows; one row is the unit that the ledger counts.
 
 A document longer than a row is cut into windows that share one token, as units do; windows and
-shorter documents fill rows best-fit. Natural long documents teach long attention and joined short
-ones do not (technical report, section 3.3), and the same packing serves chat records with a mask.
+shorter documents fill rows best-fit. Natural long documents train long-range attention, joined
+short ones do not (technical report, section 3.3); the same packing is used for chat records with a
+mask.
 """
 
 from collections.abc import Callable
@@ -18,16 +19,16 @@ from phi4.data.vocabulary.tokenizer import TokenizerFacts
 
 
 class WindowSource:
-    """Rows of whole documents under one name; a `Source`.
+    """Rows of intact documents under one name; a `Source`.
 
     Attributes:
-        name: as in the recipe.
-        content: sha256 that says what it holds and how that is packed.
+        name: name in the recipe.
+        content: sha256 of its content and of how it is packed.
         row_tokens: tokens in a row.
         num_units: rows.
-        whole_rows: True, a unit is a whole row.
+        whole_rows: True, a unit is a complete row.
         has_pairs: False.
-        num_without_loss: documents whose loss mask covers no token.
+        num_without_loss: documents without a token in the loss.
     """
 
     whole_rows = True
@@ -42,15 +43,15 @@ class WindowSource:
         row_tokens: int,
         cache_dir: str | None = None,
     ) -> None:
-        """Find or make the table of rows.
+        """Find or compute the table of rows.
 
         Args:
-            source: as in the recipe.
+            source: source of the recipe.
             manifest: the source's shards.
-            pool: opens them.
-            tokenizer: whose ids they hold.
+            pool: opens the shards.
+            tokenizer: tokenizer that produced their ids.
             row_tokens: tokens in a row.
-            cache_dir: where the table is kept; beside the shards when None.
+            cache_dir: directory of the cached table; next to the shards if None.
 
         Raises:
             DataError: see `WindowTable`.
@@ -73,7 +74,7 @@ class WindowSource:
         tokenizer: TokenizerFacts,
         data: DataConfig,
     ) -> "WindowSource":
-        """As the recipe names it; see `kinds.OpenKind`.
+        """Open a source of the recipe; see `kinds.OpenKind`.
 
         Raises:
             DataError: see `WindowTable`.
@@ -81,7 +82,7 @@ class WindowSource:
         return cls(config, manifest, pool, tokenizer, data.sequence_length, data.cache_dir)
 
     def describe(self) -> str:
-        """Documents, rows, and what became of documents that are no row's, in words."""
+        """Describe documents, rows, and dropped documents in words."""
         table = self._table
         filled = table.num_labels / (self.num_units * self.row_tokens)
         words = (
@@ -91,16 +92,16 @@ class WindowSource:
         if table.num_overlong:
             words += f'; {table.num_overlong:,} longer than a row (overlong="{self._overlong}")'
         if table.num_left_out:
-            words += f", {table.num_left_out:,} tokens left out"
+            words += f", {table.num_left_out:,} tokens dropped"
         if table.num_outside:
             words += f"; {table.num_outside:,} outside min_tokens and max_tokens"
         if not table.is_kept:
-            words += "; packed anew by every rank, for nothing can be written beside the shards: "
+            words += "; packed again by every rank, because the shards' directory is not writable: "
             words += "set data.cache_dir"
         return words
 
     def fill(self, unit: int, rows: Rows) -> None:
-        """Copy one row into [row_tokens] slices; what is left over is padding.
+        """Copy one row into [row_tokens] slices; the rest is padding.
 
         Raises:
             DataError: an id is outside the vocabulary (names source, document, offset).
@@ -120,11 +121,11 @@ class WindowSource:
             rows.pad(place, self._tokenizer.pad_id)
 
     def loss_tokens(self, units: np.ndarray) -> np.ndarray:
-        """Labels of weight 1 in each row, [n] int64, at least 1."""
+        """Return labels of weight 1 in each row, [n] int64, at least 1."""
         return self._table.row_loss[units]
 
     def locate(self, unit: int, offset: int) -> str:
-        """Source, file, document and offset behind a token of a row, in words."""
+        """Describe source, file, document and offset of a token of a row in words."""
         for shard, begin, num_labels in self._table.row(unit):
             if offset < num_labels:
                 return self._locator(self._pool.open(self._shards[shard]), begin)(offset)

@@ -1,1 +1,1 @@
-"""Tokenizing: documents into token shards, in parts that can resume."""
+"""Tokenization of documents into token shards, in parts that can resume."""

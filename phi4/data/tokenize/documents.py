@@ -1,6 +1,7 @@
-"""Inputs as documents: text, or conversations.
+"""Read inputs as documents: text or conversations.
 
-A row that is neither is a value with a reason, never an exception and never a skip.
+A row that is neither becomes a value with a reason; it is neither raised as an exception nor
+skipped.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ class Row:
 
     Attributes:
         path: the input.
-        number: line or row from 1, counted from the begin of the part; 0 for a whole file.
+        number: line or row from 1, counted from the beginning of the part; 0 for an entire file.
         content: text or conversation, None for a bad row.
         reason: why it is bad.
     """
@@ -33,13 +34,13 @@ class Row:
 
 
 def read_rows(part: Part, text_column: str | None = None) -> Iterator[Row]:
-    """All rows of a part in order.
+    """Read all rows of a part in order.
 
     Args:
         part: from `list_parts`.
-        text_column: column that holds the text. None takes `text`, or a conversation under
-            `messages` or `prompt` and `completion`, and refuses a row that holds both; `messages`
-            takes the conversation of such a row.
+        text_column: column of the text. None takes `text`, or a conversation under `messages` or
+            `prompt` and `completion`, and rejects a row that has both; `messages` takes the
+            conversation of such a row.
 
     Raises:
         DataError: a file cannot be read or decompressed.
@@ -70,7 +71,7 @@ def _column_row(path: str, number: int, row: dict, text_column: str | None) -> R
         return Row(path, number, None, "holds a preference; read the file with `phi4 data pairs`")
     if text_column == CONVERSATION or (text is None and _has_any(row, CONVERSATION_COLUMNS)):
         try:
-            # A column that is null in this row is one that another row of the file has.
+            # A column that is null in this row exists in another row of the file.
             present = {name: value for name, value in row.items() if value is not None}
             return Row(path, number, read_conversation(present))
         except DataError as error:

@@ -1,8 +1,9 @@
 """Tokenization as an external merge sort that any number of machines can share.
 
-Inputs are cut into parts; a part becomes runs, its documents sorted by a key that the seed and the
-document's place define. Parts are the unit of resume and of work: who read one leaves no trace. The
-merge in key order is the shuffle, and its bytes depend on inputs, tokenizer and seed alone.
+Inputs are split into parts; a part becomes runs, its documents sorted by a key derived from the
+seed and the document's position. Parts are the unit of resume and of work: the result does not
+depend on which process read a part. The merge in key order is the shuffle, and its bytes depend
+only on inputs, tokenizer and seed.
 """
 
 import multiprocessing
@@ -44,18 +45,18 @@ from phi4.errors import DataError
 
 @dataclass(frozen=True)
 class TokenizeProgress:
-    """Where a tokenization stands."""
+    """Progress of a tokenization."""
 
     done_bytes: int
     total_bytes: int
     new_bytes: int
-    """Read since this process began."""
+    """Bytes read since this process began."""
     num_tokens: int
     seconds: float
 
     @property
     def remaining_seconds(self) -> float:
-        """At the pace so far."""
+        """Estimate from the average speed so far."""
         return self.seconds * (self.total_bytes - self.done_bytes) / max(1, self.new_bytes)
 
 
@@ -69,16 +70,16 @@ def tokenize_parts(
     max_rejected: int,
     follow: Callable[[TokenizeProgress], None],
 ) -> None:
-    """Write the runs of one shard's parts, those that are missing.
+    """Write the missing runs of one shard's parts.
 
     Args:
-        plan: what to do; a plan that was begun under this prefix must be the same.
-        prefix: of the pair to be written.
-        tokenizer: that of the plan.
-        workers: processes, this one included.
+        plan: the plan; a plan already begun under this prefix must be equal.
+        prefix: prefix of the pair to be written.
+        tokenizer: tokenizer of the plan.
+        workers: number of processes, including this one.
         shard: (index, count): of `count` jobs, this one takes every `count`-th part.
-        max_rejected: bad rows of this shard after which it stops.
-        follow: told after every part.
+        max_rejected: number of bad rows of this shard after which it stops.
+        follow: called after every part.
 
     Raises:
         DataError: another plan was begun here, too many rows are bad, a file is damaged or changed
@@ -125,7 +126,7 @@ def _run(
     if helpers < 1:
         yield from ((index, _tokenize_part(plan.parts[index], index, job)) for index in todo)
         return
-    # A forked process would inherit the threads' locks of this one.
+    # A forked process would inherit the locks of this one's threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(helpers, mp_context=context) as pool:
         futures = [pool.submit(_tokenize_part, plan.parts[index], index, job) for index in todo]
@@ -133,8 +134,8 @@ def _run(
             yield from _shared(plan, job, deque(zip(todo, futures, strict=True)))
         except BrokenExecutor:
             raise DataError(
-                f"a tokenizing process was killed, probably for memory; run again with fewer "
-                f"--workers: what is done in {work} is kept"
+                f"a tokenizing process was killed, probably for lack of memory; run again with "
+                f"fewer --workers: finished parts in {work} are kept"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -143,7 +144,8 @@ def _run(
 def _shared(
     plan: TokenizePlan, job: "_Job", parts: deque[tuple[int, Future[PartReport]]]
 ) -> Iterator[tuple[int, PartReport]]:
-    """The other processes take parts from the front, this one, before they have started, behind."""
+    """Workers take parts from the front of the queue; this process cancels and does unstarted parts
+    from the back."""
     while parts:
         if not parts[0][1].done() and parts[-1][1].cancel():
             index, _ = parts.pop()
@@ -155,7 +157,7 @@ def _shared(
 
 @dataclass(frozen=True)
 class _Job:
-    """What all parts have in common."""
+    """State shared by all parts."""
 
     work: Path
     text_column: str | None
@@ -201,7 +203,7 @@ class _Runs:
         self.num_runs = self.num_documents = self.num_tokens = 0
 
     def add(self, ids: np.ndarray, end: int) -> None:
-        """A document and the token that closes it."""
+        """Add a document and the token that ends it."""
         length = ids.size + 1
         room = self._buffer.room(self._used, length)
         room[:-1], room[-1] = ids, end
@@ -235,7 +237,8 @@ def _tools(config: TokenizerConfig) -> tuple[Tokenizer, SortBuffer]:
 
 
 def _encoded(row: Row, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
-    """Ids of a document and its end, with WITHOUT_LOSS set where a conversation masks them."""
+    """Return ids of a document and its end, with WITHOUT_LOSS set where a conversation masks
+    them."""
     if row.content is None:
         raise DataError(row.reason)
     if isinstance(row.content, str):
@@ -247,7 +250,7 @@ def _encoded(row: Row, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
 
 
 def _keys(seed: int | None, part: int, first: int, count: int) -> np.ndarray:
-    """Sort keys of the documents `first` to `first + count` of a part, [count] uint64."""
+    """Return sort keys of the documents `first` to `first + count` of a part, [count] uint64."""
     ordinal = np.arange(first, first + count, dtype=np.uint64)
     if seed is None:
         return ordinal + np.uint64(part << 40)

@@ -1,8 +1,9 @@
-"""The merge of tokenized runs into one `.bin/.idx` pair, in key order and bounded memory.
+"""Merge tokenized runs into one `.bin/.idx` pair, in key order and bounded memory.
 
-Runs are sorted, so the documents of a range of keys are one slice of each run: the merge walks the
-ranges, reads a slice of every run, and sorts what it has read. Beside a range it holds the key and
-the length of every document; no run stays open, so there may be more runs than a process may open.
+Runs are sorted, so the documents of a range of keys are one slice of each run: the merge iterates
+over ranges, reads a slice of every run, and sorts these documents. In addition to a range it holds
+the key and the length of every document; no run stays open, so there may be more runs than the
+limit of open files.
 """
 
 from collections.abc import Iterator
@@ -36,15 +37,15 @@ _SAMPLES_PER_RUN = 64
 def merge_runs(prefix: str | Path, range_tokens: int = 1 << 22) -> ShardManifest:
     """Merge the runs under `PREFIX.work` into `PREFIX.bin/.idx` and remove them.
 
-    Without a work directory, the pair that stands there is taken for merged.
+    Without a work directory, an existing pair is assumed to be merged.
 
     Args:
-        prefix: of the pair.
-        range_tokens: tokens that are sorted at a time, about.
+        prefix: prefix of the pair.
+        range_tokens: approximate number of tokens that are sorted at a time.
 
     Raises:
-        DataError: nothing was begun here, a part is not finished, there is no document, or another
-            job merges the same runs.
+        DataError: there is no work directory, a part is not finished, there is no document, or
+            another job is merging the same runs.
         DiskFullError: the pair does not fit on the disk.
     """
     work = work_directory(prefix)
@@ -93,7 +94,7 @@ def _merged(
 
 @dataclass(eq=False)
 class _SortedRun:
-    """A sorted run and how far it is read."""
+    """A sorted run and its read position."""
 
     path: Path
     keys: np.ndarray
@@ -109,13 +110,13 @@ class _SortedRun:
         found, expected = path.stat().st_size // 4, int(table["length"].sum(dtype=np.int64))
         if found != expected:
             raise DataError(
-                f"{path} holds {found} tokens, its keys describe {expected}; remove {work} and "
+                f"{path} holds {found} tokens, but its keys describe {expected}; remove {work} and "
                 "tokenize again"
             )
         return _SortedRun(path, table["key"], table["length"], expected)
 
     def take(self, end: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and lengths of the documents below a key; of all that are left for None."""
+        """Return keys and lengths of the documents below a key; of all remaining ones for None."""
         first, self.document = self.document, self.keys.size
         if end is not None:
             self.document = int(self.keys.searchsorted(np.uint64(end)))
@@ -123,7 +124,7 @@ class _SortedRun:
         return self.keys[taken], self.lengths[taken]
 
     def read(self, room: np.ndarray) -> None:
-        """The tokens that come next."""
+        """Return the next tokens."""
         with open(self.path, "rb") as stream:
             stream.seek(4 * self.token)
             stream.readinto(room.data)
@@ -133,7 +134,8 @@ class _SortedRun:
 def _sorted_ranges(
     runs: list[_SortedRun], range_tokens: int
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Tokens and lengths of the documents in key order, range by range; tokens are overwritten."""
+    """Yield tokens and lengths of the documents in key order, range by range; tokens are
+    overwritten."""
     buffer = SortBuffer()
     for end in [*_boundaries(runs, range_tokens), None]:
         taken = [run.take(end) for run in runs]
@@ -150,7 +152,7 @@ def _sorted_ranges(
 
 
 def _boundaries(runs: list[_SortedRun], range_tokens: int) -> list[int]:
-    """Keys that cut the documents into ranges of about as many tokens each."""
+    """Return keys that split the documents into ranges of about equal numbers of tokens."""
     num_ranges = -(-sum(run.num_tokens for run in runs) // range_tokens)
     places = [np.linspace(0, run.keys.size - 1, _SAMPLES_PER_RUN).astype(int) for run in runs]
     samples = [run.keys[place] for run, place in zip(runs, places, strict=True)]
@@ -169,7 +171,7 @@ def _finished(work: Path) -> tuple[TokenizePlan, dict[int, PartReport]]:
         raise DataError(f"{work} does not exist; begin with `phi4 data tokenize`") from None
     if plan is None:
         raise DataError(
-            f"{work} was begun by another version of phi4; remove it and tokenize again"
+            f"{work} was created by another version of phi4; remove it and tokenize again"
         )
     found = {index: read_report(work, index) for index in range(len(plan.parts))}
     reports = {index: report for index, report in found.items() if report is not None}

@@ -1,4 +1,4 @@
-"""What became of each part: its counts, and the rows that became no document, with the reason."""
+"""The result of each part: its counts, and its rejected rows with reasons."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,21 +25,21 @@ class PartReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_rejected(self) -> int:
-        """Bad rows; blank ones are no fault."""
+        """Bad rows; blank ones are not errors."""
         return num_faults(self.rejected)
 
 
 def write_rejections(
     path: str | Path, parts: Sequence[Part], reports: Mapping[int, PartReport]
 ) -> int:
-    """Write all rejections, lines counted from the begin of their file; returns how many.
+    """Write all rejections, with line numbers of the entire file; return how many.
 
-    No file is left where there are none.
+    With no rejections, no file is left.
 
     Args:
-        path: of the list.
+        path: path of the list.
         parts: all parts of the plan, finished or not.
-        reports: of finished parts, by index.
+        reports: reports of finished parts, by index.
     """
     rejecting = {
         parts[index].files[0].path: index for index in sorted(reports) if reports[index].rejected
@@ -59,15 +59,16 @@ def write_rejections(
 
 
 def _in_file(row: RejectedRow, before: int) -> RejectedRow:
-    """A rejection of a part with its line in the file; `before` lines lie in earlier parts."""
+    """Return a rejection of a part with its line in the file; `before` lines are in earlier
+    parts."""
     return RejectedRow(row.input, row.line + before if row.line else 0, row.reason)
 
 
 def _num_rows(path: str, part: Part) -> int:
-    """Rows of a part that nobody has read yet."""
+    """Count the rows of a part that has not been read yet."""
     if form_of(path) is Form.PARQUET:
         return part.end - part.begin
-    # A line begins at 0, and behind every line break but one that ends the part.
+    # A line begins at 0, and after every line break except one at the end of the part.
     rows, left = (0 if part.begin else 1), part.end - max(part.begin, 1)
     with reading(path), open(path, "rb") as stream:
         stream.seek(max(part.begin - 1, 0))

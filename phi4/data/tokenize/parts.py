@@ -1,8 +1,9 @@
 """The work directory of a tokenization, from its plan to the finished pair.
 
-`PREFIX.work` holds the plan, one report per finished part and the runs that the report counts. Jobs
-on several machines share nothing else, and a resumed job needs nothing else. Beside a finished pair
-`PREFIX.plan.json` keeps the plan, so that a job that comes late finds nothing left to do.
+`PREFIX.work` holds the plan, one report per finished part and the runs that the report counts. It
+is the only state that jobs on several machines share and that a resumed job needs. Next to a
+finished pair `PREFIX.plan.json` keeps the plan, so that a late job detects that nothing is left to
+do.
 """
 
 import hashlib
@@ -30,35 +31,35 @@ _OTHER_FILE = re.compile(
 
 
 class FinishedPlan(msgspec.Struct, frozen=True):
-    """The plan that made a pair, which the sha256 of its manifest names."""
+    """The plan of a finished pair, with the sha256 of the pair's manifest."""
 
     manifest_sha256: str
     plan: TokenizePlan
 
 
 def work_directory(prefix: str | Path) -> Path:
-    """Where the runs of `PREFIX.bin` lie until they are merged."""
+    """Return the directory of the runs of `PREFIX.bin` until they are merged."""
     return Path(f"{prefix}{WORK_SUFFIX}")
 
 
 def is_finished(plan: TokenizePlan, prefix: str | Path, *, overwrite: bool = False) -> bool:
-    """Whether this plan already made the pair under a prefix.
+    """Return whether this plan has already produced the pair of a prefix.
 
-    What a killed merge left of the work directory is then removed.
+    Removes remains of the work directory that a killed merge left.
 
     Args:
-        plan: of the job.
-        prefix: of the pair to be written.
-        overwrite: allow that another pair stands there.
+        plan: plan of the job.
+        prefix: prefix of the pair to be written.
+        overwrite: allow replacing another pair.
 
     Raises:
-        DataError: another pair stands under the prefix.
+        DataError: another pair exists under the prefix.
     """
     path, finished = work_directory(prefix) / PLAN_FILE, _finished_plan(prefix)
     if finished == plan:
         if path.exists() and path.read_bytes() == msgspec.json.encode(plan):
             discard(prefix, plan)
-        with suppress(OSError):  # empty if a job was killed just before it removed it
+        with suppress(OSError):  # Empty if a job was killed just before it removed it.
             path.parent.rmdir()
         return True
     if not (path.exists() or overwrite) and (existing := existing_file(prefix)):
@@ -70,43 +71,43 @@ def is_finished(plan: TokenizePlan, prefix: str | Path, *, overwrite: bool = Fal
 
 
 def keep_plan(plan: TokenizePlan, prefix: str | Path) -> None:
-    """Write `PREFIX.plan.json` beside a complete pair."""
+    """Write `PREFIX.plan.json` next to a complete pair."""
     finished = FinishedPlan(_manifest_sha256(prefix), plan)
     write_atomically(_plan_path(prefix), msgspec.json.encode(finished))
 
 
 def begin(plan: TokenizePlan, prefix: str | Path) -> None:
-    """Make the work directory, or see that it is one of the same plan.
+    """Create the work directory, or check that it belongs to the same plan.
 
     Raises:
-        DataError: another plan was begun there, or the directory holds foreign files.
+        DataError: the directory belongs to another plan, or holds other files.
     """
     work = work_directory(prefix)
     path, content = work / PLAN_FILE, msgspec.json.encode(plan)
     if path.exists():
         if path.read_bytes() != content:
             raise DataError(
-                f"{work} was begun with {difference(read_plan(work), plan)}; undo that to go on, "
-                f"or remove {work} to start anew"
+                f"{work} was created with {difference(read_plan(work), plan)}; undo that to "
+                f"continue, or remove {work} to start over"
             )
         return
     names = sorted(os.listdir(work)) if work.exists() else []
-    # Of phi4's files, the plan is the first to come and the last to go.
+    # Of phi4's files, the plan is created first and removed last.
     foreign = [name for name in names if not name.startswith(f"{PLAN_FILE}.partial-")]
     if foreign:
         raise DataError(
-            f"{work} holds {foreign[0]} and no {PLAN_FILE}, so it is not a work directory of "
-            "phi4; move it away or give another --out"
+            f"{work} holds {foreign[0]} and no {PLAN_FILE}, so it is not a work directory of phi4; "
+            f"move the file or give another --out"
         )
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
 
 
 def read_plan(work: Path) -> TokenizePlan | None:
-    """The plan that was begun, None if another version of phi4 began it.
+    """Read the plan, or None if another version of phi4 wrote it.
 
     Raises:
-        FileNotFoundError: none was.
+        FileNotFoundError: there is no plan.
     """
     try:
         return msgspec.json.decode((work / PLAN_FILE).read_bytes(), type=TokenizePlan)
@@ -115,7 +116,7 @@ def read_plan(work: Path) -> TokenizePlan | None:
 
 
 def read_report(work: Path, index: int) -> PartReport | None:
-    """The report of a part, None while it is not finished."""
+    """Read the report of a part; None while it is not finished."""
     try:
         return msgspec.json.decode(report_path(work, index).read_bytes(), type=PartReport)
     except FileNotFoundError:
@@ -124,10 +125,10 @@ def read_report(work: Path, index: int) -> PartReport | None:
 
 @contextmanager
 def sharing(prefix: str | Path) -> Iterator[None]:
-    """Explain files of a work directory that vanish while they are used.
+    """Convert errors about files of a work directory that vanish during use.
 
     Raises:
-        DataError: another job has finished the pair, or somebody removed the directory.
+        DataError: another job has finished the pair, or the directory was removed.
     """
     try:
         yield
@@ -139,7 +140,7 @@ def sharing(prefix: str | Path) -> Iterator[None]:
 
 
 def run_path(work: Path, part: int, run: int, suffix: str) -> Path:
-    """A file of one run: `tokens`, int32, or `keys`, KEY_TYPE."""
+    """Return the path of a file of one run: `tokens`, int32, or `keys`, KEY_TYPE."""
     return work / f"{part:06}-{run:04}.{suffix}"
 
 
@@ -148,7 +149,8 @@ def report_path(work: Path, index: int) -> Path:
 
 
 def rejections_path(prefix: str | Path, shard: tuple[int, int]) -> str:
-    """Where a job that stops lists its bad rows: each of several shards has a file of its own."""
+    """Return the path of the bad rows of a job that stops; each of several shards has its own
+    file."""
     if shard[1] == 1:
         return rejected_path(prefix)
     return str(work_directory(prefix) / f"rejected-{shard[0]}-of-{shard[1]}.jsonl")
@@ -161,7 +163,7 @@ def discard(prefix: str | Path, plan: TokenizePlan) -> None:
         part = _PART_FILE.fullmatch(name)
         if _OTHER_FILE.fullmatch(name) or (part and int(part[1]) < len(plan.parts)):
             (work / name).unlink(missing_ok=True)
-    # Last: until then, a killed job's directory is known for what it is.
+    # Last, so that a killed job's directory can still be identified.
     (work / PLAN_FILE).unlink(missing_ok=True)
     with suppress(OSError):
         work.rmdir()
@@ -176,7 +178,7 @@ def _manifest_sha256(prefix: str | Path) -> str:
 
 
 def _finished_plan(prefix: str | Path) -> TokenizePlan | None:
-    """The plan that made the pair, None where there is no such pair or nothing says so."""
+    """Return the plan of the pair; None if there is no such pair or it has no plan."""
     try:
         finished = msgspec.json.decode(_plan_path(prefix).read_bytes(), type=FinishedPlan)
         return finished.plan if finished.manifest_sha256 == _manifest_sha256(prefix) else None

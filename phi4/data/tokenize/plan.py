@@ -1,4 +1,4 @@
-"""The plan of a tokenization: all that its bytes depend on, and how two plans differ."""
+"""The plan of a tokenization: everything that its output depends on, and how two plans differ."""
 
 from collections.abc import Set
 
@@ -11,13 +11,13 @@ from phi4.data.tokenize.documents import TEXT_COLUMN
 from phi4.data.vocabulary.tokenizer import TokenizerFacts
 
 WITHOUT_LOSS = 1 << 30
-"""Bit of a run's ids that masks the token out of the loss; no vocabulary reaches it."""
+"""Bit of a run's ids that excludes the token from the loss; no vocabulary uses it."""
 RUN_TOKENS = 1 << 24
 KEY_TYPE = np.dtype([("key", "<u8"), ("length", "<i4")])
 
 
 class TokenizePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a tokenization does; kept as plan.json beside its runs."""
+    """The plan of a tokenization; stored as plan.json in its work directory."""
 
     format_version: int = 2
     parts: tuple[Part, ...]
@@ -26,7 +26,7 @@ class TokenizePlan(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None
 
     def files(self) -> dict[str, InputFile]:
-        """The inputs by path."""
+        """Return the inputs by path."""
         return {file.path: file for part in self.parts for file in part.files}
 
 
@@ -42,9 +42,9 @@ def make_plan(
 
     Args:
         inputs: from `find_inputs`.
-        tokenizer: that encodes them.
-        text_column: column that holds the text; None as `read_rows` says.
-        seed: of the shuffle; None keeps the order of the inputs.
+        tokenizer: tokenizer that encodes them.
+        text_column: column of the text; None as in `read_rows`.
+        seed: seed of the shuffle; None keeps the order of the inputs.
         cut: `part_bytes` of `list_parts`.
 
     Raises:
@@ -55,11 +55,11 @@ def make_plan(
 
 
 def difference(begun: TokenizePlan | None, plan: TokenizePlan) -> str:
-    """What a plan that was begun has other than this one.
+    """Describe what differs between an existing plan and this one.
 
     Args:
-        begun: None if another version of phi4 wrote it.
-        plan: of now.
+        begun: the existing plan; None if another version of phi4 wrote it.
+        plan: the current plan.
     """
     if begun is None or begun.format_version != plan.format_version:
         return "another version of phi4"
@@ -89,10 +89,10 @@ def _difference_of_inputs(begun: dict[str, InputFile], now: dict[str, InputFile]
         if begun[path].mtime_ns != now[path].mtime_ns:
             seconds, nanoseconds = divmod(begun[path].mtime_ns, 10**9)
             return (
-                f"another time of change of {path} (if its content is the same, restore it with "
+                f"another modification time of {path} (if its content is the same, restore it with "
                 f"`touch -d @{seconds}.{nanoseconds:09} {path}`)"
             )
-    return "the same inputs in another order or cut into other parts"
+    return "the same inputs in another order or split into other parts"
 
 
 def _first_of(word: str, paths: Set[str]) -> list[str]:

@@ -1,20 +1,21 @@
-"""Memory in which documents are collected and put in order, again and again.
+"""A reusable buffer in which documents are collected and sorted.
 
-It is kept because fresh pages cost more than the copying: without it, they are a tenth of the time
-of tokenization and most of a merge's.
+It is reused because fresh pages cost more than the copying: allocating them would take a tenth of
+the time of tokenization and most of a merge's.
 """
 
 import numpy as np
 
 
 class SortBuffer:
-    """Tokens of documents one after another, and the same documents in another order."""
+    """Tokens of consecutive documents, and the same documents in another order."""
 
     def __init__(self) -> None:
         self._tokens, self._sorted = np.empty((2, 0), dtype="<i4")
 
     def room(self, used: int, num_tokens: int) -> np.ndarray:
-        """Places after the first `used`, which keep their content, [num_tokens] int32 to fill."""
+        """Return space after the first `used` tokens, which are kept, [num_tokens] int32 to
+        fill."""
         needed = used + num_tokens
         if needed > self._tokens.size:
             grown = np.empty(max(needed, 2 * self._tokens.size), dtype="<i4")
@@ -23,11 +24,11 @@ class SortBuffer:
         return self._tokens[used:needed]
 
     def sorted(self, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """The first documents in another order; good until the next call.
+        """Return the first documents in another order; valid until the next call.
 
         Args:
             lengths: [n], tokens of each document.
-            order: [n], places of the documents.
+            order: [n], indices of the documents.
 
         Returns:
             [sum of lengths], int32.

@@ -1,1 +1,1 @@
-"""Tokenizers: the exact vocabulary of Phi-4, byte-pair training, chat templates."""
+"""Tokenizers: Phi-4's exact vocabulary, byte-pair training, chat templates."""

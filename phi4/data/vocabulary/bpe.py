@@ -1,8 +1,7 @@
-"""Training of a small byte-level BPE in tiktoken's rank format.
+"""Train a small byte-level BPE in tiktoken's rank format.
 
-The vocabulary size that is asked for counts everything: 256 bytes, the merges, and the 96 tokens
-that phi-4 adds. Training depends on nothing but the texts and their order, so equal input gives
-equal bytes.
+The vocabulary size includes everything: 256 bytes, the merges, and the 96 tokens that phi-4 adds.
+Training depends only on the texts and their order, so equal input gives equal bytes.
 """
 
 from collections.abc import Iterable
@@ -30,8 +29,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     """
     if vocab_size < _SMALLEST:
         raise DataError(
-            f"vocabulary of {vocab_size} asked; 256 bytes and {NUM_ADDED_TOKENS} added tokens "
-            f"need at least {_SMALLEST}"
+            f"a vocabulary of {vocab_size} was requested; 256 bytes and {NUM_ADDED_TOKENS} added "
+            f"tokens need at least {_SMALLEST}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -49,8 +48,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) + NUM_ADDED_TOKENS < vocab_size:
         raise DataError(
-            f"vocabulary of {vocab_size} asked; the texts only have merges for "
-            f"{len(vocabulary) + NUM_ADDED_TOKENS}: give more text or ask for less"
+            f"a vocabulary of {vocab_size} was requested, but the texts only have merges for "
+            f"{len(vocabulary) + NUM_ADDED_TOKENS}: give more text or a smaller size"
         )
     byte_of = _byte_of_character()
     return {
@@ -59,9 +58,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The byte that each character of the byte-level alphabet stands for.
+    """Return the byte of each character of the byte-level alphabet.
 
-    Printable Latin-1 bytes stand for themselves, the others are moved to U+0100 and up, in order.
+    Printable Latin-1 bytes represent themselves, the others are mapped to U+0100 and up, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     moved = [value for value in range(256) if value not in printable]

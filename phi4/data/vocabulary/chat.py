@@ -1,7 +1,7 @@
-"""phi-4's chat format, built in id space: a conversation in, its ids and its loss mask out.
+"""phi-4's chat format, built from token ids: a conversation is encoded to ids and a loss mask.
 
-The one decision: content never meets the parser of special tokens. Each turn is `CHAT_FORMAT`, its
-parts put together as ids, so `<|im_end|>` typed by a user is text and not the end of a turn.
+Content is never parsed for special tokens. Each turn is `CHAT_FORMAT` with its parts joined as ids,
+so `<|im_end|>` typed by a user is text and not the end of a turn.
 """
 
 import hashlib
@@ -12,18 +12,19 @@ from enum import StrEnum
 from phi4.data.vocabulary.tokenizer import Tokenizer
 
 CHAT_FORMAT = "<|im_start|>{role}<|im_sep|>{content}<|im_end|>"
-"""One turn. A conversation is its turns one after another, with nothing between them."""
+"""One turn. A conversation is its turns concatenated, with nothing between them."""
 
 _SPECIAL_TOKEN = re.compile(r"(<\|[a-z0-9_]+\|>)")
 
 
 def chat_template_sha256() -> str:
-    """sha256 of the format that `encode_chat` writes, as manifests of token files quote it."""
+    """Return the sha256 of the format that `encode_chat` writes, as stored in manifests of token
+    files."""
     return hashlib.sha256(CHAT_FORMAT.encode()).hexdigest()
 
 
 class Role(StrEnum):
-    """Who speaks; phi-4 has no other roles."""
+    """Role of a turn; phi-4 has no other roles."""
 
     SYSTEM = "system"
     USER = "user"
@@ -37,19 +38,19 @@ class Message:
     role: Role
     content: str
     trainable: bool = True
-    """Whether its own flag, if it has one, allows a loss; of assistant turns only."""
+    """Whether its own flag, if it has one, includes it in the loss; only for assistant turns."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, and from which on the loss covers the assistant's."""
+    """Turns, and the first message from which assistant turns are in the loss."""
 
     messages: tuple[Message, ...]
     first_with_loss: int = 0
     """Index of a message; assistant turns before it are context, as in a `prompt`."""
 
     def is_in_loss(self, index: int) -> bool:
-        """Whether the loss covers a message."""
+        """Return whether a message is in the loss."""
         message = self.messages[index]
         return (
             message.role is Role.ASSISTANT and message.trainable and index >= self.first_with_loss
@@ -57,7 +58,7 @@ class Conversation:
 
     @property
     def has_loss(self) -> bool:
-        """Whether the loss covers any message."""
+        """Return whether any message is in the loss."""
         return any(map(self.is_in_loss, range(len(self.messages))))
 
 
@@ -67,7 +68,7 @@ class ChatTokens:
 
     Attributes:
         ids: token ids.
-        loss_mask: equally long; True where the token, as a label, has loss weight 1.
+        loss_mask: same length; True where the token, as a label, has loss weight 1.
     """
 
     ids: list[int]
@@ -77,15 +78,15 @@ class ChatTokens:
 def encode_chat(
     conversation: Conversation, tokenizer: Tokenizer, add_generation_prompt: bool = False
 ) -> ChatTokens:
-    """Ids of a conversation in phi-4's format, and the assistant-only loss mask.
+    """Encode a conversation in phi-4's format, with the assistant-only loss mask.
 
     The loss covers the content of assistant turns and the `<|im_end|>` that closes them, except
-    where a turn's own flag excludes it; it never covers headers or the turns of others.
+    where a turn's own flag excludes it; it never covers headers or turns of other roles.
 
     Args:
-        conversation: read from a row, or turns of one's own.
+        conversation: read from a row, or built by the caller.
         tokenizer: any vocabulary; the special tokens have the same names in each.
-        add_generation_prompt: append the header of an assistant turn for the model to go on from.
+        add_generation_prompt: append the header of an assistant turn for the model to complete.
     """
     ids: list[int] = []
     loss_mask: list[bool] = []
@@ -103,13 +104,13 @@ def encode_chat(
 
 
 def turn_header(role: Role, tokenizer: Tokenizer) -> list[int]:
-    """Ids that stand before the content of a turn."""
+    """Return the ids before the content of a turn."""
     header = CHAT_FORMAT.partition("{content}")[0]
     return _format_ids(header.replace("{role}", role), tokenizer)
 
 
 def _format_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a piece of the format, whose names of special tokens are these tokens."""
+    """Return the ids of a part of the format, in which names of special tokens are these tokens."""
     ids: list[int] = []
     for piece in filter(None, _SPECIAL_TOKEN.split(text)):
         special = tokenizer.special_tokens.get(piece)

@@ -1,8 +1,8 @@
 """The tokenizer: byte-level BPE ranks plus the 96 tokens that phi-4 adds after them.
 
-One rule for every vocabulary: the added tokens follow the last rank in phi-4's own order, so a
-small BPE has the same special tokens under the same names, in the 96 ids above its ranks. Text
-never turns into special ids: `encode` treats `<|im_end|>` in a document as plain text.
+In every vocabulary the added tokens follow the last rank in phi-4's own order, so a small BPE has
+the same special tokens under the same names, in the 96 ids above its ranks. Text never becomes
+special ids: `encode` treats `<|im_end|>` in a document as plain text.
 """
 
 import binascii
@@ -24,10 +24,10 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""cl100k_base's pre-tokenization, in the form that phi-4's tokenizer.json carries."""
+"""cl100k_base's pre-tokenization pattern, as in phi-4's tokenizer.json."""
 
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
-# tiktoken names cached files by the sha1 of their address.
+# tiktoken names cached files by the sha1 of their URL.
 _CL100K_CACHE_NAMES = ("9b5ad71b2ce5302211f9c61530b329a4922fc6a4", "cl100k_base.tiktoken")
 
 NUM_ADDED_TOKENS = 96
@@ -41,14 +41,14 @@ _NAMED_TOKENS = {
     10: "<|im_sep|>",
     20: "<|endofprompt|>",
 }
-# The released model pads with this placeholder: a pad that equals the end token would mask the
-# end of every answer out of the loss.
+# The released model pads with this placeholder: a pad that equals the end token would exclude the
+# end of every answer from the loss.
 _PAD_TOKEN = "<|dummy_85|>"
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What a reader of token files must know about the tokenizer that wrote them."""
+    """Metadata of the tokenizer that a reader of token files needs."""
 
     vocab_size: int
     eod_id: int
@@ -92,7 +92,7 @@ class Tokenizer:
         return TokenizerFacts(self.vocab_size, self.eod_id, self.pad_id, self.fingerprint)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; a special token's name in it is encoded as plain text.
+        """Encode a text; a special token's name in it is encoded as plain text.
 
         Raises:
             TokenizerError: the text cannot be split, as with millions of spaces in a row.
@@ -100,17 +100,17 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """As `encode`, [n] uint32, without a list in between."""
+        """Encode as `encode`, [n] uint32, without an intermediate list."""
         try:
-            # tiktoken's list form ends the process where this one raises.
+            # tiktoken's list version aborts the process where this one raises.
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError as error:
             raise TokenizerError(
-                f"the text cannot be split into tokens ({error}); leave it out"
+                f"the text cannot be split into tokens ({error}); remove it"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD.
+        """Decode ids; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             TokenizerError: an id is outside the vocabulary.
@@ -121,7 +121,8 @@ class Tokenizer:
         return self._encoding.decode(ids)
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes of a token, which may be part of a character; a special token's are its name.
+        """Return the bytes of a token, which may be part of a character; a special token's are its
+        name.
 
         Raises:
             TokenizerError: the id is outside the vocabulary.
@@ -138,10 +139,10 @@ class Tokenizer:
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that a recipe names.
+    """Load the tokenizer of a recipe.
 
-    phi4's ranks come from `config.path`, else from TIKTOKEN_CACHE_DIR, else by tiktoken's own
-    download; their hash is checked whatever their origin.
+    phi4's ranks come from `config.path`, else from TIKTOKEN_CACHE_DIR, else from tiktoken's own
+    download; their hash is always checked.
 
     Raises:
         TokenizerError: ranks are missing, damaged, or not the expected ones.
@@ -156,7 +157,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def added_tokens(first_id: int) -> dict[str, int]:
-    """phi-4's 96 added tokens in id order: the named ones in their places, dummies between."""
+    """Return phi-4's 96 added tokens in id order: the named ones at their ids, dummies between."""
     tokens: dict[str, int] = {}
     num_dummies = 0
     for place in range(NUM_ADDED_TOKENS):
@@ -169,7 +170,7 @@ def added_tokens(first_id: int) -> dict[str, int]:
 
 
 def rank_file_bytes(ranks: dict[bytes, int]) -> bytes:
-    """Ranks in tiktoken's file format: base64 of the token, a space, its id, by id."""
+    """Return ranks in tiktoken's file format: base64 of the token, a space, its id, by id."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(
         b"%s %d\n" % (binascii.b2a_base64(token, newline=False), rank) for token, rank in ordered
@@ -177,11 +178,11 @@ def rank_file_bytes(ranks: dict[bytes, int]) -> bytes:
 
 
 def tokenizer_of_ranks(ranks: dict[bytes, int], origin: str) -> Tokenizer:
-    """The tokenizer of ranks from elsewhere.
+    """Make a tokenizer from given ranks.
 
     Args:
         ranks: token bytes to id.
-        origin: names them in an error.
+        origin: identifies them in an error.
 
     Raises:
         TokenizerError: ids have gaps or repeat, or a single byte is missing.
@@ -192,7 +193,7 @@ def tokenizer_of_ranks(ranks: dict[bytes, int], origin: str) -> Tokenizer:
 
 @lru_cache(maxsize=1)
 def _parsed(content: bytes, origin: str) -> Tokenizer:
-    """The last one is kept: several steps of a command ask for it, and it takes 0.2 s to build."""
+    """The last one is cached: several steps of a command need it, and it takes 0.2 s to build."""
     return Tokenizer(_parse_ranks(content, origin))
 
 

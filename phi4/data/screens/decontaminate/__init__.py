@@ -1,8 +1,8 @@
-"""Benchmarks out of training text: the report's hybrid n-gram rule, and a measure of what it finds.
+"""Decontamination: remove benchmark items from training text by the report's hybrid n-gram rule.
 
-The rule is the report's; how a text is read as words has two names. `paper` is the report's form,
-kept to the bit. `robust`, the default, does not change with line breaks, case, punctuation, HTML
-entities and the format of numbers, because an n-gram rule can find no more than its words survive.
+The rule is the report's; there are two ways to split a text into words. `paper` is exactly the
+report's. `robust`, the default, is invariant to line breaks, case, punctuation, HTML entities and
+number formats, because an n-gram rule only matches text whose words are unchanged.
 """
 
 from phi4.data.screens.decontaminate.benchmark import Item, read_benchmarks

@@ -1,4 +1,4 @@
-"""Benchmark items from local files of rows, whatever their columns are called."""
+"""Read benchmark items from local files of rows with any column names."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _LABELS = frozenset(
     {"id", "_id", "idx", "task_id", "question_id", "uid", "source", "source_id", "url", "split"}
     | {"subject", "category", "level", "type", "label", "answer_key", "answerkey", "answer_idx"}
 )
-"""Columns that name an item and are not part of its text."""
+"""Columns that identify an item and are not part of its text."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Item:
 
     Attributes:
         benchmark: the file's name without its suffix, see `list_inputs`.
-        number: of its line, from 1.
-        text: all its strings, a line each.
+        number: line number, from 1.
+        text: all strings of the row, one per line.
     """
 
     benchmark: str
@@ -31,11 +31,11 @@ class Item:
 
 
 def read_benchmarks(paths: Iterable[Path]) -> list[Item]:
-    """Items of files of rows; the text of a row is every string in it but identifiers and labels.
+    """Read items; the text of a row is every string in it except identifiers and labels.
 
     Raises:
-        DataError: a file cannot be read, a line is no JSON object or holds no text, two files have
-            one name, or a file is empty.
+        DataError: a file cannot be read, a line is not a JSON object or has no text, two files have
+            the same name, or a file is empty.
     """
     items: list[Item] = []
     for file in list_inputs(paths):
@@ -51,7 +51,7 @@ def read_benchmarks(paths: Iterable[Path]) -> list[Item]:
                 raise DataError(f"{file.path}, line {line.number}: no text; remove the line")
             items.append(Item(file.name, line.number, "\n".join(strings)))
         if len(items) == start:
-            raise DataError(f"{file.path} has no items; leave it out or give the right file")
+            raise DataError(f"{file.path} has no items; remove it or give the right file")
     return items
 
 

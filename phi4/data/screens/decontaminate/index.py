@@ -1,7 +1,7 @@
-"""The n-grams of the benchmarks, in arrays whose size is that of the benchmarks.
+"""Index the n-grams of the benchmarks, in arrays proportional to the size of the benchmarks.
 
-Words of the benchmarks have ids, an n-gram is found by a 64-bit hash of its ids and then compared
-word by word, so a hit is exact. A window with a word that no benchmark has is never looked up.
+Words of the benchmarks have ids; an n-gram is found by a 64-bit hash of its ids and then compared
+word by word, so a hit is exact. A window with a word that is in no benchmark is not looked up.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,9 +20,9 @@ class _Grams:
     Attributes:
         n: words per gram.
         hashes: uint64 [G], ascending.
-        places: int64 [G], where in the words of all tests each gram occurs first.
+        places: int64 [G], position of each gram's first occurrence among all tests' words.
         offsets: int64 [G + 1] into `tests`.
-        tests: int32, the tests that have the gram.
+        tests: int32, the tests that contain the gram.
     """
 
     n: int
@@ -33,7 +33,7 @@ class _Grams:
 
 
 class NgramIndex:
-    """Which tests have which n-grams.
+    """The n-grams of each test.
 
     Attributes:
         num_grams: by n, int64 [tests], distinct n-grams of each test.
@@ -62,20 +62,20 @@ class NgramIndex:
         }
 
     def number(self, words: Sequence[str]) -> np.ndarray:
-        """Ids of words, int32; -1 for a word that no test has."""
+        """Return ids of words, int32; -1 for a word that is in no test."""
         get = self._vocabulary.get
         return np.fromiter((get(word, _UNKNOWN) for word in words), np.int32, len(words))
 
     def find(self, ids: np.ndarray, n: int, starts: np.ndarray | None = None) -> tuple:
-        """Windows of a document that are n-grams of a test.
+        """Find windows of a document that are n-grams of a test.
 
         Args:
             ids: `number(words)`.
             n: one of the lengths of this index.
-            starts: first positions to look at; all when left out.
+            starts: positions to check; all by default.
 
         Returns:
-            (starts, grams): where the hits begin, and which grams they are; int64, equally long.
+            (starts, grams): positions and gram indices of the hits; int64, of equal length.
         """
         grams = self._grams[n]
         nothing = np.empty(0, np.int64)
@@ -95,10 +95,11 @@ class NgramIndex:
         return starts[equal], grams_found[equal]
 
     def tests_of(self, n: int, grams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tests that have the given n-grams.
+        """Return tests that contain the given n-grams.
 
         Returns:
-            (owners, tests): pairs of an index into `grams` and a test; equally long, by owner.
+            (owners, tests): pairs of an index into `grams` and a test, of equal length, sorted by
+            owner.
         """
         found = self._grams[n]
         firsts = found.offsets[grams]
@@ -108,7 +109,7 @@ class NgramIndex:
         return owners, found.tests[np.repeat(firsts, counts) + within]
 
     def text(self, n: int, gram: int) -> str:
-        """The words of an n-gram."""
+        """Return the words of an n-gram."""
         place = self._grams[n].places[gram]
         return " ".join(self._names[word] for word in self._words[place : place + n])
 
@@ -124,7 +125,7 @@ class NgramIndex:
         return result
 
     def _build(self, n: int, ends: np.ndarray, test_of: np.ndarray) -> _Grams | None:
-        """Grams of one length; None when two different ones have equal hashes."""
+        """Index grams of one length; None if two different ones have equal hashes."""
         places = np.arange(len(self._words), dtype=np.int64)
         places = places[places + n <= ends[test_of]]
         hashes = self._hash(self._words, n, places)
@@ -140,5 +141,5 @@ class NgramIndex:
 
 
 def windows(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    """All n-grams of a text, in order, repeated ones included."""
+    """Return all n-grams of a text, in order, with repetitions."""
     return (tuple(words[start : start + n]) for start in range(len(words) - n + 1))

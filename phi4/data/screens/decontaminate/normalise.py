@@ -1,4 +1,4 @@
-"""The two readings of a text as words: the report's own, and one that survives re-formatting."""
+"""Split text into words in two ways: the report's, and one that is robust to formatting."""
 
 import html
 import re
@@ -15,12 +15,12 @@ _RUN_OF_SPACES = re.compile(" {2,}")
 
 
 def paper(text: str) -> list[str]:
-    """Words as the report's examples show them.
+    """Split as in the report's examples.
 
-    Lower case; punctuation but parentheses becomes a space; runs of spaces are one; the text is
-    split at single spaces, so a text that ends in punctuation has an empty last word. On the
-    report's worked example this gives 38 and 41 7-grams, 15 of them shared. It shows no line break:
-    here they stay inside words, which is the literal reading of that split.
+    Lower case; punctuation except parentheses becomes a space; runs of spaces become one; the text
+    is split at single spaces, so a text that ends in punctuation has an empty last word. On the
+    report's worked example this gives 38 and 41 7-grams, 15 of them shared. The report shows no
+    line break: here they stay inside words, which is the literal reading of that split.
 
     Source: report, appendix B.1.
     """
@@ -28,23 +28,24 @@ def paper(text: str) -> list[str]:
 
 
 def robust(text: str) -> list[str]:
-    """Words that do not change with line breaks, case, punctuation or the format of numbers.
+    """Split into words that do not depend on line breaks, case, punctuation or the format of
+    numbers.
 
-    The words of `split_words`, with HTML entities read as what they stand for and words joined that
-    were hyphenated at a line end. A number is one word however its thousands are marked and in
-    whatever digits, `1,000` like `1000.0`; a fraction is a second word.
+    The words of `split_words`, with HTML entities decoded and words joined that were hyphenated at
+    a line end. A number is one word regardless of thousands separators and digits, `1,000` like
+    `1000.0`; a fraction is a second word.
     """
     for _ in range(_MAX_ESCAPES if "&" in text else 0):
         escaped, text = text, _ENTITY.sub(lambda match: html.unescape(match[0]), text)
         if text == escaped:
             break
     text = _LINE_END_HYPHEN.sub("", text)
-    # Before the compatibility form, which makes the spaces inside numbers plain ones.
+    # Before the compatibility form, which turns the spaces inside numbers into plain spaces.
     return split_words(_NUMBER.sub(_unified_number, text))
 
 
 _MAX_ESCAPES = 3
-"""Entities of entities are common, as in `&amp;nbsp;`; deeper ones are not."""
+"""Doubly encoded entities such as `&amp;nbsp;` are common; deeper ones are not."""
 _ENTITY = re.compile("&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 # Any white space, because extraction often turns the line break into a space.
 _LINE_END_HYPHEN = re.compile(r"[-\u00ad\u2010](?<=[^\W\d_].)\s+(?=[^\W\d_])")

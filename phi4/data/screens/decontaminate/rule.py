@@ -1,4 +1,4 @@
-"""The report's hybrid rule: one 13-gram of a benchmark is contamination, 7-grams by their share.
+"""The report's hybrid rule: a shared 13-gram is contamination; 7-grams count by their share.
 
 Source: report, appendix B.1, algorithm 1. It states no thresholds; ours come from the self-test.
 """
@@ -19,7 +19,7 @@ _SHOWN_GRAMS, _SHOWN_MATCHES = 20, 20
 
 
 class Finding(StrEnum):
-    """What the rule says of a text."""
+    """Result of the rule for a text."""
 
     LONG_MATCH = "13-gram match"
     SHORT_MATCH = "7-gram match"
@@ -28,17 +28,17 @@ class Finding(StrEnum):
 
     @property
     def contaminated(self) -> bool:
-        """Whether the text is kept out of training."""
+        """Whether the text is excluded from training."""
         return self in (Finding.LONG_MATCH, Finding.SHORT_MATCH)
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Shares of common 7-grams.
+    """Thresholds of the share of common 7-grams.
 
     Attributes:
-        info: above it a text is a partial match, which is reported and kept.
-        contaminated: from it on a text is contaminated.
+        info: above it a text is a partial match, which is reported but kept.
+        contaminated: at or above it a text is contaminated.
     """
 
     info: float
@@ -57,11 +57,11 @@ DEFAULT_THRESHOLDS = {
     "robust": Thresholds(info=0.1, contaminated=0.2),
     "paper": Thresholds(info=0.05, contaminated=0.1),
 }
-"""What the self-test's choosing half asks for."""
+"""Thresholds chosen on one half of the self-test."""
 
 
 def default_thresholds(normalisation: str) -> Thresholds:
-    """The thresholds of a normalisation.
+    """Return the thresholds of a normalisation.
 
     Raises:
         DataError: it is unknown.
@@ -75,12 +75,12 @@ def default_thresholds(normalisation: str) -> Thresholds:
 
 @dataclass(frozen=True)
 class Match:
-    """What a text shares with one item.
+    """What a text has in common with one item.
 
     Attributes:
         item: its index.
-        ratio: shared 7-grams over those of the smaller of the two.
-        grams: some of the shared n-grams, 13-grams where there are any; none from the twenty-first
+        ratio: shared 7-grams divided by those of the smaller of the two.
+        grams: some of the shared n-grams, 13-grams if there are any; empty from the twenty-first
             match of a text on.
         has_long: whether 13-grams are shared.
     """
@@ -93,7 +93,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The rule's answer; matches come with the highest share first."""
+    """The rule's result, with matches sorted by descending share."""
 
     finding: Finding
     matches: tuple[Match, ...] = ()
@@ -104,7 +104,7 @@ class Detector:
 
     Attributes:
         items: as given.
-        too_short: by item, True where it has fewer than seven words: nothing can find it.
+        too_short: by item, True if it has fewer than seven words: it cannot be found.
     """
 
     def __init__(
@@ -116,9 +116,9 @@ class Detector:
         """Index the items.
 
         Args:
-            items: of any number of benchmarks.
-            normalisation: how items and texts are read as words.
-            thresholds: those of the normalisation when left out.
+            items: items of any number of benchmarks.
+            normalisation: how items and texts are split into words.
+            thresholds: default to those of the normalisation.
 
         Raises:
             DataError: the normalisation is unknown.
@@ -158,16 +158,17 @@ class Detector:
         return Verdict(finding, tuple(matches))
 
     def long_grams(self, text: str) -> np.ndarray:
-        """Distinct 13-grams of the items that a text has, as numbers; for `allow_common`."""
+        """Return the distinct 13-grams of the items that a text contains, as numbers; for
+        `allow_common`."""
         ids = self._index.number(self._normalise(text))
         starts, _ = self._index.find(ids, SHORT)
         return np.unique(self._long(ids, starts)[1])
 
     def allow_common(self, texts_grams: Iterable[np.ndarray], min_texts: int = 2) -> None:
-        """Allow the 13-grams that several texts of a reference corpus have.
+        """Allow the 13-grams that several texts of a reference corpus contain.
 
         Args:
-            texts_grams: `long_grams` of each text of a corpus that is known to hold no benchmark.
+            texts_grams: `long_grams` of each text of a corpus that contains no benchmark.
             min_texts: a phrase is common from this many texts on.
         """
         counts = np.zeros(len(self._allowed), np.int64)
@@ -176,7 +177,7 @@ class Detector:
         self._allowed |= counts >= min_texts
 
     def allowed(self) -> list[str]:
-        """The 13-grams on the allow-list."""
+        """Return the 13-grams on the allow-list."""
         return [self._index.text(LONG, gram) for gram in np.flatnonzero(self._allowed)]
 
     def _long(self, ids: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +186,7 @@ class Detector:
         return self._index.find(ids, LONG, candidates)
 
     def _ratios(self, words: Sequence[str], shared: np.ndarray) -> dict[int, float]:
-        """Shares of common 7-grams, of the items that have any."""
+        """Return shares of common 7-grams of the items that have any."""
         items, counts = np.unique(self._index.tests_of(SHORT, shared)[1], return_counts=True)
         sizes = self._index.num_grams[SHORT][items]
         smaller = np.minimum(sizes, _num_distinct(words, int(sizes.max())))
@@ -194,7 +195,8 @@ class Detector:
     def _places(
         self, starts: np.ndarray, grams: np.ndarray, n: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Items of the distinct n-grams of a text, and the word where each begins first."""
+        """Return items of the distinct n-grams of a text, and the position where each first
+        occurs."""
         distinct, first = np.unique(grams, return_index=True)
         owners, items = self._index.tests_of(n, distinct)
         return items, starts[first[owners]]
@@ -216,7 +218,7 @@ def _shown(
 
 
 def _num_distinct(words: Sequence[str], limit: int) -> int:
-    """Distinct 7-grams of a text, counted up to a limit."""
+    """Count distinct 7-grams of a text, up to a limit."""
     seen: set[tuple[str, ...]] = set()
     for gram in windows(words, SHORT):
         seen.add(gram)

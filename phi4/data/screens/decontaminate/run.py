@@ -1,4 +1,4 @@
-"""Decontamination of files of rows: the rule over a stream of them, with a count per benchmark."""
+"""Decontaminate files of rows, with a count per benchmark."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -23,17 +23,17 @@ from phi4.data.screens.quality.screen import (
 from phi4.errors import DataError
 
 REPORT = "decontaminate.report"
-"""JSON; like the quarantine under a suffix that no search takes for rows."""
+"""JSON; like the quarantine under a suffix that is not searched for rows."""
 _LISTED_MATCHES = 20
 
 
 @dataclass
 class BenchmarkCount:
-    """What was found of one benchmark. A row counts for every benchmark that it matches."""
+    """Findings for one benchmark. A row counts for every benchmark that it matches."""
 
     num_items: int = 0
     num_too_short: int = 0
-    """Items of fewer than seven words, which no n-gram can find."""
+    """Items of fewer than seven words, which cannot be found by n-grams."""
     rows_13gram: int = 0
     rows_7gram: int = 0
     rows_partial: int = 0
@@ -41,10 +41,10 @@ class BenchmarkCount:
 
 
 class Tally:
-    """Decisions on verdicts, counted."""
+    """Counts the decisions."""
 
     def __init__(self, detector: Detector) -> None:
-        """Start with the benchmarks that have not been found."""
+        """Start with all benchmarks, none found yet."""
         self._items = detector.items
         self._contaminated = detector.thresholds.contaminated
         self.benchmarks: dict[str, BenchmarkCount] = {}
@@ -55,7 +55,7 @@ class Tally:
         self.num_partial = 0
 
     def decide(self, verdict: Verdict, _: Line) -> Rejection | None:
-        """A rejection for a contaminated text; partial matches are counted and kept."""
+        """Return a rejection for a contaminated text; count partial matches and keep them."""
         best: dict[str, Match] = {}
         for match in verdict.matches:
             benchmark = self._items[match.item].benchmark
@@ -91,7 +91,7 @@ def learn_allowed(
     row_format: RowFormat = DEFAULT_FORMAT,
     num_workers: int = 1,
 ) -> None:
-    """Put the 13-grams on the allow-list that several rows of a reference corpus have.
+    """Add the 13-grams that several rows of a reference corpus contain to the allow-list.
 
     Raises:
         DataError: a file or a row of the reference cannot be read.
@@ -120,7 +120,7 @@ def decontaminate(
 ) -> tuple[Screened, Tally]:
     """Write clean rows, quarantined rows and a report to a directory.
 
-    Quarantined rows carry the finding and the n-grams they share with which item. Memory holds the
+    Quarantined rows have the finding and the n-grams they share with each item. Memory holds the
     index of the benchmarks, once per process, and a few batches of rows.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Screens of rows before they become tokens: duplicates, corrupted text, languages.
+"""Filters of rows before tokenization: duplicates, corrupted text, languages.
 
-Every screen is the same stream: rows are read line by line, analysed in parallel, decided on in
-their order. A row goes either unchanged into the output or with its reason into the quarantine.
+All filters process rows in the same way: rows are read line by line, analysed in parallel, and
+decided on in order. A row goes either unchanged to the output or with a reason to the quarantine.
 """
 
 from phi4.data.screens.quality.rows import RowError, read_lines, text_of

@@ -1,10 +1,10 @@
-"""Corrupted text: windows whose bytes are unlike those of normal text.
+"""Detect corrupted text: windows whose bytes are unlike those of normal text.
 
 Two numbers per window of at most 2,048 bytes: bits per byte under the byte-pair frequencies of
 normal text, high for encodings gone wrong, binary data and shuffled letters; and the compression
 ratio, low for repetition and high for noise. Normal is estimated from rows, for each size of
-window, as median and median absolute deviation, which a few corrupted rows do not move. A text
-is as bad as its worst window, so that a broken page in a long book is seen.
+window, as median and median absolute deviation, which a few corrupted rows do not move. A text is
+judged by its worst window, so that a broken page in a long book is detected.
 """
 
 import zlib
@@ -27,12 +27,12 @@ NAMES = ("bits per byte", "compression ratio")
 
 @dataclass(frozen=True)
 class Oddity:
-    """The most unusual number of a text.
+    """The most unusual measurement of a text.
 
     Attributes:
-        name: which of the two numbers.
-        value: in the worst window.
-        deviations: from the median of windows of this size; negative below it.
+        name: which of the two measures.
+        value: its value in the worst window.
+        deviations: distance from the median of windows of this size; negative below it.
         start: first byte of the window.
     """
 
@@ -44,7 +44,7 @@ class Oddity:
 
 @dataclass(frozen=True)
 class Profile:
-    """Normal text in numbers.
+    """Statistics of normal text.
 
     Attributes:
         bits: float32 [256, 256], -log2 of the probability of the second byte after the first.
@@ -56,9 +56,9 @@ class Profile:
     deviation: np.ndarray
 
     def oddity(self, text: str) -> Oddity | None:
-        """The worst number of the worst window; None for texts under 128 bytes.
+        """Return the worst measure of the worst window; None for texts under 128 bytes.
 
-        Low bits per byte are not odd: they are very plain text.
+        Low bits per byte are not unusual: they are very plain text.
         """
         worst = None
         raw = text.encode()
@@ -76,7 +76,7 @@ class Profile:
 
 
 def learn_profile(texts: Iterable[str]) -> Profile:
-    """What is normal in a sample of text.
+    """Estimate the statistics of normal text from a sample.
 
     Raises:
         DataError: the sample is too small.
@@ -96,11 +96,12 @@ def learn_profile(texts: Iterable[str]) -> Profile:
             spread = np.median(np.abs(values - median[row]), axis=0)
             deviation[row] = np.maximum(_DEVIATION * spread, _LEAST_DEVIATION * median[row])
         elif row:
-            # Larger windows vary less; those of the size below are the milder judge.
+            # Larger windows vary less; the deviation of the next smaller size is the more lenient
+            # one.
             median[row], deviation[row] = median[row - 1], deviation[row - 1]
         else:
             raise DataError(
-                f"{len(values)} pieces of {size} bytes are too few to learn what normal text is; "
+                f"{len(values)} pieces of {size} bytes are too few to estimate normal text; "
                 f"give a reference with at least {_FEWEST_WINDOWS}"
             )
     return Profile(bits, median, deviation)

@@ -1,9 +1,9 @@
-"""Exact and near duplicates: the first of them stays.
+"""Detect exact and near duplicates, of which the first is kept.
 
 Equal texts are found by a 128-bit hash. Similar ones are proposed by locality-sensitive hashing of
-MinHash signatures, tuned to miss next to nothing, and then decided on by the shingles themselves.
-The state is one process's and grows with the kept texts, at most 8 kB each, so larger corpora are
-screened source by source. Needs the extra `data`.
+MinHash signatures, tuned for high recall, and then verified by the shingles themselves. The state
+belongs to one process and grows with the kept texts, at most 8 kB each, so larger corpora are
+processed source by source. Needs the extra `data`.
 """
 
 from collections.abc import Callable
@@ -23,15 +23,16 @@ try:
     from datasketch import MinHash
 except ImportError as error:
     raise PlatformError(
-        f"{error.name} finds duplicates and is missing; install it with `pip install phi4[data]`"
+        f"{error.name} is needed to find duplicates and is missing; install it with `pip install "
+        f"phi4[data]`"
     ) from None
 
 _SHINGLE_WORDS = 5
 _NUM_PERMUTATIONS = 128
 _MAX_SHINGLES = 1024
-"""Texts of more are compared by the smallest hashes of theirs, a fair sample."""
+"""Texts with more shingles are compared by their smallest hashes, a fair sample."""
 _MISSED = 0.02
-"""Share of the texts at exactly the similarity asked for that hashing may not propose."""
+"""Fraction of the texts at exactly the requested similarity that hashing may miss."""
 # Copies share its permutations, which are slow to draw.
 _EMPTY = MinHash(_NUM_PERMUTATIONS, hashfunc=int, scheme="affine32")
 _MIXER = np.uint64(0x9E3779B97F4A7C15)
@@ -39,7 +40,7 @@ _MIXER = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Sketch:
-    """What is kept of a text.
+    """The stored state of a text.
 
     Attributes:
         digest: 16 bytes; equal for equal texts.
@@ -59,10 +60,10 @@ class Duplicates:
         """Start with nothing seen.
 
         Args:
-            similarity: Jaccard similarity of the sets of shingles from which on texts are near
-                duplicates; None finds equal texts only. It is measured exactly between texts of
-                together at most 1,024 shingles. Of longer ones it is estimated with a standard
-                deviation of 0.013 or less, and those are near duplicates from two of them below.
+            similarity: Jaccard similarity of the sets of shingles at or above which texts are near
+                duplicates; None finds equal texts only. It is exact between texts with together at
+                most 1,024 shingles. For longer ones it is estimated with a standard deviation of at
+                most 0.013, and the limit is two of these lower.
 
         Raises:
             DataError: similarity is not in (0, 1].
@@ -74,11 +75,12 @@ class Duplicates:
         self._near = None if similarity is None else _Neighbours(similarity)
 
     def sketcher(self) -> Callable[[str], Sketch]:
-        """The function that sketches texts for these decisions; it carries no state to workers."""
+        """Return the function that sketches texts for these decisions; it carries no state to
+        workers."""
         return partial(sketch, near=self._similarity is not None)
 
     def decide(self, found: Sketch, line: Line) -> Rejection | None:
-        """A rejection for a text that is, or is nearly, one that was kept before."""
+        """Return a rejection for a text that equals or nearly equals one that was kept before."""
         place = (line.path, line.number)
         first = self._first.setdefault(found.digest, place)
         if first is not place:
@@ -99,7 +101,7 @@ class _Neighbours:
         self._similarity = similarity
         self._rows = _rows_per_band(similarity)
         self._margin = 2 * (similarity * (1 - similarity) / _MAX_SHINGLES) ** 0.5
-        # Three standard deviations below the similarity loses one in seven hundred.
+        # Three standard deviations below the similarity misses one in seven hundred.
         deviation = (similarity * (1 - similarity) / _NUM_PERMUTATIONS) ** 0.5
         self._least_share = similarity - 3 * deviation
         # One index is the common case, and a list of it would take most of the memory.
@@ -111,7 +113,7 @@ class _Neighbours:
         self._places: list[tuple[Path, int]] = []
 
     def find(self, found: Sketch) -> tuple[tuple[Path, int], float] | None:
-        """Place and similarity of a text that is similar enough, the likeliest first."""
+        """Return place and similarity of a similar enough text, the likeliest first."""
         assert found.signature is not None and found.shingles is not None
         proposed: set[int] = set()
         for band, key in zip(self._bands, self._keys(found.signature), strict=True):
@@ -151,10 +153,10 @@ class _Neighbours:
 
 
 def sketch(text: str, near: bool = True) -> Sketch:
-    """Hash a text, and its shingles when near duplicates matter.
+    """Hash a text, and its shingles if near duplicates matter.
 
-    Shingles are five words of `split_words`. A text of fewer words has only equal texts for
-    duplicates: too little of it is left to tell `a + b` from `a - b`.
+    Shingles are five words of `split_words`. A text of fewer words is only a duplicate of equal
+    texts: it is too short to tell `a + b` from `a - b`.
     """
     digest = xxhash.xxh3_128_digest(text.encode())
     words = split_words(text) if near else []
@@ -173,7 +175,7 @@ def sketch(text: str, near: bool = True) -> Sketch:
 
 
 def _jaccard(a: np.ndarray, b: np.ndarray) -> tuple[float, bool]:
-    """Similarity of two sets by their smallest hashes, and whether it is exact."""
+    """Return the similarity of two sets by their smallest hashes, and whether it is exact."""
     merged = np.sort(np.concatenate([a, b]))
     is_shared = merged[1:] == merged[:-1]
     union = np.delete(merged, np.flatnonzero(is_shared) + 1)[:_MAX_SHINGLES]
@@ -182,7 +184,8 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> tuple[float, bool]:
 
 
 def _rows_per_band(similarity: float) -> int:
-    """The most rows, which propose the fewest pairs, that miss at most `_MISSED` of the similar."""
+    """Return the most rows, which propose the fewest pairs, that miss at most `_MISSED` of the
+    similar ones."""
     rows = range(_NUM_PERMUTATIONS, 1, -1)
     enough = (r for r in rows if (1 - similarity**r) ** (_NUM_PERMUTATIONS // r) <= _MISSED)
     return next(enough, 1)

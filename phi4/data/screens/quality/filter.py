@@ -1,6 +1,6 @@
-"""The filter of corrupted text and foreign languages: what a row must look like to be kept.
+"""Filter corrupted text and unwanted languages.
 
-Which language a text has is asked of a callable from outside; no model comes with this package.
+The language is identified by an external callable; no model is included in this package.
 """
 
 from collections import Counter
@@ -25,18 +25,18 @@ from phi4.data.screens.quality.screen import Rejection, Rule
 from phi4.errors import DataError
 
 Identify = Callable[[str], str]
-"""A text in, the code of its language out."""
+"""Maps a text to the code of its language."""
 
 ACCEPTED_SHARE = 0.1
-"""Corruption is rare in text that is worth filtering; a larger share says that normal was learned
-from the wrong text."""
+"""Corruption is rare in text that is worth filtering; a larger fraction indicates that the profile
+was learned from the wrong text."""
 _LEARNT_ROWS_PER_FILE = 5_000
 _LEARNT_ROWS = 50_000
 
 
 @dataclass(frozen=True)
 class TextFindings:
-    """What the filter decides on."""
+    """Measurements that the filter decides on."""
 
     oddity: Oddity | None
     language: str | None
@@ -44,14 +44,14 @@ class TextFindings:
 
 @dataclass(frozen=True)
 class Filter:
-    """Limits of what is kept.
+    """Limits for keeping a text.
 
     Attributes:
-        profile: normal text, from `learn_profile`; one of many languages finds none of them odd
-            only if all of them are common in it.
-        max_deviations: a text is kept while its worst window is within these of the median.
-        identify: names the language of a text; a function of a module when there are worker
-            processes.
+        profile: normal text, from `learn_profile`; a profile of many languages accepts all that are
+            common in it.
+        max_deviations: a text is kept if its worst window is within this distance of the median.
+        identify: returns the language of a text; must be a module-level function if there are
+            worker processes.
         languages: codes that are kept; all when empty.
     """
 
@@ -61,31 +61,34 @@ class Filter:
     languages: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        """Check that the settings belong together."""
+        """Check that the settings are consistent."""
         if self.max_deviations <= 0:
             raise DataError(f"max_deviations {self.max_deviations}; expected more than 0")
         if (self.identify is None) != (not self.languages):
-            raise DataError("languages and a function that identifies them go together; give both")
+            raise DataError(
+                "languages needs a function that identifies them, and vice versa; give both"
+            )
 
     def analyse(self, text: str) -> TextFindings:
-        """Measure a text; depends on no other.
+        """Measure a text, independently of others.
 
         Raises:
-            DataError: the callable gave no language code.
+            DataError: the callable returned no language code.
         """
         language = self.identify(text) if self.identify else None
         if self.identify and not isinstance(language, str):
             raise DataError(
-                f"{self.identify.__name__} gave {language!r:.60}; expected a language code as text"
+                f"{self.identify.__name__} returned {language!r:.60}; expected a language code as "
+                f"text"
             )
         return TextFindings(self.profile.oddity(text), language)
 
     def is_odd(self, found: TextFindings) -> bool:
-        """Whether a text is corrupted."""
+        """Return whether a text is corrupted."""
         return found.oddity is not None and abs(found.oddity.deviations) > self.max_deviations
 
     def decide(self, found: TextFindings, _: Line) -> Rejection | None:
-        """A rejection for a text that is odd or of another language."""
+        """Return a rejection for a text that is corrupted or in another language."""
         oddity = found.oddity
         if oddity is not None and self.is_odd(found):
             side = "high" if oddity.deviations > 0 else "low"
@@ -101,10 +104,10 @@ class Filter:
 
 
 class CorruptionLimit:
-    """A filter's decisions, and its refusal to throw out more than a share of the texts.
+    """A filter's decisions, with a limit on the fraction of rejected texts.
 
-    Normal is what most of the sample is. Where that is the corrupted part, a filter keeps just what
-    it should throw out, and nothing in the single decision shows it: the share of all does.
+    The profile is what most of the sample is. If that is the corrupted part, a filter keeps exactly
+    what it should reject, which only the total fraction reveals.
     """
 
     def __init__(self, keep: Filter, accepted_share: float, remedy: str) -> None:
@@ -112,7 +115,7 @@ class CorruptionLimit:
 
         Args:
             keep: decides on single texts.
-            accepted_share: of the texts that are long enough to be judged.
+            accepted_share: maximum fraction of the texts that are long enough to be judged.
             remedy: what to do about a larger one.
 
         Raises:
@@ -127,11 +130,11 @@ class CorruptionLimit:
         self._reasons: Counter[str] = Counter()
 
     def rule(self) -> Rule[TextFindings]:
-        """The filter for `screen`."""
+        """Return the filter for `screen`."""
         return Rule(self._keep.analyse, self.decide, self.conclude)
 
     def decide(self, found: TextFindings, line: Line) -> Rejection | None:
-        """As the filter does, counted."""
+        """Decide as the filter does, and count."""
         rejection = self._keep.decide(found, line)
         self._num_judged += found.oddity is not None
         if rejection is not None and self._keep.is_odd(found):
@@ -139,7 +142,7 @@ class CorruptionLimit:
         return rejection
 
     def conclude(self) -> None:
-        """Refuse what throws out too much.
+        """Raise an error if too much was rejected.
 
         Raises:
             DataError: too many texts were found to be corrupted.
@@ -149,12 +152,12 @@ class CorruptionLimit:
             reasons = ", ".join(f"{count} {name}" for name, count in self._reasons.most_common())
             raise DataError(
                 f"{odd} of {self._num_judged} texts would be quarantined as corrupted ({reasons}), "
-                f"accepted are {self._accepted_share:.0%}; nothing was kept: {self._remedy}"
+                f"the limit is {self._accepted_share:.0%}; nothing was kept: {self._remedy}"
             )
 
 
 def learn_from_rows(paths: Sequence[Path], row_format: RowFormat = DEFAULT_FORMAT) -> Profile:
-    """What is normal in the first rows of each file; rows that cannot be read teach nothing.
+    """Estimate normal text from the first rows of each file; unreadable rows are ignored.
 
     At most 5,000 rows of a file and 50,000 of all are held in memory.
 
@@ -176,7 +179,7 @@ def learn_from_rows(paths: Sequence[Path], row_format: RowFormat = DEFAULT_FORMA
 
 
 def load_identify(name: str) -> Identify:
-    """A function given as `module:function`.
+    """Load a function given as `module:function`.
 
     Raises:
         DataError: there is no such function.
@@ -187,5 +190,7 @@ def load_identify(name: str) -> Identify:
     except (ImportError, AttributeError, ValueError) as error:
         raise DataError(f"{name} cannot be loaded ({error}); expected module:function") from None
     if not callable(found):
-        raise DataError(f"{name} is no function; expected one from a text to a language code")
+        raise DataError(
+            f"{name} is not a function; expected one that maps a text to a language code"
+        )
     return found

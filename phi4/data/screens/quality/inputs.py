@@ -1,7 +1,7 @@
-"""Inputs of a screen: files of rows, in any number of directories, and a name for each.
+"""Find the inputs of a filter: files of rows in any number of directories, with a name for each.
 
-The name is where the kept rows go, so it keeps apart what the paths keep apart: two files of one
-name in two directories stay two files in the output.
+The name determines the output file, so it is as distinct as the paths: two files of the same name
+in two directories stay two files in the output.
 """
 
 import os
@@ -22,8 +22,8 @@ class Input:
     """One file of rows.
 
     Attributes:
-        path: of the file.
-        name: without the suffix; a relative path, with directories where names alone would clash.
+        path: path of the file.
+        name: name without the suffix; a relative path, with directories if names alone would clash.
     """
 
     path: Path
@@ -31,14 +31,14 @@ class Input:
 
 
 def list_inputs(inputs: Iterable[str | Path]) -> list[Input]:
-    """Files in their order; those of a directory, at any depth, in sorted path order.
+    """List files in order; those of a directory, at any depth, in sorted path order.
 
-    A file is called by its name, one from a directory by its path below that. Where two would have
-    one name, all are called by their paths below the directory that they have in common.
+    A file's name is its base name, or for a file in a directory its path below that directory. If
+    two would have the same name, all get their paths below their common directory.
 
     Raises:
-        DataError: a file is missing, given twice or holds no rows, a directory has no file of rows,
-            or two have one name still.
+        DataError: a file is missing, given twice or has no rows, a directory has no file of rows,
+            or two still have the same name.
     """
     found = [pair for item in map(Path, inputs) for pair in _files(item)]
     if not found:
@@ -54,14 +54,14 @@ def list_inputs(inputs: Iterable[str | Path]) -> list[Input]:
     if count > 1:
         twice = [str(path) for (_, path), n in zip(found, names, strict=True) if n == name]
         raise DataError(
-            f"{' and '.join(twice[:2])} would both be called {name}; rename one or leave it out"
+            f"{' and '.join(twice[:2])} would both get the name {name}; rename or remove one"
         )
     return [Input(path, name) for (_, path), name in zip(found, names, strict=True)]
 
 
 def _files(item: Path) -> Iterator[tuple[Path, Path]]:
-    """Pairs of the directory that an input is named from, and the file."""
-    # A text file is one document, and has no row to take out.
+    """Return pairs of the directory that an input's name is relative to, and the file."""
+    # A text file is one document, and has no rows to remove.
     found = [Path(f.path) for f in find_inputs([item]).files if form_of(f.path) is not Form.TEXT]
     if not found:
         raise DataError(f"{item} holds no rows; give {', '.join(_ROW_SUFFIXES)} or a directory")

@@ -1,8 +1,8 @@
-"""What a screen writes: the kept rows of each input, and one file of all that was taken out.
+"""Outputs of a filter: the kept rows of each input, and one file of all removed rows.
 
-Files end in `.part` until all rows are through, so a job that dies leaves nothing that looks
-complete. The quarantine has a suffix of its own: neither `*.jsonl` nor the search of a directory
-takes it for rows, so that the output can be the input of the next command as it is.
+Files end in `.part` until all rows are done, so a job that dies leaves nothing that looks complete.
+The quarantine has its own suffix, which neither `*.jsonl` nor a directory search matches, so that
+the output directory can be the input of the next command.
 """
 
 import errno
@@ -21,14 +21,14 @@ QUARANTINE = "quarantine.rejects"
 
 
 class Outputs:
-    """The files of one screen; a context that names them at its end, and only then.
+    """The files of one filter run; a context manager that renames them only when it ends.
 
-    When it ends with an error, the kept rows are removed and the quarantine stays as
-    `quarantine.rejects.part` to be looked at.
+    On an error, the kept rows are removed and the quarantine stays as `quarantine.rejects.part` for
+    inspection.
     """
 
     def __init__(self, inputs: Sequence[Input], directory: Path) -> None:
-        """Plan `directory/NAME.jsonl` for each input, and the quarantine beside them."""
+        """Plan `directory/NAME.jsonl` for each input, and the quarantine in the same directory."""
         self._directory = directory
         self._targets = {item.path: directory / f"{item.name}.jsonl" for item in inputs}
         self._quarantine = directory / QUARANTINE
@@ -36,20 +36,23 @@ class Outputs:
         self._kept: BinaryIO | None = None
 
     def __enter__(self) -> Self:
-        """Make and lock the directory.
+        """Create and lock the directory.
 
         Raises:
-            DataError: an output exists, the directory cannot be made, or another screen is at it.
+            DataError: an output exists, the directory cannot be created, or another job is writing
+                to it.
         """
         with writing(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-            # Not truncated before it is locked: it may be another screen's.
+            # Not truncated before it is locked: it may belong to another job.
             self._held = _part(self._quarantine).open("ab")
         try:
             _lock(self._held, self._directory)
             for target in (*self._targets.values(), self._quarantine):
                 if target.exists():
-                    raise DataError(f"{target} exists; give another output directory or remove it")
+                    raise DataError(
+                        f"{target} exists; give another output directory or remove the file"
+                    )
             self._held.truncate(0)
         except DataError:
             self._held.close()
@@ -69,7 +72,7 @@ class Outputs:
             self._kept.write(row + b"\n")
 
     def hold(self, row: bytes) -> None:
-        """Write a row into quarantine.
+        """Write a row to the quarantine.
 
         Raises:
             DataError, DiskFullError: it cannot be written.
@@ -83,7 +86,7 @@ class Outputs:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Give the files their names, or remove the kept rows after an error."""
+        """Rename the files, or remove the kept rows after an error."""
         if error is None:
             try:
                 self._finish()
@@ -108,15 +111,15 @@ class Outputs:
             for target in self._targets.values():
                 part = _part(target)
                 part.parent.mkdir(parents=True, exist_ok=True)
-                part.touch()  # an input of which no row was kept is an empty file
+                part.touch()  # An input of which no row was kept is an empty file.
                 part.rename(target)
-            # Last, and while it is locked: another screen that waits to begin sees the outputs.
+            # Last, while locked: another job that waits to begin then finds the outputs.
             _part(self._quarantine).rename(self._quarantine)
             self._held.close()
 
     def _abandon(self) -> None:
         for stream in (self._kept, self._held):
-            # What cannot be written any more is not missed: it is the job that failed.
+            # Data that cannot be written now does not matter: the job has failed.
             with suppress(OSError):
                 if stream is not None:
                     stream.close()
@@ -126,7 +129,7 @@ class Outputs:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a file is written into one clear line.
+    """Convert errors of writing a file to a one-line error.
 
     Raises:
         DiskFullError: no space is left on the device or in the quota.
@@ -146,10 +149,8 @@ def _lock(stream: BinaryIO, directory: Path) -> None:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DataError(
-            f"another screen is writing to {directory}; give each its own --out"
-        ) from None
+        raise DataError(f"another job is writing to {directory}; give each its own --out") from None
     except OSError as error:
-        # Some network file systems have no locks; two screens then collide when they give names.
+        # Some network file systems have no locks; two jobs then collide when they rename files.
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise DataError(f"{directory} cannot be locked ({error.strerror})") from None

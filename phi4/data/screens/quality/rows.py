@@ -1,8 +1,8 @@
-"""Rows in raw form for the screens: lines, and the text that a line holds.
+"""Read raw rows for the filters: lines, and the text in a line.
 
-Reading and parsing are apart, so that one process can read while others parse; a bad line is a
-value with a reason, never an exception that ends the stream and never a skip. A row of parquet is
-the line of JSON that it would be.
+Reading and parsing are separate, so that one process can read while others parse; a bad line is a
+value with a reason, neither an exception that ends the stream nor skipped. A row of parquet is
+converted to the equivalent line of JSON.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _CHAT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
 _BATCH_BYTES = 8 << 20
-_BATCH_ROWS = 64  # the metadata undercount texts that repeat and lie in a dictionary
+_BATCH_ROWS = 64  # The metadata underestimates texts that repeat and are stored in a dictionary.
 _SHOWN_BYTES = 1000
 
 
@@ -32,7 +32,7 @@ class RowFormat:
 
     Attributes:
         text_field: column of the text.
-        max_bytes: longer rows are bad, and never held in memory where the file is one of lines.
+        max_bytes: longer rows are bad, and not held in memory if the file is line-based.
     """
 
     text_field: str = "text"
@@ -40,7 +40,7 @@ class RowFormat:
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """Columns that hold what a model would read."""
+        """Return the columns that contain text for the model."""
         return tuple(dict.fromkeys((self.text_field, *_CHAT_COLUMNS)))
 
 
@@ -53,8 +53,8 @@ class Line:
 
     Attributes:
         path: the input.
-        number: of the line or the row of parquet, from 1.
-        raw: its bytes without the line break; of a line over the limit, the first ones only.
+        number: line number, or row of parquet, from 1.
+        raw: its bytes without the line break; truncated for a line over the limit.
         num_bytes: its real length.
     """
 
@@ -65,7 +65,7 @@ class Line:
 
 
 def read_lines(paths: Iterable[Path], row_format: RowFormat = DEFAULT_FORMAT) -> Iterator[Line]:
-    """Lines of files of rows in their order; blank lines are left out.
+    """Read lines of files of rows in order; blank lines are skipped.
 
     At most `row_format.max_bytes` of a line, and a batch of 8 MB of parquet, are ever in memory.
 
@@ -85,7 +85,7 @@ def read_lines(paths: Iterable[Path], row_format: RowFormat = DEFAULT_FORMAT) ->
 
 
 def parse(line: Line, row_format: RowFormat = DEFAULT_FORMAT) -> dict[str, object]:
-    """The JSON object of a line.
+    """Parse the JSON object of a line.
 
     Raises:
         RowError: the line is too long, not UTF-8, or not a JSON object.
@@ -94,10 +94,10 @@ def parse(line: Line, row_format: RowFormat = DEFAULT_FORMAT) -> dict[str, objec
 
 
 def text_of(row: Mapping[str, object], row_format: RowFormat = DEFAULT_FORMAT) -> str:
-    """All that a model would read of a row: its text, or the contents of its chat columns.
+    """Return all text of a row: its text column, or the contents of its chat columns.
 
     Raises:
-        RowError: no text is there, or it has NUL.
+        RowError: it has no text, or a NUL character.
     """
     columns = row_format.text_columns
     parts = [
@@ -114,7 +114,7 @@ def text_of(row: Mapping[str, object], row_format: RowFormat = DEFAULT_FORMAT) -
 
 
 def shown(line: Line) -> str:
-    """A line as text, bytes that are not UTF-8 as escapes."""
+    """Return a line as text, with invalid UTF-8 bytes as escapes."""
     return line.raw.decode("utf-8", "backslashreplace")
 
 
@@ -148,20 +148,20 @@ def _parquet_lines(path: Path, row_format: RowFormat) -> Iterator[Line]:
 
 
 def _text_as_strings(batch: "RecordBatch", row_format: RowFormat) -> "RecordBatch":
-    """The same rows with bytes of text as strings, which JSON would hold as base64."""
+    """Return the same rows with bytes of text as strings, which JSON would encode as base64."""
     from pyarrow import large_string, string, types
 
     for index, column in enumerate(batch.schema):
         is_large = types.is_large_binary(column.type)
         if column.name in row_format.text_columns and (is_large or types.is_binary(column.type)):
-            # Seen as strings, not converted: a row that is not UTF-8 is found when it is read.
+            # Reinterpreted as strings, not converted: invalid UTF-8 is detected when a row is read.
             text = batch.column(index).view(large_string() if is_large else string())
             batch = batch.set_column(index, column.name, text)
     return batch
 
 
 def _json_rows(batch: "RecordBatch") -> Iterator[bytes]:
-    """Rows as JSON; one that is not UTF-8 as the bytes that are not, which nothing can parse."""
+    """Return rows as JSON; invalid UTF-8 as the bytes themselves, which cannot be parsed."""
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError as error:

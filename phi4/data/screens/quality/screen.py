@@ -1,8 +1,9 @@
-"""One stream for every screen: read, analyse in parallel, decide in order, write to two doors.
+"""The pipeline of every filter: read, analyse in parallel, decide in order, write kept and rejected
+rows.
 
-`analyse` is a pure function of a text and runs in worker processes; `decide` sees the analyses one
-by one in the order of the rows and may keep state. So the outcome does not depend on the worker
-count, and memory holds a few batches of rows whatever the size of the input.
+`analyse` is a pure function of a text and runs in worker processes; `decide` gets the analyses one
+by one in row order and may keep state. The outcome does not depend on the number of workers, and
+memory holds a few batches of rows regardless of the input's size.
 """
 
 import json
@@ -41,7 +42,7 @@ _BATCHES_PER_WORKER = 3
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a row is kept out; `details` must be JSON."""
+    """Reason for rejecting a row; `details` must be JSON."""
 
     reason: str
     details: Mapping[str, object] = field(default_factory=dict)
@@ -49,11 +50,11 @@ class Rejection:
 
 @dataclass
 class Screened:
-    """What went through which door."""
+    """Counts of kept and rejected rows."""
 
     num_kept: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-    """Rows per reason; `bad row` counts all that could not be read."""
+    """Rows per reason; `bad row` counts all unreadable rows."""
 
     @property
     def num_rows(self) -> int:
@@ -73,13 +74,13 @@ def _accept() -> None:
 
 @dataclass(frozen=True)
 class Rule(Generic[Analysis]):
-    """What a screen looks for.
+    """What a filter rejects.
 
     Attributes:
-        analyse: of a text; picklable where there are worker processes.
+        analyse: analyses a text; must be picklable if there are worker processes.
         decide: called once per readable row, in input order, with the line it comes from.
-        conclude: called when all rows are through; raises DataError where the outcome is not to be
-            trusted, and nothing is kept.
+        conclude: called after all rows; raises DataError if the outcome is not to be trusted, and
+            nothing is kept.
     """
 
     analyse: Callable[[str], Analysis]
@@ -96,24 +97,24 @@ def screen(
     num_workers: int = 1,
     max_bad_rows: int = MAX_BAD_ROWS,
 ) -> Screened:
-    """Write each input's accepted rows to `directory/NAME.jsonl`, the others into quarantine.
+    """Write each input's accepted rows to `directory/NAME.jsonl`, the others to the quarantine.
 
-    Accepted rows keep their bytes; those of parquet become lines of JSON. Files get their names
-    when all rows are through, so a job that dies leaves none that looks complete.
+    Accepted rows keep their bytes; those of parquet become lines of JSON. Files are renamed after
+    all rows are done, so a job that dies leaves none that looks complete.
 
     Args:
         inputs: .jsonl files, plain, .gz or .zst, .parquet, directories of them; see `list_inputs`
             for their names.
-        directory: made when missing; must hold no output of these names.
-        rule: what is kept out.
+        directory: created if missing; must hold no output of these names.
+        rule: decides which rows are rejected.
         row_format: longer rows are quarantined.
-        num_workers: processes that analyse; 1 analyses in this one.
-        max_bad_rows: rows that cannot be read, beyond which the job stops.
+        num_workers: processes that analyse; 1 analyses in this process.
+        max_bad_rows: number of unreadable rows beyond which the job stops.
 
     Raises:
         DataError: an input cannot be read, too many rows or all are bad, two inputs have one name,
             an output exists or cannot be written, the rule refuses the outcome, or a worker died.
-        DiskFullError: no room is left for the output.
+        DiskFullError: the output does not fit on the disk.
     """
     outcome = Screened()
     rejection: Rejection | None = None
@@ -137,13 +138,13 @@ def screen(
                 if outcome.rejected[BAD_ROW] > max_bad_rows:
                     raise DataError(
                         f"{outcome.rejected[BAD_ROW]} rows are bad, at most {max_bad_rows} are "
-                        f"allowed; see {directory / QUARANTINE}.part, then repair the inputs, name "
-                        "the column with --text-field, or raise --max-bad-rows"
+                        f"allowed; see {directory / QUARANTINE}.part, then repair the inputs, give "
+                        f"the column with --text-field, or raise --max-bad-rows"
                     )
         if 0 < outcome.num_rows == outcome.rejected[BAD_ROW] and rejection is not None:
             raise DataError(
-                f"all {outcome.num_rows} rows are bad ({rejection.reason}); name the column of the "
-                "text with --text-field"
+                f"all {outcome.num_rows} rows are bad ({rejection.reason}); give the column of the "
+                f"text with --text-field"
             )
         rule.conclude()
     return outcome
@@ -156,7 +157,8 @@ def analyse_rows(
     row_format: RowFormat = DEFAULT_FORMAT,
     num_workers: int = 1,
 ) -> Iterator[tuple[Line, Analysis | RowError]]:
-    """Each line of the inputs in order, with the analysis of its text or why there is none.
+    """Yield each line of the inputs in order, with the analysis of its text or the reason why there
+    is none.
 
     Raises:
         DataError: an input cannot be read, or a worker died.

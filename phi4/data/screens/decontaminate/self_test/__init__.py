@@ -1,1 +1,2 @@
-"""The self-test: benchmark items planted in a corpus that decontamination has to find."""
+"""Self-test of the decontamination: benchmark items are inserted into a corpus and must be
+found."""

@@ -1,9 +1,9 @@
-"""Benchmark-like items and clean text that every CPython carries, for the self-test.
+"""Benchmark-like items and clean text from CPython's documentation, for the self-test.
 
-Items read like those of public benchmarks: doctests as output prediction, docstrings and the
+Items resemble those of public benchmarks: doctests as output prediction, docstrings and the
 language reference as multiple choice, word problems. They come from other modules and topics than
-the clean text, and an item that stands there all the same is left out: to flag that text would be
-right. Phrases that documentation repeats stay in both; they are what false alarms are made of.
+the clean text, and an item that also occurs there is dropped, because flagging that text would be
+correct. Phrases that the documentation repeats stay in both; they cause the false alarms.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _ITEM_WORDS = 8
 _NAME = re.compile(r"[A-Za-z_][\w.]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
-# Shorter than a 7-gram: an item must be found by what is its own.
+# Shorter than a 7-gram: an item must be found by its own text.
 _DEFINITION_FORMS = (
     "Which name has this description? {}",
     "{} Which name fits this description?",
@@ -64,14 +64,14 @@ _SLOTS = {
 
 @dataclass(frozen=True)
 class Question:
-    """An item with its options apart, so that they can be shuffled."""
+    """An item with its options separate, so that they can be shuffled."""
 
     kind: str
     text: str
     options: tuple[str, ...]
 
     def item(self, number: int) -> Item:
-        """As a benchmark row."""
+        """Return the item as a benchmark row."""
         return Item(self.kind, number, self.full)
 
     @property
@@ -81,18 +81,18 @@ class Question:
 
     @property
     def listed(self) -> str:
-        """Options with their letters."""
+        """The options with their letters."""
         lines = zip("ABCD", self.options, strict=True)
         return "\n".join(f"{letter}. {option}" for letter, option in lines)
 
 
 @dataclass(frozen=True)
 class Material:
-    """What one side of the self-test works with.
+    """Data of one half of the self-test.
 
     Attributes:
-        questions: the benchmark.
-        clean: texts that hold none of them.
+        questions: the benchmark items.
+        clean: texts that contain none of them.
     """
 
     questions: tuple[Question, ...]
@@ -101,7 +101,7 @@ class Material:
 
 @dataclass(frozen=True)
 class SelfTestText:
-    """Disjoint texts: to choose thresholds on, to measure on, to learn common phrases from."""
+    """Disjoint texts for choosing thresholds, for measuring, and for learning common phrases."""
 
     choosing: Material
     measuring: Material
@@ -111,21 +111,22 @@ class SelfTestText:
 def self_test_text(
     clean: Sequence[str] = (), items: Sequence[Item] = (), seed: int = 0
 ) -> SelfTestText:
-    """Items and clean text out of this Python's docstrings and language reference.
+    """Make items and clean text from this Python's docstrings and language reference.
 
     Args:
-        clean: texts to measure on in place of the documentation's second half.
-        items: benchmark items to plant in place of those made here, every other one on each half.
-        seed: of the choice of options, gaps and halves.
+        clean: texts to measure on, instead of the documentation's second half.
+        items: benchmark items to insert instead of generated ones, alternating between the halves.
+        seed: seed of the choice of options, gaps and halves.
 
     Raises:
-        DataError: this Python comes without its documentation, or one side has no text left.
+        DataError: this Python lacks its documentation, or one half has no text left.
     """
     sides = _sides()
     if clean:
         sides["measure"] = list(clean)
     cut = {name: tuple(passages(sides[name])) for name in ("common", "choose", "measure")}
-    # Topics of the reference quote each other: what chose the thresholds must not measure them.
+    # Topics of the reference quote each other: a text used to choose the thresholds must not be
+    # measured.
     used = CleanText([*cut["common"], *cut["choose"]])
     cut["measure"] = tuple(text for text in cut["measure"] if not used.holds(text))
     known = CleanText(text for texts in cut.values() for text in texts)
@@ -148,7 +149,8 @@ def self_test_text(
     if not (all(halves) and cut["measure"]):
         raise DataError(
             f"{len(halves[0])} and {len(halves[1])} items and {len(cut['measure'])} clean passages "
-            "are left once short items and what stands on both sides are out; give more of them"
+            "remain after dropping short items and texts that occur in both halves; give more of "
+            "them"
         )
     return SelfTestText(
         choosing=Material(tuple(halves[0]), cut["choose"]),
@@ -158,7 +160,7 @@ def self_test_text(
 
 
 def _sides() -> dict[str, list[str]]:
-    """This Python's prose in four disjoint parts."""
+    """Split this Python's prose into four disjoint parts."""
     corpus = standard_library_corpus()
     sides: dict[str, list[str]] = {name: [] for name in ("items", "common", "choose", "measure")}
     for text in [*corpus["prose"], *corpus["prose_held_out"]]:
@@ -168,7 +170,7 @@ def _sides() -> dict[str, list[str]]:
 
 
 def passages(texts: Iterable[str]) -> Iterator[str]:
-    """Texts cut at blank lines into pieces of about sixty words and more."""
+    """Cut texts at blank lines into pieces of at least about sixty words."""
     for text in texts:
         piece: list[str] = []
         for paragraph in text.split("\n\n"):
@@ -235,7 +237,7 @@ def _ending(sentence: str, sentences: list[str], generator: random.Random) -> Qu
 
 
 def _session(paragraph: str) -> tuple[str, str] | None:
-    """The lines of a doctest up to its last input, and the output of that."""
+    """Return the lines of a doctest up to its last input, and that input's output."""
     lines = paragraph.splitlines()
     inputs = [i for i, line in enumerate(lines) if line.lstrip().startswith((">>>", "..."))]
     first = next((i for i, line in enumerate(lines) if line.lstrip().startswith(">>>")), None)

@@ -1,7 +1,7 @@
-"""Whether a passage stands in clean text already, judged without words and n-grams of words.
+"""Check whether a passage already occurs in clean text, without using words or n-grams of words.
 
-The self-test's truth must not come from the rule that it tests. This one looks at runs of eight
-letters, in any order: an item half of which one clean passage holds is no item that was planted.
+The self-test's ground truth must be independent of the rule that it tests. This check uses runs of
+eight letters, in any order: an item is not inserted if a single clean passage contains half of it.
 """
 
 import re
@@ -17,7 +17,7 @@ _NO_LETTERS = re.compile(r"[\W\d_]+")
 
 
 class CleanText:
-    """Passages, by the runs of letters in them."""
+    """Passages, indexed by the runs of letters in them."""
 
     def __init__(self, passages: Iterable[str]) -> None:
         """Index passages."""
@@ -27,7 +27,8 @@ class CleanText:
                 self._passages_of[run].append(number)
 
     def holds(self, text: str) -> bool:
-        """Whether one passage has half of a text's letters; False for texts of under 40 letters."""
+        """Return whether one passage contains half of a text's runs; False for texts of under 40
+        letters."""
         runs = _runs(text)
         if len(_letters(text)) < _FEWEST_LETTERS or not runs:
             return False
@@ -40,7 +41,7 @@ def _letters(text: str) -> bytes:
 
 
 def _runs(text: str) -> set[int]:
-    """Checksums of runs of letters; a fixed quarter of all, to save memory."""
+    """Return checksums of runs of letters; a fixed quarter of all, to save memory."""
     letters = _letters(text)
     sums = (zlib.crc32(letters[start : start + _RUN]) for start in range(len(letters) - _RUN + 1))
     return {value for value in sums if value % _SAMPLED == 0}

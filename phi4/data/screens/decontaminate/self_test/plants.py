@@ -1,4 +1,4 @@
-"""How benchmark items turn up in training text: the ways in which the self-test plants them."""
+"""The ways in which the self-test inserts benchmark items into training text."""
 
 import html
 import random
@@ -18,18 +18,19 @@ _INSIDE_WORD = re.compile(r"(?<=[^\W\d_]{3})(?=[^\W\d_]{3})")
 _FULL_WIDTH = str.maketrans("0123456789", "０１２３４５６７８９")
 
 Plant = Callable[[Question, tuple[str, ...], random.Random], str | None]
-"""Question, clean passages, generator in; a training text out, None where it makes no sense."""
+"""Takes a question, clean passages and a generator; returns a training text, or None if not
+applicable."""
 
 
 def verbatim(question: Question, passages: tuple[str, ...], generator: random.Random) -> str | None:
-    """As it is, as a paragraph between two others."""
+    """Unchanged, as a paragraph between two others."""
     return _between(question.full, passages, generator)
 
 
 def rewrapped(
     question: Question, passages: tuple[str, ...], generator: random.Random
 ) -> str | None:
-    """Eight words a line."""
+    """Eight words per line."""
     words = question.full.split()
     lines = (words[start : start + _LINE_WORDS] for start in range(0, len(words), _LINE_WORDS))
     return _between("\n".join(map(" ".join, lines)), passages, generator)
@@ -45,7 +46,7 @@ def embedded(question: Question, passages: tuple[str, ...], generator: random.Ra
 def options_shuffled(
     question: Question, passages: tuple[str, ...], generator: random.Random
 ) -> str | None:
-    """The same options under other letters; None for items without options."""
+    """Return the same options under other letters; None for items without options."""
     options = list(question.options)
     if len(set(options)) < 2:
         return None
@@ -58,14 +59,14 @@ def options_shuffled(
 def options_left_out(
     question: Question, passages: tuple[str, ...], generator: random.Random
 ) -> str | None:
-    """The question alone; None for items without options."""
+    """Return the question alone; None for items without options."""
     return _between(question.text, passages, generator) if question.options else None
 
 
 def case_and_punctuation(
     question: Question, passages: tuple[str, ...], generator: random.Random
 ) -> str | None:
-    """Another case, and marks that are exchanged, or left out where a space follows."""
+    """Changed case, and punctuation exchanged or removed before a space."""
     text = generator.choice([str.upper, str.lower, str.title])(question.full)
 
     def changed(match: re.Match[str]) -> str:
@@ -78,7 +79,8 @@ def case_and_punctuation(
 def numbers_reformatted(
     question: Question, passages: tuple[str, ...], generator: random.Random
 ) -> str | None:
-    """Other thousands marks, zeros after the point, full-width digits; None without numbers."""
+    """Other thousands separators, zeros after the point, full-width digits; None without
+    numbers."""
     text = question.full
     if not _NUMBER.search(text):
         return None
@@ -98,7 +100,7 @@ def numbers_reformatted(
 def html_entities(
     question: Question, passages: tuple[str, ...], generator: random.Random
 ) -> str | None:
-    """Marks as entities, and some spaces as `&nbsp;`."""
+    """Punctuation as entities, and some spaces as `&nbsp;`."""
     words = html.escape(question.full).split(" ")
     text = words[0]
     for word in words[1:]:
@@ -109,7 +111,7 @@ def html_entities(
 def hyphenated(
     question: Question, passages: tuple[str, ...], generator: random.Random
 ) -> str | None:
-    """Eight words a line, the last one of each hyphenated where it is long enough."""
+    """Eight words per line, the last one of each hyphenated if it is long enough."""
     words = question.full.split()
     text = ""
     for number, word in enumerate(words, start=1):
@@ -126,7 +128,7 @@ def hyphenated(
 def zero_width(
     question: Question, passages: tuple[str, ...], generator: random.Random
 ) -> str | None:
-    """Zero-width spaces for spaces, soft hyphens inside of words."""
+    """Zero-width spaces for spaces, soft hyphens inside words."""
     text = question.full.replace(" ", "\u200b")
     return _between(_INSIDE_WORD.sub("\u00ad", text), passages, generator)
 

@@ -1,8 +1,8 @@
-"""What the detector finds: items planted in known ways into text that is known to be clean.
+"""Measure the detector: items inserted in known ways into text that is known to be clean.
 
-Thresholds are chosen on one half of items and clean text and measured on the other; what is
-reported first is the measurement at the thresholds that the command uses. An item counts as found
-when the text is kept out *and* the planted item is among its matches.
+Thresholds are chosen on one half of items and clean text and measured on the other; reported first
+is the measurement at the thresholds that the command uses. An item counts as found if the text is
+rejected *and* the inserted item is among its matches.
 """
 
 import random
@@ -18,17 +18,17 @@ from phi4.data.screens.decontaminate.self_test.plants import PLANTS
 MAX_FALSE_ALARMS = 0.005
 _TOLERATED_LOSS = 0.02
 _PROMISED = [kind for kind in PLANTS if kind != "options left out"]
-"""A question alone is a part of an item; a short one is below any fair threshold."""
+"""A question alone is a part of an item; a short one is below any reasonable threshold."""
 _STEPS = tuple(step / 20 for step in range(1, 21))
 _ALWAYS = 2.0
 """Above every threshold: a 13-gram match."""
 
 Follow = Callable[[str], None]
-"""Is told of each piece of work before it begins, in words."""
+"""Called with a description of each piece of work before it begins."""
 
 
 def _ignore(_: str) -> None:
-    """Nobody follows."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Measured:
     """Counts of one detector on one half.
 
     Attributes:
-        planted, found: by way of planting.
-        num_clean, num_false: clean texts, and those of them that were kept out.
+        planted, found: counts by way of insertion.
+        num_clean, num_false: clean texts, and how many of them were rejected.
     """
 
     normalisation: str
@@ -48,27 +48,29 @@ class Measured:
     num_false: int
 
     def recall(self, kind: str) -> float:
-        """Share of the planted items that were found; 1 where none could be planted this way."""
+        """Return the fraction of the inserted items that were found; 1 if the way was never
+        applicable."""
         return self.found[kind] / self.planted[kind] if self.planted[kind] else 1.0
 
     def precision(self, kind: str) -> float:
-        """Share of true findings where plants of one kind are mixed with all clean texts."""
+        """Return the fraction of true findings if items inserted one way are mixed with all clean
+        texts."""
         findings = self.found[kind] + self.num_false
         return self.found[kind] / findings if findings else 1.0
 
     @property
     def false_alarms(self) -> float:
-        """Share of the clean texts that were kept out."""
+        """Return the fraction of the clean texts that were rejected."""
         return self.num_false / self.num_clean
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """Both halves for one normalisation."""
+    """Results on both halves for one normalisation."""
 
     normalisation: str
     chosen: Thresholds
-    """By the choosing half alone."""
+    """Thresholds chosen on the choosing half alone."""
     choosing: Measured
     measuring: Measured
     """Both at the thresholds that the command uses."""
@@ -87,9 +89,9 @@ def run_self_test(
     Args:
         text: items and clean text.
         normalisation: `robust` or `paper`.
-        thresholds: those in use; the defaults of the normalisation when left out.
-        seed: of the planting.
-        follow: is told what is done.
+        thresholds: those in use; default to those of the normalisation.
+        seed: seed of the insertions.
+        follow: reports progress.
     """
     thresholds = thresholds or default_thresholds(normalisation)
 
@@ -115,7 +117,7 @@ def measure(
     seed: int = 0,
     follow: Follow = _ignore,
 ) -> Measured:
-    """Plant every item in every way, check the results and the clean text."""
+    """Insert every item in every way, check the results and the clean text."""
     detector = _detector(material, reference, normalisation, thresholds)
     generator = random.Random(seed)
     planted, found = dict.fromkeys(PLANTS, 0), dict.fromkeys(PLANTS, 0)
@@ -139,10 +141,11 @@ def choose_thresholds(
     seed: int = 0,
     follow: Follow = _ignore,
 ) -> Thresholds:
-    """The highest share of 7-grams that loses at most 2% of the plants of any promised kind.
+    """Return the highest share of 7-grams that misses at most 2% of the items of any supported
+    kind.
 
-    That is the one with the fewest false alarms, looked for where these are at most half of what is
-    tolerated. `info` is half of `contaminated`.
+    That is the one with the fewest false alarms; it is searched where these are at most half of the
+    tolerated rate. `info` is half of `contaminated`.
     """
     detector = _detector(material, reference, normalisation, Thresholds(0.0, 0.0))
     follow(f"{len(material.clean)} clean texts")
@@ -175,7 +178,7 @@ def choose_thresholds(
 
 
 def report(results: Sequence[SelfTest]) -> str:
-    """The table that the command prints."""
+    """Return the table that the command prints."""
     lines = [f"{'':18} {'':>8} " + " ".join(f"{r.normalisation:>19}" for r in results)]
     lines += [f"{'planted':18} {'items':>8} " + " ".join(["   precision  recall"] * len(results))]
     for half in ("measuring", "choosing"):
@@ -210,6 +213,6 @@ def _names(verdict: Verdict, item: int) -> bool:
 
 
 def _score(verdict: Verdict, item: int | None = None) -> float:
-    """The threshold up to which a text is kept out, for one item or for any."""
+    """Return the threshold up to which a text is rejected, for one item or for any."""
     matches = [match for match in verdict.matches if item in (None, match.item)]
     return max((_ALWAYS if match.has_long else match.ratio for match in matches), default=0.0)
