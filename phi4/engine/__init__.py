@@ -1,7 +1,8 @@
-"""The engine: megatron-core on CUDA over NCCL or on CPU over gloo, behind plain values.
+"""The engine: megatron-core on CUDA over NCCL or on CPU over gloo, with plain values as its
+interface.
 
-The only package that imports megatron.core or transformer_engine. Everything above it speaks of
-recipes, batches, objectives and step results.
+The only package that imports megatron.core or transformer_engine. Its callers use recipes, batches,
+objectives and step results.
 """
 
 import warnings
@@ -9,7 +10,7 @@ import warnings
 import phi4.engine.te_import  # noqa: F401, before megatron-core
 
 with warnings.catch_warnings():
-    # "Apex is not installed" and the like: the engine brings its own norm and Adam.
+    # "Apex is not installed" and the like: the engine has its own norm and Adam.
     warnings.simplefilter("ignore")
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt

@@ -1,8 +1,8 @@
-"""Decisions that all ranks share: one rank asks the file system, everybody gets its answer.
+"""Collective decisions: one rank reads the file system, and all ranks get its result.
 
-Directory listings and file attributes on NFS and Lustre are cached per host, so two ranks that look
-at the same directory can see different files. Rank 0 looks; the others wait until what it saw is
-visible to them too, with a deadline, and every failure is raised by all ranks together.
+Directory listings and file attributes on NFS and Lustre are cached per host, so two ranks that list
+the same directory can see different files. Rank 0 looks; the others wait until its files are
+visible to them too, with a deadline, and every failure is raised on all ranks together.
 """
 
 import socket
@@ -24,21 +24,21 @@ Answer = TypeVar("Answer")
 
 
 class Asked(NamedTuple):
-    """What one rank tells the others at the end of a step, or what any of them told.
+    """Requests of one rank at the end of a step, or their union over all ranks.
 
-    The first three were asked of the run from outside, the others are of the save under way.
+    The first three are requests to the run, the others report the save in progress.
     """
 
     requeue: bool = False
-    """To save and end, so that the same command goes on: by a notice, on any rank."""
+    """Save and end, to be resumed by the same command: from a notice, on any rank."""
     end: bool = False
-    """To save and end, for good: by a file, on the writer rank."""
+    """Save and end for good: from a file, on the writer rank."""
     save: bool = False
-    """To save and go on: by a file, on the writer rank."""
+    """Save and continue: from a file, on the writer rank."""
     save_is_busy: bool = False
-    """This rank's part of the save is not done."""
+    """This rank's part of the save is not finished."""
     save_failed: bool = False
-    """It went wrong, or takes too long."""
+    """This rank's part of the save failed, or takes too long."""
 
     @property
     def stops(self) -> bool:
@@ -47,12 +47,12 @@ class Asked(NamedTuple):
 
 
 def nothing_asked() -> Asked:
-    """What is asked of a run that nobody watches."""
+    """Return no requests, for a run that is not watched."""
     return Asked()
 
 
 def asked_of_any(platform: Platform, asked: Asked) -> Asked:
-    """What was asked of any rank.
+    """Return the union of the requests of all ranks.
 
     Collectives: one all-reduce over all ranks of five numbers.
     """
@@ -64,16 +64,16 @@ def asked_of_any(platform: Platform, asked: Asked) -> Asked:
 
 
 def decided_by_writer(platform: Platform, decide: Callable[[], Answer]) -> Answer:
-    """What `decide` returns on the writer rank, on every rank.
+    """Return the result of `decide` on the writer rank, on every rank.
 
     Args:
         platform: this process.
-        decide: called on the writer rank only; its answer must pickle.
+        decide: called on the writer rank only; its result must be picklable.
 
     Raises:
         Phi4Error: raised by `decide`; every rank raises the same type and message.
 
-    Collectives: one broadcast of the answer over all ranks, from rank 0.
+    Collectives: one broadcast of the result over all ranks, from rank 0.
     """
     answer: list[Answer | _Refusal | None] = [None]
     if platform.is_writer:
@@ -92,11 +92,11 @@ def decided_by_writer(platform: Platform, decide: Callable[[], Answer]) -> Answe
 
 
 def done_by_all(platform: Platform, act: Callable[[], Answer]) -> Answer:
-    """What `act` returns on this rank, once no rank failed.
+    """Return the result of `act` on this rank, after checking that no rank failed.
 
     Args:
         platform: this process.
-        act: called on every rank; what it reads is expected to be the same for all.
+        act: called on every rank; the files that it reads are expected to be the same for all.
 
     Raises:
         Phi4Error: raised by `act`, or a PlatformError for an OSError, of the lowest failing rank;
@@ -144,11 +144,11 @@ def raise_together(platform: Platform, error: Phi4Error | None) -> None:
 def wait_until_visible(
     platform: Platform, paths: Sequence[Path], *, seconds: float = VISIBILITY_SECONDS
 ) -> None:
-    """Wait until this rank, and every other, sees the files or directories that rank 0 named.
+    """Wait until this rank, and every other, sees the files or directories that rank 0 reported.
 
     Args:
         platform: this process.
-        paths: what rank 0 saw, the same on every rank.
+        paths: paths that rank 0 saw, the same on every rank.
         seconds: how long a rank waits before it gives up.
 
     Raises:
@@ -165,13 +165,13 @@ def wait_until_visible(
     if missing:
         error = PlatformError(
             f"rank {platform.rank} on {socket.gethostname()} does not see {missing[0]} after "
-            f"{seconds:.0f} s, rank 0 does; use a directory that all hosts share"
+            f"{seconds:.0f} s, but rank 0 does; use a directory that all hosts share"
         )
     raise_together(platform, error)
 
 
 def gathered(platform: Platform, own: Answer) -> list[Answer]:
-    """What every rank gave, by rank; it must pickle.
+    """Return the value of every rank, by rank; values must be picklable.
 
     Collectives: one all-gather of it over all ranks.
     """
@@ -183,7 +183,7 @@ def gathered(platform: Platform, own: Answer) -> list[Answer]:
 
 
 class _Refusal:
-    """Carries an error as an answer."""
+    """An error as the result of a decision."""
 
     def __init__(self, error: Phi4Error) -> None:
         self.error = error

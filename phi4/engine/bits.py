@@ -1,4 +1,4 @@
-"""Exact sums over tensors by their bits, and whether they are finite: no rounding, no tolerance."""
+"""Exact integer sums over the bits of tensors, and checks for non-finite values."""
 
 from collections.abc import Iterable
 
@@ -8,13 +8,14 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:
-    """[] int64 that any one changed bit changes; most other changes do, swapped rows included.
+    """Return a [] int64 checksum that changes with any single bit, and with most other changes,
+    such as swapped rows.
 
-    Rows are added up as integers, and weighted by odd numbers, all modulo 2 ** 64: no order of
-    addition changes the sum.
+    Rows are added up as integers, and weighted by odd numbers, all modulo 2 ** 64, so the sum does
+    not depend on the order of addition.
 
     Args:
-        tensor: of 2 or 4 bytes per element, at least one.
+        tensor: tensor of 2 or 4 bytes per element, at least one.
     """
     bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
     rows = bits.sum(dim=-1, dtype=torch.int64).flatten() if bits.dim() > 1 else bits.long()
@@ -22,11 +23,11 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def digests(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """[n] int64: `digest` of each."""
+    """Return [n] int64: `digest` of each tensor."""
     return torch.stack([digest(tensor) for tensor in tensors])
 
 
 def are_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """[n] bool: whether a tensor holds neither a NaN nor an infinity; reads each once."""
+    """Return [n] bool: whether a tensor has neither NaN nor infinity; reads each once."""
     bounds = [torch.stack(tensor.detach().aminmax()).float() for tensor in tensors]
     return torch.stack(bounds).isfinite().all(dim=1)

@@ -1,9 +1,10 @@
-"""What `patches.py` puts in the place of megatron-core's checkpoint writer.
+"""Replacements for megatron-core's checkpoint writer, installed by `patches.py`.
 
-megatron-core plans a save and brings its ranks together; the bytes leave it here. Shards go to a
-`ShardSink`, which writes them at once or hands them to the writer process. The three small files
-that rank 0 writes are kept in memory, to be written with the manifest. So the planning and the
-collectives of a save touch no disk, and an error of one never leaves the other ranks waiting.
+megatron-core plans a save and synchronises its ranks; the data is written here. Shards go to a
+`ShardSink`, which writes them at once or passes them to the writer process. The three small files
+that rank 0 writes are kept in memory, to be written with the manifest. The planning and the
+collectives of a save thus never access the disk, and an error of one rank never leaves the others
+waiting.
 """
 
 import io
@@ -51,27 +52,27 @@ Bucket = tuple[str, str, tuple[list[tuple[WriteItem, io.BytesIO]], list[tuple[Wr
 
 
 class ShardSink(Protocol):
-    """Where this rank's shards go.
+    """Destination of this rank's shards.
 
     Attributes:
-        files: what was written.
+        files: the files written.
     """
 
     files: tuple[WrittenFile, ...]
 
     def stage(self, buckets: list[Bucket]) -> Any:
-        """Take the content as it is now."""
+        """Take a snapshot of the current content."""
 
     def write(self, staged: Any, results: queue.SimpleQueue) -> None:
-        """Write what was staged, or begin to; `results` gets the places of the records once they
-        are on the disk, or the error. Raises nothing."""
+        """Write what was staged, or begin to; `results` gets the locations of the records once they
+        are durable, or the error. Never raises."""
 
 
 class Capture:
-    """What one save gives out; the attributes are those of the newest one.
+    """The captured output of a save; the attributes are those of the newest one.
 
     Attributes:
-        sink: where shards go.
+        sink: destination of shards.
         small_files: content by name, on rank 0.
     """
 
@@ -79,7 +80,7 @@ class Capture:
         self.begin(InProcess())
 
     def begin(self, sink: ShardSink) -> None:
-        """A save begins."""
+        """Begin a save."""
         self.sink = sink
         self.small_files: dict[str, bytes] = {}
 
@@ -132,8 +133,8 @@ class InProcess:
     """Writes shards at once, in this process.
 
     Attributes:
-        files: what was written.
-        error: what could not be.
+        files: the files written.
+        error: the error, if writing failed.
     """
 
     def __init__(self) -> None:
@@ -141,7 +142,7 @@ class InProcess:
         self.error: Exception | None = None
 
     def stage(self, buckets: list[Bucket]) -> list[Bucket]:
-        """Nothing changes before they are written."""
+        """Do nothing: the content cannot change before it is written."""
         return buckets
 
     def write(self, staged: list[Bucket], results: queue.SimpleQueue) -> None:
@@ -161,11 +162,11 @@ class ToWriterProcess:
     """Stages shards in shared memory and has the writer process write them.
 
     Args:
-        writer: of this rank.
+        writer: writer process of this rank.
 
     Attributes:
-        files: what was written.
-        error: what could not be, or could not be staged.
+        files: the files written.
+        error: the error, if staging or writing failed.
     """
 
     def __init__(self, writer: WriterProcess) -> None:
@@ -176,7 +177,7 @@ class ToWriterProcess:
         self._results: queue.SimpleQueue | None = None
 
     def stage(self, buckets: list[Bucket]) -> WriteShards | None:
-        """Copies all tensors; None where there is too little memory."""
+        """Copy all tensors; return None if there is too little memory."""
         # Kept for their names and order; the tensors in them belong to training.
         self._buckets = buckets
         try:
@@ -195,7 +196,7 @@ class ToWriterProcess:
             self.error = error
 
     def is_written(self) -> bool:
-        """Look once whether the writer process is done, well or not."""
+        """Return whether the writer process is done, successfully or not; polls once."""
         if self._results is None or self.error is not None or self.files:
             return True
         reply = self._writer.reply()
@@ -209,7 +210,7 @@ class ToWriterProcess:
 
 
 def staged_task(staging: Staging, buckets: Sequence[Bucket]) -> WriteShards:
-    """The files of a save, their tensors copied into shared memory.
+    """Return the files of a save, with their tensors copied into shared memory.
 
     Raises:
         PlatformError: the machine has too little memory.
@@ -228,7 +229,7 @@ def staged_task(staging: Staging, buckets: Sequence[Bucket]) -> WriteShards:
 
 
 def _on_host(objects: list, tensors: list) -> Iterator[bytes | torch.Tensor]:
-    """Content of the records, on the host one after the other."""
+    """Return the content of the records in host memory, one after the other."""
     yield from (data.getvalue() for _, data in objects)
     yield from (tensor.detach().cpu() for _, tensor in tensors)
 

@@ -1,7 +1,7 @@
-"""What `patches.py` puts in the place of torch's and megatron-core's checkpoint reader.
+"""Replacements for torch's and megatron-core's checkpoint reader, installed by `patches.py`.
 
-It takes an index that was vetted before and reads values only: torch's own unpickles `.metadata`
-and every record of bytes without restriction.
+They take an index that has been validated and read values only: torch's own reader unpickles
+`.metadata` and every record of bytes without restriction.
 """
 
 import io
@@ -24,9 +24,11 @@ from phi4.errors import CheckpointError
 
 @dataclass(frozen=True)
 class VettedSource:
-    """Where records are, and their index; takes the place of a directory in megatron-core's call.
+    """Location of records and their validated index; passed instead of a directory to
+    megatron-core.
 
-    The stock reader takes no such object, so without the patch a load ends before it reads.
+    The stock reader does not accept such an object, so without the patch a load fails before it
+    reads anything.
     """
 
     directory: Path
@@ -34,11 +36,11 @@ class VettedSource:
 
 
 class VettedReader(FileSystemReader):
-    """Reads the records that a vetted index places; never opens `.metadata`.
+    """Reads the records in a validated index; never opens `.metadata`.
 
     Args:
-        source: vetted.
-        cache_metadata: as megatron-core asks for; the index is in memory either way.
+        source: validated source.
+        cache_metadata: required by megatron-core; the index is in memory either way.
     """
 
     def __init__(self, source: VettedSource, cache_metadata: bool = False) -> None:
@@ -46,7 +48,7 @@ class VettedReader(FileSystemReader):
         self._metadata = source.metadata
 
     def read_metadata(self) -> Metadata:
-        """The vetted index."""
+        """Return the validated index."""
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
@@ -56,7 +58,7 @@ class VettedReader(FileSystemReader):
 
 
 def load_bytes_as_values(planner: DefaultLoadPlanner, item: ReadItem, value: io.BytesIO) -> None:
-    """Replaces `DefaultLoadPlanner.load_bytes`, which runs what the record's pickle asks for."""
+    """Replaces `DefaultLoadPlanner.load_bytes`, which executes the record's pickle."""
     name, loaded = item.dest_index.fqn, load_values(value)
     if planner.flatten_state_dict:
         set_element(planner.original_state_dict, planner.mappings[name], loaded)
@@ -65,20 +67,20 @@ def load_bytes_as_values(planner: DefaultLoadPlanner, item: ReadItem, value: io.
 
 
 def load_values(stream: io.BytesIO) -> Any:
-    """Tensors, numbers, text and containers of them from a `torch.save` file.
+    """Load tensors, numbers, text and containers of them from a `torch.save` file.
 
     Raises:
-        CheckpointError: it holds anything else.
+        CheckpointError: it contains anything else.
         Exception: what torch raises for a damaged file.
     """
     with values_only():
-        # Explicit, because an environment variable can turn the default off.
+        # Explicit, because an environment variable can disable the default.
         return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 @contextmanager
 def values_only() -> Iterator[None]:
-    """torch's weights-only loader, without the classes that megatron-core adds to its list.
+    """Use torch's weights-only loader without the classes that megatron-core adds to its list.
 
     Raises:
         CheckpointError: instead of torch's advice to load without the restriction.
@@ -89,7 +91,7 @@ def values_only() -> Iterator[None]:
         yield
     except pickle.UnpicklingError:
         raise CheckpointError(
-            "a record is damaged, or holds something else than tensors, numbers and text"
+            "a record is damaged, or contains something other than tensors, numbers and text"
         ) from None
     finally:
         torch.serialization.add_safe_globals(added)

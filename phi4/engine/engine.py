@@ -1,6 +1,6 @@
-"""The engine's face: one model in one layout, with plain values in and out.
+"""The engine's public class: one model in one layout, with plain values as inputs and outputs.
 
-Entering megatron-core always happens inside `Patches`; nothing outside this class needs to know.
+megatron-core is always entered inside `Patches`; callers of this class need not know about it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -62,11 +62,11 @@ from phi4.engine.step import NO_LIMITS, StepResult, UpdateLimits
 
 @dataclass(frozen=True)
 class RowLogProbs:
-    """Log-probabilities of whole rows, on the host.
+    """Log-probabilities of complete rows, on the host.
 
     Attributes:
         labels: [B, S] float32.
-        alternative_labels: [B, S] float32, 0 where there is none; None when the batch has none.
+        alternative_labels: [B, S] float32, 0 where there is none; None if the batch has none.
     """
 
     labels: np.ndarray
@@ -74,7 +74,7 @@ class RowLogProbs:
 
     @classmethod
     def of(cls, found: LabelLogProbs) -> "RowLogProbs":
-        """A copy on the host."""
+        """Copy to the host."""
         second_BS = found.alternatives_BS
         return cls(
             found.labels_BS.cpu().numpy(), None if second_BS is None else second_BS.cpu().numpy()
@@ -82,22 +82,21 @@ class RowLogProbs:
 
 
 class Engine:
-    """A Phi-4 in a parallel layout: steps, evaluation, log-probabilities, logits.
+    """A Phi-4 model in a parallel layout: steps, evaluation, log-probabilities, logits.
 
     Args:
         recipe: checked against the rules and the world size.
-        platform: where this process runs.
-        trains: False builds no gradient buffers and no optimizer, and does without Transformer
+        platform: this process.
+        trains: False builds no gradient buffers and no optimizer, and does not use Transformer
             Engine.
-        draws_weights: False leaves the weights to a checkpoint that is loaded next.
-        tick: called for every micro-batch that a model chunk takes; cheap.
+        draws_weights: False leaves the weights uninitialised for a checkpoint to be loaded.
+        tick: called for every micro-batch that a model chunk processes; must be cheap.
         patches: for tests; the platform's own by default.
-        evidence: what is known of the kernels, the same on every rank; None takes what each
-            machine has on file.
+        evidence: proof rows of the kernels, the same on every rank; None uses those on each
+            machine.
 
     Raises:
-        PlatformError: before any collective, when this process cannot multiply in the FP8 that is
-            asked for.
+        PlatformError: before any collective, if this process does not support the recipe's FP8.
 
     Collectives: creation of the process groups, one all-gather of optimizer group names.
     """
@@ -122,7 +121,7 @@ class Engine:
         self.forward_timer: ForwardTimer | None = None
         """Measures the forward passes of training while it is set."""
         self.fp8_layers: tuple[int, ...] = tuple(fp8_layers(recipe))
-        """That multiply in FP8 now, of the whole model; see `leave_fp8`."""
+        """Global indices of the layers that currently use FP8; see `leave_fp8`."""
         self._copies = SideStream(platform.device)
         self.patches = patches or Patches(platform.kind)
         self.choices = choose(
@@ -164,10 +163,10 @@ class Engine:
         limits: UpdateLimits = NO_LIMITS,
         by_group: bool = False,
     ) -> StepResult:
-        """One update over this data rank's micro-batches; see `step.train_step`.
+        """Run one update over this data rank's micro-batches; see `step.train_step`.
 
         Raises:
-            ConfigError: before any collective, when loss_head.form cannot serve the objective.
+            ConfigError: before any collective, if loss_head.form does not support the objective.
             DataError: before any collective; see `check_host_batches`.
         """
         has_alternatives = any(batch.alternative_labels is not None for batch in batches)
@@ -190,7 +189,7 @@ class Engine:
             )
 
     def replay_step(self, batches: Sequence[HostBatch], objective: Objective) -> Replay:
-        """The gradients of a step once more, without an update; see `replay.replay_step`."""
+        """Compute the gradients of a step again, without an update; see `replay.replay_step`."""
         with self.patches:
             self._set_training(True)
             placed = self.to_device(batches)
@@ -199,15 +198,15 @@ class Engine:
     def check_fp8(
         self, batches: Sequence[HostBatch], objective: Objective, limits: FP8Limits
     ) -> FP8Check:
-        """A micro-batch with FP8 and without it; see `fp8_check.check_fp8`.
+        """Compare a micro-batch with FP8 and without it; see `fp8_check.check_fp8`.
 
         Args:
-            batches: this data rank's micro-batches of a step. The first is taken; of an interleaved
-                pipeline, which takes them in groups, the first group.
+            batches: this data rank's micro-batches of a step. The first is used; with an
+                interleaved pipeline, which processes them in groups, the first group.
             objective: the stage's loss.
-            limits: of what is too far off.
+            limits: allowed deviations.
         """
-        # Whole groups: the interleaved schedule takes no fewer.
+        # Complete groups, which the interleaved schedule requires.
         count = self.layout.pp_size if self.layout.vpp_size > 1 else 1
         with self.patches:
             self._set_training(True)
@@ -223,10 +222,10 @@ class Engine:
             )
 
     def leave_fp8(self, layers: Collection[int]) -> None:
-        """Let these layers multiply in precision.dtype from now on, and all others as at first.
+        """Let these layers run in precision.dtype from now on, and all others as initially.
 
         Args:
-            layers: by their numbers in the whole model from 0; of a run, the same on every rank.
+            layers: global layer indices from 0; in a run, the same on every rank.
         """
         self.fp8_layers = tuple(one for one in fp8_layers(self.recipe) if one not in layers)
         use_fp8_in(self.bare_chunks, self.fp8_layers)
@@ -238,14 +237,14 @@ class Engine:
         *,
         asked: Callable[[], Asked] = nothing_asked,
     ) -> StepResult:
-        """The objective over this data rank's micro-batches, without gradients."""
+        """Evaluate the objective over this data rank's micro-batches, without gradients."""
         with self.patches:
             self._set_training(False)
             local = self.to_device(batches)
             return steps.evaluate(self.chunks, local, objective, self.layout, asked=asked)
 
     def logits(self, batches: Sequence[HostBatch]) -> list[torch.Tensor]:
-        """Logits [B, S, V] per micro-batch on the last stage; elsewhere an empty list.
+        """Return logits [B, S, V] per micro-batch on the last stage; elsewhere an empty list.
 
         Collectives: the forward schedule; all-gather over tp and over cp on the last stage.
         """
@@ -255,13 +254,13 @@ class Engine:
             return [self._whole_logits(piece) for piece in local]
 
     def log_probs(self, batches: Sequence[HostBatch]) -> list[RowLogProbs]:
-        """Log-probabilities of the labels per micro-batch, without gradients, in any layout.
+        """Return log-probabilities of the labels per micro-batch, without gradients, in any layout.
 
-        Rows are packed, split and masked as in training. Every rank of a data replica gets the
-        same values of whole rows.
+        Rows are packed, split and masked as in training. Every rank of a data replica gets the same
+        values of complete rows.
 
         Args:
-            batches: this data rank's, of one shape; their loss masks do not matter.
+            batches: this data rank's batches, of one shape; their loss masks are ignored.
 
         Raises:
             DataError: before any collective; see `check_host_batches`.
@@ -279,7 +278,7 @@ class Engine:
         return [RowLogProbs.of(log_probs) for log_probs in found[: len(batches)]]
 
     def to_device(self, batches: Sequence[HostBatch]) -> MicroBatches:
-        """Host batches as this rank's slices on its device, each when its turn comes.
+        """Return host batches as this rank's slices on its device, each copied when it is needed.
 
         Raises:
             DataError: see `check_host_batches`.
@@ -297,7 +296,7 @@ class Engine:
         return MicroBatches(batches, move, self._tick, self.forward_timer, self._copies)
 
     def whole_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(global name, whole tensor) of this pipeline stage, the same on every tensor rank.
+        """Yield (global name, full tensor) of this pipeline stage, the same on every tensor rank.
 
         Collectives: one all-gather over tp per split tensor.
         """
@@ -307,22 +306,23 @@ class Engine:
             yield name, unshard(parameter.detach(), parameter, self.layout)
 
     def weights_sha256(self) -> dict[str, str]:
-        """sha256 of every whole tensor by global name, the same on every rank and in any layout.
+        """Return the sha256 of every full tensor by global name, the same on every rank and in any
+        layout.
 
         Collectives: those of `whole_parameters`; one all-gather of names and hashes over pp.
         """
         return weights_sha256(self.whole_parameters(), self.layout.groups.pp)
 
     def load_whole_parameters(self, whole: Mapping[str, torch.Tensor]) -> None:
-        """Fill this stage's parameters from whole tensors by global name; missing names raise."""
+        """Load this stage's parameters from full tensors by global name; missing names raise."""
         self.read_parameters(whole.items())
 
     @torch.no_grad()
     def read_parameters(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Fill this stage's parameters from a stream of whole tensors, none of which is kept.
+        """Load this stage's parameters from a stream of full tensors, none of which is kept.
 
         Args:
-            stream: (global name, whole tensor), in any order; those of other stages are skipped.
+            stream: (global name, full tensor), in any order; those of other stages are skipped.
 
         Raises:
             KeyError: the stream lacks parameters of this stage.
@@ -339,13 +339,13 @@ class Engine:
                 self.optimizer.reload_model_params()
 
     def close(self) -> None:
-        """Forget megatron-core's process groups."""
+        """Destroy megatron-core's process groups."""
         with self.patches:
             end_delayed_scaling(self.config)
             destroy_layout()
 
     def _rope_cache(self) -> RopeCache | None:
-        """Of every position that a row may have, where RoPE looks them up."""
+        """Return the cache of all positions in a row, if RoPE uses one."""
         if implementation_of("rope", self.choices) == "torch":
             return None
         recipe = self.recipe
@@ -355,7 +355,7 @@ class Engine:
     def _set_training(self, training: bool) -> None:
         for chunk in self.chunks:
             chunk.train(training)
-        # Whatever changes weights does so between two calls of the engine.
+        # Weights change only between two calls of the engine.
         forget_weights(self.bare_chunks)
 
     def _whole_logits(self, local_BSV: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Ranks that exist on paper: any rank of any layout in this one process, without a device.
+"""Fake ranks: any rank of any layout in this one process, without a device.
 
 torch's fake process groups have a size and a rank and move no data, and the meta device has shapes
-and no bytes. So what the planner counts are megatron-core's own modules, not a second description
-of the model.
+and no bytes. The planner thus counts megatron-core's own modules, not a second description of the
+model.
 """
 
 import warnings
@@ -25,25 +25,25 @@ from phi4.engine.patches import Patches
 
 @dataclass(frozen=True)
 class ChunkShape:
-    """What one model chunk of one rank holds."""
+    """Parameters of one model chunk of one rank."""
 
     num_layers: int
     num_fp8_layers: int
-    """Of them, those whose linears multiply in FP8."""
+    """The part of them whose linears run in FP8."""
     num_fp8_parameters: int
     """Weights of these linears."""
     num_parameters: int
     num_counted_parameters: int
-    """Without the copies that another tensor rank holds too: norm weights count on rank 0 only."""
+    """Without duplicates on other tensor ranks: norm weights count on rank 0 only."""
     is_first: bool
-    """Holds the embedding."""
+    """Whether it has the embedding."""
     is_last: bool
-    """Holds the final norm and the loss head."""
+    """Whether it has the final norm and the loss head."""
 
 
 @dataclass(frozen=True)
 class RankShape:
-    """What one pipeline and tensor rank holds."""
+    """Parameters of one pipeline and tensor rank."""
 
     pp_rank: int
     tp_rank: int
@@ -61,9 +61,10 @@ class RankShape:
 
 
 def rank_shapes(recipe: Recipe) -> list[RankShape]:
-    """Build every pipeline and tensor rank of one model copy on the meta device and count it.
+    """Build every pipeline and tensor rank of one model copy on the meta device and count its
+    parameters.
 
-    Transformer Engine is left out: its linears hold the parameters of megatron-core's.
+    Transformer Engine is not used: its linears have the same parameters as megatron-core's.
 
     Args:
         recipe: checked against the rules.
@@ -82,10 +83,10 @@ def rank_shapes(recipe: Recipe) -> list[RankShape]:
 def paper_rank(
     parallel: ParallelConfig, rank: int, kind: Literal["meta", "cpu"] = "meta"
 ) -> Iterator[Layout]:
-    """Be one rank of one model copy; collectives return at once and move nothing.
+    """Act as one rank of one model copy; collectives return at once and move no data.
 
     Args:
-        parallel: degrees; data parallelism is left out.
+        parallel: degrees; data parallelism is ignored.
         rank: in [0, tensor x context x pipeline).
         kind: meta for shapes, cpu to run layers whose values do not matter.
     """
@@ -102,7 +103,7 @@ def paper_rank(
 
 def _shape_of(recipe: Recipe, rank: int) -> RankShape:
     with paper_rank(recipe.parallel, rank) as layout, warnings.catch_warnings():
-        # megatron-core advises on transformer-engine's attention, which is not what runs.
+        # megatron-core's advice concerns transformer-engine's attention, which is not used.
         warnings.simplefilter("ignore", UserWarning)
         seed_random_states(recipe.run.seed)
         config = transformer_config(recipe, frees_stage_outputs=True)

@@ -1,8 +1,8 @@
-"""Time that a rank's own chunks take in the forward passes of a training step.
+"""Measure the time of a rank's own chunks in the forward passes of a training step.
 
-Waiting for another pipeline stage is not in it: megatron-core receives before and sends after. What
-is in it are the collectives of the layers, so the ranks of one tensor or context group wait for
-each other inside and measure about the same.
+Waiting for another pipeline stage is excluded: megatron-core receives before and sends after. The
+collectives of the layers are included, so the ranks of one tensor or context group wait for each
+other inside and measure about the same.
 """
 
 import time
@@ -15,11 +15,11 @@ _Events = list[tuple[torch.cuda.Event, torch.cuda.Event]]
 
 
 class ForwardTimer:
-    """Sums the forward passes of a step; never waits for the device.
+    """Sums the forward passes of a step; never synchronises with the device.
 
     Args:
-        device: CUDA times by events; a CPU by the processor time of the training thread, which
-            other programs on a shared core do not lengthen as they do the wall clock.
+        device: CUDA uses events; a CPU the processor time of the training thread, which other
+            programs on a shared core do not lengthen as they do the wall clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class ForwardTimer:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """One forward pass; those without gradients do not count."""
+        """Measure one forward pass; those without gradients are ignored."""
         if not torch.is_grad_enabled():
             yield
         elif self._on_cuda:
@@ -45,9 +45,10 @@ class ForwardTimer:
             self._seconds += time.thread_time() - begun
 
     def next_step(self) -> float | None:
-        """A step ended: seconds of its forward passes, on CUDA of those of the step before.
+        """End a step; return the seconds of its forward passes, or on CUDA those of the previous
+        step.
 
-        None where the device has not come so far.
+        None if the device has not finished them yet.
         """
         if not self._on_cuda:
             seconds, self._seconds = self._seconds, 0.0

@@ -1,7 +1,7 @@
-"""The FP8 canary: one micro-batch with FP8 and without it, and which layers should leave FP8.
+"""The FP8 canary: compare one micro-batch with and without FP8, and select layers to disable it in.
 
-Both passes have the same weights; in the plain one all linears multiply in the weights' dtype. The
-gradients pass through the buffers of training, between two steps, when nothing there is needed.
+Both passes have the same weights; in the plain one all linears use the weights' dtype. The
+gradients use the buffers of training, between two steps, when they are free.
 """
 
 import math
@@ -29,14 +29,14 @@ LINEARS_PER_LAYER = 4
 
 @dataclass(frozen=True)
 class FP8Limits:
-    """What is too far from a pass without FP8.
+    """Limits of the deviation from a pass without FP8.
 
     Attributes:
         loss_gap: largest |loss - plain loss|, per weight of the objective: nats per token.
-        gradient_cosine: least cosine of a layer's gradient to its plain one.
-        underflow: largest share of a linear's non-zero inputs or weights that become zero. Not of
-            gradients: those of tokens that the model is sure of are that small.
-        saturation: largest share of numbers of any kind beyond the largest FP8 number.
+        gradient_cosine: minimum cosine of a layer's gradient to its plain one.
+        underflow: largest fraction of a linear's non-zero inputs or weights that become zero. Not
+            for gradients: those of confidently predicted tokens are that small.
+        saturation: largest fraction of numbers of any kind beyond the largest FP8 number.
     """
 
     loss_gap: float
@@ -46,7 +46,7 @@ class FP8Limits:
 
 
 class LostShares(NamedTuple):
-    """Of the non-zero numbers of one kind in the worst linear of a layer."""
+    """Fractions of the non-zero numbers of one kind in the worst linear of a layer."""
 
     underflow: float
     saturation: float
@@ -54,18 +54,19 @@ class LostShares(NamedTuple):
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a pass is from the plain one.
+    """Deviation of a pass from the plain one.
 
     Attributes:
-        loss_gap: loss - plain loss. A share of it would grow where the loss is nearly 0.
-        gradient_cosines: by layer of the whole model.
+        loss_gap: loss - plain loss; absolute, because a relative gap would grow where the loss is
+            nearly 0.
+        gradient_cosines: by global layer index.
     """
 
     loss_gap: float
     gradient_cosines: tuple[float, ...]
 
     def excess(self, limits: FP8Limits) -> float:
-        """How many times as far as a limit allows; NaN counts as infinitely far."""
+        """Return the largest deviation relative to its limit; NaN counts as infinite."""
         far = (
             abs(self.loss_gap) / limits.loss_gap,
             (1 - self.least_cosine) / (1 - limits.gradient_cosine),
@@ -73,31 +74,31 @@ class Distance:
         return math.inf if any(map(math.isnan, far)) else max(far)
 
     def beyond(self, limits: FP8Limits) -> str:
-        """What is beyond a limit, in words; empty where nothing is. NaN is beyond."""
+        """Describe exceeded limits in words; empty if there are none. NaN exceeds."""
         if not abs(self.loss_gap) <= limits.loss_gap:
             return f"loss gap {self.loss_gap:.2g}, at most {limits.loss_gap:g} allowed"
         if not self.least_cosine >= limits.gradient_cosine:
             return (
-                f"gradient cosine {self.least_cosine:.3f}, at least "
-                f"{limits.gradient_cosine:g} wanted"
+                f"gradient cosine {self.least_cosine:.3f}, at least {limits.gradient_cosine:g} "
+                f"required"
             )
         return ""
 
     @property
     def least_cosine(self) -> float:
-        """Of the worst layer; NaN where any is."""
+        """Cosine of the worst layer; NaN if any is."""
         cosines = self.gradient_cosines
         return math.nan if any(map(math.isnan, cosines)) else min(cosines)
 
 
 @dataclass(frozen=True)
 class FP8Check:
-    """The same on every rank.
+    """Result of a check, the same on every rank.
 
     Attributes:
-        distance: of the pass with FP8.
-        lost: by layer that uses FP8 and by what was cast.
-        fallbacks: layers that should leave FP8, each with the reason.
+        distance: deviation of the pass with FP8.
+        lost: by FP8 layer and by what was cast.
+        fallbacks: layers that should stop using FP8, each with the reason.
     """
 
     distance: Distance
@@ -116,25 +117,24 @@ def check_fp8(
     num_layers: int,
     limits: FP8Limits,
 ) -> FP8Check:
-    """Compare micro-batches with FP8 and without it; parameters and optimizer stay as they are.
+    """Compare micro-batches with and without FP8; parameters and optimizer are unchanged.
 
-    A layer whose casts lose too much should leave FP8. Where the pass as a whole is too far off and
-    no such layer explains it, a pass for every layer in which it alone uses FP8 says which ones do:
-    whatever is off then, in any layer, is its doing. Where none alone is too far off, the worst
-    should leave.
+    A layer whose casts lose too much should stop using FP8. If the entire pass deviates too much
+    and no such layer explains it, one pass per layer, in which only that layer uses FP8, finds the
+    responsible layers. If none alone exceeds a limit, the worst should stop.
 
     Args:
         chunks: this rank's model chunks with their gradient buffers, which are overwritten.
         optimizer: over the same parameters.
-        batches: this data rank's.
+        batches: this data rank's batches.
         objective: the stage's loss.
         layout: the rank grid.
-        fp8_layers: that use FP8 now, of the whole model.
-        num_layers: of the whole model.
-        limits: of what is too far.
+        fp8_layers: global indices of the layers that currently use FP8.
+        num_layers: layers of the full model.
+        limits: allowed deviations.
 
     Collectives: twice those of `step.run_schedule` with gradients, then one all-reduce over all
-    ranks of 3 fp64 numbers, and 39 per layer. Where a limit asks for it the schedule once more for
+    ranks of 3 fp64 numbers, and 39 per layer. If a limit is exceeded the schedule once more for
     every FP8 layer, then another all-reduce of 3 numbers, and 3 per layer, for each.
     """
     passes = _Passes(chunks, optimizer, batches, objective, layout, num_layers)
@@ -181,16 +181,17 @@ class _Passes:
         }
 
     def run_plain(self) -> None:
-        """The pass that others are compared with; its gradients are kept.
+        """Run the pass that others are compared with, and keep its gradients.
 
-        4 bytes per parameter of this rank's layers; with the distributed optimizer, of its part.
+        Takes 4 bytes per parameter of this rank's layers; with the distributed optimizer, of its
+        part.
         """
         self._plain_loss, _ = self._loss_sums(())
         self._plain = [gradient.clone() for _, gradient in self._layer_gradients()]
 
     def run(self, fp8_layers: Collection[int]) -> torch.Tensor:
-        """[3 + 3 * layers] fp64, to be summed over all ranks: loss, plain loss and weight; of every
-        layer the product of its gradient with the plain one and the squares of both.
+        """Return [3 + 3 * layers] fp64, to be summed over all ranks: loss, plain loss and weight;
+        for every layer the product of its gradient with the plain one and the squares of both.
         """
         loss, weight = self._loss_sums(fp8_layers)
         rows = torch.zeros(self._num_layers, 3, dtype=torch.float64, device=loss.device)
@@ -200,7 +201,7 @@ class _Passes:
         return torch.cat([torch.stack([loss, self._plain_loss, weight]), rows.flatten()])
 
     def _loss_sums(self, fp8_layers: Collection[int]) -> torch.Tensor:
-        """[2] fp64: this rank's part of loss and weight; leaves its gradients prepared."""
+        """Return [2] fp64: this rank's part of loss and weight; leaves its gradients prepared."""
         use_fp8_in(self.bare_chunks, fp8_layers)
         layout = self._layout
         totals = steps.Totals(
@@ -212,11 +213,11 @@ class _Passes:
         loss_of = steps.loss_function(self._objective, totals, layout)
         steps.run_schedule(self._chunks, self._batches, layout, loss_of, with_gradients=True)
         self._optimizer.prepare_grads()
-        # Tensor ranks all count them: the mean does not depend on it.
+        # Counted by all tensor ranks: the mean does not depend on it.
         return totals.sums[:2]
 
     def _layer_gradients(self) -> Iterator[tuple[int, torch.Tensor]]:
-        # Data ranks with whole gradients all count them: a cosine does not depend on it.
+        # Counted by all data ranks with full gradients: a cosine does not depend on it.
         for parameter, gradient in self._optimizer.counted_gradients():
             if parameter in self._layer_of:
                 yield self._layer_of[parameter], gradient
@@ -226,7 +227,7 @@ class _Passes:
 def _lost_values_counted(
     chunks: Sequence[torch.nn.Module], num_layers: int
 ) -> Iterator[Callable[[], torch.Tensor]]:
-    """Gives what the casts on this rank lose during the block, flat, fp64, for a sum over ranks.
+    """Yield what the casts on this rank lose during the block, flat, fp64, for a sum over ranks.
 
     Its shape is [layers, LINEARS_PER_LAYER, casts, 3]; see `LostValues.counts`.
     """
@@ -240,7 +241,7 @@ def _lost_values_counted(
 
     def counts() -> torch.Tensor:
         shape = (num_layers, LINEARS_PER_LAYER, len(CASTS), 3)
-        # Integers, and exact: fp64 holds them up to 9e15.
+        # Integers, and exact: fp64 represents them up to 9e15.
         table = torch.zeros(shape, dtype=torch.float64, device=device)
         for layer, counters in lost:
             table[layer] = torch.stack([counter.counts for counter in counters]).double()
@@ -255,7 +256,8 @@ def _lost_values_counted(
 
 
 def _distance(sums: Sequence[float]) -> Distance | None:
-    """Of what `_Passes.run` gave, summed; None where the plain pass is not finite."""
+    """Return the deviation from summed results of `_Passes.run`; None if the plain pass is not
+    finite."""
     loss, plain_loss, weight, *others = sums
     rows = list(zip(others[::3], others[1::3], others[2::3], strict=True))
     if not all(map(math.isfinite, (plain_loss, *(plain for _, _, plain in rows)))):
@@ -265,7 +267,7 @@ def _distance(sums: Sequence[float]) -> Distance | None:
 
 
 def _cosine(product: float, square: float, plain_square: float) -> float:
-    """1 where both gradients are zero, and 0 where one is."""
+    """Return 1 if both gradients are zero, and 0 if one is."""
     if square == plain_square == 0:
         return 1.0
     norms = math.sqrt(square) * math.sqrt(plain_square)
@@ -273,7 +275,7 @@ def _cosine(product: float, square: float, plain_square: float) -> float:
 
 
 def _shares(counts: torch.Tensor, fp8_layers: Sequence[int]) -> dict[int, dict[Cast, LostShares]]:
-    """Of counts [layers, linears, casts, 3]: those of each layer's worst linear."""
+    """Return, from counts [layers, linears, casts, 3], those of each layer's worst linear."""
     shares = counts[..., 1:] / counts[..., :1].clamp(min=1)
     worst = shares.amax(dim=1).tolist()
     return {
@@ -283,7 +285,7 @@ def _shares(counts: torch.Tensor, fp8_layers: Sequence[int]) -> dict[int, dict[C
 
 
 def _by_losses(lost: Mapping[int, Mapping[Cast, LostShares]], limits: FP8Limits) -> dict[int, str]:
-    """Layers whose casts lose too much."""
+    """Return layers whose casts lose too much."""
     fallbacks = {}
     for layer, by_cast in lost.items():
         for what, shares in by_cast.items():
@@ -300,7 +302,7 @@ def _by_losses(lost: Mapping[int, Mapping[Cast, LostShares]], limits: FP8Limits)
 def _by_layers(
     passes: _Passes, fp8_layers: Sequence[int], limits: FP8Limits, wrong: str
 ) -> dict[int, str]:
-    """Layers that alone are too far off, else the worst one.
+    """Return layers that exceed a limit alone, else the worst one.
 
     Collectives: see `check_fp8`.
     """
@@ -312,4 +314,4 @@ def _by_layers(
     if guilty:
         return {layer: f"with FP8 in this layer alone: {text}" for layer, text in guilty.items()}
     worst = max(alone, key=lambda layer: alone[layer].excess(limits))
-    return {worst: f"{wrong}; no layer alone is so far off, this one the most"}
+    return {worst: f"{wrong}; no layer exceeds the limit alone; this one deviates most"}

@@ -1,7 +1,7 @@
 """The grid of ranks: which process holds which part of the model and of the batch.
 
-Megatron's order, fastest first: tensor, context, data, pipeline. megatron-core keeps its groups in
-module state; this file is the only one that creates and destroys them.
+Ranks are in Megatron's order, fastest first: tensor, context, data, pipeline. megatron-core keeps
+its groups in module state; only this file creates and destroys them.
 """
 
 from dataclasses import dataclass
@@ -52,12 +52,12 @@ class Layout:
 
     @property
     def sequence_multiple(self) -> int:
-        """Row lengths are a multiple of this."""
+        """Divisor of row lengths."""
         chunks = 2 * self.cp_size if self.cp_size > 1 else 1
         return chunks * (self.tp_size if self.parallel.sequence else 1)
 
     def describe(self) -> str:
-        """One line for the console."""
+        """Return one line for the console."""
         p = self.parallel
         sequence = "+sequence" if p.sequence else ""
         virtual = f"x{p.virtual_pipeline} virtual" if p.virtual_pipeline > 1 else ""
@@ -67,7 +67,8 @@ class Layout:
         )
 
     def context_chunks(self, length: int) -> list[tuple[int, int]]:
-        """Global [start, end) ranges of a row that this context rank holds, in local order.
+        """Return the global [start, end) ranges of a row that this context rank holds, in local
+        order.
 
         Rank r of c holds chunks r and 2c-1-r of 2c, so that causal attention costs every rank the
         same (zig-zag; Llama 3 report, section 3.3.2). One rank holds the whole row.
@@ -75,13 +76,13 @@ class Layout:
         return context_chunks(length, self.cp_rank, self.cp_size)
 
     def context_slice(self, x_BS: torch.Tensor) -> torch.Tensor:
-        """The columns of [B, S] that this context rank holds, [B, S / cp]."""
+        """Return the columns of [B, S] that this context rank holds, [B, S / cp]."""
         if self.cp_size == 1:
             return x_BS
         return torch.cat([x_BS[:, a:b] for a, b in self.context_chunks(x_BS.shape[1])], dim=1)
 
     def context_gather(self, x_BS: torch.Tensor) -> torch.Tensor:
-        """Whole rows [B, S, ...] from this rank's columns; inverse of `context_slice`.
+        """Return complete rows [B, S, ...] from this rank's columns; inverse of `context_slice`.
 
         Collectives: one all-gather over cp of x_BS.
         """
@@ -106,7 +107,7 @@ def create_layout(parallel: ParallelConfig) -> Layout:
     """Create megatron-core's process groups for these degrees.
 
     Args:
-        parallel: degrees; data parallelism takes what they leave of the default group.
+        parallel: degrees; data parallelism uses the remaining ranks of the default group.
 
     Collectives: creates one group per axis and per pair of axes that megatron-core uses; every
     rank of the default group calls it.
@@ -118,8 +119,8 @@ def create_layout(parallel: ParallelConfig) -> Layout:
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
         context_parallel_size=parallel.context,
-        # Second groups, for host memory: only checkpoint formats that are not ours use them, and
-        # on many nodes they may not connect (Megatron-LM issue 877).
+        # Second groups, for host memory: only checkpoint formats that we do not use need them, and
+        # on many nodes they may fail to connect (Megatron-LM issue 877).
         create_gloo_process_groups=False,
     )
     return Layout(
@@ -134,5 +135,5 @@ def create_layout(parallel: ParallelConfig) -> Layout:
 
 
 def destroy_layout() -> None:
-    """Forget megatron-core's process groups."""
+    """Destroy megatron-core's process groups."""
     parallel_state.destroy_model_parallel()

@@ -1,7 +1,7 @@
-"""Bytes of the tensors that a rank keeps from step to step, counted on the tensors themselves.
+"""Count the bytes of the tensors that a rank keeps from step to step, on the tensors themselves.
 
 Storages are counted, not shapes: parameters that are views of one buffer count once, with the
-buffer's padding, and fp32 masters that are views of the weights are weights.
+buffer's padding, and fp32 masters that are views of the weights count as weights.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,16 +13,16 @@ from phi4.engine.engine import Engine
 
 
 class KeptBytes(NamedTuple):
-    """Of one rank."""
+    """Bytes kept on one rank."""
 
     weights: int
     gradients: int
     optimizer: int
-    """Masters and moments; what comes into being with the first step counts only after it."""
+    """Masters and moments; state created in the first step counts only after it."""
 
 
 def kept_bytes(engine: Engine) -> KeptBytes:
-    """What the engine's tensors take; without an optimizer the last two are 0."""
+    """Return the bytes of the engine's tensors; without an optimizer the last two are 0."""
     parameters = [p for chunk in engine.bare_chunks for p in chunk.parameters()]
     weights = _storages(parameter.data for parameter in parameters)
     buffers = (getattr(parameter, "main_grad", None) for parameter in parameters)
@@ -43,6 +43,6 @@ def _optimizer_tensors(engine: Engine) -> Iterator[torch.Tensor]:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Bytes by address."""
+    """Return bytes by address."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}

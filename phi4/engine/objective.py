@@ -1,7 +1,7 @@
-"""What a stage is to the engine: a loss over per-token log-probabilities.
+"""The interface of a stage's loss: an objective over per-token log-probabilities.
 
-Stages know nothing of parallelism. The engine hands an objective this rank's columns of the rows
-(all of them without context parallelism), and `segment_sum` for sums over tokens that context
+Stages are independent of parallelism. The engine passes an objective this rank's columns of the
+rows (all of them without context parallelism), and `segment_sum` for sums over tokens that context
 parallelism may have split.
 
 How to write one. Everything that enters `Loss`, metrics included, is a sum, never a mean, and comes
@@ -14,16 +14,8 @@ over segment 2i + 1, is:
         metric_names = ("rewards/margins",)
         gradient = "any"
 
-        def __call__(self, inputs: LossInputs, segment_sum: SegmentSum) -> Loss:
-            sums_N = segment_sum(inputs.log_probs_BS * inputs.loss_mask_BS)
-            rewards_N = 0.1 * (sums_N - inputs.segment_extras["reference"])
-            margins_P = rewards_N[0::2] - rewards_N[1::2]
-            num_pairs = inputs.segment_total(torch.ones_like(margins_P))
-            return Loss(
-                inputs.segment_total(-F.logsigmoid(margins_P)),
-                num_pairs,
-                {"rewards/margins": (inputs.segment_total(margins_P), num_pairs)},
-            )
+It may be called with a micro-batch without tokens in the loss, or without segments; its sums are
+then 0, and must still be part of autograd's graph.
 
 It may be called with a micro-batch that has no token that counts, or no segment; its sums are then
 0, and still part of autograd's graph.
@@ -44,21 +36,22 @@ from phi4.errors import ConfigError
 
 SegmentSum = Callable[[torch.Tensor], torch.Tensor]
 """values [B, S] -> their sum in each segment [N], fp64, over all context ranks and with the
-gradient of all; tokens of no segment (id -1) are left out."""
+gradient of all; tokens without a segment (id -1) are ignored."""
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """One micro-batch as an objective sees it; a context rank has its columns of the rows.
+    """One micro-batch as seen by an objective; a context rank has its columns of the rows.
 
     Attributes:
         log_probs_BS: fp32, of the labels.
         loss_mask_BS: fp32, weight of each label.
         segment_ids_BS: int64 in [0, num_segments), -1 for no segment; None when the batch has none.
-        num_segments: N.
-        alternative_log_probs_BS: fp32, of the second label of a position, 0 where there is none;
-            None when the batch has none.
-        alternative_mask_BS: bool, where there is a second label; None when the batch has none.
+        num_segments: number of segments N.
+        alternative_log_probs_BS: fp32, log-probabilities of the alternative labels, 0 where there
+            is none; None when the batch has none.
+        alternative_mask_BS: bool, where there is an alternative label; None when the batch has
+            none.
         token_extras: the batch's, fp32 [B, S].
         segment_extras: the batch's, [N, ...], the same on every context rank.
         segment_share: 1 on the context rank that counts segments, 0 on the others.
@@ -75,7 +68,7 @@ class LossInputs:
     segment_share: float = 1.0
 
     def token_total(self, values_BS: torch.Tensor) -> torch.Tensor:
-        """Sum of a value per token, fp64: this context rank's part.
+        """Return the sum of a value per token, fp64: this context rank's part.
 
         Raises:
             ConfigError: values are not [B, S].
@@ -88,7 +81,8 @@ class LossInputs:
         return values_BS.sum(dtype=torch.float64)
 
     def segment_total(self, values_P: torch.Tensor) -> torch.Tensor:
-        """Sum of a value per segment, or per group of segments, fp64, counted on one context rank.
+        """Return the sum of a value per segment, or per group of segments, fp64, counted on one
+        context rank.
 
         Raises:
             ConfigError: values are not one-dimensional.
@@ -125,14 +119,14 @@ class Objective(Protocol):
 
     @property
     def gradient(self) -> GradientForm:
-        """What the loss sum is of the log-probabilities; `loss_head.form` must be able to serve it.
+        """How the loss sum depends on the log-probabilities; `loss_head.form` must support it.
 
         See `phi4.config.gradient_form.check_gradient_form`.
         """
         ...
 
     def __call__(self, inputs: LossInputs, segment_sum: SegmentSum) -> Loss:
-        """Loss of one micro-batch.
+        """Return the loss of one micro-batch.
 
         Every context rank calls `segment_sum` equally often and in the same order.
         """
@@ -159,7 +153,7 @@ class _SumOverRanks(torch.autograd.Function):
 def make_segment_sum(
     segment_ids_BS: torch.Tensor | None, num_segments: int, context_group: dist.ProcessGroup
 ) -> SegmentSum:
-    """`segment_sum` of one micro-batch.
+    """Return `segment_sum` for one micro-batch.
 
     Args:
         segment_ids_BS: see `LossInputs`; None means that no token is in a segment.
@@ -174,8 +168,8 @@ def make_segment_sum(
         ids_BS = segment_ids_BS
         if ids_BS is None:
             ids_BS = torch.full(values_BS.shape, -1, device=values_BS.device)
-        # One place more: the id -1 is the last place. Unlike index_add this adds in one order on a
-        # GPU, too. What was a sum of hundreds in fp32 is looked at in differences.
+        # One more element: the id -1 indexes the last one. Unlike index_add this adds in a fixed
+        # order on a GPU too. fp64, because differences are taken of sums over hundreds of tokens.
         places = values_BS.new_zeros(num_segments + 1, dtype=torch.float64)
         values_T = values_BS.flatten().double()
         sums_N = places.index_put((ids_BS.flatten(),), values_T, accumulate=True)[:-1]

@@ -1,10 +1,10 @@
-"""Every change we make to megatron-core's behaviour, and nothing else.
+"""Every change to megatron-core's behaviour.
 
-megatron-core names CUDA devices literally, falls back to an Adam that cannot resume, and takes four
-passes over the gradient for a step. The changes are a context that engine calls enter (`Patches`),
-not state of the process: outside of it torch and megatron-core are stock. Each change is a row of
-`PATCHES` with its upstream place and reason; `tests/engine/test_patches.py` shows that each row's
-absence fails. Written against megatron-core 0.16.1 and refuses any other version.
+megatron-core hard-codes CUDA devices, falls back to an Adam that cannot resume, and takes four
+passes over the gradient per step. The changes are a context that engine calls enter (`Patches`),
+not state of the process: outside it torch and megatron-core are unmodified. Each change is a row of
+`PATCHES` with its upstream location and reason; `tests/engine/test_patches.py` shows that each row
+is needed. Written against megatron-core 0.16.1; any other version is refused.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ MEGATRON_VERSION = "0.16.1"
 
 @dataclass(frozen=True)
 class Patch:
-    """One change: where upstream, why, on which platforms, and the attributes it replaces."""
+    """One change: upstream location, reason, platforms, and the attributes it replaces."""
 
     name: str
     upstream: str
@@ -59,7 +59,8 @@ class CudaMeansHere(TorchFunctionMode):
     """Rewrites the device argument of torch calls from cuda to another device.
 
     Replaces no attribute of torch or megatron-core; costs about 1 us per torch call, so the engine
-    leaves it (`without_rewriting`) around the model's own forward pass, which names no device.
+    leaves it (`without_rewriting`) around the model's own forward pass, which uses no literal
+    device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -85,7 +86,7 @@ without_rewriting = torch._C.DisableTorchFunction
 """Context in which torch calls skip every TorchFunctionMode."""
 
 _ABSENT = object()
-"""In place of the value of an attribute that the owner does not have."""
+"""Marks an attribute that the owner does not have."""
 
 
 class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
@@ -101,7 +102,7 @@ class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
 
     @contextlib.contextmanager
     def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        """Draw from a named state inside the context."""
+        """Use a named state inside the context."""
         outside = torch.get_rng_state()
         torch.set_rng_state(self.states_[name])
         try:
@@ -133,7 +134,7 @@ def _checkpoint_writer(patches: "Patches") -> list[tuple[Any, str, Any]]:
 
 
 def _as_method(act: Callable[..., None]) -> Callable[..., None]:
-    """A bound method as a function, so that it gets the object it is called on, too."""
+    """Convert a bound method to a function, so that it also gets the object it is called on."""
 
     def method(self: object, *args: Any, **kwargs: Any) -> None:
         return act(self, *args, **kwargs)
@@ -152,7 +153,7 @@ PATCHES = (
     Patch(
         "synchronize",
         "dist_checkpointing/strategies/fully_parallel.py:272,281",
-        "waits for a CUDA device that is not there",
+        "waits for a CUDA device that does not exist",
         ("cpu",),
         lambda patches: [(torch.cuda, "synchronize", lambda device=None: None)],
     ),
@@ -240,7 +241,7 @@ PATCHES = (
     ),
 )
 DEVICE_LITERALS = "device_literals"
-"""Name of the one change that is a TorchFunctionMode: literal device="cuda", .cuda(), pin_memory
+"""Name of the change that is a TorchFunctionMode: literal device="cuda", .cuda(), pin_memory
 (pipeline_parallel/schedules.py:596,983,2138, optimizer/clip_grads.py:103 and 17 other places)."""
 
 
@@ -249,12 +250,13 @@ UPSTREAM_WARNINGS = (
     r"`torch\.distributed\.\w+` is deprecated",
     r"`load_state_dict` is deprecated",
     r"Please use DTensor instead",
-    # schedules.py:480 reads .grad of what it received, which sequence parallelism made a view.
+    # schedules.py:480 reads .grad of a received tensor, which sequence parallelism made a view.
     r"The \.grad attribute of a Tensor that is not a leaf",
-    # transformer_config.py:1225 speaks of transformer-engine's attention; ours is recomputed.
+    # transformer_config.py:1225 is about transformer-engine's attention; ours is recomputed.
     r"If you are using transformer_engine as the transformer implementation",
 )
-"""Messages of megatron-core's own calls, silent inside the context; a user cannot act on them."""
+"""Messages of megatron-core's own calls, suppressed inside the context; a user cannot act on
+them."""
 
 
 class Patches:
@@ -262,7 +264,7 @@ class Patches:
 
     Args:
         kind: cpu, cuda, or meta (shapes only, for the planner).
-        without: names of patches to leave out; for the tests that show each is needed.
+        without: names of patches to omit; for the tests that show each is needed.
 
     Raises:
         PlatformError: megatron-core is missing or has another version.
@@ -278,7 +280,7 @@ class Patches:
         self.device = torch.device("cuda" if kind == "cuda" else kind)
         self.rng_tracker = CpuRngTracker()
         self.capture = Capture()
-        """Where what a checkpoint holds goes to."""
+        """Destination of a checkpoint's content."""
         self._active = [p for p in PATCHES if kind in p.kinds and p.name not in without]
         rewrites = kind != "cuda" and DEVICE_LITERALS not in without
         self._mode = CudaMeansHere(self.device) if rewrites else contextlib.nullcontext()
@@ -319,7 +321,7 @@ class Patches:
 
 
 def check_megatron_version() -> None:
-    """Refuse a megatron-core that the patches were not written against.
+    """Raise an error for a megatron-core version that the patches were not written against.
 
     Raises:
         PlatformError: missing, or not MEGATRON_VERSION.

@@ -1,4 +1,4 @@
-"""Where the engine runs: CUDA over NCCL or CPU over gloo, chosen once, with the reason."""
+"""The platform of the engine: CUDA over NCCL or CPU over gloo, chosen once, with the reason."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Platform:
-    """This process's device and its place among the others."""
+    """This process's device and its rank."""
 
     kind: Literal["cpu", "cuda"]
     device: torch.device
@@ -27,9 +27,9 @@ class Platform:
     reason: str
     """Why this kind was chosen."""
     ranks_per_host: int = 1
-    """Ranks on this rank's host, itself included: they share its memory."""
+    """Ranks on this rank's host, including itself: they share its memory."""
     store: dist.Store | None = None
-    """Where the ranks met; a thread uses a clone of it. None for one process."""
+    """Rendezvous store; a thread uses a clone of it. None for one process."""
 
     @property
     def is_writer(self) -> bool:
@@ -37,16 +37,16 @@ class Platform:
         return self.rank == 0
 
     def describe(self) -> str:
-        """One line for the console."""
+        """Return one line for the console."""
         backend = "NCCL" if self.kind == "cuda" else "gloo"
         return f"platform: {self.kind} over {backend}, {self.world_size} processes ({self.reason})"
 
 
 def choose_kind(asked: Literal["auto", "cpu", "cuda"]) -> tuple[Literal["cpu", "cuda"], str]:
-    """The platform for `run.platform` and the reason.
+    """Return the platform for `run.platform` and the reason.
 
     Raises:
-        PlatformError: cuda was asked for and torch finds no CUDA device.
+        PlatformError: cuda was requested and torch finds no CUDA device.
     """
     if asked == "cpu":
         return "cpu", "run.platform=cpu"
@@ -78,14 +78,14 @@ def connect(
         rank: index of this process among world_size.
         local_rank: index of this process on its machine; its CUDA device.
         world_size: number of processes.
-        rendezvous: where the processes meet, as `phi4.engine.rendezvous.meet` takes it; unused for
-            one process.
+        rendezvous: address of the rendezvous, see `phi4.engine.rendezvous.meet`; unused for one
+            process.
         threads: CPU threads of this process.
         rendezvous_seconds: how long to wait for the others.
-        expected_hosts: of every rank, to name one that does not come; empty where nobody knows.
+        expected_hosts: host of every rank, for messages about missing ones; empty if unknown.
 
     Raises:
-        PlatformError: no such device, or the others did not come in time; names them.
+        PlatformError: no such device, or other ranks did not join in time; lists them.
 
     Collectives: creates the default process group over all ranks.
     """
@@ -94,7 +94,7 @@ def connect(
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise PlatformError(
-                f"local rank {local_rank} has no CUDA device; this machine shows "
+                f"local rank {local_rank} has no CUDA device; this machine has "
                 f"{torch.cuda.device_count()}; start at most that many processes on it"
             )
         torch.cuda.set_device(local_rank)

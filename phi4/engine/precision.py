@@ -1,6 +1,6 @@
-"""Number formats of a run: one dtype for weights and activations, fp32 for all that accumulates.
+"""Number formats of a run: one dtype for weights and activations, fp32 for accumulation.
 
-In layers that use FP8, the factors of the linears' products are cast to it; nothing is kept in it
+In layers that use FP8, the factors of the linears' products are cast to it; nothing is kept in FP8
 beyond a step.
 """
 
@@ -11,12 +11,12 @@ from phi4.config.fp8_rules import fp8_layers
 
 
 def torch_dtype(precision: PrecisionConfig) -> torch.dtype:
-    """Dtype of weights and activations."""
+    """Return the dtype of weights and activations."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision.dtype]
 
 
 def describe_precision(recipe: Recipe) -> str:
-    """The formats in words, for a line of the console; layers count from 1."""
+    """Describe the formats in words, for a console line; layers count from 1."""
     precision, layers = recipe.precision, fp8_layers(recipe)
     if not layers:
         return precision.dtype

@@ -1,8 +1,9 @@
-"""What all machines of a run know of the kernels, so that every rank chooses the same.
+"""Collect proof rows of the kernels from all machines of a run, so that every rank chooses the
+same.
 
-On a GPU whose kernels are not proven, one rank of each machine proves them (`phi4_kernels`'
-`qualification`) while the others wait. A kernel counts where it is proven on all machines; times
-are those of the first one.
+On a GPU whose kernels are not proven, one rank of each machine runs the proofs (`phi4_kernels`'
+`qualification`) while the others wait. A kernel counts if it is proven on all machines; times are
+those of the first one.
 """
 
 import json
@@ -26,7 +27,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class _Found:
-    """Of one machine, by one of its ranks."""
+    """Rows of one machine, from one of its ranks."""
 
     host: str
     rows: tuple[Row, ...]
@@ -38,16 +39,17 @@ class _Found:
 def qualified_evidence(
     recipe: Recipe, platform: Platform, say: Say, prover: Callable[[], Prover] | None = None
 ) -> KernelEvidence | None:
-    """What is known of the kernels on the machines of this run, the same on every rank.
+    """Return the proof rows of this run's machines, the same on every rank.
 
     Args:
-        recipe: of the run; `kernels.qualify` off makes no rows. New ones go to its directory.
+        recipe: recipe of the run; `kernels.qualify` off runs no proofs. New rows are written to its
+            directory.
         platform: this process.
         say: prints on the writer rank.
-        prover: makes what proves kernels; for tests.
+        prover: runs the proofs; for tests.
 
     Returns:
-        The evidence; None on a CPU, where nothing is chosen by it.
+        The evidence; None on a CPU, where it is not used.
 
     Collectives: on a GPU, an all-gather of host names and one of rows over all ranks.
     """
@@ -66,10 +68,10 @@ def qualified_evidence(
 
 
 def agreed(machines: Sequence[tuple[Row, ...]]) -> KernelEvidence:
-    """What holds on all machines: verdicts of implementations that none of them lacks or found red.
+    """Return what holds on all machines: implementations proven on each and failed on none.
 
     Args:
-        machines: rows of each.
+        machines: rows of each machine.
     """
     verdicts = [
         {(row["op"], row["implementation"]): row for row in rows if "implementation" in row}
@@ -85,7 +87,7 @@ def agreed(machines: Sequence[tuple[Row, ...]]) -> KernelEvidence:
 
 def _gpu_prover(platform: Platform) -> Callable[[], Prover]:
     def make() -> Prover:
-        # Imports the bench and the gates, which a run without a need for them does not.
+        # Imports the bench and the gates, which other runs do not need.
         from phi4_kernels.qualification.gpu import GpuProver
 
         return GpuProver(platform.device)
@@ -107,12 +109,12 @@ def _qualified(
     lines = [f"kernels qualified on this {machine.device} in {done.seconds:.0f} s"]
     lines += [f.describe() for f in done.findings if f.verdict != "proven"]
     if done.problem is not None:
-        lines.append(f"what was found is not kept for the next start: {done.problem}")
+        lines.append(f"the results are not saved for the next start: {done.problem}")
     return _Found(host, _newest(done.evidence, machine), done.rows, tuple(lines))
 
 
 def _newest(evidence: KernelEvidence, machine: GpuMachine) -> tuple[Row, ...]:
-    """The rows that decide on this machine."""
+    """Return the rows that decide on this machine."""
     rows = []
     for op in registry.OPS:
         names = dispatch.candidates(op)

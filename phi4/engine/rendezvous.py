@@ -1,11 +1,10 @@
-"""Where the processes of a run find each other, before there is a process group.
+"""Rendezvous of a run's processes, before there is a process group.
 
-One decision: nobody connects a torch store to a port that has not introduced itself, because a
-store's client waits for ever on a foreign service that accepts and stays silent. Rank 0 opens its
-store on a free port and announces that port: to workers on one machine in a file, to those of srun
-through a greeting on a port of a short list that every rank derives from the job. torchrun has a
-store of its own. However they meet, every rank then signs in, so one that never comes is named:
-`phi4.engine.sign_in`.
+A torch store client only connects to a port that has been verified, because it would wait for ever
+on a foreign service that accepts and stays silent. Rank 0 opens its store on a free port and
+announces that port: to workers on one machine in a file, to those of srun through a greeting on a
+port of a short list that every rank derives from the job. torchrun has its own store. In each case
+every rank then signs in, so that missing ones can be listed: `phi4.engine.sign_in`.
 """
 
 import socket
@@ -26,8 +25,8 @@ RENDEZVOUS_SECONDS = 600.0
 _RESOLVE_SECONDS = 10.0
 _DIAL_SECONDS = 3.0
 _TALKATIVE_RANKS = 8
-"""Ranks beside rank 0 that say what they wait for: one of them is there, and 1,920 lines help
-nobody."""
+"""Number of ranks other than rank 0 that report what they wait for; 1,920 such lines would be
+useless."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -37,7 +36,7 @@ class Meeting:
 
     store: dist.Store
     ranks_per_host: int
-    """Ranks on this rank's host, itself included."""
+    """Ranks on this rank's host, including itself."""
 
 
 def meet(
@@ -52,15 +51,15 @@ def meet(
 
     Args:
         rendezvous: a directory that all ranks see, `env://` (torchrun), or
-            `tcp://HOST:PORT[,PORT...]/RUN`: rank 0, on HOST, greets callers who ask for RUN on the
-            first PORT that is free.
-        rank: of this process.
+            `tcp://HOST:PORT[,PORT...]/RUN`: rank 0, on HOST, greets callers of RUN on the first
+            free PORT.
+        rank: rank of this process.
         world_size: number of processes.
         seconds: how long to wait for the others.
-        expected_hosts: of every rank, for messages; empty where nobody knows.
+        expected_hosts: host of every rank, for messages; empty if unknown.
 
     Raises:
-        PlatformError: rank 0 cannot be reached, or ranks did not come in time; names them.
+        PlatformError: rank 0 cannot be reached, or ranks did not join in time; lists them.
 
     Collectives: every rank signs in at the store and waits for all others.
     """
@@ -71,7 +70,9 @@ def meet(
     def report() -> None:
         host = f" (on {expected_hosts[0]})" if expected_hosts else ""
         if rank <= _TALKATIVE_RANKS:
-            say(f"rank {rank} on {socket.gethostname()} waits for rank 0{host} at {rendezvous}")
+            say(
+                f"rank {rank} on {socket.gethostname()} is waiting for rank 0{host} at {rendezvous}"
+            )
 
     try:
         with _opened(rendezvous, rank, world_size, deadline, report) as store:
@@ -88,7 +89,7 @@ def meet(
 def _opened(
     rendezvous: str, rank: int, world_size: int, deadline: float, report: Callable[[], None]
 ) -> Iterator[dist.Store]:
-    """The store; for the time of the block rank 0 tells the others where it is."""
+    """Yield the store; during the block rank 0 announces its location."""
     scheme, is_url, address = rendezvous.partition("://")
     if is_url and scheme == "env":
         yield _torchrun_store(rank, world_size, deadline)
@@ -175,13 +176,13 @@ def _greet(listener: socket.socket, line: bytes) -> None:
         try:
             caller, _ = listener.accept()
         except OSError:
-            return  # the meeting is over
+            return  # The meeting is over.
         with suppress(OSError), caller:
             caller.sendall(line)
 
 
 def _ask(address: str, deadline: float, report: Callable[[], None]) -> tuple[str, int]:
-    """Host and port of the run's store, from whoever greets with the run's name."""
+    """Return host and port of the run's store, from the service that greets with the run's name."""
     host, ports, run = _parsed(address)
     _require_resolvable(host)
     found: list[int] = []
@@ -200,7 +201,7 @@ def _ask(address: str, deadline: float, report: Callable[[], None]) -> tuple[str
 
 
 def _greeted(host: str, port: int, run: str) -> int | None:
-    """The store's port; None where nobody or somebody else answers."""
+    """Return the store's port; None if there is no answer or a foreign one."""
     try:
         with socket.create_connection((host, port), timeout=_DIAL_SECONDS) as connection:
             words = connection.makefile("rb").readline(200).decode(errors="replace").split()

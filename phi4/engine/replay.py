@@ -1,6 +1,6 @@
-"""A step once more, without its update: what it says of the hardware, and of where NaN arose.
+"""Repeat a step without its update, to detect hardware faults and locate the origin of NaN.
 
-The engine is deterministic, so a second result that differs in one bit is a fault of a machine.
+The engine is deterministic, so a second result that differs in one bit is a machine fault.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,16 +21,16 @@ from phi4.engine.optimizer.adamw import OnePassChain
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """What this rank found, on its device; the sums are as in `step.Evidence`."""
+    """Results of this rank, on its device; the sums are as in `step.Evidence`."""
 
     loss_sums: torch.Tensor
     """[2 * names] fp64."""
     square_sum: torch.Tensor
     """[] fp64."""
     gradient_is_finite: torch.Tensor
-    """[] bool, of this rank's gradients before any reduction over replicas."""
+    """[] bool, for this rank's gradients before any reduction over replicas."""
     gradient_digest: torch.Tensor
-    """[] int64, of the same."""
+    """[] int64, of the same gradients."""
 
 
 def replay_step(
@@ -40,7 +40,7 @@ def replay_step(
     objective: Objective,
     layout: Layout,
 ) -> Replay:
-    """Compute the gradients of a step again; parameters and optimizer stay as they are.
+    """Compute the gradients of a step again; parameters and optimizer are unchanged.
 
     Collectives: those of `step.train_step` without the update's and the totals'.
     """
@@ -50,7 +50,7 @@ def replay_step(
     def before_reduction() -> None:
         gradients = [parameter.main_grad for chunk in chunks for parameter in chunk.parameters()]
         found.append(are_finite(gradients).all())
-        # NaN has many bit patterns that mean the same.
+        # NaN has many bit patterns with the same meaning.
         found.append(digests(g.nan_to_num(nan=torch.finfo(g.dtype).max) for g in gradients).sum())
         for chunk in chunks:
             if chunk.ddp_config.overlap_grad_reduce:
@@ -76,7 +76,7 @@ def replay_step(
 
 @contextmanager
 def _reduced_at_the_end(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """No gradient is reduced during the backward pass, where overlap_grad_reduce would."""
+    """Disable reductions during the backward pass, where overlap_grad_reduce would make them."""
     config = get_model_config(chunks[0])
     switch, config.no_sync_func = config.no_sync_func, None
     try:

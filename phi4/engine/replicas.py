@@ -1,4 +1,4 @@
-"""Parameters that several ranks hold, compared bit by bit; and whether all are finite."""
+"""Compare parameters that several ranks hold bit by bit, and check that all are finite."""
 
 import socket
 from collections import Counter
@@ -18,14 +18,14 @@ from phi4.errors import CorruptionError, NotFiniteError
 
 @dataclass(frozen=True)
 class Suspicion:
-    """What one rank found about itself.
+    """One rank's result about itself.
 
     Attributes:
         rank: global.
-        host: of the rank.
-        parameter: the first one whose bits differ from other ranks'; empty where none does.
-        is_outvoted: most of the ranks that hold the parameter agree against this one.
-        is_tied: no such majority exists, so this rank or another may be wrong.
+        host: host of the rank.
+        parameter: the first one whose bits differ from other ranks'; empty if none does.
+        is_outvoted: whether most of the ranks that hold the parameter agree against this one.
+        is_tied: whether there is no majority, so that this rank or another may be wrong.
     """
 
     rank: int
@@ -36,10 +36,10 @@ class Suspicion:
 
 
 def check_replicas(engine: Engine) -> None:
-    """Compare the parameters of data and context replicas, and of tensor ranks what they share.
+    """Compare the parameters of data and context replicas, and those that tensor ranks share.
 
     Raises:
-        CorruptionError: on every rank, where any two differ; names ranks, hosts and a parameter.
+        CorruptionError: on every rank, if any two differ; names ranks, hosts and a parameter.
 
     Collectives: what `gather_parameters` does; all-gathers of 8 bytes per parameter over dp_cp, and
     over tp of the parameters that are not split; one all-gather over all ranks of who differs.
@@ -64,7 +64,7 @@ def check_replicas(engine: Engine) -> None:
 
 
 def require_finite_parameters(engine: Engine) -> None:
-    """Refuse parameters that are not finite.
+    """Raise an error for parameters that are not finite.
 
     Raises:
         NotFiniteError: on every rank; names the first parameter of each rank, and its host.
@@ -86,9 +86,9 @@ def require_finite_parameters(engine: Engine) -> None:
 
 
 def outvoted(values: Sequence[int]) -> tuple[list[int], bool]:
-    """Indexes of the values that differ from most, and whether no majority says which those are.
+    """Return indices of the values that differ from the majority, and whether there is no majority.
 
-    Without a majority (of two, say) the indexes are all.
+    Without a majority, for example of two, all indices are returned.
     """
     value, votes = Counter(values).most_common(1)[0]
     if votes == len(values):
@@ -99,7 +99,7 @@ def outvoted(values: Sequence[int]) -> tuple[list[int], bool]:
 
 
 def _compared(own: torch.Tensor, names: Sequence[str], group: dist.ProcessGroup) -> Suspicion:
-    """This rank's part in the first difference within a group."""
+    """Return this rank's part in the first difference within a group."""
     rank, host = dist.get_rank(), socket.gethostname()
     if group.size() == 1 or not names:
         return Suspicion(rank, host)
@@ -115,7 +115,7 @@ def _compared(own: torch.Tensor, names: Sequence[str], group: dist.ProcessGroup)
 
 
 def _described(everyone: Sequence[Suspicion]) -> str:
-    """Who is wrong, in words."""
+    """Describe which rank is wrong."""
     outvoted_ranks = [found for found in everyone if found.is_outvoted]
     suspects = outvoted_ranks or [found for found in everyone if found.is_tied]
     places = ", ".join(_place(found.rank, found.host) for found in suspects)
@@ -123,8 +123,8 @@ def _described(everyone: Sequence[Suspicion]) -> str:
     who = f"{places} {verb}" if outvoted_ranks else f"one of {places} holds"
     return (
         f"{who} other bits of {suspects[0].parameter} than the ranks that must hold the same; "
-        "memory or arithmetic of that host is at fault: take it out, and start the run again from "
-        "its newest checkpoint"
+        "memory or arithmetic of that host is faulty: exclude it, and resume the run from its "
+        "newest checkpoint"
     )
 
 

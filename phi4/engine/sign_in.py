@@ -1,8 +1,8 @@
-"""Who came to the rendezvous, told to those who wait, and who did not.
+"""Sign-in of the ranks at the rendezvous, with reports about missing ones.
 
-Every rank signs in at the store. Rank 0 decides whether all came and the others wait for its
-verdict, so none goes on alone. Ranks that are missing are listed every half minute, with the hosts
-that the launcher expects them on where it knows them.
+Every rank signs in at the store. Rank 0 decides whether all have joined and the others wait for its
+verdict, so none continues alone. Missing ranks are listed every half minute, with the hosts on
+which the launcher expects them, if known.
 """
 
 import socket
@@ -24,17 +24,17 @@ _MEETING = "meeting"
 def sign_in(
     store: dist.Store, rank: int, world_size: int, deadline: float, expected_hosts: Sequence[str]
 ) -> int:
-    """Wait for all ranks; gives the number of those on this host.
+    """Wait for all ranks; return the number of those on this host.
 
     Args:
-        store: that all ranks reach.
-        rank: of this process.
+        store: store that all ranks reach.
+        rank: rank of this process.
         world_size: number of processes.
-        deadline: of the monotonic clock.
-        expected_hosts: of every rank, or empty where nobody knows.
+        deadline: time of the monotonic clock.
+        expected_hosts: host of every rank; empty if unknown.
 
     Raises:
-        PlatformError: ranks did not come in time; on all ranks that came.
+        PlatformError: ranks did not join in time; raised on all ranks that did.
     """
     store = dist.PrefixStore(_MEETING, store)
     host = socket.gethostname()
@@ -46,7 +46,7 @@ def sign_in(
         def report() -> None:
             missing = _missing(store, world_size)
             say(
-                f"rank 0 on {host} waits for {len(missing)} of {world_size} ranks: "
+                f"rank 0 on {host} is waiting for {len(missing)} of {world_size} ranks: "
                 f"{_named(missing, expected_hosts)}"
             )
 
@@ -54,8 +54,8 @@ def sign_in(
         store.set("verdict", _verdict(store, world_size, expected_hosts))
     elif not wait_for(lambda: store.check(["verdict"]), deadline + _VERDICT_SECONDS):
         raise PlatformError(
-            f"rank {rank} on {host} reached the rendezvous, but rank 0 did not say in time whether "
-            "all ranks came; see the output of rank 0"
+            f"rank {rank} on {host} reached the rendezvous, but rank 0 did not confirm in time "
+            f"that all ranks joined; see the output of rank 0"
         )
     verdict = store.get("verdict").decode()
     ranks_per_host = store.add(f"ranks_on/{host}", 0)
@@ -69,11 +69,11 @@ def sign_in(
 
 
 def hosts_of(store: dist.Store, ranks: Sequence[int]) -> dict[int, str]:
-    """Host names of ranks that signed in.
+    """Return the host names of ranks that signed in.
 
     Args:
-        store: of a `Meeting`, or a clone of it.
-        ranks: all of which came.
+        store: store of a `Meeting`, or a clone of it.
+        ranks: ranks, all of which have joined.
     """
     hosts = dist.PrefixStore(_MEETING, store).multi_get([f"host_of/{rank}" for rank in ranks])
     return {rank: host.decode() for rank, host in zip(ranks, hosts, strict=True)}
@@ -82,11 +82,12 @@ def hosts_of(store: dist.Store, ranks: Sequence[int]) -> dict[int, str]:
 def wait_for(
     is_there: Callable[[], bool], deadline: float, report: Callable[[], None] | None = None
 ) -> bool:
-    """Whether something came about before the deadline; polls, so that signals are handled.
+    """Return whether a condition became true before the deadline; polls, so that signals are
+    handled.
 
     Args:
-        is_there: asks once.
-        deadline: of the monotonic clock.
+        is_there: checks the condition once.
+        deadline: time of the monotonic clock.
         report: called every half minute.
     """
     pause_seconds, reported_at = 0.01, time.monotonic()
@@ -103,7 +104,7 @@ def wait_for(
 
 
 def say(text: str) -> None:
-    """A line on stderr, as no run is there yet that has a console."""
+    """Print a line on stderr, because there is no run with a console yet."""
     print(f"rendezvous: {text}", file=sys.stderr, flush=True)
 
 
@@ -112,7 +113,7 @@ def _missing(store: dist.Store, world_size: int) -> list[int]:
 
 
 def _named(ranks: Sequence[int], expected_hosts: Sequence[str]) -> str:
-    """The first few, by host where it is known."""
+    """Format the first few, by host if known."""
     shown = ranks[:_NAMED_RANKS]
     more = f" and {len(ranks) - len(shown)} more" if ranks[_NAMED_RANKS:] else ""
     if not expected_hosts:
@@ -121,14 +122,14 @@ def _named(ranks: Sequence[int], expected_hosts: Sequence[str]) -> str:
 
 
 def _verdict(store: dist.Store, world_size: int, expected_hosts: Sequence[str]) -> str:
-    """Empty when all ranks came; else which did not."""
+    """Return an empty string if all ranks joined, else which did not."""
     missing = _missing(store, world_size)
     if not missing:
         return ""
     present = set(range(world_size)) - set(missing)
     hosts = dict.fromkeys(store.get(f"host_of/{rank}").decode() for rank in sorted(present))
     return (
-        f"{len(missing)} of {world_size} ranks did not come in time: "
-        f"{_named(missing, expected_hosts)}; those present are on {', '.join(hosts)}: see what "
-        "ended or holds up the missing ones"
+        f"{len(missing)} of {world_size} ranks did not join in time: "
+        f"{_named(missing, expected_hosts)}; those present are on {', '.join(hosts)}: check why "
+        f"the missing ones ended or are blocked"
     )

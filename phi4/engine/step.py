@@ -1,7 +1,7 @@
 """One optimizer step and one forward pass over a global batch, in any layout.
 
-The loss is a sum over a global weight sum, never a mean of means. Gradients stay those of the sum:
-what they are divided by is a factor on the device, which the norm and the update take.
+The loss is a sum over a global weight sum, never a mean of means. Gradients are those of the sum:
+their divisor is a factor on the device, which the norm and the update apply.
 """
 
 import math
@@ -29,7 +29,8 @@ from phi4.model.shape import NO_WORK, Work
 
 @dataclass(frozen=True)
 class UpdateLimits:
-    """A step whose loss or gradient norm is above, or not finite, changes nothing."""
+    """Limits; a step whose loss or gradient norm exceeds them, or is not finite, changes
+    nothing."""
 
     loss: float = math.inf
     grad_norm: float = math.inf
@@ -40,7 +41,7 @@ NO_LIMITS = UpdateLimits()
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """This rank's part of a step's sums, on its device: read only when the step was bad."""
+    """This rank's part of a step's sums, on its device; only read if the step was bad."""
 
     loss_sums: torch.Tensor
     """[2 * names] fp64, as in `Totals.sums` before they are reduced."""
@@ -55,28 +56,28 @@ class StepResult:
     loss: float
     """Loss sum over weight sum."""
     weight: float
-    """Weight sum: for pretraining the number of tokens that counted."""
+    """Weight sum: for pretraining the number of tokens in the loss."""
     grad_norm: float
     """Global L2 norm before clipping; 0 for a pass without gradients."""
     updated: bool
     """Whether the optimizer changed the parameters."""
     metrics: dict[str, float]
     asked: Asked = field(default_factory=Asked)
-    """What was asked of any rank before the update."""
+    """Union of all ranks' requests before the update."""
     work: Work = NO_WORK
-    """Of the whole global batch, in one forward pass."""
+    """Work of the entire global batch, in one forward pass."""
     group_norms: dict[str, float] = field(default_factory=dict)
-    """By parameter group, before clipping; their squares add up to grad_norm's. Empty unless they
-    were asked for."""
+    """By parameter group, before clipping; their squares add up to grad_norm's. Empty unless
+    requested."""
     evidence: Evidence | None = field(default=None, compare=False, repr=False)
-    """Of a training step; not the same on every rank."""
+    """Seconds of forward passes in a training step; not the same on every rank."""
 
 
 class Totals:
     """Running (sum, count) pairs of a step on the ranks that compute the loss.
 
-    Their reduction carries what was asked of each rank and what each data rank was given to compute
-    too: all learn it in the same step, and no collective of its own is needed.
+    Their reduction also carries each rank's requests and each data rank's work, so that all ranks
+    get them in the same step without an additional collective.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
@@ -94,17 +95,18 @@ class Totals:
         self.sums[: self._num_sums] += torch.stack(values)
 
     def reduce(self, layout: Layout, asked: Asked, work: Work) -> None:
-        """Let every rank have the sums, the counts and what was asked; waits for no device.
+        """Reduce the sums, the counts and the requests over all ranks; does not synchronise with
+        the device.
 
         Args:
             layout: the rank grid.
-            asked: of this rank.
-            work: of this data rank.
+            asked: requests of this rank.
+            work: work of this data rank.
 
         Collectives: one all-reduce over all ranks of two fp64 numbers per name, and those of
         `asked` and `work`.
         """
-        # Tensor ranks hold copies; only the last stage's first tensor rank has what counts.
+        # Tensor ranks hold copies; only the last stage's first tensor rank contributes.
         if not (layout.is_last_stage and layout.tp_rank == 0):
             self.sums.zero_()
         for index, flag in enumerate(asked):
@@ -112,24 +114,26 @@ class Totals:
                 # A constant of a kernel: a tensor made on the host would be a copy that waits.
                 self.sums[self._num_sums + index].fill_(1.0)
         if layout.is_last_stage and layout.tp_rank == 0 and layout.cp_rank == 0:
-            # Integers, and exact: fp64 holds them up to 9e15.
+            # Integers, and exact: fp64 represents them up to 9e15.
             for index, count in enumerate(work):
                 self.sums[self._num_flags + index].fill_(float(count))
         dist.all_reduce(self.sums)
 
     def loss_within(self, limit: float) -> torch.Tensor:
-        """[] bool on the device, once reduced: the mean loss is finite and at most this."""
+        """Return [] bool on the device, after the reduction: the mean loss is finite and at most
+        this."""
         total, count = self.sums[0], self.sums[1]
         return total.isfinite() & (total <= min(limit, sys.float_info.max) * count)
 
     def gradient_scale(self) -> torch.Tensor:
-        """[] fp64 on the device, once reduced: makes gradients of the sum those of the mean."""
+        """Return [] fp64 on the device, after the reduction: factor from gradients of the sum to
+        those of the mean."""
         weight = self.sums[1]
         return torch.where(weight > 0, weight.reciprocal(), 1.0)
 
     def read(self) -> tuple[dict[str, tuple[float, float]], Asked, Work]:
-        """(sum, count) of every name, what was asked of any rank and the work of all data ranks, on
-        the host.
+        """Return (sum, count) of every name, the union of requests and the work of all data ranks,
+        on the host.
         """
         values = self.sums.tolist()
         sums = {n: (values[2 * i], values[2 * i + 1]) for i, n in enumerate(self.names)}
@@ -150,10 +154,10 @@ def train_step(
     limits: UpdateLimits = NO_LIMITS,
     by_group: bool = False,
 ) -> StepResult:
-    """Gradients of the whole global batch, clipping, one AdamW update.
+    """Compute gradients of the global batch, clip, and run one AdamW update.
 
-    Where loss or gradient of any rank is not finite, or above the limits, no rank updates: both
-    were reduced over the ranks before the update, which is told on the device.
+    If loss or gradient of any rank is not finite, or exceeds the limits, no rank updates: both are
+    reduced over the ranks before the update, which reads the decision on the device.
 
     Args:
         chunks: this rank's model chunks with their gradient buffers.
@@ -161,11 +165,11 @@ def train_step(
         batches: this data rank's micro-batches.
         objective: the stage's loss.
         layout: the rank grid.
-        learning_rate: of this step.
-        weight_decay: of this step.
-        asked: what is asked of this rank, called before the update.
-        limits: above which nothing is updated.
-        by_group: whether the norm of each parameter group is wanted besides.
+        learning_rate: learning rate of this step.
+        weight_decay: weight decay of this step.
+        asked: returns this rank's requests; called before the update.
+        limits: limits above which nothing is updated.
+        by_group: whether to also compute the norm of each parameter group.
 
     Collectives: those of the schedule, the gradient reduction over data and context ranks, the norm
     over model ranks, one all-reduce of the totals over all ranks; with `by_group` one of five
@@ -198,7 +202,7 @@ def evaluate(
     *,
     asked: Callable[[], Asked] = nothing_asked,
 ) -> StepResult:
-    """The objective over a global batch without gradients.
+    """Evaluate the objective over a global batch without gradients.
 
     Collectives: those of the forward schedule, one all-reduce of the totals over all ranks.
     """
@@ -212,7 +216,7 @@ def evaluate(
 def logits(
     chunks: list[torch.nn.Module], batches: MicroBatches, layout: Layout
 ) -> list[torch.Tensor]:
-    """Logits [B, S, V / tp] of each micro-batch on the last stage; elsewhere an empty list.
+    """Return logits [B, S, V / tp] of each micro-batch on the last stage; elsewhere an empty list.
 
     Collectives: those of the forward schedule.
     """
@@ -224,7 +228,8 @@ def logits(
 def log_probs(
     chunks: list[torch.nn.Module], batches: MicroBatches, layout: Layout
 ) -> list[LabelLogProbs]:
-    """Log-probabilities of whole rows of each micro-batch, on every rank of a data replica.
+    """Return log-probabilities of complete rows of each micro-batch, on every rank of a data
+    replica.
 
     Collectives: those of the forward schedule; per micro-batch on the last stage one all-gather
     over cp, then one broadcast over pp, of 4 bytes per token; both again where the micro-batch has
@@ -261,14 +266,14 @@ def run_schedule(
     labelled: bool = True,
     before_reduction: Callable[[], None] | None = None,
 ) -> list[LabelLogProbs] | list[torch.Tensor]:
-    """megatron-core's pipeline schedule over the micro-batches.
+    """Run megatron-core's pipeline schedule over the micro-batches.
 
     Args:
         chunks: this rank's model chunks.
         batches: micro-batches in order.
         layout: the rank grid.
         loss_of: loss from the last chunk's log-probabilities; None collects its outputs instead.
-        with_gradients: of the loss sum, reduced; else forward only.
+        with_gradients: compute gradients of the loss sum, reduced; else forward only.
         labelled: whether the last chunk's outputs are log-probabilities; else they are logits.
         before_reduction: called once this rank has all of its gradients.
 
@@ -289,7 +294,7 @@ def run_schedule(
         if loss_of is None:
             return output
         assert isinstance(output, LabelLogProbs), "a loss is of log-probabilities"
-        # megatron-core adds up an integer count, for its own division; ours may not be one.
+        # megatron-core adds up an integer count, for its own division; ours may not be an integer.
         return loss_of(output, batch).loss_sum, torch.ones((), dtype=torch.int), {}
 
     def finalize(model, _num_tokens, **options) -> None:
@@ -320,7 +325,8 @@ def _device(chunks: Sequence[torch.nn.Module]) -> torch.device:
 def loss_function(
     objective: Objective, totals: Totals, layout: Layout
 ) -> Callable[[LabelLogProbs, MicroBatch], Loss]:
-    """What computes a micro-batch's loss on the last stage and adds it to the totals."""
+    """Return the function that computes a micro-batch's loss on the last stage and adds it to the
+    totals."""
     # Every context rank has all sums of segments: one of them counts.
     segment_share = float(layout.cp_rank == 0)
 

@@ -1,8 +1,8 @@
-"""Transformer Engine, if this machine can use it; decided before megatron-core is imported.
+"""Import Transformer Engine if this machine can use it, before megatron-core is imported.
 
-megatron-core imports whatever `transformer_engine` it finds, in some thirty files, and survives an
-ImportError only: one that cannot find cuDNN would break `import megatron.core`, and so a run that
-needs no FP8. Here it is imported first, and hidden from the process where it is of no use.
+megatron-core imports any `transformer_engine` it finds, in some thirty files, and only handles
+ImportError: one that cannot find cuDNN would break `import megatron.core`, and thus a run that
+needs no FP8. It is therefore imported here first, and hidden from the process if it is unusable.
 """
 
 import importlib
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 import torch
 
 SUPPORTED = ("2.9", "2.10", "2.11")
-"""The versions that megatron-core 0.16 works with; as the extra `te` of pyproject.toml."""
+"""The versions supported by megatron-core 0.16; as in the extra `te` of pyproject.toml."""
 
 _PACKAGES = ("transformer_engine", "transformer_engine_torch")
 
 
 @dataclass(frozen=True)
 class TransformerEngine:
-    """What this process has of Transformer Engine.
+    """The state of Transformer Engine in this process.
 
     Attributes:
-        version: that is imported; empty where there is none.
-        problem: why there is none; empty where there is one.
+        version: imported version; empty if there is none.
+        problem: why there is none; empty if there is one.
     """
 
     version: str
@@ -32,14 +32,14 @@ class TransformerEngine:
 
 
 def import_or_hide() -> TransformerEngine:
-    """Import Transformer Engine, or make every later import of it fail like that of a package that
-    is not installed. It is not even tried where torch finds no CUDA device.
+    """Import Transformer Engine, or make every later import of it fail as if it were not installed.
+    It is not tried if torch finds no CUDA device.
     """
     found = _imported()
     if found.problem:
         for name in [name for name in sys.modules if name.partition(".")[0] in _PACKAGES]:
             del sys.modules[name]
-        # An import of a name that stands for None raises ModuleNotFoundError.
+        # An import of a name whose entry is None raises ModuleNotFoundError.
         for name in _PACKAGES:
             sys.modules[name] = None  # type: ignore[assignment]  # typeshed has no such entries
     return found
@@ -50,7 +50,7 @@ def _imported() -> TransformerEngine:
         return TransformerEngine("", "it is imported on machines with a CUDA device only")
     try:
         with warnings.catch_warnings():
-            # It advises against names of its own that megatron-core imports.
+            # It warns about its own names that megatron-core imports.
             warnings.simplefilter("ignore")
             package = importlib.import_module("transformer_engine")
             importlib.import_module("transformer_engine.pytorch")
@@ -59,7 +59,7 @@ def _imported() -> TransformerEngine:
         if error.name == "transformer_engine":
             return TransformerEngine("", "it is not installed")
         return TransformerEngine("", f"its import raised {_line(error)}")
-    except Exception as error:  # a library that is missing or of another CUDA: whatever it raises
+    except Exception as error:  # a missing or mismatched library can raise anything
         return TransformerEngine("", f"its import raised {_line(error)}")
     if ".".join(version.split(".")[:2]) not in SUPPORTED:
         return TransformerEngine("", f"version {version} is installed")
@@ -71,4 +71,4 @@ def _line(error: Exception) -> str:
 
 
 TRANSFORMER_ENGINE = import_or_hide()
-"""What megatron-core finds of it, here and in every later import."""
+"""The state seen by megatron-core, here and in every later import."""

@@ -161,7 +161,7 @@ def _number_for_name(index: Metadata) -> None:
         (_place("__0_0.distcp", 900, 400), "places 400 bytes at 900"),
         (_place("__0_0.distcp", -1, 400), "holds -1 where a size belongs"),
         (_place("__0_0.distcp", True, 400), "holds a bool where a int belongs"),
-        (_place("__0_0.distcp", 0, 400, ["zstd"]), "asks for a transformation"),
+        (_place("__0_0.distcp", 0, 400, ["zstd"]), "requests a transformation"),
         (_undescribed, "places 'other', which it does not describe"),
         (_grow_chunk, r"has a chunk at \[2, 0\] of \[3, 3\] in \[4, 3\]"),
         (_text_for_size, "holds a str where a Size belongs"),

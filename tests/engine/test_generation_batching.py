@@ -164,8 +164,8 @@ def test_requests_do_what_they_ask(alone):
 
 WRONG = {
     "prompt": ({"prompt": ()}, "the prompt has no token"),
-    "id": ({"prompt": (5, 96)}, "prompt has the token id 96; expected 0 to 95"),
-    "negative id": ({"prompt": (-1,)}, "prompt has the token id -1"),
+    "id": ({"prompt": (5, 96)}, "prompt contains the token id 96; expected 0 to 95"),
+    "negative id": ({"prompt": (-1,)}, "prompt contains the token id -1"),
     "nan": ({"temperature": math.nan}, "temperature=nan; expected 0, or 1e-06 and more"),
     "tiny": ({"temperature": 1e-320}, "temperature=1e-320"),
     "n": ({"n": 0}, "n=0; expected at least 1"),
@@ -176,7 +176,7 @@ WRONG = {
     "max_tokens": ({"max_tokens": 0}, "max_tokens=0; expected at least 1"),
     "length": ({"prompt": [1] * 60}, "a prompt of 60 tokens and 5 new ones exceed the model's 64"),
     "bias": ({"logit_bias": {4: math.inf}}, r"logit_bias[4]=inf"),
-    "forced": ({"forced": (96,)}, "forced has the token id 96"),
+    "forced": ({"forced": (96,)}, "forced contains the token id 96"),
     "all": ({"forbidden_first": frozenset(range(96))}, "forbidden_first holds all 96 ids"),
     "seed": ({"seed": 2**64}, "expected a number of 64 bits"),
     "top": ({"num_top_log_probs": -1}, "num_top_log_probs=-1"),

@@ -207,7 +207,7 @@ def run_many(rank: int, world_size: int, count: int, num_blocks: int):
                 num_live = num_submitted - len(ends)
                 waiting.append(len(generator._scheduler._waiting))
                 sizes.append(resident_bytes())
-                assert len(sizes) < 10 * count, "requests are under way, and no step ends them"
+                assert len(sizes) < 10 * count, "requests are in progress, and no step ends them"
             gc.collect()
             return Many(
                 ends,

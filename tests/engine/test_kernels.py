@@ -172,7 +172,7 @@ def test_heads_that_attention_kernels_do_not_take(monkeypatch):
     device = torch.device("cpu")
     chosen = {head_dim: choose(KernelsConfig(), device, head_dim)[3] for head_dim in (8, 128)}
     assert chosen[128].describe() == "attention: triton (auto: proven)"
-    reason = "auto: triton takes head dims 64, 96, 128, the model's is 8"
+    reason = "auto: triton supports head dims 64, 96, 128, but the model's is 8"
     assert chosen[8].describe() == f"attention: torch ({reason})"
     with pytest.raises(ConfigError, match=r"kernels.attention=triton: .* is 8; use auto or torch"):
         choose(KernelsConfig(attention="triton"), device, 8)

@@ -126,7 +126,7 @@ def refused(rank: int, world_size: int, objective: type) -> str:
 
 def test_a_wrongly_declared_objective_is_found_in_one_pass(pool: RankPool) -> None:
     text = pool.run(refused, UndeclaredSquares)[0]
-    assert text.startswith("loss_head.form=one_pass expects") and "\n" not in text
+    assert text.startswith("loss_head.form=one_pass requires") and "\n" not in text
 
 
 def added_twice(rank: int, world_size: int) -> dict | None:

@@ -97,7 +97,7 @@ def test_ranks_that_do_not_come_are_named_to_those_who_did(kind, tmp_path, monke
         monkeypatch.setenv("MASTER_PORT", str(agent.port))
     came = met(place[kind], 4, [0, 2], seconds=0.5)
     assert came[0] == came[1]
-    assert came[0].startswith("2 of 4 ranks did not come in time: 1, 3;")
+    assert came[0].startswith("2 of 4 ranks did not join in time: 1, 3;")
     assert socket.gethostname() in came[0]
 
 
@@ -138,7 +138,7 @@ def test_ranks_that_are_late_are_listed_with_their_hosts_while_others_wait(
 
 
 def test_rank_that_never_comes_is_named_with_its_host(tmp_path) -> None:
-    with pytest.raises(PlatformError, match=r"1 of 2 ranks did not come in time: 1 \(on n7\);"):
+    with pytest.raises(PlatformError, match=r"1 of 2 ranks did not join in time: 1 \(on n7\);"):
         meet(str(tmp_path), 0, 2, seconds=0.2, expected_hosts=("n6", "n7"))
 
 
@@ -148,7 +148,9 @@ def test_ranks_that_wait_for_rank_0_say_so_with_its_host(tmp_path, monkeypatch, 
         with pytest.raises(PlatformError, match="rank 0 wrote no port"):
             meet(str(tmp_path), rank, 100, seconds=0.5, expected_hosts=("n6",) * 100)
     said = capsys.readouterr().err
-    assert "rank 1 on " in said and "waits for rank 0 (on n6)" in said and "rank 99" not in said
+    assert (
+        "rank 1 on " in said and "is waiting for rank 0 (on n6)" in said and "rank 99" not in said
+    )
 
 
 def test_ranks_are_counted_by_host(tmp_path) -> None:

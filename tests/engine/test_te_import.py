@@ -133,7 +133,7 @@ def test_the_engine_refuses_a_cpu_before_any_group_exists():
     with pytest.raises(PlatformError) as error:
         Engine(tiny_recipe(*SIZES), platform)
     assert str(error.value) == (
-        "precision.fp8=te needs a GPU, and this run is on the CPU (torch finds no CUDA device); "
+        "precision.fp8=te needs a GPU, but this run is on the CPU (torch finds no CUDA device); "
         "use precision.fp8=torch, or off"
     )
     assert not dist.is_initialized()

@@ -1,8 +1,9 @@
-"""Verifying and loading a checkpoint; nothing that it holds is executed.
+"""Verify and load a checkpoint without executing any of its content.
 
-A checkpoint can come from anybody. Every rank reads the index and the common state once, checks
-these bytes against the manifest, and uses what it vetted; tensors and byte records are read as
-values only. Failures are one answer for all ranks, so that all can take another checkpoint.
+A checkpoint may come from an untrusted source. Every rank reads the index and the common state
+once, checks these bytes against the manifest, and uses the validated content; tensors and byte
+records are read as values only. A failure is raised on all ranks, so that all can fall back to
+another checkpoint.
 """
 
 import io
@@ -55,7 +56,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class VerifiedCheckpoint:
-    """A checkpoint whose files agree with its manifest, and what of it was vetted."""
+    """A checkpoint whose files match its manifest, with its validated content."""
 
     manifest: CheckpointManifest
     metadata: Metadata
@@ -68,7 +69,7 @@ class VerifiedCheckpoint:
 
 @dataclass(frozen=True)
 class _Survey:
-    """What rank 0 sees of a checkpoint."""
+    """Rank 0's view of a checkpoint."""
 
     manifest: CheckpointManifest
     manifest_sha256: str
@@ -76,12 +77,12 @@ class _Survey:
 
 
 def verify_checkpoint(engine: Engine, checkpoint: Path) -> VerifiedCheckpoint:
-    """Check every file against the manifest, each rank a share; all raise together.
+    """Check every file against the manifest, divided among the ranks; all raise together.
 
     Raises:
-        CheckpointError: incomplete, a file is missing, truncated or altered, or the index is not
-            one that this engine's writer makes.
-        PlatformError: a rank does not see in time what rank 0 sees.
+        CheckpointError: incomplete, a file is missing, truncated or altered, or the index is not in
+            this engine's format.
+        PlatformError: a rank does not see rank 0's files in time.
 
     Collectives: one broadcast of the manifest and two all-gathers of verdicts, over all ranks.
     """
@@ -94,7 +95,7 @@ def verify_checkpoint(engine: Engine, checkpoint: Path) -> VerifiedCheckpoint:
     problems, metadata, common = [], Metadata({}), b""
     try:
         if manifest_hash(checkpoint) != survey.manifest_sha256:
-            problems.append(f"rank {platform.rank} reads another {checkpoint / MANIFEST_FILE}")
+            problems.append(f"rank {platform.rank} reads a different {checkpoint / MANIFEST_FILE}")
         problems += verify_files(checkpoint, manifest, share)
         if not problems:
             metadata, common = _vetted(checkpoint, manifest)
@@ -110,20 +111,20 @@ def verify_checkpoint(engine: Engine, checkpoint: Path) -> VerifiedCheckpoint:
 def load_checkpoint(
     engine: Engine, checkpoint: Path, verified: VerifiedCheckpoint, *, optimizer: bool = True
 ) -> None:
-    """Fill the engine from a checkpoint of any layout.
+    """Load a checkpoint of any layout into the engine.
 
-    Every data rank reads its share and hands it to the others.
+    Every data rank reads its share and distributes it.
 
     Args:
-        engine: of the same model; its layout may differ from the writer's.
+        engine: engine of the same model; its layout may differ from the writer's.
         checkpoint: a `step_NNNNNNN` directory.
         verified: from `verify_checkpoint`.
         optimizer: also load the optimizer and the random states.
 
     Raises:
         LayoutError: the optimizer format does not fit the layout.
-        CheckpointError: the checkpoint holds no optimizer, or not what the engine needs; the
-            engine's weights are then undefined. Every rank raises it.
+        CheckpointError: the checkpoint has no optimizer, or lacks records that the engine needs;
+            the engine's weights are then undefined. Every rank raises it.
 
     Collectives: those of dist_checkpointing; broadcasts of what was read, over data and context
     ranks; two all-gathers of verdicts over all ranks.
@@ -167,15 +168,15 @@ def _fill(engine: Engine, state: dict[str, Any], with_optimizer: bool) -> None:
 
 
 def _all_or_none(engine: Engine, checkpoint: Path, act: Callable[[], Result]) -> Result:
-    """What `act` returns, or a CheckpointError on every rank if it fails on one."""
+    """Return the result of `act`, or raise CheckpointError on every rank if it fails on one."""
     failure: CheckpointError | LayoutError | None = None
     try:
         result = act()
     except LayoutError as error:
         failure = error
     except (Exception, CheckpointException) as error:
-        # torch, megatron-core and the optimizer raise whatever they like for unfit records; torch's
-        # collective error is no Exception.
+        # torch, megatron-core and the optimizer raise arbitrary errors for unfit records; torch's
+        # collective error is not an Exception.
         failure = CheckpointError(f"{checkpoint} cannot be loaded: {_reason(error)}")
     raise_together(engine.platform, failure)
     return result
@@ -184,7 +185,7 @@ def _all_or_none(engine: Engine, checkpoint: Path, act: Callable[[], Result]) ->
 def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if failures:
-        # torch's collective error holds what each failing rank raised.
+        # torch's collective error holds the errors of the failing ranks.
         error = failures[min(failures)][0]
     if isinstance(error, Phi4Error):
         return str(error)
@@ -194,16 +195,18 @@ def _reason(error: BaseException) -> str:
 def _survey(checkpoint: Path) -> _Survey:
     manifest = read_manifest(checkpoint)
     if manifest.step != step_of(checkpoint):
-        raise CheckpointError(f"{checkpoint} holds step {manifest.step}, not what its name says")
+        raise CheckpointError(
+            f"{checkpoint} contains step {manifest.step}, which does not match its name"
+        )
     return _Survey(manifest, manifest_hash(checkpoint), tuple(content_names(checkpoint)))
 
 
 def _vetted(checkpoint: Path, manifest: CheckpointManifest) -> tuple[Metadata, bytes]:
-    """The index and the content of common.pt."""
+    """Return the index and the content of common.pt."""
     index, common, form = (read_verified(checkpoint, manifest, name) for name in _VETTED_NAMES)
     try:
         if msgspec.json.decode(form) != _FORMAT:
-            raise CheckpointError(f"{checkpoint / _FORMAT_NAME} names a format that is not ours")
+            raise CheckpointError(f"{checkpoint / _FORMAT_NAME} specifies an unsupported format")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{checkpoint / _FORMAT_NAME} is damaged: {error}") from None
     file_bytes = {name: entry.bytes for name, entry in manifest.files.items()}
@@ -214,7 +217,7 @@ def _vetted(checkpoint: Path, manifest: CheckpointManifest) -> tuple[Metadata, b
 
 
 class _VettedShards(TorchDistLoadShardedStrategy):
-    """Reads shards by the vetted index."""
+    """Reads shards by the validated index."""
 
     def __init__(self, source: VettedSource) -> None:
         super().__init__()
@@ -226,7 +229,7 @@ class _VettedShards(TorchDistLoadShardedStrategy):
 
 
 class _VettedCommon(LoadCommonStrategy):
-    """What every rank shares, from bytes that were verified."""
+    """The state shared by all ranks, from bytes that were verified."""
 
     def __init__(self, content: bytes) -> None:
         self._content = content
@@ -249,11 +252,11 @@ class _VettedCommon(LoadCommonStrategy):
 def _check_optimizer(engine: Engine, checkpoint: Path, manifest: CheckpointManifest) -> None:
     here, there = degrees(engine), manifest.layout
     if manifest.optimizer_format == "none":
-        raise CheckpointError(f"{checkpoint} holds weights only; it cannot resume a training run")
+        raise CheckpointError(f"{checkpoint} has weights only; it cannot resume a training run")
     key = "distributed_optimizer"
     if here[key] != there[key]:
         raise LayoutError(
-            f"{checkpoint} was written with parallel.{key}={bool(there[key])}, asked for "
+            f"{checkpoint} was written with parallel.{key}={bool(there[key])}, but the recipe has "
             f"{bool(here[key])}; resume with parallel.{key}={str(bool(there[key])).lower()}"
         )
     if manifest.optimizer_format == "dp":
@@ -262,7 +265,7 @@ def _check_optimizer(engine: Engine, checkpoint: Path, manifest: CheckpointManif
         ]
         if moved:
             raise LayoutError(
-                f"{checkpoint} has optimizer format dp, which keeps "
-                f"{', '.join(f'{key}={there[key]}' for key in moved)}; resume with these, save "
-                "once with checkpoint.optimizer_format=full, then change the layout"
+                f"{checkpoint} has optimizer format dp, which requires "
+                f"{', '.join(f'{key}={there[key]}' for key in moved)}; resume with these values, "
+                f"save once with checkpoint.optimizer_format=full, then change the layout"
             )

@@ -1,9 +1,9 @@
-"""`.metadata`: the index of a checkpoint's records, read without running anything it names.
+"""Parse `.metadata`, the index of a checkpoint's records, without executing anything.
 
-torch writes the index as a pickle. Here it is parsed with an unpickler whose every class is an
-inert record that only keeps what it was built from; the index that megatron-core gets is then built
-anew from the plain values in these records, each checked for its type and its range. Nothing that
-the file names is imported or called, and the file is never unpickled a second time.
+torch writes the index as a pickle. Here it is parsed with an unpickler in which every class is an
+inert record that only stores its arguments; the index for megatron-core is then rebuilt from the
+plain values in these records, each checked for its type and its range. No name in the file is
+imported or called, and the file is never unpickled a second time.
 """
 
 import io
@@ -37,7 +37,8 @@ _OPCODES = frozenset(
         *("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
     )
 )
-"""All that torch's writer emits. Others, PUT for one, let a few bytes claim gigabytes."""
+"""All opcodes that torch's writer emits. With others, such as PUT, a few bytes can allocate
+gigabytes."""
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
@@ -65,11 +66,11 @@ _DTYPES = (
     *(torch.int32, torch.int64, torch.uint8),
 )
 _SHARD_SUFFIX = re.compile(r"/shard_\d+(\.\d+)*_\d+(\.\d+)*")
-"""Ends the name of a record that holds bytes, as megatron-core names its ShardedObjects."""
+"""Suffix of a record of bytes, as megatron-core names its ShardedObjects."""
 
 
 class _Record:
-    """Stands in for a class that the pickle names: keeps what it was built from, runs nothing."""
+    """Replaces a class that the pickle refers to: stores its arguments, executes nothing."""
 
     arguments: tuple
     state: Any
@@ -90,17 +91,17 @@ _BY_NAME = {name: record for (_, name), record in _RECORDS.items()}
 
 
 def parse_metadata(content: bytes, file_bytes: Mapping[str, int]) -> Metadata:
-    """The index of a checkpoint, from the content of its `.metadata`.
+    """Return the index of a checkpoint, from the content of its `.metadata`.
 
     Args:
-        content: of the file.
+        content: content of the file.
         file_bytes: size of each file that the manifest lists, by name.
 
     Returns:
-        Names, shapes and places of all records; every place lies inside a listed file.
+        Names, shapes and locations of all records; every location is inside a listed file.
 
     Raises:
-        CheckpointError: damaged, or it names or holds anything that no checkpoint needs.
+        CheckpointError: damaged, or it contains anything that is not part of a checkpoint.
     """
     try:
         for opcode, _, position in pickletools.genops(content):
@@ -111,20 +112,20 @@ def parse_metadata(content: bytes, file_bytes: Mapping[str, int]) -> Metadata:
     except _MalformedError as error:
         raise CheckpointError(f"{METADATA_NAME} {error}; do not load this checkpoint") from None
     except Exception as error:
-        # Whatever a damaged pickle makes the unpickler raise.
+        # A damaged pickle makes the unpickler raise arbitrary errors.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(f"{METADATA_NAME} cannot be read ({reason})") from None
 
 
 class _MalformedError(Exception):
-    """Says what is wrong, as the end of a sentence."""
+    """An error whose message completes a sentence about the file."""
 
 
 class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # An exact pair: a dotted name would be resolved attribute by attribute, through `os` too.
+        # An exact pair: a dotted name would be resolved attribute by attribute, even through `os`.
         if (module, name) not in _GLOBALS:
-            raise _MalformedError(f"names {module}.{name}, which no checkpoint needs")
+            raise _MalformedError(f"refers to {module}.{name}, which is not part of a checkpoint")
         return _GLOBALS[module, name]
 
 
@@ -160,9 +161,9 @@ def _described(name: str, value: Any) -> TensorStorageMetadata | BytesStorageMet
 
 def _properties(value: Any) -> TensorProperties:
     _require(value, "TensorProperties")
-    # dtype, and four that torch no longer uses.
+    # dtype, and four properties that torch no longer uses.
     if type(value.state) is not tuple or len(value.state) != 5 or value.state[0] not in _DTYPES:
-        raise _MalformedError("has tensor properties of another form")
+        raise _MalformedError("has malformed tensor properties")
     return TensorProperties(dtype=value.state[0])
 
 
@@ -192,7 +193,7 @@ def _place(value: Any, file_bytes: Mapping[str, int]) -> _StorageInfo:
     name = _typed(fields.get("relative_path"), str)
     offset, length = _count(fields.get("offset")), _count(fields.get("length"))
     if fields.get("transform_descriptors") is not None:
-        raise _MalformedError("asks for a transformation of its records")
+        raise _MalformedError("requests a transformation of its records")
     if name not in file_bytes:
         raise _MalformedError(f"refers to file {name!r}, which the manifest does not list")
     if offset + length > file_bytes[name]:

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout as an engine without optimizer, in whatever layout is asked for."""
+"""Open a checkpoint of any layout as an engine without optimizer, in any layout."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,31 +14,30 @@ from phi4.rundir.state import read_recipe
 
 
 def recipe_of(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe a checkpoint was written under, on one process unless overrides lay it out.
+    """Return the recipe of a checkpoint, on one process unless overrides set a layout.
 
     Raises:
         CheckpointError: the checkpoint has no recipe.
-        ConfigError: an override is wrong, or would make it another model.
+        ConfigError: an override is wrong, or would change the model.
         LayoutError: the recipe breaks a rule.
     """
     written = read_recipe(checkpoint)
-    # Without gradients nothing multiplies in FP8, and its rules on sizes are those of training.
+    # Without training nothing runs in FP8, and the recipe's FP8 rules do not apply.
     precision = written.precision.model_copy(update={"fp8": "off"})
     single = written.model_copy(update={"parallel": ParallelConfig(), "precision": precision})
     recipe = with_overrides(single, overrides)
-    # Weights can be read into another number format, into nothing else.
+    # Weights can be read into another dtype; everything else in the model is fixed.
     foreign = changed_keys(single, recipe)["identity"].keys() - {"precision.dtype"}
     if foreign:
         raise ConfigError(
-            f"{', '.join(sorted(foreign))} belong to what {checkpoint} holds; "
-            "leave these overrides out"
+            f"{', '.join(sorted(foreign))} are fixed by {checkpoint}; remove these overrides"
         )
     check(recipe)
     return recipe
 
 
 def open_checkpoint(recipe: Recipe, checkpoint: Path, platform: Platform) -> Engine:
-    """An engine without optimizer that holds a checkpoint's weights, in the recipe's layout.
+    """Return an engine without optimizer with a checkpoint's weights, in the recipe's layout.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.

@@ -1,12 +1,13 @@
-"""A save that training does not wait for: scheduled when it begins, durable when all have written.
+"""Asynchronous saves: scheduled when they begin, durable when all ranks have written.
 
-Two phases. First every rank's writer process writes its shards. Once all are on the disk, rank 0
-gathers places and hashes, and its writer process writes index and manifest, renames the directory
-and moves `latest`. So nothing counts that is not on the disk, whichever process dies when.
+A save has two phases. First every rank's writer process writes its shards. Once all are durable,
+rank 0 gathers locations and hashes, and its writer process writes index and manifest, renames the
+directory and updates `latest`. A checkpoint thus counts only if it is durable, whichever process
+dies at any time.
 
-All ranks take every turn at the same step. How far each of them is travels in the reduction that
-ends every training step anyway (`told`, `go_on`), so a save under way adds no collective to a step
-and makes no rank wait for another. At most one is under way.
+All ranks change phase at the same step. Their progress is part of the reduction at the end of every
+training step (`told`, `go_on`), so a save in progress adds no collective to a step and makes no
+rank wait for another. At most one is in progress.
 """
 
 import logging
@@ -33,12 +34,12 @@ _TURN_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Durable:
-    """A save that counts.
+    """A save that is durable.
 
     Attributes:
-        path: of the checkpoint.
-        seconds: from its beginning until all ranks know that it counts.
-        stall_seconds: of these, how long training stood still.
+        path: path of the checkpoint.
+        seconds: time from its beginning until all ranks know that it is durable.
+        stall_seconds: the part of it during which training was blocked.
     """
 
     path: Path
@@ -47,14 +48,14 @@ class Durable:
 
 
 class PendingSave:
-    """An asynchronous save on one rank, from its beginning on; `go_on` and `wait` are collective.
+    """An asynchronous save on one rank; `go_on` and `wait` are collective.
 
     Args:
-        engine: what is saved, as it is now.
-        request: what and where; see `save_checkpoint`.
-        writer: of this rank.
-        lease: of the run on the writer rank, else None; a directory that was lost is not touched.
-        seconds: the save has failed when it is not durable after so long.
+        engine: engine whose current state is saved.
+        request: content and location; see `save_checkpoint`.
+        writer: writer process of this rank.
+        lease: lease of the run on the writer rank, else None; a lost directory is not modified.
+        seconds: time after which a save that is not durable has failed.
 
     Raises:
         DiskFullError, PlatformError: it cannot begin; every rank raises it and nothing is left.
@@ -92,30 +93,32 @@ class PendingSave:
 
     @property
     def step(self) -> int:
-        """Whose save it is."""
+        """Step of the checkpoint."""
         return self._save.request.step
 
     @property
     def stall_seconds(self) -> float:
-        """How long training stood still for it so far."""
+        """Time for which training has been blocked by it so far."""
         return self._stall_seconds
 
     def told(self) -> tuple[bool, bool]:
-        """Whether this rank is busy with its part, and whether that failed; looks once, cheap."""
+        """Return whether this rank is busy with its part, and whether that failed; polls once,
+        cheaply."""
         is_done = self._is_done()
         if self._error is None:
             self._error = self._met() if is_done else self._lateness()
         return not is_done, self._error is not None
 
     def go_on(self, agreed: Asked) -> Durable | None:
-        """Go on with it when all ranks are done with the present part; None while it is under way.
+        """Enter the next phase when all ranks have finished the current one; None while in
+        progress.
 
         Args:
-            agreed: what the ranks told, by `told`, since the last call.
+            agreed: union of the ranks' `told` since the last call.
 
         Raises:
-            DiskFullError, PlatformError: it failed, on every rank; what was written is removed, and
-                the checkpoints before it stay as they are.
+            DiskFullError, PlatformError: it failed, on every rank; written files are removed, and
+                earlier checkpoints are unaffected.
 
         Collectives: none in most steps; once per save, those of the gathers of what was written, or
             one all-gather of what went wrong.
@@ -139,7 +142,7 @@ class PendingSave:
 
         Args:
             tick: called while it waits.
-            within_seconds: it fails when it is not durable after so long from now.
+            within_seconds: time from now after which it fails if it is not durable.
 
         Raises:
             DiskFullError, PlatformError: as `go_on`.
@@ -149,7 +152,7 @@ class PendingSave:
         if within_seconds is not None:
             left = time.monotonic() - self._begun + within_seconds
             if left < self._seconds:
-                self._seconds, self._limit = left, "what a run that is told to stop waits for it"
+                self._seconds, self._limit = left, "the limit for a run that was told to stop"
         while True:
             turn_ends = time.monotonic() + _TURN_SECONDS
             while not self._is_done() and time.monotonic() < turn_ends:
@@ -161,14 +164,14 @@ class PendingSave:
                 return durable
 
     def abandon(self) -> None:
-        """Give it up, on this rank; what was written is removed without waiting for the disk."""
+        """Abort it on this rank; written files are removed without waiting for the disk."""
         self._writer.cancel()
         if self._platform.is_writer:
             discard = self._save.directory.discard
             threading.Thread(target=discard, name="discard", daemon=True).start()
 
     def _is_done(self) -> bool:
-        """Whether this rank's part of the present phase ended, well or not."""
+        """Return whether this rank's part of the current phase ended, successfully or not."""
         if self._manifest is None:
             return self._sink.is_written()
         if not self._manifest or self._is_committed or self._commit_error is not None:
@@ -180,7 +183,7 @@ class PendingSave:
         return reply is not None
 
     def _met(self) -> Exception | None:
-        """What this rank could not do in the present phase, which has ended."""
+        """Return this rank's error of the current phase, which has ended."""
         if self._manifest is None:
             return self._sink.error
         if self._commit_error is not None and self._save.directory.holds(self._manifest):
@@ -197,12 +200,13 @@ class PendingSave:
             return None
         return PlatformError(
             f"checkpoint {self._save.directory.final} is not durable after {self._seconds:.4g} s "
-            f"({self._limit}), rank {self._platform.rank} still writes; check the file system, or "
-            "raise the limit; earlier checkpoints are intact"
+            f"({self._limit}), rank {self._platform.rank} is still writing; check the file system, "
+            f"or raise the limit; earlier checkpoints are intact"
         )
 
     def _commit(self) -> None:
-        """All ranks have written: rank 0's writer process makes it count."""
+        """Commit after all ranks have written: rank 0's writer process makes the checkpoint
+        count."""
         begun = time.monotonic()
         save = self._save
         with save.engine.patches:

@@ -1,7 +1,7 @@
-"""Checkpoints taken back from the hosts' replicas, by all ranks together.
+"""Restore checkpoints from the hosts' replicas, collectively.
 
-What is taken back has the manifest that the run noted when it became durable, and every byte of it
-is hashed on the way. So it is the checkpoint that was saved, and loads in any layout.
+A restored checkpoint has the manifest that the run recorded when it became durable, and every byte
+of it is hashed on the way. It is thus the checkpoint that was saved, and loads in any layout.
 """
 
 import contextlib
@@ -47,13 +47,13 @@ _SHOWN_NAMES = 4
 
 @dataclass(frozen=True)
 class HostView:
-    """What one rank sees on its host.
+    """One rank's view of its host.
 
     Attributes:
-        host: its name.
-        kernel: tells it from another one of that name.
-        held: what lies there.
-        problem: why nothing of it can be read; empty where it can be.
+        host: host name.
+        kernel: distinguishes it from another host of that name.
+        held: replicas on the host.
+        problem: why none of them can be read; empty if they can.
     """
 
     host: str
@@ -62,12 +62,12 @@ class HostView:
     problem: str = ""
 
     def shares_disk_with(self, other: "HostView") -> bool:
-        """Whether both are of one host."""
+        """Return whether both are on the same host."""
         return (self.host, self.kernel) == (other.host, other.kernel)
 
 
 def views_of_replicas(platform: Platform, place: Path) -> list[HostView]:
-    """What every rank's host holds of a run, by rank.
+    """Return every rank's view of its host, by rank.
 
     Collectives: one all-gather of file names over all ranks.
     """
@@ -81,7 +81,7 @@ def views_of_replicas(platform: Platform, place: Path) -> list[HostView]:
 
 
 def newest_complete(views: Sequence[HostView]) -> ReplicaId | None:
-    """The newest checkpoint of which all hosts together hold every file."""
+    """Return the newest checkpoint of which all hosts together have every file."""
     present: dict[ReplicaId, set[str]] = {}
     num_files: dict[ReplicaId, int] = {}
     for held in (held for view in views for held in view.held):
@@ -93,14 +93,15 @@ def newest_complete(views: Sequence[HostView]) -> ReplicaId | None:
 
 @dataclass(frozen=True)
 class Replicas:
-    """A run's replicas, as a place to take checkpoints from; all methods are collective.
+    """The replicas of a run, as a source to restore checkpoints from; all methods are collective.
 
     Attributes:
         platform: this process.
-        place: of the replicas on this rank's host; see `phi4.rundir.replica.replica_place`.
-        run_dir: of the run.
-        lease: of the run on the writer rank, else None; a directory that was lost is not touched.
-        say: takes one line for the console.
+        place: directory of the replicas on this rank's host; see
+            `phi4.rundir.replica.replica_place`.
+        run_dir: run directory of the run.
+        lease: lease of the run on the writer rank, else None; a lost directory is not modified.
+        say: prints one line.
         tick: called for every file.
     """
 
@@ -112,13 +113,13 @@ class Replicas:
     tick: Callable[[], None] = lambda: None
 
     def restore_newer(self) -> None:
-        """Put the newest checkpoint that the run lost back, if it is newer than all that are there.
+        """Restore the newest lost checkpoint of the run, if it is newer than all existing ones.
 
-        One that cannot be put back is said, and the next one is tried.
+        If one cannot be restored, that is reported and the next one is tried.
 
         Raises:
             OwnershipError: the run directory was lost.
-            CheckpointError: the file of the newest roll back is damaged.
+            CheckpointError: the newest rollback's file is damaged.
 
         Collectives: an all-gather of what the hosts hold, a broadcast of the candidates, and for
             each of them those of `_restored`.
@@ -135,10 +136,11 @@ class Replicas:
                 return
 
     def repair(self, checkpoint: Path) -> bool:
-        """Replace a damaged checkpoint of the run, if the hosts and its intact files have all.
+        """Replace a damaged checkpoint of the run, if the hosts and its intact files have all
+        files.
 
         Returns:
-            Whether it was replaced. Where it was not, what is missing is said.
+            Whether it was replaced. If not, the missing files are reported.
 
         Raises:
             OwnershipError, CheckpointError: as `restore_newer`.
@@ -160,7 +162,8 @@ class Replicas:
     def _eligible(
         self, views: Sequence[HostView], asked: Callable[[ReplicaId], bool]
     ) -> list[ReplicaId]:
-        """On the writer: replicas that the run may go on from, newest first; says why not all."""
+        """Return, on the writer, replicas that the run may resume from, newest first; report why
+        others may not."""
         for problem in dict.fromkeys(view.problem for view in views if view.problem):
             self.say(problem)
         counting, roll_back = counting_manifests(self.run_dir), read_roll_back(self.run_dir)
@@ -169,11 +172,11 @@ class Replicas:
         eligible = []
         for of in sorted(states, key=lambda of: of.step, reverse=True):
             if is_bad_content(self._root, of.manifest_sha256):
-                reason = "training from it turned NaN too often"
+                reason = "training from it became NaN too often"
             elif not still_counts(states[of], roll_back):
-                reason = "a roll back undid it"
+                reason = "a rollback undid it"
             elif counting.get(of.manifest_sha256) != of.step and not self._is_own(of):
-                reason = f"{self.run_dir / SAVES_FILE} names no such checkpoint that counts"
+                reason = f"{self.run_dir / SAVES_FILE} lists no such durable checkpoint"
             else:
                 eligible.append(of)
                 continue
@@ -181,11 +184,11 @@ class Replicas:
         return eligible
 
     def _is_own(self, of: ReplicaId) -> bool:
-        """Whether the run's directory still has the manifest."""
+        """Return whether the run's directory still has the manifest."""
         return manifest_hash(self._root / checkpoint_name(of.step)) == of.manifest_sha256
 
     def _restored(self, of: ReplicaId, views: Sequence[HostView]) -> bool:
-        """Put one checkpoint back; False where that cannot be done, which is said.
+        """Restore one checkpoint; return False, and report why, if that is impossible.
 
         Collectives: all-gathers of the manifest, of the intact files, of who sees the new
         directory and of verdicts; two broadcasts of the writer's outcome; over all ranks.
@@ -199,7 +202,9 @@ class Replicas:
             intact = self._intact(of, manifest)
             missing = sorted(manifest.files.keys() - intact - holders.keys())
             if missing:
-                raise CheckpointError(f"no host holds {_listed(missing)}, nor does {self._root}")
+                raise CheckpointError(
+                    f"{_listed(missing)} is neither on any host nor in {self._root}"
+                )
             self._put_back(of, content, _shares(manifest, intact, holders, len(views)))
         except (CheckpointError, PlatformError) as error:
             self.say(f"step {of.step} cannot be restored from its replicas: {error}")
@@ -227,7 +232,8 @@ class Replicas:
         return content, parse_manifest(content, path)
 
     def _intact(self, of: ReplicaId, manifest: CheckpointManifest) -> set[str]:
-        """Files of the manifest that the run's directory still has, each hashed by one rank."""
+        """Return files of the manifest that the run's directory still has, each hashed by one
+        rank."""
         checkpoint, found = self._root / checkpoint_name(of.step), []
         for name in sorted(manifest.files)[self.platform.rank :: self.platform.world_size]:
             self.tick()
@@ -258,7 +264,7 @@ class Replicas:
     def _copied(
         self, of: ReplicaId, directory: CheckpointDirectory, shares: "Sequence[Sequence[_Piece]]"
     ) -> Phi4Error | None:
-        """Put this rank's share into the new directory; what went wrong, or None."""
+        """Copy this rank's share into the new directory; return the error, or None."""
         try:
             for piece in shares[self.platform.rank]:
                 self.tick()
@@ -276,7 +282,7 @@ class Replicas:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A file to put back: from the run's directory where it is intact, else from a replica."""
+    """A file to restore: from the run's directory if it is intact, else from a replica."""
 
     name: str
     entry: FileEntry
@@ -289,7 +295,7 @@ def _shares(
     holders: Mapping[str, Sequence[int]],
     world_size: int,
 ) -> list[list[_Piece]]:
-    """What each rank puts back; a file is read by one of the ranks whose host holds it."""
+    """Return the files that each rank restores; a file is read by a rank whose host has it."""
     shares: list[list[_Piece]] = [[] for _ in range(world_size)]
     for index, (name, entry) in enumerate(sorted(manifest.files.items())):
         ranks = range(world_size) if name in intact else holders[name]
@@ -298,7 +304,7 @@ def _shares(
 
 
 def _first_holder(of: ReplicaId, views: Sequence[HostView]) -> int:
-    """The lowest rank whose host has the manifest."""
+    """Return the lowest rank whose host has the manifest."""
     return next(r for r, view in enumerate(views) if any(held.of == of for held in view.held))
 
 
@@ -307,7 +313,7 @@ def _present(view: HostView, of: ReplicaId) -> tuple[str, ...]:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Whether a second name was made; not every file system has them."""
+    """Return whether a hard link was made; not every file system supports them."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,10 +1,10 @@
-"""Saving: a checkpoint is complete or absent, and a disk that is full does not end the run.
+"""Save a checkpoint, complete or not at all; a full disk does not end the run.
 
-Every data rank writes its share of the shards, in a save that training waits for as in one that it
-does not (`pending.py`); both take the steps that `Save` has. Whether a save can begin, and whether
-it succeeded, is one answer for all ranks: each of them leaves every collective, then what any of
-them could not write is raised by all. Nothing is remembered from one save to the next: a plan that
-was made for another state would leave records out.
+Every data rank writes its share of the shards, in synchronous saves and in asynchronous ones
+(`pending.py`); both use the steps of `Save`. Whether a save can begin, and whether it succeeded, is
+decided for all ranks together: each rank completes every collective, then all raise the errors of
+any of them. No plan is reused from one save to the next: one made for another state would omit
+records.
 """
 
 import errno
@@ -45,16 +45,16 @@ from phi4.rundir.manifest import (
 )
 
 _RECORD_BYTES = 2560
-"""Header of a tensor in a shard, and its entries in `.metadata`."""
+"""Size of a tensor's header in a shard, and of its entries in `.metadata`."""
 _FIXED_BYTES = 1 << 16
-"""common.pt, metadata.json, manifest and rounding to blocks."""
+"""Size of common.pt, metadata.json, manifest and rounding to blocks."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Answer = TypeVar("Answer")
 
 
 def predicted_bytes(engine: Engine, form: OptimizerFormat, files: Mapping[str, str]) -> int:
-    """Bytes that a save takes on disk, a few percent too many; the same on every rank.
+    """Estimate the bytes of a save on disk, a few percent too high; the same on every rank.
 
     Collectives: one all-reduce of a number over all ranks.
     """
@@ -88,21 +88,21 @@ def save_checkpoint(
     data: Mapping[str, str],
     keep_every: int = 0,
 ) -> Path:
-    """Write `root/step_NNNNNNN` complete or not at all, and wait for it.
+    """Write `root/step_NNNNNNN` completely or not at all, and wait for it.
 
     Args:
-        engine: what is saved; form `none` saves weights only.
+        engine: engine to save; form `none` saves weights only.
         root: the run's checkpoints directory, seen by all ranks.
         step: optimizer steps done.
         form: optimizer format.
         keep: complete checkpoints to keep, besides the newest `full` one.
         files: small text files (recipe, history, data position) by name.
         data: manifest hash of every data source.
-        keep_every: steps that this divides are kept for ever; 0 means none.
+        keep_every: checkpoints whose step is a multiple of this are kept for ever; 0 means none.
 
     Raises:
-        DiskFullError: too little space or quota. Every rank raises it, what was written is removed,
-            and the checkpoints before it stay as they are.
+        DiskFullError: too little space or quota. Every rank raises it, written files are removed,
+            and earlier checkpoints are unaffected.
         PlatformError: the file system fails otherwise; the same holds.
 
     Collectives: those of dist_checkpointing; one gather of file hashes; broadcasts and all-gathers
@@ -123,7 +123,7 @@ def save_checkpoint(
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What is saved where; see `save_checkpoint`."""
+    """Content and location of a save; see `save_checkpoint`."""
 
     root: Path
     step: int
@@ -134,11 +134,11 @@ class SaveRequest:
 
 
 class Save:
-    """One save on one rank, begun; its methods are collective.
+    """A save in progress on one rank; its methods are collective.
 
     Attributes:
-        directory: where it is written.
-        sink: what `write` wrote.
+        directory: the checkpoint's directory.
+        sink: the files that `write` has written.
 
     Raises:
         DiskFullError, PlatformError: it cannot begin; as `save_checkpoint`.
@@ -152,7 +152,7 @@ class Save:
         self.directory = self.by_writer(self._begun)
 
     def by_writer(self, act: Callable[[], Answer]) -> Answer:
-        """Do something on the writer rank; what fails there is raised by every rank."""
+        """Run a function on the writer rank; its error is raised on every rank."""
 
         def decide() -> Answer:
             try:
@@ -163,13 +163,14 @@ class Save:
         return decided_by_writer(self.platform, decide)
 
     def write(self) -> None:
-        """Every rank writes its shards, and waits for the others."""
+        """Write this rank's shards, and wait for the others."""
         caught = None
         self.engine.patches.capture.begin(self.sink)
         try:
             self._planned(waits=True)
         except CheckpointException as error:
-            # All ranks raise it once one of them could not write; that one knows the reason.
+            # All ranks raise an error if one of them could not write; only that one knows the
+            # reason.
             caught = error
         own = self.sink.error
         raise_together(self.platform, None if own is None else self.failure(own))
@@ -177,9 +178,9 @@ class Save:
             raise caught
 
     def stage(self, sink: ToWriterProcess) -> AsyncRequest:
-        """Every rank stages its shards and has its writer process begin.
+        """Stage this rank's shards and start its writer process.
 
-        Where one has too little memory or no process, its sink says so.
+        If memory or the process is not available, the sink records the error.
         """
         self.engine.patches.capture.begin(sink)
         with self.engine.patches:
@@ -192,7 +193,7 @@ class Save:
         return request
 
     def manifest(self, sink: InProcess | ToWriterProcess) -> bytes:
-        """On rank 0, encoded, of what all ranks wrote; elsewhere empty."""
+        """Return the encoded manifest of all ranks' files on rank 0; elsewhere empty."""
         mine = {file.name: FileEntry(file.num_bytes, file.sha256) for file in sink.files}
         is_writer, size = self.platform.is_writer, self.platform.world_size
         shares: list[dict[str, FileEntry]] = [{}] * size if is_writer else []
@@ -214,12 +215,12 @@ class Save:
         return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
 
     def small_files(self) -> dict[str, bytes]:
-        """What rank 0 writes besides shards and manifest, by name."""
+        """Return the files other than shards and manifest that rank 0 writes, by name."""
         texts = {name: text.encode() for name, text in self.request.files.items()}
         return self.engine.patches.capture.small_files | texts
 
     def failure(self, error: Exception) -> Phi4Error:
-        """What this rank could not do, for a user."""
+        """Return this rank's error, for a user."""
         if isinstance(error, Phi4Error):
             return error
         free_bytes = _free_bytes(self.directory.root)
@@ -237,7 +238,7 @@ class Save:
         return PlatformError(f"{what}; check the file system; earlier checkpoints are intact")
 
     def _begun(self) -> CheckpointDirectory:
-        """On the writer: an empty directory, if the disk has space for what is to be written."""
+        """Return, on the writer, an empty directory, if the disk has enough space."""
         request = self.request
         directory = CheckpointDirectory(request.root, request.step, tag=secrets.token_hex(4))
         directory.begin()
@@ -248,20 +249,20 @@ class Save:
         return directory
 
     def _planned(self, *, waits: bool) -> AsyncRequest | None:
-        """Have megatron-core plan the save, and carry it out where training waits."""
+        """Let megatron-core plan the save, and execute it if it is synchronous."""
         strategy = FullyParallelSaveStrategyWrapper(
             TorchDistSaveShardedStrategy("torch_dist", 1), self.engine.layout.groups.dp_cp
         )
         with self.engine.patches:
             gather_parameters(self.engine.chunks)
             state = sharded_state(self.engine, self.request.form, loading=False)
-            # Plans are made of sizes and names: no device is named.
+            # Plans consist of sizes and names: no device is used.
             with without_rewriting():
                 return dist_checkpointing.save(
                     state,
                     str(self.directory.partial),
                     strategy,
-                    # The strategy does it, of what each rank then writes.
+                    # The strategy writes it, from the files of each rank.
                     validate_access_integrity=False,
                     async_sharded_save=not waits,
                     content_metadata={"phi4": 1},
@@ -280,7 +281,8 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def _free_bytes(root: Path) -> int | None:
-    """Space for this user's files, or None where the file system does not say."""
+    """Return the free space for this user's files, or None if the file system does not report
+    it."""
     try:
         usage = shutil.disk_usage(root)
     except OSError:

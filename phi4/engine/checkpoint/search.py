@@ -1,7 +1,7 @@
-"""Which checkpoints there are, decided by rank 0 for all ranks.
+"""Find the existing checkpoints, decided by rank 0 for all ranks.
 
 `directory.py` answers for one process. Two ranks that list the same directory over NFS or Lustre
-can get two answers, take two paths, and wait for each other.
+can get different results, take different paths, and wait for each other.
 """
 
 from pathlib import Path
@@ -18,9 +18,9 @@ from phi4.rundir.checkpoints import (
 
 
 def checkpoints_newest_first(platform: Platform, root: Path) -> list[Path]:
-    """What `latest` names, then all other complete checkpoints from the newest on.
+    """Return the checkpoint in `latest`, then all other complete ones, newest first.
 
-    Without those that are bad, see `phi4.rundir.bad_checkpoints`.
+    Bad checkpoints are excluded, see `phi4.rundir.bad_checkpoints`.
 
     Raises:
         DivergedError: there are checkpoints, and all of them are bad; on every rank.
@@ -35,7 +35,7 @@ def checkpoints_newest_first(platform: Platform, root: Path) -> list[Path]:
         good = [path for path in found if not is_bad(path)]
         if found and not good:
             raise DivergedError(
-                f"all checkpoints in {root} are bad, training from them turned NaN "
+                f"all checkpoints in {root} are bad: training from them became NaN "
                 f"{TIMES} times: {', '.join(path.name for path in found)}; change the "
                 "schedule (--change tries them again), or use another run.dir"
             )
@@ -45,7 +45,7 @@ def checkpoints_newest_first(platform: Platform, root: Path) -> list[Path]:
 
 
 def find_checkpoint_together(platform: Platform, place: Path) -> Path:
-    """`find_checkpoint` as rank 0 sees it.
+    """Return the result of `find_checkpoint` on rank 0.
 
     Raises:
         CheckpointError: there is none.

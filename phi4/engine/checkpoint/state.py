@@ -1,4 +1,4 @@
-"""What a checkpoint holds: model, optimizer and random state as megatron's sharded state.
+"""A checkpoint's content: model, optimizer and random state as megatron's sharded state.
 
 Two optimizer formats under the distributed optimizer: `full` (fully_reshardable, any layout,
 gathers 12 bytes per parameter of the model shard in host memory on every data rank) and `dp`
@@ -22,7 +22,7 @@ GATHER_BYTES_PER_PARAMETER = 12
 
 
 def predicted_gather_bytes(engine: Engine, ranks_per_host: int) -> int:
-    """Host memory that a `full` save takes on the machine that needs most, the same on every rank.
+    """Estimate host memory of a `full` save on the machine that needs most; the same on every rank.
 
     Collectives: one all-reduce of a number over all ranks.
     """
@@ -37,7 +37,7 @@ def predicted_gather_bytes(engine: Engine, ranks_per_host: int) -> int:
 
 
 def host_memory_bytes(engine: Engine) -> int:
-    """Memory of the smallest machine of the run.
+    """Return the memory of the smallest machine of the run.
 
     Collectives: one all-reduce of a number over all ranks.
     """
@@ -53,13 +53,14 @@ def optimizer_format(
     *,
     reshardable_due: bool = False,
 ) -> tuple[OptimizerFormat, str]:
-    """The format of the next save, and why.
+    """Choose the format of the next save; return it with the reason.
 
     Args:
-        config: asks for one, or for auto.
+        config: gives the format, or auto.
         gather_bytes: from `predicted_gather_bytes`.
-        memory_bytes: from `host_memory_bytes`; both agreed, so that all ranks choose alike.
-        reshardable_due: take full this time even if it does not fit the share.
+        memory_bytes: from `host_memory_bytes`; both are equal on all ranks, so that all choose
+            alike.
+        reshardable_due: use full this time even if it exceeds the limit.
     """
     if config.optimizer_format != "auto":
         return config.optimizer_format, f"checkpoint.optimizer_format={config.optimizer_format}"
@@ -77,12 +78,12 @@ def optimizer_format(
 def sharded_state(
     engine: Engine, form: OptimizerFormat, *, loading: bool, random: bool = True
 ) -> dict[str, object]:
-    """The engine's state in the form of megatron-core, without records that hold nothing.
+    """Return the engine's state in megatron-core's form, without empty records.
 
     Args:
-        engine: a load fills the tensors of this state in place.
-        form: `none` leaves the optimizer and the random state out.
-        loading: what megatron-core's optimizer needs to know.
+        engine: a load writes to the tensors of this state in place.
+        form: `none` omits the optimizer and the random state.
+        loading: passed to megatron-core's optimizer.
         random: whether to include the random state.
 
     Collectives: saving `full` under the distributed optimizer gathers 12 bytes per parameter over
@@ -108,7 +109,7 @@ def sharded_state(
 
 
 def without_empty_records(state: dict[str, object]) -> dict[str, object]:
-    """Leave out the extra state of layers that have none; each would be a pickle of None."""
+    """Omit the extra state of layers that have none; each would be a pickle of None."""
     return {
         key: value
         for key, value in state.items()
@@ -117,12 +118,12 @@ def without_empty_records(state: dict[str, object]) -> dict[str, object]:
 
 
 def chunk_key(engine: Engine, index: int) -> str:
-    """Name of a model chunk in the state."""
+    """Return the name of a model chunk in the state."""
     return "model" if len(engine.bare_chunks) == 1 else f"model{index}"
 
 
 def degrees(engine: Engine) -> dict[str, int]:
-    """What of the layout a manifest records."""
+    """Return the degrees of the layout that a manifest records."""
     parallel = engine.recipe.parallel
     return {
         "tensor": parallel.tensor,
@@ -136,10 +137,10 @@ def degrees(engine: Engine) -> dict[str, int]:
 
 
 def _delayed_scaling(engine: Engine) -> dict[str, ShardedTensor]:
-    """Scales and histories of Transformer Engine's linears, by name and direction.
+    """Return scales and histories of Transformer Engine's linears, by name and direction.
 
-    All ranks of a layer agreed on the largest of their values when they were made, so that one of
-    them saves for all, and every layout loads the same.
+    All ranks of a layer agreed on the largest of their values when they were computed, so that one
+    of them saves for all, and every layout loads the same.
     """
     layout = engine.layout
     replica = (0, layout.tp_rank, layout.dp_rank * layout.cp_size + layout.cp_rank)
@@ -150,7 +151,7 @@ def _delayed_scaling(engine: Engine) -> dict[str, ShardedTensor]:
 
 
 def _random_state(engine: Engine) -> ShardedTensor:
-    """Every generator of this rank as one row of a [ranks, bytes] tensor; no pickle."""
+    """Return every generator of this rank as one row of a [ranks, bytes] tensor; no pickle."""
     states = [torch.get_rng_state(), *_tracked_states().values()]
     if engine.platform.kind == "cuda":
         states.append(torch.cuda.get_rng_state())

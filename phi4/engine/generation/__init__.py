@@ -1,1 +1,1 @@
-"""Generation: draws, key-value blocks and batched decoding over the model's own weights."""
+"""Generation: sampling, key-value blocks and batched decoding with the model's own weights."""

@@ -1,17 +1,16 @@
-"""Which blocks of the key-value cache hold which tokens: bookkeeping without a tensor.
+"""Block accounting of the key-value cache: which blocks hold which tokens. Uses no tensors.
 
 A block holds the keys and values of `block_tokens` consecutive tokens in every layer. Sequences
-share blocks by reference count: samples of one prompt, and requests whose prompts begin alike. Only
-a block that one sequence holds is written; a sequence that appends to a shared one gets a copy
-first.
+share blocks by reference count: samples of one prompt, and requests with a common prefix. Only a
+block with a single owner is written; a sequence that appends to a shared one gets a copy first.
 
-A request is admitted when the pool can hold it at its longest, samples included, and that number is
-reserved. So an admitted request never runs out of blocks, and nothing has to be taken back from it;
-what does not fit yet waits.
+A request is admitted when the pool can hold its maximum length, samples included, and that number
+is reserved. An admitted request thus never runs out of blocks, and is never preempted; a request
+that does not fit yet waits.
 
-Full blocks stay known by their tokens after the last sequence has left, until their room is needed
-(least recently used first). A key is exact: the entry of the preceding block and the tokens of this
-one, not a hash of them.
+Full blocks stay registered by their tokens after the last sequence has ended, until their space is
+needed (least recently used first). A key is exact: the entry of the preceding block and the tokens
+of this one, not a hash of them.
 """
 
 from collections import OrderedDict
@@ -25,14 +24,15 @@ from phi4.errors import ConfigError
 
 
 class BlockCopy(NamedTuple):
-    """Copy all of a block, in every layer, before the next write."""
+    """Copy an entire block, in every layer, before the next write."""
 
     source: int
     target: int
 
 
 class _Entry(NamedTuple):
-    """A full block whose tokens are known; children name it by its serial, which never returns."""
+    """A full block with known tokens; children refer to it by its serial number, which is never
+    reused."""
 
     serial: int
     block: int
@@ -40,10 +40,10 @@ class _Entry(NamedTuple):
 
 @dataclass(eq=False)
 class CachedSequence:
-    """The cached tokens of one sample. Only `BlockPool` changes it.
+    """The cached tokens of one sample. Only `BlockPool` modifies it.
 
     Attributes:
-        tokens: ids whose keys and values have room in `blocks`, from position 0.
+        tokens: ids whose keys and values have space in `blocks`, from position 0.
         blocks: block i holds positions [i * block_tokens, (i + 1) * block_tokens).
         num_reserved: blocks that it, and the samples not yet forked from it, may still take.
     """
@@ -51,7 +51,7 @@ class CachedSequence:
     num_prompt_tokens: int
     max_blocks: int
     parent: Hashable
-    """Key of the prefix that the published blocks make."""
+    """Key of the prefix formed by the published blocks."""
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     num_published: int = 0
@@ -61,10 +61,11 @@ class CachedSequence:
 
 
 def slots_of(blocks: Sequence[int], block_tokens: int, start: int, end: int) -> np.ndarray:
-    """Where positions [start, end) of a sequence lie, int64, in tokens from the cache's beginning.
+    """Return slots of positions [start, end) of a sequence, int64, counted in tokens from the
+    cache's beginning.
 
     Args:
-        blocks: of the sequence, in order.
+        blocks: blocks of the sequence, in order.
         block_tokens: tokens of a block.
         start, end: positions within the blocks.
     """
@@ -78,7 +79,7 @@ class BlockPool:
     """The blocks of one cache.
 
     Args:
-        num_blocks: how many there are.
+        num_blocks: number of blocks.
         block_tokens: tokens of a block.
     """
 
@@ -100,25 +101,25 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Blocks that a new request may reserve, those of forgotten prefixes included."""
+        """Blocks that a new request may reserve, including those of evictable prefixes."""
         return len(self._free) + len(self._idle) - self._num_reserved
 
     def references(self, block: int) -> int:
-        """How many sequences hold a block."""
+        """Return how many sequences hold a block."""
         return self._references[block]
 
     def check_fits(self, num_tokens: int, num_samples: int, max_new_tokens: int) -> None:
-        """Refuse what not even an empty pool could hold.
+        """Raise an error for a request that even an empty pool could not hold.
 
         Raises:
-            ConfigError: it could not.
+            ConfigError: it does not fit.
         """
         _, needed = self._needed(num_tokens, num_samples, max_new_tokens)
         if needed > self.num_blocks:
             raise ConfigError(
                 f"{num_samples} samples of {num_tokens} + {max_new_tokens} tokens need {needed} "
-                f"cache blocks of {self.block_tokens} tokens, the cache has {self.num_blocks}; ask "
-                f"for less, or for a cache of {needed * self.block_tokens} tokens"
+                f"cache blocks of {self.block_tokens} tokens, but the cache has {self.num_blocks}; "
+                f"request less, or use a cache of {needed * self.block_tokens} tokens"
             )
 
     def admit(
@@ -130,16 +131,16 @@ class BlockPool:
         weights_key: Hashable,
         reuses: bool = True,
     ) -> CachedSequence | None:
-        """A sequence that already holds the known beginning of the prompt, or None: wait.
+        """Return a sequence that already holds the cached prefix of the prompt, or None: wait.
 
-        The last prompt token is never taken from the cache, since its logits are wanted.
+        The last prompt token is never taken from the cache, because its logits are needed.
 
         Args:
             prompt: at least one id.
-            num_samples: this sequence and those that `fork` will make of it.
-            max_new_tokens: of each sample; the last one is not cached.
-            weights_key: of the weights that the keys and values are computed with.
-            reuses: False computes all of the prompt, whose logits may be wanted.
+            num_samples: this sequence and those that `fork` will create from it.
+            max_new_tokens: maximum new tokens of each sample; the last one is not cached.
+            weights_key: key of the weights that the keys and values are computed with.
+            reuses: False computes the entire prompt, whose logits may be needed.
 
         Raises:
             ConfigError: see `check_fits`.
@@ -167,10 +168,10 @@ class BlockPool:
         )
 
     def extend(self, sequence: CachedSequence, tokens: Sequence[int]) -> BlockCopy | None:
-        """Make room for the next tokens of a sequence.
+        """Allocate space for the next tokens of a sequence.
 
         Returns:
-            What to copy before their keys and values are written, if anything.
+            The copy to make before their keys and values are written, or None.
         """
         copy, size = None, self.block_tokens
         if tokens and len(sequence.tokens) % size and self._references[sequence.blocks[-1]] > 1:
@@ -184,7 +185,7 @@ class BlockPool:
         return copy
 
     def publish(self, sequence: CachedSequence) -> None:
-        """Make the full blocks of a sequence known, now that keys and values are written."""
+        """Register the full blocks of a sequence, after keys and values have been written."""
         size = self.block_tokens
         while (sequence.num_published + 1) * size <= len(sequence.tokens):
             i = sequence.num_published
@@ -197,7 +198,7 @@ class BlockPool:
             sequence.parent, sequence.num_published = entry.serial, i + 1
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
-        """Another sample of a prompt that is cached whole; it shares all blocks.
+        """Create another sample of a fully cached prompt; it shares all blocks.
 
         Raises:
             ValueError: the sequence is not at the end of its prompt, or all samples exist.
@@ -223,11 +224,11 @@ class BlockPool:
         )
 
     def end(self, sequence: CachedSequence) -> None:
-        """Give back what a sequence holds and what it has reserved. A second call does nothing."""
+        """Release what a sequence holds and has reserved. A second call does nothing."""
         if sequence.ended:
             return
         sequence.ended = True
-        # The end of a prefix is worth less than its beginning, so it grows old first.
+        # The end of a prefix is less valuable than its beginning, so it is evicted first.
         for block in reversed(sequence.blocks):
             self._release(block)
         self._num_reserved -= sequence.num_reserved
@@ -241,11 +242,12 @@ class BlockPool:
         self._keys.clear()
 
     def _needed(self, num_tokens: int, num_samples: int, max_new_tokens: int) -> tuple[int, int]:
-        """Blocks of one sample at its longest, and of a request when no prefix is known."""
+        """Return blocks of one sample at its maximum length, and of a request without a cached
+        prefix."""
         size = self.block_tokens
         max_blocks = -(-(num_tokens + max(max_new_tokens - 1, 0)) // size)
         num_full = num_tokens // size
-        # The last one of those who share a partial block writes in place, but is not known before.
+        # The last owner of a shared partial block writes in place, but is not known in advance.
         copies = 1 if num_samples > 1 and num_tokens % size else 0
         return max_blocks, max_blocks + (num_samples - 1) * (max_blocks - num_full) + copies
 
@@ -260,7 +262,7 @@ class BlockPool:
         return found
 
     def _take(self, sequence: CachedSequence) -> None:
-        """A free block for the end of a sequence, of those that it has reserved."""
+        """Return a free block for the end of a sequence, from those that it has reserved."""
         if not sequence.num_reserved:
             raise ValueError(f"a sequence grew beyond its {sequence.max_blocks} reserved blocks")
         sequence.num_reserved -= 1

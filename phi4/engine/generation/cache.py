@@ -1,7 +1,7 @@
 """Keys and values of this rank's layers in blocks, and attention over them.
 
-A slot is the place of one token. Rows with one new token read their keys through a table of their
-blocks; of longer rows, which are few, the keys are copied side by side before attention.
+A slot holds one token. Rows with one new token read their keys through a table of their blocks; the
+keys of longer rows, which are few, are gathered before attention.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +27,12 @@ class KeyValueCache:
     """Zeroed keys and values, [P, K, D] each per layer.
 
     Args:
-        layer_numbers: megatron-core's, of this rank.
+        layer_numbers: megatron-core's numbers of this rank's layers.
         num_blocks, block_tokens: as the block pool's; P is their product.
         num_heads: key-value heads of this rank.
         head_dim: D.
-        dtype: of the model's activations.
-        device: of the model.
+        dtype: dtype of the model's activations.
+        device: device of the model.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class KeyValueCache:
         self.values = {i: torch.zeros(shape, dtype=dtype, device=device) for i in layer_numbers}
 
     def of_layer(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer."""
+        """Return keys and values of one layer."""
         return self.keys[layer_number], self.values[layer_number]
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
@@ -64,17 +64,17 @@ class KeyValueCache:
 
 
 _LEAST_SAVED_TOKENS = 512
-"""Keys that need not be read, from which on a second call and a merge are worth it."""
+"""Number of keys whose reading must be saved for a second call and a merge to pay off."""
 
 
 class StepAttention:
     """`CachedAttention` of one forward pass.
 
-    Rows with one new token come first: such a token sees all keys of its row, so these rows need no
-    causal mask and are one call.
+    Rows with one new token come first: such a token attends to all keys of its row, so these rows
+    need no causal mask and are one call.
 
     Args:
-        cache: holds all earlier tokens of the rows, and gets the new ones.
+        cache: holds all earlier tokens of the rows, and receives the new ones.
         rows: in the order of the new tokens; those with one new token first.
         alone: one call per row.
 
@@ -88,7 +88,7 @@ class StepAttention:
             raise ValueError("rows with one new token must come before those with several")
         self._cache = cache
         size, device = cache.block_tokens, cache.device
-        # Of a row with one token without the array that `slots_of` makes.
+        # For rows with one token without the array that `slots_of` makes.
         new = [row.blocks[row.start // size] * size + row.start % size for row in rows[:num_single]]
         longer = [slots_of(row.blocks, size, row.start, row.end) for row in rows[num_single:]]
         self._new_T = _on_device(np.concatenate((np.array(new, dtype=np.int64), *longer)), device)
@@ -117,10 +117,10 @@ class StepAttention:
 
 
 class _Singles:
-    """Rows with one new token each, whose keys are read where they are.
+    """Rows with one new token each, whose keys are read in place.
 
-    What neighbouring rows share is attended for all of them at once, as one sequence with several
-    queries, and merged with what each has of its own. 100 samples of a prompt so read it once.
+    Keys shared by neighbouring rows are attended to for all of them at once, as one sequence with
+    several queries, and merged with each row's own keys. 100 samples of a prompt thus read it once.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class _Singles:
 
 
 class _TableAttention:
-    """Attention through one table; layers are alike, so the first one's plan is that of all."""
+    """Attention through one table; layers are alike, so the first one's plan is reused."""
 
     def __init__(self, table: BlockTable, *, causal: bool) -> None:
         self._table, self._causal = table, causal
@@ -185,13 +185,14 @@ class _TableAttention:
 
 
 def _groups(rows: Sequence[StepRow], block_tokens: int) -> Iterator[tuple[int, int]]:
-    """(rows, shared blocks) of neighbours that begin with the same block.
+    """Return (rows, shared blocks) of neighbours that begin with the same block.
 
-    Shared blocks are full: a row writes to the last of its blocks, which it has alone.
+    Shared blocks are full: a row writes to its last block, which it owns alone.
     """
     for _, neighbours in groupby(rows, key=lambda row: row.blocks[0]):
         blocks = [tuple(row.blocks) for row in neighbours]
-        # All lists lie between the least and the greatest, so what these share all share.
+        # All lists are between the smallest and the greatest, so blocks shared by these are shared
+        # by all.
         pairs = zip(min(blocks), max(blocks), strict=False)
         num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         saved_tokens = (len(blocks) - 1) * num_shared * block_tokens

@@ -1,9 +1,9 @@
 """A model chunk's forward pass over new tokens, for decoding.
 
-It reads the weights of the training model and does not call megatron-core's modules: without
-autograd, sequence parallelism or recompute these are a few products per layer, and on a step of one
-token the module calls cost more CPU time than the products. Tests hold it to the training forward
-pass and to transformers.
+It reads the weights of the training model but does not call megatron-core's modules: without
+autograd, sequence parallelism or recompute these are a few products per layer, and for a step of
+one token the module calls cost more CPU time than the products. Tests compare it with the training
+forward pass and with transformers.
 """
 
 from typing import NamedTuple, Protocol
@@ -34,7 +34,7 @@ class CachedAttention(Protocol):
         """Cache the keys and values of the new tokens of a layer, then attend.
 
         Args:
-            core: of the layer; says its number, the scale and the implementation.
+            core: core attention of the layer; has its number, the scale and the implementation.
             q_TND: [T, N, D] or by group [T, K, N / K, D], rotated.
             k_TKD: rotated.
             v_TKD: values.
@@ -46,7 +46,7 @@ class CachedAttention(Protocol):
 
 
 class _Layer(NamedTuple):
-    """What a layer computes with, looked up once: a lookup through modules costs a microsecond."""
+    """The tensors of a layer, looked up once: a lookup through modules costs a microsecond."""
 
     input_norm: RMSNorm
     attention: Phi4SelfAttention
@@ -78,8 +78,8 @@ class ChunkForward:
     """One chunk of a model, in whatever layout it was built.
 
     Args:
-        chunk: of an engine; its parameters may get other values in between.
-        layout: of the engine.
+        chunk: chunk of an engine; its parameters may change in between.
+        layout: layout of the engine.
     """
 
     def __init__(self, chunk: Phi4Model, layout: Layout) -> None:
@@ -94,12 +94,12 @@ class ChunkForward:
         rotary: Documents,
         cached: CachedAttention,
     ) -> torch.Tensor:
-        """Hidden states [T, H] behind this chunk's layers.
+        """Return hidden states [T, H] after this chunk's layers.
 
         Args:
             tokens_T: ids, int64.
-            hidden_TH: of the chunk before; None for the first one.
-            rotary: how to rotate the tokens.
+            hidden_TH: output of the previous chunk; None for the first one.
+            rotary: RoPE of the tokens.
             cached: the keys and values.
 
         Collectives: all-reduce over tp of the hidden states, one for the embedding on the first
@@ -111,7 +111,7 @@ class ChunkForward:
         return hidden_TH
 
     def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] of the last chunk.
+        """Return logits [R, V] of the last chunk.
 
         Collectives: one all-gather over tp of the logits.
         """
@@ -137,7 +137,7 @@ class ChunkForward:
     def _through(
         self, layer: _Layer, hidden_TH: torch.Tensor, rotary: Documents, cached: CachedAttention
     ) -> torch.Tensor:
-        """x + attention(norm(x)), then x + mlp(norm(x)): see `Phi4Layer`."""
+        """Return x + attention(norm(x)), then x + mlp(norm(x)): see `Phi4Layer`."""
         normed_TH = _normed(layer.input_norm, hidden_TH)
         qkv_T1Q = F.linear(normed_TH, layer.qkv).unsqueeze(1)
         q, k, v = (x.squeeze(1) for x in layer.attention.rotate_and_split(qkv_T1Q, rotary))

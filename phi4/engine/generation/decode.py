@@ -1,9 +1,9 @@
 """Forward passes over new tokens with cached keys, through all stages of the model.
 
-Not the training schedule: hidden states go from stage to stage by explicit sends, and the last
-stage draws. A stage that has sent its part of a step may begin the next one, so as many steps are
-under way as there are stages. Every rank begins and ends the same steps in the same order; so a
-step that reads or writes a block of the cache comes after all those that were begun before it.
+This does not use the training schedule: hidden states are sent from stage to stage explicitly, and
+the last stage samples. A stage that has sent its part of a step may begin the next one, so as many
+steps are in flight as there are stages. Every rank begins and ends the same steps in the same
+order, so a step that reads or writes a block of the cache comes after all steps begun before it.
 """
 
 from bisect import bisect_left
@@ -28,12 +28,12 @@ from phi4.errors import LayoutError
 # Shape legend: T new tokens of all rows, R tokens whose logits are wanted, V vocabulary, H hidden.
 
 _MAX_INVARIANT_TP = 2
-"""The sum of two ranks does not depend on where in a message a value is; of more it may."""
+"""A sum over two ranks does not depend on a value's position in the message; over more it may."""
 
 
 @dataclass
 class Running:
-    """A step that this rank has begun: what it has drawn, and messages that must stay alive."""
+    """A step that this rank has begun: its sampled tokens, and messages that must be kept alive."""
 
     step: Step
     drawn: list[Drawn] = field(default_factory=list)
@@ -44,14 +44,15 @@ class Decoder:
     """An engine's model with a key-value cache.
 
     Args:
-        engine: in any layout; each data and each context rank is a replica that decodes for itself.
-        num_blocks, block_tokens: of the cache, on every rank.
-        num_ids: only ids below it are drawn; the model's vocabulary without it.
-        batch_invariant: compute in passes of one size, so that no bit of a result depends on what
+        engine: engine in any layout; each data and each context rank is a replica that decodes
+            independently.
+        num_blocks, block_tokens: size of the cache, on every rank.
+        num_ids: only ids below it are sampled; defaults to the model's vocabulary.
+        batch_invariant: compute in passes of one size, so that results are bit-identical whatever
             else is in a step. Costs one attention call per token.
 
     Attributes:
-        max_running: how many steps may be under way.
+        max_running: maximum number of steps in flight.
 
     Raises:
         LayoutError: batch_invariant on more than two tensor ranks.
@@ -95,7 +96,7 @@ class Decoder:
         self.read_weights()
 
     def read_weights(self) -> None:
-        """Take the weights as they are now; again after every change of them.
+        """Read the current weights; call again after every change of them.
 
         Collectives: on an engine that trains, the parameter gathers that are outstanding, over data
             and context ranks.
@@ -105,7 +106,7 @@ class Decoder:
 
     @torch.inference_mode()
     def begin(self, step: Step) -> Running:
-        """Do this rank's part of a step, and draw on the last stage.
+        """Do this rank's part of a step, and sample on the last stage.
 
         Collectives: per stage border, virtual chunk and pass one send over pp of the hidden states
             [T, H]; those of `ChunkForward` over tp; see `end`.
@@ -125,7 +126,7 @@ class Decoder:
         return running
 
     def end(self, running: Running) -> list[list[Drawn]]:
-        """What a step has drawn: for every row its scored tokens, then its drawn ones.
+        """Return the results of a step: for every row its scored tokens, then its sampled ones.
 
         Collectives: one broadcast over pp of 24 bytes per drawn or scored token and 16 per reported
             top token, which the last stage has begun.
@@ -147,20 +148,21 @@ class Decoder:
         ]
 
     def _logits(self, step: Step, running: Running) -> torch.Tensor | None:
-        """Cache the new tokens of one pass; the logits of its draws [R, V] on the last stage."""
+        """Cache the new tokens of one pass; return the logits of its draws [R, V] on the last
+        stage."""
         hidden_TH = self._through_stages(step, running)
         if hidden_TH is None or not step.draws:
             return None
         token_of = _tokens_of_draws(step)
         if self._batch_invariant:
-            # Of all tokens, so that this product has one size too.
+            # Of all tokens, so that this product also has a fixed size.
             return _rows(self._chunks[-1].logits(hidden_TH), token_of)
         wanted = sorted(set(token_of))
         logits = self._chunks[-1].logits(_rows(hidden_TH, wanted))
         return _rows(logits, [bisect_left(wanted, token) for token in token_of])
 
     def _through_stages(self, step: Step, running: Running) -> torch.Tensor | None:
-        """Hidden states [T, H] behind the last chunk on the last stage, elsewhere None."""
+        """Return hidden states [T, H] after the last chunk on the last stage, elsewhere None."""
         layout, hidden_TH = self._layout, None
         tokens_T, rotary, attention = self._inputs(step)
         visits = list(product(range(len(self._chunks)), range(layout.pp_size)))
@@ -179,7 +181,7 @@ class Decoder:
         return hidden_TH if layout.is_last_stage else None
 
     def _rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [P, 1, D] of all P positions, for RoPE that gets tables per token."""
+        """Return cos and sin [P, 1, D] of all P positions, for RoPE with tables per token."""
         positions_1P = torch.arange(self._model.max_position_embeddings, device=self._device)[None]
         return rope_cos_sin(positions_1P.float(), self._model, self._dtype)
 
@@ -199,7 +201,7 @@ class Decoder:
 
 
 def _tokens_of_draws(step: Step) -> list[int]:
-    """Which of the step's tokens each draw follows; ascending."""
+    """Return which of the step's tokens each draw follows; ascending."""
     tokens: list[int] = []
     start = 0
     for row in step.rows:
@@ -210,14 +212,14 @@ def _tokens_of_draws(step: Step) -> list[int]:
 
 
 def _rows(x: torch.Tensor, indices: list[int]) -> torch.Tensor:
-    """Some rows of x, ascending and perhaps repeated; x itself where they are all of it."""
+    """Return some rows of x, ascending and perhaps repeated; x itself if they are all of it."""
     if indices == list(range(len(x))):
         return x
     return x[torch.tensor(indices, device=x.device)]
 
 
 def _packed(drawn: Sequence[Drawn]) -> torch.Tensor:
-    """As fp64, in which ids are exact."""
+    """Convert to fp64, in which ids are exact."""
     values = [value for one in drawn for value in one[:3]]
     values += [value for one in drawn for pair in one.top for value in pair]
     return torch.tensor(values, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The choice of the next token from the model's logits, for rows with parameters of their own.
+"""Sampling of the next token from the model's logits, with separate parameters for each row.
 
 A row's draw is the arg max of its tempered and truncated log-probabilities plus Gumbel noise keyed
 by (seed, sample, position): it depends on nothing else in the batch. The distribution of a row is
@@ -18,7 +18,7 @@ from phi4.engine.generation.noise import gumbel, stream_key
 
 
 class Draw(NamedTuple):
-    """How one row's next token is chosen.
+    """Sampling parameters of one row's next token.
 
     Attributes:
         seed, sample, position: key of the noise; see `noise.stream_key`.
@@ -27,8 +27,8 @@ class Draw(NamedTuple):
         top_p: in (0, 1], keep the fewest most probable tokens whose mass reaches it.
         min_p: in [0, 1], keep tokens at least this fraction as probable as the most probable.
         logit_bias: added to the logits of these ids.
-        forbidden: ids that are not drawn.
-        forced: the token whatever the model says.
+        forbidden: ids that are not sampled.
+        forced: the token to take regardless of the model.
         num_top: how many of the most probable tokens to report.
     """
 
@@ -50,9 +50,9 @@ class Drawn(NamedTuple):
 
     Attributes:
         token: its id.
-        log_prob: under the model as it is, without bias or temperature.
-        sampled_log_prob: under the distribution that the row's parameters make, of which
-            temperature 0 leaves one token; -inf for a forced token outside of it.
+        log_prob: under the raw model, without bias or temperature.
+        sampled_log_prob: under the row's adjusted distribution, which at temperature 0 has only one
+            token; -inf for a forced token outside it.
         top: (id, log_prob) of the most probable tokens of the model, most probable first.
     """
 
@@ -66,9 +66,9 @@ def draw(logits_RV: torch.Tensor, rows: Sequence[Draw], num_ids: int | None = No
     """Choose a token per row.
 
     Args:
-        logits_RV: of the model, any float dtype; computed with in fp64.
-        rows: one per row; ids in them are within [0, V), and something may be drawn.
-        num_ids: only ids below it are drawn; V without it.
+        logits_RV: logits of the model, any float dtype; processed in fp64.
+        rows: one per row; ids in them are within [0, V), and at least one id is allowed.
+        num_ids: only ids below it are sampled; V by default.
     """
     if not rows:
         return []
@@ -97,9 +97,9 @@ def draw(logits_RV: torch.Tensor, rows: Sequence[Draw], num_ids: int | None = No
 
 
 def most_probable(log_probs_V: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """(id, log_prob) of the `count` most probable tokens, equal ones by ascending id."""
+    """Return (id, log_prob) of the `count` most probable tokens, equal ones by ascending id."""
     least = log_probs_V.topk(min(count, len(log_probs_V))).values[-1]
-    # topk leaves the order of equal values open. As many also where all of them are NaN.
+    # topk does not define the order of equal values. If all are NaN, as many are returned.
     ids = (~(log_probs_V < least)).nonzero().squeeze(1)
     pairs = zip(ids.tolist(), log_probs_V[ids].tolist(), strict=True)
     return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:count])
@@ -108,7 +108,7 @@ def most_probable(log_probs_V: torch.Tensor, count: int) -> tuple[tuple[int, flo
 def _adjusted(
     log_probs_RV: torch.Tensor, rows: Sequence[Draw], num_ids: int | None
 ) -> torch.Tensor:
-    """With bias, and -inf for ids that are not drawn; the argument itself without either."""
+    """Return logits with bias, and -inf for excluded ids; the argument itself without either."""
     num_ids = log_probs_RV.shape[-1] if num_ids is None else num_ids
     changed = num_ids < log_probs_RV.shape[-1] or any(r.logit_bias or r.forbidden for r in rows)
     if not changed:
@@ -124,7 +124,8 @@ def _adjusted(
 
 
 def _sampled(scores_RV: torch.Tensor, rows: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities [R, V] at a temperature and truncated, and tokens [R] drawn by them."""
+    """Return log-probabilities [R, V] after temperature and truncation, and tokens [R] sampled from
+    them."""
     temperature_R1 = _column([row.temperature for row in rows], scores_RV.device)
     # The maximum becomes 0 first, so that a low temperature cannot overflow it.
     peak_R1 = scores_RV.max(-1, keepdim=True).values
@@ -136,7 +137,8 @@ def _sampled(scores_RV: torch.Tensor, rows: Sequence[Draw]) -> tuple[torch.Tenso
 
 
 def truncated(tempered_RV: torch.Tensor, rows: Sequence[Draw]) -> torch.Tensor:
-    """Tempered log-probabilities with -inf for the tokens that top_k, top_p and min_p drop."""
+    """Return tempered log-probabilities with -inf for the tokens that top_k, top_p and min_p
+    drop."""
     device, vocab_size = tempered_RV.device, tempered_RV.shape[-1]
     least_R1 = _column([row.min_p for row in rows], device).log()
     least_R1 = least_R1 + tempered_RV.max(-1, keepdim=True).values

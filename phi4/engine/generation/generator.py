@@ -1,9 +1,9 @@
-"""The generation engine's face: requests in, events out, on all ranks of a replica.
+"""The generation engine's public class: requests in, events out, on all ranks of a replica.
 
-A replica is the tensor and pipeline ranks of one data and context rank. Its first rank leads: it is
-given requests and cancels them. At the beginning of every step it tells the others what it was told
-since the last one, and all ranks then plan the same step: a cancel that arrives in between cannot
-make ranks differ.
+A replica is the tensor and pipeline ranks of one data and context rank. Its first rank is the
+leader: it receives requests and cancellations. At the beginning of every step it sends the others
+everything received since the last one, and all ranks then plan the same step: a cancellation that
+arrives in between cannot make ranks differ.
 """
 
 from collections import deque
@@ -21,33 +21,33 @@ from phi4.model.generation_request import GenerationRequest, check_generation_re
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Blocks of the cache on every rank, and the tokens of a block."""
+    """Number of cache blocks on every rank, and tokens per block."""
 
     num_blocks: int
     block_tokens: int = 16
 
 
 class Generator:
-    """Continuous batching over one engine. All ranks of the replica make one.
+    """Continuous batching over one engine. All ranks of the replica create one.
 
-    A context too: the leader closes it on leaving, and the others follow until then.
+    It is a context manager: the leader closes it at exit, and the other ranks follow until then.
 
     Args:
         engine: see `Decoder`.
-        size: of the cache.
-        weights_key: of the engine's weights; requests share prefixes under one key only.
-        limits: of a step.
-        num_ids: only ids below it are taken and drawn; the model's vocabulary without it.
+        size: size of the cache.
+        weights_key: key of the engine's weights; prefixes are shared only under the same key.
+        limits: limits of a step.
+        num_ids: only ids below it are accepted and sampled; defaults to the model's vocabulary.
         batch_invariant: see `Decoder`; a chunk of a prompt is then computed in passes too.
-        load_weights: what `load` calls on every rank, to put the weights of a place into the
-            engine. Its CheckpointError says that the weights are as before, on all ranks.
+        load_weights: called by `load` on every rank, to load weights into the engine. Its
+            CheckpointError means that the weights are unchanged on all ranks.
 
     Raises:
         ConfigError: num_ids exceeds the model's vocabulary.
         LayoutError: see `Decoder`.
 
     Attributes:
-        leads: whether this is the rank that is given requests.
+        leads: whether this rank receives requests.
         pool: the blocks of the cache.
         num_ids: as above.
         max_sequence_tokens: longest sequence of the model.
@@ -69,8 +69,8 @@ class Generator:
         model = engine.recipe.model
         if (num_ids or 0) > model.vocab_size:
             raise ConfigError(
-                f"the tokenizer has {num_ids} ids, model.vocab_size={model.vocab_size}; use the "
-                "tokenizer of the training"
+                f"the tokenizer has {num_ids} ids, but model.vocab_size={model.vocab_size}; use "
+                f"the tokenizer used in training"
             )
         self._decoder = Decoder(
             engine, size.num_blocks, size.block_tokens, num_ids, batch_invariant=batch_invariant
@@ -93,7 +93,8 @@ class Generator:
         return self
 
     def __exit__(self, error_type: type | None, *_: object) -> None:
-        # After an error the ranks may not agree; then the process ends, and its launcher tells.
+        # After an error the ranks may be inconsistent; then the process ends, and its launcher
+        # reports it.
         if error_type is not None:
             return
         if self.leads:
@@ -108,14 +109,14 @@ class Generator:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that the cache has had no room for so far."""
+        """Requests that are waiting for space in the cache."""
         return self._scheduler.num_waiting
 
     def submit(self, request: GenerationRequest) -> int:
-        """Queue a request, on the leader; its id: 0, 1, 2 and so on.
+        """Queue a request, on the leader; return its id: 0, 1, 2 and so on.
 
         Raises:
-            ConfigError: the request is impossible; nothing is queued then.
+            ConfigError: the request is invalid; it is not queued.
         """
         check_generation_request(request, self.num_ids, self.max_sequence_tokens)
         self.pool.check_fits(len(request.prompt), request.n, request.max_tokens)
@@ -131,26 +132,26 @@ class Generator:
         """Load other weights on all ranks, and forget all prefixes; on the leader.
 
         Args:
-            place: what `load_weights` is called with, and the key of the weights from then on.
+            place: argument of `load_weights`, and the key of the weights from then on.
 
         Raises:
-            ValueError: requests are under way, or the generator was made without load_weights.
-            CheckpointError: the weights are as before.
+            ValueError: requests are in progress, or the generator was created without load_weights.
+            CheckpointError: the weights are unchanged.
 
         Collectives: those of `OrderRelay`, of load_weights and of `Decoder.read_weights`; all
             replicas have to load together.
         """
         if self._load_weights is None:
-            raise ValueError("the generator cannot load weights; make it with load_weights")
+            raise ValueError("the generator cannot load weights; create it with load_weights")
         self._check_idle()
         for order in self._relay.pass_on([Load(place)]):
             self._apply(order)
 
     def step(self) -> list[Event]:
-        """Begin a step, and end the earliest one when as many are under way as there are stages.
+        """Begin a step, and end the earliest one if as many are in flight as there are stages.
 
         Returns:
-            What has happened since the last call, the same on all ranks.
+            Events since the last call, the same on all ranks.
 
         Collectives: those of `OrderRelay` and `Decoder`.
         """
@@ -169,14 +170,14 @@ class Generator:
         return events
 
     def follow(self) -> None:
-        """Take the leader's steps until it closes, on the other ranks."""
+        """Follow the leader's steps until it closes, on the other ranks."""
         while not self._closed:
             self.step()
 
     def close(self) -> None:
-        """Let the other ranks return from `follow`, on the leader; steps under way are ended.
+        """Let the other ranks return from `follow`, on the leader; end steps in flight.
 
-        Without further requests. A second call does nothing.
+        There must be no further requests. A second call does nothing.
         """
         if self._closed:
             return
@@ -200,14 +201,16 @@ class Generator:
 
     def _check_idle(self) -> None:
         if not self.is_idle:
-            raise ValueError("weights changed while requests are under way; finish or cancel them")
+            raise ValueError(
+                "weights changed while requests are in progress; finish or cancel them first"
+            )
 
     def _load(self, place: str) -> None:
         assert self._load_weights is not None, "only a generator that was given it is asked"
         try:
             self._load_weights(place)
         except CheckpointError:
-            # Every rank has it, and the leader tells.
+            # Every rank has the error, and the leader reports it.
             if self.leads:
                 raise
             return

@@ -1,8 +1,8 @@
-"""Gumbel noise as a function of (seed, sample, position, token id): no state, no order of calls.
+"""Gumbel noise as a function of (seed, sample, position, token id), without state.
 
 The stream of one draw is SplitMix64, which is a counter-based generator: output i is a mix of
 `key + (i + 1) * gamma`, in 64-bit integer arithmetic that is exact on every device. The key is a
-BLAKE2b hash, so streams of neighbouring seeds, samples and positions have nothing in common. A
+BLAKE2b hash, so streams of neighbouring seeds, samples and positions are uncorrelated. A
 Philox round in int64 tensors costs about ten times the operations for the same use.
 Source: Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators", figure 16.
 """
@@ -20,10 +20,10 @@ _SIGNED_64 = 1 << 63
 
 
 def stream_key(seed: int, sample: int, position: int) -> int:
-    """The key of one draw's stream.
+    """Return the key of one draw's stream.
 
     Args:
-        seed: of the request, any integer of 64 bits, signed or not.
+        seed: seed of the request, any 64-bit integer, signed or not.
         sample: index among the request's samples.
         position: index of the token among the sample's new tokens.
 
@@ -37,7 +37,8 @@ def stream_key(seed: int, sample: int, position: int) -> int:
 
 
 def random_bits(keys: Sequence[int], length: int, device: torch.device) -> torch.Tensor:
-    """The first `length` outputs of each key's stream, [R, length] int64 (all 64 bits used)."""
+    """Return the first `length` outputs of each key's stream, [R, length] int64 (all 64 bits
+    used)."""
     # Products and sums wrap around as unsigned ones do; the sign bit is one of the 64.
     steps_V = torch.arange(1, length + 1, device=device) * _signed(_GAMMA)
     z_RV = torch.tensor(list(keys), dtype=torch.int64, device=device).unsqueeze(1) + steps_V
@@ -47,14 +48,14 @@ def random_bits(keys: Sequence[int], length: int, device: torch.device) -> torch
 
 
 def gumbel(keys: Sequence[int], length: int, device: torch.device) -> torch.Tensor:
-    """Standard Gumbel noise [R, length], fp64, finite."""
+    """Return standard Gumbel noise [R, length], fp64, finite."""
     # 52 bits and a half: exact in fp64, and neither 0 nor 1.
     uniform_RV = (_shifted(random_bits(keys, length, device), 12).double() + 0.5) * 2.0**-52
     return -(-uniform_RV.log()).log()
 
 
 def _shifted(z: torch.Tensor, count: int) -> torch.Tensor:
-    """z >> count of unsigned integers: torch's shift repeats the sign bit."""
+    """Return z >> count for unsigned integers: torch's shift repeats the sign bit."""
     return (z >> count) & ((1 << (64 - count)) - 1)
 
 

@@ -1,7 +1,7 @@
-"""What the leading rank of a replica is told, passed on to the others.
+"""Forward the leader's orders to the other ranks of a replica.
 
-It goes from stage to stage as hidden states do: a broadcast over all ranks would make every stage
-wait for the last one.
+Orders are sent from stage to stage like hidden states: a broadcast over all ranks would make every
+stage wait for the last one.
 """
 
 import pickle
@@ -33,25 +33,25 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Load:
-    """Take other weights from a place that every rank can read."""
+    """Load other weights from a path that every rank can read."""
 
     place: str
 
 
 @dataclass(frozen=True)
 class Close:
-    """No step follows."""
+    """No further step."""
 
 
 Order = Submit | Cancel | Load | Close
 
 
 class OrderRelay:
-    """The way from the leader to all ranks of its replica.
+    """Sends messages from the leader to all ranks of its replica.
 
     Args:
-        layout: of the engine.
-        device: that messages travel from.
+        layout: layout of the engine.
+        device: device that messages are sent from.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
@@ -59,10 +59,10 @@ class OrderRelay:
         self._sent: list[tuple[dist.Work | None, torch.Tensor]] = []
 
     def pass_on(self, orders: Sequence[Order]) -> Sequence[Order]:
-        """The leader's orders, on every rank.
+        """Return the leader's orders, on every rank.
 
         Args:
-            orders: on the leader; elsewhere not read.
+            orders: orders on the leader; ignored elsewhere.
 
         Collectives: on the first stage one broadcast over tp, then one send over pp per stage
             border: 8 bytes, and a second message with the orders where there are any.
@@ -81,14 +81,14 @@ class OrderRelay:
         return pickle.loads(self._passed(payload).cpu().numpy().tobytes())
 
     def finish(self) -> None:
-        """Wait until everything has arrived: a message that is dropped before may never do so."""
+        """Wait until everything has arrived: a message that is released before may never arrive."""
         while self._sent:
             work, _ = self._sent.pop()
             if work is not None:
                 work.wait()
 
     def _passed(self, message: torch.Tensor) -> torch.Tensor:
-        """The leader's message, in the place of this rank's."""
+        """Return the leader's message."""
         tp, pp, rank = self._layout.groups.tp, self._layout.groups.pp, self._layout.pp_rank
         if rank == 0 and self._layout.tp_size > 1:
             dist.broadcast(message, group=tp, group_src=0)

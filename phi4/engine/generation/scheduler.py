@@ -1,9 +1,9 @@
-"""Continuous batching: which tokens of which requests the next step computes. No tensors, no ranks.
+"""Continuous batching: decide which tokens of which requests the next step computes. No tensors.
 
-A step has a budget of tokens. Samples that are being drawn come first, one token each, those that
-have waited longest before others; what is left of the budget goes to prompts, in chunks, in the
-order of submission. A request waits until the pool has room for all of it, and does not overtake.
-Every rank runs the same scheduler on the same requests, so no plan has to be sent.
+A step has a budget of tokens. Samples in progress come first, one token each, longest waiting
+first; the rest of the budget goes to prompts, in chunks, in order of submission. A request waits
+until the pool has space for all of it, and requests do not overtake each other. Every rank runs the
+same scheduler on the same requests, so no plan has to be sent.
 
 Several steps may be planned before the first of them is finished. A sample is in one of them at
 most, since its next token depends on the last one; the chunks of a prompt may be in several.
@@ -41,7 +41,7 @@ class TokenDrawn:
 
 @dataclass(frozen=True, slots=True)
 class SampleEnded:
-    """A sample ended; every one of a request does, exactly once."""
+    """A sample ended; sent exactly once for every sample of a request."""
 
     request_id: int
     sample: int
@@ -53,11 +53,11 @@ Event = PromptScored | TokenDrawn | SampleEnded
 
 @dataclass(frozen=True)
 class StepLimits:
-    """How much one step computes.
+    """Limits of one step.
 
     Attributes:
         tokens: new tokens of all rows together.
-        scored_tokens: those of them whose logits are made to score a prompt.
+        scored_tokens: those of them whose logits are computed to score a prompt.
     """
 
     tokens: int = 512
@@ -66,7 +66,7 @@ class StepLimits:
 
 @dataclass(eq=False, slots=True)
 class _Sample:
-    """A sample that is being drawn; before its first token, the prompt of all samples."""
+    """A sample in progress; before its first token, it represents the prompt of all samples."""
 
     request_id: int
     request: GenerationRequest
@@ -78,7 +78,7 @@ class _Sample:
     is_planned: bool = False
 
     def draw(self, sample: int) -> Draw:
-        """How its next token is chosen."""
+        """Sampling parameters of its next token."""
         request, position = self.request, self.num_drawn
         forced = request.forced[position] if position < len(request.forced) else None
         return Draw(
@@ -110,9 +110,9 @@ class Scheduler:
 
     Args:
         pool: the blocks of the cache.
-        limits: of a step.
-        weights_key: of the model's weights; see `BlockPool.admit`.
-        max_planned: how many steps are planned before the first of them is finished.
+        limits: limits of a step.
+        weights_key: key of the model's weights; see `BlockPool.admit`.
+        max_planned: maximum number of planned steps before the first of them is finished.
     """
 
     def __init__(
@@ -132,23 +132,23 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that the pool has had no room for so far."""
+        """Requests that are waiting for space in the pool."""
         return len(self._waiting)
 
     def submit(self, request_id: int, request: GenerationRequest) -> None:
         """Queue a request that `check_generation_request` has accepted.
 
         Raises:
-            ConfigError: the cache could never hold it.
+            ConfigError: the cache is too small for it.
         """
         self._pool.check_fits(len(request.prompt), request.n, request.max_tokens)
         self._waiting.append((request_id, request))
 
     def cancel(self, request_id: int, sample: int | None = None) -> list[Event]:
-        """End one sample that is being drawn, or without it all unfinished ones of a request.
+        """Cancel one sample in progress, or without it all unfinished ones of a request.
 
-        What has ended already is left alone. Blocks are free at once: a planned step that still
-        writes to them comes before any that uses them for something else.
+        Samples that have ended are unaffected. Blocks are freed at once: a planned step that still
+        writes to them comes before any that reuses them.
         """
         events: list[Event] = []
         if sample is None:
@@ -167,12 +167,12 @@ class Scheduler:
         return events
 
     def reload(self, weights_key: Hashable) -> None:
-        """Forget all prefixes: the weights are others now."""
+        """Forget all prefixes after a change of the weights."""
         self._weights_key = weights_key
         self._pool.forget()
 
     def plan(self) -> Step:
-        """The next step; without rows when there is nothing that can be computed yet.
+        """Plan the next step; without rows if nothing can be computed yet.
 
         Raises:
             ValueError: max_planned steps have not been finished.
@@ -182,14 +182,14 @@ class Scheduler:
         planned = self._next_tokens()
         budget = self._limits.tokens - len(planned)
         planned += self._chunks(budget)
-        # Samples of a prompt side by side, so that they read it once.
+        # Samples of a prompt next to each other, so that they read it once.
         planned.sort(key=lambda one: (len(one.row.tokens) > 1, one.row.end, one.row.blocks[0]))
         if planned:
             self._planned.append(planned)
         return Step([one.row for one in planned], [one.copy for one in planned if one.copy])
 
     def finish(self, drawn: Sequence[Sequence[Drawn]]) -> list[Event]:
-        """What happened in the earliest planned step.
+        """Return the events of the earliest planned step.
 
         Args:
             drawn: its results by row, as `Decoder.end` returns them.
@@ -208,7 +208,7 @@ class Scheduler:
         return events
 
     def _next_tokens(self) -> list[_Planned]:
-        """Rows of samples, their share of them when several steps are under way."""
+        """Return rows of samples, a fraction of them if several steps are in flight."""
         share = -(-len(self._samples) // self._max_planned)
         count = min(self._limits.tokens, share)
         chosen = [sample for sample in self._samples if not sample.is_planned][:count]
@@ -219,7 +219,7 @@ class Scheduler:
         return [self._row(one, [one.last], [one.draw(one.index)], ()) for one in chosen]
 
     def _chunks(self, budget: int) -> list[_Planned]:
-        """Rows of prompts, as long as there is a budget of tokens."""
+        """Return rows of prompts, within the budget of tokens."""
         scored_budget = self._limits.scored_tokens
         planned = []
         for prompt in self._admitted():
@@ -235,7 +235,7 @@ class Scheduler:
         return planned
 
     def _admitted(self) -> Sequence[_Sample]:
-        """Prompts to compute, those that now fit included."""
+        """Return prompts to compute, including those that fit now."""
         while self._waiting and len(self._prompts) < self._limits.tokens:
             request_id, request = self._waiting[0]
             sequence = self._pool.admit(
@@ -278,7 +278,7 @@ class Scheduler:
         return _Planned(sample, row, copy, ends_prompt)
 
     def _prompt_computed(self, chunk: _Planned, results: Sequence[Drawn]) -> list[Event]:
-        """After a chunk; at the prompt's end its samples begin."""
+        """Handle a computed chunk; at the prompt's end its samples begin."""
         prompt, request = chunk.sample, chunk.sample.request
         events: list[Event] = []
         num_scored = len(chunk.row.scored)

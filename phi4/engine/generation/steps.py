@@ -1,4 +1,4 @@
-"""What one pass over the model computes: plain values, the same on every rank."""
+"""The computation of one pass over the model, as plain values that are the same on every rank."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from phi4.engine.generation.blocks import BlockCopy
 from phi4.engine.generation.draws import Draw
 
 TILE_TOKENS = 16
-"""Tokens of a pass in which no result depends on the others."""
+"""Tokens of a pass in batch-invariant mode."""
 
 
 class StepRow(NamedTuple):
@@ -17,9 +17,10 @@ class StepRow(NamedTuple):
     Attributes:
         tokens: new ids, at least one.
         start: position of the first of them; those before are cached.
-        blocks: of the cache, where its tokens are or get; see `BlockPool`.
+        blocks: blocks of the cache for its tokens; see `BlockPool`.
         draws: one per token to draw after the last new one; empty in the middle of a prompt.
-        scored: of the first new tokens, one each, how to score what follows them: forced draws.
+        scored: for the first new tokens, one each, how to score the token that follows: forced
+            draws.
     """
 
     tokens: Sequence[int]
@@ -30,33 +31,33 @@ class StepRow(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Tokens of the sequence, the new ones included."""
+        """Tokens of the sequence, including the new ones."""
         return self.start + len(self.tokens)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What every rank does in one pass; rows with one new token come first."""
+    """One pass on every rank; rows with one new token come first."""
 
     rows: Sequence[StepRow]
     copies: Sequence[BlockCopy] = ()
 
     @property
     def draws(self) -> list[Draw]:
-        """Of all rows in order, each with its scored tokens first."""
+        """Draws of all rows in order, each with its scored tokens first."""
         return [one for row in self.rows for one in (*row.scored, *row.draws)]
 
 
 def tiles(step: Step, spare_block: int) -> Iterator[Step]:
-    """A step as passes of `TILE_TOKENS` rows with one token each, the last one filled up.
+    """Split a step into passes of `TILE_TOKENS` rows with one token each, the last one padded.
 
-    A product of matrices sums a row in an order that depends on the number of rows, and attention
-    in one that depends on the tokens of a chunk. Here both are always the same. A token only sees
-    earlier ones of its sequence, which are in the same pass or in one before.
+    A matrix product sums a row in an order that depends on the number of rows, and attention in one
+    that depends on the tokens of a chunk. Here both are fixed. A token only attends to earlier ones
+    of its sequence, which are in the same pass or in an earlier one.
 
     Args:
-        step: any; its copies are to be made before.
-        spare_block: where the keys of rows go that only fill up.
+        step: a step whose copies have been made.
+        spare_block: block for the keys of padding rows.
     """
     spare = StepRow([0], 0, [spare_block])
     singles = [one for row in step.rows for one in _single(row)]

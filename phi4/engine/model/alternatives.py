@@ -1,9 +1,9 @@
-"""A second label at some positions, in the same forward pass as the first.
+"""Alternative labels at some positions, scored in the same forward pass as the first labels.
 
-The hidden rows of those positions are appended to the loss head's input with the second label, so
-its cost is one row more per pair, whatever form the loss head has. Under sequence parallelism each
-tensor rank appends rows of its own slice, filled up to the same number on all, so that the head
-gathers as ever; the labels are known to every rank, so nothing is communicated for it.
+The hidden rows of those positions are appended to the loss head's input with the alternative label,
+so the cost is one additional row per pair, in any form of the loss head. Under sequence parallelism
+each tensor rank appends rows of its own slice, padded to the same number on all, so that the head
+gathers as usual; the labels are known to every rank, so no communication is needed.
 """
 
 from dataclasses import dataclass
@@ -18,38 +18,38 @@ from phi4.engine.layout import Layout
 
 
 class LabelLogProbs(NamedTuple):
-    """What the last model chunk computes, fp32, the same on every tensor rank."""
+    """Output of the last model chunk, fp32, the same on every tensor rank."""
 
     labels_BS: torch.Tensor
     alternatives_BS: torch.Tensor | None
-    """0 where there is no second label; None when the batch has none at all."""
+    """0 where there is no alternative label; None if the batch has none at all."""
 
 
 @dataclass(frozen=True)
 class AlternativeRows:
-    """Which rows this rank appends, and where their results belong."""
+    """The rows that this rank appends, and the positions of their results."""
 
     shape: tuple[int, int]
     """(B, S)."""
     mask_BS: torch.Tensor
-    """Where there is a second label."""
+    """Mask of positions with an alternative label."""
     labels_1X: torch.Tensor
-    """Labels of what the head computes, [1, P * (R + A)]: of each part, then its second ones."""
+    """Labels for the head, [1, P * (R + A)]: of each part, then its alternative ones."""
     appended_A: torch.Tensor
-    """Of this tensor rank's R rows, those to append."""
+    """Indices of the rows to append among this tensor rank's R rows."""
     slots_N: torch.Tensor
-    """Of all P * A appended rows, those that are no filling."""
+    """Indices of the rows that are not padding among all P * A appended rows."""
     places_N: torch.Tensor
     """Their positions among the T tokens."""
     num_parts: int
 
     def append(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
-        """[R + A, 1, H] from this rank's hidden states [S, B, H] (S / P under SP)."""
+        """Return [R + A, 1, H] from this rank's hidden states [S, B, H] (S / P under SP)."""
         rows_RH = hidden_SBH.flatten(0, 1)
         return torch.cat((rows_RH, rows_RH.index_select(0, self.appended_A))).unsqueeze(1)
 
     def split(self, log_probs_1X: torch.Tensor) -> LabelLogProbs:
-        """What belongs to labels, and what to second labels."""
+        """Split into results of labels and of alternative labels."""
         num_rows, length = self.shape
         num_tokens = num_rows * length
         log_probs_PX = log_probs_1X.reshape(self.num_parts, -1)
@@ -67,14 +67,14 @@ def alternative_rows(
 
     Args:
         labels_BS: int64, this context rank's columns.
-        alternatives_BS: likewise; -1 where there is no second label.
-        layout: says how tensor ranks split the tokens.
+        alternatives_BS: int64, the same columns; -1 where there is no alternative label.
+        layout: determines how tensor ranks split the tokens.
     """
     num_parts = layout.tp_size if layout.parallel.sequence else 1
     second_PR = alternatives_BS.t().reshape(num_parts, -1)
     has_PR = second_PR >= 0
     most = int(has_PR.sum(dim=1).max())
-    # Those with a second label first; a part that has fewer fills up with others.
+    # Those with an alternative label first; a part that has fewer is padded with others.
     columns_PA = torch.argsort(~has_PR, dim=1, stable=True)[:, :most]
     second_PA = second_PR.gather(1, columns_PA)
     slots_N = (second_PA >= 0).flatten().nonzero().flatten()

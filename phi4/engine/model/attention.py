@@ -1,7 +1,7 @@
-"""Self attention: fused QKV, RoPE per document, core attention that stays within documents.
+"""Self attention: fused QKV, RoPE per document, and core attention within documents.
 
-`CoreAttention` hands the op one range per document, so the cost is in the sum of squared document
-lengths; rows that context ranks share go through `context_attention`.
+`CoreAttention` passes one range per document to the op, so the cost is proportional to the sum of
+squared document lengths; rows split over context ranks go through `context_attention`.
 """
 
 import torch
@@ -50,12 +50,12 @@ class Phi4SelfAttention(SelfAttention):
     """megatron-core's SelfAttention with rotation on the packed, grouped QKV.
 
     In the grouped layout [K, G queries | key | value] the queries and the key of a group are
-    neighbours, so one rotation serves both. A kernel rotates them in place, and core attention gets
-    views: queries stay [K, G, D], because heads of several groups have no one stride.
+    adjacent, so one rotation covers both. A kernel rotates them in place, and core attention gets
+    views: queries stay [K, G, D], because heads of several groups have no common stride.
     """
 
     implementation = "torch"
-    """Of RoPE; the spec's to set."""
+    """Implementation of RoPE; set by the spec."""
 
     def forward(
         self,
@@ -67,7 +67,7 @@ class Phi4SelfAttention(SelfAttention):
         """[S, B, hidden] (S / tp under sequence parallelism) to the same shape, and no bias.
 
         Raises:
-            ConfigError: another argument of megatron-core's asks for something; see `refuse`.
+            ConfigError: another argument of megatron-core's is set; see `refuse`.
 
         Collectives: as the two parallel linears (gather in, reduce out over tp) and CoreAttention.
         """
@@ -93,10 +93,10 @@ class Phi4SelfAttention(SelfAttention):
     def rotate_and_split(
         self, qkv: torch.Tensor, documents: Documents
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [S, B, N, D], or [S, B, K, G, D] of a kernel, and k and v [S, B, K, D].
+        """Return q [S, B, N, D], or [S, B, K, G, D] from a kernel, and k and v [S, B, K, D].
 
-        A kernel overwrites qkv [S, B, K * (G + 2) * D], and these are views of it. Nothing else
-        reads qkv: the linear saves its input, and recompute makes qkv anew.
+        A kernel overwrites qkv [S, B, K * (G + 2) * D], and the results are views of it. Nothing
+        else reads qkv: the linear saves its input, and recompute computes qkv again.
         """
         num_groups = self.num_query_groups_per_partition
         head_dim = self.hidden_size_per_attention_head
@@ -121,7 +121,8 @@ class Phi4SelfAttention(SelfAttention):
 def rotate_and_split(
     qkv_SBKGD: torch.Tensor, cos_SBD: torch.Tensor, sin_SBD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RoPE on queries and keys of grouped QKV [S, B, K, G + 2, D]; returns q [S, B, N, D], k, v.
+    """Apply RoPE to queries and keys of grouped QKV [S, B, K, G + 2, D]; return q [S, B, N, D], k,
+    v.
 
     Source: RoFormer, equation 34, with halves instead of interleaved pairs.
     """
@@ -134,13 +135,13 @@ def rotate_and_split(
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal softmax attention that never crosses a document.
+    """Causal softmax attention that never crosses document boundaries.
 
     Signature of megatron-core's core_attention hook.
     """
 
     implementation = "torch"
-    """The spec's to set."""
+    """Implementation of attention; set by the spec."""
 
     def __init__(
         self,
@@ -173,9 +174,9 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: Documents,
         **others: object,
     ) -> torch.Tensor:
-        """Attend within documents; [S, B, N * D].
+        """Attend within documents; return [S, B, N * D].
 
-        q is [S, B, N, D] or, not copied to be so, [S, B, K, G, D].
+        q is [S, B, N, D], or [S, B, K, G, D], which avoids a copy.
 
         Raises:
             ConfigError: a mask, a bias or a mask type other than causal; see `refuse`.
@@ -187,8 +188,8 @@ class CoreAttention(torch.nn.Module):
         documents, options = packed_seq_params, {"scale": self.scale}
         is_on_host = q.device.type == "cpu"
         if documents.one_per_row and self.implementation == "torch" and is_on_host:
-            # Rows as a batch need no copy into one sequence. On a GPU its backward would add in
-            # any order; the op's does not.
+            # Rows that are a batch need no copy into one sequence. On a GPU the copy's backward
+            # would add in nondeterministic order; the op's does not.
             q_SBND = q.reshape(*q.shape[:2], -1, q.shape[-1])
             q, k, v = (t.permute(1, 2, 0, 3) for t in (q_SBND, k_SBKD, v_SBKD))
             out = F.scaled_dot_product_attention(

@@ -1,7 +1,8 @@
-"""Attention over rows that context ranks share: keys and values travel, queries stay.
+"""Attention over rows split over context ranks: keys and values are sent, queries stay.
 
-Both routes compute the same sums and keep only local q, k and v, the result and its log-sum-exp;
-what other ranks hold is fetched again for backward. Gradients of k and v are added up in fp32.
+Both implementations compute the same sums and keep only local q, k and v, the result and its
+log-sum-exp; remote keys and values are fetched again in backward. Gradients of k and v are
+accumulated in fp32.
 """
 
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ class AllGatherAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout_SBND: Tensor):
-        """Gradients of q, k and v."""
+        """Return the gradients of q, k and v."""
         q_SBND, k_SBKD, v_SBKD, out_SBND, *lse_TN = ctx.saved_tensors
         kv_2UKD = _gathered(k_SBKD, v_SBKD, ctx.group)
         dkv_2UKD = torch.zeros_like(kv_2UKD, dtype=torch.float32)
@@ -73,12 +74,13 @@ class AllGatherAttention(torch.autograd.Function):
 
 
 class RingAttention(torch.autograd.Function):
-    """Keys and values go round the context ranks, and every rank merges what it sees in each block.
+    """Keys and values pass around the context ranks, and every rank merges the result of each
+    block.
 
-    While a block is attended, the next one is on its way. Backward sends the blocks round again,
-    their gradients one step behind; a block's gradient is added up in the order of the ring, from
-    the rank that holds it, so that it has equal bits in every run. What no document shares is sent
-    on, but not computed.
+    While a block is attended to, the next one is in transfer. Backward passes the blocks around
+    again, with their gradients one step behind; a block's gradient is accumulated in ring order,
+    starting at its owner, so that it is bit-identical in every run. Blocks that share no document
+    are forwarded but not computed.
 
     Collectives: point to point to the next context rank, from the previous one. Forward c - 1 times
     2 S B K D e bytes for c ranks, e of an element; backward the same and c times 8 S B K D bytes.
@@ -116,7 +118,7 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout_SBND: Tensor):
-        """Gradients of q, k and v."""
+        """Return the gradients of q, k and v."""
         q_SBND, k_SBKD, v_SBKD, out_SBND, *lse_TN = ctx.saved_tensors
         chunks = list(zip(*map(_chunks, (dout_SBND, q_SBND, out_SBND)), lse_TN, strict=True))
         dq_TND = [torch.zeros_like(q, dtype=torch.float32) for _, q, _, _ in chunks]
@@ -141,11 +143,11 @@ class RingAttention(torch.autograd.Function):
 
 
 def merge(so_far: Attention | None, part: Attention) -> Attention:
-    """Attention over two disjoint sets of keys from the results over each, in fp32.
+    """Merge the results of attention over two disjoint sets of keys, in fp32.
 
     Args:
-        so_far: overwritten. Its queries saw a key each, as they do in their own block; None for
-            nothing yet.
+        so_far: overwritten. Each of its queries saw at least one key, as in its own block; None for
+            no result yet.
         part: its queries may see no key.
 
     Source: Milakov and Gimelshein 2018.
@@ -158,25 +160,27 @@ def merge(so_far: Attention | None, part: Attention) -> Attention:
 
 
 class _Transfer:
-    """A block on its way to the next rank of the ring, and the previous rank's on its way here."""
+    """Transfer of a block to the next rank of the ring, and of the previous rank's block to this
+    one."""
 
     def __init__(self, block: Tensor, group: dist.ProcessGroup) -> None:
         rank, size = group.rank(), group.size()
-        # Read until it has arrived.
+        # Must stay alive until it has arrived.
         self._block, self._received = block, torch.empty_like(block)
         sends = dist.P2POp(dist.isend, block, group=group, group_peer=(rank + 1) % size)
         receives = dist.P2POp(dist.irecv, self._received, group=group, group_peer=(rank - 1) % size)
         self._works = dist.batch_isend_irecv([sends, receives])
 
     def wait(self) -> Tensor:
-        """The previous rank's block."""
+        """Return the previous rank's block."""
         for work in self._works:
             work.wait()
         return self._received
 
 
 def _rotating(block: Tensor, group: dist.ProcessGroup) -> Iterator[Tensor]:
-    """This rank's block, the previous rank's, and so on; the next is fetched behind the present."""
+    """Yield this rank's block, the previous rank's, and so on; the next is fetched during use of
+    the current one."""
     for remaining in reversed(range(group.size())):
         arriving = _Transfer(block, group) if remaining else None
         yield block
@@ -185,7 +189,7 @@ def _rotating(block: Tensor, group: dist.ProcessGroup) -> Iterator[Tensor]:
 
 
 def _chunks(x_SBND: Tensor) -> tuple[Tensor, ...]:
-    """The two chunks of columns, each [B * S / 2, N, D] with its rows in order."""
+    """Return the two chunks of columns, each [B * S / 2, N, D] with its rows in order."""
     return tuple(chunk.transpose(0, 1).flatten(0, 1) for chunk in x_SBND.chunk(2))
 
 
@@ -196,12 +200,12 @@ def _joined(chunks_TND: list[Tensor], like_SBND: Tensor) -> Tensor:
 
 
 def _local_rows(k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
-    """k and v of this rank as [2, B * S, K, D]."""
+    """Return k and v of this rank as [2, B * S, K, D]."""
     return torch.stack([x.transpose(0, 1) for x in (k_SBKD, v_SBKD)]).flatten(1, 2)
 
 
 def _gathered(k_SBKD: Tensor, v_SBKD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """k and v of all ranks, columns in the order of the row, [2, B * S_row, K, D]."""
+    """Return k and v of all ranks, columns in the order of the row, [2, B * S_row, K, D]."""
     size = group.size()
     local_2SBKD = torch.stack((k_SBKD, v_SBKD))
     by_rank = gather_from_sequence_parallel_region(local_2SBKD, group=group).chunk(size)
@@ -211,12 +215,12 @@ def _gathered(k_SBKD: Tensor, v_SBKD: Tensor, group: dist.ProcessGroup) -> Tenso
 
 
 def _scattered(x_2UKD: Tensor, like_SBKD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sums over the ranks of what lies as `_gathered` gives it: this rank's columns, [2, S, B, K,
-    D]."""
+    """Return sums over the ranks, from the layout of `_gathered` to this rank's columns, [2, S, B,
+    K, D]."""
     size, num_rows = group.size(), like_SBKD.shape[1]
     chunks = x_2UKD.unflatten(1, (num_rows, -1)).transpose(1, 2).chunk(2 * size, dim=1)
     by_rank = [x for rank in range(size) for x in (chunks[rank], chunks[-1 - rank])]
-    # [ranks * chunks, 2, S / 2, ...]: what a rank keeps is contiguous.
+    # [ranks * chunks, 2, S / 2, ...]: a rank's part is contiguous.
     sent = torch.stack(by_rank)
     kept = reduce_scatter_to_sequence_parallel_region(sent, group=group)
     return torch.cat(tuple(kept), dim=1)

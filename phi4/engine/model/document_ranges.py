@@ -1,4 +1,4 @@
-"""Which keys the queries of this rank see, made once per micro-batch for all layers.
+"""Compute which keys this rank's queries attend to, once per micro-batch for all layers.
 
 A rank's queries are one chunk of columns, or two under context parallelism; a call of the attention
 op takes one chunk of every row, rows in order, so that its key ranges are in order and disjoint.
@@ -17,8 +17,9 @@ from phi4.engine.layout import Layout, context_chunks
 Visible = tuple[tuple[Ranges | None, ...], ...]
 """[blocks of keys][chunks of queries]; None where no query of the chunk sees a key of the block.
 
-The first block holds the queries' own keys: there a document's last query sees its last key, the
-one before it one less (causal). In the others every query of a range sees all of its keys.
+The first block has the queries' own keys: there a document's last query attends up to its last key,
+the one before it to one less (causal). In the others every query of a range attends to all of its
+keys.
 """
 
 
@@ -31,13 +32,13 @@ class HostRanges(NamedTuple):
 
 
 def visible_keys(cu_seqlens: np.ndarray, num_rows: int, length: int, layout: Layout) -> Visible:
-    """The ranges of this rank, on the host.
+    """Return the ranges of this rank, on the host.
 
     Args:
         cu_seqlens: [documents + 1], over the flattened rows; every row start is a boundary.
-        num_rows: of the micro-batch.
-        length: of a whole row.
-        layout: says which columns are this rank's, and how keys of the others come.
+        num_rows: rows of the micro-batch.
+        length: length of a complete row.
+        layout: determines this rank's columns, and how remote keys arrive.
     """
     chunks = layout.context_chunks(length)
     if layout.cp_size == 1 or layout.parallel.context_attention == "all_gather":
@@ -61,14 +62,14 @@ def chunk_ranges(
     chunk: tuple[int, int],
     block: Sequence[tuple[int, int]],
 ) -> HostRanges:
-    """What one chunk of queries sees in one block of keys.
+    """Return the ranges of one chunk of queries in one block of keys.
 
     Args:
         cu_seqlens, num_rows, length: as for `visible_keys`.
         chunk: columns [start, end) of the queries.
-        block: columns of the keys as they lie in memory, ascending. Columns behind a query are left
-            out by document pieces ending where the chunk does; the block's columns are all before
-            the chunk, all behind it, or those that queries attend causally.
+        block: columns of the keys in memory order, ascending. Columns after a query are excluded,
+            because pieces of documents end where the chunk does; the block's columns are all before
+            the chunk, all after it, or those that queries attend to causally.
 
     Returns:
         Queries counted in [rows * chunk], keys in [rows * columns of the block].
@@ -82,13 +83,13 @@ def chunk_ranges(
     ends = np.minimum(cu_seqlens[documents], rows * length + chunk[1])
 
     def position(tokens: np.ndarray) -> np.ndarray:
-        """Keys of the block before these tokens of the rows."""
+        """Count the keys of the block before these tokens of the rows."""
         column = tokens - rows * length
         before = sum(np.clip(column - start, 0, end - start) for start, end in block)
         return rows * sum(end - start for start, end in block) + before
 
     k_starts, k_ends = position(cu_seqlens[documents - 1]), position(ends)
-    # Documents side by side that see nothing are one range.
+    # Adjacent documents without visible keys are one range.
     sees = k_ends > k_starts
     kept = sees | np.append(True, sees[:-1])
     q_offsets = np.append((rows * size + begins - rows * length - chunk[0])[kept], num_rows * size)

@@ -1,7 +1,8 @@
-"""Phi-4 as a megatron-core GPTModel: this rank's chunks, built and initialised.
+"""Phi-4 as a megatron-core GPTModel: build and initialise this rank's chunks.
 
-Initial weights are drawn per parameter from a generator seeded by (seed, global name), whole, and
-then sliced, on the CPU: the same seed gives the same model on every platform and in every layout.
+Initial weights are sampled as full tensors per parameter from a generator seeded by (seed, global
+name), and then sliced, on the CPU: the same seed gives the same model on every platform and in
+every layout.
 """
 
 import hashlib
@@ -30,12 +31,12 @@ from phi4.engine.precision import torch_dtype
 
 
 class Phi4Model(GPTModel):
-    """One model chunk; the last one gives log-probabilities of the labels instead of a loss."""
+    """One model chunk; the last one returns log-probabilities of the labels instead of a loss."""
 
     def _postprocess(
         self, *, hidden_states: torch.Tensor, labels: MicroBatch | None, **others: object
     ) -> torch.Tensor | LabelLogProbs:
-        """megatron-core's hook for what follows the layers; `labels` is what our callers passed."""
+        """megatron-core's hook after the layers; `labels` is what our callers passed."""
         if not self.post_process or labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=None, **others)
         tied = self.share_embeddings_and_output_weights
@@ -50,11 +51,11 @@ class Phi4Model(GPTModel):
         return LabelLogProbs(log_probs_BS, None)
 
     def run(self, batch: MicroBatch, *, labelled: bool) -> torch.Tensor | LabelLogProbs:
-        """Forward pass of this chunk.
+        """Run the forward pass of this chunk.
 
         Args:
             batch: the micro-batch.
-            labelled: give the last chunk's log-probabilities of the labels instead of its logits.
+            labelled: return the last chunk's log-probabilities of the labels instead of its logits.
 
         Returns:
             hidden states for the next stage; on the last chunk log-probabilities, or logits
@@ -65,12 +66,12 @@ class Phi4Model(GPTModel):
 
 
 def transformer_config(recipe: Recipe, *, frees_stage_outputs: bool) -> TransformerConfig:
-    """The recipe in megatron-core's words.
+    """Convert the recipe to megatron-core's config.
 
     Args:
         recipe: the run.
-        frees_stage_outputs: drop a stage's output once it is sent. Safe where sends are ordered by
-            a stream; gloo still reads the buffer while an overlapped send is under way.
+        frees_stage_outputs: release a stage's output once it is sent. Safe if sends are ordered by
+            a stream; gloo still reads the buffer while an overlapped send is in progress.
     """
     model, parallel = recipe.model, recipe.parallel
     dtype = torch_dtype(recipe.precision)
@@ -88,7 +89,7 @@ def transformer_config(recipe: Recipe, *, frees_stage_outputs: bool) -> Transfor
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # initialise() below draws the weights; megatron only allocates and marks them.
+        # initialise() below samples the weights; megatron only allocates and marks them.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -114,7 +115,8 @@ def transformer_config(recipe: Recipe, *, frees_stage_outputs: bool) -> Transfor
 def build_chunks(
     recipe: Recipe, layout: Layout, config: TransformerConfig, choices: Sequence[Choice] = ()
 ) -> list[Phi4Model]:
-    """This pipeline rank's model chunks, allocated and not yet initialised; see `block_spec`."""
+    """Build this pipeline rank's model chunks, allocated and not yet initialised; see
+    `block_spec`."""
     chunks = []
     for index in range(layout.vpp_size):
         vp_stage = index if layout.vpp_size > 1 else None
@@ -142,7 +144,7 @@ def build_chunks(
 
 
 def global_parameters(chunks: list[Phi4Model]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) with layers numbered over the whole model."""
+    """Yield (name, parameter) with global layer numbers."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parts = name.split(".")
@@ -153,9 +155,10 @@ def global_parameters(chunks: list[Phi4Model]) -> Iterator[tuple[str, torch.nn.P
 
 @torch.no_grad()
 def initialise(chunks: list[Phi4Model], model: ModelConfig, seed: int, layout: Layout) -> None:
-    """Draw the initial weights: normal, output projections scaled by 1 / sqrt(2 L), norms one.
+    """Initialise the weights: normal, output projections scaled by 1 / sqrt(2 L), norms one.
 
-    Source: the report is silent; the scaling is GPT-2's (Radford et al. 2019, section 2.3).
+    Source: the report does not specify it; the scaling is GPT-2's (Radford et al. 2019, section
+    2.3).
     """
     for name, parameter in global_parameters(chunks):
         if parameter.dim() == 1:
@@ -173,7 +176,7 @@ def initialise(chunks: list[Phi4Model], model: ModelConfig, seed: int, layout: L
 
 
 def full_shape(parameter: torch.nn.Parameter, tp_size: int) -> tuple[int, ...]:
-    """Shape of a parameter before it is split over the tensor ranks."""
+    """Return the shape of a parameter before it is split over the tensor ranks."""
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
         shape[_partition(parameter)[0]] *= tp_size
@@ -181,7 +184,8 @@ def full_shape(parameter: torch.nn.Parameter, tp_size: int) -> tuple[int, ...]:
 
 
 def shard(whole: torch.Tensor, parameter: torch.nn.Parameter, layout: Layout) -> torch.Tensor:
-    """This tensor rank's part of a whole tensor; SwiGLU's [gate | up] is split in each half."""
+    """Return this tensor rank's part of a full tensor; SwiGLU's [gate | up] is split in each
+    half."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return whole
     dim, stride = _partition(parameter)
@@ -190,7 +194,8 @@ def shard(whole: torch.Tensor, parameter: torch.nn.Parameter, layout: Layout) ->
 
 
 def unshard(parameter: torch.Tensor, like: torch.nn.Parameter, layout: Layout) -> torch.Tensor:
-    """The whole tensor from this rank's part; inverse of `shard`, the same on every tensor rank.
+    """Return the full tensor from this rank's part; inverse of `shard`, the same on every tensor
+    rank.
 
     Collectives: one all-gather over tp of the parameter's bytes.
     """
@@ -210,7 +215,7 @@ def _partition(parameter: torch.nn.Parameter) -> tuple[int, int]:
 
 
 def seed_random_states(seed: int) -> None:
-    """Seed megatron-core's named random states (no op of Phi-4 draws from them)."""
+    """Seed megatron-core's named random states (no op of Phi-4 uses them)."""
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
@@ -227,7 +232,8 @@ def _pipeline(parallel: ParallelConfig, model: ModelConfig) -> dict[str, object]
         ),
         "overlap_p2p_comm": parallel.overlap_p2p,
         "batch_p2p_comm": not parallel.overlap_p2p,
-        # Else the host waits for the device after every exchange: for a fault of older torch.
+        # Otherwise the host waits for the device after every exchange: a workaround for older
+        # torch.
         "batch_p2p_sync": False,
     }
     if parallel.layers_per_stage is not None and parallel.pipeline > 1:

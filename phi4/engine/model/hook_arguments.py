@@ -1,4 +1,5 @@
-"""What megatron-core may pass to our modules: an argument that one ignores must change nothing."""
+"""Check arguments that megatron-core passes to our modules: an ignored argument must have no
+effect."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -7,13 +8,13 @@ from phi4.errors import ConfigError
 
 
 def refuse(hook: str, given: Mapping[str, object], neutral: Mapping[str, object]) -> None:
-    """Refuse arguments of a call that a module does not implement.
+    """Raise an error for arguments of a call that a module does not implement.
 
     Args:
-        hook: the module, for the message.
+        hook: name of the module, for the message.
         given: the arguments that the module does not read.
-        neutral: megatron-core's names for such arguments, each with the value that asks for
-            nothing: None, a boolean, a string or a member of an enum.
+        neutral: megatron-core's names for such arguments, each with the value that has no effect:
+            None, a boolean, a string or a member of an enum.
 
     Raises:
         ConfigError: an argument has another value, or an unknown name.
@@ -22,7 +23,7 @@ def refuse(hook: str, given: Mapping[str, object], neutral: Mapping[str, object]
         if name not in neutral:
             raise ConfigError(
                 f"{hook} got the unknown argument {name}; expected those of megatron-core 0.16.1; "
-                "install the version that the constraints name"
+                "install the version in the constraints"
             )
         # Not compared for equality: a tensor would compare its elements.
         if value is not neutral[name] and not (isinstance(value, str) and value == neutral[name]):

@@ -1,4 +1,4 @@
-"""A data batch as the engine takes it, and what must hold before the first collective sees it."""
+"""The interface of a data batch for the engine, and the checks before the first collective."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -51,7 +51,7 @@ class HostBatch(Protocol):
 
     @property
     def alternative_labels(self) -> np.ndarray | None:
-        """[B, S] int64, a second label of a position; -1 where there is none."""
+        """[B, S] int64, an alternative label of a position; -1 where there is none."""
         ...
 
     @property
@@ -66,7 +66,7 @@ class HostBatch(Protocol):
 
 
 def work_of(batches: Sequence[HostBatch]) -> Work:
-    """Tokens, squares of the documents' lengths and second labels of whole rows."""
+    """Return tokens, squares of the documents' lengths and alternative labels of complete rows."""
     lengths = [np.diff(np.asarray(batch.cu_seqlens, dtype=np.int64)) for batch in batches]
     second = (batch.alternative_labels for batch in batches)
     return Work(
@@ -77,11 +77,11 @@ def work_of(batches: Sequence[HostBatch]) -> Work:
 
 
 def check_host_batches(batches: Sequence[HostBatch], vocab_size: int) -> None:
-    """Check shapes, and the ids that objectives see. Token ids are the data's to check.
+    """Check shapes, and the ids that objectives see. Token ids are checked by the data layer.
 
     Raises:
-        DataError: an id or a shape is another; micro-batches of one call differ in shape, which
-            pipeline ranks that wait for a tensor would not notice.
+        DataError: an id or a shape is invalid, or micro-batches of one call differ in shape, which
+            waiting pipeline ranks would not detect.
     """
     for batch in batches:
         shape = batches[0].tokens.shape
@@ -100,8 +100,8 @@ def _check_segments(batch: HostBatch) -> None:
         _check_ids("segment_ids", batch.segment_ids, batch.tokens.shape, batch.num_segments)
     elif batch.num_segments:
         raise DataError(
-            f"num_segments={batch.num_segments} in a batch without segment_ids; pass the segment "
-            "of each label, or num_segments=0"
+            f"num_segments={batch.num_segments} in a batch without segment_ids; pass segment_ids, "
+            f"or num_segments=0"
         )
     for name, values in batch.segment_extras.items():
         expected = (batch.num_segments, *values.shape[1:])

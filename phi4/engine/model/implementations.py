@@ -1,6 +1,6 @@
-"""The one place where the implementation of each op is chosen.
+"""Choose the implementation of each op.
 
-A choice is made at start, with its reason, and logged; nothing falls back later.
+A choice is made at start, with its reason, and logged; there is no later fallback.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +18,7 @@ from phi4.engine.precision import torch_dtype
 from phi4.errors import ConfigError
 
 FP8_OPS = ("fp8_cast",)
-"""That a model without FP8 never calls."""
+"""Ops that a model without FP8 never calls."""
 
 
 def choose(
@@ -29,19 +29,19 @@ def choose(
     needs: Mapping[str, str] | None = None,
     unused: Collection[str] = FP8_OPS,
 ) -> tuple[Choice, ...]:
-    """The implementation of every op on a device, for attention heads of this width.
+    """Choose the implementation of every op on a device, for attention heads of this width.
 
     Args:
-        kernels: what is asked for.
-        device: of the tensors.
-        head_dim: of the model.
-        evidence: what is known of the implementations; None takes what this machine has on file.
-        needs: see `attention_needs`; None asks for nothing.
+        kernels: requested implementations.
+        device: device of the tensors.
+        head_dim: head dim of the model.
+        evidence: proof rows of the implementations; None uses those on this machine.
+        needs: see `attention_needs`; None for no requirements.
         unused: see `unused_ops`.
 
     Raises:
-        ConfigError: an implementation was named that does not exist, cannot run here or does not
-            serve the recipe, or torch would run an op although kernels.qualify is `required`.
+        ConfigError: a requested implementation does not exist, cannot run here or does not support
+            the recipe, or an op would fall back to torch although kernels.qualify is `required`.
     """
     of_op = {"attention": needs or {}}
     choices = [
@@ -56,14 +56,15 @@ def choose(
 
 
 def unused_ops(recipe: Recipe) -> tuple[str, ...]:
-    """Ops that a recipe never calls: nobody need choose them."""
+    """Return ops that a recipe never calls, which need no choice."""
     precision = recipe.precision
     is_cast = precision.fp8 == "torch" and precision.fp8_recipe == "tensorwise"
     return () if is_cast else FP8_OPS
 
 
 def attention_needs(recipe: Recipe) -> dict[str, str]:
-    """What a recipe asks of attention that not every implementation serves, and by which key."""
+    """Return requirements of a recipe on attention that not every implementation meets, with their
+    keys."""
     precision, context = recipe.precision, recipe.parallel.context
     needs = {registry.need_of(torch_dtype(precision)): f"precision.dtype={precision.dtype}"}
     if context > 1:
@@ -84,49 +85,54 @@ def _choose(
         return dispatch.choose(op, asked, device, needs=tuple(needs), evidence=evidence)
     except KernelError as error:
         keys = [key for need, key in needs.items() if need in str(error)]
-        by = f" (asked by {', '.join(keys)})" if keys else ""
+        by = f" (required by {', '.join(keys)})" if keys else ""
         raise ConfigError(f"kernels.{op}={asked}: {error}{by}") from error
 
 
 def _require_kernels(kernels: KernelsConfig, choices: Sequence[Choice]) -> None:
-    """What torch runs although nobody asked for it ends a run that requires proven kernels."""
+    """Raise an error for ops that fall back to torch in a run that requires proven kernels."""
     asked = kernels.by_op()
     left = [c for c in choices if c.implementation == "torch" and asked[c.op] == "auto"]
     if left:
         raise ConfigError(
             f"kernels.qualify=required, but {'; '.join(choice.describe() for choice in left)}; see "
-            "`phi4 kernels qualify`, ask for torch by kernels.OP=torch, or use kernels.qualify=on"
+            "`phi4 kernels qualify`, choose torch explicitly by kernels.OP=torch, or use "
+            "kernels.qualify=on"
         )
 
 
 def _for_heads(choice: Choice, kernels: KernelsConfig, head_dim: int) -> Choice:
-    """The choice, if attention's kernels take heads of this width; torch takes any."""
+    """Return the choice if attention's kernels support heads of this width; torch supports any."""
     named = choice.implementation
     if choice.op != "attention" or named == "torch" or head_dim in HEAD_DIMS:
         return choice
-    widths = f"{named} takes head dims {', '.join(map(str, HEAD_DIMS))}, the model's is {head_dim}"
+    widths = (
+        f"{named} supports head dims {', '.join(map(str, HEAD_DIMS))}, but the model's is "
+        f"{head_dim}"
+    )
     if kernels.attention != "auto":
         raise ConfigError(f"kernels.attention={named}: {widths}; use auto or torch")
     return replace(choice, implementation="torch", reason=f"auto: {widths}")
 
 
 def implementation_of(op: str, choices: Sequence[Choice]) -> str:
-    """The chosen implementation of an op; torch where nothing was chosen."""
+    """Return the chosen implementation of an op; torch if nothing was chosen."""
     return next((choice.implementation for choice in choices if choice.op == op), "torch")
 
 
 def decoding_implementation(attention: str) -> str:
-    """What attends to a cache's blocks under the chosen implementation of attention.
+    """Return the implementation for a cache's blocks under the chosen implementation of attention.
 
-    Triton has such a form, and runs wherever those do that have none.
+    Triton supports this form, and runs wherever the implementations without it do.
     """
     return attention if registry.provides("attention", attention, "decode") else "triton"
 
 
 def gathering_implementation(attention: str) -> str:
-    """What attends to gathered keys of a cache under the chosen implementation of attention.
+    """Return the implementation for gathered keys of a cache under the chosen implementation of
+    attention.
 
-    There a document has more keys than queries, which Triton takes, and runs wherever those do that
-    take whole documents alone.
+    There a document has more keys than queries, which Triton supports; it runs wherever the
+    implementations without this form do.
     """
     return "triton" if registry.unserved("attention", attention, (ANY_RANGES,)) else attention

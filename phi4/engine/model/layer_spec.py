@@ -1,4 +1,4 @@
-"""The layers of a model chunk, as megatron-core's spec: which class serves which place."""
+"""The layers of a model chunk as megatron-core's spec."""
 
 from collections.abc import Sequence
 
@@ -18,14 +18,14 @@ from phi4.engine.model.layers import AddRMSNorm, Linears, Phi4Layer, RMSNorm, Sw
 def block_spec(
     linears: Sequence[Linears], choices: Sequence[Choice] = ()
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk and the final norm.
+    """Return the layers of one model chunk and the final norm.
 
     Args:
-        linears: of each layer of this chunk.
-        choices: of `choose`; ops without one are torch's.
+        linears: linears of each layer of this chunk.
+        choices: from `choose`; ops without one use torch.
     """
     norm = _on(RMSNorm, implementation_of("rms_norm", choices))
-    # A spec per kind of layer: every spec makes classes of its own.
+    # A spec per kind of layer: every spec creates its own classes.
     by_kind = {id(kind): _layer_spec(kind, choices) for kind in linears}
     specs = [by_kind[id(kind)] for kind in linears]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
@@ -56,8 +56,9 @@ def _layer_spec(linears: Linears, choices: Sequence[Choice]) -> ModuleSpec:
 def _on(
     module: type[torch.nn.Module], implementation: str, **attributes: object
 ) -> type[torch.nn.Module]:
-    """The module with its op's implementation.
+    """Return the module with its op's implementation.
 
-    A class, because megatron-core warns of every ModuleSpec whose MLP is not one of its own.
+    It is a class, because megatron-core warns about every ModuleSpec whose MLP is not one of its
+    own.
     """
     return type(module.__name__, (module,), {"implementation": implementation, **attributes})

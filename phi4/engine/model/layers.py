@@ -1,7 +1,7 @@
 """The transformer layer: megatron-core's, with our norm and SwiGLU and no dropout or bias paths.
 
-Subclasses of megatron-core's own modules, so parallel linears, sharding of checkpoints, recompute
-and pipeline splitting stay megatron's. `implementation` of a module is the spec's to set.
+These are subclasses of megatron-core's own modules, so parallel linears, sharding of checkpoints,
+recompute and pipeline splitting are megatron's. The spec sets `implementation` of a module.
 """
 
 from typing import NamedTuple
@@ -68,7 +68,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=device)
         )
-        # finalize_model_grads all-reduces the gradient of parameters so marked over tp.
+        # finalize_model_grads all-reduces the gradient of parameters with this mark over tp.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps = eps
 
@@ -80,23 +80,22 @@ class RMSNorm(torch.nn.Module):
 class AddRMSNorm(RMSNorm):
     """The norm of a sum that the residual stream needs as well.
 
-    A module of its own, not a second method of RMSNorm: under overlap_param_gather megatron-core
+    A separate module, not a second method of RMSNorm: under overlap_param_gather megatron-core
     waits for a parameter in its module's forward pre-hook, which only a module call runs.
     """
 
     def forward(  # type: ignore[override]  # a module of torch has any signature
         self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm of x + residual, x + residual), all of one shape [..., hidden]."""
+        """Return (norm of x + residual, x + residual), each of shape [..., hidden]."""
         return add_rms_norm(x, residual, self.weight, self.eps, implementation=self.implementation)
 
 
 class SwiGLU(MLP):
     """megatron-core's MLP with the product silu(gate) * up.
 
-    A kernel's product belongs to the linear that reads it, so that neither is kept for backward;
+    A kernel's product is part of the linear that reads it, so that neither is kept for backward,
     unless that linear keeps it in FP8.
-    Source: Shazeer 2020, "GLU Variants Improve Transformer", section 2.
     """
 
     implementation = "torch"
@@ -117,7 +116,7 @@ class SwiGLU(MLP):
         """[S, B, hidden] to the same shape, and no bias.
 
         Raises:
-            ConfigError: another argument of megatron-core's asks for something; see `refuse`.
+            ConfigError: another argument of megatron-core's is set; see `refuse`.
 
         Collectives: as the two parallel linears (gather in, reduce out over tp).
         """
@@ -130,7 +129,7 @@ class SwiGLU(MLP):
 
 
 class SwiGLULinear(RowParallelLinear):
-    """megatron-core's linear behind SwiGLU, given [gate | up] instead of their product."""
+    """megatron-core's linear after SwiGLU, with [gate | up] as input instead of their product."""
 
     def __init__(self, *args, implementation: str, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -142,7 +141,7 @@ class SwiGLULinear(RowParallelLinear):
         """megatron-core's hook for the local product: [S, B, 2F / tp] to [S, B, hidden].
 
         Raises:
-            ConfigError: another argument of megatron-core's asks for something; see `refuse`.
+            ConfigError: another argument of megatron-core's is set; see `refuse`.
         """
         refuse("SwiGLU's second linear", others, _LINEAR)
         rows, main_grad = input.flatten(0, 1), getattr(weight, "main_grad", None)
@@ -163,7 +162,7 @@ class Phi4Layer(TransformerLayer):
         """[S, B, hidden] (S / tp under SP) to the same shape, and no context.
 
         Raises:
-            ConfigError: another argument of megatron-core's asks for something; see `refuse`.
+            ConfigError: another argument of megatron-core's is set; see `refuse`.
         """
         refuse("layer", others, _LAYER)
         attended, _ = self.self_attention(

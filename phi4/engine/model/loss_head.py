@@ -1,7 +1,7 @@
-"""The loss head: the output projection, and the log-probabilities of the labels under it.
+"""The loss head: the output projection, and the log-probabilities of the labels.
 
-Objectives see log-probabilities per token, never logits. How much of the logits exists at a time is
-the recipe's choice (`loss_head.form`), and never changes by itself:
+Objectives use log-probabilities per token, never logits. How much of the logits exists at a time is
+set by the recipe (`loss_head.form`), and never changes by itself:
 
 * `logits`: all of a micro-batch, kept for backward, where their gradient takes their place.
 * `recompute`: some tokens' at a time, computed again in backward.
@@ -35,17 +35,17 @@ _LABELLED = {"runtime_gather_output": None}
 
 
 class LossHead(ColumnParallelLinear):
-    """megatron-core's output layer, which turns labels into their log-probabilities."""
+    """megatron-core's output layer, which converts labels to their log-probabilities."""
 
     settings = LossHeadConfig()
     implementation = "torch"
-    """Of cross_entropy; see phi4_kernels.dispatch."""
+    """Implementation of cross_entropy; see phi4_kernels.dispatch."""
 
     @classmethod
     def take_over(
         cls, layer: ColumnParallelLinear, settings: LossHeadConfig, implementation: str
     ) -> None:
-        """Make a plain layer, whose class GPTModel does not let a spec choose, this one."""
+        """Convert a plain layer to this class, because GPTModel does not let a spec choose it."""
         layer.__class__ = cls
         layer.settings, layer.implementation = settings, implementation
 
@@ -58,14 +58,15 @@ class LossHead(ColumnParallelLinear):
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """As megatron-core's; with labels their log-probabilities instead of logits.
+        """Run as megatron-core's layer; with labels return their log-probabilities instead of
+        logits.
 
         Args:
             input_: [S, B, H] (S / tp under SP).
-            weight: of the embedding where it is tied to the output.
+            weight: weight of the embedding if it is tied to the output.
             runtime_gather_output: see megatron-core; None with labels.
             labels: [B, S], int64, global token ids in [0, V).
-            loss_mask: [B, S], fp32; one_pass needs it where there is a gradient.
+            loss_mask: [B, S], fp32; required by one_pass if there is a gradient.
 
         Returns:
             [B, S], fp32, the same on every tensor rank; and no bias.
@@ -96,7 +97,7 @@ class LossHead(ColumnParallelLinear):
         labels_SB: torch.Tensor,
         loss_mask_BS: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Log-probabilities [S, B]."""
+        """Return log-probabilities [S, B]."""
         main_grad, weight = None, tied_weight
         if weight is None:
             # A tied weight gets another gradient, from the embedding, which autograd must add.
@@ -132,7 +133,7 @@ class LossHead(ColumnParallelLinear):
 
 
 class _MaskedSum(torch.autograd.Function):
-    """Log-probabilities that stand for the total of masked losses in autograd's graph."""
+    """Log-probabilities that represent the total of masked losses in autograd's graph."""
 
     @staticmethod
     def forward(
@@ -147,7 +148,7 @@ class _MaskedSum(torch.autograd.Function):
         is_mask = (grad_SB == -mask_SB).all()
         if grad_SB.is_cpu and not is_mask:
             raise ConfigError(
-                "loss_head.form=one_pass expects a loss sum of minus the masked log-probabilities, "
-                "the objective has another; use recompute or logits"
+                "loss_head.form=one_pass requires a loss sum of minus the masked "
+                "log-probabilities, but the objective has another; use recompute or logits"
             )
         return torch.where(is_mask, 1.0, torch.nan).to(grad_SB.dtype), None, None

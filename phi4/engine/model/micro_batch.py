@@ -1,8 +1,8 @@
 """A micro-batch on this rank's device: its context slice and its document boundaries.
 
-Document boundaries travel through megatron-core as `PackedSeqParams(qkv_format="sbhd")` over the
-rows flattened in row order, every row start a boundary. megatron's own `thd` form is never used:
-its RoPE and context split assume that documents divide by the context size.
+Document boundaries are passed through megatron-core as `PackedSeqParams(qkv_format="sbhd")` over
+the rows flattened in row order, with every row start a boundary. megatron's own `thd` form is never
+used: its RoPE and context split assume that documents divide by the context size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +32,8 @@ from phi4.model.shape import Work
 class Documents(PackedSeqParams):
     """PackedSeqParams with this rank's RoPE tables and attention ranges.
 
-    A dataclass of megatron-core's own kind, since it travels through its layers. RoPE has either
-    tables per token, or a cache to look up and positions.
+    A dataclass of megatron-core's own kind, because it passes through its layers. RoPE has either
+    tables per token, or a cache and positions.
     """
 
     cos_SBD: torch.Tensor | None = None
@@ -43,12 +43,12 @@ class Documents(PackedSeqParams):
     """int32, in the order of the flattened [S, B]."""
     visible: Visible = ()
     one_per_row: bool = False
-    """Every row is one document held whole by this rank."""
+    """Whether every row is one document held entirely by this rank."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch on the device; [B, S] are context slices, segments are all there are."""
+    """One micro-batch on the device; [B, S] are context slices, segments are complete."""
 
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
@@ -62,17 +62,17 @@ class MicroBatch:
 
 
 class MicroBatches:
-    """The micro-batches of a step, placed on the device one ahead of its turn.
+    """The micro-batches of a step, copied to the device one ahead of use.
 
-    A step's RoPE tables would fill gigabytes if they lived together. Every model chunk walks
-    through the batches for itself.
+    A step's RoPE tables would fill gigabytes if they existed at the same time. Every model chunk
+    iterates through the batches separately.
 
     Args:
-        batches: on the host.
-        to_device: places one.
+        batches: batches on the host.
+        to_device: copies one to the device.
         tick: called whenever a chunk takes a micro-batch.
         timer: measures the forward passes over them; None measures nothing.
-        stream: where they are placed.
+        stream: stream of the copies.
     """
 
     def __init__(
@@ -101,22 +101,22 @@ class MicroBatches:
             yield batch
 
     def measured(self) -> AbstractContextManager[None]:
-        """Around one forward pass over one of them."""
+        """Measure one forward pass over one of them."""
         return self._timer.measured() if self._timer else nullcontext()
 
     @property
     def row_shape(self) -> tuple[int, int]:
-        """(rows of a micro-batch, tokens of a whole row)."""
+        """Return (rows of a micro-batch, tokens of a complete row)."""
         return self._batches[0].tokens.shape
 
     @property
     def work(self) -> Work:
-        """Of all of them; context ranks share it, data ranks have their own."""
+        """Work of all of them; context ranks share it, data ranks have their own."""
         return work_of(self._batches)
 
     @property
     def have_alternatives(self) -> list[bool]:
-        """Whether each micro-batch has second labels."""
+        """Whether each micro-batch has alternative labels."""
         return [batch.alternative_labels is not None for batch in self._batches]
 
 
@@ -129,15 +129,15 @@ def to_device(
     *,
     rope_cache: RopeCache | None = None,
 ) -> MicroBatch:
-    """Move this rank's slice of a host batch to the device.
+    """Copy this rank's slice of a host batch to the device.
 
     Args:
-        batch: whole rows.
-        layout: says which slice is this rank's.
+        batch: complete rows.
+        layout: determines this rank's slice.
         model: RoPE's base and width.
-        dtype: of the RoPE tables per token.
-        device: where to.
-        rope_cache: look RoPE up in this; without it RoPE gets tables per token.
+        dtype: dtype of the RoPE tables per token.
+        device: target device.
+        rope_cache: cache for RoPE; without it RoPE gets tables per token.
 
     Raises:
         ValueError: the rows do not split over the ranks, or are longer than the cache.
@@ -154,7 +154,8 @@ def to_device(
 
 
 def _on_host(batch: HostBatch, layout: Layout) -> tuple[MicroBatch, torch.Tensor]:
-    """This rank's slice as it will be on the device, without RoPE; positions [B, S], int32."""
+    """Return this rank's slice as it will be on the device, without RoPE; positions [B, S],
+    int32."""
 
     def slice_of(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return layout.context_slice(_as_tensor(array)).to(dtype)

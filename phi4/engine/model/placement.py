@@ -1,9 +1,9 @@
-"""From the host to the device: one copy per micro-batch, on a stream of its own, ahead of its turn.
+"""Copy host values to the device: one copy per micro-batch, on a separate stream, ahead of use.
 
-A copy from pageable memory holds the host until the device has done everything before it, and one
-on the stream that computes waits for what was computed. Here the host's values are packed into one
-pinned block, which one copy moves while an earlier micro-batch is computed. A CPU computes on them
-where they are.
+A copy from pageable memory blocks the host until the device has finished all earlier work, and one
+on the compute stream waits for earlier computation. Here the host's values are packed into one
+pinned block, which one copy transfers while an earlier micro-batch is computed. On a CPU the values
+are used in place.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +17,12 @@ import torch
 Value = TypeVar("Value")
 
 _ALIGNMENT = 128
-"""Bytes between places where a tensor of a block may begin."""
+"""Alignment in bytes of tensors in a block."""
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A copy of a value with every tensor changed, inside dataclasses, tuples and mappings too."""
+    """Return a copy of a value with every tensor mapped, inside dataclasses, tuples and mappings
+    too."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -36,17 +37,19 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
 
 
 def staging_block(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """[num_bytes] uint8 on the host, from which a copy to the device does not hold the host."""
-    # The allocator gives the memory away again only once the copies from it are done.
+    """Return [num_bytes] uint8 on the host, from which a copy to the device does not block the
+    host."""
+    # The allocator reuses the memory only after the copies from it are done.
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def on_device(value: Value, device: torch.device) -> Value:
-    """A value whose tensors are on the device, contiguous; waits for nothing.
+    """Return a value with its tensors on the device, contiguous; does not wait.
 
     Args:
-        value: its tensors are on the host. One that occurs twice is one in the result too.
-        device: where to, in one copy of one block; for a CPU only what has gaps is copied.
+        value: its tensors are on the host. One that occurs twice stays shared in the result.
+        device: target device, reached in one copy of one block; for a CPU only non-contiguous
+            tensors are copied.
     """
     found: dict[int, torch.Tensor] = {}
     compact = map_tensors(value, lambda x: found.setdefault(id(x), x.contiguous()))
@@ -54,12 +57,12 @@ def on_device(value: Value, device: torch.device) -> Value:
 
 
 def in_one_block(value: Value, tensors: Mapping[int, torch.Tensor], device: torch.device) -> Value:
-    """A copy of a value on the device by a block.
+    """Return a copy of a value on the device through one block.
 
     Args:
-        value: on the host.
-        tensors: those of the value made contiguous, by the `id` of each.
-        device: where to.
+        value: value on the host.
+        tensors: its tensors made contiguous, by the `id` of each.
+        device: target device.
     """
     found: dict[int, np.ndarray] = {key: x.numpy() for key, x in tensors.items()}
     starts, end = {}, 0
@@ -84,7 +87,7 @@ def in_one_block(value: Value, tensors: Mapping[int, torch.Tensor], device: torc
 
 
 class SideStream:
-    """Where values are made for the stream that computes; on a CPU nothing is asynchronous.
+    """A stream that prepares values for the compute stream; on a CPU nothing is asynchronous.
 
     Args:
         device: CUDA or a CPU.
@@ -94,7 +97,8 @@ class SideStream:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def make(self, value_of: Callable[[], Value]) -> Callable[[], Value]:
-        """Enqueue what makes a value; the result gives it to the stream that is current then."""
+        """Enqueue the preparation of a value; the result makes it available to the then current
+        stream."""
         with self._current():
             value = value_of()
         made_on = self._stream

@@ -1,4 +1,4 @@
-"""cos and sin of RoPE's angles: one table of all positions, or one per token of a micro-batch."""
+"""cos and sin of RoPE: one table of all positions, or one per token of a micro-batch."""
 
 from dataclasses import dataclass
 
@@ -11,28 +11,28 @@ from phi4.config import ModelConfig
 
 @dataclass(frozen=True)
 class RopeCache:
-    """cos and sin of every position, fp32, for RoPE that looks them up."""
+    """cos and sin of every position, fp32, for RoPE with lookup."""
 
     cos_PD2: torch.Tensor
     sin_PD2: torch.Tensor
 
     @classmethod
     def up_to(cls, num_positions: int, model: ModelConfig, device: torch.device) -> "RopeCache":
-        """Positions [0, num_positions), with the angles of `rope_cos_sin`: the choice of an
-        implementation does not change the model."""
+        """Return positions [0, num_positions), with the angles of `rope_cos_sin`, so that all
+        implementations compute the same model."""
         angles_PD2 = _angles(torch.arange(num_positions, device=device).float(), model)
         return cls(angles_PD2.cos(), angles_PD2.sin())
 
     @property
     def num_positions(self) -> int:
-        """Positions that it holds."""
+        """Number of positions in the cache."""
         return self.cos_PD2.shape[0]
 
 
 def rope_cos_sin(
     positions_BS: torch.Tensor, model: ModelConfig, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary angles, [S, B, D], both halves equal (NeoX form).
+    """Return cos and sin of the rotary angles, [S, B, D], both halves equal (NeoX form).
 
     RopeCache in fp32, cast last. Source: RoFormer, section 3.2.2; halves as in GPT-NeoX.
     """
@@ -42,7 +42,7 @@ def rope_cos_sin(
 
 
 def _angles(positions: torch.Tensor, model: ModelConfig) -> torch.Tensor:
-    """Rotary angles of fp32 positions, one more dimension of D / 2."""
+    """Return rotary angles of fp32 positions, with an additional dimension of D / 2."""
     exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies_D2 = 1.0 / (model.rope_theta ** (exponents / model.head_dim))
     return positions.unsqueeze(-1) * frequencies_D2

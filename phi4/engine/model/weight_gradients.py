@@ -1,4 +1,4 @@
-"""Weight gradients added to megatron-core's fp32 buffer inside the product that makes them.
+"""Add weight gradients to megatron-core's fp32 buffer inside the product that computes them.
 
 Otherwise every micro-batch writes a weight's gradient in the weight's dtype, which rounds it, and a
 second pass reads it, and reads and writes the buffer, to add it.
@@ -31,15 +31,17 @@ def add_weight_gradient(
 
 
 FUSED_WEIGHT_GRADIENTS = SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
-"""What megatron-core's linears take from apex' extension `fused_weight_gradient_mlp_cuda`."""
+"""The functions of apex' extension `fused_weight_gradient_mlp_cuda` that megatron-core's linears
+use."""
 
 
 class AddsItsOwnGradient(torch.autograd.Function):
-    """A weight whose gradient the op has added to main_grad when megatron-core's hook runs."""
+    """A weight whose gradient the op has already added to main_grad when megatron-core's hook
+    runs."""
 
     @staticmethod
     def forward(ctx, weight: torch.Tensor) -> torch.Tensor:
-        """A view of the weight."""
+        """Return a view of the weight."""
         ctx.set_materialize_grads(False)
         ctx.weight = weight
         return weight.view_as(weight)
@@ -48,13 +50,13 @@ class AddsItsOwnGradient(torch.autograd.Function):
     def backward(ctx, _: None) -> None:
         """Tell the hook that there is nothing to add."""
         weight = ctx.weight
-        # The hook asks for some gradient, of one element here, and drops it.
+        # The hook requires a gradient, of one element here, and drops it.
         weight.grad = weight.new_empty(()).expand(weight.shape)
         weight.grad_added_to_main_grad = True
 
 
 class SwiGLULinearIntoMainGrad(torch.autograd.Function):
-    """phi4_kernels' swiglu_linear, which adds the weight's gradient to main_grad by itself."""
+    """phi4_kernels' swiglu_linear, which adds the weight's gradient to main_grad itself."""
 
     @staticmethod
     def forward(
@@ -64,14 +66,14 @@ class SwiGLULinearIntoMainGrad(torch.autograd.Function):
         main_grad_HF: torch.Tensor,
         implementation: str,
     ) -> torch.Tensor:
-        """[T, H]; saves only gate_up, from which backward writes the product again."""
+        """Return [T, H]; save only gate_up, from which backward recomputes the product."""
         ctx.save_for_backward(gate_up_T2F, weight_HF)
         ctx.main_grad_HF, ctx.implementation = main_grad_HF, implementation
         return swiglu(gate_up_T2F, implementation=implementation) @ weight_HF.t()
 
     @staticmethod
     def backward(ctx, grad_TH: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """The gradient of gate_up."""
+        """Return the gradient of gate_up."""
         gate_up_T2F, weight_HF = ctx.saved_tensors
         gradient_T2F, product_TF = swiglu_backward(
             grad_TH @ weight_HF,

@@ -1,4 +1,4 @@
-"""Hashes of weights by which two models are told apart, tensor by tensor, in any layout."""
+"""Hashes of weights to compare two models tensor by tensor, in any layout."""
 
 import hashlib
 from collections.abc import Iterable
@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes in row-major order, as they are in memory."""
-    # numpy has no bfloat16; bytes it has.
+    """Return the sha256 of a tensor's bytes in row-major order."""
+    # numpy has no bfloat16, so the bytes are viewed as integers.
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
@@ -17,10 +17,11 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 def weights_sha256(
     stage: Iterable[tuple[str, torch.Tensor]], pipeline_group: dist.ProcessGroup
 ) -> dict[str, str]:
-    """sha256 of every whole tensor of a model by global name, sorted, the same on every rank.
+    """Return the sha256 of every full tensor of a model by global name, sorted, the same on every
+    rank.
 
     Args:
-        stage: (global name, whole tensor) of this pipeline stage.
+        stage: (global name, full tensor) of this pipeline stage.
         pipeline_group: ranks that hold the other stages.
 
     Collectives: one all-gather of names and hashes over pp, about 100 bytes per tensor.

@@ -1,1 +1,2 @@
-"""The optimizer: AdamW with FusedAdam's contract under megatron-core's, and its groups."""
+"""The optimizer: AdamW with FusedAdam's interface under megatron-core's, and its parameter
+groups."""

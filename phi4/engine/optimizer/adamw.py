@@ -2,7 +2,7 @@
 
 Stock, a step reads and writes the gradients to divide them by the number of tokens, reads them for
 their norm, reads and writes them to clip, reads them to update, and then reads the masters to write
-the bf16 weights. Here both factors stay on the device and the update takes their product, with
+the bf16 weights. Here both factors stay on the device and the update uses their product, with
 masters, moments and bf16 weights written from registers: the gradient is read twice, once for the
 norm, and never written (torch's own AdamW writes it back, scaled). Preparing needs no change:
 gradient buffers are fp32, so megatron-core's `main_param.grad = main_grad.float()` is a view.
@@ -29,17 +29,17 @@ from phi4_kernels.grad_norm import clip_factor, square_sum
 from torch import Tensor
 
 CLIP_EPS = 1e-6
-"""Added to the norm where it divides, as in torch.nn.utils.clip_grad_norm_ and megatron-core."""
+"""Added to the norm in divisions, as in torch.nn.utils.clip_grad_norm_ and megatron-core."""
 
 
 def norm_within(square_sum: Tensor, limit: float) -> Tensor:
-    """[] bool on the device: the root is finite and at most this; False for NaN."""
-    # The root, as a step reports it: the square of a root may be below the number it is of.
+    """Return [] bool on the device: the root is finite and at most this; False for NaN."""
+    # The root, as reported by a step: the square of a root may be less than the original number.
     return square_sum.sqrt() <= min(limit, sys.float_info.max)
 
 
 class OnePass:
-    """What takes the place of clipping, step and copies in each of megatron-core's optimizers."""
+    """Replaces clipping, step and copies in each of megatron-core's optimizers."""
 
     get_parameters: Callable[[], list[Tensor]]
     is_stub_optimizer: bool
@@ -47,12 +47,13 @@ class OnePass:
 
     @cached_property
     def weights(self) -> dict[Tensor, Tensor]:
-        """By fp32 master: the bf16 weight, or this rank's part of it, that follows it."""
+        """By fp32 master: the corresponding bf16 weight, or this rank's part of it."""
         return {}
 
     @property
     def owners(self) -> dict[Tensor, Tensor]:
-        """By what this optimizer updates: the model's parameter that it is, or stands for."""
+        """By the tensor that this optimizer updates: the model's parameter that it is, or is part
+        of."""
         return {parameter: parameter for parameter in self.get_parameters()}
 
     def update(self, grad_scale: Tensor, found_inf: Tensor) -> None:
@@ -62,11 +63,11 @@ class OnePass:
 
 
 class OnePassFP32(OnePass, FP32Optimizer):
-    """fp32 weights, whole on every data rank: they are their own masters."""
+    """fp32 weights, complete on every data rank, without separate masters."""
 
 
 class OnePassFloat16(OnePass, Float16OptimizerWithFloat16Params):
-    """bf16 weights with fp32 masters, whole on every data rank."""
+    """bf16 weights with fp32 masters, complete on every data rank."""
 
     @cached_property
     def weights(self) -> dict[Tensor, Tensor]:
@@ -121,7 +122,7 @@ class OnePassDistributed(OnePass, DistributedOptimizer):
 def _pairs(
     keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]]
 ) -> dict[Tensor, Tensor]:
-    """One to one over the lists of megatron-core's parameter groups."""
+    """Pair the lists of megatron-core's parameter groups one to one."""
     return {
         key: value
         for some_keys, some_values in zip(keys, values, strict=True)
@@ -135,12 +136,12 @@ class OnePassChain(ChainedOptimizer):
     def serve_by(
         self, *, adamw: str, grad_norm: str, groups: Mapping[str, Sequence[Tensor]]
     ) -> None:
-        """Name the implementations of the two ops, and the parameters of each group.
+        """Set the implementations of the two ops, and the parameters of each group.
 
         Args:
             adamw, grad_norm: implementations.
-            groups: the model's parameters on this rank by the name of what their norm is of; the
-                same names on every rank, and every parameter once.
+            groups: the model's parameters on this rank by group name for norms; the same names on
+                every rank, and every parameter once.
         """
         self._grad_norm = grad_norm
         self._groups = tuple(groups)
@@ -157,21 +158,21 @@ class OnePassChain(ChainedOptimizer):
         norm_limit: float = math.inf,
         by_group: bool = False,
     ) -> tuple[bool, float, None]:
-        """(whether parameters changed, norm of the scaled gradients before clipping, None).
+        """Return (whether parameters changed, norm of the scaled gradients before clipping, None).
 
         Args:
-            gradient_scale: [] fp64 on the device: what the gradients are multiplied by first.
-            accepted: [] bool on the device: where False nothing changes.
-            norm_limit: nor does anything where the norm is above.
-            by_group: whether to have `group_norms` too.
+            gradient_scale: [] fp64 on the device: factor applied to the gradients first.
+            accepted: [] bool on the device: if False, nothing changes.
+            norm_limit: nothing changes either if the norm exceeds this.
+            by_group: whether to compute `group_norms` too.
 
-        Collectives: all-reduce of one number over the ranks that hold other gradients, with
+        Collectives: all-reduce of one number over the ranks that hold different gradients, with
         `by_group` another of one number per group; those of the optimizers' `update`.
         """
         self.prepare_grads()
         total = self.square_sum() * gradient_scale.square()
         if by_group:
-            # Before the update: torch's own AdamW writes the gradient.
+            # Before the update: torch's own AdamW overwrites the gradient.
             self._group_totals = self._group_square_sums() * gradient_scale.square()
         factor, max_norm = gradient_scale, self.config.clip_grad
         if max_norm > 0:
@@ -187,11 +188,12 @@ class OnePassChain(ChainedOptimizer):
         return bool(good_value), math.sqrt(total_value), None
 
     local_square_sum: Tensor
-    """[] of the gradients that this rank counted in the last step, before they were scaled."""
+    """[] of the gradients that this rank counted in the last step, before scaling."""
 
     @torch.no_grad()
     def square_sum(self) -> Tensor:
-        """[] over all gradients of the model, prepared and not scaled; their norm is its root.
+        """Return [] over all gradients of the model, prepared and not scaled; their norm is its
+        root.
 
         Collectives: as `step`.
         """
@@ -206,24 +208,24 @@ class OnePassChain(ChainedOptimizer):
         return total
 
     def counted_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(parameter of the model, its prepared gradient, or this rank's part of it) of all that
-        this rank counts in the norm.
+        """Return (parameter of the model, its prepared gradient or this rank's part of it) for all
+        that this rank counts in the norm.
         """
         for optimizer in self.chained_optimizers:
-            # Which gradients count is megatron-core's to say: copies on other ranks do not.
+            # megatron-core defines which gradients count: copies on other ranks do not.
             of_gradient = {one.grad: model for one, model in optimizer.owners.items()}
             for gradient in optimizer.get_main_grads_for_grad_norm():
                 yield of_gradient[gradient], gradient
 
     def group_norms(self) -> dict[str, float]:
-        """Norms of the scaled gradients of each group in the last step that was asked for them.
+        """Return norms of the scaled gradients of each group in the last step with `by_group`.
 
-        Waits for the device.
+        Synchronises with the device.
         """
         return dict(zip(self._groups, self._group_totals.sqrt().tolist(), strict=True))
 
     def _group_square_sums(self) -> Tensor:
-        """[groups] as `square_sum`, which adds up all of them."""
+        """Return [groups] as `square_sum`, which is their total."""
         gradients: dict[str, list[Tensor]] = {name: [] for name in self._groups}
         for parameter, gradient in self.counted_gradients():
             gradients[self._group_of[parameter]].append(gradient)
@@ -232,7 +234,7 @@ class OnePassChain(ChainedOptimizer):
         return totals
 
     def _local_sum(self, gradients: Sequence[Tensor]) -> Tensor:
-        """[] fp64 over gradients of this rank, of which there may be none."""
+        """Return [] fp64 over gradients of this rank, of which there may be none."""
         if gradients:
             return square_sum(gradients, implementation=self._grad_norm)
         return torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""The optimizer: megatron-core's (master weights, ZeRO-1) around our AdamW; see adamw."""
+"""Build the optimizer: megatron-core's (master weights, ZeRO-1) around our AdamW; see adamw."""
 
 from collections.abc import Sequence
 
@@ -22,9 +22,9 @@ from phi4.model.shape import PARAMETER_GROUPS
 def wrap_data_parallel(
     chunks: list[Phi4Model], config: TransformerConfig, recipe: Recipe, layout: Layout
 ) -> list[DistributedDataParallel]:
-    """Gradient buffers in fp32 and their reduction over data and context ranks.
+    """Wrap chunks with fp32 gradient buffers and their reduction over data and context ranks.
 
-    With overlap_grad_reduce the schedule is told to reduce after the last micro-batch only.
+    With overlap_grad_reduce the schedule reduces after the last micro-batch only.
     """
     parallel = recipe.parallel
     ddp = DistributedDataParallelConfig(
@@ -48,8 +48,8 @@ def wrap_data_parallel(
 def gather_parameters(wrapped: list[torch.nn.Module]) -> None:
     """Wait until every rank has all updated parameters.
 
-    With overlap_param_gather they are gathered while the next forward pass runs; whoever reads them
-    before that calls this.
+    With overlap_param_gather they are gathered while the next forward pass runs; code that reads
+    them before that must call this.
 
     Collectives: all-gather of the parameters over data and context ranks where it is outstanding.
     """
@@ -61,12 +61,12 @@ def gather_parameters(wrapped: list[torch.nn.Module]) -> None:
 def build_optimizer(
     wrapped: list[DistributedDataParallel], recipe: Recipe, choices: Sequence[Choice] = ()
 ) -> OnePassChain:
-    """AdamW over this rank's parameters; weight decay on matrices only.
+    """Build AdamW over this rank's parameters, with weight decay on matrices only.
 
     Args:
         wrapped: this rank's model chunks with their gradient buffers.
-        recipe: the run's.
-        choices: of `spec.choose`: what serves `adamw` and `grad_norm`.
+        recipe: the run's recipe.
+        choices: from `spec.choose`: implementations of `adamw` and `grad_norm`.
 
     Collectives: one all-gather of group names over all ranks.
     """

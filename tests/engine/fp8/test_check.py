@@ -194,7 +194,7 @@ def test_where_no_layer_alone_is_too_far_off_the_worst_leaves(
     limits = replace(LIMITS, gradient_cosine=together + 1e-6)
     [check] = checks_of(pool, ALONE, (healthy,), limits)
     [reason] = check.fallbacks.values()
-    assert "no layer alone" in reason
+    assert "no layer exceeds the limit alone" in reason
 
 
 def test_small_gradients_alone_take_no_layer_out(

@@ -132,5 +132,5 @@ def test_what_reads_weights_takes_them_without_fp8(root: Path) -> None:
     # Rows that FP8 could not take are no hindrance.
     recipe = recipe_of(checkpoint, ["batch.micro_batch_size=1", "batch.global_batch_size=1"])
     assert recipe.precision.fp8 == "off"
-    with pytest.raises(ConfigError, match=r"precision\.fp8 belong to what"):
+    with pytest.raises(ConfigError, match=r"precision\.fp8 are fixed by"):
         recipe_of(checkpoint, ["precision.fp8=torch"])

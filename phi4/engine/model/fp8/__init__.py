@@ -1,1 +1,1 @@
-"""Linear layers whose three products take FP8: forward, input gradient, weight gradient."""
+"""Linear layers whose three products run in FP8: forward, input gradient, weight gradient."""

@@ -1,8 +1,8 @@
-"""Matrices in FP8, with scales along the dimension that a product sums over.
+"""Cast matrices to FP8, with scales along the dimension that a product sums over.
 
-One scale belongs to a whole matrix (tensorwise), to a row (rowwise), or to a block of 1 x 128 or
-128 x 128 (blockwise). Where ranks hold parts of what has one scale, they agree on its largest
-magnitude first, so that every layout has the scales of one process.
+One scale covers an entire matrix (tensorwise), a row (rowwise), or a block of 1 x 128 or 128 x 128
+(blockwise). If ranks hold parts that share a scale, they first agree on the largest magnitude, so
+that every layout has the scales of one process.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class FP8Matrix(NamedTuple):
         return (blocks * self.inverse[:, None, :, None]).view(rows, columns)
 
     def transposed(self) -> "FP8Matrix":
-        """[K, R] with the same scales, contiguous."""
+        """Return [K, R] with the same scales, contiguous."""
         return FP8Matrix(self.data_RK.t().contiguous(), self.inverse.t())
 
 
@@ -49,13 +49,13 @@ def cast(
     shared: tuple[int, int],
     groups: Sequence[dist.ProcessGroup] = (),
 ) -> FP8Matrix:
-    """Cast with a scale per block of a matrix.
+    """Cast with one scale per block of a matrix.
 
     Args:
         x_RK: values.
         dtype: E4M3 or E5M2.
         shared: rows and columns that share a scale; they divide R and K.
-        groups: whose ranks hold other parts of what shares a scale.
+        groups: groups whose ranks hold other parts that share a scale.
 
     Collectives: one all-reduce (max) of the largest magnitudes per group, 4 bytes a scale.
     """
@@ -77,13 +77,13 @@ def cast_whole(
     groups: Sequence[dist.ProcessGroup] = (),
     implementation: str = "torch",
 ) -> tuple[FP8Matrix, FP8Matrix]:
-    """Cast with one scale: [R, K], and its transpose [K, R], from one read of the values.
+    """Cast with one scale: [R, K], and its transpose [K, R], reading the values once.
 
     Args:
         x_RK: values.
         dtype: E4M3 or E5M2.
-        groups: whose ranks hold other parts of the matrix.
-        implementation: of the op fp8_cast.
+        groups: groups whose ranks hold other parts of the matrix.
+        implementation: implementation of the op fp8_cast.
 
     Collectives: one all-reduce (max) of 4 bytes per group.
     """
@@ -102,13 +102,13 @@ def cast_whole(
 def gathered_rows(
     matrix: FP8Matrix, group: dist.ProcessGroup, *, have_own_scales: bool
 ) -> FP8Matrix:
-    """The rows of all ranks, in their order.
+    """Return the rows of all ranks, in rank order.
 
     Args:
         matrix: this rank's rows.
-        group: that splits the rows.
-        have_own_scales: whether each rank's rows have scales of their own; else all ranks have the
-            same ones.
+        group: group that splits the rows.
+        have_own_scales: whether each rank's rows have their own scales; otherwise all ranks have
+            the same ones.
 
     Collectives: one all-gather of 1 byte a number; one of the scales, where ranks have their own.
     """
@@ -120,7 +120,7 @@ def gathered_rows(
 def gathered_columns(
     matrix: FP8Matrix, group: dist.ProcessGroup, *, have_own_scales: bool
 ) -> FP8Matrix:
-    """The columns of all ranks; as `gathered_rows`."""
+    """Return the columns of all ranks; as `gathered_rows`."""
     rows = gathered_rows(matrix.transposed(), group, have_own_scales=have_own_scales)
     return rows.transposed()
 

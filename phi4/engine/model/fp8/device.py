@@ -1,4 +1,4 @@
-"""Which devices torch multiplies FP8 on."""
+"""Check whether a device supports FP8 products in torch."""
 
 import torch
 
@@ -9,10 +9,11 @@ _LEAST_CAPABILITY = (8, 9)
 
 
 def check_device(precision: PrecisionConfig, device: torch.device) -> None:
-    """Refuse FP8 through torch where it would fail in the first step, or take ten times as long.
+    """Raise an error for FP8 through torch that would fail in the first step or be ten times
+    slower.
 
     Raises:
-        PlatformError: the GPU has no FP8, or its product does not serve the recipe.
+        PlatformError: the GPU has no FP8, or its product does not support the recipe.
     """
     if device.type != "cuda":
         return
@@ -22,7 +23,8 @@ def check_device(precision: PrecisionConfig, device: torch.device) -> None:
 
 
 def gpu_fault(precision: PrecisionConfig, capability: tuple[int, int]) -> str | None:
-    """Why a GPU of this compute capability cannot serve FP8 through torch, in one line, or None."""
+    """Return why a GPU of this compute capability does not support FP8 through torch, in one line,
+    or None."""
     if precision.fp8 != "torch":
         return None
     recipe = precision.fp8_recipe
@@ -34,12 +36,12 @@ def gpu_fault(precision: PrecisionConfig, capability: tuple[int, int]) -> str | 
         )
     if recipe == "blockwise":
         return (
-            "precision.fp8=torch multiplies blocks on a CPU only, where it is the definition to "
-            "compare with; on a GPU use precision.fp8_recipe=tensorwise or rowwise"
+            "precision.fp8=torch supports blockwise scaling on a CPU only, as a reference; on a "
+            "GPU use precision.fp8_recipe=tensorwise or rowwise"
         )
     if recipe == "rowwise" and precision.dtype == "fp32":
         return (
-            "precision.fp8_recipe=rowwise gives bf16 on a GPU, and precision.dtype=fp32; use "
+            "precision.fp8_recipe=rowwise returns bf16 on a GPU, but precision.dtype=fp32; use "
             "precision.dtype=bf16, or precision.fp8_recipe=tensorwise"
         )
     return None

@@ -1,4 +1,4 @@
-"""Layers that leave FP8: from then on their linears multiply as megatron-core's do."""
+"""Disable FP8 in some layers: their linears then multiply as megatron-core's do."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -10,7 +10,7 @@ from phi4.engine.model.fp8.linear import FP8Products
 def linears_by_layer(
     chunks: Sequence[torch.nn.Module],
 ) -> Iterator[tuple[int, list[FP8Products]]]:
-    """The FP8 linears of every layer on this rank that has some, in order."""
+    """Return the FP8 linears of every layer on this rank that has some, in order."""
     for chunk in chunks:
         for layer in chunk.decoder.layers:  # type: ignore[union-attr]  # torch: Tensor | Module
             linears = [one for one in layer.modules() if isinstance(one, FP8Products)]
@@ -19,7 +19,7 @@ def linears_by_layer(
 
 
 def use_fp8_in(chunks: Sequence[torch.nn.Module], layers: Collection[int]) -> None:
-    """Let these layers multiply in FP8, and no others."""
+    """Enable FP8 in these layers, and disable it in all others."""
     for layer, linears in linears_by_layer(chunks):
         for linear in linears:
             linear.is_plain = layer not in layers

@@ -1,4 +1,4 @@
-"""Which layers of a model multiply in FP8, and what all of their linears have in common."""
+"""Build the linears of layers with FP8, and apply operations to all of them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,13 +24,13 @@ def layer_linears(
     context_group: dist.ProcessGroup,
     choices: Sequence[Choice],
 ) -> list[Linears]:
-    """The linears of some layers.
+    """Return the linears of some layers.
 
     Args:
-        recipe: of the run.
-        layers: by their numbers in the whole model from 0.
+        recipe: recipe of the run.
+        layers: global layer indices from 0.
         context_group: ranks that hold other tokens of the same rows.
-        choices: of `choose`: what serves `fp8_cast`.
+        choices: from `choose`; gives the implementation of `fp8_cast`.
     """
     precision, plain = recipe.precision, Linears()
     if precision.fp8 == "off":
@@ -47,7 +47,7 @@ def layer_linears(
 
 
 def fp8_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[FP8Products]:
-    """Those of model chunks, in order."""
+    """Return the FP8 linears of model chunks, in order."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, FP8Products):
@@ -55,7 +55,8 @@ def fp8_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[FP8Products]:
 
 
 def forget_weights(chunks: Sequence[torch.nn.Module]) -> None:
-    """Weights may be others from now on: each is cast again when it is next read."""
+    """Invalidate cached casts after a change of the weights: each is cast again when it is next
+    used."""
     for linear in fp8_linears(chunks):
         linear.forget_weight()
     for _, te_linear in te_linears(chunks):

@@ -1,8 +1,8 @@
 """megatron-core's column and row parallel linears, with their three products in FP8.
 
-Everything around the products stays megatron's. The gradient of the weight is added to main_grad in
-fp32. With sequence parallelism the input is cast before it is gathered, so one byte a number
-travels; its backward pass keeps FP8 too.
+Everything around the products is megatron's. The gradient of the weight is added to main_grad in
+fp32. With sequence parallelism the input is cast before it is gathered, so one byte per number is
+sent; the backward pass also keeps FP8.
 """
 
 from dataclasses import dataclass
@@ -32,11 +32,11 @@ Groups = tuple[dist.ProcessGroup, ...]
 
 @dataclass
 class FP8Counts:
-    """What a linear has done since it was built.
+    """Counters of a linear since it was built.
 
     Attributes:
-        products: in FP8, of all three kinds.
-        weight_casts: how often the weight was cast for them.
+        products: number of products in FP8, of all three kinds.
+        weight_casts: number of casts of the weight.
     """
 
     products: int = 0
@@ -47,10 +47,10 @@ class Splits(NamedTuple):
     """The groups whose ranks hold other parts of a linear's matrices.
 
     Attributes:
-        input_tokens: of the input as it comes, before a gather.
-        output_tokens: of the output.
-        inputs: of the input's columns, and of the weight's.
-        outputs: of the output's columns, and of the weight's rows.
+        input_tokens: splits of the input as it arrives, before a gather.
+        output_tokens: splits of the output.
+        inputs: splits of the input's columns, and of the weight's.
+        outputs: splits of the output's columns, and of the weight's rows.
     """
 
     input_tokens: Groups
@@ -60,7 +60,7 @@ class Splits(NamedTuple):
 
 
 class WeightCasts(NamedTuple):
-    """A weight for the two products that read it."""
+    """A weight cast for its two products."""
 
     forward_OI: FP8Matrix
     backward_IO: FP8Matrix
@@ -70,8 +70,8 @@ class FP8Products:
     """The three products of a linear; a mixin of megatron-core's two parallel linears.
 
     Attributes:
-        counts: of the products.
-        is_plain: whether megatron-core's own products in the weight's dtype take their place.
+        counts: counters of the products.
+        is_plain: whether megatron-core's own products in the weight's dtype are used instead.
         lost: counts what the casts lose while it is set.
     """
 
@@ -83,8 +83,8 @@ class FP8Products:
         """Called once, at the end of the constructor.
 
         Args:
-            scaling: of all casts.
-            splits: of the matrices.
+            scaling: scaling of all casts.
+            splits: splits of the matrices.
             gathers: the group that the input is gathered over, under sequence parallelism.
         """
         self._scaling, self._splits, self._gathers = scaling, splits, gathers
@@ -94,11 +94,11 @@ class FP8Products:
         self.lost: LostValues | None = None
 
     def forget_weight(self) -> None:
-        """The weight may be another one from now on."""
+        """Invalidate the cached cast after a change of the weight."""
         self._weight_casts = None
 
     def weight_casts(self) -> WeightCasts:
-        """The weight in FP8, cast when it is first asked for.
+        """Return the weight in FP8, cast on first use.
 
         Collectives: those of `cast`.
         """
@@ -110,17 +110,17 @@ class FP8Products:
         return self._weight_casts
 
     def cast_input(self, x_TI: torch.Tensor) -> tuple[FP8Matrix, FP8Matrix]:
-        """The input [T, I] for the forward product, and [I, T] for the weight's gradient."""
+        """Cast the input: [T, I] for the forward product, and [I, T] for the weight's gradient."""
         splits = self._splits
         return self._both(x_TI, splits.inputs, splits.input_tokens, "input")
 
     def cast_gradient(self, grad_TO: torch.Tensor) -> tuple[FP8Matrix, FP8Matrix]:
-        """The output's gradient [T, O] for the input's, and [O, T] for the weight's."""
+        """Cast the output's gradient: [T, O] for the input's, and [O, T] for the weight's."""
         splits = self._splits
         return self._both(grad_TO, splits.outputs, splits.output_tokens, "gradient")
 
     def output(self, x_TI: FP8Matrix, dtype: torch.dtype) -> torch.Tensor:
-        """x w^T, [T, O]; under sequence parallelism x is this rank's part of the tokens.
+        """Return x w^T, [T, O]; under sequence parallelism x is this rank's part of the tokens.
 
         Collectives: one all-gather over tp under sequence parallelism.
         """
@@ -131,13 +131,13 @@ class FP8Products:
         return self._product(x_TI, self.weight_casts().forward_OI, dtype, is_exact=False)
 
     def input_gradient(self, grad_TO: FP8Matrix, dtype: torch.dtype) -> torch.Tensor:
-        """dy w, [T, I]: this rank's part of a sum over tp where the outputs are split."""
+        """Return dy w, [T, I]: this rank's part of a sum over tp if the outputs are split."""
         return self._product(grad_TO, self.weight_casts().backward_IO, dtype, is_exact=True)
 
     def reduced(self, grad_TI: torch.Tensor, reduces: bool) -> torch.Tensor:
-        """The whole gradient of the input as it came.
+        """Return the full gradient of the input as it arrived.
 
-        Collectives: over tp an all-reduce where asked for; a reduce-scatter under sequence
+        Collectives: over tp an all-reduce if requested; a reduce-scatter under sequence
             parallelism.
         """
         if self._gathers is not None:
@@ -150,7 +150,7 @@ class FP8Products:
         return grad_TI
 
     def weight_gradient(self, grad_OT: FP8Matrix, x_IT: FP8Matrix) -> torch.Tensor:
-        """dy^T x, [O, I] in fp32.
+        """Return dy^T x, [O, I] in fp32.
 
         Collectives: one all-gather over tp under sequence parallelism.
         """
@@ -158,7 +158,7 @@ class FP8Products:
             x_IT = gathered_columns(
                 x_IT, self._gathers, have_own_scales=self._scaling.name == "blockwise"
             )
-        # A GPU's product of rows has no result in fp32.
+        # A GPU's rowwise product has no fp32 result.
         is_wide = not grad_OT.data_RK.is_cuda or self._scaling.name == "tensorwise"
         dtype = torch.float32 if is_wide else torch.bfloat16
         return self._product(grad_OT, x_IT, dtype, is_exact=True)
@@ -171,7 +171,7 @@ class FP8Products:
         Raises:
             ConfigError: another argument of megatron-core's asks for something; see `refuse`.
         """
-        # What is evaluated are the weights as they are exported, whatever shares a batch.
+        # Evaluation uses the weights as they are exported, independent of the batch.
         if self.is_plain or not self.training:
             # The parallel linear is behind this class in the order of method resolution.
             return super()._forward_impl(input, weight, **others)  # type: ignore[misc]
@@ -189,13 +189,13 @@ class FP8Products:
     def _both(
         self, x_RK: torch.Tensor, of_row: Groups, of_column: Groups, what: Cast
     ) -> tuple[FP8Matrix, FP8Matrix]:
-        """[R, K] for a product that sums over K, and [K, R] for one that sums over R.
+        """Return [R, K] for a product that sums over K, and [K, R] for one that sums over R.
 
         Args:
             x_RK: this rank's part.
-            of_row: whose ranks hold other parts of a row.
-            of_column: the same of a column.
-            what: it is.
+            of_row: groups whose ranks hold other parts of a row.
+            of_column: the same for a column.
+            what: name of the matrix.
         """
         scaling = self._scaling
         if scaling.name == "tensorwise":
@@ -235,7 +235,7 @@ class FP8ColumnLinear(FP8Products, ColumnParallelLinear):
     """A linear whose outputs are split over tp.
 
     Args:
-        scaling: of its casts.
+        scaling: scaling of its casts.
         context_group: ranks that hold other tokens of the same rows.
     """
 
@@ -259,7 +259,7 @@ class FP8RowLinear(FP8Products, RowParallelLinear):
     """A linear whose inputs are split over tp; megatron sums its outputs over tp.
 
     Args:
-        scaling: of its casts.
+        scaling: scaling of its casts.
         context_group: ranks that hold other tokens of the same rows.
     """
 
@@ -303,7 +303,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of the input and, without main_grad, of the weight.
+        """Return gradients of the input and, without main_grad, of the weight.
 
         Collectives: those of the casts; over tp, an all-reduce of the input's gradient, or under
             sequence parallelism its reduce-scatter and an all-gather of the input.
@@ -319,5 +319,5 @@ class _Products(torch.autograd.Function):
 
 
 def _split(group: dist.ProcessGroup) -> Groups:
-    """The group, if it has several ranks."""
+    """Return the group if it has several ranks."""
     return (group,) if group.size() > 1 else ()

@@ -1,4 +1,5 @@
-"""How many numbers FP8 lost: those that a cast made zero, and those beyond its largest number."""
+"""Count the numbers that FP8 casts lose: underflows to zero, and values beyond the largest
+number."""
 
 from typing import Literal
 
@@ -14,14 +15,14 @@ _MAGNITUDE_BITS = 0x7F
 
 
 class LostValues:
-    """Counts over the casts of one linear, without waiting for the device.
+    """Counts over the casts of one linear, without synchronising with the device.
 
     Args:
-        device: of the linear.
+        device: device of the linear.
 
     Attributes:
-        counts: [casts, 3] int64: numbers that are not zero, those of them that became zero, and
-            those beyond the largest FP8 number; in the order of CASTS.
+        counts: [casts, 3] int64: non-zero numbers, those of them that became zero, and those beyond
+            the largest FP8 number; in the order of CASTS.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,9 +32,9 @@ class LostValues:
         """Count one cast.
 
         Args:
-            what: was cast.
-            x_RK: before the cast.
-            matrix: after it.
+            what: which matrix was cast.
+            x_RK: values before the cast.
+            matrix: result of the cast.
         """
         is_value = x_RK != 0
         magnitude = matrix.data_RK.view(torch.uint8) & _MAGNITUDE_BITS

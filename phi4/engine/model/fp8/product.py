@@ -1,4 +1,4 @@
-"""The product of two FP8 matrices, on tensor cores and on a CPU alike."""
+"""The product of two FP8 matrices, on tensor cores and on a CPU."""
 
 import torch
 
@@ -10,14 +10,14 @@ from phi4.engine.model.fp8.casts import FP8Matrix
 def product(
     a_MK: FP8Matrix, b_NK: FP8Matrix, dtype: torch.dtype, *, is_exact: bool
 ) -> torch.Tensor:
-    """a @ b.T, summed in fp32: [M, N].
+    """Return a @ b.T, summed in fp32: [M, N].
 
-    Scales of matrices and rows go to torch's own FP8 product. Those of blocks have none on a CPU:
-    there the values are multiplied, which is the definition of it.
+    Scales of matrices and rows use torch's own FP8 product. Blockwise scales have no product on a
+    CPU: there the dequantised values are multiplied, which is the definition.
 
     Args:
         a_MK, b_NK: factors; K is a multiple of 16, N as well.
-        dtype: of the result. A GPU gives fp32 only for scales of whole matrices.
+        dtype: dtype of the result. A GPU supports fp32 only for scales of entire matrices.
         is_exact: sum all of K in fp32 on a GPU, whose tensor cores are faster with 14 bits.
     """
     kind = _kind(a_MK, b_NK)

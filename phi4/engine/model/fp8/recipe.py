@@ -1,7 +1,7 @@
 """Which numbers of a linear layer share a scale, and in which format its three products read them.
 
-One decision, stated once: the products are y = x w^T, dx = dy w and dw = dy^T x, and each factor is
-cast along what its product sums over.
+The products are y = x w^T, dx = dy w and dw = dy^T x, and each factor is cast along the dimension
+that its product sums over.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ BLOCK = FP8_BLOCK
 
 @dataclass(frozen=True)
 class Scaling:
-    """A way to scale, and the formats that go with it.
+    """A scaling method with its formats.
 
     Attributes:
         name: tensorwise, rowwise or blockwise.
-        gradient_dtype: of gradients of outputs. Values and weights are E4M3.
-        implementation: of the op fp8_cast, which casts a matrix with one scale.
+        gradient_dtype: format of gradients of outputs. Values and weights are E4M3.
+        implementation: implementation of the op fp8_cast, which casts a matrix with one scale.
     """
 
     name: Literal["tensorwise", "rowwise", "blockwise"]
@@ -30,7 +30,7 @@ class Scaling:
     implementation: str = "torch"
 
     def shared(self, shape: torch.Size, *, is_weight: bool = False) -> tuple[int, int]:
-        """Rows and columns of a matrix [R, K] that share a scale."""
+        """Return the rows and columns of a matrix [R, K] that share a scale."""
         match self.name:
             case "tensorwise":
                 return shape[0], shape[1]

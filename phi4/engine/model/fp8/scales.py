@@ -1,8 +1,8 @@
-"""FP8 formats, and the scale that a largest magnitude gives.
+"""FP8 formats, and the scale for a given largest magnitude.
 
 Source: Micikevicius et al. 2022, "FP8 formats for deep learning"; Transformer Engine's rule for
-current scaling. The decision: scales are powers of two, so that scaling is exact, and a largest
-magnitude that ranks sum in another order moves a scale by one binade or not at all.
+current scaling. Scales are powers of two, so that scaling is exact, and a largest magnitude that
+differs because ranks sum in another order changes a scale by one binade or not at all.
 """
 
 import torch
@@ -13,7 +13,7 @@ _EXPONENT_BITS = 0x7F800000
 
 
 def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What values are multiplied with before the cast.
+    """Return the factor for values before the cast.
 
         scale = 2^floor(log2(largest / amax));  1 where amax is 0, infinite or NaN
 
@@ -25,7 +25,7 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         fp32 of the same shape.
     """
     info = torch.finfo(torch.float32)
-    # A quotient beyond fp32 is its largest number.
+    # A quotient beyond fp32 becomes its largest number.
     scale = (torch.finfo(dtype).max / amax).clamp(max=info.max)
     scale = torch.where((amax == 0) | ~amax.isfinite(), 1.0, scale)
     # Without the fraction's bits a float is the power of two below it.
@@ -33,6 +33,6 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Round to the nearest even FP8 number; beyond the largest one, to it. NaN stays."""
+    """Round to the nearest even FP8 number; larger values to the largest one. NaN stays NaN."""
     largest = torch.finfo(dtype).max
     return values.clamp(-largest, largest).to(dtype)

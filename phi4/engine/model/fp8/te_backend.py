@@ -1,7 +1,7 @@
-"""FP8 through Transformer Engine: whether it can run here, and megatron-core's settings for it.
+"""FP8 through Transformer Engine: availability checks, and megatron-core's settings for it.
 
-Its linears take the place of megatron-core's; megatron-core's block of layers enters Transformer
-Engine's context around them. Weights stay bf16, and are cast once per step.
+Its linears replace megatron-core's; megatron-core's block of layers enters Transformer Engine's
+context around them. Weights stay bf16, and are cast once per step.
 """
 
 from collections.abc import Sequence
@@ -19,26 +19,28 @@ from phi4.engine.te_import import SUPPORTED, TRANSFORMER_ENGINE
 from phi4.errors import PlatformError
 
 HISTORY_MICRO_BATCHES = 1024
-"""Of delayed scaling, as Transformer Engine's own default: a scale comes from the largest one."""
+"""For delayed scaling, as in Transformer Engine's default: the scale is derived from the largest
+value."""
 
 
 def check_backend(precision: PrecisionConfig, platform: Platform) -> None:
-    """Refuse FP8 that this process cannot multiply in.
+    """Raise an error for FP8 that this process does not support.
 
     Raises:
-        PlatformError: precision.fp8=te without a GPU that can, or without Transformer Engine.
+        PlatformError: precision.fp8=te without a GPU that supports it, or without Transformer
+            Engine.
     """
     if precision.fp8 != "te":
         return
     instead = "use precision.fp8=torch, or off"
     if platform.kind != "cuda":
         raise PlatformError(
-            f"precision.fp8=te needs a GPU, and this run is on the CPU ({platform.reason}); "
+            f"precision.fp8=te needs a GPU, but this run is on the CPU ({platform.reason}); "
             f"{instead}"
         )
     if TRANSFORMER_ENGINE.problem:
         raise PlatformError(
-            f"precision.fp8=te needs Transformer Engine {SUPPORTED[0]} to {SUPPORTED[-1]}, and "
+            f"precision.fp8=te needs Transformer Engine {SUPPORTED[0]} to {SUPPORTED[-1]}, but "
             f"{TRANSFORMER_ENGINE.problem}; install the extra te of phi4, or {instead}"
         )
     reason = _why_not_here(precision.fp8_recipe)
@@ -50,7 +52,7 @@ def check_backend(precision: PrecisionConfig, platform: Platform) -> None:
 
 
 def _why_not_here(recipe: str) -> str:
-    """Transformer Engine's own answer, a sentence; empty where it can."""
+    """Return Transformer Engine's own reason, a sentence; empty if it is supported."""
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager as State
 
     ask = State.is_fp8_block_scaling_available if recipe == "blockwise" else State.is_fp8_available
@@ -59,7 +61,8 @@ def _why_not_here(recipe: str) -> str:
 
 
 def megatron_settings(precision: PrecisionConfig) -> dict[str, object]:
-    """What megatron-core's TransformerConfig says of FP8; nothing without Transformer Engine."""
+    """Return FP8 settings of megatron-core's TransformerConfig; empty without Transformer
+    Engine."""
     if precision.fp8 != "te":
         return {}
     ends = precision.fp8_end_layers_in_bf16
@@ -75,7 +78,7 @@ def megatron_settings(precision: PrecisionConfig) -> dict[str, object]:
 
 
 def te_layer_linears() -> Linears:
-    """Of a layer that multiplies in FP8."""
+    """Return the linears of a layer that uses FP8."""
     from phi4.engine.model.fp8.te_linear import TEColumnLinear, TERowLinear
 
     return Linears(TEColumnLinear, TERowLinear)
@@ -83,7 +86,8 @@ def te_layer_linears() -> Linears:
 
 @torch.no_grad()
 def begin_delayed_scaling(chunks: Sequence[torch.nn.Module], config: TransformerConfig) -> None:
-    """Give every linear its scales and histories, so that a checkpoint always has all of them."""
+    """Give every linear its scales and histories, so that a checkpoint always contains all of
+    them."""
     if config.fp8 is None or config.fp8_recipe != "delayed":
         return
     with get_fp8_context(config):
@@ -92,7 +96,8 @@ def begin_delayed_scaling(chunks: Sequence[torch.nn.Module], config: Transformer
 
 
 def end_delayed_scaling(config: TransformerConfig) -> None:
-    """Make Transformer Engine forget the histories that it reduces, before their groups go."""
+    """Make Transformer Engine forget the histories that it reduces, before their groups are
+    destroyed."""
     if config.fp8 is None:
         return
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
@@ -101,7 +106,8 @@ def end_delayed_scaling(config: TransformerConfig) -> None:
 
 
 def linear_choice(precision: PrecisionConfig) -> tuple[Choice, ...]:
-    """What serves the layers' linears, for the log; nothing where it is not Transformer Engine."""
+    """Return the choice of the layers' linears, for the log; None if it is not Transformer
+    Engine."""
     if precision.fp8 != "te":
         return ()
     reason = f"precision.fp8=te, precision.fp8_recipe={precision.fp8_recipe}"

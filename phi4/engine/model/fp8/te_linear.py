@@ -1,7 +1,7 @@
-"""megatron-core's parallel linears of Transformer Engine, without pickles in their state.
+"""megatron-core's Transformer Engine parallel linears, without pickles in their state.
 
-Imported only where Transformer Engine is: without it megatron-core's classes cannot be derived
-from. Our own norm stays in front of them, so that parameters have the names that they have in bf16.
+Imported only if Transformer Engine is installed: without it megatron-core's classes cannot be
+subclassed. Our own norm stays in front of them, so that parameters have the same names as in bf16.
 """
 
 from megatron.core.extensions.transformer_engine import (

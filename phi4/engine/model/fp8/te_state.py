@@ -1,9 +1,9 @@
-"""What Transformer Engine's linears remember between calls of the engine, as tensors.
+"""State that Transformer Engine's linears keep between calls of the engine, as tensors.
 
-A linear keeps its weight in FP8 until it is told of another one. Under delayed scaling it also
+A linear keeps its weight in FP8 until it is notified of a change. Under delayed scaling it also
 keeps, for every matrix that it casts, a scale and the largest magnitudes of earlier micro-batches:
-Transformer Engine gives these away as a pickle in `_extra_state`, which no checkpoint of ours
-holds; here they are tensors.
+Transformer Engine exports these as a pickle in `_extra_state`, which our checkpoints must not
+contain; here they are tensors.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +16,11 @@ SCALINGS_KEPT = {"forward": "scaling_fwd", "backward": "scaling_bwd"}
 
 
 class TELinearState:
-    """A mixin of megatron-core's two parallel linears of Transformer Engine.
+    """A mixin for megatron-core's two parallel linears of Transformer Engine.
 
     Attributes:
-        is_first_microbatch: megatron-core's: the weight is cast in the next forward pass.
-        fp8_meta: Transformer Engine's.
+        is_first_microbatch: megatron-core's attribute: the weight is cast in the next forward pass.
+        fp8_meta: Transformer Engine's attribute.
     """
 
     is_first_microbatch: bool
@@ -29,14 +29,15 @@ class TELinearState:
     """Transformer Engine's."""
 
     def get_extra_state(self) -> None:
-        """Nothing, instead of a pickle."""
+        """Return None instead of a pickle."""
         return None
 
     def set_extra_state(self, state: None) -> None:
-        """Nothing: see `delayed_state`."""
+        """Do nothing: see `delayed_state`."""
 
     def forget_weight(self) -> None:
-        """The weight may be another one from now on; what evaluation saw leaves no trace."""
+        """Invalidate the cached weight; the values that evaluation saw leave no trace in the
+        history."""
         self.is_first_microbatch = True
         for _, scaling in self._scalings():
             # The row that the next pass fills; training leaves it at zero.
@@ -46,13 +47,14 @@ class TELinearState:
         """Allocate scales and histories now, as the first forward pass would.
 
         Args:
-            recipe: Transformer Engine's, whose context is entered.
+            recipe: Transformer Engine's recipe, whose context is entered.
         """
         self.fp8_meta.update(num_gemms=1, recipe=recipe)
         self.init_fp8_meta_tensors(recipe)
 
     def delayed_state(self) -> dict[str, torch.Tensor]:
-        """By direction: [1 + history, matrices], fp32; the scales, then the largest magnitudes.
+        """Return by direction: [1 + history, matrices], fp32; the scales, then the largest
+        magnitudes.
 
         Empty without delayed scaling.
         """
@@ -63,7 +65,7 @@ class TELinearState:
 
     @torch.no_grad()
     def set_delayed_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take what `delayed_state` gave, in place: Transformer Engine holds these tensors."""
+        """Set the result of `delayed_state`, in place: Transformer Engine holds these tensors."""
         for direction, scaling in self._scalings():
             scaling.scale.copy_(state[direction][0])
             scaling.amax_history.copy_(state[direction][1:])
@@ -76,7 +78,7 @@ class TELinearState:
 
 
 def te_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, TELinearState]]:
-    """(name, linear) of model chunks, with layers numbered over the whole model."""
+    """Yield (name, linear) of model chunks, with global layer numbers."""
     for chunk in chunks:
         for layer in chunk.decoder.layers:  # type: ignore[union-attr]  # torch: Tensor | Module
             for name, module in layer.named_modules():
@@ -85,7 +87,7 @@ def te_linears(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, TELinea
 
 
 def delayed_states(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
-    """By name of a linear and direction: see `TELinearState.delayed_state`."""
+    """Return `TELinearState.delayed_state` by name of a linear and direction."""
     return {
         f"{name}.{direction}": tensor
         for name, linear in te_linears(chunks)
@@ -96,7 +98,7 @@ def delayed_states(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]
 def set_delayed_states(
     chunks: Sequence[torch.nn.Module], states: Mapping[str, torch.Tensor]
 ) -> None:
-    """Take what `delayed_states` gave."""
+    """Set the result of `delayed_states`."""
     for name, linear in te_linears(chunks):
         names = {direction: f"{name}.{direction}" for direction in SCALINGS_KEPT}
         linear.set_delayed_state({key: states[one] for key, one in names.items() if one in states})
