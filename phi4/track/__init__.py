@@ -1,4 +1,4 @@
-"""Following a run: metrics.jsonl is the record; the console and MLflow are views of it."""
+"""Tracking of a run: metrics.jsonl is the record; the console and MLflow are views of it."""
 
 from phi4.track.build import open_trackers
 from phi4.track.console import ConsoleTracker

@@ -1,4 +1,4 @@
-"""From a recipe to its trackers."""
+"""Make the trackers of a recipe."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +18,13 @@ def open_trackers(
     is_writer: bool,
     say: Callable[[str], None] | None = None,
 ) -> Trackers:
-    """The trackers that a recipe asks for.
+    """Open the trackers that a recipe configures.
 
     Args:
-        recipe: names the run directory and the tracking server.
-        resume_step: completed steps; what metrics.jsonl holds of later ones is removed now.
-        is_writer: true on one rank; on the others the result follows silently.
-        say: takes the lines for the user; the console's own when None.
+        recipe: gives the run directory and the tracking server.
+        resume_step: completed steps; later lines of metrics.jsonl are removed now.
+        is_writer: True on one rank; on the others the trackers do nothing.
+        say: prints lines for the user; the console's own if None.
 
     Raises:
         DataError: metrics.jsonl of the run is damaged.

@@ -1,8 +1,8 @@
-"""Two runs compared: what differs in their recipes, and what came of it, with its noise.
+"""Compare two runs: differences of their recipes and of their results, with intervals.
 
-Training losses are compared at equal tokens: the loss of a step holds for the tokens of the step,
-and both runs are averaged over the same spans of tokens. Where both drew the same data in the same
-order, most of the noise is the same in both and drops out of the difference.
+Training losses are compared at equal numbers of tokens: a step's loss applies to the tokens of the
+step, and both runs are averaged over the same ranges of tokens. If both drew the same data in the
+same order, most of the noise is common to both and cancels in the difference.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,14 @@ from phi4.track.loss_curve import LossCurve
 from phi4.track.noise import IntervalEstimate, mean_of, ratio_of_medians
 
 NUM_PARTS = 4
-"""Parts of the common tokens in each of which losses are compared; the last one is the result."""
+"""Number of equal parts of the common tokens in which losses are compared; the last one is the
+result."""
 
 FEWEST_STEPS = 8
-"""In a part of the tokens, for a mean with an interval."""
+"""Minimum number of steps in a part for a mean with an interval."""
 
 WARM_STEPS = 3
-"""First steps of an attempt, slower than the rest: caches and compilation."""
+"""First steps of an attempt, which are slower because of caches and compilation."""
 
 _ALWAYS_DIFFER = ("run.dir", "run.name")
 _SAME_DATA = (
@@ -43,12 +44,12 @@ _SAME_LOSS = ("tokenizer.kind", "tokenizer.sha256", "model.vocab_size")
 
 @dataclass(frozen=True)
 class LossGap:
-    """Training loss of B minus that of A over a part of the tokens.
+    """Training loss of B minus that of A over a range of tokens.
 
     Attributes:
-        from_tokens: begin of the part.
-        to_tokens: end of it.
-        gap: None where it holds too few steps.
+        from_tokens: start of the range.
+        to_tokens: end of the range.
+        gap: None if it has too few steps.
     """
 
     from_tokens: float
@@ -56,7 +57,7 @@ class LossGap:
     gap: IntervalEstimate | None
 
     def verdict(self) -> str:
-        """What it shows, in words."""
+        """Conclusion in words."""
         if self.gap is None:
             return f"fewer than {FEWEST_STEPS} steps: no interval"
         if not self.gap.is_sound:
@@ -78,14 +79,14 @@ class HeldOutGap:
 
 @dataclass(frozen=True)
 class Reach:
-    """Where B first is as low as A ends, both as means over as many tokens.
+    """The point where B first reaches A's final loss, both as means over the same number of tokens.
 
     Attributes:
-        loss: of A at its end.
-        span_tokens: that the means go over.
-        step: of B; None where it never is.
-        tokens: likewise.
-        a_tokens: of A at its end.
+        loss: A's final loss.
+        span_tokens: number of tokens that the means are taken over.
+        step: step of B; None if it is never reached.
+        tokens: tokens of B; None if it is never reached.
+        a_tokens: tokens of A at its end.
     """
 
     loss: float
@@ -97,17 +98,17 @@ class Reach:
 
 @dataclass(frozen=True)
 class RunComparison:
-    """What is known of two runs side by side.
+    """Comparison of two runs.
 
     Attributes:
         differing: keys that differ, by kind: {kind: {key: (value in A, value in B)}}.
-        warnings: why some numbers say little or nothing.
+        warnings: reasons why some numbers are unreliable.
         is_paired: whether both drew the same data in the same order.
-        losses: by part of the common tokens, in order; empty where losses cannot be compared.
-        held_out: likewise.
-        reach: None where losses cannot be compared.
-        throughput: tokens per second of B over those of A; None where one says nothing.
-        goodput: of A and B; None for one that did not record its wall time.
+        losses: by part of the common tokens, in order; empty if losses cannot be compared.
+        held_out: held-out losses, likewise.
+        reach: None if losses cannot be compared.
+        throughput: tokens per second of B divided by A's; None if not recorded by both.
+        goodput: goodput of A and B; None for one that did not record its wall time.
     """
 
     differing: Mapping[Kind, Mapping[str, tuple[Any, Any]]]
@@ -120,7 +121,7 @@ class RunComparison:
     goodput: tuple[Goodput | None, Goodput | None]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Convert to plain values."""
         tree = asdict(self)
         for entry, part in zip(tree["losses"], self.losses, strict=True):
             entry["verdict"] = part.verdict()
@@ -141,8 +142,8 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunComparison:
     warnings, is_comparable = _warnings(a.recipe, b.recipe, flat)
     if is_comparable and (names := _other_content(a, b)):
         warnings.append(
-            f"sources of the same name hold other data ({', '.join(names)}): training losses are "
-            "of different text"
+            f"sources of the same name have different data ({', '.join(names)}): training losses "
+            f"are of different text"
         )
         flat.add("data.sources")
     curves = LossCurve.of(a), LossCurve.of(b)
@@ -162,7 +163,7 @@ def compare_runs(a: RunRecord, b: RunRecord) -> RunComparison:
 
 
 def _warnings(a: Recipe, b: Recipe, differing: set[str]) -> tuple[list[str], bool]:
-    """What to know before the numbers, and whether losses can be compared at all."""
+    """Return warnings about the numbers, and whether losses can be compared at all."""
     found = []
     if a.run.stage != b.run.stage:
         found.append(
@@ -171,14 +172,15 @@ def _warnings(a: Recipe, b: Recipe, differing: set[str]) -> tuple[list[str], boo
         )
     if keys := sorted(differing & set(_SAME_LOSS)):
         found.append(
-            f"the tokenizers differ ({', '.join(keys)}): a loss per token of another tokenizer is "
-            "no comparison, so losses are not compared; compare bits per byte of the same text"
+            f"the tokenizers differ ({', '.join(keys)}): losses per token of different tokenizers "
+            f"are not comparable, so losses are not compared; compare bits per byte of the same "
+            f"text"
         )
     is_comparable = not found
     if is_comparable and "data.sources" in differing:
         found.append(
             "the training data differ (data.sources): training losses are of different text; "
-            "held-out losses are the comparison"
+            "compare the held-out losses"
         )
     if "data.sequence_length" in differing and is_comparable:
         found.append(
@@ -191,13 +193,14 @@ def _warnings(a: Recipe, b: Recipe, differing: set[str]) -> tuple[list[str], boo
 
 
 def _other_content(*records: RunRecord) -> list[str]:
-    """Sources of the same name that hold something else, as far as checkpoints tell."""
+    """Return sources of the same name with different content, as recorded in checkpoints."""
     a, b = (_contents(record) for record in records)
     return sorted(name for name in a.keys() & b.keys() if a[name] != b[name])
 
 
 def _contents(record: RunRecord) -> dict[str, str]:
-    """sha256 of each source, from the ledger in the newest checkpoint; nothing without one."""
+    """Return the sha256 of each source, from the ledger in the newest checkpoint; empty without
+    one."""
     with suppress(Phi4Error):
         newest = latest_checkpoint(checkpoints_dir(record.run_dir))
         state = read_state(newest) if newest else None
@@ -212,7 +215,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def _has_roll_back(*records: RunRecord) -> bool:
-    """Whether one of them skipped data that the other did not."""
+    """Return whether one of them skipped data that the other did not."""
     return any("skipped_rows" in line for record in records for line in record.steps)
 
 
@@ -271,7 +274,7 @@ def _throughput(a: RunRecord, b: RunRecord) -> IntervalEstimate | None:
 
 
 def _warm_rates(record: RunRecord) -> np.ndarray:
-    """Tokens per second of the steps after the first ones of each attempt."""
+    """Return tokens per second of the steps after the first ones of each attempt."""
     seen: dict[Any, int] = {}
     rates = []
     for line in record.steps:

@@ -1,4 +1,4 @@
-"""A run's training loss as a function of tokens, which runs with other batches share."""
+"""A run's training loss as a function of tokens, comparable across batch sizes."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from phi4.rundir.run_record import RunRecord
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Loss as a function of tokens: that of a step holds from the tokens before it to its own.
+    """Loss as a piecewise constant function of tokens: a step's loss applies to the step's tokens.
 
     Attributes:
-        tokens: ends of the steps, [n], increasing.
+        tokens: token counts at the ends of the steps, [n], increasing.
         losses: [n], finite.
-        steps: their numbers, [n].
-        begin: tokens before the first one.
+        steps: step numbers, [n].
+        begin: token count before the first step.
     """
 
     tokens: np.ndarray
@@ -25,24 +25,24 @@ class LossCurve:
 
     @staticmethod
     def of(record: RunRecord) -> "LossCurve":
-        """Of the accepted steps with a finite loss."""
+        """Make the curve of the accepted steps with a finite loss."""
         lines = [line for line in record.steps if "loss" in line and "consumed_tokens" in line]
         losses = np.array([line["loss"] for line in lines], dtype=float)
         tokens = np.array([line["consumed_tokens"] for line in lines], dtype=float)
         steps = np.array([line["step"] for line in lines], dtype=int)
         is_kept = np.isfinite(losses)
-        # A run that goes on with the ledger of another one does not begin at 0.
+        # A run that continues another run's ledger does not begin at 0.
         begin = tokens[0] - (tokens[1] - tokens[0]) if tokens.size > 1 else 0.0
         return LossCurve(tokens[is_kept], losses[is_kept], steps[is_kept], max(0.0, begin))
 
     def means(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Means between begins and ends, which lie within the curve."""
+        """Return means between begins and ends, which are within the curve."""
         places = np.concatenate([[self.begin], self.tokens])
         integral = np.concatenate([[0.0], np.cumsum(self.losses * np.diff(places))])
         sums = np.interp(ends, places, integral) - np.interp(begins, places, integral)
         return sums / (ends - begins)
 
     def count(self, begin: float, end: float) -> int:
-        """Steps that end after `begin` and until `end`."""
+        """Count steps that end after `begin` and not after `end`."""
         first, last = np.searchsorted(self.tokens, [begin, end], side="right")
         return int(last - first)

@@ -1,4 +1,4 @@
-"""Intervals of means and medians of steps, whose noise goes on from one step to the next."""
+"""Confidence intervals of means and medians of steps with autocorrelated noise."""
 
 import math
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ from statistics import NormalDist
 import numpy as np
 
 LEVEL = 0.95
-"""Of every interval."""
+"""Confidence level of every interval."""
 
 MIN_INDEPENDENT = 12
-"""Steps of independent noise; with fewer the width of an interval is a guess."""
+"""Minimum number of independent steps; with fewer the width of an interval is unreliable."""
 
 _FEWEST, _MOST = 6, 10
-"""Batches of a mean. More of them would narrow the interval little, and be too short for noise of
-which a small part goes on for long."""
+"""Number of batches of a mean. More would narrow the interval only slightly, and be too short for
+noise with a small long-range component."""
 
 _BATCH_TIMES = 4
-"""Steps of a batch, in autocorrelation times."""
+"""Length of a batch in steps, in autocorrelation times."""
 
 _NUM_DRAWS = 1_000
 _LONGEST = 2_000
-"""Values of a median; more say no more."""
+"""Maximum number of values of a median; more add no information."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class IntervalEstimate:
         value: the number.
         low: lower end.
         high: upper end.
-        num_independent: how many independent values say as much.
+        num_independent: effective number of independent values.
     """
 
     value: float
@@ -42,20 +42,20 @@ class IntervalEstimate:
 
     @property
     def is_sound(self) -> bool:
-        """Whether there was enough to tell the width."""
+        """Whether the width is reliable."""
         return self.num_independent >= MIN_INDEPENDENT
 
     def excludes(self, value: float) -> bool:
-        """Whether a value lies outside the interval."""
+        """Return whether a value is outside the interval."""
         return not self.low <= value <= self.high
 
 
 def mean_of(values: np.ndarray) -> IntervalEstimate:
-    """The mean of a series and its interval, by the means of batches.
+    """Estimate the mean of a series and its interval by batch means.
 
     A batch is several autocorrelation times long, so that the means of batches are nearly
-    independent. What is left of their dependence is that of an AR(1) process with the series' own
-    first autocorrelation, and is corrected for. Source: Alexopoulos and Seila 1996 (batch means).
+    independent. Their remaining dependence is that of an AR(1) process with the series' own first
+    autocorrelation, and is corrected for. Source: Alexopoulos and Seila 1996 (batch means).
 
     Args:
         values: [n], n > 1, finite, in order.
@@ -76,7 +76,7 @@ def mean_of(values: np.ndarray) -> IntervalEstimate:
 
 
 def ratio_of_medians(above: np.ndarray, below: np.ndarray) -> IntervalEstimate:
-    """Median over median and its interval, by a bootstrap of moving blocks with a fixed seed.
+    """Estimate median over median and its interval, by a moving block bootstrap with a fixed seed.
 
     Args:
         above: [n], positive, in order.
@@ -91,7 +91,7 @@ def ratio_of_medians(above: np.ndarray, below: np.ndarray) -> IntervalEstimate:
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t, within 1% from 3 degrees of freedom on.
+    """Return a quantile of Student's t, accurate to 1% from 3 degrees of freedom on.
 
     Source: Abramowitz and Stegun, 26.7.5.
     """
@@ -106,7 +106,7 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 def _memory(values: np.ndarray) -> float:
-    """First autocorrelation, corrected for its bias in short series; from 0 up, below 1."""
+    """Return the first autocorrelation, corrected for its bias in short series; in [0, 1)."""
     apart = values - values.mean()
     spread = float(apart @ apart)
     if spread == 0:
@@ -116,12 +116,12 @@ def _memory(values: np.ndarray) -> float:
 
 
 def _times(memory: float) -> float:
-    """How many steps say as much as an independent one, for AR(1) noise."""
+    """Return the number of steps equivalent to one independent step, for AR(1) noise."""
     return (1 + memory) / (1 - memory)
 
 
 def _variance_of_mean(memory: float, size: float) -> float:
-    """Variance of the mean of so many values of AR(1) noise with variance 1."""
+    """Return the variance of the mean of AR(1) noise with variance 1."""
     ends = 2 * memory * (1 - memory**size) / (size * (1 - memory**2))
     return _times(memory) / size * (1 - ends)
 
@@ -131,7 +131,7 @@ def _thinned(values: np.ndarray) -> np.ndarray:
 
 
 def _medians(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Medians of series that are put together from blocks of the given one."""
+    """Return medians of series that are assembled from blocks of the given one."""
     size = values.size
     length = min(size, max(1, round(_BATCH_TIMES * _times(_memory(values)))))
     num_blocks = math.ceil(size / length)

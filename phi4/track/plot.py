@@ -1,4 +1,4 @@
-"""Pictures: the loss curve of a run from metrics.jsonl, and figures as bars."""
+"""Plots: the loss curve of a run from metrics.jsonl, and bar charts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ class Bars(NamedTuple):
     """Bars of one colour.
 
     Attributes:
-        label: in the legend.
+        label: label in the legend.
         heights: one per group.
         errors: standard errors of the heights.
     """
@@ -53,9 +53,9 @@ def draw_bars(groups: Sequence[str], bars: Sequence[Bars], title: str, out: Path
 
     Args:
         groups: names below the bars.
-        bars: side by side in every group.
+        bars: bars next to each other in every group.
         title: what the heights are, from 0 to 1.
-        out: file.
+        out: output file.
     """
     figure, axes = _axes()
     width = 0.8 / len(bars)
@@ -73,8 +73,8 @@ def draw_bars(groups: Sequence[str], bars: Sequence[Bars], title: str, out: Path
 
 
 def _axes() -> tuple["Figure", "Axes"]:
-    """A figure of a machine without a display."""
-    # Importing it costs half a second.
+    """Return a figure for a machine without a display."""
+    # Importing it takes half a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

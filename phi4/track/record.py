@@ -1,8 +1,8 @@
-"""What a tracker is, and how several become one.
+"""The interface of a tracker, and the combination of several into one.
 
-One decision: metrics.jsonl is the record and the rest are views of it. An error of the record stops
-training, because a run without a record is worth nothing; an error of a view is said once, and
-training goes on without that view.
+metrics.jsonl is the record and the other trackers are views of it. An error of the record stops
+training, because a run without a record is worthless; an error of a view is reported once, and
+training continues without that view.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,23 +13,24 @@ Status = Literal["finished", "failed", "interrupted"]
 
 
 class Tracker(Protocol):
-    """Follows one run, on the one rank that writes."""
+    """Follows one run, on the writer rank."""
 
     def start(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
-        """Once, before the first step: the flat recipe, and files to keep with the run."""
+        """Called once, before the first step: the flat recipe, and files to keep with the run."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Once per step, steps increasing; an evaluation's results are among its step's metrics."""
+        """Called once per step, steps increasing; an evaluation's results are among its step's
+        metrics."""
 
     def rewind(self, step: int) -> None:
-        """The run was rolled back: the steps after this one are undone and happen again."""
+        """Called when the run was rolled back: the steps after this one are undone and repeated."""
 
     def finish(self, status: Status) -> None:
-        """Once, at the end, however the run ended."""
+        """Called once, at the end, however the run ended."""
 
 
 class Trackers:
-    """The record and its views as one tracker; without any it follows silently (other ranks)."""
+    """The record and its views as one tracker; on other ranks it has none and does nothing."""
 
     def __init__(
         self, record: Tracker | None, views: Sequence[Tracker], say: Callable[[str], None]
@@ -51,13 +52,13 @@ class Trackers:
         self._show(lambda view: view.log(step, metrics))
 
     def rewind(self, step: int) -> None:
-        """Cut the record, then tell the views."""
+        """Cut the record, then rewind the views."""
         if self._record:
             self._record.rewind(step)
         self._show(lambda view: view.rewind(step))
 
     def finish(self, status: Status) -> None:
-        """Finish all; the views also when the record fails."""
+        """Finish all; the views even if the record fails."""
         try:
             if self._record:
                 self._record.finish(status)
@@ -72,6 +73,6 @@ class Trackers:
                 self._views.remove(view)
                 name = type(view).__name__
                 self._say(
-                    f"{name} failed and is left out from here on; metrics.jsonl has everything "
+                    f"{name} failed and is disabled from now on; metrics.jsonl has everything "
                     f"({type(error).__name__}: {error})"
                 )

@@ -59,5 +59,5 @@ def test_refusal_of_the_store_is_one_line(store, tmp_path, exported):
     store.new_run(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"did not register a/b.*phi4 convert register"):
         register_export(exported, "a/b")
-    with pytest.raises(ConfigError, match="is shown by sqlite"):
+    with pytest.raises(ConfigError, match="is tracked at sqlite"):
         register_export(exported, "name", uri="http://127.0.0.1:1")

@@ -81,7 +81,7 @@ def test_server_that_takes_no_path_gets_a_pointer(server: str, trained: Path) ->
     checkpoint = trained / "run/checkpoints/step_0000001"
     exported, said = ExportedModel.of(trained / "hf", checkpoint), []
     register_export(exported, "phi4-tiny", say=said.append)
-    assert "takes no path of this machine" in said[0] and "--upload" in said[0]
+    assert "does not accept a path of this machine" in said[0] and "--upload" in said[0]
     client = mlflow.MlflowClient(server)
     version = client.get_model_version("phi4-tiny", "1")
     assert version.source.startswith(f"runs:/{version.run_id}/exports/step_0000001-")

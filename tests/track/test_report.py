@@ -265,7 +265,7 @@ def test_run_of_an_earlier_version(tmp_path: Path) -> None:
     run.write()
     found = page(tmp_path, run.run_dir)
     assert found.facts["wall time"] == found.facts["goodput"] == "not recorded"
-    assert found.facts["status"] == "ended; version 0.1 did not note how"
+    assert found.facts["status"] == "ended; version 0.1 did not record how"
     assert "wall-time" not in found.tables
     assert found.series("loss")["training"]["y"]
 
@@ -367,7 +367,7 @@ def test_colours_stand_out_on_light_and_dark(background: str) -> None:
         (["none"], "none does not exist; give the directory of a run (run.dir)"),
         (["file"], "file is a file; give the directory of a run (run.dir)"),
         (["."], "holds no config.toml; give the directory of a run (run.dir), for example run"),
-        (["run", "./run"], "a run is named twice; name each run's directory once"),
+        (["run", "./run"], "a run is given twice; give each run's directory once"),
         (["run", "--out", "run"], "run"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A run in MLflow: its points, sent by a process of their own, and what else a user sees of it."""
+"""Tracking of a run in MLflow by a separate process: points, description, lineage, models."""
 
 from phi4.track.mlflow.offline import replay, send_file, settle
 from phi4.track.mlflow.recipe_view import recipe_params

@@ -1,4 +1,4 @@
-"""Which MLflow server or store is meant, and a client for it."""
+"""Determine the MLflow server or store, and make a client for it."""
 
 import logging
 import re
@@ -14,18 +14,19 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 REQUEST_SECONDS = 60
-"""A server that takes longer is asked again; the user's MLFLOW_HTTP_REQUEST_TIMEOUT wins."""
+"""A request that takes longer is repeated; the user's MLFLOW_HTTP_REQUEST_TIMEOUT has
+precedence."""
 
 _SCHEMES = re.compile(r"https?|(sqlite|postgresql|mysql|mssql)(\+\w+)?|databricks(-uc)?|uc|file")
 
 
 def address_of(wish: TrackingWish) -> str:
-    """The server or store that a wish means, without a password."""
+    """Return the address of a wish's server or store, without a password."""
     return without_password(chosen_uri(wish)[0])
 
 
 def connect(uri: str) -> "MlflowClient":
-    """A client that sends nothing unasked, says nothing, and does not try again by itself."""
+    """Return a client without telemetry, output, or retries."""
     from mlflow import MlflowClient
     from mlflow.environment_variables import (
         MLFLOW_DISABLE_TELEMETRY,
@@ -35,9 +36,9 @@ def connect(uri: str) -> "MlflowClient":
     )
     from mlflow.telemetry import set_telemetry_client
 
-    # These settings of mlflow are environment variables and nothing else. Its usage reports are
-    # off because a training machine calls nobody unasked; the limits, because the follower tries
-    # again by itself, and a user who sets them is obeyed.
+    # These settings of mlflow exist only as environment variables. Its usage reports are disabled
+    # because a training machine must not send unrequested data; the limits, because the follower
+    # retries by itself, unless the user has set them.
     MLFLOW_DISABLE_TELEMETRY.set(True)
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
     set_telemetry_client()
@@ -47,13 +48,13 @@ def connect(uri: str) -> "MlflowClient":
     ):
         if not setting.is_set():
             setting.set(value)
-    # Creating a store tells of every table.
+    # Creating a store logs a line per table.
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri)
 
 
 def chosen_uri(wish: TrackingWish) -> tuple[str, str]:
-    """The address, and where it comes from."""
+    """Return the address and its origin."""
     from mlflow.environment_variables import MLFLOW_TRACKING_URI
 
     return first_set(
@@ -64,30 +65,30 @@ def chosen_uri(wish: TrackingWish) -> tuple[str, str]:
 
 
 def local_uri(wish: TrackingWish) -> str:
-    """The store beside the run directory, where nobody names another one."""
+    """Return the default store, next to the run directory."""
     return f"sqlite:///{Path(wish.run_dir).parent / 'mlflow.db'}"
 
 
 def first_set(*choices: tuple[str | None, str]) -> tuple[str, str]:
-    """The first value that is set, and where it comes from."""
+    """Return the first value that is set, and its origin."""
     return next((value, source) for value, source in choices if value)
 
 
 def require_address(uri: str, shown: str, source: str) -> None:
-    """Refuse what is no address.
+    """Raise an error for an invalid address.
 
     Args:
-        uri: with its password.
-        shown: without.
-        source: where it comes from.
+        uri: address with its password.
+        shown: address without it.
+        source: origin of the address.
 
     Raises:
-        TrackingError: it is none.
+        TrackingError: it is invalid.
     """
     parts = urlsplit(uri)
     is_known = _SCHEMES.fullmatch(parts.scheme or uri) is not None
     if not is_known or (parts.scheme in ("http", "https") and not parts.hostname):
         raise TrackingError(
-            f"{source}={shown} is no address of a tracking server or store; expected "
-            "http(s)://HOST:PORT, sqlite:////PATH/mlflow.db or a database that MLflow knows"
+            f"{source}={shown} is not an address of a tracking server or store; expected "
+            "http(s)://HOST:PORT, sqlite:////PATH/mlflow.db or a database that MLflow supports"
         )

@@ -1,8 +1,8 @@
-"""The data of a run as MLflow's dataset inputs: what was trained on, and what was held out.
+"""Dataset inputs of a run in MLflow: training sources and held-out sources.
 
-The digest is of what a source holds, wherever it lies, so equal data have equal digests over runs.
-MLflow keeps one dataset per experiment, name and digest, so what belongs to a run alone, such as
-the weight in its blend, is a tag of the input.
+The digest is of a source's content, independent of its path, so equal data have equal digests
+across runs. MLflow keeps one dataset per experiment, name and digest, so values that belong to one
+run, such as the weight in its blend, are tags of the input.
 """
 
 import json
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
 DIGEST_CHARACTERS = 36
-"""MLflow takes no more; the whole sha256 is in the profile and a tag."""
+"""MLflow's limit; the full sha256 is in the profile and a tag."""
 _NAME_CHARACTERS = 500
 _TAG_CHARACTERS = 500
 
 
 def dataset_inputs(about: About) -> "list[DatasetInput]":
-    """Training sources in the context `training`, held-out ones in `evaluation`.
+    """Return training sources in the context `training`, held-out ones in `evaluation`.
 
-    A source that is both by one name is two datasets: MLflow gives a dataset of a run one context.
+    A source that is both under the same name becomes two datasets, because MLflow gives a dataset
+    of a run one context.
     """
     training = {source.name for source in about.sources}
     inputs = [_input(source, source.name, "training") for source in about.sources]
@@ -35,10 +36,10 @@ def dataset_inputs(about: About) -> "list[DatasetInput]":
 
 
 def log_datasets(client: "MlflowClient", run_id: str, about: About) -> None:
-    """Add the datasets that a run in MLflow lacks; those of earlier attempts stay.
+    """Add missing datasets to a run in MLflow; those of earlier attempts are kept.
 
     Raises:
-        MlflowException: the store refuses, or is out of reach; another call goes on.
+        MlflowException: the store refuses or is unreachable; calling again continues.
     """
     known = {
         (found.dataset.name, found.dataset.digest)

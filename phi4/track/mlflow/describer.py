@@ -1,4 +1,4 @@
-"""Keeps what a run in MLflow shows besides its points in step with the run directory."""
+"""Update everything that MLflow shows of a run, except its points, from the run directory."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +25,10 @@ class Describer:
     """Description, datasets, lineage and small files of one run.
 
     Args:
-        run_dir: of the run.
-        client: of the store.
-        uri: of the store, as mlflow.json holds it.
-        experiment_id: of the run.
+        run_dir: run directory of the run.
+        client: client of the store.
+        uri: uri of the store, as mlflow.json holds it.
+        experiment_id: experiment id of the run.
         run_id: the run in MLflow.
     """
 
@@ -42,10 +42,10 @@ class Describer:
         self.parent_run_id = ""
 
     def update(self) -> None:
-        """Show what is new in the run directory; costs one reading of it where nothing is.
+        """Send what is new in the run directory; otherwise only reads it.
 
         Raises:
-            MlflowException: the store refuses, or is out of reach; another call goes on.
+            MlflowException: the store refuses or is unreachable; calling again continues.
             OSError: a file of the run directory cannot be read.
         """
         description, abouts = describe(self._run_dir), read_abouts(self._run_dir)
@@ -57,15 +57,15 @@ class Describer:
                 log_datasets(self._client, self._run_id, abouts[-1])
             self._shown = (description, len(abouts))
         if self._sent != description:
-            # Last: artifacts may lie in a store of their own, which is out of reach.
+            # Last, because artifacts may be in a separate store that is unreachable.
             send_artifacts(self._client, self._run_id, description, self._sent)
             self._sent = description
 
     def settle(self) -> None:
-        """After the run's own status: let that of the parent follow.
+        """Update the parent's status after the run's own.
 
         Raises:
-            MlflowException: the store refuses, or is out of reach; another call goes on.
+            MlflowException: the store refuses or is unreachable; calling again continues.
         """
         if self.parent_run_id:
             settle_parent(self._client, self.parent_run_id, [self._experiment_id])

@@ -1,9 +1,9 @@
-"""What a run is, beside its points: parameters, tags, a description, small files.
+"""The description of a run in MLflow: parameters, tags, a note, small files.
 
-`describe` reads the run directory and nothing else; `apply` makes a run in MLflow agree with it,
-whatever it holds already. MLflow never changes a parameter, so parameters are those of the first
-attempt, and a key that the newest attempt has otherwise is the tag `resumed.KEY`; once it has its
-first value again, the tag goes. Checkpoints are shown as pointers; no weight is ever sent.
+`describe` reads only the run directory; `apply` updates a run in MLflow to match it, whatever it
+contains. MLflow never changes a parameter, so parameters are those of the first attempt, and a key
+with another value in the newest attempt becomes the tag `resumed.KEY`; the tag is removed once the
+key has its first value again. Checkpoints are listed by path; weights are never sent.
 """
 
 import json
@@ -41,19 +41,19 @@ _OWNED = (
     *(CHANGED, "phi4.layout", "phi4.kernels.", "phi4.slurm.", "phi4.version.", "phi4.gpu"),
     "phi4.fp8.",
 )
-"""Tags that go when the newest attempt has none of that name."""
+"""Tags that are removed if the newest attempt does not have them."""
 _NOTE = "mlflow.note.content"
 
 
 @dataclass(frozen=True)
 class Description:
-    """Everything by the names, and within the lengths, that MLflow takes.
+    """Description with MLflow's names, cut to its length limits.
 
     Attributes:
-        params: of the first attempt.
-        changed: parameters that the newest attempt has otherwise, by the same names.
-        tags: of the newest attempt, and of its newest checkpoint.
-        note: the text that is shown beside a run nobody described yet.
+        params: parameters of the first attempt.
+        changed: parameters with another value in the newest attempt, by the same names.
+        tags: tags of the newest attempt and of its newest checkpoint.
+        note: text shown for a run that has no description yet.
         artifacts: texts by their paths.
     """
 
@@ -65,7 +65,7 @@ class Description:
 
 
 def describe(run_dir: Path) -> Description:
-    """What a run directory says of its run; of one without about/, its recipe and checkpoints."""
+    """Describe a run directory; one without about/ by its recipe and checkpoints."""
     run_dir = run_dir.resolve()
     abouts = abouts_of_training(run_dir)
     checkpoints = list(_checkpoints(run_dir))
@@ -92,12 +92,12 @@ def describe(run_dir: Path) -> Description:
 
 
 def apply(client: "MlflowClient", run_id: str, description: Description) -> None:
-    """Make a run's parameters, tags and note agree with a description; again does no harm.
+    """Update a run's parameters, tags and note to match a description; idempotent.
 
-    A note that is there stays: a user may have written it.
+    An existing note is kept: a user may have written it.
 
     Raises:
-        MlflowException: the store refuses, or is out of reach; another call goes on.
+        MlflowException: the store refuses or is unreachable; calling again continues.
     """
     from mlflow.entities import Param, RunTag
 
@@ -105,7 +105,7 @@ def apply(client: "MlflowClient", run_id: str, description: Description) -> None
     missing = [Param(k, v) for k, v in description.params.items() if k not in data.params]
     for some in batches(missing):
         client.log_batch(run_id, params=some)
-    # A run whose first attempt another file described keeps what it has.
+    # A run whose first attempt was described by another file keeps its parameters.
     now = {**description.params, **description.changed}
     changed = {k: v for k, v in now.items() if data.params.get(k, description.params.get(k)) != v}
     tags = {**description.tags, **as_tags({f"{CHANGED}{k}": v for k, v in changed.items()})}
@@ -121,17 +121,17 @@ def apply(client: "MlflowClient", run_id: str, description: Description) -> None
 def send_artifacts(
     client: "MlflowClient", run_id: str, description: Description, sent: Description | None = None
 ) -> None:
-    """Send the small files, after `apply`: they may lie in a store of their own, out of reach.
+    """Send the small files, after `apply`: they may be in a separate, unreachable store.
 
     Args:
-        client: of the store.
+        client: client of the store.
         run_id: the run.
-        description: names them.
-        sent: the description that was sent last, whose files are not sent again; None sends all but
-            the facts of earlier attempts that are there.
+        description: description with the files.
+        sent: the description that was sent last, whose files are not sent again; None sends all
+            except existing files of earlier attempts.
 
     Raises:
-        MlflowException: the store refuses, or is out of reach; another call goes on.
+        MlflowException: the store refuses or is unreachable; calling again continues.
     """
     known = {} if sent is None else sent.artifacts
     there = {item.path for item in client.list_artifacts(run_id, ABOUT_DIR)}
@@ -141,12 +141,12 @@ def send_artifacts(
 
 
 def mark_experiment(client: "MlflowClient", experiment_id: str) -> None:
-    """Let MLflow's page show an experiment under Model training, where nobody chose otherwise.
+    """Mark an experiment as model training in MLflow's page, unless the user chose another kind.
 
-    Without a kind the page asks its reader for one, and shows the views for agents.
+    Without a kind the page asks the user for one, and shows the views for agents.
 
     Raises:
-        MlflowException: the store refuses, or is out of reach.
+        MlflowException: the store refuses or is unreachable.
     """
     if KIND_TAG not in client.get_experiment(experiment_id).tags:
         client.set_experiment_tag(experiment_id, KIND_TAG, "custom_model_development")
@@ -156,7 +156,7 @@ _POINTER = ("step", "path", "durable", "manifest_sha256")
 
 
 def _checkpoints(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Every checkpoint that became durable, in order of time."""
+    """Return every checkpoint that became durable, in order of time."""
     try:
         events = read_saves(run_dir)
     except DataError:
@@ -179,7 +179,7 @@ def _checkpoints(run_dir: Path) -> Iterator[dict[str, Any]]:
 
 
 def _fp8_fallbacks(run_dir: Path) -> dict[str, str]:
-    """Which layers left FP8, as the newest checkpoint knows it."""
+    """Return the layers that stopped using FP8, according to the newest checkpoint."""
     newest = latest_checkpoint(checkpoints_dir(run_dir))
     try:
         fallbacks = read_state(newest).fp8_fallbacks if newest else ()
@@ -195,7 +195,7 @@ def _files(run_dir: Path, abouts: list[About]) -> list[Path]:
 
 
 def _recipe_in(run_dir: Path) -> dict[str, Any]:
-    """The recipe of the newest attempt, of a run whose attempts told nothing."""
+    """Return the recipe of the newest attempt, for a run whose attempts recorded nothing."""
     config = run_dir / CONFIG_FILE
     if not config.is_file():
         return {}
@@ -213,7 +213,7 @@ def _tags(about: About) -> dict[str, Any]:
     tree, origins = about.source_tree, about.origins
     return {
         "mlflow.user": about.user,
-        # The page shows what stands behind the last slash.
+        # The page shows the text after the last slash.
         "mlflow.source.name": " ".join(about.command[:2]) if _is_phi4(about) else about.command[0],
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": tree and tree.commit,

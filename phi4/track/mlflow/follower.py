@@ -1,7 +1,7 @@
-"""Brings a run's MLflow run to where its record is, and keeps it there.
+"""Bring a run's MLflow run up to date with its record, and keep it so.
 
-The record is the queue: nothing is kept here that is not in the run's directory or in MLflow, so a
-follower can be killed and restarted at any time; the next one sends whatever is missing.
+The record is the queue: all state is in the run's directory or in MLflow, so a follower can be
+killed and restarted at any time; the next one sends what is missing.
 """
 
 import time
@@ -23,21 +23,22 @@ _DESCRIBE_SECONDS = 60.0
 
 
 class Follower:
-    """Sends a run's record to a store. Every call blocks as long as the store takes.
+    """Sends a run's record to a store. Every call blocks until the store has responded.
 
-    After any exception the store is asked what it holds before anything more is sent.
+    After any exception the store's content is read again before anything is sent.
 
     Args:
-        run_dir: of the run.
-        store: where it is shown.
-        say: takes a line for the user.
-        on_arrival: takes the newest step of which all points have arrived, whenever it changes.
-        is_current: whether the run is still this follower's; asked before every batch.
+        run_dir: run directory of the run.
+        store: the MLflow store.
+        say: prints a line for the user.
+        on_arrival: called with the newest step of which all points have arrived, whenever it
+            changes.
+        is_current: whether this follower still owns the run; checked before every batch.
 
     Attributes:
         arrived: the newest step of which all points have arrived; 0 before the first.
-        num_points: that were sent from here.
-        run_id: of the MLflow run; empty before the first contact.
+        num_points: number of points sent by this follower.
+        run_id: run id of the MLflow run; empty before the first contact.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Follower:
         self.run_id = ""
 
     def begin(self) -> None:
-        """Show that an attempt goes on, and how those before it ended."""
+        """Show that an attempt is running, and how earlier attempts ended."""
         self._make_sure()
         attempts = read_attempts(self._run_dir)
         self._set_tags(attempt_tags({n: attempts[n] for n in sorted(attempts)[:-1]}))
@@ -76,7 +77,7 @@ class Follower:
             self._say(f"MLflow: {page}")
 
     def catch_up(self) -> None:
-        """Send what the record has and the store lacks, to the record's end of now."""
+        """Send what the store lacks, up to the current end of the record."""
         self._make_sure()
         while True:
             lines, place = self._tail.read(self._place)
@@ -93,9 +94,9 @@ class Follower:
             self._last_unix = lines[-1]["unix_seconds"]
 
     def describe(self, *, is_last: bool = False) -> None:
-        """Show what the run is besides its points, now and then.
+        """Update everything except the points from time to time.
 
-        Nothing of it is worth a point: what fails is told and tried again later.
+        Points have precedence over it: errors are reported and retried later.
         """
         now = time.monotonic()
         if not is_last and now - self._described_at < _DESCRIBE_SECONDS:
@@ -123,10 +124,10 @@ class Follower:
         self._is_sure = True
 
     def conclude(self, said: Status | None = None) -> Conclusion:
-        """Set the status of a run that ended, once its points are there; gives it.
+        """Set the status of a run that ended, once its points have arrived; return the status.
 
         Args:
-            said: by the process that trained; None where it was killed, or is long gone.
+            said: reported by the training process; None if it was killed or ended long ago.
         """
         found = conclusion(
             read_attempts(self._run_dir),
@@ -152,7 +153,7 @@ class Follower:
         return self._describer
 
     def _make_sure(self) -> None:
-        """Know what the store holds, which only it knows after a failure."""
+        """Read the store's content, which is unknown after a failure."""
         if self._is_sure:
             return
         opened, note = self._store.open_run()
@@ -172,7 +173,7 @@ class Follower:
         refused = self._store.send(self.run_id, batch)
         self.num_points += len(batch.points)
         for name, reason in refused.items():
-            self._tell(name, f"the metric {name!r} is refused and left out there: {reason}")
+            self._tell(name, f"the metric {name!r} is refused and skipped: {reason}")
 
     def _note(self, step: int) -> None:
         if step > 0 and step != self.arrived:

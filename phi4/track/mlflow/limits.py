@@ -1,4 +1,4 @@
-"""What MLflow takes: the characters of names, the lengths of values, the sizes of requests."""
+"""MLflow's limits: characters of names, lengths of values, sizes of requests."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,17 +17,17 @@ BATCH_ENTRIES = 100
 
 
 def mlflow_name(key: str) -> str:
-    """A key with the characters that every version of MLflow takes in names."""
+    """Replace characters of a key that some version of MLflow does not allow in names."""
     return re.sub(r"[^\w\-. /]", "_", key)[:NAME_CHARACTERS]
 
 
 def batches(entries: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Parameters or tags in requests that MLflow takes."""
+    """Split parameters or tags into requests of the allowed size."""
     return (entries[i : i + BATCH_ENTRIES] for i in range(0, len(entries), BATCH_ENTRIES))
 
 
 def as_tags(values: Mapping[str, object]) -> dict[str, str]:
-    """Names and values that MLflow takes as tags; empty and missing values are left out."""
+    """Convert to valid tags; empty and missing values are omitted."""
     return {
         mlflow_name(key): cut(without_password(str(value)), TAG_CHARACTERS)
         for key, value in values.items()

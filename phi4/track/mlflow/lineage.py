@@ -1,9 +1,9 @@
-"""Which runs belong to one model: a parent run for the model, a child run for each of its stages.
+"""Group the runs of one model: a parent run for the model, a child run for each of its stages.
 
 A run that takes weights, a data ledger or a reference model from another run's directory joins the
-parent of that run, where both are in one store. What that run is in MLflow stands in its own
-directory (mlflow.json), so nothing has to be named in a recipe. The runs of a sweep have a parent
-of their own, by the name of the sweep.
+parent of that run, if both are in the same store. The other run's MLflow ids are in its own
+directory (mlflow.json), so the recipe does not mention them. The runs of a sweep have a parent of
+their own, by the name of the sweep.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 PARENT_TAG = "mlflow.parentRunId"
 MODEL_TAG = "phi4.model_of"
-"""On a parent: the uid of the run directory that it was made for."""
+"""Tag of a parent: the uid of the run directory that it was made for."""
 SWEEP_TAG = "phi4.sweep"
-"""On a parent: the sweep whose runs are its children."""
+"""Tag of a parent: the sweep whose runs are its children."""
 
 _GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
@@ -30,19 +30,19 @@ _GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 def parent_of(
     client: "MlflowClient", run_dir: Path, about: About, *, uri: str, experiment_id: str
 ) -> str:
-    """The run id of the model that a run is a stage of; it is created where there is none.
+    """Return the run id of the model that a run is a stage of; create it if missing.
 
-    Asking again gives the same one, also where a kill prevented it from being written down.
+    Calling again returns the same one, even if a kill prevented it from being recorded.
 
     Args:
-        client: of the store.
-        run_dir: of the run.
-        about: of its newest attempt.
-        uri: of the store, as mlflow.json holds it.
-        experiment_id: of the run.
+        client: client of the store.
+        run_dir: run directory of the run.
+        about: metadata of its newest attempt.
+        uri: uri of the store, as mlflow.json holds it.
+        experiment_id: experiment id of the run.
 
     Raises:
-        MlflowException: the store refuses, or is out of reach.
+        MlflowException: the store refuses or is unreachable.
     """
     own, sweep = read_mlflow_ids(run_dir), about.recipe.get("tracking.sweep")
     earlier = () if sweep else (ids for _, ids in _earlier_runs(about.origins))
@@ -52,7 +52,7 @@ def parent_of(
     if found := _oldest_parent(client, about, experiment_id):
         return found
     made = _new_parent(client, about, experiment_id)
-    # Runs of a sweep that begin together may all have found none: the oldest of theirs counts.
+    # Concurrent first runs of a sweep may each have created a parent: the oldest one is used.
     oldest = _oldest_parent(client, about, experiment_id)
     if oldest and oldest != made:
         client.delete_run(made)
@@ -60,11 +60,11 @@ def parent_of(
 
 
 def lineage_tags(about: About, *, uri: str) -> dict[str, str]:
-    """What tells a stage's run from which runs of the store it comes.
+    """Return tags that link a stage's run to the runs of the store that it started from.
 
     Args:
-        about: of its newest attempt.
-        uri: of the store, as mlflow.json holds it.
+        about: metadata of its newest attempt.
+        uri: uri of the store, as mlflow.json holds it.
     """
     tags = {}
     for key, place in _places(about.origins):
@@ -77,15 +77,15 @@ def lineage_tags(about: About, *, uri: str) -> dict[str, str]:
 def settle_parent(
     client: "MlflowClient", parent_run_id: str, experiment_ids: Iterable[str] = ()
 ) -> None:
-    """Give a parent the status of the child that began last.
+    """Set a parent's status to that of the child that started last.
 
     Args:
-        client: of the store.
+        client: client of the store.
         parent_run_id: the model's run.
-        experiment_ids: where children are besides the parent's own experiment.
+        experiment_ids: experiments of children other than the parent's own.
 
     Raises:
-        MlflowException: the store refuses, or is out of reach.
+        MlflowException: the store refuses or is unreachable.
     """
     parent = client.get_run(parent_run_id).info
     newest = client.search_runs(
@@ -104,8 +104,8 @@ def settle_parent(
 
 
 def _earlier_runs(origins: Origins) -> Iterator[tuple[Path, MlflowIds | None]]:
-    """Directories of the runs that a run comes from, nearest first; a run of one that was not
-    tracked is found through its own origins."""
+    """Return directories of the runs that a run started from, nearest first; an untracked run is
+    traversed through its own origins."""
     waiting, seen = [origins], set()
     while waiting:
         for _, place in _places(waiting.pop(0)):
@@ -127,7 +127,7 @@ def _places(origins: Origins) -> list[tuple[str, str]]:
 
 
 def _run_dir_of(place: str) -> Path | None:
-    """The run directory that a checkpoint, its checkpoints directory or the run itself is of."""
+    """Return the run directory of a checkpoint, a checkpoints directory or a run."""
     path = Path(place)
     candidates = (path, *path.parents[:2])
     told = (p for p in candidates if read_mlflow_ids(p) or (p / ABOUT_DIR).is_dir())
@@ -135,7 +135,7 @@ def _run_dir_of(place: str) -> Path | None:
 
 
 def _is_active(client: "MlflowClient", run_id: str) -> bool:
-    """Whether the store has a run that nobody deleted."""
+    """Return whether the store has a run that is not deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -147,7 +147,7 @@ def _is_active(client: "MlflowClient", run_id: str) -> bool:
 
 
 def _parent_tag(about: About) -> tuple[str, str]:
-    """What a parent is found by."""
+    """Return the tag by which a parent is found."""
     sweep = about.recipe.get("tracking.sweep")
     return (SWEEP_TAG, sweep) if sweep else (MODEL_TAG, about.uid)
 

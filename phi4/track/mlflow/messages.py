@@ -1,4 +1,4 @@
-"""What the process that trains and the process that follows tell each other, a line each."""
+"""Messages between the training process and the follower process, one per line."""
 
 import msgspec
 
@@ -7,12 +7,12 @@ from phi4.track.record import Status
 
 
 class FollowRun(msgspec.Struct, frozen=True, tag=True):
-    """To the follower, first: what to follow.
+    """To the follower, first: the run to follow.
 
     Attributes:
-        wish: where the run is shown.
-        attempt: number of the attempt that trains.
-        parent: pid of its process.
+        wish: where the run is tracked.
+        attempt: number of the training attempt.
+        parent: pid of the training process.
     """
 
     wish: TrackingWish
@@ -21,7 +21,7 @@ class FollowRun(msgspec.Struct, frozen=True, tag=True):
 
 
 class TrainingEnded(msgspec.Struct, frozen=True, tag=True):
-    """To the follower, last: how the process says that training ended."""
+    """To the follower, last: how training ended."""
 
     status: Status
 
@@ -39,7 +39,7 @@ class Arrived(msgspec.Struct, frozen=True, tag=True):
 
 
 class StatusSet(msgspec.Struct, frozen=True, tag=True):
-    """From the follower: everything has arrived, and MLflow knows how the run ended."""
+    """From the follower: everything has arrived, including the run's final status."""
 
 
 ToFollower = FollowRun | TrainingEnded

@@ -1,9 +1,9 @@
-"""An exported model as a version of a registered model in MLflow.
+"""Register an exported model as a version of a registered model in MLflow.
 
-No weight is sent unless asked. A store that this process opens itself (sqlite, a database) takes
-the directory as the version's source. A tracking server refuses paths of machines that it does not
-know; there the source is a folder of the run's artifacts that holds the small files of the export
-and a file that says where the weights are.
+Weights are sent only on request. A store that this process opens itself (sqlite, a database)
+accepts the directory as the version's source. A tracking server refuses paths of other machines;
+there the source is a folder of the run's artifacts with the small files of the export and a file
+that gives the location of the weights.
 """
 
 import json
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 POINTER_FILE = "phi4_export.json"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 _SMALL_BYTES = 20_000_000
-"""Of all small files; a tokenizer of 100,000 words takes a third of it."""
+"""Size limit of all small files together; a tokenizer of 100,000 words takes a third of it."""
 
 
 class ExportedModel(NamedTuple):
-    """A Hugging Face directory and the checkpoint that it was made from.
+    """A Hugging Face directory and the checkpoint that it was exported from.
 
     Attributes:
         directory: absolute.
         checkpoint: absolute.
-        step: of the checkpoint.
-        manifest_sha256: of the checkpoint.
+        step: step of the checkpoint.
+        manifest_sha256: manifest sha256 of the checkpoint.
     """
 
     directory: Path
@@ -48,11 +48,11 @@ class ExportedModel(NamedTuple):
 
     @classmethod
     def of(cls, directory: Path, checkpoint: Path) -> "ExportedModel":
-        """Read the checkpoint's facts.
+        """Read the checkpoint's metadata.
 
         Raises:
-            CheckpointError: it is none, or has no manifest.
-            ConfigError: the directory holds no model.
+            CheckpointError: it is not a checkpoint, or has no manifest.
+            ConfigError: the directory has no model.
         """
         directory, checkpoint = directory.resolve(), checkpoint.resolve()
         if not (directory / "config.json").is_file():
@@ -71,22 +71,22 @@ def register_export(
     upload: bool = False,
     say: Callable[[str], None] = print,
 ) -> str:
-    """Make an export a version of a registered model, in the store that shows its run.
+    """Register an export as a version of a registered model, in the store of its run.
 
-    The same export of the same checkpoint is registered once.
+    The same export of the same checkpoint is registered only once.
 
     Args:
-        exported: what `phi4 convert to-hf` wrote.
-        name: of the registered model, which is created where there is none.
-        uri: of the store; the one in the run's mlflow.json when None.
-        upload: send the weights too, as artifacts of the run.
-        say: takes a line for the user.
+        exported: directory written by `phi4 convert to-hf`.
+        name: name of the registered model, which is created if missing.
+        uri: address of the store; the one in the run's mlflow.json if None.
+        upload: also send the weights, as artifacts of the run.
+        say: prints a line for the user.
 
     Returns:
         The version's number.
 
     Raises:
-        ConfigError: the run is in no store, or the store refuses the model.
+        ConfigError: the run is not tracked, or the store refuses the model.
     """
     from mlflow.exceptions import MlflowException
 
@@ -110,26 +110,26 @@ def register_export(
 
 
 def require_shown(checkpoint: Path, uri: str | None = None) -> MlflowIds:
-    """Where MLflow shows the run of a checkpoint.
+    """Return the MLflow ids of the run of a checkpoint.
 
     Args:
-        checkpoint: in the run's directory.
-        uri: that the store must have; None takes any.
+        checkpoint: checkpoint in the run's directory.
+        uri: required address of the store; None accepts any.
 
     Raises:
-        ConfigError: in no store, or in another one.
+        ConfigError: it is not tracked, or in another store.
     """
     run_dir = checkpoint.resolve().parent.parent
     ids = read_mlflow_ids(run_dir)
     if ids is None:
         raise ConfigError(
-            f"{run_dir} has no mlflow.json, expected that of a run which MLflow shows; register a "
-            "checkpoint in its run's own directory, or send the run first: `phi4 track replay`"
+            f"{run_dir} has no mlflow.json, so the run is not in MLflow; register a checkpoint in "
+            f"its run's own directory, or send the run first with `phi4 track replay`"
         )
     if uri is not None and without_password(uri) != ids.uri:
         raise ConfigError(
-            f"{run_dir} is shown by {ids.uri}, not by {without_password(uri)}; a version belongs "
-            "to a run of the same store: leave --tracking-uri out, or give that address"
+            f"{run_dir} is tracked at {ids.uri}, not at {without_password(uri)}; a version must "
+            f"belong to a run of the same store: omit --tracking-uri, or give that address"
         )
     return ids
 
@@ -147,7 +147,7 @@ def _ensure_model(client: "MlflowClient", name: str) -> None:
 def _registered(
     client: "MlflowClient", exported: ExportedModel, name: str, run_id: str
 ) -> "ModelVersion | None":
-    """The version that an earlier call made."""
+    """Return the version that an earlier call registered."""
     wanted = _tags(exported)
     versions = client.search_model_versions(f"run_id = '{run_id}'")
     same = (v for v in versions if v.name == name and wanted.items() <= v.tags.items())
@@ -180,9 +180,9 @@ def _new_version(
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
         say(
-            "the server takes no path of this machine as a model's source; the version gets the "
-            f"small files of the export and {POINTER_FILE}, which names {exported.directory}. "
-            "--upload sends the weights too"
+            "the server does not accept a path of this machine as a model's source; the version "
+            "contains the small files of the export and {POINTER_FILE}, which refers to "
+            "{exported.directory}. --upload also sends the weights"
         )
     place = f"exports/{exported.checkpoint.name}-{exported.manifest_sha256[:8]}"
     _send(client, exported, run_id, place, with_weights=upload)
@@ -192,7 +192,8 @@ def _new_version(
 def _send(
     client: "MlflowClient", exported: ExportedModel, run_id: str, place: str, *, with_weights: bool
 ) -> None:
-    """Send the export's files, or the small ones, and one that says where all of them are."""
+    """Send the export's files, or the small ones, and one that gives the location of all of
+    them."""
     files = sorted(path for path in exported.directory.iterdir() if path.is_file())
     left = _SMALL_BYTES
     pointer = {

@@ -1,4 +1,4 @@
-"""Filling MLflow from a run's directory, and closing there what a kill left open."""
+"""Fill MLflow from a run's directory, and set the final status of killed runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,20 +22,20 @@ Say = Callable[[str], None]
 def replay(
     run_dir: Path, say: Say, *, uri: str | None = None, experiment: str | None = None
 ) -> None:
-    """Send what a server lacks of a run's record; again does no harm.
+    """Send what a server lacks of a run's record; idempotent.
 
-    A run that has ended gets its true status too.
+    A run that has ended also gets its final status.
 
     Args:
-        run_dir: of the run.
+        run_dir: run directory of the run.
         say: takes lines for the user.
-        uri: of the server or store; None for the one that shows the run already.
-        experiment: likewise; of a run that the server does not have yet.
+        uri: address of the server or store; None for the one that already tracks the run.
+        experiment: the same, for a run that the server does not have yet.
 
     Raises:
         DataError: there is no run in the directory.
-        OwnershipError: the run is going on, and fills the same server itself.
-        TrackingError: the server does not take it; says why.
+        OwnershipError: the run is active and fills the same server itself.
+        TrackingError: the server refuses; the message has its reason.
     """
     wish = _recorded_wish(run_dir)
     if uri is not None:
@@ -54,35 +54,34 @@ def replay(
 
 
 def settle(run_dir: Path, say: Say) -> None:
-    """Give a run that was killed its true status, and what had not been sent.
+    """Set the final status of a killed run, and send what is missing.
 
     Raises:
         DataError: there is no run in the directory.
-        OwnershipError: the run is going on.
-        TrackingError: the server does not take it; says why.
+        OwnershipError: the run is active.
+        TrackingError: the server refuses; the message has its reason.
     """
     recipe = _recipe(run_dir)
     owner = _living_owner(run_dir, say)
     if owner is not None:
         raise owner
     if not recipe.tracking.mlflow and read_mlflow_ids(run_dir) is None:
-        say(f"{run_dir}: trained without MLflow; `phi4 track replay {run_dir}` shows it there")
+        say(f"{run_dir}: trained without MLflow; `phi4 track replay {run_dir}` sends it there")
         return
     replay(run_dir, say)
 
 
 def send_file(run_dir: Path, path: Path, say: Say) -> None:
-    """Send a small file to the MLflow run that shows a run, as an artifact.
+    """Send a small file as an artifact of the run's MLflow run.
 
     Raises:
-        DataError: there is no run in the directory, or MLflow does not show it.
-        TrackingError: the server does not take it; says why.
+        DataError: there is no run in the directory, or it is not in MLflow.
+        TrackingError: the server refuses; the message has its reason.
     """
     wish, known = _recorded_wish(run_dir), read_mlflow_ids(run_dir)
     if known is None:
         raise DataError(
-            f"MLflow does not show {run_dir}, expected a run that it shows; "
-            f"`phi4 track replay {run_dir}` sends it"
+            f"{run_dir} is not in MLflow; send it first with `phi4 track replay {run_dir}`"
         )
     store = MlflowStore(wish, is_training=False)
     try:
@@ -106,11 +105,11 @@ def _fill(run_dir: Path, store: MlflowStore, say: Say, *, is_over: bool) -> None
 
 
 def _recorded_wish(run_dir: Path) -> TrackingWish:
-    """What the run's recipe asks for, but the store that shows it already where there is one."""
+    """Return the tracking settings of the run's recipe, with the store that already tracks it."""
     wish = wish_of(_recipe(run_dir), run_dir)
     known = read_mlflow_ids(run_dir)
     if known is None or address_of(wish) == known.uri:
-        # The recorded address lacks the password that this one may have.
+        # The recorded address lacks a password that this one may have.
         return wish
     return msgspec.structs.replace(wish, uri=known.uri)
 
@@ -125,7 +124,7 @@ def _recipe(run_dir: Path) -> Recipe:
 
 
 def _living_owner(run_dir: Path, say: Say) -> OwnershipError | None:
-    """An OwnershipError that names the process training the run; None if there is none."""
+    """Return an OwnershipError that names the process training the run; None if there is none."""
     try:
         require_free(run_dir, say=say)
     except OwnershipError as error:

@@ -1,13 +1,12 @@
-"""Which points MLflow lacks: follows from the lines of metrics.jsonl and from what it holds.
+"""Determine which points MLflow lacks, from the lines of metrics.jsonl and MLflow's own content.
 
-MLflow never overwrites a point and never forgets one. Points are therefore sent in the order of
-steps, and for each name only those behind the greatest step that MLflow has under it. So a step
-that is done again after a kill is sent once, whatever happened on the network and whichever process
-sends it.
+MLflow never overwrites or deletes a point. Points are therefore sent in step order, and for each
+name only those after the greatest step that MLflow has under it. A step that is repeated after a
+kill is sent once, regardless of network failures and of which process sends it.
 
-After a roll back, the steps that MLflow has already differ from those of the record. Their
-replacements go to `after_rollback_<n>/<name>`. Which steps those are is stored in a tag before the
-first of them is sent, so that a later sender makes the same decision.
+After a rollback, the steps that MLflow already has differ from those of the record. Their
+replacements go to `after_rollback_<n>/<name>`. The range of these steps is stored in a tag before
+the first of them is sent, so that a later sender makes the same decision.
 """
 
 import hashlib
@@ -17,10 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 POINTS_PER_BATCH = 1000
-"""MLflow takes no more in a request."""
+"""MLflow's limit of a request."""
 
 SYSTEM_PREFIX = "system/"
-"""Of names whose steps are the numbers of samples, not of training steps."""
+"""Prefix of names whose steps are sample numbers, not training steps."""
 
 _ROLLBACK = "after_rollback_"
 _TAG = "rollback_"
@@ -42,9 +41,9 @@ class PointBatch(NamedTuple):
     """A request: either tags or points.
 
     Attributes:
-        tags: to be set before what follows is sent.
-        points: of whole steps, unless one step alone is too large.
-        last_step: all points up to this step have arrived once this batch has.
+        tags: to be set before the following points are sent.
+        points: points of complete steps, unless one step alone is too large.
+        last_step: once this batch has arrived, all points up to this step have.
     """
 
     tags: Mapping[str, str]
@@ -53,12 +52,12 @@ class PointBatch(NamedTuple):
 
 
 class Replaced(NamedTuple):
-    """Steps of a roll back whose points MLflow had already; none where `last` is before `first`.
+    """Steps of a rollback whose points MLflow already had; none if `last` is before `first`.
 
     Attributes:
-        number: of the roll back. A run that later had to fall back behind it, to an older
-            checkpoint, has two of the same number, the second with an earlier first step.
-        first: the first step after the roll back.
+        number: number of the rollback. A run that later had to return to an even older checkpoint
+            has two of the same number, the second with an earlier first step.
+        first: the first step after the rollback.
         last: the greatest step that MLflow had.
     """
 
@@ -75,30 +74,29 @@ class Replaced(NamedTuple):
 
 
 class PointPlan:
-    """Turns lines of a record into batches, given what MLflow holds of the run.
+    """Turns lines of a record into batches, given MLflow's content of the run.
 
     Args:
         held: greatest step by name.
-        tags: of the run.
+        tags: tags of the run.
     """
 
     def __init__(self, held: Mapping[str, int], tags: Mapping[str, str]) -> None:
         self._names: set[str] = set()
-        """Of the record's metrics; MLflow may hold others, of other writers."""
+        """Names of the record's metrics; MLflow may have others, from other writers."""
         self.learn(held, tags)
 
     def learn(self, held: Mapping[str, int], tags: Mapping[str, str]) -> None:
-        """Take what MLflow says it holds for true."""
+        """Adopt the content that MLflow reports."""
         self._held = dict(held)
         self._replaced = dict(_replaced_steps(tags))
 
     def batches(
         self, lines: Iterable[Mapping[str, Any]], size: int = POINTS_PER_BATCH
     ) -> Iterator[PointBatch]:
-        """What is to be sent of these lines, in this order.
+        """Yield what is to be sent of these lines, in order.
 
-        What was taken from here counts as arrived; after a failure call `learn` before more is
-        taken.
+        Yielded batches count as arrived; after a failure call `learn` before continuing.
 
         Args:
             lines: accepted steps, increasing.
@@ -123,7 +121,7 @@ class PointPlan:
             yield PointBatch({}, tuple(points), last_step)
 
     def _take(self, line: Mapping[str, Any]) -> tuple[dict[str, str], list[Point]]:
-        """Tags to be set before this line, and its points."""
+        """Return tags to be set before this line, and its points."""
         step = line["step"]
         metrics = {metric_name(key): line[key] for key in line if key not in _NO_METRICS}
         self._names |= metrics.keys()
@@ -137,7 +135,8 @@ class PointPlan:
         return tags, points
 
     def _replacing(self, line: Mapping[str, Any]) -> dict[str, str]:
-        """The tag of a roll back that MLflow does not know yet; decides which steps it replaces."""
+        """Return the tag of a rollback that MLflow does not have yet; decides which steps it
+        replaces."""
         number, first = int(line.get("roll_backs", 0)), line["step"]
         label = str(number)
         known = self._replaced.get(label)
@@ -150,7 +149,8 @@ class PointPlan:
         return {f"{_TAG}{label}": self._replaced[label].text}
 
     def _prefix(self, step: int) -> str:
-        """Where a step's points go: to the newest roll back that replaces it, if any."""
+        """Return the prefix of a step's points: that of the newest rollback that replaces it, if
+        any."""
         replacing = [
             (replaced.number, -replaced.first, label)
             for label, replaced in self._replaced.items()
@@ -160,10 +160,10 @@ class PointPlan:
 
 
 def metric_name(key: str) -> str:
-    """A name that MLflow takes.
+    """Return a valid MLflow metric name.
 
-    Another character than MLflow's becomes `_`; a name that changed ends with a hash of the key, so
-    that no two keys have one name.
+    Other characters become `_`; a changed name ends with a hash of the key, so that names stay
+    unique.
     """
     parts = re.sub(r"[^\w\-. :/]", "_", key).split("/")
     name = "/".join(part for part in parts if part not in ("", ".", ".."))
@@ -177,12 +177,13 @@ def metric_name(key: str) -> str:
 
 
 def metric_value(value: float) -> float:
-    """NaN for what is not finite: MLflow keeps that, and would draw an infinity as 1.8e308."""
+    """Return NaN for values that are not finite: MLflow stores it, and would draw infinity as
+    1.8e308."""
     return float(value) if math.isfinite(value) else math.nan
 
 
 def _replaced_steps(tags: Mapping[str, str]) -> Iterator[tuple[str, Replaced]]:
-    """The roll backs that MLflow knows of, by label."""
+    """Return the rollbacks that MLflow knows, by label."""
     for key, text in tags.items():
         label = re.fullmatch(rf"{_TAG}((\d+)(?:_from_\d+)?)", key)
         some = re.fullmatch(r"steps (\d+) to (\d+)", text)

@@ -1,8 +1,8 @@
-"""The process that follows a run's record and fills MLflow: `python -m phi4.track.mlflow.process`.
+"""The process that sends a run's record to MLflow: `python -m phi4.track.mlflow.process`.
 
-It is told what to follow on its standard input, and answers on its standard output. It ends by
-itself: once MLflow knows how the run ended, or some time after the process that trains is gone.
-Nothing sends it a signal but SIGKILL, and that costs nothing.
+It receives the run on its standard input, and reports on its standard output. It ends by itself:
+once MLflow has the run's final status, or some time after the training process has ended. It can be
+killed with SIGKILL at any time without losing data.
 """
 
 import os
@@ -37,17 +37,17 @@ _BATCH_SECONDS = 1.0
 
 _LONGEST_RETRY_SECONDS = 30.0
 _ALONE_SECONDS = 60.0
-"""How long it goes on trying after the process that trains is gone."""
+"""How long it keeps trying after the training process has ended."""
 
 _NICENESS = 10
 
 
 class Parent:
-    """The process that trains, at the other end of two pipes.
+    """The training process, at the other end of two pipes.
 
     Args:
-        source: of what it tells.
-        sink: for what it is told.
+        source: pipe of its messages.
+        sink: pipe for messages to it.
     """
 
     def __init__(self, source: int, sink: int) -> None:
@@ -58,7 +58,7 @@ class Parent:
         self.ended: Status | None = None
 
     def asks(self) -> FollowRun | None:
-        """What to follow; None where it is gone before it said so."""
+        """Return what to follow; None if it ended before sending that."""
         while not self.is_gone and self._pid is None:
             for message in self._messages():
                 assert isinstance(message, FollowRun), "the first message says what to follow"
@@ -67,7 +67,7 @@ class Parent:
         return None
 
     def wait(self, seconds: float) -> None:
-        """Wait until it says something, or is gone, or the time is over."""
+        """Wait until it sends a message, has ended, or the time is over."""
         deadline = time.monotonic() + seconds
         while not (self.is_gone or self.ended):
             left = max(0.0, min(deadline - time.monotonic(), _BATCH_SECONDS))
@@ -77,19 +77,19 @@ class Parent:
                     self.ended = message.status
             elif time.monotonic() >= deadline:
                 break
-            # Its end of the pipe may live on in a process that it forked.
+            # Its end of the pipe may still be open in a process that it forked.
             self.is_gone = self.is_gone or os.getppid() != self._pid
         self.is_gone = self.is_gone or os.getppid() != self._pid
 
     def tell(self, message: FromFollower) -> None:
-        """Tell it something, unless it is gone."""
+        """Send it a message, unless it has ended."""
         try:
             os.write(self._sink, msgspec.json.encode(message) + b"\n")
         except OSError:
             self.is_gone = True
 
     def _messages(self) -> list[FollowRun | TrainingEnded]:
-        """What has arrived; waits for the first bytes."""
+        """Yield what has arrived; waits for the first bytes."""
         found = os.read(self._source, 1 << 16)
         self.is_gone = self.is_gone or not found
         *lines, self._unread = (self._unread + found).split(b"\n")
@@ -101,8 +101,8 @@ class LiveFollowing:
     """Follows one attempt of a run to its end.
 
     Args:
-        parent: the process that trains.
-        asked: what to follow.
+        parent: the training process.
+        asked: the run to follow.
         open_store: opens the store of a wish.
     """
 
@@ -115,11 +115,11 @@ class LiveFollowing:
         self._has_begun = False
         self._told: set[str] = set()
         self._address = "MLflow"
-        # The process that trains is rank 0, whose machine is node 0.
+        # The training process is rank 0, whose machine is node 0.
         self._sampler = SystemSampler(self._run_dir, 0, os.getppid())
 
     def run(self) -> None:
-        """Follow until MLflow knows the end, or there is nobody left to follow for."""
+        """Follow until MLflow has the final status, or this attempt no longer owns the run."""
         wait_seconds, gone_at = 0.0, None
         while True:
             self._parent.wait(wait_seconds)
@@ -142,7 +142,7 @@ class LiveFollowing:
                     time.sleep(_BATCH_SECONDS)
 
     def _advance(self) -> Follower:
-        """Bring MLflow to where the record is now."""
+        """Send what is new in the record."""
         self._sampler.sample_if_due()
         if self._follower is None:
             store = self._open_store(self._asked.wish)
@@ -162,12 +162,12 @@ class LiveFollowing:
         return self._follower
 
     def _end(self, follower: Follower) -> None:
-        # Whoever took the run over says how it stands.
+        # The process that took over the run sets its status.
         if not self._is_superseded():
             follower.conclude(self._parent.ended)
         self._parent.tell(StatusSet())
         if not self._is_superseded():
-            # After the status, which must not wait for it; the parent run's status follows.
+            # After the status, which must not wait for it; the parent run's status comes last.
             follower.describe(is_last=True)
 
     def _is_superseded(self) -> bool:
@@ -177,15 +177,15 @@ class LiveFollowing:
         trouble = trouble_of(error)
         if trouble.kind not in self._told:
             self._told.add(trouble.kind)
-            text = f"{self._address}: {trouble.text}; training goes on, and it is tried again"
+            text = f"{self._address}: {trouble.text}; training continues, and sending is retried"
             self._parent.tell(Told(text))
 
 
 def main() -> None:
-    """Follow what the process at the other end of standard input asks for."""
+    """Follow the run that the process at the other end of standard input requests."""
     os.nice(_NICENESS)
     parent = Parent(os.dup(0), os.dup(1))
-    # Whatever a library prints is not for the process that trains.
+    # Output of libraries must not reach the training process.
     silence = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(silence, descriptor)

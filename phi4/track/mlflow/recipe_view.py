@@ -1,4 +1,4 @@
-"""A recipe as flat parameters."""
+"""Flatten a recipe to parameters."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from phi4.config import Recipe
 
 
 def recipe_params(recipe: Recipe) -> dict[str, Any]:
-    """Every key of a recipe by its dotted name; tables and lists as JSON text."""
+    """Return every key of a recipe by its dotted name; tables and lists as JSON text."""
     tree = recipe.model_dump(mode="json")
     return {
         f"{section}.{key}": json.dumps(value) if isinstance(value, list | dict) else value

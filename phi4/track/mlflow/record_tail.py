@@ -1,8 +1,8 @@
-"""Reading what a run appends to its metrics.jsonl, also when lines are cut off meanwhile.
+"""Read new lines of a run's metrics.jsonl, even if lines are cut off meanwhile.
 
-A roll back cuts the file in place and training goes on writing, so the size does not tell:
-the last line that was read must still stand where it stood, and no two lines are equal because of
-their times.
+A rollback truncates the file in place and training continues writing, so the size is not
+sufficient: the last line that was read must still be at its position, and lines are unique because
+of their times.
 """
 
 import os
@@ -16,11 +16,11 @@ _CHUNK_BYTES = 4 << 20
 
 
 class Place(NamedTuple):
-    """How far a record has been read.
+    """Position in a record.
 
     Attributes:
-        offset: in the file.
-        last_line: that ends there.
+        offset: offset in the file.
+        last_line: the line that ends there.
     """
 
     offset: int = 0
@@ -28,19 +28,19 @@ class Place(NamedTuple):
 
 
 class RecordTail:
-    """Reads a metrics.jsonl in pieces.
+    """Reads a metrics.jsonl incrementally.
 
     Args:
-        path: may not exist yet.
+        path: file that may not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self, place: Place) -> tuple[list[dict[str, Any]], Place]:
-        """The whole lines behind a place, and the place behind them; no lines when there are none.
+        """Return the complete lines after a position, and the position after them.
 
-        They are the file's first lines where it was cut before the place.
+        If the file was cut before the position, reading restarts at its first line.
 
         Raises:
             DataError: a line is not a step's object.

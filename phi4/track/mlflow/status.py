@@ -1,4 +1,4 @@
-"""How a run and its attempts ended, in MLflow's words."""
+"""Map the end of a run and its attempts to MLflow's statuses."""
 
 import time
 from collections.abc import Mapping
@@ -9,16 +9,18 @@ from phi4.rundir.attempts import Attempt, attempt_path, newest_attempt, read_att
 from phi4.track.record import Status
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-_KILLED = "killed: it ended without a word (kill -9, out of memory, or its machine was lost)"
+_KILLED = (
+    "killed: it ended without recording a reason (kill -9, out of memory, or its machine was lost)"
+)
 
 
 class Conclusion(NamedTuple):
-    """How a run stands in MLflow once nobody trains it.
+    """Final status of a run in MLflow.
 
     Attributes:
         status: FINISHED, FAILED or KILLED.
         ended_unix: seconds since the epoch.
-        tags: what is known of its attempts.
+        tags: tags about its attempts.
     """
 
     status: str
@@ -27,14 +29,15 @@ class Conclusion(NamedTuple):
 
 
 def read_attempts(run_dir: Path) -> dict[int, Attempt]:
-    """The attempts of a run, by number."""
+    """Read the attempts of a run, by number."""
     numbers = range(1, newest_attempt(run_dir) + 1)
     found = {number: read_attempt(attempt_path(run_dir, number)) for number in numbers}
     return {number: attempt for number, attempt in found.items() if attempt is not None}
 
 
 def attempt_tags(attempts: Mapping[int, Attempt]) -> dict[str, str]:
-    """`attempt_N` of attempts that are over, and `preempted` of the newest that says it."""
+    """Return `attempt_N` of attempts that are over, and `preempted` of the newest that recorded
+    it."""
     tags = {f"attempt_{number}": _how(attempt) for number, attempt in attempts.items()}
     told = [one.preempted for one in attempts.values() if one.preempted is not None]
     return tags | {"preempted": str(told[-1]).lower()} if told else tags
@@ -47,14 +50,14 @@ def conclusion(
     has_all_steps: bool,
     last_unix: float,
 ) -> Conclusion:
-    """How a run ended.
+    """Determine how a run ended.
 
-    What its newest attempt wrote down counts, then what the process said; where it was killed, the
-    run is finished if it has all its steps, else it failed.
+    The record of its newest attempt has precedence over the process's report; a killed run is
+    finished if it has all its steps, otherwise failed.
 
     Args:
         attempts: all of them.
-        said: by the process that trained.
+        said: reported by the training process.
         has_all_steps: whether the record reaches run.steps.
         last_unix: time of the record's last line.
     """

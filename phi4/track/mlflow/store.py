@@ -1,7 +1,7 @@
-"""The MLflow server or store that shows a run: found, asked and told.
+"""Access to the MLflow server or store that tracks a run.
 
-Every call blocks for as long as the server takes and raises when it fails; nobody here tries again.
-After a failure only the server can say what it has stored.
+Every call blocks until the server responds and raises on failure, without retries. After a failure
+only the server knows what it has stored.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ _TAGS_PER_BATCH = 100
 
 
 class ServerRun(NamedTuple):
-    """What the server holds of a run.
+    """The server's content of a run.
 
     Attributes:
-        run_id: of the MLflow run.
-        experiment_id: that it is in.
+        run_id: run id of the MLflow run.
+        experiment_id: its experiment.
         status: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED.
         held: greatest step by name of the metric.
-        tags: of the MLflow run.
+        tags: tags of the MLflow run.
     """
 
     run_id: str
@@ -46,10 +46,10 @@ class ServerRun(NamedTuple):
     tags: Mapping[str, str]
 
     def page(self, uri: str) -> str:
-        """Where a browser shows the run; empty for a store that no server shows.
+        """URL of the run in a browser; empty for a store without a server.
 
-        MLflow 3.17 opens a page in the mode that the browser was in last, and at first for
-        generative AI, where a training run stands among evaluations; unless the address says.
+        MLflow 3.17 opens a page in the mode that the browser used last, initially for generative
+        AI, where training runs are listed among evaluations, unless the URL specifies the mode.
         """
         if not uri.startswith(("http://", "https://")):
             return ""
@@ -58,18 +58,18 @@ class ServerRun(NamedTuple):
 
 
 class MlflowStore:
-    """A tracking server or store, and the MLflow run in it that shows a run of ours.
+    """A tracking server or store, and the MLflow run in it that tracks a run of ours.
 
     Args:
-        wish: where the run is to be shown.
-        is_training: whether MLFLOW_RUN_ID names the MLflow run, and mlflow.json is to name it.
+        wish: where the run is to be tracked.
+        is_training: whether MLFLOW_RUN_ID selects the MLflow run, and mlflow.json is written.
 
     Attributes:
-        uri: of the server, without a password.
-        described: where what was chosen comes from, for the user.
+        uri: address of the server, without a password.
+        described: origins of the chosen settings, for the user.
 
     Raises:
-        TrackingError: the address is none.
+        TrackingError: the address is invalid.
     """
 
     def __init__(self, wish: TrackingWish, *, is_training: bool) -> None:
@@ -95,10 +95,10 @@ class MlflowStore:
         self.client = connect(uri)
 
     def open_run(self) -> tuple[ServerRun, str]:
-        """The MLflow run of this run, made where there is none; and a line for the user, or "".
+        """Return the MLflow run of this run, created if missing, and a line for the user, or "".
 
         Raises:
-            TrackingError: it cannot be made or used; says why.
+            TrackingError: it cannot be created or used; the message has the reason.
         """
         if self._asked_run_id:
             run = self._run(self._asked_run_id)
@@ -106,7 +106,7 @@ class MlflowStore:
                 raise TrackingError(
                     f"MLFLOW_RUN_ID={self._asked_run_id}: {self.uri} "
                     f"{'has no such run' if run is None else 'has this run as a deleted one'}, "
-                    "expected one that exists; unset the variable, or name another run"
+                    "expected an existing run; unset the variable, or set it to another run"
                 )
             return self._opened(run), ""
         known, note = read_mlflow_ids(self._run_dir), ""
@@ -114,15 +114,18 @@ class MlflowStore:
             run = self._run(known.run_id)
             if known.first_attempt != self._first_attempt():
                 self._give_up(run)
-                note = f"run {known.run_id} is of another training in {self._run_dir}; it ends"
+                note = (
+                    f"run {known.run_id} belongs to an earlier training in {self._run_dir}; it is "
+                    f"closed"
+                )
             elif run is not None and _is_active(run):
                 return self._opened(run), ""
             else:
-                how = "is not there any more" if run is None else "is deleted"
+                how = "no longer exists" if run is None else "is deleted"
                 note = (
-                    f"run {known.run_id} {how}, expected the one of {self._run_dir}; it gets a new "
-                    "one with all steps. Restore a deleted one by `mlflow runs restore` before a "
-                    "start"
+                    f"run {known.run_id} {how}, expected the run of {self._run_dir}; a new one "
+                    f"with all steps is created. To keep a deleted run, restore it with `mlflow "
+                    f"runs restore` before the start"
                 )
         experiment_id = self._experiment_id()
         return self._opened(self._found(experiment_id) or self._created(experiment_id)), note
@@ -131,7 +134,7 @@ class MlflowStore:
         """Send a batch.
 
         Returns:
-            Names that the server refuses, with its reason; everything else has arrived.
+            Names that the server refused, with its reason; everything else has arrived.
         """
         from mlflow.exceptions import MlflowException
 
@@ -157,7 +160,7 @@ class MlflowStore:
         return refused
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Set tags; a value that is too long is cut, with a mark."""
+        """Set tags; a value that is too long is truncated and marked."""
         from mlflow.entities import RunTag
         from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
@@ -166,11 +169,11 @@ class MlflowStore:
             self.client.log_batch(run_id, tags=entities[start : start + _TAGS_PER_BATCH])
 
     def set_running(self, run_id: str) -> None:
-        """The run goes on."""
+        """Mark the run as running."""
         self.client.update_run(run_id, status="RUNNING")
 
     def set_ended(self, run_id: str, status: str, ended_unix: float) -> None:
-        """The run ended: FINISHED, FAILED or KILLED."""
+        """Set the run's final status: FINISHED, FAILED or KILLED."""
         self.client.set_terminated(run_id, status=status, end_time=round(ended_unix * 1000))
 
     def _log(self, run_id: str, points: Iterable[Point]) -> None:
@@ -194,36 +197,36 @@ class MlflowStore:
 
         found = self.client.get_experiment_by_name(self._experiment)
         if found is None:
-            # Artifacts of the local store would otherwise go below the working directory.
+            # Artifacts of the local store would otherwise be written below the working directory.
             artifacts = (self._run_dir.parent / "mlartifacts").as_uri() if self._is_local else None
             try:
                 return self.client.create_experiment(self._experiment, artifact_location=artifacts)
             except MlflowException:
-                # Another run made it meanwhile.
+                # Another run created it meanwhile.
                 found = self.client.get_experiment_by_name(self._experiment)
                 if found is None:
                     raise
         if found.lifecycle_stage != "active":
             raise TrackingError(
                 f"experiment {self._experiment!r} is deleted, expected an active one; restore it "
-                f"(mlflow experiments restore --experiment-id {found.experiment_id}) or name "
-                "another tracking.experiment"
+                f"(mlflow experiments restore --experiment-id {found.experiment_id}) or set "
+                f"another tracking.experiment"
             )
         return found.experiment_id
 
     def _found(self, experiment_id: str) -> "Run | None":
-        """The run whose creation was not acknowledged, or that another replay made."""
+        """Find the run whose creation was not acknowledged, or that another replay created."""
         query = f"tags.`{_KEY_TAG}` = '{self._key()}'"
         runs = self.client.search_runs([experiment_id], query, max_results=1)
         return runs[0] if runs else None
 
     def _give_up(self, run: "Run | None") -> None:
-        """The run of a training that somebody began anew, under another recipe."""
+        """Close the run of a training that was replaced by a new one with another recipe."""
         if run is not None and _is_active(run) and run.info.status == "RUNNING":
             self.client.set_terminated(run.info.run_id, status="KILLED")
 
     def _first_attempt(self) -> int:
-        """Of the training that the run shows."""
+        """Return the first attempt of the training that the run tracks."""
         return next((about.attempt for about in abouts_of_training(self._run_dir)), 1)
 
     def _created(self, experiment_id: str) -> "Run":
@@ -237,7 +240,8 @@ class MlflowStore:
         )
 
     def _key(self) -> str:
-        """Of the run: a hash of who began its training, which stays as long as that goes on."""
+        """Return the run's key: a hash of its training's first attempt, constant while that
+        continues."""
         number = self._first_attempt()
         first = read_attempt(attempt_path(self._run_dir, number))
         named = msgspec.json.encode((number, first.process, first.started_at)) if first else b""
@@ -254,14 +258,14 @@ class MlflowStore:
         if known is not None and known.uri == ids.uri:
             ids = msgspec.structs.replace(ids, parent_run_id=known.parent_run_id)
         if ids != known and (self._is_training or known is None):
-            # On a full disk the run is found again by its key.
+            # With a full disk the run is found again by its key.
             with suppress(OSError, Phi4Error):
                 write_mlflow_ids(self._run_dir, ids)
         return _server_run(run)
 
 
 def cut(text: str, length: int) -> str:
-    """A text of at most `length` characters; says so where something is missing."""
+    """Truncate a text to `length` characters, with a note about the missing part."""
     if len(text) <= length:
         return text
     mark = f"... (cut; {len(text):,} characters)"
@@ -273,7 +277,7 @@ def _is_active(run: "Run") -> bool:
 
 
 def _server_run(run: "Run") -> ServerRun:
-    # The latest value of a metric is the one of its greatest step.
+    # MLflow's latest value of a metric is the one with the greatest step.
     held = {metric.key: metric.step for metric in run.data.to_proto().metrics}
     info = run.info
     return ServerRun(info.run_id, info.experiment_id, info.status, held, run.data.tags)

@@ -1,9 +1,9 @@
-"""How the machines of a run fare: samples in RUN/system/node_0.jsonl, and as metric points.
+"""Samples of a run's machines: in RUN/system/node_0.jsonl, and as metric points.
 
-One sampler per machine: that of node 0 lives in the process that feeds MLflow, the others in a
-small process of their own (`sampling_beside`). The file is the record; whoever sends points reads
-it, also of other nodes. A sample that cannot be taken or written is left out: sampling neither
-stops nor slows a run. Sample numbers go on over restarts.
+There is one sampler per machine: that of node 0 runs in the follower process, the others in a small
+process of their own (`sampling_beside`). The file is the record; the sender of points reads it, for
+other nodes too. A sample that cannot be taken or written is skipped: sampling neither stops nor
+slows a run. Sample numbers continue across restarts.
 """
 
 import ctypes
@@ -30,16 +30,16 @@ _NICENESS = 10
 _WATCH_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 1 << 16
-"""At the end of a file, where its last sample is looked for."""
+"""Size of the end of a file in which its last sample is searched."""
 
 
 class SystemSample(NamedTuple):
     """One sample of one machine, as MLflow shows it under System metrics.
 
     Attributes:
-        node: number of the machine.
-        sample: number, from 1; the step of the points.
-        unix_seconds: the timestamp of the points.
+        node: index of the machine.
+        sample: sample number, from 1; the step of the points.
+        unix_seconds: timestamp of the points.
         metrics: by names that begin with `system/node_0/`.
     """
 
@@ -53,11 +53,11 @@ class SystemSampler:
     """Samples this machine into its file.
 
     Args:
-        run_dir: of the run.
-        node: number of this machine.
-        rank_pid: a rank of the run on this machine: processes of the same parent and command line
-            are the others.
-        nvml: the module pynvml, for tests; imported where it is installed.
+        run_dir: run directory of the run.
+        node: index of this machine.
+        rank_pid: a rank of the run on this machine: processes with the same parent and command line
+            are the other ranks.
+        nvml: the module pynvml, for tests; imported if installed.
     """
 
     def __init__(self, run_dir: Path, node: int, rank_pid: int, nvml: Any | None = None) -> None:
@@ -68,28 +68,28 @@ class SystemSampler:
         self._network: tuple[float, int, int] | None = None
         self._gpus = _Gpus(nvml)
         with suppress(OSError, psutil.Error):
-            # The first answer is of no interval.
+            # The first value covers no interval.
             psutil.cpu_percent()
 
     def sample_if_due(self) -> None:
-        """Take a sample, unless the last one is not SAMPLE_SECONDS old; raises nothing."""
+        """Take a sample if the last one is SAMPLE_SECONDS old; never raises."""
         now = time.monotonic()
         if now >= self._due:
             self._due = now + SAMPLE_SECONDS
             self.sample()
 
     def sample(self) -> None:
-        """Take a sample; raises nothing."""
+        """Take a sample; never raises."""
         values: dict[str, float] = {}
         for read in (self._machine, self._ranks, self._disk, self._traffic, self._gpus.read):
-            # psutil and NVML fail in ways of their own on unusual machines.
+            # psutil and NVML raise unpredictable errors on unusual machines.
             with suppress(Exception):
                 values |= read()
         line = {"sample": self._sample + 1, "unix_seconds": time.time(), **values}
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab", buffering=0) as file:
-                # On a line of its own, also behind one that a kill or a full disk cut off.
+                # On a new line, even after one that a kill or a full disk cut off.
                 text = msgspec.json.encode(line) + b"\n"
                 if _ends_within_a_line(self._path):
                     text = b"\n" + text
@@ -134,7 +134,7 @@ class SystemSampler:
 
 
 class _Gpus:
-    """The GPUs of this machine, by NVML; none where its module, its driver or a GPU is missing."""
+    """The GPUs of this machine, by NVML; none if its module, its driver or a GPU is missing."""
 
     def __init__(self, nvml: Any | None) -> None:
         self._nvml, self._handles = nvml, []
@@ -145,11 +145,11 @@ class _Gpus:
                 nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())
             ]
         except Exception:
-            # NVML's errors have a class of its own module, which may not be there.
+            # NVML's errors have a class of its own module, which may be missing.
             self._handles = []
 
     def read(self) -> dict[str, float]:
-        """What each GPU tells; a value that its driver does not know is left out."""
+        """Read each GPU; values that its driver does not provide are omitted."""
         values: dict[str, float] = {}
         if self._nvml is None:
             return values
@@ -172,7 +172,7 @@ def _readers(nvml: Any, handle: Any) -> Mapping[str, Callable[[], float]]:
 
 
 def last_samples(held: Mapping[str, int]) -> dict[int, int]:
-    """By node, the number of the last sample that a store holds.
+    """Return the number of the last sample in a store, by node.
 
     Args:
         held: greatest step by name of the metric.
@@ -189,8 +189,8 @@ class SystemTail:
     """Reads the samples of all machines of a run as they are written.
 
     Args:
-        run_dir: of the run.
-        after: by node, the number of the last sample that is not wanted any more.
+        run_dir: run directory of the run.
+        after: by node, the number of the last sample that is not needed.
     """
 
     def __init__(self, run_dir: Path, after: Mapping[int, int] | None = None) -> None:
@@ -199,7 +199,7 @@ class SystemTail:
         self._offsets: dict[Path, int] = {}
 
     def read(self) -> list[SystemSample]:
-        """What is new since the last call: of every machine, in order."""
+        """Return what is new since the last call: of every machine, in order."""
         return [sample for path in _node_files(self._directory) for sample in self._new(*path)]
 
     def _new(self, node: int, path: Path) -> Iterator[SystemSample]:
@@ -212,7 +212,7 @@ class SystemTail:
         whole = text[: text.rfind(b"\n") + 1]
         self._offsets[path] = self._offsets.get(path, 0) + len(whole)
         for line in _decoded(whole):
-            # Two samplers of one node, by a machine that came back, must not send a step twice.
+            # Two samplers of one node, after a machine came back, must not send a step twice.
             if line["sample"] > self._after.get(node, 0):
                 self._after[node] = line["sample"]
                 yield _as_sample(node, line)
@@ -220,15 +220,15 @@ class SystemTail:
 
 @contextmanager
 def sampling_beside(run_dir: Path, launched_by: LaunchedBy, *, wanted: bool) -> Iterator[None]:
-    """While the block runs: a process that samples this machine, where this rank owes one.
+    """Run a process that samples this machine during the block, if this rank is responsible for it.
 
-    That is the first rank of every machine but node 0. A process that cannot be started leaves the
-    run as it is.
+    The responsible rank is the first of every machine except node 0. If the process cannot be
+    started, the run continues without it.
 
     Args:
-        run_dir: of the run.
-        launched_by: of this process.
-        wanted: whether the run is followed.
+        run_dir: run directory of the run.
+        launched_by: launch information of this process.
+        wanted: whether the run is tracked.
     """
     process = None
     if wanted and launched_by.node > 0 and launched_by.local_rank == 0:
@@ -279,7 +279,7 @@ def _node_files(directory: Path) -> list[tuple[int, Path]]:
 
 
 def _last_sample(path: Path) -> int:
-    """Number of the last sample in a file; 0 without one."""
+    """Return the number of the last sample in a file; 0 without one."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
@@ -297,7 +297,7 @@ def _ends_within_a_line(path: Path) -> bool:
 
 
 def _decoded(text: bytes) -> Iterator[dict[str, Any]]:
-    """The lines that are samples; a kill may have cut one off."""
+    """Return the lines that are samples; a kill may have cut one off."""
     for line in text.splitlines():
         with suppress(msgspec.DecodeError):
             decoded = msgspec.json.decode(line)

@@ -1,7 +1,7 @@
-"""MLflow as a view of a run that trains: a process of its own reads the record and sends it.
+"""Track a training run in MLflow through a separate process that reads the record and sends it.
 
-One decision: training does nothing for MLflow except to start that process and to tell it how the
-run ended. What the process sends is in metrics.jsonl, so its death loses nothing.
+Training does nothing for MLflow except start that process and report how the run ended. Everything
+that the process sends is in metrics.jsonl, so its death loses nothing.
 """
 
 import signal
@@ -29,27 +29,28 @@ from phi4.track.mlflow.wish import TrackingWish
 from phi4.track.record import Status
 
 PATIENCE_SECONDS = 30.0
-"""How long the end of a run waits for what has not arrived yet."""
+"""How long the end of a run waits for points that have not arrived yet."""
 
 _HASTY_SECONDS = 5.0
-"""Likewise, where it was told to end: a cluster kills it soon, by default after 30 s."""
+"""The same for a run that was told to end: a cluster kills it soon, by default after 30 s."""
 
 _COMMAND = (sys.executable, "-m", "phi4.track.mlflow.process")
 _HELD_BACK = {
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
     *(signal.SIGUSR1, signal.SIGUSR2),
 }
-"""Signals that ask a run to end, or Slurm sends to every process of it: the follower ends later."""
+"""Signals that ask a run to end, or that Slurm sends to every process of it: the follower ends
+later."""
 
 
 class MlflowTracker:
-    """Shows a run in MLflow, the same MLflow run across restarts; a `Tracker`.
+    """Tracks a run in MLflow, in the same MLflow run across restarts; a `Tracker`.
 
     Args:
-        wish: where the run is shown.
-        say: takes a line for the user; called from a thread.
+        wish: where the run is tracked.
+        say: prints a line for the user; called from a thread.
         patience_seconds: how long `finish` waits.
-        command: what is started; a parameter for tests.
+        command: the command to start; a parameter for tests.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class MlflowTracker:
         self._reader = threading.Thread(target=self._read, name="mlflow", daemon=True)
 
     def start(self, params: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
-        """Start the process. What it shows of the recipe it reads from the run's directory."""
-        # The process starts with the mask of the thread that starts it.
+        """Start the process, which reads the recipe from the run's directory."""
+        # The process inherits the signal mask of the thread that starts it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
         try:
             self._process = subprocess.Popen(
@@ -86,15 +87,16 @@ class MlflowTracker:
         self._reader.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing but a note: the process reads the line from the record."""
+        """Note the step; the process reads the line from the record."""
         self._last_step = step
 
     def rewind(self, step: int) -> None:
-        """Nothing: the process sees that the record was cut."""
+        """Do nothing: the process detects that the record was cut."""
         self._last_step = step
 
     def finish(self, status: Status) -> None:
-        """Tell how the run ended, and wait no longer than the patience until MLflow knows all."""
+        """Report how the run ended, and wait until MLflow has everything, at most for the
+        patience."""
         if self._process is None:
             return
         self._is_ending = True
@@ -105,16 +107,18 @@ class MlflowTracker:
             self._process.kill()
             self._reader.join()
             self._say(
-                f"MLflow has {self._arrived} of {self._last_step} steps; metrics.jsonl has them "
-                f"all, and `phi4 track replay {self._wish.run_dir}` sends the rest"
+                f"MLflow has {self._arrived} of {self._last_step} steps; metrics.jsonl has all of "
+                f"them, and `phi4 track replay {self._wish.run_dir}` sends the rest"
                 if self._arrived < self._last_step
-                else "MLflow has all steps but does not know how the run ended; "
-                f"`phi4 track settle {self._wish.run_dir}` tells it"
+                else (
+                    "MLflow has all steps but not the run's final status; `phi4 track settle "
+                    "{self._wish.run_dir}` sets it"
+                )
             )
         self._close()
 
     def _read(self) -> None:
-        """Take what the process tells, until it ends."""
+        """Read the process's messages until it ends."""
         decoder = msgspec.json.Decoder(FromFollower)
         process, _, told = self._started()
         for line in told:
@@ -129,12 +133,12 @@ class MlflowTracker:
         if not self._is_ending:
             self._say(
                 f"the process that fills MLflow ended with code {code} at step {self._arrived}; "
-                f"training goes on, `phi4 track replay {self._wish.run_dir}` sends the rest"
+                f"training continues, `phi4 track replay {self._wish.run_dir}` sends the rest"
             )
 
     def _write(self, message: FollowRun | TrainingEnded) -> None:
         _, pipe, _ = self._started()
-        # It may have died; the reader says so.
+        # It may have died; the reader reports that.
         with suppress(BrokenPipeError):
             pipe.write(msgspec.json.encode(message) + b"\n")
             pipe.flush()

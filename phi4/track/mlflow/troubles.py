@@ -1,4 +1,4 @@
-"""What is wrong with a tracking server, in one line: what was got, and what to do."""
+"""Describe errors of a tracking server in one line: what was received, and what to do."""
 
 import re
 from typing import NamedTuple
@@ -10,46 +10,46 @@ _LONGEST = 240
 _REMEDIES = (
     (
         r"error code 401|UNAUTHENTICATED|not authenticated",
-        "the server wants other credentials: set MLFLOW_TRACKING_USERNAME and "
+        "the server requires other credentials: set MLFLOW_TRACKING_USERNAME and "
         "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     ),
     (
         r"error code 403|PERMISSION_DENIED|Permission denied",
-        "this user may not write there: ask for write access, or name another experiment",
+        "this user may not write there: request write access, or use another experiment",
     ),
     (
         r"readonly database|Read-only file system",
-        "the store must be writable for this user: change its permissions, or name another "
+        "the store must be writable for this user: change its permissions, or use another "
         "tracking.uri",
     ),
-    (r"disk is full|No space left on device", "the store's disk must have space: free some"),
+    (r"disk is full|No space left on device", "the store's disk is full: free some space"),
     (
         r"unable to open database file",
-        "the store's directory must exist and be writable: create it, or name another tracking.uri",
+        "the store's directory must exist and be writable: create it, or use another tracking.uri",
     ),
-    (r"database is locked", "another process writes to the store: expected soon to be over"),
+    (r"database is locked", "another process is writing to the store: this is temporary"),
     (
         r"Connection refused|Failed to resolve|No route to host|Network is unreachable",
-        "expected a tracking server there: start it, or name another tracking.uri",
+        "expected a tracking server there: start it, or use another tracking.uri",
     ),
     (
         r"Connection aborted|Connection reset",
-        "the server went away in the middle of a request: look at its log",
+        "the server closed the connection during a request: check its log",
     ),
     (
         r"timed out",
-        "the server answers too late: look at its load, or raise MLFLOW_HTTP_REQUEST_TIMEOUT",
+        "the server responds too slowly: check its load, or raise MLFLOW_HTTP_REQUEST_TIMEOUT",
     ),
-    (r"error code 5\d\d|too many 5\d\d error", "the server fails: look at its log"),
+    (r"error code 5\d\d|too many 5\d\d error", "the server fails: check its log"),
 )
-"""What an error's text contains, and what to do then."""
+"""Pattern in an error's text, and the remedy."""
 
 
 class Trouble(NamedTuple):
-    """Something that keeps points from arriving.
+    """A problem that prevents points from arriving.
 
     Attributes:
-        kind: equal for troubles that are told once.
+        kind: equal for problems that are reported only once.
         text: one line.
     """
 
@@ -58,7 +58,7 @@ class Trouble(NamedTuple):
 
 
 def trouble_of(error: Exception) -> Trouble:
-    """What to tell of an error that a request ended with."""
+    """Describe an error that a request raised."""
     if isinstance(error, Phi4Error):
         return Trouble(str(error), str(error))
     for pattern, remedy in _REMEDIES:
@@ -70,5 +70,5 @@ def trouble_of(error: Exception) -> Trouble:
 
 
 def without_password(text: str) -> str:
-    """The text without what stands between `//` and `@` of an address."""
+    """Remove the user and password between `//` and `@` of an address."""
     return re.sub(r"//[^/@\s]*@", "//", text)

@@ -1,4 +1,4 @@
-"""What a run asks of MLflow, before the environment and the defaults are looked at."""
+"""The MLflow settings of a run, before environment variables and defaults are applied."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from phi4.config import Recipe
 
 
 class TrackingWish(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a run is to be shown.
+    """Where a run is to be tracked.
 
     Attributes:
-        run_dir: of the run, absolute.
-        uri: of the server or store; None takes MLFLOW_TRACKING_URI, else a sqlite store beside
-            run_dir.
+        run_dir: run directory of the run, absolute.
+        uri: address of the server or store; None takes MLFLOW_TRACKING_URI, else a sqlite store
+            next to run_dir.
         experiment: None takes MLFLOW_EXPERIMENT_NAME, else `phi4`.
-        run_name: of a new MLflow run.
+        run_name: name of a new MLflow run.
     """
 
     run_dir: str
@@ -25,7 +25,7 @@ class TrackingWish(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def wish_of(recipe: Recipe, run_dir: Path) -> TrackingWish:
-    """What a recipe asks for."""
+    """Return the settings of a recipe."""
     run_dir = run_dir.resolve()
     return TrackingWish(
         run_dir=str(run_dir),

@@ -1,4 +1,4 @@
-"""A run, or several side by side, as one HTML page that needs nothing but itself."""
+"""A report of one or several runs as one self-contained HTML page."""
 
 from phi4.track.report.page import page_of, write_report
 

@@ -1,4 +1,4 @@
-"""Colours that can be told apart, on white and on black, by people who see few of them."""
+"""Colours that are distinguishable on white and on black, also with colour vision deficiency."""
 
 RUNS = (
     "#0072b2",  # blue
@@ -10,10 +10,10 @@ RUNS = (
     "#c8374a",  # red
     "#7a8290",  # grey
 )
-"""Of runs side by side, and of the curves of one chart of one run; the ninth begins anew."""
+"""Colours of the runs, and of the curves in a chart of one run; the ninth repeats the first."""
 
 EVENTS = {"skipped step": "#c8374a", "roll back": "#d55e00", "resume": "#a67c00"}
-"""Of a run that is alone on its page; of several, each run's events have its colour."""
+"""Colours of events of a single run; with several runs, events have the run's colour."""
 
 BUCKETS = {
     "step": "#009e73",
@@ -25,15 +25,15 @@ BUCKETS = {
     "roll_back": "#c8374a",
     "other": "#4f8fb0",
 }
-"""Of wall time."""
+"""Colours of wall time buckets."""
 
 HATCHES = {"restart": "/", "roll_back": "x", "start": "."}
-"""For time that did not advance training."""
+"""Colours of buckets that did not advance training."""
 
 BACKGROUNDS = ("#ffffff", "#14171c")
-"""Of the page, light and dark."""
+"""Colours of the page, light and dark."""
 
 
 def run_colour(index: int) -> str:
-    """Colour of the run or curve with this index."""
+    """Return the colour of the run or curve with this index."""
     return RUNS[index % len(RUNS)]

@@ -1,4 +1,4 @@
-"""Curves of a run's lines: the finite values of a key over steps, tokens and time."""
+"""Curves of a run: the finite values of a key over steps, tokens and time."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from phi4.track.report.decimate import kept_points
 Line = Mapping[str, Any]
 
 X_AXES = ("tokens", "step", "seconds")
-"""What curves of training can be drawn over; seconds since the run's first start."""
+"""X axes of training curves; seconds since the run's first start."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Curve:
     """A curve that can be drawn.
 
     Attributes:
-        xs: by name of `X_AXES`; NaN where a line does not say.
+        xs: by name of `X_AXES`; NaN where a line has no value.
         values: finite, or NaN where the curve is interrupted.
         num_points: finite values in the record, drawn or not.
         num_not_finite: values in the record that are NaN or infinite.
@@ -34,15 +34,16 @@ class Curve:
 
     @property
     def is_decimated(self) -> bool:
-        """Whether points were left out."""
+        """Whether points were omitted."""
         return np.isfinite(self.values).sum() < self.num_points
 
     def scaled(self, factor: float) -> "Curve":
-        """In another unit."""
+        """Return the curve in another unit."""
         return replace(self, values=self.values * factor)
 
     def block_means(self, size: int) -> "Curve":
-        """The mean of every so many values, in the middle of them; a last, shorter block too."""
+        """Return the mean of every block of some number of values, including a last, shorter
+        block."""
         begins = np.arange(0, self.values.size, size)
         counts = np.diff([*begins, self.values.size])
         means = np.add.reduceat(self.values, begins) / counts
@@ -50,7 +51,7 @@ class Curve:
         return Curve(xs, means, means.size, 0)
 
     def decimated(self, limit: int) -> "Curve":
-        """At most so many points, the extremes among them."""
+        """Return at most some number of points, including the extremes."""
         kept = kept_points(self.values, limit)
         xs = {name: x[kept] for name, x in self.xs.items()}
         return Curve(xs, self.values[kept], self.num_points, self.num_not_finite)
@@ -62,7 +63,7 @@ class Lines:
 
     Attributes:
         lines: steps increasing.
-        began_unix: what seconds count from; 0 where the run does not say.
+        began_unix: time that seconds are counted from; 0 if not recorded.
     """
 
     lines: Sequence[Line]
@@ -70,20 +71,20 @@ class Lines:
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Every key of any line."""
+        """Return every key of any line."""
         return tuple(dict.fromkeys(key for line in self.lines for key in line))
 
     def keys_under(self, prefix: str) -> list[str]:
-        """Keys that begin so, sorted."""
+        """Return keys with this prefix, sorted."""
         return sorted(key for key in self.keys if key.startswith(prefix))
 
     def curve(self, key: str) -> Curve:
-        """The finite values of a key; empty where no line has it."""
+        """Return the finite values of a key; empty if no line has it."""
         return curve_of(self.lines, key, self.began_unix)
 
 
 def curve_of(lines: Sequence[Line], key: str, began_unix: float) -> Curve:
-    """The finite values of a key, lines in their order."""
+    """Return the finite values of a key, lines in order."""
     found = [line for line in lines if isinstance(line.get(key), int | float)]
     values = np.array([line[key] for line in found], dtype=float)
     is_finite = np.isfinite(values)
@@ -93,7 +94,7 @@ def curve_of(lines: Sequence[Line], key: str, began_unix: float) -> Curve:
 
 
 def x_values(lines: Sequence[Line], began_unix: float) -> dict[str, np.ndarray]:
-    """Step, tokens and hours of lines; NaN where a line does not say."""
+    """Return step, tokens and hours of lines; NaN where a line has no value."""
     steps = np.array([line.get("step", math.nan) for line in lines], dtype=float)
     tokens = np.array([line.get("consumed_tokens", math.nan) for line in lines], dtype=float)
     unix = np.array([line.get("unix_seconds", math.nan) for line in lines], dtype=float)
@@ -102,7 +103,7 @@ def x_values(lines: Sequence[Line], began_unix: float) -> dict[str, np.ndarray]:
 
 
 def joined(curves: Iterable[Curve]) -> Curve:
-    """Curves as one, with an interruption between each two."""
+    """Join curves, with an interruption between each two."""
     parts = [curve for curve in curves if curve.values.size]
     gap = np.array([math.nan])
     xs = {name: _interrupted([curve.xs[name] for curve in parts], gap) for name in X_AXES}
@@ -120,7 +121,7 @@ def _interrupted(parts: Sequence[np.ndarray], gap: np.ndarray) -> np.ndarray:
 
 
 def undone_parts(lines: Sequence[Line]) -> list[list[Line]]:
-    """Undone lines, split where another attempt or another way back begins."""
+    """Split undone lines where another attempt or another rollback begins."""
     parts: list[list[Line]] = []
     before: Line | None = None
     for line in sorted(lines, key=_order):

@@ -1,4 +1,5 @@
-"""Which points of a long curve are drawn: the extremes of every bin, so that no spike is lost."""
+"""Choose the points of a long curve to draw: the extremes of every bin, so that no spike is
+lost."""
 
 from itertools import pairwise
 
@@ -6,13 +7,14 @@ import numpy as np
 
 
 def kept_points(values: np.ndarray, limit: int) -> np.ndarray:
-    """Indices of the points to draw, increasing.
+    """Return indices of the points to draw, increasing.
 
-    Of equal bins, the smallest and the largest value of each; and the first and the last point.
+    These are the smallest and the largest value of each of equal bins, and the first and the last
+    point.
 
     Args:
         values: [n], finite.
-        limit: at least 4; so many points at most, and all of them where there are no more.
+        limit: at least 4; the maximum number of points. Shorter curves are kept unchanged.
     """
     if values.size <= limit:
         return np.arange(values.size)

@@ -1,4 +1,4 @@
-"""The head of a run's report: what it is, how far it came, and how its newest attempt ended."""
+"""The summary of a run's report: what it is, its progress, and how its newest attempt ended."""
 
 import math
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ UNKNOWN = "not recorded"
 
 
 class Fact(NamedTuple):
-    """One thing to know.
+    """One entry of the summary.
 
     Attributes:
-        name: what it is.
-        value: as it is shown.
-        tone: good, bad or empty: how it is set off.
+        name: label.
+        value: displayed value.
+        tone: good, bad or empty; determines the highlighting.
     """
 
     name: str
@@ -27,11 +27,11 @@ class Fact(NamedTuple):
 
 
 def facts_of(run: ReportedRun, now: float) -> list[Fact]:
-    """The head of a run.
+    """Return the summary of a run.
 
     Args:
-        run: to describe.
-        now: seconds since the epoch, which say whether it still shows that it lives.
+        run: run to describe.
+        now: seconds since the epoch, to decide whether the run is still alive.
     """
     recipe, steps = run.record.recipe, run.record.steps
     last = steps[-1] if steps else {}
@@ -54,7 +54,7 @@ def facts_of(run: ReportedRun, now: float) -> list[Fact]:
 
 
 def how_it_ended(attempt: Attempt) -> str:
-    """An attempt's end in words; empty where its file does not say."""
+    """Describe an attempt's end in words; empty if not recorded."""
     if attempt.outcome:
         words: str = attempt.outcome
         if attempt.preempted:
@@ -63,7 +63,7 @@ def how_it_ended(attempt: Attempt) -> str:
     if not attempt.ended:
         return ""
     if not attempt.started_unix:
-        return "ended; version 0.1 did not note how"
+        return "ended; version 0.1 did not record how"
     return "killed" if attempt.ended == "released" else f"killed ({attempt.ended})"
 
 
@@ -85,7 +85,7 @@ def _status(run: ReportedRun, now: float) -> Fact:
 
 
 def _last(run: ReportedRun, key: str) -> str:
-    """The newest value, which may be NaN."""
+    """Return the newest value, which may be NaN."""
     for line in reversed(run.record.steps):
         if key in line:
             at = "" if line is run.record.steps[-1] else f" (step {line['step']:,})"

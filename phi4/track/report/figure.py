@@ -1,4 +1,4 @@
-"""A chart of the page: plotly's traces and layout as plain values that JSON can hold."""
+"""Charts of the page: plotly's traces and layout as plain JSON values."""
 
 import html
 import math
@@ -22,7 +22,7 @@ class Trace:
 
     Attributes:
         plot: plotly's trace.
-        xs: its x by name of `curves.X_AXES`, where the reader may choose; else empty.
+        xs: its x by name of `curves.X_AXES`, if the reader may choose the axis; else empty.
     """
 
     plot: Mapping[str, Any]
@@ -34,12 +34,12 @@ class Chart:
     """One chart.
 
     Attributes:
-        name: of its element; of letters, digits and `-`.
-        title: above it.
-        traces: in the order of drawing.
-        layout: plotly's, besides what all charts have.
+        name: id of its element; of letters, digits and `-`.
+        title: title above it.
+        traces: traces in drawing order.
+        layout: plotly's layout, in addition to the settings of all charts.
         notes: lines below it.
-        is_wide: whether it takes the width of the page.
+        is_wide: whether it spans the width of the page.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Chart:
     is_wide: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """What the page's script draws."""
+        """Return the input of the page's script."""
         return {
             "name": self.name,
             "data": [dict(trace.plot) for trace in self.traces],
@@ -60,7 +60,7 @@ class Chart:
 
 
 def numbers(values: np.ndarray) -> list[float | None]:
-    """Values as JSON holds them: NaN as null, whole numbers whole, the rest with six digits."""
+    """Convert values to JSON: NaN to null, integers exact, others with six digits."""
     return [_number(value) for value in values.tolist()]
 
 
@@ -73,13 +73,13 @@ def _number(value: float) -> float | None:
 
 
 def plot_text(text: str) -> str:
-    """Text that plotly shows as it is, and not as the HTML that it may hold; cut where long."""
+    """Escape text that plotly would interpret as HTML; truncate long text."""
     short = text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 1]}…"
     return html.escape(short, quote=False)
 
 
 def line(curve: Curve, name: str, colour: str, *, dash: str = "solid", width: float = 1.6) -> Trace:
-    """A curve over what the reader chooses."""
+    """Make a curve over the axis that the reader chooses."""
     mode = "lines" if np.isfinite(curve.values).sum() > 1 else "markers"
     plot = {
         "type": "scatter",
@@ -94,7 +94,7 @@ def line(curve: Curve, name: str, colour: str, *, dash: str = "solid", width: fl
 
 
 def marked_line(curve: Curve, name: str, colour: str, *, dash: str, symbol: str) -> Trace:
-    """A curve of few points, each with a marker."""
+    """Make a curve of few points, each with a marker."""
     drawn = line(curve, name, colour, dash=dash)
     marker = {"color": colour, "size": 7, "symbol": symbol}
     return Trace(dict(drawn.plot) | {"mode": "lines+markers", "marker": marker}, drawn.xs)
@@ -103,12 +103,12 @@ def marked_line(curve: Curve, name: str, colour: str, *, dash: str, symbol: str)
 def markers(
     xs: Mapping[str, np.ndarray], y: np.ndarray, texts: Sequence[str], **style: Any
 ) -> Trace:
-    """Events, each with a text of its own.
+    """Make events, each with its own text.
 
     Args:
         xs: by name of `curves.X_AXES`.
-        y: where they are drawn.
-        texts: shown under the pointer.
+        y: heights of the markers.
+        texts: shown on hover.
         style: name, symbol, colour.
     """
     plot = {
@@ -134,7 +134,7 @@ def _choices(xs: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
 
 
 def decimation_note(curves: Sequence[Curve], what: str = "") -> list[str]:
-    """A line that says how much of the record is drawn; none where all of it is."""
+    """Return a note about how much of the record is drawn; None if all of it is."""
     longest = max(
         (curve for curve in curves if curve.is_decimated),
         key=lambda curve: curve.num_points,

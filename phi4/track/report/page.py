@@ -1,7 +1,7 @@
-"""The page: one HTML file with its scripts, styles and data inside, which asks nobody for anything.
+"""The HTML page: one file with its scripts, styles and data, which makes no network requests.
 
-A content security policy in the page forbids the browser every request, so that this holds whatever
-the record contains and whatever plotly would load.
+A content security policy in the page blocks all requests, regardless of the record's content and of
+plotly.
 """
 
 import json
@@ -25,14 +25,14 @@ from phi4.track.report.tables import tables_of
 from phi4.track.report.training_charts import training_charts
 
 MAX_POINTS = 5_000
-"""Of a curve."""
+"""Maximum number of points of a curve."""
 
 _PAGE_POINTS = 120_000
-"""Of all curves: some 6 MB."""
+"""Maximum number of points of all curves: about 6 MB."""
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
-    """Write the page of runs, the first one first; returns `out`.
+    """Write the page of runs, the first one first; return `out`.
 
     Raises:
         DataError, ConfigError: as `read_reported`.
@@ -45,13 +45,13 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def page_of(runs: Sequence[ReportedRun], now: float) -> str:
-    """The page's HTML.
+    """Return the page's HTML.
 
     Args:
-        runs: side by side, at least one.
-        now: seconds since the epoch, said on the page.
+        runs: runs to compare, at least one.
+        now: seconds since the epoch, shown on the page.
     """
-    # Its script is 4.8 MB that no other command needs.
+    # Its script is 4.8 MB and is only needed here.
     from plotly.offline import get_plotlyjs
 
     limit = _points_of_a_curve(runs)
@@ -95,7 +95,7 @@ def _view(run: ReportedRun, now: float, limit: int) -> dict[str, Any]:
 
 
 def _points_of_a_curve(runs: Sequence[ReportedRun]) -> int:
-    """As many as a page of that many curves can hold."""
+    """Return the limit of points per curve for a page with this many curves."""
     prefixes = ("grad_norm/", "memory/", "data/", "rewards/", "logps/", "held_out_loss")
     num_curves = sum(
         7 + sum(len(run.lines.keys_under(prefix)) for prefix in prefixes) + _num_system(run)
@@ -105,7 +105,7 @@ def _points_of_a_curve(runs: Sequence[ReportedRun]) -> int:
 
 
 def _num_system(run: ReportedRun) -> int:
-    """Values of a sample, of all machines."""
+    """Return the number of values in samples of all machines."""
     return sum(len(samples[-1]) for samples in run.samples.values() if samples)
 
 
@@ -120,6 +120,6 @@ def _time_axis(runs: Sequence[ReportedRun]) -> dict[str, Any]:
 
 
 def _embedded(tree: dict[str, Any]) -> Markup:
-    """JSON that can stand in a script element."""
+    """Return JSON that is safe inside a script element."""
     text = json.dumps(tree, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))

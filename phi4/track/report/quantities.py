@@ -1,11 +1,11 @@
-"""Quantities as people read them."""
+"""Format quantities for readers."""
 
 import math
 from datetime import UTC, datetime
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the two units that matter; `1 h 02 min`."""
+    """Format seconds in their two leading units; `1 h 02 min`."""
     if not math.isfinite(seconds):
         return "unknown"
     if seconds < 10:
@@ -21,7 +21,7 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """A number of tokens; `1.25 B`."""
+    """Format a number of tokens; `1.25 B`."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / (limit if unit != 'k' else 1e3):.4g} {unit}"
@@ -29,12 +29,12 @@ def count(value: float) -> str:
 
 
 def moment(unix_seconds: float) -> str:
-    """UTC; `2026-01-31 12:00:00`."""
+    """Format a time in UTC; `2026-01-31 12:00:00`."""
     return datetime.fromtimestamp(unix_seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def memory(num_bytes: float) -> str:
-    """Bytes in binary units."""
+    """Format bytes in binary units."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
         if num_bytes >= 1024**power:
             return f"{num_bytes / 1024**power:.3g} {unit}"
@@ -42,7 +42,8 @@ def memory(num_bytes: float) -> str:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """Seconds of the unit in which an axis of so many seconds reads well, and its name."""
+    """Return the length in seconds, and the name, of a suitable unit for an axis of some
+    seconds."""
     if seconds < 600:
         return 1.0, "seconds"
     return (60.0, "minutes") if seconds < 4 * 3600 else (3600.0, "hours")

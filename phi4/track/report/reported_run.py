@@ -1,4 +1,4 @@
-"""A run as the report shows it: its record, and what else lies in its directory."""
+"""A run for the report: its record, and the other files of its directory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +21,7 @@ from phi4.track.report.colours import run_colour
 from phi4.track.report.curves import Lines
 
 MOST_NODES = 8
-"""Machines whose samples are shown."""
+"""Maximum number of machines whose samples are shown."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,13 @@ class ReportedRun:
     """One run of the page.
 
     Attributes:
-        index: among the runs of the page.
-        label: what the page calls it; no two runs have the same.
-        colour: of its curves.
-        record: what it wrote down.
-        goodput: of it.
-        problems: what could not be read, a line each.
-        state: of its newest checkpoint, or the newest roll back where that knows more; None without
-            either.
+        index: index among the runs of the page.
+        label: unique name on the page.
+        colour: colour of its curves.
+        record: its record.
+        goodput: its goodput.
+        problems: one line per file that could not be read.
+        state: state of its newest checkpoint, or of a newer rollback; None without either.
     """
 
     index: int
@@ -49,7 +48,7 @@ class ReportedRun:
 
     @property
     def began_unix(self) -> float:
-        """First start, or the first line's time; 0 where the run does not say."""
+        """First start, or the first line's time; 0 if not recorded."""
         first = next(iter(self.record.steps), {})
         return self.goodput.began_unix or first.get("unix_seconds", 0.0)
 
@@ -65,7 +64,7 @@ class ReportedRun:
 
     @cached_property
     def about(self) -> Mapping[int, Mapping[str, Any]]:
-        """What is known of each attempt, by number; where it was not noted there is nothing."""
+        """Metadata of each attempt, by number; missing if not recorded."""
         found = {}
         for number in self.record.attempts:
             with suppress(OSError, msgspec.DecodeError):
@@ -101,12 +100,12 @@ class ReportedRun:
 
     @cached_property
     def kept_steps(self) -> set[int]:
-        """Steps of the checkpoints that lie on the disk."""
+        """Return steps of the checkpoints that exist on disk."""
         paths = complete_checkpoints(checkpoints_dir(self.record.run_dir))
         return {int(path.name.rpartition("_")[2]) for path in paths}
 
     def last_sign_unix(self) -> float:
-        """When the newest attempt last showed that it lives, or noted its end; 0 without one."""
+        """Return the time of the newest attempt's last heartbeat or recorded end; 0 without one."""
         if not self.record.attempts:
             return 0.0
         trace = trace_of(attempt_path(self.record.run_dir, max(self.record.attempts)))
@@ -114,14 +113,14 @@ class ReportedRun:
 
 
 def read_reported(run_dirs: Sequence[Path]) -> list[ReportedRun]:
-    """The runs of a page.
+    """Read the runs of a page.
 
     Raises:
-        DataError: a directory does not exist, or holds no run; or the same is named twice.
+        DataError: a directory does not exist or has no run, or one is given twice.
         ConfigError: a run's config.toml is not a recipe.
     """
     if len({path.resolve() for path in run_dirs}) < len(run_dirs):
-        raise DataError("a run is named twice; name each run's directory once")
+        raise DataError("a run is given twice; give each run's directory once")
     for path in run_dirs:
         _require_run(path)
     records = [read_run(path) for path in run_dirs]
@@ -141,7 +140,7 @@ def _require_run(path: Path) -> None:
         runs = sorted(found.parent for found in path.glob(f"*/{CONFIG_FILE}"))
         inside = f", for example {runs[0]}" if runs else ""
         raise DataError(
-            f"{path} is no run: it holds no {CONFIG_FILE}; give the directory of a run (run.dir)"
+            f"{path} is not a run: it has no {CONFIG_FILE}; give the directory of a run (run.dir)"
             f"{inside}"
         )
 
@@ -170,7 +169,7 @@ def _newest_state(run_dir: Path) -> tuple[RunState | None, list[str]]:
             problems.append(str(error))
         else:
             states += [found] if found else []
-    # Of a run that was just rolled back the checkpoint does not know yet.
+    # After a recent rollback the newest checkpoint does not contain it yet.
     return max(states, key=lambda state: state.roll_backs, default=None), problems
 
 
@@ -181,7 +180,7 @@ def _labels(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file; what a kill cut off, and a file that is not there, do not count."""
+    """Return the objects of a file; incomplete lines are skipped, and a missing file is empty."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:

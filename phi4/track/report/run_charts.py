@@ -1,4 +1,4 @@
-"""Charts of one run alone: timeline of the wall time, data by source, norms, memory."""
+"""Charts of a single run: timeline of the wall time, data by source, norms, memory."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from phi4.track.report.system_charts import system_charts
 from phi4.track.report.timeline import timeline_of
 
 MOST_LABELS = 30
-"""Attempts whose start the timeline labels; more would cover each other."""
+"""Maximum number of attempts that the timeline labels; more would overlap."""
 
 
 _GIB = 2.0**30
@@ -21,11 +21,11 @@ _MEMORY_AXIS = {"title": {"text": "GiB"}, "rangemode": "tozero"}
 
 
 def run_charts(run: ReportedRun, limit: int) -> dict[str, list[Chart]]:
-    """The charts of a run that have something to show, by the section they belong to.
+    """Return the charts with data, by their section.
 
     Args:
         run: to draw.
-        limit: points of a curve.
+        limit: maximum number of points of a curve.
     """
     sections = {
         "goodput": [_timeline(run)],
@@ -48,7 +48,7 @@ def _name(run: ReportedRun, name: str) -> str:
 def _timeline(run: ReportedRun) -> Chart:
     spans = list(spans_of(run.record))
     timeline = timeline_of(spans)
-    title = "Wall time by bucket, as it went by"
+    title = "Wall time by bucket, over time"
     if timeline is None:
         return Chart(_name(run, "timeline"), title, [])
     divisor, unit = time_unit(timeline.edges[-1])
@@ -108,7 +108,7 @@ def _start_marks(starts: Sequence[tuple[int, float]]) -> dict[str, Any]:
 
 
 def _ledger(run: ReportedRun, limit: int) -> Chart:
-    """Fraction of every source: as the meter says, else from the lines of the ledger."""
+    """Return the fraction of every source: from the meter, or else from the lines of the ledger."""
     keys = run.lines.keys_under("data/")
     lines, names = run.record.steps, {key: key.removeprefix("data/") for key in keys}
     what = "tokens drawn"
@@ -142,7 +142,7 @@ def _ledger(run: ReportedRun, limit: int) -> Chart:
 def _fractions(
     lines: Sequence[Mapping[str, Any]],
 ) -> tuple[list[dict[str, float]], dict[str, str]]:
-    """Fractions of the loss tokens since the beginning, from lines of ledger.jsonl."""
+    """Return fractions of the loss tokens since the beginning, from lines of ledger.jsonl."""
     prefix = "loss_tokens/"
     found: list[dict[str, float]] = []
     names: dict[str, str] = {}
@@ -158,7 +158,7 @@ def _fractions(
 def _family(
     run: ReportedRun, limit: int, prefix: str, title: str, axis: Mapping[str, Any]
 ) -> Chart:
-    """Curves of all keys under a prefix."""
+    """Return curves of all keys under a prefix."""
     traces, curves = [], []
     for index, key in enumerate(run.lines.keys_under(prefix)):
         curve = run.lines.curve(key).decimated(limit)

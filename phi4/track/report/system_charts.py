@@ -1,4 +1,4 @@
-"""Charts of a run's machines: how busy their processors, memory, network and GPUs were."""
+"""Charts of a run's machines: utilisation of processors, memory, network and GPUs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ from phi4.track.report.reported_run import MOST_NODES, ReportedRun
 
 
 class _Unit(NamedTuple):
-    """Samples of one unit, which share a chart.
+    """Samples in the same unit, which share a chart.
 
     Attributes:
-        suffix: of their keys.
-        title: of the chart.
-        factor: from the unit of the sample to that of the chart.
-        axis: of the chart.
+        suffix: suffix of their keys.
+        title: title of the chart.
+        factor: conversion from the unit of the sample to that of the chart.
+        axis: axis label of the chart.
     """
 
     suffix: str
@@ -37,11 +37,11 @@ _UNITS = (
 
 
 def system_charts(run: ReportedRun, limit: int) -> list[Chart]:
-    """The charts of every machine; of a run on many, of the first ones.
+    """Return the charts of every machine, up to a limit.
 
     Args:
         run: to draw.
-        limit: points of a curve.
+        limit: maximum number of points of a curve.
     """
     return [
         chart

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 MAX_ROWS = 500
-"""Of a table; the newest are shown."""
+"""Maximum number of rows of a table; the newest are shown."""
 
 
 @dataclass(frozen=True)
@@ -12,13 +12,13 @@ class Table:
     """A table of the page.
 
     Attributes:
-        name: of its element within the run; of letters and `-`.
-        title: above it.
+        name: id of its element within the run; of letters and `-`.
+        title: title above it.
         head: names of the columns.
-        rows: texts.
+        rows: cells as texts.
         notes: lines below it.
-        numeric: columns with numbers, which stand right.
-        foot: a last row that sums up; empty without one.
+        numeric: numeric columns, which are right-aligned.
+        foot: a last row with totals; empty without one.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Table:
     foot: Sequence[str] = field(default=())
 
     def newest(self) -> "Table":
-        """Cut to the last rows that a page should hold."""
+        """Return the table cut to the newest rows."""
         if len(self.rows) <= MAX_ROWS:
             return self
         note = f"The newest {MAX_ROWS:,} of {len(self.rows):,} rows."
@@ -38,5 +38,5 @@ class Table:
 
 
 def step_range(first: int, last: int) -> str:
-    """Steps from the first to the last one."""
+    """Format steps from the first to the last one."""
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"

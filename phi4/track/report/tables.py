@@ -18,18 +18,18 @@ _ABOUT = (
     *("command", "directory", "user", "host", "launched_by", "source_tree", "python", "packages"),
     *("platform", "gpu", "origins"),
 )
-"""Facts that no other table shows."""
+"""Fields that no other table shows."""
 
 _LONG_SECONDS = 600.0
 
 
 def wall_time_table(run: ReportedRun) -> Table | None:
-    """Seconds by bucket, which sum to the wall time; None for a run that does not say."""
+    """Return seconds by bucket, which sum to the wall time; None if not recorded."""
     wall = run.goodput.wall_seconds
     if wall <= 0:
         return None
     seconds = {name: run.goodput.seconds.get(name, 0.0) for name in BUCKETS}
-    # Rounded as they are shown, so that what is shown sums up.
+    # Rounded as displayed, so that the displayed numbers add up.
     digits = 3 if wall < _LONG_SECONDS else 1
     shown = {name: round(value, digits) for name, value in seconds.items() if value > 0}
     left = round(round(wall, digits) - sum(shown.values()), digits)
@@ -49,7 +49,7 @@ def wall_time_table(run: ReportedRun) -> Table | None:
 
 
 def attempts_table(run: ReportedRun) -> Table | None:
-    """Every start of the run."""
+    """Return every start of the run."""
     by_attempt: dict[int, list[int]] = {}
     times: dict[int, float] = {}
     for line in (*run.record.steps, *run.undone):
@@ -88,13 +88,13 @@ def _length(attempt: Attempt) -> str:
 
 
 def checkpoints_table(run: ReportedRun) -> Table | None:
-    """Every save and what became of it."""
+    """Return every save and its outcome."""
     saves: dict[tuple[int, int], list[SaveEvent]] = {}
     for event in run.record.saves:
         saves.setdefault((event.attempt, event.step), []).append(event)
     rows = [_save_row(run, step, attempt, saves[attempt, step]) for attempt, step in saves]
     head = (
-        *("step", "attempt", "state", "durable at (UTC)", "took", "training stood still"),
+        *("step", "attempt", "state", "durable at (UTC)", "took", "training blocked"),
         *("second copy", "on the disk", "manifest sha256"),
     )
     notes = ("The hash of the manifest is cut to its first 12 digits.",)
@@ -123,7 +123,7 @@ def _save_row(
 
 
 def schedule_table(run: ReportedRun) -> Table | None:
-    """Schedule keys that changed while the run went on."""
+    """Return schedule keys that changed during the run."""
     changes = run.state.history if run.state else ()
     rows = [
         (str(change.step), change.key, _json(change.before), _json(change.after))
@@ -134,7 +134,7 @@ def schedule_table(run: ReportedRun) -> Table | None:
 
 
 def sources_table(run: ReportedRun) -> Table | None:
-    """What the newest checkpoint's ledger drew of every source."""
+    """Return what was drawn from every source, according to the newest checkpoint's ledger."""
     if run.state is None:
         return None
     ledger = run.state.data
@@ -158,7 +158,7 @@ def sources_table(run: ReportedRun) -> Table | None:
 
 
 def kernels_table(run: ReportedRun) -> Table | None:
-    """The implementation of every op, by attempt where that changed; else what was qualified."""
+    """Return the implementation of every op, per attempt where it changed; else those qualified."""
     rows: list[tuple[str, ...]] = []
     before: Mapping[str, str] = {}
     for number, about in sorted(run.about.items()):
@@ -187,7 +187,7 @@ def kernels_table(run: ReportedRun) -> Table | None:
 
 
 def layout_table(run: ReportedRun) -> Table | None:
-    """The layout, by attempt where it changed; of the newest recipe where nobody noted it."""
+    """Return the layout, per attempt where it changed; from the newest recipe if not recorded."""
     rows: list[tuple[str, str, str]] = []
     for number, about in sorted(run.about.items()):
         text, ranks = about.get("layout", ""), str(about.get("world_size", ""))
@@ -205,7 +205,7 @@ def layout_table(run: ReportedRun) -> Table | None:
 
 
 def memory_table(run: ReportedRun) -> Table | None:
-    """The largest value of each kind of memory."""
+    """Return the largest value of each kind of memory."""
     rows = []
     for key in run.lines.keys_under("memory/"):
         curve = run.lines.curve(key)
@@ -217,7 +217,7 @@ def memory_table(run: ReportedRun) -> Table | None:
 
 
 def about_table(run: ReportedRun) -> Table | None:
-    """What the newest attempt noted about itself besides what other tables show."""
+    """Return metadata of the newest attempt that other tables do not show."""
     if not run.about:
         return None
     about = run.about[max(run.about)]
@@ -226,7 +226,7 @@ def about_table(run: ReportedRun) -> Table | None:
 
 
 def _words(value: Any) -> str:
-    """A value as people write it."""
+    """Format a value for readers."""
     if isinstance(value, dict):
         return ", ".join(
             f"{key} {_words(one)}" for key, one in value.items() if one not in ("", {})
@@ -237,7 +237,7 @@ def _words(value: Any) -> str:
 
 
 def tables_of(run: ReportedRun) -> dict[str, Table]:
-    """All tables that have something to show, by name."""
+    """Return all tables with content, by name."""
     makers = (
         *(wall_time_table, attempts_table, trouble_table, checkpoints_table, sources_table),
         *(layout_table, kernels_table, schedule_table, memory_table, about_table),

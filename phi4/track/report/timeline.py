@@ -1,4 +1,4 @@
-"""Where the wall time went, as it went by: bars of equal time, each cut by bucket."""
+"""Wall time by bucket over time: bars of equal duration, each split by bucket."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from phi4.rundir.goodput import BUCKETS, Span
 NUM_BINS = 240
 
 _FIRST = ("restart", "roll_back", "start", "save")
-"""What comes first between two lines of a record, in this order: a save follows the line of its
-step. The rest comes by turns, and is spread evenly over what is left."""
+"""Buckets at the beginning of the time between two lines of a record, in this order: a save follows
+the line of its step. The others alternate, and are spread evenly over the rest."""
 
 _Piece = tuple[float, float, float]
-"""Begin, end, and the part of the time between them that a bucket has."""
+"""Begin, end, and the fraction of the time between them that a bucket takes."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Timeline:
 
     Attributes:
         edges: seconds since the first start, [n + 1].
-        seconds: by bucket of `BUCKETS`, [n]; those of a bin sum to its width, up to what nobody
-            accounted for.
+        seconds: by bucket of `BUCKETS`, [n]; those of a bin sum to its width, except for
+            unaccounted time.
     """
 
     edges: np.ndarray
@@ -32,7 +32,7 @@ class Timeline:
 
 
 def timeline_of(spans: Sequence[Span], num_bins: int = NUM_BINS) -> Timeline | None:
-    """The spans of a run in bins; None where they take no time."""
+    """Return the spans of a run in bins; None if they take no time."""
     began = min((span.began_unix for span in spans), default=0.0)
     wall = max((span.ended_unix for span in spans), default=0.0) - began
     if wall <= 0:
@@ -47,14 +47,14 @@ def timeline_of(spans: Sequence[Span], num_bins: int = NUM_BINS) -> Timeline | N
                 at += seconds
         for name, seconds in span.seconds.items():
             if name not in _FIRST and seconds:
-                # The clock of the buckets and that of the wall may differ a little.
+                # The clock of the buckets and the wall clock may differ slightly.
                 left = max(end - at, seconds)
                 pieces[name].append((at, at + left, seconds / left))
     return Timeline(edges, {name: _in_bins(edges, found) for name, found in pieces.items()})
 
 
 def _in_bins(edges: np.ndarray, pieces: Sequence[_Piece]) -> np.ndarray:
-    """Seconds of the pieces in each bin."""
+    """Return seconds of the pieces in each bin."""
     if not pieces:
         return np.zeros(edges.size - 1)
     begins, ends, parts = np.array(pieces).T
@@ -63,7 +63,7 @@ def _in_bins(edges: np.ndarray, pieces: Sequence[_Piece]) -> np.ndarray:
 
 
 def _elapsed(edges: np.ndarray, moments: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Sum over the moments of the time since each one, times its part, at the edges."""
+    """Return, at the edges, the sum of the elapsed time since each moment, times its fraction."""
     order = np.argsort(moments)
     moments, parts = moments[order], parts[order]
     counts = np.searchsorted(moments, edges)

@@ -1,4 +1,4 @@
-"""Charts of training, all runs in one: loss, learning rate, gradient norm, throughput."""
+"""Charts of training with all runs: loss, learning rate, gradient norm, throughput."""
 
 import math
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
 _FAINT = 0.35
 
 _BLOCKS = 150
-"""Means of a long curve."""
+"""Number of means of a long curve."""
 
 
 def training_charts(runs: Sequence[ReportedRun], limit: int) -> list[Chart]:
-    """The charts that have something to show.
+    """Return the charts with data.
 
     Args:
-        runs: side by side.
-        limit: points of a curve.
+        runs: runs to compare.
+        limit: maximum number of points of a curve.
     """
     charts = [
         _loss(runs, limit),
@@ -69,7 +69,7 @@ def _loss(runs: Sequence[ReportedRun], limit: int) -> Chart:
 
 
 def _training(runs: Sequence[ReportedRun], run: ReportedRun, curve: Curve) -> list[Trace]:
-    """The curve; of a long one the mean of blocks of steps before it, so that its way shows."""
+    """Return the curve; for a long one also the mean of blocks of steps, which shows the trend."""
     whole = run.lines.curve("loss")
     num_block = whole.values.size // _BLOCKS
     if num_block < 2:
@@ -102,13 +102,13 @@ def _held_out(
     traces = []
     keys = run.lines.keys_under(HELD_OUT)
     if HELD_OUT in keys and (len(keys) == 2 or len(runs) > 1):
-        keys = [HELD_OUT]  # one source, whose loss is the total; or too many curves for one chart
+        keys = [HELD_OUT]  # One source equals the total; too many clutter.
     for index, key in enumerate(keys):
         curve = run.lines.curve(key).decimated(limit)
         if not curve.values.size:
             continue
         name = key.replace(HELD_OUT, "held out").replace("/", ": ", 1)
-        # Of one run the sources have colours; of several, the runs have them.
+        # For one run the sources have colours; for several, the runs have them.
         colour = run.colour if len(runs) > 1 or not index else run_colour(index)
         look = {"dash": _DASHES[index % len(_DASHES)], "symbol": _SYMBOLS[index % len(_SYMBOLS)]}
         traces.append(marked_line(curve, _named(runs, run, name), colour, **look))
@@ -117,7 +117,7 @@ def _held_out(
 
 
 def _events(runs: Sequence[ReportedRun]) -> list[Trace]:
-    """Skipped steps, roll backs and resumes, at the loss that the curve had there."""
+    """Return skipped steps, rollbacks and resumes, at the loss that the curve had there."""
     kinds = (
         (SKIPPED, "x-thin-open", _skipped, _describe_skipped),
         ("roll back", "triangle-left-open", _rolled_back, _describe_roll_back),
@@ -170,11 +170,11 @@ def _describe_roll_back(one: Line) -> str:
 
 
 def _describe_resume(one: Line) -> str:
-    return f"attempt {one['attempt']:.0f} goes on with step {one['step']}"
+    return f"attempt {one['attempt']:.0f} resumes with step {one['step']}"
 
 
 def _heights(run: ReportedRun, lines: Sequence[Line]) -> np.ndarray:
-    """The last finite loss of the accepted history at each line's step."""
+    """Return the last finite loss of the accepted history at each line's step."""
     curve = run.lines.curve("loss")
     if not curve.values.size:
         return np.zeros(len(lines))
@@ -183,7 +183,7 @@ def _heights(run: ReportedRun, lines: Sequence[Line]) -> np.ndarray:
 
 
 def _view(shown: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """Range of the axis where a few outliers would flatten the curve; None where all fits."""
+    """Return the range of the axis if a few outliers would flatten the curve; None if all fits."""
     values = np.concatenate(shown) if shown else np.array([])
     if values.size < 20:
         return None
@@ -216,7 +216,7 @@ def _gradient_norm(runs: Sequence[ReportedRun], limit: int) -> Chart:
         if not skipped or not curve.values.size:
             continue
         norms = np.array([float(one.get("grad_norm", math.nan)) for one in skipped])
-        # A norm that is not finite has no place on the axis: the largest one's.
+        # A norm that is not finite is drawn at the largest finite norm.
         y = np.where(np.isfinite(norms), norms, curve.values.max())
         texts = [_describe_skipped(one) for one in skipped]
         colour = run.colour if len(runs) > 1 else EVENTS[SKIPPED]
@@ -258,5 +258,5 @@ def _of(runs: Sequence[ReportedRun], run: ReportedRun) -> str:
 
 
 def _share(limit: int, part: Sequence[Line], whole: Sequence[Line]) -> int:
-    """Points of a part of a curve that is drawn in parts."""
+    """Return the share of points of a part of a curve that is drawn in parts."""
     return max(4, limit * len(part) // max(len(whole), 1))

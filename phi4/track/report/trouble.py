@@ -1,4 +1,4 @@
-"""What went wrong in a run and what was done about it: updates, data and work that do not count."""
+"""Table of problems of a run and the reaction to them: skipped updates, rollbacks, lost work."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,19 +8,19 @@ from phi4.track.report.reported_run import ReportedRun
 from phi4.track.report.table import Table, step_range
 
 Row = tuple[float, tuple[str, ...]]
-"""Where it stands, and its texts."""
+"""Position of a row, and its texts."""
 
 
 def trouble_table(run: ReportedRun) -> Table | None:
-    """Skipped updates, roll backs, layers that left FP8 and lost work; what was done about each."""
+    """Return skipped updates, rollbacks, layers that stopped using FP8 and lost work."""
     found = [*_skipped_updates(run), *_skipped_data(run), *_left_fp8(run), *_lost_work(run)]
     rows = [texts for _, texts in sorted(found)]
     head = ("step", "what happened", "what was done")
-    return Table("trouble", "Spikes, roll backs and lost work", head, rows) if rows else None
+    return Table("trouble", "Spikes, rollbacks and lost work", head, rows) if rows else None
 
 
 def _skipped_updates(run: ReportedRun) -> Iterator[Row]:
-    """Steps whose update was skipped, those in a row in one row."""
+    """Return steps whose update was skipped, consecutive ones in one row."""
     groups: list[list[Mapping[str, Any]]] = []
     for line in sorted((*run.record.steps, *run.undone), key=_by_attempt):
         if not line.get("skipped"):
@@ -59,12 +59,12 @@ def _skipped_data(run: ReportedRun) -> Iterator[Row]:
             # After the updates that were skipped in it.
             yield skip.last_undone + 0.5, (steps, skip.reason or "roll back", done)
         else:
-            yield first, (str(first), skip.reason or "the recipe asked", rows)
+            yield first, (str(first), skip.reason or "requested by the recipe", rows)
 
 
 def _left_fp8(run: ReportedRun) -> Iterator[Row]:
     for one in run.state.fp8_fallbacks if run.state else ():
-        yield one.step, (str(one.step), one.reason, f"layer {one.layer} leaves FP8")
+        yield one.step, (str(one.step), one.reason, f"layer {one.layer} stops using FP8")
 
 
 def _lost_work(run: ReportedRun) -> Iterator[Row]:

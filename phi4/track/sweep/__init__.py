@@ -1,2 +1,1 @@
-"""What a sweep shows: tables with intervals, rank correlation, the best learning rate. Arithmetic
-only: results come in as plain values."""
+"""Analysis of sweeps: tables with intervals, rank correlation, the best learning rate."""

@@ -1,10 +1,10 @@
-"""The best learning rate of every token budget, and of a longer one.
+"""Estimate the best learning rate of every token budget, and extrapolate to a longer one.
 
-Loss against log(learning rate) is a parabola near its minimum. Its lowest point gets Fieller's
-interval, which holds at any curvature and is unbounded where the runs cannot tell; over the budgets
-the optimum is taken to be a power law.
+Loss against log(learning rate) is approximately a parabola near its minimum. Its lowest point gets
+Fieller's interval, which is valid at any curvature and is unbounded if the runs do not determine
+it; over the budgets the optimum is assumed to be a power law.
 
-One decision: an optimum that the grid does not enclose is named so and is not estimated.
+An optimum that the grid does not enclose is reported as such and not estimated.
 
 Source: technical report, section 3: the peak rate is interpolated from runs on shorter horizons.
 """
@@ -19,7 +19,7 @@ from phi4.track.sweep.results import Result
 from phi4.track.sweep.table import t_quantile
 
 _NEIGHBOURS = 2
-"""Rates on each side of the lowest one that the parabola is fitted to."""
+"""Number of rates on each side of the best one that the parabola is fitted to."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class OptimumFit:
 
     Attributes:
         rates, means: the grid and its mean losses, NaN where a run diverged.
-        problem: why there is no optimum; empty where there is one.
+        problem: why there is no optimum; empty if there is one.
         optimum: learning rate of the lowest point of the parabola.
-        low, high: its 95% interval; NaN where degrees of freedom are missing.
+        low, high: its 95% interval; NaN if degrees of freedom are missing.
         loss: at the optimum.
         curvature: second derivative of the loss by log(rate), halved.
         log_error: standard error of log(optimum).
@@ -54,7 +54,7 @@ class OptimumFit:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether the runs tell where the optimum is, on both sides."""
+        """Whether the optimum's interval is bounded on both sides."""
         return self.low > 0 and math.isfinite(self.high)
 
 
@@ -63,9 +63,9 @@ class PowerLaw:
     """optimum = factor * tokens ** exponent.
 
     Attributes:
-        problem: why there is none; empty where there is one.
-        covariance: of (log factor, exponent).
-        num_budgets: that it is fitted to; two say nothing of whether it is one.
+        problem: why there is none; empty if there is one.
+        covariance: covariance of (log factor, exponent).
+        num_budgets: number of budgets that it is fitted to; with two the form cannot be checked.
         freedom: degrees of freedom of its intervals.
     """
 
@@ -79,7 +79,7 @@ class PowerLaw:
     freedom: float = math.nan
 
     def at(self, tokens: float) -> tuple[float, float, float]:
-        """Optimum at a token budget, with its 95% interval."""
+        """Return the optimum at a token budget, with its 95% interval."""
         place = np.array([1.0, math.log(tokens)])
         centre = math.log(self.factor) + self.exponent * place[1]
         half = t_quantile(self.freedom) * math.sqrt(place @ np.array(self.covariance) @ place)
@@ -87,13 +87,13 @@ class PowerLaw:
 
 
 def fit_scale(results: Sequence[Result], scale: str, axis: str, metric: str) -> OptimumFit:
-    """The optimum of one scale.
+    """Estimate the optimum of one scale.
 
     Args:
-        results: of the sweep; the other scales are left out.
+        results: results of the sweep; other scales are ignored.
         scale: its name.
-        axis: whose values are learning rates.
-        metric: less is better. NaN says that a run diverged.
+        axis: axis whose values are learning rates.
+        metric: lower is better. NaN means that a run diverged.
     """
     own = [result for result in results if result.scale == scale]
     losses: dict[float, dict[int, float]] = {}
@@ -105,7 +105,7 @@ def fit_scale(results: Sequence[Result], scale: str, axis: str, metric: str) -> 
 def fit_optimum(
     losses: Mapping[float, Mapping[int, float]], *, scale: str, tokens: int
 ) -> OptimumFit:
-    """The lowest point of a parabola through the losses around the lowest mean.
+    """Find the lowest point of a parabola through the losses around the lowest mean.
 
     Args:
         losses: by learning rate, then by seed; NaN where the run diverged.
@@ -113,7 +113,7 @@ def fit_optimum(
         tokens: its budget.
     """
     rates = tuple(sorted(losses))
-    # A seed of which a run has not ended says nothing of the others' order.
+    # A seed with an unfinished run would bias the order of the others.
     seeds = sorted(set.intersection(*(set(losses[rate]) for rate in rates)))
     table = np.array([[losses[rate][seed] for seed in seeds] for rate in rates])
     means = table.mean(axis=1) if seeds else np.full(len(rates), math.nan)
@@ -127,16 +127,16 @@ def fit_optimum(
 
 
 def fit_power_law(fits: Sequence[OptimumFit]) -> PowerLaw:
-    """A line through log(optimum) over log(tokens), each weighed by its uncertainty.
+    """Fit a line through log(optimum) over log(tokens), weighted by uncertainty.
 
-    An optimum whose interval is unbounded is left out: its standard error understates it.
+    An optimum with an unbounded interval is excluded, because its standard error understates it.
     """
     usable = [fit for fit in fits if fit.is_bounded and fit.log_error > 0]
     budgets = {fit.tokens for fit in usable}
     if len(budgets) < 2:
         return PowerLaw(
             f"{len(budgets)} token budget{'s' if len(budgets) != 1 else ''} with an optimum and a "
-            "bounded interval; a power law takes two"
+            "bounded interval; a power law needs two"
         )
     design = np.array([[1.0, math.log(fit.tokens)] for fit in usable])
     logs = np.log([fit.optimum for fit in usable])
@@ -149,7 +149,8 @@ def fit_power_law(fits: Sequence[OptimumFit]) -> PowerLaw:
     residuals = logs - moved @ [intercept, exponent]
     extra = len(usable) - 2
     if extra:
-        # Budgets that scatter more than their errors say make all errors larger, none smaller.
+        # Budgets that scatter more than their errors predict increase all errors; none is
+        # decreased.
         covariance = covariance * max(1.0, float((weights * residuals**2).sum()) / extra)
     back = np.array([[1.0, -centre], [0.0, 1.0]])
     covariance = back @ covariance @ back.T
@@ -168,17 +169,17 @@ def fit_power_law(fits: Sequence[OptimumFit]) -> PowerLaw:
 
 
 def _pooled_freedom(fits: Sequence[OptimumFit]) -> float:
-    """Welch and Satterthwaite's, of the sum of the fits' variances."""
+    """Degrees of freedom by Welch and Satterthwaite, of the sum of the fits' variances."""
     variances = np.array([fit.log_error**2 for fit in fits])
     freedoms = np.array([fit.freedom for fit in fits])
     return float(variances.sum() ** 2 / (variances**2 / freedoms).sum())
 
 
 def _not_enclosed(rates: Sequence[float], means: np.ndarray) -> str:
-    """Why the grid does not enclose a minimum; empty where it does."""
+    """Return why the grid does not enclose a minimum; empty if it does."""
     finite = np.flatnonzero(~np.isnan(means))
     if len(finite) < 3:
-        return f"{len(finite)} learning rates have finite losses of all seeds; a parabola takes 3"
+        return f"{len(finite)} learning rates have finite losses for all seeds; a parabola needs 3"
     best = int(np.nanargmin(means))
     if best == 0:
         return f"the loss is lowest at {rates[0]:g}, the smallest of the grid; add smaller ones"
@@ -195,7 +196,7 @@ def _not_enclosed(rates: Sequence[float], means: np.ndarray) -> str:
 
 
 def _window(means: np.ndarray, best: int) -> slice:
-    """The rates around the best one, up to one that diverged."""
+    """Return the rates around the best one, up to one that diverged."""
     start, stop = best, best + 1
     while start > 0 and best - start < _NEIGHBOURS and not math.isnan(means[start - 1]):
         start -= 1
@@ -205,10 +206,10 @@ def _window(means: np.ndarray, best: int) -> slice:
 
 
 def _fitted(shown: OptimumFit, logs: np.ndarray, table: np.ndarray) -> OptimumFit:
-    """Least squares with a level of its own for every seed.
+    """Fit by least squares with a separate offset for every seed.
 
     Args:
-        shown: what is known already.
+        shown: the fields already known.
         logs: [n] log of the learning rates.
         table: [n, seeds] losses.
     """
@@ -224,7 +225,7 @@ def _fitted(shown: OptimumFit, logs: np.ndarray, table: np.ndarray) -> OptimumFi
     place = -slope / (2 * curvature)
     if not x[0] <= place <= x[-1]:
         rates = f"{math.exp(logs[0]):g} to {math.exp(logs[-1]):g}"
-        return _with_problem(shown, f"the parabola's lowest point lies outside of {rates}")
+        return _with_problem(shown, f"the parabola's lowest point is outside {rates}")
     residuals = (table - table.mean(axis=0)) - (centred @ [slope, curvature])[:, None]
     freedom = num_rates * num_seeds - num_seeds - 2
     level = float(table.mean() - columns.mean(axis=0) @ [slope, curvature])
@@ -251,9 +252,9 @@ def _fitted(shown: OptimumFit, logs: np.ndarray, table: np.ndarray) -> OptimumFi
 def _fieller(
     slope: float, curvature: float, covariance: np.ndarray, quantile: float
 ) -> tuple[float, float]:
-    """Where the derivative slope + 2 curvature x is not clearly off 0.
+    """Return where the derivative slope + 2 curvature x is not significantly different from 0.
 
-    Unbounded on both sides where the curvature itself is not clearly positive.
+    Unbounded on both sides if the curvature itself is not significantly positive.
     """
     scale = quantile**2
     a = 4 * (curvature**2 - scale * covariance[1, 1])
@@ -266,7 +267,7 @@ def _fieller(
 
 
 def _exp(x: float) -> float:
-    """Infinite where it overflows: an interval may be very wide."""
+    """Return infinity on overflow: an interval may be very wide."""
     with np.errstate(over="ignore"):
         return float(np.exp(x))
 

@@ -1,4 +1,4 @@
-"""Pictures of a sweep's analyses."""
+"""Plots of a sweep's analyses."""
 
 import math
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LABELLED = 12
-"""Points that a legend names; of more it would hide them."""
+"""Maximum number of points that a legend lists; more would hide them."""
 
 
 def draw_table(table: SweepTable, metric: str, out: Path) -> Path:
-    """Draw every variant's difference to the baseline with its interval, a panel per scale.
+    """Plot every variant's difference to the baseline with its interval, a panel per scale.
 
     Args:
-        table: what is drawn.
-        metric: of its columns.
+        table: table to plot.
+        metric: metric of its columns.
         out: file (PNG); returned.
     """
     scales = [scale for scale, name in table.columns if name == metric]
@@ -62,11 +62,11 @@ def draw_table(table: SweepTable, metric: str, out: Path) -> Path:
 def draw_ranks(
     results: Sequence[Result], correlations: Sequence[RankCorrelation], out: Path
 ) -> Path:
-    """Draw the variants' means, with standard errors, at one scale over those at another.
+    """Plot the variants' means, with standard errors, at one scale over those at another.
 
     Args:
-        results: of the runs.
-        correlations: of their scales, a panel each.
+        results: results of the runs.
+        correlations: correlations of their scales, a panel each.
         out: file (PNG); returned.
     """
     figure, axes = _figure(len(correlations), 4.2)
@@ -108,12 +108,12 @@ def draw_learning_rates(
     metric: str,
     out: Path,
 ) -> Path:
-    """Draw the losses with their parabolas, and the optimum over the token budget.
+    """Plot the losses with their parabolas, and the optimum over the token budget.
 
     Args:
-        fits: of the scales.
+        fits: fits of the scales.
         law: over them.
-        predict_tokens: budget that it is asked about, or None.
+        predict_tokens: budget to predict the optimum for, or None.
         metric: name of the losses.
         out: file (PNG); returned.
     """
@@ -166,8 +166,8 @@ def _budget(fit: OptimumFit) -> str:
 
 
 def _figure(num_panels: int, height: float) -> tuple["Figure", list["Axes"]]:
-    """Panels side by side, on a machine without a display."""
-    # Importing it costs half a second.
+    """Return panels next to each other, on a machine without a display."""
+    # Importing it takes half a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

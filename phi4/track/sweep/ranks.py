@@ -1,4 +1,4 @@
-"""Do small runs order the variants as large ones do? Rank correlation between scales.
+"""Rank correlation between scales: do small runs order the variants as large ones do?
 
 Source: technical report, section 3.2, which searches mixtures with smaller models and shorter runs
 and reports that their order carries over.
@@ -15,7 +15,7 @@ from phi4.track.sweep.results import Result, by_cell, names_of
 
 _DRAWS = 2000
 _MOST_PERMUTED = 7
-"""Variants of which all orders are tried: 5,040 of 7."""
+"""Maximum number of variants for which all orders are tried: 7 have 5,040."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class RankCorrelation:
     """Agreement of two scales on the order of the variants.
 
     Attributes:
-        spearman, kendall: of the means over seeds; NaN where all variants are equal at a scale.
-        spearman_interval, kendall_interval: 95%, by drawing seeds anew; NaN with one seed.
-        p_value: share of the orders of the variants whose Spearman coefficient is as large or
-            larger.
-        is_exact: whether that is over all orders, not over some drawn ones.
+        spearman, kendall: of the means over seeds; NaN if all variants are equal at a scale.
+        spearman_interval, kendall_interval: 95%, by a bootstrap over seeds; NaN with one seed.
+        p_value: fraction of the orders of the variants whose Spearman coefficient is at least as
+            large.
+        is_exact: whether all orders were tried instead of a sample.
     """
 
     scales: tuple[str, str]
@@ -43,9 +43,9 @@ class RankCorrelation:
 
 
 def rank_correlations(results: Sequence[Result], metric: str) -> list[RankCorrelation]:
-    """Every pair of scales, over the variants and seeds that both have.
+    """Correlate every pair of scales, over the variants and seeds that both have.
 
-    A variant of which a run diverged is the worst of its scale.
+    A variant with a diverged run ranks last at its scale.
     """
     _, scales = names_of(results)
     return [_between(results, metric, pair) for pair in itertools.combinations(scales, 2)]
@@ -80,9 +80,9 @@ def _between(results: Sequence[Result], metric: str, pair: tuple[str, str]) -> R
 
 
 def _bootstrap(values: np.ndarray) -> list[tuple[float, float]]:
-    """95% intervals of both coefficients over draws of seeds, for each scale anew.
+    """Return 95% intervals of both coefficients by resampling seeds, separately for each scale.
 
-    A seed is drawn for all variants at once: they share its weights and data order.
+    A seed is drawn for all variants at once, because they share its weights and data order.
     """
     num_seeds = values.shape[2]
     if num_seeds < 2:
@@ -117,7 +117,7 @@ def _p_value(means: np.ndarray, observed: float) -> tuple[float, bool]:
 
 
 def _spearman(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Of every row: [draws, variants] twice."""
+    """Return Spearman's coefficient of every row: [draws, variants] twice."""
     from scipy.stats import rankdata
 
     ranks = [rankdata(side, axis=1) for side in (one, other)]
@@ -128,7 +128,7 @@ def _spearman(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _kendall(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Of every row, tau-b."""
+    """Return Kendall's tau-b of every row."""
     first, second = np.triu_indices(one.shape[1], 1)
 
     def signs(side: np.ndarray) -> np.ndarray:

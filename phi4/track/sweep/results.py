@@ -18,13 +18,13 @@ LOSS_RISE = "loss_rise"
 
 @dataclass(frozen=True)
 class Result:
-    """What one ended run measured.
+    """Metrics of one run that ended.
 
     Attributes:
         variant: row of the table.
         scale: column.
-        tokens: that it trained on.
-        values: of the axes, by name.
+        tokens: tokens that it trained on.
+        values: values of the axes, by name.
         metrics: by name; NaN for a run that diverged.
     """
 
@@ -37,10 +37,10 @@ class Result:
 
 
 def metrics_of(run_dir: Path, names: Sequence[str]) -> dict[str, float]:
-    """Metrics of a finished run; what is not finite is NaN.
+    """Return metrics of a finished run; values that are not finite are NaN.
 
     Raises:
-        DataError: the run measured no such metric.
+        DataError: the run has no such metric.
     """
     path = run_dir / METRICS_FILE
     steps = read_metrics(path)
@@ -50,15 +50,15 @@ def metrics_of(run_dir: Path, names: Sequence[str]) -> dict[str, float]:
         if value is None:
             known = sorted({key for step in steps for key in step})
             raise DataError(
-                f"{path} has no {name}; it has {', '.join(known)}, and {SPIKES} and {LOSS_RISE} "
-                "follow from it"
+                f"{path} has no {name}; it has {', '.join(known)}, and the derived {SPIKES} and "
+                f"{LOSS_RISE}"
             )
         found[name] = value if math.isfinite(value) else math.nan
     return found
 
 
 def by_cell(results: Sequence[Result], metric: str) -> dict[tuple[str, str], dict[int, float]]:
-    """Values of a metric by (variant, scale), then by seed."""
+    """Return values of a metric by (variant, scale), then by seed."""
     cells: dict[tuple[str, str], dict[int, float]] = {}
     for result in results:
         cell = cells.setdefault((result.variant, result.scale), {})
@@ -67,7 +67,7 @@ def by_cell(results: Sequence[Result], metric: str) -> dict[tuple[str, str], dic
 
 
 def names_of(results: Sequence[Result]) -> tuple[list[str], list[str]]:
-    """Variants and scales, each in the order of their first result."""
+    """Return variants and scales, each in the order of their first result."""
     variants = list(dict.fromkeys(result.variant for result in results))
     return variants, list(dict.fromkeys(result.scale for result in results))
 

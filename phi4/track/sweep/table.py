@@ -1,8 +1,8 @@
-"""The table of a sweep, in the form of the report's Table 3: variants, and differences to one.
+"""The table of a sweep, in the form of the report's Table 3: variants, and differences to a
+baseline.
 
-One decision: seeds that all variants share are compared pair by pair. A seed's initial weights and
-order of the data move every variant alike, so differences within seeds are known far better than
-the means.
+Seeds that all variants share are compared in pairs. A seed's initial weights and data order affect
+every variant alike, so differences within seeds are much more precise than the means.
 """
 
 import math
@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class MeanInterval:
-    """A mean with its 95% interval; NaN where too few values tell."""
+    """A mean with its 95% interval; NaN if there are too few values."""
 
     mean: float
     low: float
@@ -35,10 +35,10 @@ class Cell:
     """A variant at a scale, in one metric.
 
     Attributes:
-        mean: over its seeds; NaN where one of them diverged, for the mean of the others would
-            flatter it.
-        difference: to the baseline; None for the baseline itself.
-        rank: 1 is the best of the column; those that diverged are last together.
+        mean: mean over its seeds; NaN if one of them diverged, because the mean of the others would
+            be biased.
+        difference: difference to the baseline; None for the baseline itself.
+        rank: 1 is the best of the column; those that diverged share the last rank.
     """
 
     variant: str
@@ -73,13 +73,13 @@ def sweep_table(
     baseline: str | None,
     maximize: Sequence[str] = (),
 ) -> SweepTable:
-    """Means, differences to the baseline, and ranks.
+    """Return means, differences to the baseline, and ranks.
 
     Args:
-        results: of all ended runs.
+        results: results of all ended runs.
         metrics: columns, at every scale.
-        baseline: the variant that the others are compared with; None is the first.
-        maximize: metrics of which more is better.
+        baseline: the variant that the others are compared with; defaults to the first.
+        maximize: metrics for which higher is better.
     """
     variants, scales = names_of(results)
     baseline = baseline or variants[0]
@@ -104,12 +104,13 @@ def sweep_table(
 
 
 def interval_of(values: Sequence[float]) -> MeanInterval:
-    """Mean and t interval."""
+    """Return mean and t interval."""
     return _t_interval(np.asarray(values, float))
 
 
 def difference_of(values: Mapping[int, float], baseline: Mapping[int, float]) -> MeanInterval:
-    """Difference of two means over seeds: paired where both have the same seeds, else Welch's."""
+    """Return the difference of two means over seeds: paired if both have the same seeds, else
+    Welch's."""
     if set(values) == set(baseline):
         return _t_interval(np.array([values[seed] - baseline[seed] for seed in sorted(values)]))
     one, other = np.array(list(values.values())), np.array(list(baseline.values()))
@@ -123,14 +124,14 @@ def difference_of(values: Mapping[int, float], baseline: Mapping[int, float]) ->
 
 
 def ranks_of(means: Mapping[str, float], more_is_better: bool) -> dict[str, int]:
-    """1 for the best mean; equal means share a rank, and NaN is worst."""
+    """Return 1 for the best mean; equal means share a rank, and NaN ranks last."""
     sign = -1.0 if more_is_better else 1.0
     keys = {name: math.inf if math.isnan(m) else sign * m for name, m in means.items()}
     return {name: 1 + sum(other < key for other in keys.values()) for name, key in keys.items()}
 
 
 def t_quantile(freedom: float) -> float:
-    """Student's t below which 97.5% lie."""
+    """Return the 97.5% quantile of Student's t."""
     # Importing it takes half a second.
     from scipy.stats import t
 

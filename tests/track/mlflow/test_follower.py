@@ -170,8 +170,8 @@ def test_run_that_the_store_no_longer_has_is_made_anew(run, kind):
     follower.catch_up()
     assert run.run().info.run_id != lost
     assert run.steps() == [1, 2, 3, 4]
-    how = "is deleted" if kind == "deleted" else "is not there any more"
-    assert how in run.said[-1] and "it gets a new one" in run.said[-1]
+    how = "is deleted" if kind == "deleted" else "no longer exists"
+    assert how in run.said[-1] and "a new one with all steps is created" in run.said[-1]
 
 
 def test_changed_recipe_is_a_tag_as_long_as_it_is_changed(run):
@@ -208,7 +208,7 @@ def test_name_that_the_server_refuses_keeps_no_other_point_away(run):
     follower._send(PointBatch({}, points, 2))
     assert run.run().data.metrics == {"fine": 2.0}
     [line] = [text for text in run.said if "a@b" in text]
-    assert "the metric 'a@b' is refused and left out there: " in line
+    assert "the metric 'a@b' is refused and skipped: " in line
 
 
 def test_description_that_fails_keeps_no_point_away(run):
@@ -276,5 +276,7 @@ def test_deleted_experiment_is_told_with_its_remedy(run):
 @pytest.mark.parametrize("uri", ["foo", "./mlruns", "xyz://a", "http://", "http:///x"])
 def test_address_that_is_none_is_told(run, uri):
     run.write_recipe(with_overrides(run.recipe, [f"tracking.uri={uri}"]))
-    with pytest.raises(TrackingError, match=r"tracking.uri=\S+ is no address of a tracking server"):
+    with pytest.raises(
+        TrackingError, match=r"tracking.uri=\S+ is not an address of a tracking server"
+    ):
         run.follow()

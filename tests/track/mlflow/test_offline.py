@@ -111,7 +111,7 @@ def test_settle_leaves_a_run_without_mlflow_alone(run):
     run.end()
     settle(run.run_dir, run.said.append)
     assert run.said == [
-        f"{run.run_dir}: trained without MLflow; `phi4 track replay {run.run_dir}` shows it there"
+        f"{run.run_dir}: trained without MLflow; `phi4 track replay {run.run_dir}` sends it there"
     ]
 
 
@@ -142,7 +142,7 @@ def server_that_answers(status: int) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("status", "text"),
-    [(401, "set MLFLOW_TRACKING_USERNAME"), (403, "ask for write access"), (500, "its log")],
+    [(401, "set MLFLOW_TRACKING_USERNAME"), (403, "request write access"), (500, "its log")],
 )
 def test_server_that_refuses_is_told_with_a_remedy_and_no_password(run, status, text):
     killed(run)
@@ -159,7 +159,7 @@ def test_nobody_at_the_address_is_told(run, capsys):
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
         "TrackingError: http://127.0.0.1:1: Connection refused; expected a tracking server there: "
-        "start it, or name another tracking.uri\n"
+        "start it, or use another tracking.uri\n"
     )
 
 
@@ -176,8 +176,11 @@ def test_store_that_may_only_be_read_is_told(run, tmp_path):
         ("(sqlite3.OperationalError) database or disk is full", "disk is full; the store's disk"),
         ("[Errno 28] No space left on device: '/a'", "free some"),
         ("(sqlite3.OperationalError) unable to open database file", "its directory must exist"),
-        ("HTTPSConnectionPool(host='h'): Read timed out. (read timeout=60)", "answers too late"),
-        ("('Connection aborted.', RemoteDisconnected('Remote end'))", "went away"),
+        ("HTTPSConnectionPool(host='h'): Read timed out. (read timeout=60)", "responds too slowly"),
+        (
+            "('Connection aborted.', RemoteDisconnected('Remote end'))",
+            "closed the connection during a request",
+        ),
     ],
 )
 def test_other_troubles_have_remedies(text, remedy):

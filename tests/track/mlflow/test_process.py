@@ -160,7 +160,7 @@ def test_trouble_is_told_once_and_tried_again_later_and_later(run):
     follow(run, parent, open_store)
     assert parent.waits == [0, 1, 2, 4, 8, 16, 30, 30, 30, 1]
     first, second, opened, *_ = [m.text for m in parent.told if isinstance(m, Told)]
-    assert first == "MLflow: no such place; training goes on, and it is tried again"
+    assert first == "MLflow: no such place; training continues, and sending is retried"
     assert second.startswith("MLflow: Connection refused; expected a tracking server there")
     assert opened.startswith("MLflow: sqlite")
     assert parent.told[-1] == StatusSet()

@@ -20,8 +20,8 @@ def attempt(outcome: str = "", **fields) -> Attempt:
         (attempt("failed", reason="DivergedError: x"), None, False, "FAILED", "failed: Div"),
         (attempt("interrupted", reason="SIGTERM"), None, False, "KILLED", "interrupted: SIG"),
         (attempt("failed", reason="DiskFullError: y"), None, True, "FAILED", "failed: Disk"),
-        (attempt(), None, False, "FAILED", "killed: it ended without a word"),
-        (attempt(), None, True, "FINISHED", "killed: it ended without a word"),
+        (attempt(), None, False, "FAILED", "killed: it ended without recording a reason"),
+        (attempt(), None, True, "FINISHED", "killed: it ended without recording a reason"),
         # Where the disk took no note of the end, the process still said it.
         (attempt(), "interrupted", False, "KILLED", "interrupted"),
     ],

@@ -64,8 +64,8 @@ def test_process_that_does_not_answer_holds_neither_a_step_nor_the_end():
     assert (time.thread_time() - since) / num_steps < 1e-4
     tracker.finish("finished")
     assert said == [
-        "MLflow has 0 of 12000 steps; metrics.jsonl has them all, and `phi4 track replay /a/run` "
-        "sends the rest"
+        "MLflow has 0 of 12000 steps; metrics.jsonl has all of them, and "
+        "`phi4 track replay /a/run` sends the rest"
     ]
     assert child.poll() == -signal.SIGKILL
 
@@ -78,8 +78,8 @@ def test_process_that_dies_is_told_once_and_ends_nothing():
     tracker.log(3, {"loss": 1.0})
     tracker.finish("finished")
     assert said[0] == (
-        "the process that fills MLflow ended with code 9 at step 0; training goes on, `phi4 track "
-        "replay /a/run` sends the rest"
+        "the process that fills MLflow ended with code 9 at step 0; training continues, `phi4 "
+        "track replay /a/run` sends the rest"
     )
     assert len(said) == 2 and said[1].startswith("MLflow has 0 of 3 steps; ")
 
@@ -92,8 +92,7 @@ def test_steps_that_were_undone_are_not_missed():
     tracker.rewind(0)
     tracker.finish("failed")
     assert said == [
-        "MLflow has all steps but does not know how the run ended; `phi4 track settle /a/run` "
-        "tells it"
+        "MLflow has all steps but not the run's final status; `phi4 track settle /a/run` tells it"
     ]
 
 
