@@ -1,1 +1,1 @@
-"""Asking a model for tokens, whichever model it is: requests, samplers, and the text of ids."""
+"""The sampling interface for any model: requests, samplers, and the text of ids."""

@@ -1,7 +1,6 @@
-"""The loops around a sampler: events of many requests as they come, or whole answers.
+"""Loops around a sampler: stream events of many requests, or collect complete answers.
 
-The decision: requests are read as they are needed, so a million of them cost no more memory than
-the few that are open.
+Requests are read lazily, so a million of them use no more memory than the open ones.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -20,17 +19,17 @@ from phi4.sampling.protocol import (
 )
 
 MAX_OPEN = 1024
-"""Requests that are in a sampler at once; it queues those that it has no memory for."""
+"""Number of requests in a sampler at once; it queues those that do not fit in memory."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """All that came of a request.
+    """All results of a request.
 
     Attributes:
-        index: of the request among those that were asked.
-        request: what was asked.
-        prompt: the prompt's tokens with their log-probs, where the request asks for them.
+        index: index of the request.
+        request: the request.
+        prompt: the prompt's tokens with their log-probs, if requested.
         completions: by index of the sample, all n.
     """
 
@@ -43,12 +42,12 @@ class Answer:
 def events(
     sampler: Sampler, requests: Iterable[Request], max_open: int = MAX_OPEN
 ) -> Generator[tuple[int, Event], None, None]:
-    """Yield what happens, each event with the index of its request, until all have ended.
+    """Yield events, each with the index of its request, until all have ended.
 
-    A caller that stops reading cancels the rest. The sampler has no other user meanwhile.
+    A caller that stops reading cancels the rest. The sampler must have no other user meanwhile.
 
     Raises:
-        ConfigError: a request is impossible. The first `max_open` are looked at before any output.
+        ConfigError: a request is invalid. The first `max_open` are checked before any output.
         SamplerError: a request failed; the others are cancelled.
     """
     coming = enumerate(requests)
@@ -67,17 +66,17 @@ def events(
         for request_id in num_left:
             sampler.cancel(request_id)
         while num_left:
-            # The reader has left, or is told of the failure that came first.
+            # The reader has stopped, or gets the error that came first.
             with suppress(SamplerError):
                 if not _step(sampler, num_left):
-                    # A sampler that was closed meanwhile says no more.
+                    # A sampler that was closed meanwhile returns no more events.
                     break
 
 
 def answers(
     sampler: Sampler, requests: Iterable[Request], max_open: int = MAX_OPEN
 ) -> Iterator[Answer]:
-    """Yield answers in the order in which they are complete. As `events` otherwise."""
+    """Yield answers in the order in which they complete; otherwise as `events`."""
     asked: dict[int, Request] = {}
     prompts: dict[int, tuple[PromptToken, ...]] = {}
     ended: dict[int, list[Completion]] = {}
@@ -98,14 +97,14 @@ def answers(
 
 
 def _step(sampler: Sampler, num_left: dict[int, int]) -> list[Event]:
-    """One step; takes what has ended, or failed, out of `num_left`."""
+    """Take one step; remove ended or failed requests from `num_left`."""
     try:
         happened = list(sampler.step())
     except SamplerError as error:
         num_left.pop(error.request_id, None)
         raise
     except BaseException:
-        # Interrupted in the middle of a step, or broken: it can take no other one.
+        # Interrupted in the middle of a step, or failed: the sampler cannot be used further.
         num_left.clear()
         raise
     for event in happened:

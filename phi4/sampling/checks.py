@@ -1,4 +1,4 @@
-"""Whether a request can be answered at all: one error for each fault, before any output."""
+"""Validate requests, with one error per problem, before any output."""
 
 from collections.abc import Iterator
 
@@ -8,10 +8,11 @@ from phi4.sampling.protocol import ModelLimits, Request
 
 
 def check_request(request: Request, limits: ModelLimits) -> None:
-    """Refuse what no sampler of this model could answer, and requests that contradict themselves.
+    """Raise an error for a request that no sampler of this model can answer, or that contradicts
+    itself.
 
     Raises:
-        ConfigError: the first fault, in one line.
+        ConfigError: the first problem, in one line.
     """
     check_generation_request(request, limits.vocab_size, limits.max_sequence_tokens)
     for fault in _contradictions(request):
@@ -25,15 +26,15 @@ def _contradictions(request: Request) -> Iterator[str]:
             "fewer or raise max_tokens"
         )
     if request.forced and request.forced[0] in request.forbidden_first:
-        yield f"token id {request.forced[0]} is both forced and forbidden first; drop one of them"
+        yield f"token id {request.forced[0]} is both forced and forbidden first; remove one of them"
     early = [i for i in request.forced[:-1] if i in request.stop_ids]
     if early:
         yield (
-            f"forced token id {early[0]} is a stop id with forced tokens behind it; force nothing "
-            "behind it, or take it out of stop_ids"
+            f"forced token id {early[0]} is a stop id with forced tokens after it; remove the "
+            f"tokens after it, or remove it from stop_ids"
         )
     if b"" in request.stop_strings:
-        yield "a stop string is empty, so it would stop every text at once; leave it out"
+        yield "a stop string is empty, so it would stop every text at once; remove it"
     num_top = request.num_top_log_probs
     if num_top > 0 and not (request.log_probs or request.prompt_log_probs):
         yield f"num_top_log_probs={num_top} needs log_probs or prompt_log_probs; set one of them"

@@ -1,7 +1,7 @@
-"""The distribution that a request draws from, and the draw, over the few tokens of a script.
+"""The sampling distribution of a request, and sampling from it, for the few tokens of a script.
 
-This is the definition of `Request`'s fields in the plainest form; an engine does the same over
-whole vocabularies.
+This is the reference definition of `Request`'s fields; an engine does the same over full
+vocabularies.
 """
 
 import hashlib
@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from phi4.sampling.protocol import Request
 
 _NUM_BITS = 53
-"""Of a float's mantissa: every uniform is exact."""
+"""Bits of a float's mantissa: every uniform is exact."""
 
 
 def sampled_log_probs(
     log_probs: Mapping[int, float], request: Request, is_first: bool
 ) -> dict[int, float]:
-    """Log-probs of the tokens that are left to draw from, by id.
+    """Return the log-probs of the tokens that remain to sample from, by id.
 
     Args:
-        log_probs: of the raw model, finite; ids that are missing have probability 0.
-        request: how to draw.
+        log_probs: log-probs of the raw model, finite; missing ids have probability 0.
+        request: sampling parameters.
         is_first: whether it is the first new token.
 
     Returns:
@@ -45,13 +45,13 @@ def sampled_log_probs(
 
 
 def draw(log_probs: Mapping[int, float], seed: int, sample: int, position: int) -> int:
-    """The token that (seed, sample, position) draws: the same whatever else is drawn.
+    """Sample a token by (seed, sample, position), independent of other sampling.
 
     Args:
         log_probs: normalized, at least one token.
-        seed: of the request.
+        seed: seed of the request.
         sample: index of the sample.
-        position: of the token in the sequence.
+        position: position of the token in the sequence.
     """
     digest = hashlib.blake2b(f"{seed} {sample} {position}".encode(), digest_size=8).digest()
     left = (int.from_bytes(digest) >> (64 - _NUM_BITS)) / (1 << _NUM_BITS)
@@ -59,7 +59,7 @@ def draw(log_probs: Mapping[int, float], seed: int, sample: int, position: int) 
         left -= math.exp(log_prob)
         if left < 0:
             return token_id
-    # Rounding: the probabilities add up to a little less than 1.
+    # Rounding: the probabilities may add up to slightly less than 1.
     return token_id
 
 
@@ -75,7 +75,7 @@ def _normalized(scores: dict[int, float]) -> dict[int, float]:
 
 
 def _nucleus(log_probs: dict[int, float], top_p: float) -> dict[int, float]:
-    """The first tokens whose mass reaches top_p."""
+    """Return the first tokens whose mass reaches top_p."""
     mass, num_kept = 0.0, 0
     for log_prob in log_probs.values():
         if top_p < 1 and mass >= top_p:

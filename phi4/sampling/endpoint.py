@@ -1,13 +1,13 @@
-"""Where a model answers over HTTP, and in which form it is asked."""
+"""The address of a model's HTTP endpoint, and the form of its requests."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 
 class PromptForm(StrEnum):
-    """How prompt and answer travel.
+    """Form in which prompt and answer are sent.
 
-    `phi4` is for `phi4 serve`, whose extensions do all that a `Request` can ask for. `ids` needs
+    `phi4` is for `phi4 serve`, whose extensions support everything in a `Request`. `ids` needs
     vLLM's extensions `return_token_ids` and `return_tokens_as_token_ids`. The other two work
     everywhere; the ids of their completions are an encoding of the server's text, piece by piece,
     and max_tokens counts those.
@@ -26,15 +26,15 @@ class PromptForm(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where a model answers.
+    """The endpoint of a model.
 
     Attributes:
-        base_url: up to and with `/v1`.
-        model: its name there.
-        form: how prompt and answer travel.
+        base_url: URL up to and including `/v1`.
+        model: name of the model on the server.
+        form: form of prompt and answer.
         api_key: sent as a bearer token.
-        timeout_seconds: of connecting, and of the silence between two pieces.
-        max_connections: requests that are open at once; the others wait.
+        timeout_seconds: timeout of connecting, and between two pieces.
+        max_connections: maximum number of open requests; others wait.
     """
 
     base_url: str

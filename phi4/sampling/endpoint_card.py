@@ -1,4 +1,4 @@
-"""What an endpoint says of its model, before it is asked anything."""
+"""Read an endpoint's description of its model before sending requests."""
 
 import http.client
 import json
@@ -10,14 +10,14 @@ from phi4.errors import ConfigError
 from phi4.sampling.endpoint import Endpoint
 
 OWNER = "phi4"
-"""How `phi4 serve` signs the models that it lists."""
+"""`owned_by` of the models that `phi4 serve` lists."""
 
 
 def endpoint_card(endpoint: Endpoint) -> Mapping[str, object]:
-    """The entry of a model in the list of its server; empty where the server lists none.
+    """Return the entry of a model in its server's list; empty if the server has no list.
 
     Raises:
-        ConfigError: the server is out of reach, or its list is no JSON.
+        ConfigError: the server is unreachable, or its list is not JSON.
     """
     parts = urlsplit(endpoint.base_url.rstrip("/") + "/models")
     kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
@@ -35,6 +35,6 @@ def endpoint_card(endpoint: Endpoint) -> Mapping[str, object]:
             return next((card for card in listed if card.get("id") == endpoint.model), {})
     except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{endpoint.base_url} cannot be asked for its models: {type(error).__name__} {error}; "
-            "start it, or correct the address"
+            f"{endpoint.base_url} did not return its models: {type(error).__name__} {error}; start "
+            f"it, or correct the address"
         ) from None

@@ -1,4 +1,4 @@
-"""What an endpoint answers, read into events; one that ignores what it was asked is an error."""
+"""Parse an endpoint's replies into events; a server that ignores a field raises an error."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ from phi4.sampling.samples import OpenSample
 
 _ID_PREFIX = "token_id:"
 _NO_PROBABILITY = -9999.0
-"""What JSON has for the logarithm of 0, by OpenAI's rule."""
+"""JSON value for the logarithm of 0, by OpenAI's convention."""
 
 
 class ReplyReader:
-    """The answer to one request, chunk by chunk.
+    """Parses the reply to one request, chunk by chunk.
 
     Args:
-        request_id: of its events.
-        request: what was asked.
-        form: how the answer travels.
-        tokenizer: of the ids.
+        request_id: request id of its events.
+        request: the request.
+        form: form of the answer.
+        tokenizer: tokenizer of the ids.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class ReplyReader:
 
     @property
     def has_ended(self) -> bool:
-        """Whether all samples have."""
+        """Return whether all samples have ended."""
         return all(sample.has_ended for sample in self._samples)
 
     def forced(self) -> list[Event]:
-        """The forced tokens, where they are a part of the prompt that is sent."""
+        """Return the forced tokens, if they are part of the sent prompt."""
         if self._form is PromptForm.PHI4:
             return []
         return [
@@ -61,18 +61,18 @@ class ReplyReader:
         ]
 
     def cancelled(self) -> list[Completion]:
-        """The completions of the samples that have not ended."""
+        """Return the completions of the samples that have not ended."""
         left = [sample for sample in self._samples if not sample.has_ended]
         return [sample.end(FinishReason.CANCELLED) for sample in left]
 
     def read(self, chunk: Mapping) -> list[Event]:
-        """What a chunk makes happen; what the server sends after a sample's end is left.
+        """Parse a chunk into events; anything after a sample's end is ignored.
 
         Raises:
-            EventStreamError: the server failed, or lacks what it was asked for.
+            EventStreamError: the server failed, or does not support the request.
         """
         if "error" in chunk:
-            raise EventStreamError(f"failed in the middle: {chunk['error']}")
+            raise EventStreamError(f"failed during the answer: {chunk['error']}")
         happened: list[Event] = []
         for choice in chunk.get("choices") or ():
             happened += self._read(choice, self._samples[choice["index"]])
@@ -96,7 +96,7 @@ class ReplyReader:
         return happened
 
     def _scored_prompt(self, choice: dict) -> list[Event]:
-        """Take the prompt off the log-probs of a sample's first piece; the first one is told."""
+        """Remove the prompt from the log-probs of a sample's first piece; report the first one."""
         lists, length = choice["logprobs"], len(self._request.prompt)
         echoed = {name: (values or ())[:length] for name, values in lists.items()}
         expected = [f"{_ID_PREFIX}{token_id}" for token_id in self._request.prompt]
@@ -118,12 +118,12 @@ class ReplyReader:
         ids = choice.get("token_ids")
         if ids is None and text:
             raise EventStreamError(
-                "sends no token ids, for it lacks return_token_ids; set form to text or chat"
+                "sends no token ids, because it lacks return_token_ids; set form to text or chat"
             )
         vocab_size = self._tokenizer.vocab_size
         foreign = [i for i in ids or () if not 0 <= i < vocab_size]
         if foreign:
-            raise EventStreamError(f"sent token id {foreign[0]}, which the tokenizer lacks")
+            raise EventStreamError(f"sent token id {foreign[0]}, which the tokenizer does not have")
         if not ids or not self._request.log_probs:
             return list(map(Token, ids or ()))
         return self._scored(ids, choice["logprobs"])
@@ -132,7 +132,7 @@ class ReplyReader:
         raw = lists["token_logprobs"]
         tops = lists["top_logprobs"] if self._request.num_top_log_probs else [{}] * len(ids)
         if self._form is PromptForm.IDS:
-            # Nothing is asked for that makes the two differ.
+            # No requested field makes the two differ.
             values = zip(ids, raw, raw, tops, strict=True)
             return [Token(i, value, same, self._top(top)) for i, value, same, top in values]
         if "sampled_logprobs" not in lists:
@@ -144,10 +144,12 @@ class ReplyReader:
         ]
 
     def _top(self, top: Mapping[str, float] | None) -> tuple[Alternative, ...]:
-        """The likeliest; servers add the drawn token where it is not among them."""
+        """Return the likeliest tokens; servers add the sampled token if it is not among them."""
         top = top or {}
         if not all(name.startswith(_ID_PREFIX) for name in top):
-            raise EventStreamError("names tokens by text, for it lacks return_tokens_as_token_ids")
+            raise EventStreamError(
+                "reports tokens as text, because it lacks return_tokens_as_token_ids"
+            )
         found = [
             Alternative(int(name.removeprefix(_ID_PREFIX)), value)
             for name, value in top.items()
@@ -157,7 +159,8 @@ class ReplyReader:
         return tuple(found[: self._request.num_top_log_probs])
 
     def _check_first(self, sample: OpenSample) -> None:
-        """A server that ignores our fields would answer another question, unnoticed."""
+        """Check the first token: a server that ignores our fields would answer another request
+        unnoticed."""
         if self._form is not PromptForm.PHI4:
             return
         forced = self._request.forced[: len(sample.ids)]

@@ -1,4 +1,4 @@
-"""What an endpoint is asked: the path and the body of a request, and what it has to refuse."""
+"""Build an endpoint's request: the path and the body, or the reason why it is not supported."""
 
 from collections.abc import Iterator, Mapping
 
@@ -14,10 +14,10 @@ _MAX_STOP_STRINGS = 64
 
 
 def lacks(request: Request, form: PromptForm, tokenizer: Tokenizer) -> Iterator[str]:
-    """What a request asks for and an endpoint cannot do."""
+    """Return features of a request that an endpoint does not support."""
     if form is PromptForm.PHI4:
         if request.num_top_log_probs > _MAX_TOP_LOG_PROBS:
-            yield f"give more than {_MAX_TOP_LOG_PROBS} of num_top_log_probs; ask for fewer"
+            yield f"return more than {_MAX_TOP_LOG_PROBS} of num_top_log_probs; request fewer"
         return
     if request.prompt_log_probs:
         yield "score prompts (prompt_log_probs); use a local model, or form=phi4 with `phi4 serve`"
@@ -26,15 +26,15 @@ def lacks(request: Request, form: PromptForm, tokenizer: Tokenizer) -> Iterator[
         return
     for name in ("forced", "forbidden_first", "logit_bias", "log_probs", "top_k", "min_p"):
         if getattr(request, name):
-            yield f"do {name}; use form=ids, or a local model"
+            yield f"support {name}; use form=ids, or a local model"
     if request.stop_ids - end_ids(tokenizer):
-        yield "stop at ids that are no ends of a text (stop_ids); use form=ids"
+        yield "stop at ids other than the ends of a text (stop_ids); use form=ids"
 
 
 def _lacks_in_ids(request: Request) -> Iterator[str]:
     raw_is_sampled = (request.temperature, request.top_p, request.top_k) == (1, 1, 0)
     if request.log_probs and request.forced:
-        yield "give the log-probs of forced tokens; leave log_probs or forced out"
+        yield "return the log-probs of forced tokens; remove log_probs or forced"
     if request.log_probs and not (
         raw_is_sampled
         and not request.min_p
@@ -42,19 +42,19 @@ def _lacks_in_ids(request: Request) -> Iterator[str]:
         and not request.forbidden_first
     ):
         yield (
-            "give both log-probs where the sampler differs from the raw model; draw at "
+            "return both log-probs if the sampler differs from the raw model; sample at "
             "temperature 1 without truncation and bias"
         )
     if request.forbidden_first and request.max_tokens > 1 and not request.forced:
-        yield "forbid the first token only (forbidden_first); ask for max_tokens=1 and go on"
+        yield "forbid the first token only (forbidden_first); request max_tokens=1 and continue"
     if any(abs(bias) > _MAX_BIAS for bias in request.logit_bias.values()):
-        yield f"take a logit_bias beyond {_MAX_BIAS}; lower it"
+        yield f"apply a logit_bias beyond {_MAX_BIAS}; lower it"
 
 
 def path_and_body(
     request: Request, endpoint: Endpoint, tokenizer: Tokenizer
 ) -> tuple[str, dict[str, object]]:
-    """Where a request goes below the endpoint's address, and what is sent.
+    """Return the path below the endpoint's address, and the body.
 
     Raises:
         DataError: the prompt cannot be written in the endpoint's form.
@@ -82,7 +82,8 @@ def path_and_body(
 
 
 def _phi4_fields(request: Request) -> dict[str, object]:
-    """Every field of a request has one of its own; the draws are those of a local model."""
+    """Return the fields of `phi4 serve`: each field of a request has its own; sampling equals a
+    local model's."""
     has_log_probs = request.log_probs or request.prompt_log_probs
     return {
         **_extensions(request),
@@ -100,7 +101,7 @@ def _phi4_fields(request: Request) -> dict[str, object]:
 
 
 def _fields_in_ids(request: Request) -> dict[str, object]:
-    """Forced tokens are a part of the prompt, forbidden ones have a bias."""
+    """Return vLLM's fields: forced tokens are part of the prompt, forbidden ones have a bias."""
     bias = dict(request.logit_bias)
     if not request.forced:
         bias |= dict.fromkeys(request.forbidden_first, -_MAX_BIAS)
@@ -128,7 +129,7 @@ def _by_name(bias: Mapping[int, float]) -> dict[str, float] | None:
 
 
 def _stop_texts(request: Request) -> list[str] | None:
-    """Stop strings, so that the server draws nothing behind them; they are searched here too."""
+    """Return stop strings, so that the server stops early; they are also searched here."""
     try:
         texts = [stop.decode() for stop in request.stop_strings]
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""A POST whose answer is a stream of server-sent events, with the standard library alone."""
+"""POST a request and read a stream of server-sent events, with the standard library only."""
 
 import http.client
 import json
@@ -11,7 +11,7 @@ _MAX_ERROR_BYTES = 2000
 
 
 class EventStreamError(Exception):
-    """The server is out of reach, refuses, or answers something else; the text says which."""
+    """The server is unreachable, refuses, or sends an invalid reply; the message says which."""
 
 
 class EventStream:
@@ -20,7 +20,7 @@ class EventStream:
     Args:
         url: http or https.
         api_key: sent as a bearer token.
-        timeout_seconds: of connecting, and of the silence between two events.
+        timeout_seconds: timeout of connecting, and between two events.
     """
 
     def __init__(self, url: str, api_key: str | None, timeout_seconds: float) -> None:
@@ -39,7 +39,7 @@ class EventStream:
         """Yield the JSON of every event, up to `[DONE]`.
 
         Raises:
-            EventStreamError: see there; also when it was aborted.
+            EventStreamError: see its description; also if it was aborted.
         """
         try:
             self._connection.connect()
@@ -58,7 +58,7 @@ class EventStream:
             self._connection.close()
 
     def abort(self) -> None:
-        """Close the connection under a reader, which then raises."""
+        """Close the connection during a read, which then raises."""
         self.is_aborted = True
         if self._socket is not None:
             with suppress(OSError):

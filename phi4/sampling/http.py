@@ -1,8 +1,8 @@
 """A sampler over an OpenAI-compatible endpoint.
 
-The decision: what the endpoint cannot do is refused by name before anything is sent, and stops are
-searched here, so that a completion means the same as on our own engine. The draws are the server's:
-they repeat only as far as it keeps its own word on seeds.
+Features that the endpoint does not support are rejected by name before anything is sent, and stop
+strings are searched here, so that a completion means the same as on our own engine. Sampling is the
+server's: it repeats only as far as the server honours seeds.
 """
 
 import queue
@@ -23,22 +23,25 @@ class HttpSampler:
     """A `Sampler` over an endpoint, one connection per request.
 
     Args:
-        endpoint: where to ask.
-        tokenizer: of the ids.
-        max_sequence_tokens: as in `ModelLimits`; the server's own limit is an error of the request.
+        endpoint: the endpoint.
+        tokenizer: tokenizer of the ids.
+        max_sequence_tokens: as in `ModelLimits`; exceeding the server's own limit is an error of
+            the request.
     """
 
     def __init__(
         self, endpoint: Endpoint, tokenizer: Tokenizer, max_sequence_tokens: int | None = None
     ) -> None:
         if not endpoint.base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"endpoint {endpoint.base_url!r} is no http:// or https:// address")
+            raise ConfigError(
+                f"endpoint {endpoint.base_url!r} is not an http:// or https:// address"
+            )
         self.limits = ModelLimits(tokenizer.vocab_size, max_sequence_tokens)
         self._endpoint = endpoint
         self._tokenizer = tokenizer
         self._num_requests = 0
         self._streams: dict[int, EventStream] = {}
-        # An id says that nothing more comes of its request.
+        # An id means that no more events of its request follow.
         self._happened: queue.SimpleQueue[list[Event] | SamplerError | int] = queue.SimpleQueue()
         self._workers = ThreadPoolExecutor(endpoint.max_connections)
 
@@ -61,7 +64,7 @@ class HttpSampler:
         return request_id
 
     def step(self) -> Sequence[Event]:
-        """See `Sampler.step`; waits until a server says something."""
+        """See `Sampler.step`; waits until a server sends something."""
         while self._streams:
             item = self._happened.get()
             if isinstance(item, int):
@@ -73,7 +76,7 @@ class HttpSampler:
         return []
 
     def cancel(self, request_id: int) -> None:
-        """See `Sampler.cancel`: closes the connection."""
+        """See `Sampler.cancel`; closes the connection."""
         if request_id in self._streams:
             self._streams[request_id].abort()
 
@@ -87,18 +90,18 @@ class HttpSampler:
     def _work(
         self, request_id: int, request: Request, body: dict[str, object], stream: EventStream
     ) -> None:
-        """Run one request; in a thread of its own."""
+        """Run one request in its own thread."""
         reader = ReplyReader(request_id, request, self._endpoint.form, self._tokenizer)
         try:
             for happened in _events(stream, body, reader):
                 self._happened.put(happened)
-        # Whatever it is that cannot be read in an answer: a thread that died would be a hang.
+        # Any error of parsing an answer: a thread that died would cause a hang.
         except Exception as error:
             if stream.is_aborted:
                 self._happened.put(list(reader.cancelled()))
             else:
                 said = str(error) if isinstance(error, EventStreamError) else f"sent {error!r}"
-                message = f"{self._endpoint.base_url} {said}; look at its log"
+                message = f"{self._endpoint.base_url} {said}; check its log"
                 self._happened.put(SamplerError(message, request_id))
         self._happened.put(request_id)
 
@@ -106,7 +109,7 @@ class HttpSampler:
 def _events(
     stream: EventStream, body: dict[str, object], reader: ReplyReader
 ) -> Iterator[list[Event]]:
-    """What happens, until all samples have ended; nobody is asked where nothing is to be drawn."""
+    """Yield events until all samples have ended; without tokens to sample, nothing is sent."""
     if forced := reader.forced():
         yield forced
     if reader.has_ended:
@@ -116,4 +119,4 @@ def _events(
             yield happened
         if reader.has_ended:
             return
-    raise EventStreamError("broke off before the end of an answer")
+    raise EventStreamError("closed the connection before the end of an answer")

@@ -1,8 +1,7 @@
-"""Asking a judge: replies as they come, and what becomes of those that are no opinions.
+"""Query a judge: collect valid replies, and retry invalid ones.
 
-The decision: only the judge's own completion is ever read. A reply that is no opinion is asked for
-again with another seed; when all attempts are spent, the showing has no opinion, which is neither a
-win nor a tie.
+Only the judge's own completion is read. An invalid reply is requested again with another seed;
+after all attempts the showing has no opinion, which is neither a win nor a tie.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +21,14 @@ from phi4.sampling.text import completion_text, end_ids
 
 @dataclass(frozen=True)
 class JudgeSampling:
-    """How replies are drawn.
+    """Sampling parameters of replies.
 
     Attributes:
-        max_tokens: of a reply.
-        temperature: of the first attempt.
-        retry_temperature: of the others; at 0 they would all be the first one.
-        seed: of the first attempt; each later one adds 1.
-        max_prompt_tokens: a longer prompt is not asked; 0 leaves that to the model.
+        max_tokens: maximum tokens of a reply.
+        temperature: temperature of the first attempt.
+        retry_temperature: temperature of the others; at 0 they would repeat the first one.
+        seed: seed of the first attempt; each later one adds 1.
+        max_prompt_tokens: longer prompts are skipped; 0 means the model's own limit.
     """
 
     max_tokens: int
@@ -41,11 +40,11 @@ class JudgeSampling:
 
 @dataclass(frozen=True)
 class JudgeReply:
-    """What came back.
+    """A judge's reply.
 
     Attributes:
-        text: of the judge's completion.
-        fault: why the judge could not be asked at all; empty where it was.
+        text: text of the judge's completion.
+        fault: why the judge could not be queried; empty if it could.
     """
 
     text: str
@@ -53,10 +52,10 @@ class JudgeReply:
 
 
 class Judge(Protocol):
-    """Somebody who replies to showings.
+    """A source of replies to showings.
 
     Attributes:
-        identity: tells it from other judges.
+        identity: distinguishes it from other judges.
     """
 
     identity: str
@@ -67,14 +66,14 @@ class Judge(Protocol):
         """Yield a reply to each showing under its key, in any order.
 
         Args:
-            showings: by a number of the caller's.
-            attempt: 0, then 1 and so on for replies that were no opinions.
+            showings: by a number chosen by the caller.
+            attempt: 0, then 1 and so on after invalid replies.
         """
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A reply that is no opinion."""
+    """An invalid reply."""
 
     text: str
     reason: str
@@ -82,11 +81,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class Heard:
-    """What came of a showing.
+    """Result of a showing.
 
     Attributes:
-        opinion: None where no attempt gave one.
-        refused: the attempts that were no opinions.
+        opinion: None if no attempt was valid.
+        refused: the invalid attempts.
     """
 
     opinion: Opinion | None
@@ -94,12 +93,12 @@ class Heard:
 
 
 def hear(judge: Judge, showings: Sequence[Showing], retries: int) -> list[Heard]:
-    """The opinions of a judge, in the order of the showings.
+    """Return the opinions of a judge, in the order of the showings.
 
     Args:
-        judge: asked once per showing, and again for those whose reply is no opinion.
-        showings: what it sees.
-        retries: further attempts at most.
+        judge: queried once per showing, and again after invalid replies.
+        showings: showings for the judge.
+        retries: maximum number of further attempts.
     """
     opinions: dict[int, Opinion] = {}
     refused: dict[int, list[Refused]] = {index: [] for index in range(len(showings))}
@@ -107,7 +106,7 @@ def hear(judge: Judge, showings: Sequence[Showing], retries: int) -> list[Heard]
     for attempt in range(retries + 1):
         if not left:
             break
-        # A list: `left` changes while replies come.
+        # A list, because `left` changes while replies arrive.
         for index, reply in judge.replies(dict(left), attempt):
             if reply.fault:
                 refused[index].append(Refused(reply.text, reply.fault))
@@ -126,11 +125,11 @@ class ModelJudge:
 
     Args:
         sampler: over the model.
-        tokenizer: of the model.
-        identity: of the model.
-        prompt: what it is shown.
-        sampling: how it is asked.
-        store: where its replies are kept.
+        tokenizer: tokenizer of the model.
+        identity: identity of the model.
+        prompt: template of its prompt.
+        sampling: sampling parameters.
+        store: stores its replies.
     """
 
     def __init__(
@@ -153,7 +152,7 @@ class ModelJudge:
     def replies(
         self, showings: Mapping[int, Showing], attempt: int
     ) -> Iterator[tuple[int, JudgeReply]]:
-        """See `Judge.replies`; what the store holds is not asked again."""
+        """See `Judge.replies`; stored replies are not requested again."""
         asked: list[tuple[int, str, str, Request]] = []
         for index, showing in showings.items():
             text = self._prompt.text(showing)
@@ -195,5 +194,5 @@ class ModelJudge:
 
 
 def _drawn_by(request: Request) -> dict[str, object]:
-    """What a reply depends on beside judge and prompt."""
+    """Return what a reply depends on in addition to judge and prompt."""
     return {name: getattr(request, name) for name in ("max_tokens", "temperature", "seed")}

@@ -1,8 +1,7 @@
-"""What a judge is shown: a template, with conversation and answers in it as quoted data.
+"""The judge's prompt: a template with the conversation and answers as quoted data.
 
-The decision: whatever comes from a model or a user stands in the prompt as JSON strings in which
-no special token can be spelled. So an answer cannot end its quotation, open a turn or speak to the
-judge from outside of it.
+All text from a model or a user is inserted as JSON strings that cannot contain a special token. An
+answer thus cannot end its quotation, open a turn or address the judge outside it.
 """
 
 import json
@@ -25,9 +24,9 @@ class Showing:
     """Two answers in the order in which a judge sees them.
 
     Attributes:
-        conversation: that both answer.
-        first: text of the answer that is shown first.
-        second: of the other one.
+        conversation: conversation before both answers.
+        first: text of the answer shown first.
+        second: text of the other one.
     """
 
     conversation: tuple[Message, ...]
@@ -39,11 +38,11 @@ class JudgePrompt:
     """A template of a judge's prompt.
 
     Args:
-        path: a jinja2 file with the variables `conversation`, `first` and `second`, each of which
-            goes through the filter `quoted`; None for our own.
+        path: a jinja2 file with the variables `conversation`, `first` and `second`, each passed
+            through the filter `quoted`; None for our own.
 
     Raises:
-        ConfigError: it cannot be read, or it is no template.
+        ConfigError: it cannot be read, or it is not a template.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -61,10 +60,10 @@ class JudgePrompt:
             raise self._not_a_template(error) from None
 
     def text(self, showing: Showing) -> str:
-        """The prompt, one user's turn.
+        """Return the prompt, one user turn.
 
         Raises:
-            ConfigError: the template asks for something else, or shows what is not quoted.
+            ConfigError: the template uses another variable, or shows an unquoted value.
         """
         turns = [{"role": str(m.role), "content": m.content} for m in showing.conversation]
         try:
@@ -83,16 +82,16 @@ class JudgePrompt:
 
 
 class _Quoted(str):
-    """JSON that went through the filter."""
+    """JSON that has passed through the filter."""
 
 
 def _quoted(value: str | Sequence[dict[str, str]]) -> _Quoted:
-    """JSON of a text or of turns; no special token's name can be read in it."""
+    """Return JSON of a text or of turns, without names of special tokens."""
     return _Quoted(json.dumps(value, ensure_ascii=False).replace("<|", "\\u003c|"))
 
 
 def _only_quoted(value: object) -> object:
-    """What an expression of the template puts into the prompt."""
+    """Return the value that an expression of the template inserts into the prompt."""
     if not isinstance(value, _Quoted):
         raise ValueError("an expression shows a value that is not quoted")
     return value

@@ -1,7 +1,7 @@
-"""Replies of a judge on disk, so that a job that was killed asks nothing twice.
+"""Store a judge's replies on disk, so that a resumed job requests none twice.
 
-The decision: a reply is stored before anybody looks at it, under a key that holds everything it
-depends on: the judge, the prompt's token ids, the sampling and the number of the attempt.
+A reply is stored before it is used, under a key derived from everything it depends on: the judge,
+the prompt's token ids, the sampling parameters and the number of the attempt.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ class ReplyStore:
     """The replies in one sqlite file.
 
     Args:
-        path: of the file, made if it is missing.
+        path: file, created if missing.
 
     Raises:
-        DataError: it is something else.
+        DataError: the file is something else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,16 +36,16 @@ class ReplyStore:
             self._database.execute(_TABLE)
         except sqlite3.Error as error:
             raise DataError(
-                f"{path} is no store of replies ({error}); remove it, or give another --out"
+                f"{path} is not a store of replies ({error}); remove it, or give another --out"
             ) from None
 
     def find(self, key: str) -> str | None:
-        """The reply under a key."""
+        """Return the reply under a key."""
         row = self._database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
     def add(self, key: str, *, judge: str, attempt: int, prompt: str, reply: str) -> None:
-        """Keep a reply, and what was asked for people to read; on the disk when this returns."""
+        """Store a reply, with its prompt for human readers; durable when this returns."""
         self._database.execute(
             "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?)",
             (key, judge, attempt, _storable(prompt), _storable(reply)),
@@ -57,18 +57,18 @@ class ReplyStore:
 
 
 def reply_key(judge: str, prompt: Sequence[int], sampling: dict[str, object], attempt: int) -> str:
-    """The name of a reply.
+    """Return the key of a reply.
 
     Args:
         judge: identity of the model.
         prompt: token ids.
-        sampling: how it is drawn.
-        attempt: index of the sample, from 0.
+        sampling: sampling parameters.
+        attempt: number of the attempt, from 0.
     """
     asked = [judge, list(prompt), sampling, attempt]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _storable(text: str) -> str:
-    """sqlite takes no lone surrogates."""
+    """Replace lone surrogates, which sqlite does not accept."""
     return text.encode(errors="replace").decode()

@@ -1,8 +1,8 @@
-"""A judge's reply as an opinion: faults, a comparison, and scores of both answers.
+"""Parse a judge's reply as an opinion: faults, a comparison, and scores of both answers.
 
-The decision: a reply is exactly one JSON object that fits the schema, with white space or one code
-fence around it. A second object, other text, a duplicate key or truncation makes the whole reply
-invalid; no part of a reply is searched for a verdict.
+A reply must be exactly one JSON object that matches the schema, with white space or one code fence
+around it. A second object, other text, a duplicate key or truncation makes the entire reply
+invalid; a verdict is never extracted from parts of a reply.
 """
 
 import json
@@ -26,14 +26,14 @@ class _Part(BaseModel):
 
 
 class AnswerFault(_Part):
-    """Something that is wrong with an answer."""
+    """A fault of an answer."""
 
     cause: Literal["comprehension", "logic", "fact", "style"]
     description: str
 
 
 class Ratings(_Part):
-    """An answer in numbers from 1, the worst, to 5."""
+    """Scores of an answer from 1, the worst, to 5."""
 
     accuracy: Score
     style: Score
@@ -60,7 +60,7 @@ class RatingsOfBoth(_Part):
 
 
 class Opinion(_Part):
-    """What a judge says of two answers. Source: report, appendix A.2."""
+    """A judge's opinion of two answers. Source: report, appendix A.2."""
 
     faults: FaultLists
     comparison: str
@@ -68,15 +68,15 @@ class Opinion(_Part):
 
 
 class OpinionError(DataError):
-    """A reply is no opinion; the message is the reason."""
+    """A reply is not a valid opinion; the message is the reason."""
 
 
 def read_opinion(reply: str, showing: Showing) -> Opinion:
-    """The opinion that a reply is.
+    """Parse a reply as an opinion.
 
     Args:
         reply: text of the judge's completion.
-        showing: what it was asked about: a reply that only repeats an answer is none.
+        showing: the showing that it replies to: a reply that only repeats an answer is invalid.
 
     Raises:
         OpinionError: it is not exactly one JSON object of this form.
@@ -89,13 +89,13 @@ def read_opinion(reply: str, showing: Showing) -> Opinion:
     value = _one_object(text)
     bare = _without_space(text)
     if any(bare in _without_space(answer) for answer in (showing.first, showing.second)):
-        raise OpinionError("repeats an object that stands in an answer")
+        raise OpinionError("repeats an object from an answer")
     try:
         return Opinion.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the object"
-        raise OpinionError(f"wrong form: {place}: {first['msg']}") from None
+        raise OpinionError(f"wrong format: {place}: {first['msg']}") from None
 
 
 def _one_object(text: str) -> dict[str, object]:
@@ -104,9 +104,9 @@ def _one_object(text: str) -> dict[str, object]:
     try:
         value, end = json.JSONDecoder(object_pairs_hook=_no_key_twice).raw_decode(text)
     except (ValueError, RecursionError) as error:
-        raise OpinionError(f"truncated or no JSON: {error}") from None
+        raise OpinionError(f"truncated or not JSON: {error}") from None
     if text[end:].strip():
-        raise OpinionError(f"goes on behind its object: {text[end:].strip()[:40]!r}")
+        raise OpinionError(f"continues after its object: {text[end:].strip()[:40]!r}")
     return value
 
 

@@ -1,7 +1,7 @@
-"""A sampler over the generation engine of this process, and of the ranks that share its model.
+"""A sampler over the generation engine of this process and of the ranks that share its model.
 
-The decision: the engine knows ids only, so a stop string ends a sample here and is a cancel there.
-Whatever the engine still says of a sample that has ended is dropped.
+The engine only handles ids, so a stop string ends a sample here and cancels it in the engine. Later
+engine events of an ended sample are dropped.
 """
 
 import math
@@ -31,21 +31,21 @@ from phi4.sampling.samples import OpenSample
 
 
 class LocalSampler:
-    """A `Sampler` on the leading rank of a generator; the other ranks call `Generator.follow`.
+    """A `Sampler` on the leader rank of a generator; the other ranks call `Generator.follow`.
 
     Args:
-        generator: entered; only this sampler submits to it.
-        tokenizer: of the model, with as many ids as the generator draws from.
+        generator: an entered generator, used only by this sampler.
+        tokenizer: tokenizer of the model, with as many ids as the generator samples from.
 
     Raises:
-        ConfigError: the generator was made for another number of ids.
+        ConfigError: the generator was created for another number of ids.
     """
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer) -> None:
         if generator.num_ids != tokenizer.vocab_size:
             raise ConfigError(
-                f"the generator draws from {generator.num_ids} ids, the tokenizer has "
-                f"{tokenizer.vocab_size}; make the generator with num_ids={tokenizer.vocab_size}"
+                f"the generator samples from {generator.num_ids} ids, but the tokenizer has "
+                f"{tokenizer.vocab_size}; create the generator with num_ids={tokenizer.vocab_size}"
             )
         self.limits = ModelLimits(generator.num_ids, generator.max_sequence_tokens)
         self._generator = generator
@@ -59,7 +59,7 @@ class LocalSampler:
         """See `Sampler.submit`.
 
         Raises:
-            ConfigError: the request is impossible, or the cache could never hold it.
+            ConfigError: the request is invalid, or the cache is too small for it.
         """
         check_request(request, self.limits)
         request_id = self._generator.submit(request)
@@ -72,11 +72,11 @@ class LocalSampler:
     def step(self) -> Sequence[Event]:
         """See `Sampler.step`.
 
-        A call now and then, also when there is nothing to do, keeps the other ranks from taking
-        this one for dead.
+        It must be called regularly, even without requests, so that the other ranks do not consider
+        this one dead.
 
         Raises:
-            SamplerError: the model gives a request NaN for probabilities.
+            SamplerError: the model returns NaN probabilities for a request.
 
         Collectives: those of `Generator.step`, until the sampler is closed.
         """
@@ -110,20 +110,22 @@ class LocalSampler:
         return SamplerLoad(pool.num_in_use, pool.num_blocks, running, queued)
 
     def reload(self, place: str) -> None:
-        """Go on with other weights, on all ranks.
+        """Load other weights, on all ranks.
 
         Args:
             place: see `Generator.load`.
 
         Raises:
-            ValueError: requests are under way.
-            CheckpointError: the weights are as before.
+            ValueError: requests are in progress.
+            CheckpointError: the weights are unchanged.
 
         Collectives: those of `Generator.step` and of `Generator.load`.
         """
         if self._open:
-            raise ValueError(f"{len(self._open)} requests are under way; finish or cancel them")
-        # What ended by a stop string may still be in a step, or its cancel on its way.
+            raise ValueError(
+                f"{len(self._open)} requests are in progress; finish or cancel them first"
+            )
+        # Samples ended by a stop string may still be in a step, or their cancellation in transfer.
         while not self._generator.is_idle:
             self._coming += self._generator.step()
         self._generator.load(place)
@@ -179,7 +181,7 @@ def _has_nan(event: EngineEvent) -> bool:
 
 
 def _scored(prompt: Sequence[int], scores: Sequence[Drawn]) -> tuple[PromptToken, ...]:
-    """The first token is before anything that could predict it."""
+    """Return the first token has no predecessor that could predict it."""
     rest = (PromptToken(one.token, one.log_prob, _alternatives(one)) for one in scores)
     return PromptToken(prompt[0], None), *rest
 

@@ -1,4 +1,4 @@
-"""What a model is to continue or answer: texts and conversations, of arguments or a file."""
+"""Read prompts to continue or answer: texts and conversations, from arguments or a file."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +23,9 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        place: where it was given, for errors.
+        place: origin of the prompt, for errors.
         ids: token ids.
-        text: that the answer continues; empty for a conversation.
+        text: text to continue; empty for a conversation.
     """
 
     place: str
@@ -35,12 +35,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptReader:
-    """Prompts from what a user gives.
+    """Reads prompts from a user's input.
 
     Attributes:
-        tokenizer: of the model.
-        chat: a text is a user's turn and not the begin of a text.
-        system: begins every conversation that has no system turn; None for nothing.
+        tokenizer: tokenizer of the model.
+        chat: whether a text is a user's turn instead of the beginning of a text.
+        system: system turn for conversations that have none; None to add nothing.
     """
 
     tokenizer: Tokenizer
@@ -48,15 +48,15 @@ class PromptReader:
     system: str | None
 
     def of_texts(self, texts: Sequence[str]) -> Iterator[Prompt]:
-        """One prompt a text."""
+        """Return one prompt per text."""
         for number, text in enumerate(texts):
             yield self._of_text(text, f"prompt {number}")
 
     def of_file(self, path: Path) -> Iterator[Prompt]:
-        """One prompt a line of a JSON Lines file or of stdin; empty lines are skipped.
+        """Yield one prompt per line of a JSON Lines file or of stdin; empty lines are skipped.
 
         Raises:
-            DataError: the file cannot be read, or a line is no prompt.
+            DataError: the file cannot be read, or a line is not a prompt.
         """
         opened: AbstractContextManager[BinaryIO | BufferedIOBase]
         opened = nullcontext(sys.stdin.buffer) if path == STDIN else open_lines(path)
@@ -73,7 +73,7 @@ class PromptReader:
         return self.of_row(row, place)
 
     def of_row(self, row: Mapping[str, object], place: str) -> Prompt:
-        """The prompt of a row.
+        """Return the prompt of a row.
 
         Raises:
             DataError: it has none, or two; the message begins with the place.

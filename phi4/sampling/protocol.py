@@ -1,11 +1,11 @@
-"""What can be asked of a model, what it answers, and the one interface of everything that samples.
+"""The sampling protocol: requests, events, and the interface of every sampler.
 
-The decision: a sampler is pulled. `submit` queues a request and `step` advances all of them and
-returns what happened. So one request or a million, streamed or not, cancelled or not, of a server
-whose requests arrive at any time or of a search that waits for answers before it asks on, are the
-same three calls from one thread. `phi4.sampling.batch` holds the two loops that most callers want.
+A sampler is polled: `submit` queues a request and `step` advances all requests and returns their
+events. One or a million requests, streamed or not, cancelled or not, from a server or from a search
+that waits for answers, thus all use the same three calls from one thread. `phi4.sampling.batch` has
+the two loops that most callers need.
 
-Everything here is in token ids; `phi4.sampling.text` makes text of them.
+Everything here is in token ids; `phi4.sampling.text` converts them to text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,29 +16,29 @@ from typing import Protocol, runtime_checkable
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt, and how to draw what follows it.
+    """A prompt, and the sampling parameters of its continuation.
 
-    The distribution of a token is made in this order: `logit_bias` and `forbidden_first`, division
-    by the temperature, `top_k`, `top_p` of what top_k leaves, `min_p`. A draw is a function of
-    `seed`, index of the sample and position, whatever else the sampler is doing.
+    The distribution of a token is computed in this order: `logit_bias` and `forbidden_first`,
+    division by the temperature, `top_k`, `top_p` of the tokens that top_k leaves, `min_p`. Sampling
+    is a function of `seed`, index of the sample and position, independent of other requests.
 
     Attributes:
         prompt: token ids, at least one.
         n: samples, drawn independently of each other.
-        max_tokens: at most so many new tokens per sample, forced ones included. 0 with
-            `prompt_log_probs` only.
-        temperature: 0 takes the likeliest token, the lowest id where several are.
+        max_tokens: maximum new tokens per sample, including forced ones. 0 only with
+            `prompt_log_probs`.
+        temperature: 0 takes the likeliest token, the lowest id among equals.
         top_p: the smallest set of likeliest tokens whose probabilities add up to this; 1 keeps all.
         top_k: the k likeliest tokens; 0 keeps all.
         min_p: tokens at least this fraction as likely as the likeliest; 0 keeps all.
         seed: sampling seed, below 2^63.
-        forced: the first new tokens. They are not drawn, but get log-probs like any other.
-        forbidden_first: ids that the first new token is not.
+        forced: the first new tokens. They are not sampled, but get log-probs like any other.
+        forbidden_first: ids that may not be the first new token.
         logit_bias: added to the logits of these ids at every position.
         stop_ids: a sample ends with the first of these, which is its last token.
         stop_strings: a sample ends with the token whose bytes complete one of these.
-        log_probs: whether tokens carry their log-probs.
-        num_top_log_probs: so many of the likeliest alternatives come with each log-prob.
+        log_probs: whether tokens have log-probs.
+        num_top_log_probs: number of likeliest alternatives with each log-prob.
         prompt_log_probs: whether the prompt's tokens are scored too.
     """
 
@@ -62,11 +62,11 @@ class Request:
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What a request has to keep to.
+    """Limits for requests.
 
     Attributes:
-        vocab_size: ids of the tokenizer; none beyond them is taken or drawn.
-        max_sequence_tokens: prompt and new tokens together; None where only the model knows.
+        vocab_size: ids of the tokenizer; only these are accepted and sampled.
+        max_sequence_tokens: prompt and new tokens together; None if only the model knows.
     """
 
     vocab_size: int
@@ -87,9 +87,9 @@ class Token:
 
     Attributes:
         id: token id.
-        log_prob: of the raw model: no bias, temperature 1, nothing cut off. None where the request
-            does not ask for log-probs.
-        sampled_log_prob: in the distribution that it was drawn from; minus infinity for a forced
+        log_prob: of the raw model: no bias, temperature 1, no truncation. None if the request has
+            no log-probs.
+        sampled_log_prob: in the distribution that it was sampled from; minus infinity for a forced
             token that this distribution excludes. None as above.
         top: the likeliest tokens of the raw model, likeliest first.
     """
@@ -136,15 +136,15 @@ class NewToken:
 
 @dataclass(frozen=True)
 class Completion:
-    """A sample ended: every one of a request's n does, exactly once.
+    """A sample ended; sent exactly once for each of a request's n samples.
 
     Attributes:
         request_id: what `Sampler.submit` returned.
         sample: index of the sample, below n.
-        tokens: all of its tokens, as they were drawn.
+        tokens: all of its tokens, as sampled.
         finish_reason: why it ended.
-        matched: the stop id or stop string that ended it; None without one, or where a remote
-            model does not say which.
+        matched: the stop id or stop string that ended it; None without one, or if a remote model
+            does not report it.
     """
 
     request_id: int
@@ -158,11 +158,11 @@ Event = ScoredPrompt | NewToken | Completion
 
 
 class Sampler(Protocol):
-    """A model that answers requests. One thread makes all the calls."""
+    """A model that answers requests. One thread makes all calls."""
 
     @property
     def limits(self) -> ModelLimits:
-        """What its requests have to keep to."""
+        """Limits for its requests."""
 
     def submit(self, request: Request) -> int:
         """Queue a request.
@@ -171,16 +171,16 @@ class Sampler(Protocol):
             Its id: 0, 1, 2 and so on.
 
         Raises:
-            ConfigError: the request is impossible, or asks for what this sampler lacks. Nothing of
-                it is queued then.
+            ConfigError: the request is invalid, or uses a feature that this sampler lacks; it is
+                not queued.
         """
 
     def step(self) -> Sequence[Event]:
-        """Go on with all requests, and wait for that where the model is elsewhere.
+        """Advance all requests; wait for events if the model is remote.
 
         Returns:
-            What happened since the last call, in order; it may be nothing as long as prompts are
-            read. Of a sample: its tokens as they come, then its completion.
+            Events since the last call, in order; may be empty while prompts are processed. For a
+            sample: its tokens as they arrive, then its completion.
 
         Raises:
             SamplerError: a request failed and is gone; the others are not affected.
@@ -189,22 +189,22 @@ class Sampler(Protocol):
     def cancel(self, request_id: int) -> None:
         """End the unfinished samples of a request: the next step returns their completions.
 
-        A request that has ended, or never was, is left alone.
+        A request that has ended, or never existed, is ignored.
         """
 
     def close(self) -> None:
-        """Give back what the sampler holds; without further events."""
+        """Release the sampler's resources; no further events."""
 
 
 @dataclass(frozen=True)
 class SamplerLoad:
-    """How busy a sampler is.
+    """Load of a sampler.
 
     Attributes:
-        blocks_in_use: of its cache, by requests under way.
-        num_blocks: of its cache.
-        running: requests that it computes.
-        queued: requests that wait until the cache has room for them.
+        blocks_in_use: cache blocks in use by requests in progress.
+        num_blocks: blocks of its cache.
+        running: requests being computed.
+        queued: requests that wait for cache space.
     """
 
     blocks_in_use: int
@@ -215,7 +215,7 @@ class SamplerLoad:
 
 @runtime_checkable
 class ReportsLoad(Protocol):
-    """A sampler that has a cache of its own."""
+    """A sampler that has its own cache."""
 
     def load(self) -> SamplerLoad:
-        """How busy it is; from the thread that makes all other calls."""
+        """Return its load; from the thread that makes all other calls."""

@@ -1,7 +1,7 @@
-"""Questions with keys: what a model is asked, and what its answers are compared with.
+"""Read questions with answer keys.
 
-The decision: a question is known by the token ids of its prompt, so that two files in another
-order, or in another form of the same prompt, mean the same questions.
+A question is identified by the token ids of its prompt, so that two files in another order, or with
+another form of the same prompt, have the same questions.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ class KeyedQuestion:
     """One question.
 
     Attributes:
-        id: of the row, or made of the prompt's ids.
+        id: id of the row, or derived from the prompt's ids.
         prompt: token ids.
-        text: of the prompt for people; empty for ids.
+        text: text of the prompt for human readers; empty for ids.
         key: the row's `answer`, for an oracle; None without one.
         task: the row's `task`, which balances mixtures; empty without one.
     """
@@ -36,7 +36,7 @@ class KeyedQuestion:
 
 
 def read_questions(path: Path, reader: PromptReader) -> Iterator[KeyedQuestion]:
-    """The questions of a JSON Lines file.
+    """Yield the questions of a JSON Lines file.
 
     Args:
         path: each line has `prompt` (a text), `messages` or `prompt_ids`, and may have `id`,
@@ -44,7 +44,7 @@ def read_questions(path: Path, reader: PromptReader) -> Iterator[KeyedQuestion]:
         reader: whether a text is a user's turn, and the tokenizer.
 
     Raises:
-        DataError: the file cannot be read, a line is no question, or two have one id.
+        DataError: the file cannot be read, a line is not a question, or two have the same id.
     """
     places: dict[str, str] = {}
     with reading(path), open_lines(path) as lines:
@@ -59,8 +59,8 @@ def read_questions(path: Path, reader: PromptReader) -> Iterator[KeyedQuestion]:
                 raise DataError(said if said.startswith(place) else f"{place}: {said}") from None
             if question.id in places:
                 raise DataError(
-                    f"{place}: question {question.id!r} is also at {places[question.id]}; drop "
-                    "one, or give them an `id` each"
+                    f"{place}: question {question.id!r} is also at {places[question.id]}; remove "
+                    f"one, or give each an `id`"
                 )
             places[question.id] = place
             yield question
@@ -69,7 +69,7 @@ def read_questions(path: Path, reader: PromptReader) -> Iterator[KeyedQuestion]:
 def _question(row: Mapping[str, object], reader: PromptReader, place: str) -> KeyedQuestion:
     if "prompt_ids" in row:
         if "prompt" in row or "messages" in row:
-            raise DataError(f"a question has one prompt, this row has {column_names(row)}")
+            raise DataError(f"expected exactly one prompt, but this row has {column_names(row)}")
         ids, text = read_ids(row, "prompt_ids", reader.tokenizer.vocab_size), ""
     else:
         prompt = reader.of_row(row, place)
@@ -89,12 +89,12 @@ def _question(row: Mapping[str, object], reader: PromptReader, place: str) -> Ke
 
 
 def question_id(prompt: tuple[int, ...]) -> str:
-    """The id of a question whose row has none."""
+    """Return the id of a question whose row has none."""
     return hashlib.sha256(" ".join(map(str, prompt)).encode()).hexdigest()[:16]
 
 
 def _shown_text(row: Mapping[str, object]) -> str:
-    """The text, or the last turn of the messages."""
+    """Return the text, or the last turn of the messages."""
     prompt = row.get("prompt")
     if isinstance(prompt, str):
         return prompt

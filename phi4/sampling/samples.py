@@ -1,4 +1,4 @@
-"""A sample that grows: the one place that decides when it has ended."""
+"""A growing sample, and the decision when it has ended."""
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.sampling.protocol import Completion, Event, FinishReason, NewToken, Request, Token
@@ -6,13 +6,13 @@ from phi4.sampling.text import StopStrings
 
 
 class OpenSample:
-    """One of a request's samples, fed token by token by a sampler.
+    """One of a request's samples, to which a sampler adds tokens.
 
     Attributes:
-        request: what was asked.
-        index: of the sample, below the request's n.
+        request: the request.
+        index: index of the sample, below the request's n.
         ids: new tokens so far.
-        has_ended: whether its completion was made.
+        has_ended: whether its completion was returned.
     """
 
     def __init__(self, request_id: int, index: int, request: Request, tokenizer: Tokenizer) -> None:
@@ -26,7 +26,8 @@ class OpenSample:
         self._stops = StopStrings(request.stop_strings)
 
     def add(self, token: Token) -> list[Event]:
-        """What one more token makes happen: it is drawn, and it may be the last one."""
+        """Return the events of one more token: the new token, and the completion if it is the last
+        one."""
         self.ids.append(token.id)
         self._tokens.append(token)
         happened: list[Event] = [NewToken(self._request_id, self.index, token)]
@@ -38,7 +39,7 @@ class OpenSample:
         return happened
 
     def end(self, reason: FinishReason, matched: int | bytes | None = None) -> Completion:
-        """Its completion, with the tokens so far."""
+        """Return its completion, with the tokens so far."""
         self.has_ended = True
         return Completion(self._request_id, self.index, tuple(self._tokens), reason, matched)
 

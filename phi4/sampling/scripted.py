@@ -1,8 +1,8 @@
-"""A sampler that draws from a script: known probabilities, no model, no engine.
+"""A sampler over a script: known probabilities, no model, no engine.
 
-The decision: a script is a next-token distribution, also where it is a table of answers. So every
-field of a request means here what it means on a model, log-probs are known exactly, and what is
-written against this sampler runs on an engine.
+A script is a next-token distribution, even if it is a table of answers. Every field of a request
+thus has the same meaning as for a model, log-probs are known exactly, and code tested with this
+sampler also runs on an engine.
 """
 
 import math
@@ -26,31 +26,35 @@ from phi4.sampling.protocol import (
 from phi4.sampling.samples import OpenSample
 
 Script = Callable[[tuple[int, ...]], Mapping[int, float]]
-"""Ids so far, prompt and answer, to the probabilities of the next one; ids of 0 may be missing."""
+"""Maps the ids so far, prompt and answer, to the probabilities of the next one; ids with 0 may be
+missing."""
 
 Answers = Mapping[tuple[int, ...], float]
 """Answers in ids, each with its probability."""
 
 
 class AnswerTable:
-    """A script that knows whole answers to some prompts, each followed by an end token."""
+    """A script with complete answers to some prompts, each followed by an end token."""
 
     def __init__(self, answers: Mapping[tuple[int, ...], Answers], end_id: int) -> None:
-        """Take the answers to every prompt.
+        """Set the answers to every prompt.
 
         Raises:
-            ConfigError: a prompt begins with another one, so that what follows would be both.
+            ConfigError: a prompt begins with another one, so that its continuation would be
+                ambiguous.
         """
         ordered = sorted(answers)
-        # All that begin with a prompt follow it in this order.
+        # All entries that begin with a prompt follow it in this order.
         for one, other in pairwise(ordered):
             if other[: len(one)] == one:
-                raise ConfigError(f"prompt {other} of the table begins with prompt {one}; drop one")
+                raise ConfigError(
+                    f"prompt {other} of the table begins with prompt {one}; remove one"
+                )
         self._end_id = end_id
         self._answers = answers
 
     def __call__(self, ids: tuple[int, ...]) -> Mapping[int, float]:
-        """Probabilities of what follows; empty where no answer does."""
+        """Return the probabilities of the next token; empty if no answer matches."""
         prompt = next((p for p in self._answers if ids[: len(p)] == p), None)
         if prompt is None:
             return {}
@@ -65,11 +69,11 @@ class AnswerTable:
 
 
 class ScriptedSampler:
-    """A `Sampler` over a script; each step draws a token for every sample.
+    """A `Sampler` over a script; each step samples a token for every sample.
 
     Args:
-        script: a function of one's own, or an `AnswerTable`.
-        tokenizer: of the ids.
+        script: a custom function, or an `AnswerTable`.
+        tokenizer: tokenizer of the ids.
         max_sequence_tokens: as in `ModelLimits`.
     """
 
@@ -144,7 +148,7 @@ class ScriptedSampler:
         elif left:
             token_id = draw(left, request.seed, sample.index, len(ids))
         else:
-            raise SamplerError("the script gives forbidden first tokens only", request_id)
+            raise SamplerError("the script only has forbidden first tokens", request_id)
         if not request.log_probs:
             return Token(token_id)
         return Token(
@@ -163,14 +167,14 @@ class ScriptedSampler:
         return tuple(scored)
 
     def _log_probs(self, request_id: int, ids: tuple[int, ...]) -> dict[int, float]:
-        """What the script says, checked.
+        """Return the script's log-probs, validated.
 
         Raises:
-            SamplerError: it says nothing, or no distribution over the vocabulary.
+            SamplerError: it is empty, or not a distribution over the vocabulary.
         """
         said = self._script(ids)
         if not said:
-            raise SamplerError(f"the script has nothing to say after {_shown(ids)}", request_id)
+            raise SamplerError(f"the script has no entry for {_shown(ids)}", request_id)
         total = math.fsum(said.values())
         if min(said.values()) < 0 or not abs(total - 1) < 1e-9:
             raise SamplerError(
@@ -180,7 +184,7 @@ class ScriptedSampler:
             )
         if not 0 <= min(said) <= max(said) < self.limits.vocab_size:
             raise SamplerError(
-                f"the script has token ids {min(said)} to {max(said)} after {_shown(ids)}; the "
+                f"the script has token ids {min(said)} to {max(said)} after {_shown(ids)}, but the "
                 f"tokenizer has 0 to {self.limits.vocab_size - 1}",
                 request_id,
             )

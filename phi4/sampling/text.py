@@ -1,8 +1,8 @@
-"""Text over token ids: characters that tokens split, stop strings that span tokens.
+"""Decode token ids to text: characters split over tokens, stop strings that span tokens.
 
-The decision: everything is done on bytes. A stop string is searched in the bytes of the tokens,
-wherever their borders are, and what is left becomes characters last, so neither a part of a stop
-string nor a part of a character is ever shown.
+All processing is on bytes. A stop string is searched in the bytes of the tokens, regardless of
+token boundaries, and the remaining bytes are decoded last, so neither a part of a stop string nor a
+part of a character is ever shown.
 """
 
 import codecs
@@ -13,7 +13,7 @@ from phi4.sampling.protocol import Completion, Request
 
 
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end a text of phi-4: of a document and of a turn. Models use either."""
+    """Return the ids that end a text of phi-4: of a document and of a turn. Models use either."""
     return frozenset((tokenizer.eod_id, tokenizer.im_end_id))
 
 
@@ -23,7 +23,7 @@ def text_pieces(
     stop_ids: frozenset[int] = frozenset(),
     stop_strings: tuple[bytes, ...] = (),
 ) -> Iterator[str]:
-    """Text of ids as they come.
+    """Yield the text of ids as they arrive.
 
     Without stops, the pieces join to `tokenizer.decode` of all ids.
     """
@@ -34,7 +34,7 @@ def text_pieces(
 
 
 def completion_text(tokenizer: Tokenizer, request: Request, completion: Completion) -> str:
-    """The text of a sample, without the stop that ended it."""
+    """Return the text of a sample, without the stop that ended it."""
     ids = (token.id for token in completion.tokens)
     return "".join(text_pieces(tokenizer, ids, request.stop_ids, request.stop_strings))
 
@@ -42,8 +42,8 @@ def completion_text(tokenizer: Tokenizer, request: Request, completion: Completi
 class TextStream:
     """The text of one sample, token by token.
 
-    A character that tokens split waits for its last byte; bytes that never become a character
-    are shown as U+FFFD. Stop ids have no text; special tokens have their names.
+    A character split over tokens is held back until its last byte; invalid bytes are shown as
+    U+FFFD. Stop ids have no text; special tokens are shown by name.
     """
 
     def __init__(
@@ -58,18 +58,18 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token_id: int) -> str:
-        """What can be shown after one more token; often nothing."""
+        """Return the text that can be shown after one more token; often empty."""
         if token_id in self._stop_ids:
             return ""
         return self._decoder.decode(self._stops.feed(self._tokenizer.bytes_of(token_id)))
 
     def finish(self) -> str:
-        """What was held back, once no token follows."""
+        """Return the held-back text, once no token follows."""
         return self._decoder.decode(self._stops.finish(), final=True)
 
 
 class StopStrings:
-    """Bytes up to the stop string that is complete first; of several, the one that began first.
+    """Passes bytes up to the first complete stop string; of several, the one that began first.
 
     Attributes:
         matched: the stop string, once it is complete.
@@ -81,9 +81,9 @@ class StopStrings:
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
-        """What may be shown after some more bytes; nothing of what follows the stop string.
+        """Return the bytes that may be shown after some more bytes; nothing after a stop string.
 
-        Held back is the longest end that may still become a stop string, and nothing else.
+        Only the longest suffix that may still become a stop string is held back.
         """
         if self.matched is not None:
             return b""
@@ -98,12 +98,13 @@ class StopStrings:
         return data[: len(data) - num_held]
 
     def finish(self) -> bytes:
-        """What was held back, once nothing follows."""
+        """Return the held-back bytes, once nothing follows."""
         held, self._held = self._held, b""
         return held
 
     def _unfinished(self, data: bytes) -> int:
-        """Length of the longest end of the data that is a proper prefix of a stop string."""
+        """Return the length of the longest suffix of the data that is a proper prefix of a stop
+        string."""
         longest = max((len(s) for s in self._strings), default=1) - 1
         lengths = range(min(len(data), longest), 0, -1)
         return next((n for n in lengths if self._begins_one(data[-n:])), 0)

@@ -1,1 +1,2 @@
-"""A model behind HTTP: the APIs of OpenAI and Ollama, and a chat page, over any `Sampler`."""
+"""An HTTP server for a model: the APIs of OpenAI and Ollama, and a chat page, over any
+`Sampler`."""

@@ -1,14 +1,14 @@
-"""What a client is told that cannot be answered: a status, and the error in the words of its API.
+"""Errors for clients: a status, and the body in the format of the API.
 
-Whatever goes wrong inside a route is raised as `ApiError`; `phi4.serve.app` writes it in OpenAI's
-form under /v1 and in Ollama's under /api.
+Errors inside a route are raised as `ApiError`; `phi4.serve.app` writes them in OpenAI's format
+under /v1 and in Ollama's under /api.
 """
 
 from enum import StrEnum
 
 
 class ErrorType(StrEnum):
-    """OpenAI's kinds of errors."""
+    """OpenAI's error types."""
 
     INVALID_REQUEST = "invalid_request_error"
     AUTHENTICATION = "authentication_error"
@@ -20,12 +20,12 @@ class ApiError(Exception):
     """A request that is refused, or failed.
 
     Args:
-        status: of HTTP.
-        message: what was got, what is expected, and what to change, in one line.
-        kind: of the error.
-        code: a word that programs compare, as `context_length_exceeded`.
+        status: HTTP status.
+        message: what was received, what is expected, and what to change, in one line.
+        kind: kind of the error.
+        code: machine-readable code, such as `context_length_exceeded`.
         param: field of the request.
-        retry_seconds: when it is worth asking again; sent as Retry-After.
+        retry_seconds: time until a retry is useful; sent as Retry-After.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ApiError(Exception):
         self.code, self.param, self.retry_seconds = code, param, retry_seconds
 
     def openai_form(self) -> dict[str, dict[str, str | None]]:
-        """The body of OpenAI's API."""
+        """Return the body in OpenAI's format."""
         return {
             "error": {
                 "message": self.message,
@@ -54,10 +54,10 @@ class ApiError(Exception):
         }
 
     def ollama_form(self) -> dict[str, str]:
-        """The body of Ollama's API."""
+        """Return the body in Ollama's format."""
         return {"error": self.message}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the request itself is wrong."""
+    """Make a 400 error: the request itself is wrong."""
     return ApiError(400, message, param=param, code=code)

@@ -1,4 +1,4 @@
-"""The server's application: its routes, who may use them, and the form of every error."""
+"""The server's application: routes, authorisation, and the format of every error."""
 
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -36,13 +36,13 @@ def make_app(
     api_key: str | None = None,
     hosts: frozenset[str] | None = LOOPBACK_HOSTS,
 ) -> FastAPI:
-    """The application.
+    """Make the application.
 
     Args:
         traffic: answers the requests.
-        model: that is served.
-        api_key: what clients have to send as a bearer token; None asks for none.
-        hosts: names that requests may call the server by, as `web_pages.hosts_of` returns them.
+        model: the served model.
+        api_key: bearer token required of clients; None requires none.
+        hosts: host names accepted in requests, as `web_pages.hosts_of` returns them.
     """
     app = FastAPI(title="phi4 serve", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_BodyLimit)
@@ -77,12 +77,12 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """The first fault of a body, named by its field."""
+    """Describe the first error of a body, with its field."""
     assert isinstance(error, RequestValidationError)
     fault = error.errors()[0]
     field = ".".join(str(part) for part in fault["loc"] if part != "body")
     if fault["type"] == "json_invalid":
-        said = bad_request(f"the body is no JSON: {fault['ctx']['error']}")
+        said = bad_request(f"the body is not JSON: {fault['ctx']['error']}")
     else:
         got = "" if fault["type"] == "missing" else f", got {str(fault['input'])[:100]!r}"
         said = bad_request(f"{field or 'the body'}: {fault['msg']}{got}", param=field or None)
@@ -93,8 +93,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     message = {
-        404: f"there is no {path} here",
-        405: f"{path} does not take {request.method}",
+        404: f"{path} does not exist",
+        405: f"{path} does not support {request.method}",
     }.get(error.status_code, str(error.detail))
     return error_response(path, ApiError(error.status_code, message))
 
@@ -105,7 +105,7 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 
 class _BodyLimit:
-    """Refuses bodies beyond the limit, also those that do not say how long they are."""
+    """Rejects bodies beyond the limit, also those without a declared length."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
@@ -136,7 +136,7 @@ def _too_long() -> ApiError:
 
 
 class _ApiKey:
-    """Refuses requests without the key, if there is one; the page and /health need none."""
+    """Rejects requests without the key, if there is one; the page and /health need none."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], api_key: str | None) -> None:
         self._app, self._expected = app, api_key and f"Bearer {api_key}".encode()

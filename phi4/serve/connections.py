@@ -1,8 +1,8 @@
-"""HTTP connections that end where their client does nothing.
+"""HTTP connections that are closed if their client is inactive.
 
-uvicorn waits as long as a connection lives for the rest of a request, and for the reader of an
-answer. Both cost memory and a file descriptor, and an answer that nobody reads keeps its tokens; so
-here a connection is cut off, and its request cancelled, when either takes too long.
+uvicorn waits indefinitely for the rest of a request, and for the reader of an answer. Both cost
+memory and a file descriptor, and an unread answer accumulates tokens; here a connection is closed,
+and its request cancelled, if either takes too long.
 """
 
 import asyncio
@@ -15,14 +15,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """How long a client may do nothing.
+    """Timeouts of inactive clients.
 
     Attributes:
         request_seconds: from the connection, or the first byte of a later request, to the end of
             the request's body.
         unread_seconds: from the moment that the client's and this machine's buffers are full until
-            they have room again.
-        closing_seconds: what answers get to be written in once the server ends.
+            they have space again.
+        closing_seconds: time to write answers once the server is ending.
     """
 
     request_seconds: float = 60.0
@@ -34,8 +34,8 @@ class LimitedConnection(H11Protocol):
     """One connection, as uvicorn makes it.
 
     Args:
-        limits: of this connection.
-        given: what uvicorn gives its protocols.
+        limits: limits of this connection.
+        given: arguments that uvicorn passes to its protocols.
     """
 
     def __init__(self, limits: ConnectionLimits, **given: Any) -> None:
@@ -48,7 +48,7 @@ class LimitedConnection(H11Protocol):
         """See `asyncio.BaseProtocol`."""
         assert isinstance(transport, asyncio.Transport)
         super().connection_made(transport)
-        # Writing pauses as soon as the machine's own buffer is full, and goes on when all is sent.
+        # Writing pauses as soon as the machine's own buffer is full, and resumes when all is sent.
         transport.set_write_buffer_limits(high=0)
         self._watch_request()
 
@@ -58,7 +58,7 @@ class LimitedConnection(H11Protocol):
         self._watch_request()
 
     def on_response_complete(self) -> None:
-        """Part of the next request may have come already."""
+        """A part of the next request may have arrived already."""
         super().on_response_complete()
         self._watch_request()
 
@@ -79,7 +79,7 @@ class LimitedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """The server ends; half a request is not waited for."""
+        """Shut down; incomplete requests are not waited for."""
         super().shutdown()
         if self._is_request_half_sent():
             self._cut_off()
@@ -101,7 +101,7 @@ class LimitedConnection(H11Protocol):
             self._request_timer = self.loop.call_later(seconds, self._cut_off)
 
     def _cut_off(self) -> None:
-        # Not close(), which would first write what nobody reads.
+        # Not close(), which would first write data that the client does not read.
         self.transport.abort()
 
 

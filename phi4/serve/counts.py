@@ -1,4 +1,4 @@
-"""What a server was asked so far, and how busy it is."""
+"""Counters and load of a server."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,17 @@ from phi4.sampling.protocol import SamplerLoad
 
 @dataclass
 class TrafficCounts:
-    """What the model was asked so far.
+    """Counters since the start.
 
     Attributes:
-        prompt_tokens: of requests that were begun.
-        new_tokens: of all samples.
-        completed: requests that were answered to their end.
+        prompt_tokens: prompt tokens of requests that were started.
+        new_tokens: new tokens of all samples.
+        completed: requests that were answered completely.
         cancelled: requests whose client left, and those that a shutdown ended.
-        failed: requests that the model refused or failed on.
-        refused: requests that were not taken: too many were open, or the server was about to end.
-        reloads: how often the weights became others.
+        failed: requests that the model rejected or failed on.
+        refused: requests that were not accepted: too many were open, or the server was shutting
+            down.
+        reloads: number of weight reloads.
     """
 
     prompt_tokens: int = 0
@@ -30,12 +31,12 @@ class TrafficCounts:
 
 @dataclass(frozen=True)
 class TrafficLoad:
-    """How busy the server was at the end of a step.
+    """Load of the server at the end of a step.
 
     Attributes:
-        waiting: requests that the sampler does not have yet, for a change comes first.
-        under_way: requests that it has.
-        sampler: what it says itself; None where it does not.
+        waiting: requests that are not in the sampler yet, because a change has priority.
+        under_way: requests in the sampler.
+        sampler: the sampler's own load; None if it does not report it.
     """
 
     waiting: int = 0

@@ -1,9 +1,8 @@
-"""New weights for a server while the run that makes them goes on.
+"""Reload a server's weights while the run that produces them continues.
 
-A thread looks for another checkpoint now and then and checks all of it while requests go on. Then
-the weights change between two requests: those that are open end with the old ones first, and new
-ones wait meanwhile. So a reload costs each waiting client what the longest open answer still takes,
-and the time of reading the weights.
+A thread polls for another checkpoint and verifies it while requests continue. The weights then
+change between requests: open ones finish with the old weights, and new ones wait meanwhile. A
+reload delays each waiting client by the longest open answer and the time of reading the weights.
 """
 
 import threading
@@ -22,12 +21,12 @@ POLL_SECONDS = 5.0
 
 
 class Weights(NamedTuple):
-    """The weights of a server, and what is known of a checkpoint that may replace them.
+    """The weights of a server, and the functions that replace them.
 
     Attributes:
-        served: the checkpoint that they are of.
-        check: raises a Phi4Error where a checkpoint cannot replace them; on any thread.
-        load: takes those of a checkpoint, on the model's thread. A CheckpointError leaves the old
+        served: their checkpoint.
+        check: raises a Phi4Error if a checkpoint cannot replace them; on any thread.
+        load: loads those of a checkpoint, on the model's thread. A CheckpointError leaves the old
             ones.
     """
 
@@ -37,7 +36,7 @@ class Weights(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """A checkpoint; one that is written again after a roll back is another."""
+    """A checkpoint; one that is rewritten after a rollback is a different one."""
 
     path: Path
     manifest_sha256: str
@@ -48,12 +47,12 @@ class _Seen(NamedTuple):
 
 
 class CheckpointFollower:
-    """Tells a server of the checkpoints of a run.
+    """Notifies a server of a run's checkpoints.
 
     Args:
-        run_dir: of the run.
-        traffic: of the server.
-        weights: of the server.
+        run_dir: run directory of the run.
+        traffic: traffic of the server.
+        weights: weights of the server.
         say: prints a line for the operator; called from two threads.
     """
 
@@ -65,9 +64,9 @@ class CheckpointFollower:
         self._seen = _Seen.of(weights.served)
 
     def look(self) -> None:
-        """Ask for a change where the run has another checkpoint, and that one is whole.
+        """Request a change if the run has another checkpoint, and it is complete.
 
-        What is wrong with one is said once; it is not tried again.
+        An error of a checkpoint is reported once; it is not tried again.
         """
         try:
             found = latest_checkpoint(self._root)
@@ -105,14 +104,15 @@ def follow(
     say: Callable[[str], None],
     poll_seconds: float = POLL_SECONDS,
 ) -> Iterator[None]:
-    """Follow a run while the block runs.
+    """Follow a run during the block.
 
     Args:
-        run_dir: of the run.
-        traffic: of the server. Its weights are named as the checkpoint's directory from then on.
-        weights: of the server.
+        run_dir: run directory of the run.
+        traffic: traffic of the server. Its weights are named after the checkpoint's directory from
+            then on.
+        weights: weights of the server.
         say: see `CheckpointFollower`.
-        poll_seconds: between two looks.
+        poll_seconds: polling interval.
     """
     follower = CheckpointFollower(run_dir, traffic, weights, say)
     has_ended = threading.Event()

@@ -1,4 +1,4 @@
-"""What the model's thread tells those who asked, who are on the server's event loop."""
+"""Messages from the model's thread to the clients on the server's event loop."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from phi4.serve.api_errors import ApiError
 
 
 class Letter(NamedTuple):
-    """What happened to one of the requests that were asked together."""
+    """An event of one of the requests that were submitted together."""
 
     place: int
     content: Sequence[Event] | ApiError
@@ -20,16 +20,16 @@ class Letter(NamedTuple):
 
 @dataclass(eq=False)
 class AskedRequest:
-    """A request under way.
+    """A request in progress.
 
     Attributes:
-        index: among the requests that were asked together.
-        mailbox: of all of those; only the loop touches it.
+        index: index among the requests submitted together.
+        mailbox: queue of all of those; only the loop uses it.
         num_left: samples that have not ended.
-        asked_at: of the monotonic clock, in seconds.
-        token_at: of each sample's last token.
+        asked_at: submission time of the monotonic clock, in seconds.
+        token_at: time of each sample's last token.
         is_abandoned: whether nothing reads the mailbox any more.
-        is_cancelled: whether the sampler was told so.
+        is_cancelled: whether the sampler was told to cancel it.
     """
 
     index: int
@@ -44,13 +44,13 @@ class AskedRequest:
 
 
 def post(letters: Sequence[tuple[AskedRequest, Letter]]) -> None:
-    """Hand letters to their loops, all of a loop in one call."""
+    """Deliver letters to their loops, all of a loop in one call."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[AskedRequest, Letter]]] = {}
     for one, letter in letters:
         if not one.is_abandoned:
             by_loop.setdefault(one.loop, []).append((one, letter))
     for loop, wanted in by_loop.items():
-        # A loop that was closed has no clients any more.
+        # A closed loop has no clients any more.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(_put_all, wanted)
 

@@ -1,7 +1,7 @@
-"""What a server counts, in the form that Prometheus reads.
+"""Metrics of a server in Prometheus format.
 
-The decision: nothing is counted here. A scrape reads what `Traffic` holds, so that a page, a test
-and Prometheus see the same numbers, and a server has no state outside of its own objects.
+A scrape reads `Traffic`'s own counters, so that a page, a test and Prometheus see the same numbers,
+and a server has no global state.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from phi4.serve.traffic import Traffic
 
 
 def registry_of(traffic: Traffic) -> CollectorRegistry:
-    """The metrics of one server."""
+    """Return the metrics of one server."""
     registry = CollectorRegistry()
     registry.register(_TrafficMetrics(traffic))
     registry.register(traffic.timing.first_token)
@@ -32,27 +32,27 @@ class _TrafficMetrics(Collector):
         self._traffic = traffic
 
     def collect(self) -> Iterator[Metric]:
-        """All but the histograms."""
+        """Yield all metrics except the histograms."""
         yield from self._counters()
         yield from self._gauges()
         yield InfoMetricFamily(
-            "phi4_weights", "The weights that answer.", {"name": self._traffic.weights}
+            "phi4_weights", "The weights in use.", {"name": self._traffic.weights}
         )
 
     def _counters(self) -> Iterator[Metric]:
         counts = self._traffic.counts
         ended = CounterMetricFamily(
             "phi4_requests",
-            "Prompts by what became of them; a request for several prompts counts as several.",
+            "Prompts by outcome; a request for several prompts counts as several.",
             labels=["outcome"],
         )
         for outcome in ("completed", "cancelled", "failed", "refused"):
             ended.add_metric([outcome], getattr(counts, outcome))
         yield ended
         for name, value, what in (
-            ("prompt_tokens", counts.prompt_tokens, "Tokens of prompts that were begun."),
-            ("new_tokens", counts.new_tokens, "Tokens that were drawn."),
-            ("reloads", counts.reloads, "How often the weights became others."),
+            ("prompt_tokens", counts.prompt_tokens, "Tokens of prompts that were started."),
+            ("new_tokens", counts.new_tokens, "Generated tokens."),
+            ("reloads", counts.reloads, "Number of weight reloads."),
         ):
             yield CounterMetricFamily(f"phi4_{name}", what, value)
 
@@ -63,14 +63,14 @@ class _TrafficMetrics(Collector):
         running = load.under_way if said is None else said.running
         queued = load.waiting + (0 if said is None else said.queued)
         for name, value, what in (
-            ("requests_open", self._traffic.num_open, "Prompts that were taken and not ended."),
-            ("requests_running", running, "Prompts that the model computes."),
-            ("requests_queued", queued, "Prompts that wait for room in the cache, or for weights."),
-            ("new_tokens_per_second", rate, "Tokens drawn per second in the last ten."),
+            ("requests_open", self._traffic.num_open, "Prompts that are accepted and unfinished."),
+            ("requests_running", running, "Prompts being computed."),
+            ("requests_queued", queued, "Prompts waiting for cache space or for weights."),
+            ("new_tokens_per_second", rate, "Generated tokens per second, last ten seconds."),
         ):
             yield GaugeMetricFamily(f"phi4_{name}", what, value)
         if said is not None:
-            yield GaugeMetricFamily("phi4_cache_blocks", "Blocks of the cache.", said.num_blocks)
+            yield GaugeMetricFamily("phi4_cache_blocks", "Blocks in the cache.", said.num_blocks)
             yield GaugeMetricFamily(
-                "phi4_cache_blocks_in_use", "Blocks that requests hold.", said.blocks_in_use
+                "phi4_cache_blocks_in_use", "Blocks held by requests.", said.blocks_in_use
             )

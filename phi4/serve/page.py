@@ -1,7 +1,8 @@
-"""The chat page at `/`: one answer that holds all of it, so that a browser asks nobody else.
+"""The chat page at `/`: a single self-contained response without external resources.
 
-Its policy names the style and the script by their hashes and allows requests to this server only.
-Whatever a model or a user writes could not run even if the page made elements of it.
+Its content security policy lists the style and the script by their hashes and allows requests to
+this server only. Text from a model or a user could not be executed even if the page inserted it as
+HTML.
 """
 
 import base64
@@ -17,7 +18,7 @@ _SCRIPTS = ("stream.js", "text.js", "page.js")
 
 
 def page_router() -> APIRouter:
-    """`GET` and `HEAD` of `/`."""
+    """Make the router of `GET` and `HEAD` of `/`."""
     router = APIRouter()
     style = _read("page.css")
     script = "\n".join(map(_read, _SCRIPTS))
@@ -26,7 +27,7 @@ def page_router() -> APIRouter:
         "Content-Security-Policy": _policy(style, script),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
-        # A page of another version may ask what this server does not answer.
+        # A cached page of another version may send requests that this server does not support.
         "Cache-Control": "no-cache",
     }
 

@@ -1,4 +1,4 @@
-"""What a model draws, as pieces of text with their tokens: what every API makes its answers of."""
+"""Pieces of text with their tokens, from which every API builds its replies."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -20,7 +20,7 @@ from phi4.serve.traffic import Traffic
 
 @dataclass(frozen=True)
 class ScoredPiece:
-    """The log-probs of a prompt; before the pieces of its samples."""
+    """The log-probs of a prompt; sent before the pieces of its samples."""
 
     prompt: int
     tokens: tuple[PromptToken, ...]
@@ -31,12 +31,12 @@ class TextPiece:
     """A sample grew, or ended.
 
     Attributes:
-        prompt: index of the request among those that were asked.
+        prompt: index of the request.
         sample: index, below the request's n.
-        text: what can be shown of it now; empty while a character or a stop string is incomplete.
-            The stop that ended the sample is no part of it.
-        tokens: those that were drawn.
-        finish_reason: None while it goes on.
+        text: text that can be shown now; empty while a character or a stop string is incomplete.
+            Excludes the stop that ended the sample.
+        tokens: sampled tokens.
+        finish_reason: None while it continues.
         matched: the stop that ended it; see `Completion`.
     """
 
@@ -54,7 +54,7 @@ Piece = ScoredPiece | TextPiece
 async def pieces(
     traffic: Traffic, tokenizer: Tokenizer, requests: Sequence[Request]
 ) -> AsyncGenerator[Piece, None]:
-    """Ask the model; yield a piece per sample and step until all samples have ended.
+    """Submit requests; yield a piece per sample and step until all samples have ended.
 
     Raises:
         ApiError: see `Traffic.ask`.

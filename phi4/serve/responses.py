@@ -1,4 +1,4 @@
-"""Errors, and answers that notice when the client leaves, before and while they are sent."""
+"""Error responses, and responses that detect when the client disconnects."""
 
 import asyncio
 import json
@@ -18,23 +18,23 @@ _CLIENT_CLOSED_REQUEST = 499
 
 
 def error_response(path: str, error: ApiError) -> Response:
-    """An error in the form of the API that the path belongs to."""
+    """Return an error in the format of the API that the path belongs to."""
     is_ollama = path.startswith("/api/")
     body = error.ollama_form() if is_ollama else error.openai_form()
     headers = {} if error.retry_seconds is None else {"Retry-After": str(error.retry_seconds)}
-    # In ASCII: a message may quote half of a surrogate pair, which has no UTF-8.
+    # In ASCII: a message may quote half of a surrogate pair, which has no UTF-8 encoding.
     return Response(json.dumps(body), error.status, headers, "application/json")
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """The result of some work, which is cancelled when the client closes the connection.
+    """Return the result of some work, which is cancelled if the client closes the connection.
 
     Args:
-        request: whose body has been read.
-        work: what the client waits for.
+        request: a request whose body has been read.
+        work: the work for the client.
 
     Raises:
-        ApiError: the client left; it is sent to nobody.
+        ApiError: the client disconnected; the error is not sent.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_until_disconnect(request))
@@ -52,15 +52,15 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, _Resu
 async def streamed(
     request: Request, lines: AsyncGenerator[bytes, None], media_type: str
 ) -> StreamingResponse:
-    """A response whose status is known once the first line is there.
+    """Return a response whose status is determined once the first line is available.
 
     Args:
-        request: whose body has been read.
-        lines: what is sent; closed when the client leaves.
-        media_type: of the lines.
+        request: a request whose body has been read.
+        lines: lines to send; closed when the client disconnects.
+        media_type: media type of the lines.
 
     Raises:
-        ApiError: what the lines raise before the first of them.
+        ApiError: errors raised before the first line.
     """
     try:
         first = await unless_client_leaves(request, _next(lines))
@@ -79,10 +79,10 @@ async def streamed(
 
 
 class _ClosedStream(StreamingResponse):
-    """A stream whose lines are closed behind it, read or not.
+    """A stream whose lines are always closed, read or not.
 
-    Starlette leaves what it iterates to the garbage collector where the client leaves while a line
-    is sent, or before the first one: the model would answer nobody meanwhile.
+    If the client disconnects while a line is sent, or before the first one, Starlette leaves its
+    iterator to the garbage collector, and the model would continue generating.
     """
 
     def __init__(self, lines: AsyncGenerator[bytes, None], *given: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""A server from its first answer to its last: it listens, answers, and ends when it is told to."""
+"""A server's lifetime: it listens, answers requests, drains and ends."""
 
 import socket
 import sys
@@ -17,14 +17,14 @@ from phi4.serve.web_server import listen, serving
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How a server is reached, and how much it takes.
+    """Address and capacity of a server.
 
     Attributes:
         host: address or name of this machine.
         port: 0 takes a free one.
-        api_key: what clients have to send; None asks for none.
-        max_requests: open at once.
-        drain_seconds: what open requests have to end in once the server is told to end.
+        api_key: key required of clients; None requires none.
+        max_requests: maximum number of open requests.
+        drain_seconds: time for open requests to finish once the server is told to end.
     """
 
     host: str
@@ -44,15 +44,15 @@ def answer_until(
 ) -> None:
     """Answer requests, on the model's thread, until the server is told to end and has drained.
 
-    One line on stderr says where, as soon as it answers.
+    Prints one line with the address on stderr once it is ready.
 
     Args:
-        told: set to end the server; may be set before it answers.
-        sampler: nobody else uses it meanwhile.
-        model: as its clients know it.
+        told: set to end the server; may be set before it is ready.
+        sampler: used exclusively meanwhile.
+        model: metadata for clients.
         weights: name of its weights.
-        options: of the server.
-        beside: entered while requests are answered, such as `phi4.serve.follow.follow`.
+        options: options of the server.
+        beside: context entered while requests are answered, such as `phi4.serve.follow.follow`.
 
     Raises:
         PlatformError: the port is taken, or the address is not this machine's.
@@ -65,7 +65,7 @@ def answer_until(
         told.wait()
         traffic.drain()
         say(
-            f"no more requests are taken; the {traffic.num_open} open ones have "
+            f"no more requests are accepted; the {traffic.num_open} open ones have "
             f"{options.drain_seconds:g} s to end"
         )
 
@@ -84,7 +84,7 @@ def answer_until(
 
 
 def base_url(host: str, port: int) -> str:
-    """The address that clients use."""
+    """Return the address for clients."""
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,4 +1,4 @@
-"""When tokens come: how long clients wait for them, and how many there are in a second."""
+"""Token timing: latency per client, and throughput."""
 
 import time
 from collections.abc import Callable
@@ -11,15 +11,15 @@ _BETWEEN_TOKENS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 
 
 class TokenRate:
-    """Tokens per second over the last ten whole seconds; one thread adds, any one reads.
+    """Tokens per second over the last ten full seconds; one thread adds, any thread reads.
 
     Args:
-        clock: in seconds.
+        clock: returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # Second and its tokens, in one value: a reader sees both or neither.
+        # Second and its token count in one value: a reader sees both or neither.
         self._slots = [(0, 0)] * (_WINDOW_SECONDS + 1)
 
     def add(self, num_tokens: int) -> None:
@@ -30,25 +30,25 @@ class TokenRate:
         self._slots[slot] = second, num_tokens + (before if noted == second else 0)
 
     def per_second(self) -> float:
-        """The rate, without the second that has not ended."""
+        """Return the rate, without the current second."""
         now = int(self._clock())
         in_window = range(now - _WINDOW_SECONDS, now)
         return sum(tokens for second, tokens in self._slots if second in in_window) / len(in_window)
 
 
 class Timing:
-    """Times of one server's tokens.
+    """Token timing of one server.
 
     Attributes:
-        first_token: seconds from a request to its first token, waiting included.
+        first_token: seconds from a request to its first token, including queueing.
         between_tokens: seconds between two tokens of a sample.
-        rate: of new tokens.
+        rate: rate of new tokens.
     """
 
     def __init__(self) -> None:
         self.first_token = Histogram(
             "phi4_first_token_seconds",
-            "Seconds from a request to its first token, waiting included.",
+            "Seconds from a request to its first token, including queueing.",
             buckets=_FIRST_TOKEN_SECONDS,
             registry=None,
         )

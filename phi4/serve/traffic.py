@@ -1,8 +1,8 @@
-"""All requests of a server through one sampler.
+"""Route all requests of a server through one sampler.
 
-One decision: a sampler has one thread, that of the model, which runs `Traffic.run`. Everything else
-is on the server's event loop, and hands over requests and takes what happens through `Traffic.ask`.
-A request that nobody waits for any more is cancelled before the next step.
+A sampler has one thread, the model's, which runs `Traffic.run`. Everything else is on the server's
+event loop, and submits requests and receives events through `Traffic.ask`. A request that no client
+waits for is cancelled before the next step.
 """
 
 import asyncio
@@ -29,41 +29,41 @@ from phi4.serve.letters import AskedRequest, Letter, post
 from phi4.serve.timing import Timing
 
 IDLE_SECONDS = 0.2
-"""Longest pause between two steps: the other ranks of the model wait for this one in them."""
+"""Longest pause between two steps, because the other ranks of the model wait in them."""
 
 _UNAVAILABLE = 503
 _RETRY_SECONDS = 5
-"""What Retry-After says; nothing is known of how long the open requests take."""
+"""Value of Retry-After; the remaining time of the open requests is unknown."""
 
 
 @dataclass(frozen=True)
 class ModelChange:
-    """Something done to the model between requests, such as other weights.
+    """A change of the model between requests, such as other weights.
 
     Attributes:
-        apply: called on the model's thread while no request is under way. It returns the name of
-            the model's weights from then on, or None where they are as before.
+        apply: called on the model's thread while no request is in progress. Returns the new name of
+            the model's weights, or None if they are unchanged.
     """
 
     apply: Callable[[], str | None]
 
 
 class Traffic:
-    """Takes requests on the event loop and answers them on the model's thread.
+    """Accepts requests on the event loop and answers them on the model's thread.
 
     Args:
-        weights: name of the model's weights.
-        max_open: requests that are taken at once; more are refused with 429.
-        drain_seconds: what open requests have to end in after `drain`.
+        weights: as above, or as renamed by the last change.
+        max_open: maximum number of accepted requests; more are rejected with 429.
+        drain_seconds: time for open requests to finish after `drain`.
 
     Attributes:
         weights: as above, or what the last change named.
-        num_open: requests that are taken and have not ended.
-        counts: of this server so far. `refused` is written by the loop, the rest by the model's
+        num_open: requests that are accepted and have not ended.
+        counts: counters of this server. `refused` is written by the loop, the rest by the model's
             thread.
-        load: as of the last step.
-        timing: of tokens.
-        is_draining: whether no more requests are taken.
+        load: load as of the last step.
+        timing: token timing.
+        is_draining: whether no more requests are accepted.
     """
 
     def __init__(self, weights: str, max_open: int = 1024, drain_seconds: float = 20.0) -> None:
@@ -84,18 +84,18 @@ class Traffic:
     async def ask(
         self, requests: Sequence[Request]
     ) -> AsyncGenerator[tuple[int, Sequence[Event]], None]:
-        """Yield what happens, each time with the index of its request, until all have ended.
+        """Yield events, each with the index of its request, until all have ended.
 
-        Closing the generator cancels what has not ended.
+        Closing the generator cancels unfinished requests.
 
         Raises:
-            ApiError: 429 where too many requests are open, 503 where the server is about to end,
-                400 for a request that the model refuses, 500 for one that it failed on. The other
-                requests are cancelled then.
+            ApiError: 429 if too many requests are open, 503 if the server is shutting down, 400 for
+                a request that the model rejects, 500 for one that it failed on. The other requests
+                are then cancelled.
         """
         loop, mailbox, now = asyncio.get_running_loop(), asyncio.Queue[Letter](), time.monotonic()
         asked = [AskedRequest(i, one, loop, mailbox, one.n, now) for i, one in enumerate(requests)]
-        # A model that ends in between would leave them waiting for ever.
+        # If the model ended in between, they would wait for ever.
         with self._intake:
             self._admit(len(asked))
             for one in asked:
@@ -104,7 +104,7 @@ class Traffic:
             num_left = len(asked)
             while num_left:
                 if not mailbox.empty():
-                    # Nothing would wait below: others have their turn, and a client may have left.
+                    # No await follows below: let other tasks run, and detect a disconnected client.
                     await asyncio.sleep(0)
                 letter = await mailbox.get()
                 if isinstance(letter.content, ApiError):
@@ -117,26 +117,26 @@ class Traffic:
                 one.is_abandoned = True
 
     def change(self, change: ModelChange) -> None:
-        """Apply a change once the requests under way have ended; new ones wait for it meanwhile.
+        """Apply a change once the requests in progress have ended; new ones wait for it meanwhile.
 
-        From any thread. A change that still waits gives way to a newer one, or to a drain.
+        Thread-safe. A pending change is replaced by a newer one, or by a drain.
         """
         self._orders.put(change)
 
     def drain(self) -> None:
-        """Take no more requests, and let `run` return once the open ones have ended.
+        """Accept no more requests, and let `run` return once the open ones have ended.
 
-        From any thread, and from a signal handler.
+        Thread-safe, and safe in a signal handler.
         """
         self.is_draining = True
-        # Ends a wait for orders.
+        # Wakes a wait for orders.
         self._orders.put(None)
 
     def run(self, sampler: Sampler) -> None:
         """Answer requests until drained; on the model's thread.
 
-        Whatever else than a SamplerError it raises, all open requests have failed then, and no more
-        are taken.
+        If it raises anything other than a SamplerError, all open requests have failed and no more
+        are accepted.
         """
         error = ApiError(500, "the model failed; the server ends", kind=ErrorType.SERVER)
         try:
@@ -157,7 +157,7 @@ class Traffic:
         """Count some requests as open, on the loop.
 
         Raises:
-            ApiError: there is no room for them.
+            ApiError: there are too many.
         """
         if self.is_draining:
             self.counts.refused += count
@@ -168,7 +168,7 @@ class Traffic:
             self.counts.refused += count
             raise ApiError(
                 429,
-                f"{self.num_open} requests are open, of at most {self._max_open}; ask again later",
+                f"{self.num_open} requests are open, the limit is {self._max_open}; retry later",
                 kind=ErrorType.RATE_LIMIT,
                 code="rate_limit_exceeded",
                 retry_seconds=_RETRY_SECONDS,
@@ -176,7 +176,7 @@ class Traffic:
         self.num_open += count
 
     def _take_orders(self) -> None:
-        """What came since the last step; waits a little where there is nothing else to do."""
+        """Return orders since the last step; wait briefly if there is nothing else to do."""
         is_idle = not (self._under_way or self._waiting or self._change or self.is_draining)
         with suppress(queue.Empty):
             order = self._orders.get(is_idle, IDLE_SECONDS)
@@ -189,7 +189,7 @@ class Traffic:
                 order = self._orders.get_nowait()
 
     def _is_drained(self) -> bool:
-        """Take what came; whether nothing is left to do, and nothing will come."""
+        """Process orders; return whether nothing is left to do and nothing will arrive."""
         self._take_orders()
         if not self.is_draining:
             return False
@@ -202,14 +202,14 @@ class Traffic:
         return not self._under_way and not self._waiting
 
     def _abandon_all(self, error: ApiError) -> None:
-        """Tell all who wait that it was in vain."""
+        """Fail all waiting requests."""
         left = [one for one in (*self._waiting, *self._under_way.values()) if not one.is_abandoned]
         post([(one, Letter(one.index, error, True)) for one in left])
         for one in left:
             one.is_abandoned = True
 
     def _close(self, error: ApiError) -> None:
-        """Take nothing any more; what is left, or came in the last moment, is told so."""
+        """Accept nothing more; fail remaining and late requests."""
         with self._intake:
             self.is_draining = True
         self._take_orders()
@@ -237,7 +237,7 @@ class Traffic:
         self._waiting = deque(left)
 
     def _begin_waiting(self, sampler: Sampler) -> None:
-        """Hand over what waits, unless a change is to be made before."""
+        """Submit waiting requests, unless a change has priority."""
         if self._change is not None:
             if self._under_way:
                 return
@@ -258,7 +258,7 @@ class Traffic:
             self._under_way[request_id] = one
 
     def _deliver(self, events: Sequence[Event]) -> None:
-        """Give every request what happened to it in a step."""
+        """Deliver the events of a step to their requests."""
         by_request: dict[int, list[Event]] = {}
         for event in events:
             by_request.setdefault(event.request_id, []).append(event)
@@ -297,5 +297,5 @@ class Traffic:
 
 def _shutting_down() -> ApiError:
     return ApiError(
-        _UNAVAILABLE, "the server is shutting down; ask another one", kind=ErrorType.SERVER
+        _UNAVAILABLE, "the server is shutting down; use another one", kind=ErrorType.SERVER
     )

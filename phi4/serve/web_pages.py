@@ -1,10 +1,10 @@
-"""Which web pages may use the server: its own, and no other one that a browser has open.
+"""Restrict browser access to the server's own page, against cross-site requests and DNS rebinding.
 
-Two things keep the others out. A request that changes or computes something is refused where the
-browser says that another site's page sent it; no answer has CORS headers, so that none can be read
-by such a page either. And the name that the request calls the server by has to be one of its own,
-because a site can let its name point to this machine, and its pages then count as the server's.
-Programs send none of these headers but Host, and are not affected.
+A request that changes or computes something is rejected if the browser reports that another site's
+page sent it; no answer has CORS headers, so no such page can read one. The host name in the request
+must be one of the server's own, because a site can let its name resolve to this machine, and its
+pages then count as the server's. Programs other than browsers send none of these headers except
+Host, and are not affected.
 """
 
 import ipaddress
@@ -18,19 +18,19 @@ _Message = MutableMapping[str, Any]
 _App = Callable[..., Awaitable[None]]
 
 LOOPBACK_HOSTS = frozenset({"localhost"})
-"""Names of a server that this machine alone can reach. Addresses need no entry."""
+"""Host names that only this machine can reach. Addresses need no entry."""
 
 _WITHOUT_EFFECT = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 def hosts_of(bound: str) -> frozenset[str] | None:
-    """Names that requests may call a server by.
+    """Return the host names accepted in requests.
 
     Args:
         bound: address or name that it listens on.
 
     Returns:
-        None for any: where it listens on all addresses, nobody knows all of its names.
+        None for any: if it listens on all addresses, its names are unknown.
     """
     if _is_address(bound):
         return None if ipaddress.ip_address(bound).is_unspecified else LOOPBACK_HOSTS
@@ -38,11 +38,11 @@ def hosts_of(bound: str) -> frozenset[str] | None:
 
 
 class OwnPagesOnly:
-    """Refuses what pages of other sites send.
+    """Rejects requests of other sites' pages.
 
     Args:
-        app: that gets the other requests.
-        hosts: as `hosts_of` returns them. A request by an address is taken in any case: no site can
+        app: application for the other requests.
+        hosts: as `hosts_of` returns them. A request by an address is always accepted: no site can
             have one as its name.
     """
 
@@ -63,11 +63,11 @@ class OwnPagesOnly:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
         name = _name_of(host)
-        # Browsers always send Host; some checks of a server's health do not.
+        # Browsers always send Host; some health checks do not.
         if host and self._hosts is not None and not (name in self._hosts or _is_address(name)):
             return ApiError(
                 403,
-                f"the request calls this server {name!r}; it answers to its address and to "
+                f"the request has the host name {name!r}; expected the server's address or "
                 f"{', '.join(sorted(self._hosts))}; use one of these, or start the server with "
                 f"--host {name}",
                 code="unknown_host",
@@ -77,14 +77,14 @@ class OwnPagesOnly:
         return ApiError(
             403,
             f"the request comes from a page of {headers.get(b'origin', 'another site')}; only the "
-            "server's own page may use it from a browser",
+            f"server's own page may use it in a browser",
             code="foreign_origin",
         )
 
 
 def _is_of_other_site(headers: dict[bytes, str], host: str) -> bool:
-    """Whether a browser sent a request for a page of another site."""
-    # Also right where a proxy changed Host; browsers leave it out over plain HTTP from afar.
+    """Return whether a browser sent a request for a page of another site."""
+    # Also correct if a proxy changed Host; browsers omit it over plain HTTP to remote hosts.
     site = headers.get(b"sec-fetch-site")
     if site is not None:
         return site not in ("same-origin", "none")
@@ -93,7 +93,7 @@ def _is_of_other_site(headers: dict[bytes, str], host: str) -> bool:
 
 
 def _name_of(host: str) -> str:
-    """A Host header without its port."""
+    """Return a Host header without its port."""
     name = host if host.endswith("]") else host.rpartition(":")[0] or host
     return name.strip("[]").rstrip(".").lower()
 

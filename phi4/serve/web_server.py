@@ -1,4 +1,4 @@
-"""The web server in a thread of its own, beside the model's."""
+"""Run the web server in its own thread, next to the model's."""
 
 import socket
 import threading
@@ -13,11 +13,11 @@ from phi4.errors import PlatformError
 from phi4.serve.connections import ConnectionLimits, LimitedConnection
 
 _MARGIN_SECONDS = 1
-"""From the end of the last connection to that of what answered it."""
+"""Time from the end of the last connection to the end of its handler."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections, of an address or of a name.
+    """Return a listening socket of an address or a name.
 
     Args:
         host: address or name of this machine.
@@ -39,12 +39,12 @@ def listen(host: str, port: int) -> socket.socket:
 def serving(
     app: FastAPI, listener: socket.socket, limits: ConnectionLimits | None = None
 ) -> Iterator[None]:
-    """Answer HTTP while the block runs, which has the thread of the caller.
+    """Answer HTTP during the block, which keeps the caller's thread.
 
     Args:
-        app: answers.
+        app: the application.
         listener: see `listen`; closed at the end.
-        limits: of connections whose client does nothing.
+        limits: timeouts of inactive clients.
     """
     limits = limits or ConnectionLimits()
     config = uvicorn.Config(

@@ -105,7 +105,7 @@ def test_requests_that_nobody_reads_are_not_drawn_to_their_end(tokenizer) -> Non
 def test_failed_request_ends_the_others(sampler) -> None:
     failing = Request(prompt=(99,), max_tokens=9)
     read = []
-    with pytest.raises(SamplerError, match=r"nothing to say after ids \[99, 100\]"):
+    with pytest.raises(SamplerError, match=r"no entry for ids \[99, 100\]"):
         read.extend(events(sampler, [*lengths(5), failing]))
     assert not sampler.step()
 

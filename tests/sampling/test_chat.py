@@ -54,7 +54,7 @@ def test_other_ids_are_no_conversation(tokenizer) -> None:
         ((65,), "does not end with the header of an assistant turn"),
         ((), "does not end with the header of an assistant turn"),
         ((*header, 65, *header), "last turn has no end"),
-        ((*unknown, *header), "a turn without a role that phi-4 knows"),
+        ((*unknown, *header), "a turn without a role of phi-4"),
         ((*header, t.eod_id, t.im_end_id, *header), "special token <|endoftext|>"),
         ((*header, 0xF0, t.im_end_id, *header), "the ids are not UTF-8"),
     ):

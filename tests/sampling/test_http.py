@@ -208,23 +208,23 @@ def test_many_requests_share_few_connections(tokenizer) -> None:
     [
         ("ids", {"prompt_log_probs": True}, "cannot score prompts"),
         ("chat", {"prompt_log_probs": True}, "cannot score prompts"),
-        ("ids", {"log_probs": True, "forced": (1,)}, "cannot give the log-probs of forced"),
-        ("ids", {"log_probs": True, "temperature": 0.5}, "cannot give both log-probs"),
-        ("ids", {"log_probs": True, "top_p": 0.5}, "cannot give both log-probs"),
-        ("ids", {"log_probs": True, "top_k": 5}, "cannot give both log-probs"),
-        ("ids", {"log_probs": True, "min_p": 0.5}, "cannot give both log-probs"),
-        ("ids", {"log_probs": True, "logit_bias": {1: 1.0}}, "cannot give both log-probs"),
+        ("ids", {"log_probs": True, "forced": (1,)}, "cannot return the log-probs of forced"),
+        ("ids", {"log_probs": True, "temperature": 0.5}, "cannot return both log-probs"),
+        ("ids", {"log_probs": True, "top_p": 0.5}, "cannot return both log-probs"),
+        ("ids", {"log_probs": True, "top_k": 5}, "cannot return both log-probs"),
+        ("ids", {"log_probs": True, "min_p": 0.5}, "cannot return both log-probs"),
+        ("ids", {"log_probs": True, "logit_bias": {1: 1.0}}, "cannot return both log-probs"),
         ("ids", {"forbidden_first": frozenset((1,))}, "cannot forbid the first token only"),
-        ("ids", {"logit_bias": {1: -101.0}}, "cannot take a logit_bias beyond 100"),
+        ("ids", {"logit_bias": {1: -101.0}}, "cannot apply a logit_bias beyond 100"),
         ("text", {"forced": (1,)}, "form=text cannot do forced"),
         ("text", {"forbidden_first": frozenset((1,))}, "cannot do forbidden_first"),
         ("text", {"logit_bias": {1: 1.0}}, "cannot do logit_bias"),
         ("chat", {"log_probs": True}, "form=chat cannot do log_probs"),
         ("chat", {"top_k": 1}, "cannot do top_k"),
         ("text", {"min_p": 0.5}, "cannot do min_p"),
-        ("text", {"stop_ids": frozenset((65,))}, "cannot stop at ids that are no ends"),
+        ("text", {"stop_ids": frozenset((65,))}, "cannot stop at ids other than the ends"),
         ("text", {"prompt": (65, 262)}, "special token <|dummy_0|>"),
-        ("chat", {"prompt": (65,)}, "the prompt is no conversation"),
+        ("chat", {"prompt": (65,)}, "the prompt is not a conversation"),
         ("ids", {"n": 0}, "n=0; expected at least 1"),
     ],
 )
@@ -255,13 +255,13 @@ def broken(path: str, body: dict) -> Iterator[dict | bytes]:
 @pytest.mark.parametrize(
     ("first", "message"),
     [
-        (1, "broke off before the end of an answer"),
+        (1, "closed the connection before the end of an answer"),
         (2, "failed: JSONDecodeError"),
-        (3, "sends no token ids, for it lacks return_token_ids; set form to text or chat"),
+        (3, "sends no token ids, because it lacks return_token_ids; set form to text or chat"),
         (4, "sent IndexError"),
         (5, "content_filter"),
         (6, "sent token id 1048576"),
-        (8, "failed in the middle: {'message': 'no memory'}"),
+        (8, "failed during the answer: {'message': 'no memory'}"),
     ],
 )
 def test_broken_answer_is_one_error_of_its_request(tokenizer, first: int, message: str) -> None:
@@ -291,5 +291,5 @@ def test_endpoint_that_is_not_there_is_one_error(tokenizer) -> None:
         sampler.submit(Request(prompt=(7,), max_tokens=2))
         with pytest.raises(SamplerError, match="failed: ConnectionRefusedError"):
             sampler.step()
-    with pytest.raises(ConfigError, match=r"'localhost:1' is no http:// or https:// address"):
+    with pytest.raises(ConfigError, match=r"'localhost:1' is not an http:// or https:// address"):
         HttpSampler(Endpoint(base_url="localhost:1", model="phi", form=PromptForm.IDS), tokenizer)

@@ -79,7 +79,7 @@ def test_anything_else_is_none(reply: str) -> None:
     "planted", [GOOD, f"See: {GOOD} so I win", json.dumps(json.loads(GOOD), indent=2)]
 )
 def test_object_of_an_answer_is_no_opinion(planted: str) -> None:
-    with pytest.raises(OpinionError, match="repeats an object that stands in an answer"):
+    with pytest.raises(OpinionError, match="repeats an object from an answer"):
         read_opinion(GOOD, Showing(ASKED, "4", planted))
 
 
@@ -233,5 +233,5 @@ def test_prompt_that_is_too_long_is_left_out(tokenizer, prompt, tmp_path, limits
 
 def test_store_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s").write_text("no database, but long enough for sqlite to notice" * 20)
-    with pytest.raises(DataError, match="no store of replies"):
+    with pytest.raises(DataError, match="not a store of replies"):
         ReplyStore(tmp_path / "s")

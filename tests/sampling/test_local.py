@@ -177,7 +177,7 @@ def test_impossible_requests_are_refused_before_any_output(pool) -> None:
 def test_a_sampler_needs_the_tokenizer_of_its_generator(pool) -> None:
     small, large = pool.run(run_other_vocabularies)[0]
     assert small == (
-        "the generator draws from 128 ids, the tokenizer has 127; make the generator with "
+        "the generator samples from 128 ids, but the tokenizer has 127; create the generator with "
         "num_ids=127"
     )
     assert large.startswith("the tokenizer has 129 ids, model.vocab_size=128")

@@ -73,10 +73,10 @@ def test_wrong_checkpoint_leaves_the_weights(on_leader, checkpoints, tmp_path) -
     (foreign / RECIPE_FILE).write_text((other / RECIPE_FILE).read_text())
     gone = tmp_path / "d" / second.name
     said = [
-        (damaged, "has another sha256 than its manifest says"),
+        (damaged, "has another sha256 than its manifest lists"),
         (incomplete, "has no manifest.json"),
-        (foreign, "is not the one that its manifest.json was written for"),
-        (other, f"model.num_layers of {other} is not that of {first}; serve it apart"),
+        (foreign, "does not match its manifest.json"),
+        (other, f"model.num_layers of {other} differs from that of {first}; serve it separately"),
         (gone, f"{gone} has no recipe.toml"),
     ]
     [expected] = on_leader(first, reloaded, ())
@@ -90,19 +90,19 @@ def test_wrong_checkpoint_leaves_the_weights(on_leader, checkpoints, tmp_path) -
 def test_weights_are_not_changed_under_a_request(on_leader, checkpoints) -> None:
     first, second, _ = checkpoints
     message, before, after = on_leader(first, reloaded_too_early, second)
-    assert message == "1 requests are under way; finish or cancel them"
+    assert message == "1 requests are in progress; finish or cancel them"
     assert [before, after] == on_leader(first, reloaded, (second,))
 
 
 def test_checkpoint_that_goes_away_while_it_is_read_ends_the_model(pool, checkpoints) -> None:
     first, second, _ = checkpoints
     message = pool.run(in_ranks, (), first, reloaded_while_removed, second)[0]
-    assert "the model has no weights now" in message and "\n" not in message
+    assert "the model's weights are undefined" in message and "\n" not in message
 
 
 def test_generator_that_was_given_no_way_to_load_says_so(pool, checkpoints) -> None:
     assert pool.run(loads_nothing, checkpoints[0])[0] == (
-        "the generator cannot load weights; make it with load_weights"
+        "the generator cannot load weights; create it with load_weights"
     )
 
 

@@ -308,12 +308,12 @@ def test_table_with_an_ambiguous_prompt_is_refused() -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({}, r"nothing to say after ids \[0\]"),
+        ({}, r"no entry for ids \[0\]"),
         ({1: 0.5, 2: 0.4}, "add up to 0.9"),
         ({1: 1.5, 2: -0.5}, "or one is negative"),
         ({1: math.nan}, "add up to nan"),
         ({1 << 20: 1.0}, "token ids 1048576 to 1048576"),
-        ({7: 1.0}, "forbidden first tokens only"),
+        ({7: 1.0}, "only has forbidden first tokens"),
     ],
 )
 def test_script_that_fails_ends_its_own_request_only(tokenizer, said, message: str) -> None:

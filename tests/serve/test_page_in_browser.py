@@ -256,7 +256,7 @@ def test_errors_of_the_server_are_said_where_they_happen(page: "Page", server: S
     ask(page, "Break")
     until_ended(page)
     problem = turn(page).get_by_role("alert")
-    assert "The server failed: the script has nothing to say" in problem.inner_text()
+    assert "The server failed: the script has no entry" in problem.inner_text()
     assert text_of(page) == "so far so go"
     page.get_by_label("Max tokens").fill("5000")
     ask(page, "Hello")

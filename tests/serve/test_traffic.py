@@ -120,7 +120,7 @@ def test_too_many_open_requests_are_told_when_to_come_again() -> None:
             error = refusal_of(model.traffic, one, one)
             assert (error.status, error.code) == (429, "rate_limit_exceeded")
             assert error.retry_seconds == 5
-            assert error.message == "1 requests are open, of at most 2; ask again later"
+            assert error.message == "1 requests are open, the limit is 2; retry later"
             assert asyncio.run(texts_of(model.traffic, one)) == [[65]]
         error = refusal_of(model.traffic, one, one, one)
         assert (error.status, error.message) == (400, "3 prompts in a request; expected at most 2")
@@ -131,7 +131,7 @@ def test_request_that_fails_ends_those_asked_with_it_and_no_others() -> None:
     with running() as model, open_request(model.traffic):
         good, bad = Request(prompt=(1,), max_tokens=ENDLESS), Request(prompt=(FAILS,), max_tokens=9)
         error = refusal_of(model.traffic, good, bad)
-        assert error.status == 500 and "nothing to say" in error.message
+        assert error.status == 500 and "no entry" in error.message
         impossible = Request(prompt=(TOKENIZER.vocab_size,), max_tokens=1)
         assert refusal_of(model.traffic, good, impossible).status == 400
         counts = model.traffic.counts

@@ -76,7 +76,7 @@ def test_refused_name_is_told_what_to_do() -> None:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         answer = httpx.get(f"{url}/api/version", headers={"Host": "gpu7:8000"})
     assert answer.status_code == 403
-    assert "calls this server 'gpu7'" in answer.json()["error"]
+    assert "has the host name 'gpu7'" in answer.json()["error"]
     assert "start the server with --host gpu7" in answer.json()["error"]
 
 

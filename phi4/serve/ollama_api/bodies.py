@@ -1,8 +1,8 @@
-"""What clients of Ollama's API send: what of it is taken, what is ignored, and what is refused.
+"""Request bodies of Ollama's API: accepted, ignored and rejected fields.
 
-The decision: what this server cannot do is refused by name, so that no client believes in an option
-that is not applied. Where Ollama has a default of its own, it is the default here, so that the same
-program means the same against both.
+Unsupported features are rejected by name, so that no client relies on an option that is not
+applied. Ollama's defaults are the defaults here, so that the same program behaves the same against
+both.
 """
 
 import re
@@ -25,19 +25,19 @@ from phi4.serve.served_model import ServedModel
 
 WITHOUT_EFFECT = frozenset(
     (
-        # How Ollama holds a model in memory.
+        # How Ollama keeps a model in memory.
         *("keep_alive", "num_batch", "num_gpu", "main_gpu", "num_thread", "num_keep", "numa"),
         *("low_vram", "f16_kv", "use_mmap", "use_mlock"),
-        # Settings of penalties and of mirostat, which are refused themselves.
+        # Settings of penalties and of mirostat, which are rejected themselves.
         *("repeat_last_n", "penalize_newline", "mirostat_tau", "mirostat_eta"),
-        # How much /api/show tells.
+        # Verbosity of /api/show.
         "verbose",
     )
 )
-"""Fields that no answer depends on here; any value of them is accepted."""
+"""Fields that affect no answer here; any value is accepted."""
 
 NEUTRAL = {"repeat_penalty": 1.0, "tfs_z": 1.0, "typical_p": 1.0}
-"""Options that are not supported, and the values at which Ollama does not apply them either."""
+"""Options that are not supported, with the values at which Ollama does not apply them either."""
 
 MOST_TOP_LOGPROBS = 20
 _MOST_STOP_STRINGS = 64
@@ -49,7 +49,7 @@ _Body = TypeVar("_Body", bound="OllamaFields")
 
 
 class OllamaFields(BaseModel):
-    """Fields of a body; null is as if the field were absent, and unknown ones are kept."""
+    """Fields of a body; null equals absent, and unknown ones are kept."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -61,26 +61,26 @@ class OllamaFields(BaseModel):
         return {name: value for name, value in sent.items() if value is not None}
 
     def refuse_unsupported(self, where: str = "") -> None:
-        """Refuse fields that are not ours, unless they ask for nothing.
+        """Raise an error for unsupported fields, unless their value has no effect.
 
         Args:
-            where: what stands before their names in the error.
+            where: prefix of their names in the error.
 
         Raises:
-            ApiError: 400, with the name of the first one.
+            ApiError: 400, with the name of the first field.
         """
         for name, value in (self.model_extra or {}).items():
             if value and name not in WITHOUT_EFFECT and value != NEUTRAL.get(name):
                 field, shown = where + name, repr(value)[:100]
                 raise bad_request(
-                    f"{field}={shown} is not supported by this server; leave {field} out", field
+                    f"{field}={shown} is not supported by this server; remove {field}", field
                 )
 
 
 class OllamaOptions(OllamaFields):
-    """The options of a draw, with the defaults of Ollama's Modelfile.
+    """Sampling options, with the defaults of Ollama's Modelfile.
 
-    `ignore_eos` and `stop_token_ids` are this server's own.
+    `ignore_eos` and `stop_token_ids` are extensions of this server.
     """
 
     temperature: float = 0.8
@@ -97,14 +97,14 @@ class OllamaOptions(OllamaFields):
     @field_validator("stop", mode="before")
     @classmethod
     def _as_list(cls, sent: Any) -> Any:
-        """One stop string may come alone, and an empty one is none."""
+        """Accept a single stop string, and an empty one as none."""
         return ([sent] if sent else []) if isinstance(sent, str) else sent
 
     def max_tokens(self, model: ServedModel, num_prompt_tokens: int) -> int:
-        """New tokens that are asked for.
+        """Return the requested number of new tokens.
 
         Raises:
-            ApiError: 400 for a number that is none.
+            ApiError: 400 for an invalid number.
         """
         longest = model.limits.max_sequence_tokens
         if self.num_predict in _FILLS_THE_CONTEXT and longest is not None:
@@ -120,7 +120,7 @@ class OllamaOptions(OllamaFields):
         return self.num_predict
 
     def check_context(self, model: ServedModel) -> None:
-        """Refuse a context that the model does not have; a smaller one is part of what it has.
+        """Raise an error for a context that the model does not have; a smaller one is allowed.
 
         Raises:
             ApiError: 400.
@@ -128,14 +128,14 @@ class OllamaOptions(OllamaFields):
         longest = model.limits.max_sequence_tokens
         if longest is not None and self.num_ctx > longest:
             raise bad_request(
-                f"options.num_ctx={self.num_ctx}; this model's context has {longest} tokens; "
-                "lower num_ctx or leave it out",
+                f"options.num_ctx={self.num_ctx}; but this model's context has {longest} tokens; "
+                f"lower num_ctx or remove it",
                 "options.num_ctx",
             )
 
 
 class AskedFields(OllamaFields):
-    """What /api/generate and /api/chat have in common."""
+    """Common fields of /api/generate and /api/chat."""
 
     model: str
     stream: bool = True
@@ -146,18 +146,18 @@ class AskedFields(OllamaFields):
     @property
     @abstractmethod
     def is_empty(self) -> bool:
-        """Whether nothing is to be answered: Ollama loads the model then, and says so."""
+        """Whether there is nothing to answer: Ollama then loads the model and reports it."""
 
     @abstractmethod
     def prompt_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Ids of the prompt.
+        """Return the ids of the prompt.
 
         Raises:
             TokenizerError: it cannot be split into tokens.
         """
 
     def refuse_unsupported(self, where: str = "") -> None:
-        """See `OllamaFields`; the options' fields are looked at, too."""
+        """See `OllamaFields`; checks the options' fields too."""
         super().refuse_unsupported(where)
         self.options.refuse_unsupported(f"{where}options.")
 
@@ -175,17 +175,17 @@ class GenerateBody(AskedFields):
         return not self.prompt
 
     def prompt_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """See `AskedFields`: the prompt is what a user says, unless it is raw."""
+        """See `AskedFields`: the prompt is a user's turn, unless it is raw."""
         if self.raw:
             return raw_ids(self.prompt, tokenizer)
         system = [Message(Role.SYSTEM, self.system)] if self.system else []
         return chat_prompt([*system, Message(Role.USER, self.prompt)], tokenizer)
 
     def refuse_unsupported(self, where: str = "") -> None:
-        """See `AskedFields`; a raw prompt has no place for `system`."""
+        """See `AskedFields`; a raw prompt cannot have `system`."""
         super().refuse_unsupported(where)
         if self.raw and self.system:
-            raise bad_request("system has no place in a raw prompt; leave out one of them", "raw")
+            raise bad_request("system cannot be used with a raw prompt; remove one of them", "raw")
 
 
 class OllamaMessage(OllamaFields):
@@ -206,7 +206,7 @@ class OllamaChatBody(AskedFields):
         return not self.messages
 
     def prompt_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """See `AskedFields`: an answer that comes last is gone on with, as Ollama does."""
+        """See `AskedFields`: a final assistant message is continued, as in Ollama."""
         turns = [Message(one.role, one.content) for one in self.messages]
         if turns[-1].role is Role.ASSISTANT:
             begun = tokenizer.encode(turns[-1].content)
@@ -214,26 +214,26 @@ class OllamaChatBody(AskedFields):
         return chat_prompt(turns, tokenizer)
 
     def refuse_unsupported(self, where: str = "") -> None:
-        """See `AskedFields`; the messages' fields are looked at, too."""
+        """See `AskedFields`; checks the messages' fields too."""
         super().refuse_unsupported(where)
         for index, message in enumerate(self.messages):
             message.refuse_unsupported(f"messages.{index}.")
 
 
 class ShowBody(OllamaFields):
-    """The body of /api/show; clients of old call the model `name`."""
+    """The body of /api/show; old clients send the model as `name`."""
 
     model: str = ""
     name: str = ""
 
 
 async def read_body(http: HttpRequest, form: type[_Body]) -> _Body:
-    """The body in its form.
+    """Parse the body.
 
-    The content type is not looked at: curl sends that of web forms, as in Ollama's own examples.
+    The content type is ignored: curl sends that of web forms, as in Ollama's own examples.
 
     Raises:
-        RequestValidationError: it is not in this form.
+        RequestValidationError: it is not in this format.
         ApiError: see `OllamaFields.refuse_unsupported`.
     """
     try:
@@ -245,14 +245,14 @@ async def read_body(http: HttpRequest, form: type[_Body]) -> _Body:
 
 
 def request_of(body: AskedFields, model: ServedModel) -> Request:
-    """What the model is asked.
+    """Return the request for the model.
 
     Args:
-        body: that is not empty.
-        model: that is asked.
+        body: a body that is not empty.
+        model: the served model.
 
     Raises:
-        ApiError: 400, where the model cannot answer it.
+        ApiError: 400, if the model cannot answer it.
     """
     options = body.options
     options.check_context(model)
@@ -280,7 +280,7 @@ def request_of(body: AskedFields, model: ServedModel) -> Request:
 
 
 def raw_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids of a prompt that holds its template: names of special tokens in it are these tokens."""
+    """Return the ids of a raw prompt: names of special tokens in it are these tokens."""
     names = "|".join(map(re.escape, tokenizer.special_tokens))
     ids: list[int] = []
     for piece in filter(None, re.split(f"({names})", text)):

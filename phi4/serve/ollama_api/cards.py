@@ -1,4 +1,4 @@
-"""What Ollama's API says of the model: /api/tags, /api/ps and /api/show."""
+"""Model descriptions of Ollama's API: /api/tags, /api/ps and /api/show."""
 
 import hashlib
 from typing import Any
@@ -19,12 +19,12 @@ _NEVER_UNLOADED = "9999-12-31T23:59:59Z"
 
 
 def full_name(name: str) -> str:
-    """A model's name with its tag, which is `latest` where none is given."""
+    """Return a model's name with its tag, `latest` by default."""
     return name if ":" in name.rpartition("/")[2] else name + _DEFAULT_TAG
 
 
 def check_name(asked: str, model: ServedModel) -> None:
-    """Refuse requests for another model, in Ollama's words, and say which one is here.
+    """Raise an error in Ollama's format for a request for another model, with the name of this one.
 
     Raises:
         ApiError: 404.
@@ -39,11 +39,11 @@ def check_name(asked: str, model: ServedModel) -> None:
 
 
 def tags_card(model: ServedModel, weights: str) -> dict[str, Any]:
-    """The model among those of /api/tags.
+    """Return the model's entry in /api/tags.
 
     Args:
-        model: that is served.
-        weights: name of its present weights.
+        model: the served model.
+        weights: name of its current weights.
     """
     name = full_name(model.name)
     return {
@@ -57,7 +57,7 @@ def tags_card(model: ServedModel, weights: str) -> dict[str, Any]:
 
 
 def running_card(model: ServedModel, weights: str) -> dict[str, Any]:
-    """The model among those of /api/ps."""
+    """Return the model's entry in /api/ps."""
     card = tags_card(model, weights)
     del card["modified_at"]
     longest = model.limits.max_sequence_tokens
@@ -65,7 +65,7 @@ def running_card(model: ServedModel, weights: str) -> dict[str, Any]:
 
 
 def show_card(model: ServedModel) -> dict[str, Any]:
-    """The answer of /api/show; what is not known is left out."""
+    """Return the answer of /api/show; unknown values are omitted."""
     facts = {
         "general.architecture": _FAMILY,
         "general.parameter_count": model.num_parameters,
@@ -94,12 +94,12 @@ def _details(model: ServedModel) -> dict[str, Any]:
 
 
 def _size_bytes(model: ServedModel) -> int:
-    """Of the weights; 0 where it is not known."""
+    """Return the size of the weights; 0 if unknown."""
     return (model.num_parameters or 0) * _BYTES.get(model.weights_type or "", 0)
 
 
 def _short(count: int | None) -> str:
-    """A number of parameters as Ollama writes it."""
+    """Format a number of parameters as Ollama does."""
     if count is None:
         return ""
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
@@ -109,7 +109,7 @@ def _short(count: int | None) -> str:
 
 
 def _go_template() -> str:
-    """The chat format in the language of a Modelfile's TEMPLATE."""
+    """Return the chat format as a Modelfile's TEMPLATE."""
     header, _, ending = CHAT_FORMAT.partition("{content}")
     asked = ending + header.format(role=Role.ASSISTANT.value)
     return (
@@ -124,7 +124,7 @@ def _go_template() -> str:
 
 
 def _parameters(model: ServedModel) -> str:
-    """The defaults of a draw, as a Modelfile's PARAMETER lines name them."""
+    """Return the default sampling parameters as a Modelfile's PARAMETER lines."""
     defaults = OllamaOptions()
     names = ("temperature", "top_p", "top_k", "min_p")
     said = [f"{name:<30} {getattr(defaults, name)}" for name in names]

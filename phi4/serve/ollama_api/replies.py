@@ -1,4 +1,4 @@
-"""The lines of an answer in Ollama's form, and the whole of them in one."""
+"""Replies in Ollama's format, as lines or as one object."""
 
 import json
 import time
@@ -17,52 +17,52 @@ from phi4.serve.traffic import Traffic
 
 Reply = dict[str, Any]
 TextField = Callable[[str], Reply]
-"""Where a reply has its text: `response`, or the content of `message`."""
+"""Field of a reply's text: `response`, or the content of `message`."""
 
 
 @dataclass(frozen=True)
 class ReplyForm:
-    """What all replies to a request have.
+    """Common fields of all replies to a request.
 
     Attributes:
         model: its name as the client wrote it.
-        text_field: of the route.
+        text_field: text field of the route.
     """
 
     model: str
     text_field: TextField
 
     def reply(self, text: str, **fields: Any) -> Reply:
-        """A reply with some text; not the last one unless a field says so."""
+        """Return a reply with some text; not the last one unless a field says so."""
         head = {"model": self.model, "created_at": rfc3339(time.time())}
         return {**head, **self.text_field(text), "done": False, **fields}
 
     def nothing_asked(self) -> Reply:
-        """The answer to an empty prompt: the model is there."""
+        """Return the answer to an empty prompt: the model is loaded."""
         return self.reply("", done=True, done_reason="load")
 
 
 def as_response(text: str) -> Reply:
-    """The text of /api/generate."""
+    """Return the text field of /api/generate."""
     return {"response": text}
 
 
 def as_message(text: str) -> Reply:
-    """The text of /api/chat."""
+    """Return the text field of /api/chat."""
     return {"message": {"role": "assistant", "content": text}}
 
 
 async def replies(
     traffic: Traffic, model: ServedModel, request: Request, form: ReplyForm, begun_ns: int
 ) -> AsyncGenerator[Reply, None]:
-    """Ask the model; yield a reply per piece of text, then the last one with counts and times.
+    """Run a request; yield a reply per piece of text, then the last one with counts and times.
 
     Args:
         traffic: answers the request.
-        model: that is asked.
-        request: for one sample.
-        form: of the replies.
-        begun_ns: when the request came, by `time.perf_counter_ns`.
+        model: the served model.
+        request: request with one sample.
+        form: form of the replies.
+        begun_ns: time of arrival, by `time.perf_counter_ns`.
 
     Raises:
         ApiError: see `Traffic.ask`.
@@ -71,7 +71,7 @@ async def replies(
     unsent: list[Token] = []
     async with aclosing(pieces(traffic, model.tokenizer, [request])) as drawn:
         async for piece in drawn:
-            # Nothing asks for the prompt's log-probs.
+            # The prompt's log-probs are never requested.
             assert isinstance(piece, TextPiece)
             first_ns = first_ns or time.perf_counter_ns()
             num_tokens += len(piece.tokens)
@@ -96,7 +96,7 @@ async def replies(
 
 
 async def whole(answer: AsyncGenerator[Reply, None], form: ReplyForm) -> Reply:
-    """All replies as one: the last one, with the text and the log-probs of all."""
+    """Join all replies: the last one, with the text and the log-probs of all."""
     texts: list[str] = []
     log_probs: list[Reply] = []
     last: Reply = {}
@@ -109,10 +109,10 @@ async def whole(answer: AsyncGenerator[Reply, None], form: ReplyForm) -> Reply:
 
 
 async def lines(answer: AsyncGenerator[Reply, None]) -> AsyncGenerator[bytes, None]:
-    """Replies as lines of JSON; an error after the first one is a line, too.
+    """Yield replies as lines of JSON; an error after the first one is a line too.
 
     Raises:
-        ApiError: what is raised before the first line, which has a status of its own.
+        ApiError: errors before the first line, which determine the status.
     """
     has_begun = False
     async with aclosing(answer):
@@ -127,7 +127,7 @@ async def lines(answer: AsyncGenerator[Reply, None]) -> AsyncGenerator[bytes, No
 
 
 def rfc3339(unix_seconds: float) -> str:
-    """A point in time, in UTC."""
+    """Format a point in time, in UTC."""
     return datetime.fromtimestamp(unix_seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
@@ -136,7 +136,7 @@ def _line(reply: Reply) -> bytes:
 
 
 def _log_probs(tokens: Sequence[Token], request: Request, tokenizer: Tokenizer) -> Reply:
-    """The field for tokens that have text, where it is asked for."""
+    """Return the log-probs field for tokens that have text, if requested."""
     if not request.log_probs:
         return {}
     scored = [

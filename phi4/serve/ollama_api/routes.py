@@ -35,7 +35,8 @@ _READ = ["GET", "HEAD"]
 
 
 def ollama_router(traffic: Traffic, model: ServedModel) -> APIRouter:
-    """`/api/generate`, `/api/chat`, `/api/tags`, `/api/ps`, `/api/version` and `/api/show`."""
+    """Make the router of `/api/generate`, `/api/chat`, `/api/tags`, `/api/ps`, `/api/version` and
+    `/api/show`."""
     router = APIRouter(prefix="/api")
 
     @router.post("/generate")
@@ -79,10 +80,10 @@ async def _answer(
     text_field: TextField,
     begun_ns: int,
 ) -> Response:
-    """Draw what a body asks for, as a stream or in one.
+    """Answer a body, as a stream or in one reply.
 
     Raises:
-        ApiError: it is refused, or fails before its first text.
+        ApiError: it is rejected, or fails before its first text.
     """
     check_name(body.model, model)
     form = ReplyForm(body.model, text_field)

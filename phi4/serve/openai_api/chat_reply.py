@@ -14,9 +14,9 @@ class ChatChoices:
     """Turns of the assistant; see `Choices`.
 
     Args:
-        body: what the client asks.
-        requests: the one that it became.
-        tokenizer: of the ids.
+        body: the client's body.
+        requests: the corresponding request.
+        tokenizer: tokenizer of the ids.
     """
 
     id_prefix = "chatcmpl"
@@ -33,7 +33,7 @@ class ChatChoices:
         )
 
     def take_scores(self, piece: ScoredPiece) -> None:
-        """See `Choices.take_scores`; a chat does not ask for them."""
+        """See `Choices.take_scores`; chat requests have none."""
 
     def part(self, piece: TextPiece, index: int, is_first: bool) -> Part | None:
         """See `Choices.part`."""

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: what a client asks, and the request that it makes."""
+"""`POST /v1/chat/completions`: its body, and the corresponding request."""
 
 from typing import Annotated, Literal
 
@@ -23,7 +23,7 @@ _ROLES = {
 
 
 def _text(value: object) -> object:
-    """The text of a turn, whose parts are lines of their own as elsewhere."""
+    """Return the text of a turn; parts are joined by line breaks, as in other servers."""
     if not isinstance(value, list):
         return value
     return "\n".join(map(_part, value))
@@ -56,7 +56,7 @@ class ChatRequest(SamplingFields):
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOG_PROBS)
 
     def requests(self, model: ServedModel) -> tuple[Request, ...]:
-        """The request.
+        """Return the request.
 
         Raises:
             ApiError: 400.
@@ -72,7 +72,7 @@ class ChatRequest(SamplingFields):
         return (self.request(model, prompt, max_tokens, num_top_log_probs=num_top),)
 
     def _max_tokens(self) -> int | None:
-        """Of the two names that it has."""
+        """Return the limit from either of its two names."""
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new not in (None, old):
             raise bad_request(

@@ -14,9 +14,9 @@ class CompletionChoices:
     """Texts with lists of log-probs; see `Choices`.
 
     Args:
-        body: what the client asks.
-        requests: that it became.
-        tokenizer: of the ids.
+        body: the client's body.
+        requests: the corresponding requests.
+        tokenizer: tokenizer of the ids.
     """
 
     id_prefix = "cmpl"

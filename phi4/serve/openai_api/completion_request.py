@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: what a client asks, and the requests that it makes."""
+"""`POST /v1/completions`: its body, and the corresponding requests."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -16,7 +16,7 @@ _DEFAULT_MAX_TOKENS = 16
 
 
 def _prompts(value: object) -> list[str | list[int]]:
-    """A list of texts or of lists of ids, of the four forms that a prompt has."""
+    """Return a list of texts or of lists of ids, from the four forms of a prompt."""
     if isinstance(value, str) or (isinstance(value, list) and _are_ids(value)):
         return [value]
     if isinstance(value, list) and value:
@@ -30,7 +30,7 @@ def _prompts(value: object) -> list[str | list[int]]:
 
 
 def _are_ids(value: Sequence[object]) -> bool:
-    """Whether these are integers, which bools are not, and at least one."""
+    """Return whether these are integers (not bools), and at least one."""
     return bool(value) and all(type(one) is int for one in value)
 
 
@@ -44,7 +44,7 @@ class CompletionRequest(SamplingFields):
     best_of: int | None = None
 
     def requests(self, model: ServedModel) -> tuple[Request, ...]:
-        """One request a prompt.
+        """Return one request per prompt.
 
         Raises:
             ApiError: 400.

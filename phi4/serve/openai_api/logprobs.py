@@ -1,7 +1,7 @@
-"""Log-probs in the two forms that OpenAI has for them: lists in completions, objects in chat.
+"""Log-probs in OpenAI's two formats: lists in completions, objects in chat.
 
-They are the raw model's whatever the temperature; `sampled_log_prob` of a token is the one of the
-distribution that it was drawn from.
+They are the raw model's regardless of the temperature; `sampled_log_prob` of a token is in the
+distribution that it was sampled from.
 """
 
 import codecs
@@ -11,14 +11,14 @@ from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.sampling.protocol import Alternative, Token
 
 VERY_UNLIKELY = -9999.0
-"""What OpenAI writes for a probability of 0, which JSON has no logarithm of."""
+"""OpenAI's value for a probability of 0, because JSON has no infinity."""
 
 
 class TokenNames:
     """Tokens as texts.
 
     Args:
-        tokenizer: of the ids.
+        tokenizer: tokenizer of the ids.
         as_ids: write `token_id:ID` (vLLM's `return_tokens_as_token_ids`).
     """
 
@@ -27,15 +27,15 @@ class TokenNames:
         self._special_ids = frozenset(tokenizer.special_tokens.values())
 
     def in_completion(self, token_id: int) -> str:
-        """Its text; `bytes:` and its bytes where it is only a part of a character."""
+        """Return its text, or `bytes:` and its bytes if it is only a part of a character."""
         return self._name(token_id, "bytes:")
 
     def in_chat(self, token_id: int) -> str:
-        """Its text; its bytes where it is only a part of a character."""
+        """Return its text, and its bytes if it is only a part of a character."""
         return self._name(token_id, "")
 
     def bytes_of(self, token_id: int) -> list[int] | None:
-        """Its bytes; a special token has none."""
+        """Return its bytes; a special token has none."""
         if token_id in self._special_ids:
             return None
         return list(self._tokenizer.bytes_of(token_id))
@@ -54,10 +54,10 @@ class CompletionLogprobs:
     """The `logprobs` of one choice of a completion, piece by piece.
 
     Args:
-        names: of tokens.
-        tokenizer: of the ids.
-        num_top: likeliest tokens at each position.
-        with_sampled: whether `sampled_logprobs` is asked for.
+        names: converts tokens to text.
+        tokenizer: tokenizer of the ids.
+        num_top: number of likeliest tokens at each position.
+        with_sampled: whether `sampled_logprobs` is requested.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class CompletionLogprobs:
         self._begin_part()
 
     def of_prompt(self, tokens: Sequence[Token], text: str) -> dict[str, list | None]:
-        """Of an echoed prompt; new tokens follow its text."""
+        """Return those of an echoed prompt; new tokens follow its text."""
         found = self.of(tokens)
         self._begin_part(len(text))
         return found
 
     def of(self, tokens: Sequence[Token]) -> dict[str, list | None]:
-        """Of some more tokens."""
+        """Return those of some more tokens."""
         found: dict[str, list | None] = {
             "tokens": [self._names.in_completion(token.id) for token in tokens],
             "token_logprobs": [_finite(token.log_prob) for token in tokens],
@@ -86,7 +86,8 @@ class CompletionLogprobs:
         return found
 
     def _top(self, token: Token) -> dict[str, float | None] | None:
-        """The likeliest tokens, and this one; a name that two have belongs to the likelier."""
+        """Return the likeliest tokens, and this one; a text that two share belongs to the
+        likelier."""
         if token.log_prob is None:
             return None
         named: dict[str, float | None] = {}
@@ -96,7 +97,7 @@ class CompletionLogprobs:
         return named
 
     def _offset(self, token_id: int) -> int:
-        """Whole characters before a token."""
+        """Return the number of complete characters before a token."""
         offset = self._num_characters
         data = self._tokenizer.bytes_of(token_id)
         self._num_characters += len(self._decoder.decode(data))
@@ -108,7 +109,7 @@ class CompletionLogprobs:
 
 
 def joined_logprobs(parts: Sequence[dict[str, list | None]]) -> dict[str, list | None]:
-    """The lists of all pieces of a completion, one after another."""
+    """Concatenate the lists of all pieces of a completion."""
     return {
         name: None if first is None else [one for part in parts for one in part[name] or ()]
         for name, first in parts[0].items()
@@ -116,7 +117,7 @@ def joined_logprobs(parts: Sequence[dict[str, list | None]]) -> dict[str, list |
 
 
 def chat_logprob(token: Token, names: TokenNames, with_sampled: bool) -> dict[str, object]:
-    """A token in a chat completion's `logprobs.content`."""
+    """Return a token's entry in a chat completion's `logprobs.content`."""
     top = [_chat_entry(one.id, one.log_prob, names) for one in token.top]
     entry = _chat_entry(token.id, token.log_prob, names) | {"top_logprobs": top}
     return entry | ({"sampled_logprob": _finite(token.sampled_log_prob)} if with_sampled else {})

@@ -1,6 +1,6 @@
-"""Answers of both completion APIs, whole or as server-sent events.
+"""Replies of both completion APIs, complete or as server-sent events.
 
-The decision: a whole answer is the sum of the parts that a stream sends, so both say the same.
+A complete reply is the sum of the parts of a stream, so that both are consistent.
 """
 
 import json
@@ -17,19 +17,19 @@ from phi4.serve.served_model import ServedModel
 from phi4.serve.traffic import Traffic
 
 Part = dict[str, Any]
-"""A choice of a stream's chunk, or of a whole answer."""
+"""A choice of a stream's chunk, or of a complete reply."""
 
 _DONE = b"data: [DONE]\n\n"
 
 
 class Choices(Protocol):
-    """How one of the APIs writes what happens to the samples.
+    """How one of the APIs formats events of samples.
 
     Attributes:
-        id_prefix: of its answers' ids.
-        name: of its whole answers, in `object`.
-        chunk_name: of the chunks of its streams.
-        head: further fields of an answer, or of the first chunk of a stream.
+        id_prefix: prefix of its replies' ids.
+        name: `object` of its complete replies.
+        chunk_name: `object` of its streams' chunks.
+        head: further fields of a reply, or of the first chunk of a stream.
     """
 
     id_prefix: str
@@ -38,29 +38,29 @@ class Choices(Protocol):
     head: Mapping[str, object]
 
     def take_scores(self, piece: ScoredPiece) -> None:
-        """Note the log-probs of a prompt; before the parts of its samples."""
+        """Store the log-probs of a prompt; called before the parts of its samples."""
 
     def part(self, piece: TextPiece, index: int, is_first: bool) -> Part | None:
-        """What a stream says of a piece; None for nothing.
+        """Return a stream's part for a piece; None for nothing.
 
         Args:
-            piece: what happened to a sample.
-            index: of its choice.
+            piece: event of a sample.
+            index: index of its choice.
             is_first: whether it is the first of this choice.
         """
 
     def joined(self, parts: Sequence[Part]) -> Part:
-        """A whole choice, of all its parts."""
+        """Return a complete choice from all its parts."""
 
 
 class Reply:
     """One answer.
 
     Args:
-        choices: how its choices are written.
-        requests: what the model is asked.
-        model: that is served.
-        traffic: of it.
+        choices: formatter of its choices.
+        requests: requests for the model.
+        model: the served model.
+        traffic: the server's traffic.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Reply:
         }
 
     async def whole(self, asked: AsyncGenerator[Piece, None]) -> Part:
-        """The answer once it is complete."""
+        """Return the reply once it is complete."""
         parts: dict[int, list[Part]] = {}
         async for part in self._parts(asked):
             parts.setdefault(part["index"], []).append(part)
@@ -90,10 +90,10 @@ class Reply:
     async def lines(
         self, asked: AsyncGenerator[Piece, None], include_usage: bool
     ) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events.
+        """Yield the reply as server-sent events.
 
         Raises:
-            ApiError: before the first event; afterwards it is an event, and the last one.
+            ApiError: before the first event; later errors are sent as the last event.
         """
         has_begun = False
         try:
@@ -146,5 +146,5 @@ class Reply:
 
 
 def _event(content: Mapping[str, object]) -> bytes:
-    """In ASCII: some clients take a Unicode line separator for the end of an event."""
+    """Encode in ASCII: some clients take a Unicode line separator for the end of an event."""
     return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"

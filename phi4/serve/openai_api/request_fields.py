@@ -1,7 +1,7 @@
-"""The fields that completions and chat completions share, and the `Request` that they make.
+"""Common fields of completions and chat completions, and the corresponding `Request`.
 
-Types are strict and null is as if the field were absent. What a field means is the business of
-`phi4.sampling.protocol.Request`, whose checks every request goes through as well.
+Types are strict and null equals absent. The meaning of a field is defined by
+`phi4.sampling.protocol.Request`, whose checks every request passes as well.
 """
 
 import secrets
@@ -25,14 +25,14 @@ _SEED_BITS = 63
 
 
 def _as_list(value: object) -> object:
-    """One stands for a list of one; an empty text for none."""
+    """Accept a single item as a list; an empty text as none."""
     if value == "":
         return []
     return value if isinstance(value, list) else [value]
 
 
 def _by_id(value: object) -> object:
-    """JSON has texts for keys."""
+    """Convert keys to ids, because JSON has texts for keys."""
     if not isinstance(value, dict):
         return value
     try:
@@ -42,7 +42,7 @@ def _by_id(value: object) -> object:
 
 
 class Fields(BaseModel):
-    """A JSON object whose null fields are absent ones."""
+    """A JSON object in which null equals absent."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -55,18 +55,18 @@ class Fields(BaseModel):
 
 
 class StreamOptions(Fields):
-    """How a stream is sent."""
+    """Settings of a stream."""
 
     include_usage: bool = False
 
 
 class SamplingFields(Fields):
-    """How to draw, and how to send it.
+    """Sampling and streaming settings.
 
     `top_k`, `min_p`, `stop_token_ids`, `ignore_eos`, `return_token_ids` and
     `return_tokens_as_token_ids` are vLLM's extensions. Our own are `first_token_forced`, an id or
     several that every answer begins with; `first_tokens_forbidden`, ids that it does not begin
-    with; and `sampled_logprobs`, the log-probs of the distribution that was drawn from, beside
+    with; and `sampled_logprobs`, the log-probs of the distribution that was sampled from, next to
     those of the model.
     """
 
@@ -95,7 +95,7 @@ class SamplingFields(Fields):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self, num_prompts: int, has_log_probs: bool) -> None:
-        """Refuse fields that are not supported, and those that contradict each other.
+        """Raise an error for unsupported or contradictory fields.
 
         Raises:
             ApiError: 400.
@@ -105,7 +105,7 @@ class SamplingFields(Fields):
             check_supported(self.stream_options, "stream_options.")
             if not self.stream:
                 raise bad_request(
-                    "stream_options is for streams; set stream to true or leave it out",
+                    "stream_options is for streams; set stream to true or remove it",
                     param="stream_options",
                 )
         if num_prompts * self.n > _MAX_CHOICES:
@@ -126,17 +126,17 @@ class SamplingFields(Fields):
         num_top_log_probs: int | None,
         prompt_log_probs: bool = False,
     ) -> Request:
-        """What the model is asked.
+        """Return the request for the model.
 
         Args:
-            model: that is served.
+            model: the served model.
             prompt: token ids.
             max_tokens: new tokens.
             num_top_log_probs: None for no log-probs at all.
             prompt_log_probs: whether the prompt is scored.
 
         Raises:
-            ApiError: 400, the model cannot answer it.
+            ApiError: 400, if the model cannot answer it.
         """
         ends = frozenset[int]() if self.ignore_eos else end_ids(model.tokenizer)
         return model.checked(
@@ -165,14 +165,14 @@ def _stop_bytes(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise bad_request(f"stop: {error}; leave it out", param="stop") from None
+        raise bad_request(f"stop: {error}; remove it", param="stop") from None
 
 
 def encoded(model: ServedModel, text: str, param: str) -> tuple[int, ...]:
-    """Ids of a text; nothing is put before them, and names of special tokens in it are text.
+    """Encode a text without a prefix; names of special tokens in it are text.
 
     Raises:
-        ApiError: 400, it cannot be split.
+        ApiError: 400, if it cannot be split into tokens.
     """
     try:
         return tuple(model.tokenizer.encode(text))

@@ -25,7 +25,7 @@ _EVENT_STREAM = "text/event-stream"
 
 
 def openai_router(traffic: Traffic, model: ServedModel) -> APIRouter:
-    """`/v1/models`, `/v1/completions` and `/v1/chat/completions`."""
+    """Make the router of `/v1/models`, `/v1/completions` and `/v1/chat/completions`."""
     router = APIRouter(prefix="/v1")
 
     @router.get("/models")
@@ -40,7 +40,7 @@ def openai_router(traffic: Traffic, model: ServedModel) -> APIRouter:
     @router.post("/completions")
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         _check_name(body.model, model)
-        # In a thread: a long text takes a while to encode.
+        # In a thread: encoding a long text takes time.
         requests = await asyncio.to_thread(body.requests, model)
         choices = CompletionChoices(body, requests, model.tokenizer)
         return await answer(http, body, choices, requests)
@@ -65,7 +65,7 @@ def openai_router(traffic: Traffic, model: ServedModel) -> APIRouter:
 
 
 def _check_name(name: str, model: ServedModel) -> None:
-    """Refuse a model that is not served.
+    """Raise an error for a model that is not served.
 
     Raises:
         ApiError: 404.

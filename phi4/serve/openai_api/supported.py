@@ -1,6 +1,6 @@
-"""What is refused of a request's fields: each by its name, and none is ignored that would matter.
+"""Reject unsupported fields of a request by name; no field that matters is ignored.
 
-The one list of fields that clients send and that have no effect on the answer stands here.
+This module has the list of fields that clients send and that do not affect the answer.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _WITHOUT_EFFECT = frozenset(
         "user",
     )
 )
-"""They are about the account, the bill or a cache: any value of them is accepted."""
+"""Fields about the account, billing or caching: any value is accepted."""
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
@@ -31,17 +31,17 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},),
     "tool_choice": ("auto", "none"),
 }
-"""Values that ask for what is done anyway, of fields that are not supported otherwise."""
+"""Values without effect, for fields that are otherwise not supported."""
 
 _SHOWN_CHARACTERS = 60
 
 
 def check_supported(fields: BaseModel, place: str = "") -> None:
-    """Refuse fields that a model does not declare, unless their value asks for nothing.
+    """Raise an error for fields that a model does not declare, unless their value has no effect.
 
     Args:
-        fields: keeps what it does not declare (`extra="allow"`).
-        place: goes before the name, as `messages.0.`.
+        fields: keeps undeclared fields (`extra="allow"`).
+        place: prefix of the name, such as `messages.0.`.
 
     Raises:
         ApiError: 400, `unsupported_parameter`, with the name of the field.
@@ -52,13 +52,13 @@ def check_supported(fields: BaseModel, place: str = "") -> None:
 
 
 def refuse(name: str, value: object) -> None:
-    """Refuse a field.
+    """Raise the error for a field.
 
     Raises:
         ApiError: 400, `unsupported_parameter`.
     """
     raise bad_request(
-        f"{name}={str(value)[:_SHOWN_CHARACTERS]!r} is not supported by this server; leave it out",
+        f"{name}={str(value)[:_SHOWN_CHARACTERS]!r} is not supported by this server; remove it",
         param=name,
         code="unsupported_parameter",
     )

@@ -110,7 +110,7 @@ def test_seeds_are_kept_and_missing_ones_are_fresh() -> None:
         ({"truncate": True}, "truncate=True"),
         ({"options": {"repeat_penalty": 1.1}}, r"options.repeat_penalty=1.1"),
         ({"options": {"nonsense": 1}}, r"options.nonsense=1"),
-        ({"raw": True, "system": "Be brief."}, "system has no place in a raw prompt"),
+        ({"raw": True, "system": "Be brief."}, "system cannot be used with a raw prompt"),
         ({"options": {"temperature": -1}}, "temperature=-1.0; expected"),
         ({"options": {"seed": -2}}, "seed=-2; expected"),
         ({"options": {"num_ctx": LONGEST + 1}}, f"context has {LONGEST} tokens"),

@@ -128,7 +128,7 @@ def test_names_with_and_without_the_default_tag_are_one_model(client) -> None:
 
 
 def test_errors_before_the_first_piece_have_a_status_when_streamed(client) -> None:
-    with pytest.raises(ollama.ResponseError, match="nothing to say after") as caught:
+    with pytest.raises(ollama.ResponseError, match="no entry for") as caught:
         list(client.generate(MODEL_NAME, "What?", stream=True))
     assert caught.value.status_code == 500
 
@@ -140,7 +140,7 @@ def test_overflow_says_both_numbers(client, num_predict: int) -> None:
         client.generate(MODEL_NAME, text, options={"num_predict": num_predict})
     assert caught.value.status_code == 400
     assert f"maximum context length is {MAX_SEQUENCE_TOKENS} tokens" in caught.value.error
-    assert f"{num_predict} to be drawn" in caught.value.error
+    assert f"{num_predict} to be generated" in caught.value.error
 
 
 @pytest.mark.parametrize("option", [{"num_ctx": MAX_SEQUENCE_TOKENS + 1}, {"mirostat": 2}])

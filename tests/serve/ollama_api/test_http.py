@@ -46,11 +46,11 @@ def test_body_is_json_whatever_its_content_type(server: Served) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "the body is no JSON"),
+        ("{", "the body is not JSON"),
         ("[]", "Input should be an object"),
         ("{}", "model: Field required"),
         ('{"model": 3}', "model: Input should be a valid string, got '3'"),
-        ('{"model": "\\ud800"}', "the body is no JSON"),
+        ('{"model": "\\ud800"}', "the body is not JSON"),
         (json.dumps({**GENERATE, "options": {"top_k": "x"}}), "options.top_k: "),
         (json.dumps({**GENERATE, "options": {"temperature": float("nan")}}), "temperature=nan"),
         (json.dumps({**GENERATE, "options": {"stop": ["x"] * 65}}), "options.stop: "),
@@ -103,9 +103,9 @@ def test_error_within_a_stream_is_its_last_line(tokenizer) -> None:
     with served(sampler, tokenizer) as server, ollama.Client(host=server.url) as client:
         parts = client.generate(MODEL_NAME, "Why?", stream=True)
         assert [next(parts).response, next(parts).response] == ["A", "A"]
-        with pytest.raises(ollama.ResponseError, match="nothing to say"):
+        with pytest.raises(ollama.ResponseError, match="no entry"):
             next(parts)
-        with pytest.raises(ollama.ResponseError, match="nothing to say") as caught:
+        with pytest.raises(ollama.ResponseError, match="no entry") as caught:
             client.generate(MODEL_NAME, "Why?", stream=False)
         assert caught.value.status_code == 500
         assert (server.traffic.num_open, server.traffic.counts.failed) == (0, 2)

@@ -127,7 +127,7 @@ def test_what_the_server_refuses_or_fails_on_is_an_error_of_its_request(remote) 
     happened: list[Event] = []
     for request, message in (
         (Request(prompt=(A,), max_tokens=999), "answered 400: .*context_length_exceeded"),
-        (Request(prompt=(BREAKS,), max_tokens=9), "failed in the middle: .*nothing to say"),
+        (Request(prompt=(BREAKS,), max_tokens=9), "failed during the answer: .*no entry"),
     ):
         bad = remote.submit(request)
         with pytest.raises(SamplerError, match=message) as caught:
@@ -141,7 +141,7 @@ def test_what_the_server_refuses_or_fails_on_is_an_error_of_its_request(remote) 
 
 def test_more_likeliest_tokens_than_the_server_gives_are_refused(remote) -> None:
     request = Request(prompt=(A,), max_tokens=1, log_probs=True, num_top_log_probs=21)
-    with pytest.raises(ConfigError, match="cannot give more than 20 of num_top_log_probs"):
+    with pytest.raises(ConfigError, match="cannot return more than 20 of num_top_log_probs"):
         remote.submit(request)
 
 
