@@ -1,1 +1,1 @@
-"""Whether an answer is right: exact, choice, math and code, and the sandbox that runs programs."""
+"""Oracles that grade answers: exact, choice, math and code, with a sandbox that runs programs."""

@@ -1,9 +1,8 @@
-"""Multiple choice: the letter that an answer states last.
+"""Multiple choice: the last letter that an answer states.
 
-The decision: a letter counts where it is stated as the answer, by a box or by the word, and the
-last such statement decides. Letters that are merely there count only when they leave one reading;
-the article "A" and the pronoun "I" are never one. An answer that states several letters at once is
-wrong: it did not choose.
+A letter counts if it is stated as the answer, in a box or by a phrase, and the last such statement
+decides. Other letters count only if they are unambiguous; the article "A" and the pronoun "I" never
+do. An answer that states several letters at once is wrong: it did not choose.
 """
 
 import re
@@ -14,7 +13,7 @@ from string import ascii_uppercase
 from phi4.oracles.verdict import Grade, Graded, ToGrade
 
 _LAST_LETTER = "H"
-"""Of a key that does not tell its options; `I` is a word."""
+"""Options of a key that does not list them; `I` is excluded because it is a word."""
 
 _LETTER = r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])\))|\b([A-Za-z])\b"
 _WHERE_STATED = re.compile(
@@ -43,11 +42,11 @@ _ALONE = re.compile(
 
 @dataclass(frozen=True)
 class ChoiceKey:
-    """A key that was understood.
+    """A parsed key.
 
     Attributes:
         letter: in upper case.
-        options: text by letter; empty where the key does not tell them.
+        options: text by letter; empty if the key does not list them.
     """
 
     letter: str
@@ -62,10 +61,10 @@ class ChoiceKey:
 
 
 class ChoiceOracle:
-    """The letter of an answer is the key's.
+    """Grades whether the letter of an answer is the key's.
 
     A key is a letter, or `{"letter": "B", "options": [...]}` with the texts in order, or with a
-    table of texts by letter; then the text of an option, stated alone, counts as its letter.
+    table of texts by letter; then an option's text, stated alone, counts as its letter.
     """
 
     name = "choice"
@@ -99,7 +98,7 @@ def _graded(one: ToGrade) -> Graded:
         return Graded(Grade.UNGRADABLE, f"names {', '.join(sorted(alone))}, and states none")
     if not answer.strip() or key.options:
         return Graded(Grade.WRONG, "states no letter and no option")
-    return Graded(Grade.UNGRADABLE, "states no letter, and the key does not tell the options")
+    return Graded(Grade.UNGRADABLE, "states no letter, and the key does not list the options")
 
 
 def _read_key(key: object) -> ChoiceKey:
@@ -116,29 +115,29 @@ def _read_key(key: object) -> ChoiceKey:
         isinstance(name, str) and re.fullmatch("[A-Za-z]", name) and isinstance(text, str)
         for name, text in options.items()
     ):
-        raise ValueError("options is no list of texts, and no table of texts by letter")
+        raise ValueError("options is neither a list of texts nor a table of texts by letter")
     letter = letter.strip(" ()\t\n").upper()
     options = {name.upper(): text for name, text in options.items()}
     if options and letter not in options:
-        raise ValueError(f"letter {letter} is none of the options {', '.join(options)}")
+        raise ValueError(f"letter {letter} is not one of the options {', '.join(options)}")
     return ChoiceKey(letter, options)
 
 
 def _stated(answer: str, key: ChoiceKey) -> set[str]:
-    """Letters of the last statement that states any."""
+    """Return the letters of the last statement that has any."""
     found: set[str] = set()
     for statement in _WHERE_STATED.finditer(answer):
         box, word, named = statement.group("box", "word", "named")
         text = next(one for one in (box, word, named) if one is not None)
         found = _letters(text, key, boxed=box is not None) or found
         if word is not None:
-            # "The answer, by option C, is B": what stands further on in the line counts, too.
+            # "The answer, by option C, is B": later text on the line counts too.
             found = _stated(word, key) or found
     return found
 
 
 def _letters(text: str, key: ChoiceKey, boxed: bool) -> set[str]:
-    """The letters that a statement begins with, or the one whose text it is."""
+    """Return the letters that a statement begins with, or the one whose text it is."""
     first = _FIRST.match(text)
     letter = _letter(first, key.letters)
     if first and letter and (boxed or _goes_on(first, text)):
@@ -152,7 +151,7 @@ def _letters(text: str, key: ChoiceKey, boxed: bool) -> set[str]:
 
 
 def _goes_on(first: re.Match, text: str) -> bool:
-    """Whether a letter stands alone: "B.", "B because", not the "A" of "A function"."""
+    """Return whether a letter is separate: "B.", "B because", not the "A" of "A function"."""
     if _DENIED.match(text, first.end()):
         return False
     is_bracketed = first[4] is None
@@ -167,7 +166,7 @@ def _letter(found: re.Match | None, letters: str) -> str | None:
 
 
 def _alone(answer: str, key: ChoiceKey) -> set[str]:
-    """Letters in brackets, or at the beginning of a line; of the last line where it has one."""
+    """Return letters in brackets, or at the beginning of a line; of the last line if it has one."""
     last = answer.strip().rpartition("\n")[2]
     everywhere = set()
     for text in (last, answer):

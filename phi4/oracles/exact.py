@@ -1,4 +1,4 @@
-"""Answers that have to be the key, character by character but for space around them."""
+"""Grade answers that must equal the key, except for surrounding white space."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,10 +6,10 @@ from phi4.oracles.verdict import Grade, Graded, ToGrade
 
 
 class ExactOracle:
-    """The answer is the key; a key is a string or a list of strings, any of which is right.
+    """Grades whether the answer equals the key, a string or a list of accepted strings.
 
-    `{"last": KEY, "separator": "="}` compares only what follows the last separator, or all of an
-    answer without one: of an answer that ends with its result.
+    `{"last": KEY, "separator": "="}` compares only the text after the last separator, or the entire
+    answer without one: for answers that end with their result.
     """
 
     name = "exact"

@@ -1,7 +1,7 @@
-"""Oracles by the name that a user gives: ours, and those that installed packages bring.
+"""Oracles by name: built-in ones, and plug-ins of installed packages.
 
-The decision: a plug-in is a guest. One that cannot be opened is an error before anything is graded;
-one that fails while it grades makes an answer ungradable and never ends a run.
+A plug-in that cannot be loaded raises an error before anything is graded; one that fails during
+grading makes an answer ungradable and never ends a run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +23,11 @@ _ORACLES: Mapping[str, Callable[[], Oracle]] = {
 
 
 def open_oracle(name: str) -> Oracle:
-    """The oracle of a name.
+    """Return the oracle of a name.
 
     Raises:
-        ConfigError: there is none, or the package that brings it does not work.
-        PlatformError: this machine lacks what it needs.
+        ConfigError: there is none, or the package that provides it does not work.
+        PlatformError: this machine lacks a requirement.
     """
     if name in _ORACLES:
         return _ORACLES[name]()
@@ -49,8 +49,8 @@ def _opened(entry: metadata.EntryPoint) -> Oracle:
         raise
     except Exception as error:
         raise ConfigError(
-            f"--oracle={entry.name} ({entry.value}) does not open: {_line(error)}; repair or "
-            "uninstall the package that brings it"
+            f"--oracle={entry.name} ({entry.value}) cannot be loaded: {_line(error)}; repair or "
+            f"uninstall the package that provides it"
         ) from error
     if not callable(getattr(oracle, "grade", None)) or not callable(getattr(oracle, "close", None)):
         raise ConfigError(
@@ -61,11 +61,11 @@ def _opened(entry: metadata.EntryPoint) -> Oracle:
 
 
 class GuestOracle:
-    """An oracle of another package, whose failures are verdicts.
+    """A plug-in oracle, whose failures become verdicts.
 
     Args:
-        name: of its entry point.
-        guest: what it opened.
+        name: name of its entry point.
+        guest: the plug-in's oracle.
     """
 
     def __init__(self, name: str, guest: Oracle) -> None:
@@ -73,7 +73,7 @@ class GuestOracle:
         self._guest = guest
 
     def grade(self, answers: Sequence[ToGrade]) -> list[Graded]:
-        """See `Oracle.grade`; where all fail together, each is tried by itself."""
+        """See `Oracle.grade`; if a batch fails, each answer is tried individually."""
         graded = self._tried(answers)
         if isinstance(graded, list):
             return graded
@@ -82,23 +82,23 @@ class GuestOracle:
         return [one for answer in answers for one in self.grade([answer])]
 
     def close(self) -> None:
-        """See `Oracle.close`; its failure is of no use to anybody at the end."""
+        """See `Oracle.close`; its errors are ignored at the end."""
         try:
             self._guest.close()
         except Exception:
             return
 
     def _tried(self, answers: Sequence[ToGrade]) -> list[Graded] | str:
-        """Its verdicts, or what is wrong with it."""
+        """Return its verdicts, or what is wrong with them."""
         try:
             graded = list(self._guest.grade(answers))
         except Exception as error:
             return f"oracle {self.name} failed: {_line(error)}"
         if len(graded) != len(answers):
-            return f"oracle {self.name} gave {len(graded)} verdicts for {len(answers)} answers"
+            return f"oracle {self.name} returned {len(graded)} verdicts for {len(answers)} answers"
         for one in graded:
             if not isinstance(one, Graded) or not isinstance(one.outcome, Grade):
-                return f"oracle {self.name} gave a {type(one).__name__}, which is no verdict"
+                return f"oracle {self.name} returned a {type(one).__name__}, which is not a verdict"
         return graded
 
 

@@ -1,8 +1,8 @@
-"""What an oracle says of an answer.
+"""The verdict of an oracle on an answer.
 
-The decision: there are three verdicts. An answer that cannot be graded, because the key is foreign,
-a grader ran out of time or a sandbox did not start, is neither right nor wrong, and nobody may
-count it as either.
+There are three verdicts. An answer that cannot be graded, because the key has an unknown format, a
+grader timed out or a sandbox did not start, is neither right nor wrong, and must not be counted as
+either.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,8 @@ class Graded:
 
     Attributes:
         outcome: the grade.
-        reason: why, in a line; empty where there is nothing to add to `right`.
-        versions: of the programs that decided, by name, for example `python` and `bwrap`.
+        reason: why, in a line; may be empty for `right`.
+        versions: versions of the deciding programs, by name, for example `python` and `bwrap`.
     """
 
     outcome: Grade
@@ -40,7 +40,7 @@ class ToGrade:
 
     Attributes:
         answer: text of the model.
-        key: what the question's row holds under `answer`; each oracle says what it takes.
+        key: the `answer` of the question's row; each oracle defines its format.
     """
 
     answer: str
@@ -48,16 +48,16 @@ class ToGrade:
 
 
 class Oracle(Protocol):
-    """Grades answers; whatever is in an answer, `grade` raises nothing.
+    """Grades answers; `grade` never raises, whatever an answer contains.
 
     Attributes:
-        name: as it is asked for.
+        name: name given by the user.
     """
 
     name: str
 
     def grade(self, answers: Sequence[ToGrade]) -> list[Graded]:
-        """The verdict on each answer, in their order."""
+        """Return the verdict on each answer, in order."""
 
     def close(self) -> None:
         """End its processes, if it has any."""

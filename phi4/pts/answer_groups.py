@@ -1,7 +1,7 @@
-"""The answers of one or more files, question by question.
+"""Group the answers of one or more files by question.
 
-The decision: memory holds where the answers stand, not the answers, so files of any length, in any
-order, are read by question. They must not change meanwhile.
+Memory holds the positions of the answers, not the answers, so files of any length, in any order,
+can be read by question. The files must not change meanwhile.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class AnswerGroups:
         paths: files that `phi4 answers draw` wrote.
 
     Raises:
-        DataError: a file cannot be read, or a line is no answer.
+        DataError: a file cannot be read, or a line is not an answer.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -92,6 +92,6 @@ def _check(rows: Sequence[AnswerRow], places: Sequence[str]) -> None:
         seen[draw] = place
         if row.prompt_ids != rows[0].prompt_ids:
             raise DataError(
-                f"{place}: question {row.question!r} has another prompt at {places[0]}, so the "
-                "answers cannot be compared; draw all with the same prompts and tokenizer"
+                f"{place}: question {row.question!r} has a different prompt at {places[0]}, so the "
+                f"answers cannot be compared; draw all with the same prompts and tokenizer"
             )

@@ -1,4 +1,4 @@
-"""The conversation that an answer follows, read back from the ids of its prompt."""
+"""Reconstruct the conversation before an answer from the ids of its prompt."""
 
 from phi4.data.vocabulary.chat import Message, Role
 from phi4.data.vocabulary.tokenizer import Tokenizer
@@ -8,11 +8,11 @@ from phi4.sampling.chat import plain_text, read_chat_prompt
 
 
 def turns_of(row: AnswerRow, tokenizer: Tokenizer) -> tuple[Message, ...]:
-    """The turns before an answer; a prompt that is no conversation is one user's turn.
+    """Return the turns before an answer; a prompt that is not a conversation is one user turn.
 
     Args:
         row: an answer.
-        tokenizer: of its ids.
+        tokenizer: tokenizer of its ids.
 
     Raises:
         DataError: the ids are of another tokenizer, or have no text.
@@ -30,6 +30,6 @@ def _check_tokenizer(row: AnswerRow, tokenizer: Tokenizer) -> None:
     longest = max((*row.prompt_ids, *row.ids), default=0)
     if longest >= tokenizer.vocab_size or not tokenizer.decode(row.ids).startswith(row.text):
         raise DataError(
-            f"the answers to question {row.question!r} are in ids of another tokenizer; name the "
-            "rank file of the model that answered with --ranks"
+            f"the answers to question {row.question!r} have ids of another tokenizer; give the "
+            f"rank file of the model that answered with --ranks"
         )

@@ -1,7 +1,7 @@
-"""Answers of a model to questions, as rows of a file.
+"""Rows of a model's answers to questions.
 
-The decision: a row holds its question too, so that whatever reads answers (grading, rejection
-sampling, judged pairs, refusals) needs no other file, and files of several models can be joined.
+A row also holds its question, so that all consumers of answers (grading, rejection sampling, judged
+pairs, refusals) need no other file, and files of several models can be joined.
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ class AnswerRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         question: id of the question.
         prompt_ids: the question's prompt as the model saw it.
         prompt: the prompt as text for people; empty where only ids were given.
-        key: what an oracle compares with; None without one.
-        task: of the question.
+        key: the answer key for an oracle; None without one.
+        task: task of the question.
         model: identity of the model.
         sample: index of the sample, from 0.
-        seed: of the question's request.
-        temperature: of the draw.
+        seed: seed of the question's request.
+        temperature: temperature of the draw.
         ids: token ids of the answer, with the stop id that ended it.
-        text: of the ids without the stop.
+        text: text of the ids without the stop.
         finish_reason: `stop` or `length`.
     """
 
@@ -46,15 +46,15 @@ class AnswerRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def is_finished(self) -> bool:
-        """Whether the model ended it; an answer that was cut off is a failure."""
+        """Whether the model ended it; a truncated answer is a failure."""
         return self.finish_reason == "stop"
 
 
 def read_answers(path: Path) -> Iterator[AnswerRow]:
-    """The rows of a file that `phi4 answers draw` wrote.
+    """Yield the rows of a file that `phi4 answers draw` wrote.
 
     Raises:
-        DataError: the file cannot be read, or a line is no answer.
+        DataError: the file cannot be read, or a line is not an answer.
     """
     try:
         with path.open("rb") as lines:
@@ -65,16 +65,16 @@ def read_answers(path: Path) -> Iterator[AnswerRow]:
 
 
 def parse_answer(line: bytes, place: str) -> AnswerRow:
-    """The answer of a line.
+    """Parse the answer of a line.
 
     Raises:
-        DataError: it is none; the message begins with the place.
+        DataError: it is not an answer; the message begins with the place.
     """
     try:
         return _DECODER.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{place} is no answer: {error}; draw answers with `phi4 answers draw`"
+            f"{place} is not an answer: {error}; draw answers with `phi4 answers draw`"
         ) from None
 
 

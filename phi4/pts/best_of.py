@@ -1,7 +1,7 @@
-"""Rejection sampling: the answers that an oracle or a judge accepts, as conversations.
+"""Rejection sampling: write the answers that an oracle or a judge accepts as conversations.
 
-The decision: an answer becomes text, because fine-tuning reads messages and closes every turn
-itself. An answer whose ids have no text, or none at all, is left out and counted.
+An answer is converted to text, because fine-tuning reads messages and closes every turn itself. An
+answer whose ids have no text representation, or no text at all, is skipped and counted.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from phi4.pts.row_files import RowFiles, write_report
 from phi4.sampling.chat import plain_text
 
 Accept = Callable[[Sequence[AnswerRow]], list[bool | None]]
-"""Which answers to a question are accepted; None where nothing is known of one."""
+"""Returns the accepted answers to a question, or None if none could be judged."""
 
 
 class Preference(StrEnum):
@@ -39,9 +39,9 @@ class BestOfRules:
     """What is kept.
 
     Attributes:
-        per_question: answers at most; 0 keeps all that are accepted.
-        prefer: which, where more are accepted.
-        seed: of a random choice.
+        per_question: maximum number of answers; 0 keeps all accepted ones.
+        prefer: which ones to keep if more are accepted.
+        seed: seed of a random choice.
     """
 
     per_question: int
@@ -54,7 +54,7 @@ class BestOfReport:
     """Counts of a job.
 
     Attributes:
-        counts: of questions by how many of their answers are accepted, of answers, and of rows.
+        counts: counts of questions by number of accepted answers, of answers, and of rows.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -79,7 +79,7 @@ class BestOfReport:
 
 
 def by_oracle(oracle: Oracle) -> Accept:
-    """Accept what an oracle says is right."""
+    """Accept answers that an oracle grades as right."""
 
     def accept(rows: Sequence[AnswerRow]) -> list[bool | None]:
         grades = [graded.outcome for graded in grade_answers(oracle, rows)]
@@ -93,16 +93,16 @@ def by_scores(path: Path, least: float) -> Accept:
 
     Args:
         path: `scores.jsonl` of `phi4 judge pairs`.
-        least: score from 1 to 5.
+        least: minimum score, from 1 to 5.
 
     Raises:
-        DataError: a row is no score.
+        DataError: a row is not a score.
     """
     scores: dict[tuple[str, str, int], float] = {}
     for place, row in read_json_rows(path):
         sample, overall = row.get("sample"), row.get("overall")
         if type(sample) is not int or not isinstance(overall, int | float):
-            raise DataError(f"{place} is no score; give scores.jsonl of `phi4 judge pairs`")
+            raise DataError(f"{place} is not a score; give scores.jsonl of `phi4 judge pairs`")
         scores[question_of(row, place), text_of(row, "model", place), sample] = overall
 
     def accept(rows: Sequence[AnswerRow]) -> list[bool | None]:
@@ -119,14 +119,14 @@ def write_best(
     tokenizer: Tokenizer,
     out: Path,
 ) -> BestOfReport:
-    """Write the best answers as rows of `messages`, and their counts beside them.
+    """Write the best answers as rows of `messages`, and a report next to them.
 
     Args:
         questions: the answers to each.
-        accept: which are good.
+        accept: selects the good answers.
         rules: how many are kept, and which.
-        tokenizer: of the ids.
-        out: file of the rows; the counts are in the file of this name with `.report`.
+        tokenizer: tokenizer of the ids.
+        out: file of the rows; the counts are written to the same name with `.report`.
 
     Raises:
         DataError: a question's prompt is ids that are no conversation.
@@ -164,7 +164,7 @@ def _count(
 def _distinct(
     rows: Sequence[AnswerRow], tokenizer: Tokenizer, counts: Counter[str]
 ) -> list[AnswerRow]:
-    """Of equal texts the first, without answers that have no text."""
+    """Return the first of equal texts, without answers that have no text."""
     found: dict[str, AnswerRow] = {}
     for row in rows:
         text = row.text.strip()
@@ -205,8 +205,8 @@ def _chance(row: AnswerRow, seed: int) -> bytes:
 def _conversation_row(row: AnswerRow, tokenizer: Tokenizer) -> dict[str, Any]:
     if not row.prompt and tokenizer.im_sep_id not in row.prompt_ids:
         raise DataError(
-            f"question {row.question!r} is given as ids that are no conversation, and fine-tuning "
-            "reads messages; draw answers to questions with `prompt` or `messages`"
+            f"question {row.question!r} is given as ids that are not a conversation, but "
+            f"fine-tuning reads messages; draw answers to questions with `prompt` or `messages`"
         )
     messages = [{"role": str(m.role), "content": m.content} for m in turns_of(row, tokenizer)]
     answer = {"role": "assistant", "content": row.text.strip()}

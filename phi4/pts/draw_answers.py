@@ -1,9 +1,9 @@
-"""Answers of a model to questions, drawn into a file; a job that was stopped goes on.
+"""Sample a model's answers to questions into a file; a stopped job can be resumed.
 
-The decision: a file of answers only ever stands for all of them. Until then whole questions are
-appended to a journal beside it, in the order in which they are answered, and at the end they become
-the file, in the order of the questions. So nothing that was written is drawn again, and no reader
-takes a part for the whole.
+A file of answers is always complete. Until then the answers to complete questions are appended to a
+journal next to it, in the order in which they finish, and at the end the journal becomes the file,
+in the order of the questions. Nothing that was written is sampled again, and no reader mistakes a
+part for the full file.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ from phi4.sampling.text import completion_text, end_ids
 
 
 class AnswerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How answers are drawn; two files with equal settings hold equal answers.
+    """Settings of the sampling; two files with equal settings have equal answers.
 
     Attributes:
         model: identity of the model.
         questions: hash of their ids, prompts and keys, in order.
         n: samples of each question.
-        max_tokens: of an answer; fewer where the model has no room for so many.
+        max_tokens: maximum tokens of an answer; fewer if the model's context is full.
         temperature, top_p, top_k, min_p, stop: see `phi4.sampling.protocol.Request`.
-        seed: the question's own seed is a function of it and of the question's id.
+        seed: each question's own seed is a function of this and of the question's id.
     """
 
     model: str
@@ -57,7 +57,7 @@ def questions_digest(questions: Iterable[KeyedQuestion]) -> str:
 
 
 def question_seed(seed: int, question: str) -> int:
-    """Seed of a question's request: other questions have no influence on its answers."""
+    """Return the seed of a question's request, independent of other questions."""
     digest = hashlib.sha256(f"{seed}:{question}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -67,8 +67,8 @@ class AnswerFile:
     """A file of answers and its journal.
 
     Attributes:
-        path: of the finished file.
-        settings: of its answers.
+        path: path of the finished file.
+        settings: settings of its answers.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class AnswerFile:
 
     @property
     def journal(self) -> Path:
-        """Where answers are until all are there."""
+        """Path of the answers until all are complete."""
         return self.path.with_name(self.path.name + ".journal")
 
     @property
@@ -84,11 +84,11 @@ class AnswerFile:
         return self.path.with_name(self.path.name + ".settings.json")
 
     def begin(self) -> bool:
-        """Whether answers are still to be drawn.
+        """Return whether answers remain to be sampled.
 
         Raises:
-            ConfigError: the file, or what an earlier job has left of it, is of other settings.
-            DataError: a file stands there that was not drawn.
+            ConfigError: the file, or the journal of an earlier job, has other settings.
+            DataError: an unrelated file has this name.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._settings_path.exists():
@@ -104,7 +104,7 @@ class AnswerFile:
         return not self.path.exists()
 
     def done(self) -> dict[str, list[AnswerRow]]:
-        """Answers of the journal by question; the torn line of a killed job is cut off.
+        """Return answers of the journal by question; cut off an incomplete last line.
 
         Raises:
             DataError: a line in its middle is damaged.
@@ -122,14 +122,14 @@ class AnswerFile:
                 rows = decoder.decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise DataError(
-                    f"{self.journal}:{number} is damaged: {error}; remove the file, and all "
-                    "answers are drawn again"
+                    f"{self.journal}:{number} is damaged: {error}; remove the file to sample all "
+                    f"answers again"
                 ) from None
             done[rows[0].question] = rows
         return done
 
     def finish(self, order: Iterable[str]) -> None:
-        """Make the journal the file, in the order of the questions."""
+        """Convert the journal to the file, in the order of the questions."""
         done = self.done()
         lines = (msgspec.json.encode(row) + b"\n" for name in order for row in done[name])
         write_atomically(self.path, b"".join(lines))
@@ -144,8 +144,8 @@ class AnswerFile:
             was, asked = getattr(found, name), getattr(self.settings, name)
             if was != asked:
                 raise ConfigError(
-                    f"{self.path} has answers with {name}={was}, asked is {asked}; give another "
-                    f"--out, or remove it and {self._settings_path.name}"
+                    f"{self.path} has answers with {name}={was}, but {asked} was requested; give "
+                    f"another --out, or remove it and {self._settings_path.name}"
                 )
 
 
@@ -155,16 +155,16 @@ def draw_answers(
     tokenizer: Tokenizer,
     file: AnswerFile,
 ) -> int:
-    """Draw what the file still lacks, and finish it.
+    """Sample the missing answers, and finish the file.
 
     Args:
-        sampler: over the model that the settings name.
-        questions: those that the settings name.
-        tokenizer: of the model.
+        sampler: sampler of the settings' model.
+        questions: questions of the settings.
+        tokenizer: tokenizer of the model.
         file: `AnswerFile.begin` returned True.
 
     Returns:
-        Questions that were answered now.
+        Number of questions answered by this call.
 
     Raises:
         ConfigError: a question's request is impossible.

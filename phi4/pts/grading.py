@@ -1,7 +1,6 @@
-"""Grades of a model's answers.
+"""Grade a model's answers.
 
-The decision: an answer that was cut off is wrong, whatever it says so far, because a model that
-does not come to an end has not answered.
+A truncated answer is wrong, regardless of its content, because the model did not finish its answer.
 """
 
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from phi4.pts.answers import AnswerRow
 
 
 def grade_answers(oracle: Oracle, rows: Sequence[AnswerRow]) -> list[Graded]:
-    """The verdict on each answer, in their order."""
+    """Return the verdict on each answer, in order."""
     finished = [row for row in rows if row.is_finished]
     verdicts = iter(oracle.grade([ToGrade(row.text, row.key) for row in finished]))
     return [next(verdicts) if row.is_finished else _CUT_OFF for row in rows]

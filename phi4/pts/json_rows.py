@@ -1,4 +1,4 @@
-"""Rows that a user wrote: JSON Lines files of few columns, every fault with its line."""
+"""Read JSON Lines files that a user wrote; every error names its line."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """Yield the place of each row, for errors, and its columns; blank lines are skipped.
 
     Raises:
-        DataError: the file cannot be read, or a line is no JSON object.
+        DataError: the file cannot be read, or a line is not a JSON object.
     """
     with reading(path), open_lines(path) as lines:
         for number, (line, num_bytes) in enumerate(read_lines(lines), start=1):
@@ -26,10 +26,10 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def text_of(row: Mapping[str, object], column: str, place: str) -> str:
-    """The text of a column.
+    """Return the text of a column.
 
     Raises:
-        DataError: it is missing, empty or no string.
+        DataError: it is missing, empty or not a string.
     """
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
@@ -38,7 +38,7 @@ def text_of(row: Mapping[str, object], column: str, place: str) -> str:
 
 
 def optional_text_of(row: Mapping[str, object], column: str, place: str) -> str | None:
-    """The text of a column; None where it is null or missing.
+    """Return the text of a column; None if it is null or missing.
 
     Raises:
         DataError: it is something else.
@@ -47,12 +47,12 @@ def optional_text_of(row: Mapping[str, object], column: str, place: str) -> str 
 
 
 def question_of(row: Mapping[str, object], place: str) -> str:
-    """The id of a question in a column `question`.
+    """Return the id of a question in a column `question`.
 
     Raises:
-        DataError: it is no string and no integer.
+        DataError: it is neither a string nor an integer.
     """
     value = row.get("question")
     if type(value) not in (str, int):
-        raise DataError(f"{place}: question is {value!r}; expected the id of a question")
+        raise DataError(f"{place}: question is {value!r}; expected a question id")
     return str(value)

@@ -1,4 +1,4 @@
-"""Files of rows that appear under their names together, when all rows are there."""
+"""Write several files of rows that get their names together, when all rows are complete."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,11 +12,11 @@ from phi4.data.files.atomic_files import HashedFile, write_atomically
 
 
 class RowFiles:
-    """JSON Lines files of one directory; a block that fails leaves none of them behind.
+    """JSON Lines files of one directory; if the block fails, none of them is left.
 
     Args:
-        directory: made if it is missing.
-        names: of the files.
+        directory: created if missing.
+        names: names of the files.
     """
 
     def __init__(self, directory: Path, names: Iterable[str]) -> None:
@@ -44,6 +44,6 @@ class RowFiles:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a report as JSON that people read too."""
+    """Write a report as human-readable JSON."""
     text = json.dumps(report, indent=2, ensure_ascii=False)
     write_atomically(path, f"{text}\n".encode(errors="replace"))

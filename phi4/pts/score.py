@@ -1,8 +1,8 @@
-"""How often answers are right, and what that is worth: accuracy over questions with its interval.
+"""Score answers: accuracy over questions with its confidence interval.
 
-The decision: a question is one observation, however many samples it has. Samples of a question are
-alike, so an interval over samples would be too narrow; and two models are compared question by
-question, which removes what questions differ in.
+A question is one observation, however many samples it has. Samples of a question are correlated, so
+an interval over samples would be too narrow; two models are compared question by question, which
+removes the variance between questions.
 """
 
 import math
@@ -20,9 +20,9 @@ class Estimate:
     """A mean over questions.
 
     Attributes:
-        mean: of the questions' values.
-        standard_error: of the mean; None with fewer than two questions.
-        num_questions: that it is over.
+        mean: mean of the questions' values.
+        standard_error: standard error of the mean; None with fewer than two questions.
+        num_questions: number of questions.
     """
 
     mean: float
@@ -39,11 +39,11 @@ class Score:
     """The grades of a file of answers.
 
     Attributes:
-        shares: question to its share of right answers among those that could be graded.
-        num_answers: all of them.
-        num_truncated: that the model did not end; they are wrong.
-        num_ungradable: neither right nor wrong.
-        num_ungraded_questions: without an answer that could be graded; they have no share.
+        shares: question to the fraction of right answers among its gradable ones.
+        num_answers: number of all answers.
+        num_truncated: answers that the model did not end; they are wrong.
+        num_ungradable: answers that are neither right nor wrong.
+        num_ungraded_questions: questions without a gradable answer, which have no share.
     """
 
     shares: Mapping[str, float]
@@ -54,7 +54,7 @@ class Score:
 
     @property
     def accuracy(self) -> Estimate:
-        """Mean share of right answers.
+        """Return the mean fraction of right answers.
 
         Raises:
             DataError: no question could be graded.
@@ -66,8 +66,8 @@ def score_answers(rows: Iterable[AnswerRow], oracle: Oracle) -> Score:
     """Grade answers.
 
     Args:
-        rows: of one model.
-        oracle: takes their keys.
+        rows: rows of one model.
+        oracle: oracle for their keys.
 
     Raises:
         DataError: there is no answer.
@@ -93,7 +93,7 @@ def score_answers(rows: Iterable[AnswerRow], oracle: Oracle) -> Score:
 
 
 def gain(before: Score, after: Score) -> Estimate:
-    """How much more often the answers of one file are right than those of another.
+    """Return how much more often the answers of one file are right than those of another.
 
     Raises:
         DataError: the files answer different questions.
@@ -110,7 +110,7 @@ def gain(before: Score, after: Score) -> Estimate:
 
 def _estimate(values: Sequence[float]) -> Estimate:
     if not values:
-        raise DataError("no answer could be graded; does the oracle take these keys?")
+        raise DataError("no answer could be graded; check that the oracle supports these keys")
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:

@@ -1,7 +1,7 @@
-"""Which checkpoint of a run answers held-out questions best.
+"""Select the checkpoint of a run that answers held-out questions best.
 
-The decision: a preference loss falls whether or not answers get better, so the place to stop is
-where most answers are right, and the start of the run is one of the candidates.
+A preference loss falls whether or not answers improve, so the best checkpoint is the one with the
+highest accuracy, with the start of the run as one of the candidates.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Candidate:
     Attributes:
         name: `start`, or the checkpoint's.
         checkpoint: its directory.
-        score: on the questions that all candidates answered.
+        score: score on the questions that all candidates answered.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Candidate:
 
 
 class CandidateRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A candidate in selected.json; gains are over the first one."""
+    """A candidate in selected.json; gains are relative to the first one."""
 
     name: str
     checkpoint: str
@@ -42,14 +42,14 @@ class CandidateRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
-    """The contents of selected.json.
+    """The content of selected.json.
 
     Attributes:
-        checkpoint: the best one; of equal ones the first.
-        questions: the file.
-        oracle: that graded.
-        n: answers to each question.
-        candidates: in their order.
+        checkpoint: the best one; the first among equals.
+        questions: the file of questions.
+        oracle: the grading oracle.
+        n: answers per question.
+        candidates: in order.
     """
 
     checkpoint: str
@@ -60,13 +60,13 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare(candidates: Sequence[Candidate]) -> tuple[CandidateRow, ...]:
-    """Accuracy of every candidate, and its gain over the first one."""
+    """Return the accuracy of every candidate, and its gain over the first one."""
     first = candidates[0].score
     return tuple(_row(one, gain(first, one.score)) for one in candidates)
 
 
 def best_of(rows: Sequence[CandidateRow]) -> CandidateRow:
-    """The row of highest accuracy; of equal ones the first."""
+    """Return the row of highest accuracy; the first among equals."""
     return max(rows, key=lambda row: row.accuracy)
 
 
@@ -79,7 +79,7 @@ def read_selection(path: Path) -> Selection:
     """Read selected.json.
 
     Raises:
-        DataError: it is not there, or damaged.
+        DataError: it is missing or damaged.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=Selection)

@@ -98,8 +98,8 @@ def test_guest_fails_only_where_it_fails() -> None:
     ("name", "reason"),
     [
         ("short", "gave 0 verdicts for 1 answers"),
-        ("nonsense", "gave a bool"),
-        ("no-verdict", "no verdict"),
+        ("nonsense", "returned a bool"),
+        ("no-verdict", "not a verdict"),
         ("nothing", "failed: TypeError"),
     ],
 )

@@ -95,7 +95,7 @@ def test_scores_of_a_judge_accept_too(tmp_path: Path) -> None:
     accept = by_scores(write_rows(tmp_path / "scores.jsonl", scores), 4.0)
     rows = [one.row() for one in said("q", "x", "y", "z")]
     assert accept(rows) == [False, None, True]
-    with pytest.raises(DataError, match=":1 is no score"):
+    with pytest.raises(DataError, match=":1 is not a score"):
         by_scores(write_rows(tmp_path / "bad.jsonl", [{"question": "q", "model": "a"}]), 4.0)
 
 
@@ -103,7 +103,7 @@ def test_prompt_of_ids_alone_is_refused(tmp_path: Path) -> None:
     row = msgspec.structs.replace(Said("q", "yes", key=KEY, chat=False).row(), prompt="")
     path = tmp_path / "a.jsonl"
     path.write_bytes(msgspec.json.encode(row) + b"\n")
-    with pytest.raises(DataError, match="ids that are no conversation, and fine-tuning reads"):
+    with pytest.raises(DataError, match="ids that are not a conversation, but fine-tuning reads"):
         write_best(
             AnswerGroups([path]), by_oracle(ExactOracle()), KEEP_ONE, TOKENIZER, tmp_path / "o"
         )

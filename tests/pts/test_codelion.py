@@ -68,13 +68,13 @@ def test_token_that_lowers_success_is_the_rejected_one(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         # Together they are one token, and the context loses its last one to it.
-        ({"pivot_context": "because t", "pivot_token": "he"}, "the context encodes otherwise"),
+        ({"pivot_context": "because t", "pivot_token": "he"}, "the context encodes differently"),
         ({"pivot_token": "then"}, "not one token of this vocabulary"),
-        ({"pivot_token": ""}, "a token that is no text"),
+        ({"pivot_token": ""}, "a token that is not text"),
         ({"pivot_token": None}, "no token"),
         ({"prob_delta": None}, "no prob_delta"),
         ({"pivot_context": ""}, "no context"),
-        ({"pivot_token": 7}, "a token that is no text"),
+        ({"pivot_token": 7}, "a token that is not text"),
         ({"event_type": "thought_anchor"}, "no pivotal token"),
     ],
 )

@@ -268,7 +268,7 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="sample 0 of a to question 'q' is also at"):
         list(AnswerGroups([one, one]))
     other = write_answers(tmp_path / "b.jsonl", [Said("q", "x", "b", chat=False)])
-    with pytest.raises(DataError, match="has another prompt at"):
+    with pytest.raises(DataError, match="has a different prompt at"):
         list(AnswerGroups([one, other]))
     foreign = Said("q", "x").row()
     foreign.ids[0] = 77

@@ -124,9 +124,9 @@ def test_what_is_no_pair_is_left_out_with_the_reason(tmp_path: Path) -> None:
     found, report = made(tmp_path, rows)
     assert pairs_of(found).total() == 1
     assert report.left_out == {
-        "the same as another pivot": 1,
+        "duplicate of another pivot": 1,
         "too few completions": 1,
-        "both tokens are one": 1,
+        "both tokens are equal": 1,
         "contradicts another pivot": 2,
     }
     assert json.loads((tmp_path / "out.jsonl.report").read_text())["left_out"] == report.left_out
@@ -151,7 +151,7 @@ def test_file_without_a_pair_is_not_written(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_pivot_is_refused(tmp_path: Path, change: dict, fault: str) -> None:
-    with pytest.raises(DataError, match=f"pivots.jsonl:2 is no pivot: .*{fault}"):
+    with pytest.raises(DataError, match=f"pivots.jsonl:2 is not a pivot: .*{fault}"):
         made(tmp_path, [pivot(3), pivot(0) | change])
 
 
@@ -206,7 +206,7 @@ def test_balance_equalises_signs_and_tasks(kinds, with_shares, max_pairs: int, s
 
 
 def test_share_of_a_task_without_pivots_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--share b=...: there is no pivot of it; .* a 1"):
+    with pytest.raises(ConfigError, match=r"--share b=...: no pivot has this task; .* a 1"):
         choose(items_of([("a", True)]), MixtureRules({"b": 1.0}))
 
 

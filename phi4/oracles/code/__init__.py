@@ -1,4 +1,4 @@
-"""Programs in answers: run in the sandbox, their values compared outside of it."""
+"""Grade programs in answers: run in the sandbox, with results compared outside it."""
 
 from phi4.oracles.code.oracle import CodeOracle
 

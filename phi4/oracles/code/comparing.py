@@ -1,8 +1,7 @@
-"""Whether a value that a program printed is the expected one.
+"""Compare a value that a program printed with the expected one.
 
-The decision: both are plain JSON by the time they are compared, read by our own reader from bytes,
-so nothing of the program's takes part in the comparison. A number is equal to a number of the same
-value, 2 to 2.0; true is no number.
+Both are plain JSON, parsed by our own reader from bytes, so no object of the program takes part in
+the comparison. A number equals a number of the same value, 2 and 2.0; true is not a number.
 """
 
 import json
@@ -10,12 +9,12 @@ import math
 
 
 def same_value(got: object, expected: object, tolerance: float | None) -> bool:
-    """Whether two JSON values are equal.
+    """Return whether two JSON values are equal.
 
     Args:
-        got: from the program.
-        expected: of the key.
-        tolerance: for numbers, absolute or relative, whichever allows more; None for exact.
+        got: value from the program.
+        expected: value in the key.
+        tolerance: for numbers, absolute or relative, whichever is larger; None for exact.
     """
     if isinstance(expected, bool) or isinstance(got, bool):
         return got is expected
@@ -34,10 +33,10 @@ def same_value(got: object, expected: object, tolerance: float | None) -> bool:
 
 
 def same_output(got: bytes, expected: str, tolerance: float | None) -> bool:
-    """Whether a program's output is the expected text, apart from space at the ends of lines.
+    """Return whether a program's output equals the expected text, except for space at line ends.
 
-    Empty lines at the end do not count. With a tolerance, words that are numbers on both sides may
-    differ by it, and space of any kind separates words.
+    Empty lines at the end are ignored. With a tolerance, words that are numbers on both sides may
+    differ by it, and any white space separates words.
     """
     try:
         text = got.decode("utf-8")
@@ -52,20 +51,20 @@ def same_output(got: bytes, expected: str, tolerance: float | None) -> bool:
 
 
 def read_json(text: bytes) -> object:
-    """A JSON value.
+    """Parse a JSON value.
 
     Raises:
-        ValueError: it is none, too deep, or holds NaN, an infinity or a number of thousands of
+        ValueError: it is invalid, too deep, or has NaN, an infinity or a number of thousands of
             digits.
     """
     try:
         return json.loads(text, parse_constant=_refuse)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError("nested too deeply") from error
 
 
 def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _lines(text: str) -> list[str]:

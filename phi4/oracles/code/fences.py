@@ -1,8 +1,7 @@
-"""The program in an answer.
+"""Extract the program in an answer.
 
-The decision: it is the last fenced block, because a model corrects itself downwards; blocks that
-say they are something else, such as the output of the program, are passed over where another one
-is left.
+It is the last fenced block, because a model corrects itself later in the text; blocks with another
+label, such as the program's output, are skipped if there is another block.
 """
 
 import re
@@ -12,10 +11,10 @@ _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*$", re.MULTILINE)
 
 
 def program_in(answer: str, labels: Sequence[str]) -> str:
-    """The last block labelled as the language, else the last without a label, else the last one.
+    """Return the last block labelled as the language, else the last without a label, else the last
+    one.
 
-    An answer without a fence is a program as a whole; a fence that is never closed ends with the
-    text.
+    An answer without a fence is a program in its entirety; an unclosed fence ends with the text.
 
     Args:
         answer: text of the model.

@@ -1,7 +1,7 @@
-"""Answers that try to be taken for right ones, and never are.
+"""Wrong answers that try to be graded as right, for checks of the sandbox.
 
-The decision: each returns or prints something that a grader inside the program would believe. They
-are graded by `phi4 sandbox check` and by the tests, with the key below.
+Each returns or prints something that a grader inside the program would accept. They are graded by
+`phi4 sandbox check` and by the tests, with the key below.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """Runs inside the sandbox: calls a function of an answer with the arguments of each case.
 
-The decision: it knows no expected value and decides nothing. It prints, for each case and in order,
-the nonce of the case and the value; the outside reads exactly these lines or believes none. It runs
-on the system's interpreter, so it uses nothing newer than Python 3.8, and nothing of phi4.
+It has no expected values and decides nothing. For each case, in order, it prints the nonce of the
+case and the value; the grader outside accepts exactly these lines or nothing. It runs on the
+system's interpreter, so it uses nothing newer than Python 3.8, and nothing from phi4.
 """
 
 import json
@@ -13,7 +13,8 @@ _MAX_DEPTH = 200
 
 
 def is_plain(value, depth=0):
-    """Whether a value is JSON as it is: exact types, a tuple for a list, no NaN, no infinity."""
+    """Return whether a value is plain JSON: exact types, a tuple for a list, no NaN, no
+    infinity."""
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return True
@@ -29,9 +30,9 @@ def is_plain(value, depth=0):
 
 
 def main():
-    """Read what is asked from standard input, answer on standard output."""
+    """Read the request from standard input, reply on standard output."""
     asked = json.load(sys.stdin)
-    # What the answer prints must not stand between our lines, and it must not wait for input.
+    # The answer's output must not mix with our lines, and the answer must not wait for input.
     channel = os.dup(1)
     os.dup2(2, 1)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -43,7 +44,8 @@ def main():
 
     def send(nonce, **said):
         if whoami() != us:
-            # A copy that the answer made of itself: only one may speak, or chance decides which.
+            # The answer may have forked: only one process may reply, otherwise the result is
+            # random.
             leave(0)
         rest = (encode(dict(said, nonce=nonce)) + "\n").encode()
         while rest:

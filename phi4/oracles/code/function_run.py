@@ -1,7 +1,7 @@
-"""Grades a Python function: one sandbox calls it for all cases, the values are compared here.
+"""Grade a Python function: one sandbox calls it for all cases, the values are compared here.
 
-The decision: the expected values never enter the sandbox, so a program that forges what it likes
-has to forge the right value, and has one try for each case.
+The expected values never enter the sandbox, so a program that forges its output has to forge the
+right value, with one attempt per case.
 """
 
 import json
@@ -20,7 +20,7 @@ _HARNESS = Path(__file__).with_name("function_harness.py")
 
 
 def grade_function(source: str, key: CodeKey, tools: Tools) -> tuple[Grade, str]:
-    """Verdict and reason of a function in a source text."""
+    """Return verdict and reason for a function in a source text."""
     nonces = [secrets.token_hex(8) for _ in range(len(key.cases) + 1)]
     asked = {
         "nonce": nonces[0],
@@ -59,18 +59,18 @@ def _verdict(ended: Ended, nonces: Sequence[str], key: CodeKey) -> tuple[Grade, 
         if said is None:
             loading = _said(lines[1], nonces[0]) if len(lines) > 1 else None
             problem = loading and loading.get("problem")
-            return Grade.WRONG, str(problem or f"case {number}: no value, the program left")
+            return Grade.WRONG, str(problem or f"case {number}: no value, the program exited")
         if "value" not in said:
             return Grade.WRONG, f"case {number}: {said.get('problem')}"
         if not same_value(said["value"], case.expected, key.tolerance):
-            return Grade.WRONG, f"case {number}: another value than expected"
+            return Grade.WRONG, f"case {number}: unexpected value"
     if lines[len(nonces) :] != [b""] or ended.exit_status != 0:
-        return Grade.WRONG, "something else was written where the values go"
+        return Grade.WRONG, "unexpected data was written to the result channel"
     return Grade.RIGHT, ""
 
 
 def _said(line: bytes, nonce: str) -> dict | None:
-    """A line of the harness for one nonce; None where it is none."""
+    """Parse a line of the harness for one nonce; None if it is invalid."""
     try:
         said = read_json(line)
     except ValueError:

@@ -1,7 +1,7 @@
-"""What a key of a program says: the language, and the cases that it has to get right.
+"""Parse the key of a program: the language, and its test cases.
 
-The decision: a key that is not exactly understood grades nothing. A misspelt member that were
-ignored would change what is compared.
+A key that is not completely understood grades nothing, because ignoring a misspelt member would
+change the comparison.
 """
 
 import json
@@ -14,7 +14,7 @@ from phi4.oracles.sandbox.languages import LANGUAGES
 
 @dataclass(frozen=True)
 class FunctionCase:
-    """One call: positional arguments, and the value that it has to return."""
+    """A function call: positional arguments, and the expected return value."""
 
     arguments: list
     expected: object
@@ -22,7 +22,7 @@ class FunctionCase:
 
 @dataclass(frozen=True)
 class ProgramCase:
-    """One run: standard input, and what has to be on standard output."""
+    """A program run: standard input, and the expected standard output."""
 
     stdin: str
     expected: str
@@ -30,14 +30,15 @@ class ProgramCase:
 
 @dataclass(frozen=True)
 class CodeKey:
-    """A key that was understood.
+    """A parsed key.
 
     Attributes:
         language: a key of `LANGUAGES`.
-        function: name of the function that is called; None where the program is run.
-        cases: of one kind, at least one.
-        tolerance: largest difference of two numbers, absolute or relative; None for equal ones.
-        cpu_seconds: processor time: of all calls of a function together, of a program per run.
+        function: name of the function to call; None to run the program.
+        cases: cases of one kind, at least one.
+        tolerance: largest difference of two numbers, absolute or relative; None for exact.
+        cpu_seconds: processor time: of all calls of a function together, or of each run of a
+            program.
     """
 
     language: str
@@ -58,10 +59,10 @@ class CodeKey:
 
 
 def read_key(key: object) -> CodeKey:
-    """Check a key.
+    """Parse and check a key.
 
     Raises:
-        ValueError: it is none; says in a line what is wrong.
+        ValueError: it is invalid; the message says what is wrong, in one line.
     """
     if not isinstance(key, Mapping):
         raise ValueError(f"key is {_short(key)}; expected a table of language and cases")
@@ -73,7 +74,9 @@ def read_key(key: object) -> CodeKey:
         raise ValueError(f"language is {_short(language)}; expected one of {', '.join(LANGUAGES)}")
     if function is not None:
         if language != "python":
-            raise ValueError(f"function with language {language}; only python's can be called")
+            raise ValueError(
+                f"function with language {language}; only python functions can be called"
+            )
         if not isinstance(function, str) or not function.isidentifier():
             raise ValueError(f"function is {_short(function)}; expected a name")
     cases = key.get("cases")
@@ -98,10 +101,10 @@ def _function_case(case: object) -> FunctionCase:
     if not isinstance(case["arguments"], list):
         raise ValueError(f"arguments is {_short(case['arguments'])}; expected a list")
     try:
-        # As the other side will see them: a tuple is a list there, and NaN is nothing.
+        # As the other side will see them: a tuple becomes a list, and NaN is invalid.
         return FunctionCase(*json.loads(json.dumps([case[n] for n in names], allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"case is no JSON: {error}") from error
+        raise ValueError(f"case is not JSON: {error}") from error
 
 
 def _program_case(case: object) -> ProgramCase:

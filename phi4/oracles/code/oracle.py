@@ -1,7 +1,7 @@
-"""The oracle of programs: several sandboxes at once, one verdict for each answer.
+"""The oracle for programs: several sandboxes at once, one verdict per answer.
 
-The decision: an answer is wrong only by what its own program did. Whatever fails around it, a key,
-a compiler that is not there, a sandbox, makes it ungradable.
+An answer is wrong only because of its own program's behaviour. Any other failure, of a key, a
+missing compiler or a sandbox, makes it ungradable.
 """
 
 import os
@@ -30,8 +30,8 @@ class CodeOracle:
     has the rest.
 
     Args:
-        num_workers: answers that are graded at once; the processors of this process by default.
-        tools: what builds the sandbox.
+        num_workers: answers graded at once; defaults to the processors of this process.
+        tools: programs that build the sandbox.
 
     Raises:
         PlatformError: the sandbox cannot be built on this machine.
@@ -80,7 +80,7 @@ class CodeOracle:
 
 
 def _present(language: str) -> tuple[Toolchain, Mapping[str, str]] | str:
-    """Toolchain and version of a language, or why it cannot be run."""
+    """Return toolchain and version of a language, or why it cannot be run."""
     try:
         toolchain = find_toolchain(language)
     except PlatformError as error:

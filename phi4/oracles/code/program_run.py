@@ -1,7 +1,7 @@
-"""Grades a program in any language: compiled once, run once for each case in a sandbox of its own.
+"""Grade a program in any language: compile it once, run it per case in a separate sandbox.
 
-The decision: a program is right when it ends with status 0 and its output is the expected one; a
-program that fails on an empty output is wrong.
+A program is right if it ends with status 0 and the expected output; a program that fails is wrong
+even if the expected output is empty.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from phi4.oracles.verdict import Grade
 def grade_program(
     source: str, key: CodeKey, toolchain: Toolchain, tools: Tools
 ) -> tuple[Grade, str]:
-    """Verdict and reason of a program in a source text."""
+    """Return verdict and reason for a program in a source text."""
     language = LANGUAGES[key.language]
     name = language.source_name(source)
     files = {name: source.encode("utf-8", errors="replace")}
@@ -38,7 +38,7 @@ def grade_program(
         if failed := _failure(ended, f"case {number}"):
             return failed
         if not same_output(ended.stdout, case.expected, key.tolerance):
-            return Grade.WRONG, f"case {number}: another output than expected"
+            return Grade.WRONG, f"case {number}: unexpected output"
     return Grade.RIGHT, ""
 
 
@@ -49,7 +49,7 @@ def _compiled(
     toolchain: Toolchain,
     tools: Tools,
 ) -> bytes | tuple[Grade, str]:
-    """The compiled program, or the verdict where there is none."""
+    """Return the compiled program, or the verdict if compilation failed."""
     task = Task(("/bin/sh", "-c", line), files, read_only=toolchain.read_only)
     ended = run(task, language.compile_limits, tools)
     return _failure(ended, "compiler") or ended.stdout

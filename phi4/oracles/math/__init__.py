@@ -1,7 +1,7 @@
-"""Mathematical answers: exact numbers by ourselves, everything else by math-verify.
+"""Grade mathematical answers: exact numbers by our own code, everything else by math-verify.
 
-The decision: where neither can tell, the answer is ungradable. A wrong verdict in either direction
-teaches a model something false; no verdict teaches it nothing.
+If neither can decide, the answer is ungradable: a wrong verdict in either direction trains a model
+on an error; no verdict does not.
 """
 
 from phi4.oracles.math.oracle import MathOracle

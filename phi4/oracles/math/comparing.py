@@ -1,7 +1,6 @@
-"""Whether two final answers are equal, as far as exact arithmetic can tell.
+"""Decide whether two final answers are equal, as far as exact arithmetic can.
 
-The decision: a relation of texts that is right, wrong or not for us, never an approximation. What
-it leaves open goes to math-verify.
+The result is right, wrong or undecided, never an approximation. Undecided cases go to math-verify.
 
 - `50%` and `0.5` are equal; `50%` and `50` may be, by what the question asked for: ungradable.
 - Two units: the same text, or two that are converted; else ungradable. One unit: the number counts,
@@ -36,10 +35,10 @@ _HALF_OPEN = {("(", "]"): "left open", ("[", ")"): "right open"}
 
 @dataclass(frozen=True)
 class Compared:
-    """What exact comparison says.
+    """Result of the exact comparison.
 
     Attributes:
-        grade: None where it leaves the question open.
+        grade: None if undecided.
         reason: why.
         key, answer: for the next grader, without units.
     """
@@ -51,7 +50,7 @@ class Compared:
 
 
 def compare(key: str, answer: str) -> Compared:
-    """Compare a key and a final answer, both as they were written."""
+    """Compare a key and a final answer, both as written."""
     key, answer = _bare(spelled(key), spelled(answer))
     if tight(key) == tight(answer) and key:
         return Compared(Grade.RIGHT)
@@ -72,12 +71,12 @@ def _open(reason: str) -> Compared:
     return Compared(Grade.UNGRADABLE, reason)
 
 
-def _wrong(reason: str = "another value than the key") -> Compared:
+def _wrong(reason: str = "value differs from the key") -> Compared:
     return Compared(Grade.WRONG, reason)
 
 
 def _bare(key: str, answer: str) -> tuple[str, str]:
-    """Without `x =` where both name the same or only one names anything."""
+    """Remove `x =` if both have the same name or only one has a name."""
     named = [_NAMED.match(text) for text in (key, answer)]
     names = {found[1] for found in named if found}
     if len(names) == 1:
@@ -88,7 +87,7 @@ def _bare(key: str, answer: str) -> tuple[str, str]:
 
 
 def _words(key: str, answer: str) -> Compared | None:
-    """Letters and words; None where one of them is neither."""
+    """Compare letters and words; None if one of them is neither."""
     letters = [found[1] for text in (key, answer) if (found := _LETTER.match(text))]
     if len(letters) == 2:
         return Compared(Grade.RIGHT) if letters[0] == letters[1] else _wrong()
@@ -102,15 +101,15 @@ def _words(key: str, answer: str) -> Compared | None:
             return Compared(Grade.RIGHT)
         if {key, answer} <= _DECIDED_WORDS:
             return _wrong()
-        return _open("other words than the key's")
+        return _open("words differ from the key's")
     number, words = (texts[0], texts[1]) if plain[1] else (texts[1], texts[0])
     if _exact(number) is not None and not _NUMBER_WORDS.search(words.lower()):
-        return _wrong("one is a number and the other is words")
+        return _wrong("one is a number and the other is text")
     return _open("holds words")
 
 
 def _based(key: str, answer: str) -> Compared:
-    """Numbers with a base below: the same base, or nobody can tell."""
+    """Compare numbers with a base subscript: equal bases, or undecided."""
     pattern = r"(?:\(|\\text\{)?(\w+)[)}]?_\{?(\w+)\}?"
     found = [match for text in (key, answer) if (match := re.fullmatch(pattern, text))]
     if len(found) == 2 and found[0][2] == found[1][2]:
@@ -143,9 +142,9 @@ def _compare_inexact(
     if PERCENT in (key.unit, answer.unit) and key.unit != answer.unit:
         return _open("only one is a percentage")
     if key.unit and answer.unit and key.unit != answer.unit:
-        return _open("other unit than the key's, and not converted")
+        return _open("unit differs from the key's and is not converted")
     if key.scale != 1 or answer.scale != 1:
-        return _open("a number word after what is no number")
+        return _open("a number word after a non-number")
     if values == (None, None) and not key.unit and not answer.unit:
         decided = _collections(tight(key.body), tight(answer.body))
         if decided is not None:
@@ -167,9 +166,9 @@ def _percent(key: Fraction, answer: Fraction, key_unit: str, answer_unit: str) -
 def _converted(key: Fraction, answer: Fraction, key_unit: str, answer_unit: str) -> Compared:
     of_key, of_answer = factor(key_unit), factor(answer_unit)
     if of_key is None or of_answer is None:
-        return _open("other unit than the key's, and not converted")
+        return _open("unit differs from the key's and is not converted")
     if of_key[0] != of_answer[0] or key * of_key[1] != answer * of_answer[1]:
-        return _wrong("another amount than the key")
+        return _wrong("amount differs from the key")
     return Compared(Grade.RIGHT)
 
 
@@ -181,7 +180,7 @@ def _exact(text: str, scale: int = 1) -> Fraction | None:
 
 
 def _collections(key: str, answer: str) -> Compared | None:
-    """Sets, tuples and intervals of exact numbers; None where one is something else."""
+    """Compare sets, tuples and intervals of exact numbers; None if one is something else."""
     (key_kind, key_items), (answer_kind, answer_items) = _items(key), _items(answer)
     if key_kind is None or answer_kind is None:
         return None
@@ -196,18 +195,18 @@ def _collections(key: str, answer: str) -> Compared | None:
         grouped = _GROUPED.search(key) or _GROUPED.search(answer)
         return _open("1,000 may be a number or a list") if grouped else _wrong()
     if set(kinds) & set(_HALF_OPEN.values()) and "list" not in kinds and "set" not in kinds:
-        return _wrong("another interval than the key")
-    return _open("other brackets than the key's")
+        return _wrong("interval differs from the key")
+    return _open("brackets differ from the key's")
 
 
 def _may_be_lists(key: str, answer: str) -> bool:
-    """Whether two numbers with commas are the same list, should they be lists."""
+    """Return whether two numbers with commas are the same list, if they are lists."""
     lists = [sorted(re.split(r"\s*,\s*", text)) for text in (key, answer)]
     return lists[0] == lists[1] and len(lists[0]) > 1
 
 
 def _items(text: str) -> tuple[str | None, list[str]]:
-    """Kind of a collection and its items."""
+    """Return kind and items of a collection."""
     kind = "list"
     for (opening, closing), name in (_BRACKETS | _HALF_OPEN).items():
         if text.startswith(opening) and text.endswith(closing):

@@ -1,13 +1,13 @@
-"""The final answer in a text, and its one spelling.
+"""Extract the final answer from a text, and normalise its spelling.
 
-The decision: the last statement counts, because a model corrects itself downwards.
+The last statement counts, because a model corrects itself later in the text.
 """
 
 import re
 from collections.abc import Iterator
 
 MAX_CHARACTERS = 200
-"""A final answer that is longer is graded by equality alone: graders blow up on long ones."""
+"""Longer final answers are only compared for equality, because graders blow up on them."""
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\b\s*")
 _STATED = re.compile(
@@ -32,15 +32,15 @@ _TIGHT = re.compile(r"\s*([^\w\s\\.%])\s*")
 
 
 def final_answer(text: str) -> str | None:
-    """What a text states last: its last complete box, else what follows the last "answer is", else
-    its last line.
+    """Return what a text states last: its last complete box, else the text after the last "answer
+    is", else its last line.
 
-    None where it states nothing.
+    None if it states nothing.
     """
     boxes = list(_boxes(text))
     if boxes:
         return boxes[-1].strip() or None
-    # A sentence may follow on the same line.
+    # Another sentence may follow on the same line.
     stated = [_SENTENCE_END.split(text[found.end() :])[0] for found in _STATED.finditer(text)]
     lines = [line for line in text.split("\n") if line.strip()]
     last = stated[-1] if stated else lines[-1] if lines else ""
@@ -48,11 +48,11 @@ def final_answer(text: str) -> str | None:
 
 
 def spelled(text: str) -> str:
-    """A final answer in one spelling of LaTeX: no delimiters, sizes or spacing commands."""
+    """Normalise a final answer's LaTeX: no delimiters, sizes or spacing commands."""
     for other, ours in _SPELLINGS:
         text = text.replace(other, ours)
     text = _SIZES.sub("", _DELIMITERS.sub("", _SPACING.sub(" ", text)))
-    # Of an even number of dollars each pair is a delimiter; a single one is money.
+    # With an even number of dollars each pair is a delimiter; a single one is money.
     bare = re.findall(r"(?<!\\)\$", text)
     if len(bare) % 2 == 0:
         text = re.sub(r"(?<!\\)\$", "", text)
@@ -62,7 +62,7 @@ def spelled(text: str) -> str:
 
 
 def tight(text: str) -> str:
-    """A spelled answer without the space that means nothing; that of `1 1/2` stays."""
+    """Remove meaningless spaces from a normalised answer; that of `1 1/2` stays."""
     return _TIGHT.sub(r"\1", text)
 
 
@@ -78,7 +78,7 @@ def _boxes(text: str) -> Iterator[str]:
 
 
 def _braced(text: str) -> str | None:
-    """Between the brace that a text begins with and its partner; None where there is none."""
+    """Return the text between the opening brace and its partner; None if there is none."""
     depth = 0
     for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(found[0], 0)

@@ -1,7 +1,6 @@
-"""The oracle of mathematical answers.
+"""The oracle for mathematical answers.
 
-The decision: exact comparison first, and math-verify only for what it leaves open, in processes of
-its own.
+Exact comparison comes first; math-verify decides only the rest, in separate processes.
 """
 
 import os
@@ -39,17 +38,17 @@ _FUNCTIONS = set(
     ]
 )
 _HUGE = re.compile(r"\^\s*\{?\s*-?\d{4,}|\^[^^]{0,20}\^|\d{4,}\s*!|!\s*\)?\s*!")
-"""What a symbolic library computes to the last digit, or dies of."""
+"""Expressions that a symbolic library would compute to the last digit, or crash on."""
 
 
 class MathOracle:
-    """The last box of an answer, or what it states last, is equal to the key.
+    """Grades whether the last box of an answer, or its last statement, equals the key.
 
-    A key is the right answer: a string, in LaTeX or plain, or a number. docs/oracles.md says what
-    is equal.
+    A key is the right answer: a string, in LaTeX or plain, or a number. docs/oracles.md defines
+    equality.
 
     Args:
-        num_workers: processes of math-verify; the processors of this process by default.
+        num_workers: processes of math-verify; defaults to the processors of this process.
     """
 
     name = "math"
@@ -96,7 +95,7 @@ class MathOracle:
             if words or r"\text" in text:
                 return Graded(Grade.UNGRADABLE, "holds words")
             if r"\circ" in text:
-                return Graded(Grade.UNGRADABLE, "holds degrees, which math-verify does not read")
+                return Graded(Grade.UNGRADABLE, "has degrees, which math-verify does not support")
         if self._version is None:
             return Graded(Grade.UNGRADABLE, _REMEDY)
         grade, reason = self._workers.ask(compared.key, compared.answer)
@@ -104,7 +103,7 @@ class MathOracle:
 
 
 def _key_text(key: object) -> str | None:
-    """The right answer as text; None where a key is something else."""
+    """Return the right answer as text; None if a key is something else."""
     if isinstance(key, bool) or not isinstance(key, str | int | float):
         return None
     text = str(key).strip()

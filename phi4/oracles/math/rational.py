@@ -1,15 +1,14 @@
-"""Rational numbers in LaTeX or plain text, exactly.
+"""Parse rational numbers in LaTeX or plain text, exactly.
 
-The decision: whatever is made of integers, decimals, fractions, powers and factorials has one exact
-value here, or none; nothing is rounded. Sizes are checked before they are computed, so that
-`9^9^9` costs nothing.
+Every expression of integers, decimals, fractions, powers and factorials has an exact value here, or
+none; nothing is rounded. Sizes are checked before they are computed, so that `9^9^9` is cheap.
 """
 
 import re
 from fractions import Fraction
 
 MAX_DIGITS = 20_000
-"""Of a numerator or denominator. Beyond it a common divisor takes longer than it is worth."""
+"""Maximum digits of a numerator or denominator. Beyond it computing the gcd takes too long."""
 _MAX_BITS = MAX_DIGITS * 10 // 3
 _MAX_DEPTH = 30
 
@@ -21,15 +20,15 @@ _TOKEN = re.compile(rf"\s*(?:({_NUMBER.pattern})|(\\[a-zA-Z]+|[-+*/^!(){{}}]))")
 
 
 class TooLargeError(Exception):
-    """A number that nobody should compute."""
+    """A number that is too large to compute."""
 
 
 class NotRationalError(Exception):
-    """The text is no rational number of the kind that is read here."""
+    """The text is not a supported rational number."""
 
 
 def rational(text: str) -> Fraction:
-    """The value of a text as `final_answer.spelled` gives it.
+    """Return the value of a text from `final_answer.spelled`.
 
     Raises:
         NotRationalError: it is something else.
@@ -57,7 +56,7 @@ def rational(text: str) -> Fraction:
 
 
 class _Reader:
-    """Recursive descent over tokens."""
+    """Recursive descent parser over tokens."""
 
     def __init__(self, tokens: list[str]) -> None:
         self._tokens = tokens
@@ -122,7 +121,7 @@ class _Reader:
         raise NotRationalError(token)
 
     def _part(self, depth: int) -> Fraction:
-        """Numerator or denominator: in braces, or one digit."""
+        """Parse a numerator or denominator: in braces, or one digit."""
         token = self.next
         if token is not None and token.isdigit():
             if len(token) > 1:
@@ -177,7 +176,7 @@ def _powered(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1 or (base == 0 and exponent <= 0):
         raise NotRationalError("a root, or a power of zero")
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-    # A base of one bit is 0 or 1, and stays that.
+    # A base of one bit is 0 or 1, and so are its powers.
     if bits > 1 and bits * abs(exponent.numerator) > 2 * _MAX_BITS:
         raise TooLargeError(f"a power with more than {MAX_DIGITS} digits")
     if bits <= 1:
@@ -187,7 +186,7 @@ def _powered(base: Fraction, exponent: Fraction) -> Fraction:
 
 def _factorial(value: Fraction) -> Fraction:
     if value.denominator != 1 or value < 0:
-        raise NotRationalError("a factorial of no whole number")
+        raise NotRationalError("a factorial of a non-integer")
     if value.numerator.bit_length() * value.numerator > 2 * _MAX_BITS:
         raise TooLargeError(f"a factorial with more than {MAX_DIGITS} digits")
     product = 1

@@ -1,8 +1,7 @@
-"""Percent signs, units and bases at the end of an answer.
+"""Parse percent signs, units and bases at the end of an answer.
 
-The decision: an amount is a number and the text of its unit. A few units of length, mass and time
-are converted, because leaving them out makes 5 cm and 5 m the same; other texts are the same unit
-when they are the same text.
+An amount is a number and the text of its unit. A few units of length, mass and time are converted,
+because ignoring them would make 5 cm and 5 m equal; other units are equal if their texts are.
 """
 
 import re
@@ -52,7 +51,7 @@ _NO_UNITS = set(
         "k",
     ]
 )
-"""Words after a number that make it something else than an amount."""
+"""Words after a number that make it something other than an amount."""
 
 _TEXT = re.compile(r"\s*\\text\{\s*([^{}]*[A-Za-z][^{}]*?)\s*\}(?:\^\{?([0-9])\}?)?$")
 _DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*([CF]?)$")
@@ -100,9 +99,9 @@ class Amount:
     """A text without its unit.
 
     Attributes:
-        body: what is left, to be read as a number or as an expression.
-        unit: text in lower case without a plural s; empty where there is none.
-        scale: what a word such as `million` multiplies by.
+        body: the rest, to be parsed as a number or as an expression.
+        unit: text in lower case without a plural s; empty if there is none.
+        scale: factor of a word such as `million`.
     """
 
     body: str
@@ -111,7 +110,7 @@ class Amount:
 
 
 def amount(text: str) -> Amount:
-    """Split what `final_answer.spelled` gave."""
+    """Split a text from `final_answer.spelled`."""
     money = ""
     if found := _MONEY.match(text):
         text, money = found[1] + text[found.end() :], found[2]
@@ -124,12 +123,13 @@ def amount(text: str) -> Amount:
 
 
 def _is_angle(taken: Amount) -> bool:
-    """Whether the degrees are the argument of a function: `\\sin 30^\\circ`."""
+    """Return whether the degrees are the argument of a function: `\\sin 30^\\circ`."""
     return taken.unit.startswith("degree") and bool(_ANGLES.search(taken.body))
 
 
 def factor(unit: str) -> tuple[str, Fraction] | None:
-    """Kind of a unit and its size in the kind's first unit; None for one that is not converted."""
+    """Return kind of a unit and its size in the kind's first unit; None for one that is not
+    converted."""
     return _FACTORS.get(unit)
 
 

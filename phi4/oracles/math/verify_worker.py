@@ -1,9 +1,9 @@
-"""A process that asks math-verify: one line of JSON in, one out.
+"""A worker process that runs math-verify: one line of JSON in, one out.
 
-The decision: what math-verify says is believed only where a second look agrees. Its "equal" is
-checked with sixty digits, because it rounds; its "not equal" counts only between two things of one
-kind, because it does not know that an interval and an inequality may be the same. Only its LaTeX
-reader is used: the other one evaluates text.
+A result of math-verify is accepted only if a second check agrees. Its "equal" is checked with sixty
+digits, because it rounds; its "not equal" counts only between two expressions of one kind, because
+it does not recognise that an interval and an inequality may be equal. Only its LaTeX parser is
+used: the other one evaluates text.
 """
 
 import json
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 ADDRESS_SPACE_BYTES = 2 << 30
 CPU_SECONDS = 10
-"""Of one question; the first one has the import on top."""
+"""Time limit of one question; the first one also includes the import."""
 _IMPORT_SECONDS = 60
 
 _DIGITS = 60
 _SAME = 40
-"""Leading digits that have to agree."""
+"""Number of leading digits that must agree."""
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     os.dup2(2, 1)
     _allow(_IMPORT_SECONDS)
     logging.disable(logging.CRITICAL)
-    # Before the first question, because an import may take longer than a question is allowed to.
+    # Before the first question, because an import may take longer than a question's limit.
     import_module("math_verify")
 
     for line in sys.stdin:
@@ -51,14 +51,14 @@ def main() -> None:
 
 
 def judge(key: str, answer: str) -> tuple[str, str]:
-    """Grade and reason for two expressions in LaTeX without units."""
+    """Return grade and reason for two expressions in LaTeX without units."""
     from math_verify import verify
 
     keys, answers = _parsed(key), _parsed(answer)
     for text, found in (("key", keys), ("answer", answers)):
         if not found:
-            return "ungradable", f"math-verify does not read the {text}"
-    # strict=False would call a variable the same as any other.
+            return "ungradable", f"math-verify cannot parse the {text}"
+    # strict=False would treat a variable as equal to any other.
     equal = any(
         verify([one], [other], float_rounding=12, strict=True, timeout_seconds=None)
         for one, other in ((keys[0], answers[0]), (answers[0], keys[0]))
@@ -93,7 +93,7 @@ def _second_look(key: "sympy.Basic", answer: "sympy.Basic", equal: bool) -> tupl
     if _kind(key) != _kind(answer) or _kind(key) == "relation":
         if equal:
             return "right", ""
-        return "ungradable", "math-verify finds no equality, which means little between such"
+        return "ungradable", "math-verify finds no equality, which is unreliable for these kinds"
     if not equal:
         return "wrong", "another value than the key"
     if _same_items(key, answer) is False:
@@ -131,11 +131,11 @@ def _expressions(key: "sympy.Basic", answer: "sympy.Basic", equal: bool) -> tupl
         return "right", ""
     if not equal and same is False and symbols[0] == symbols[1]:
         return "wrong", "another value than the key"
-    return "ungradable", "math-verify and a look at some points do not agree"
+    return "ungradable", "math-verify and evaluation at some points disagree"
 
 
 def _same_number(one: object, other: object) -> bool | None:
-    """Whether two numbers agree; None where they have no numeric value."""
+    """Return whether two numbers agree; None if they have no numeric value."""
     import sympy
 
     values = [sympy.N(value, _DIGITS) for value in (one, other)]
@@ -146,7 +146,7 @@ def _same_number(one: object, other: object) -> bool | None:
 
 
 def _same_at_points(one: "sympy.Basic", other: "sympy.Basic") -> bool | None:
-    """Whether two expressions agree wherever both have a value among three points."""
+    """Return whether two expressions agree at those of three points where both have a value."""
     import sympy
 
     symbols = sorted(one.free_symbols | other.free_symbols, key=str)
@@ -162,7 +162,7 @@ def _same_at_points(one: "sympy.Basic", other: "sympy.Basic") -> bool | None:
 
 
 def _same_items(key: "sympy.Basic", answer: "sympy.Basic") -> bool | None:
-    """Whether the numbers in two collections agree; None where they are not only numbers."""
+    """Return whether the numbers in two collections agree; None if they are not only numbers."""
     import sympy
 
     if isinstance(key, sympy.FiniteSet):

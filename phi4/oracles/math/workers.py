@@ -1,7 +1,7 @@
-"""Processes that run math-verify, killed and replaced when one takes too long.
+"""Worker processes for math-verify, killed and replaced on timeout.
 
-The decision: its limits are ours: memory and processor time inside, the wall clock outside. What a
-killed worker was asked has no answer, and the next question gets a new worker.
+The limits are our own: memory and processor time inside the worker, wall time outside. A killed
+worker's question has no answer, and the next question gets a new worker.
 """
 
 import json
@@ -18,18 +18,19 @@ from phi4.oracles.verdict import Grade
 PROGRAM = "from phi4.oracles.math.verify_worker import main\nmain()\n"
 
 WALL_SECONDS = 600.0
-"""Of one question. Processor time ends a blow-up first, unless the machine is very busy."""
+"""Wall time limit of one question. The processor time limit is usually reached first, unless the
+machine is very busy."""
 
 
 class VerifyWorkers:
-    """Up to `num_workers` processes, started when they are needed.
+    """Up to `num_workers` processes, started on demand.
 
     `ask` may be called by that many threads at once.
 
     Args:
         num_workers: at least 1.
-        wall_seconds: of one question.
-        program: Python statements that a worker runs; they answer a line of JSON with another.
+        wall_seconds: limit of one question.
+        program: Python statements that a worker runs; they reply to a line of JSON with another.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class VerifyWorkers:
             self._idle.put(None)
 
     def ask(self, key: str, answer: str) -> tuple[Grade, str]:
-        """What `verify_worker.judge` says; ungradable where it came to no end."""
+        """Return the result of `verify_worker.judge`; ungradable if it did not finish."""
         worker = self._idle.get()
         try:
             worker = worker or _VerifyWorker(self._program)
@@ -81,7 +82,7 @@ class _VerifyWorker:
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
     def ask(self, key: str, answer: str, wall_seconds: float) -> tuple[str, str] | None:
-        """Its answer, or None where it gives none in time."""
+        """Return its answer, or None on timeout."""
         question = json.dumps([key, answer]) + "\n"
         try:
             self._stdin.write(question.encode())
@@ -95,7 +96,7 @@ class _VerifyWorker:
         return verdict, reason
 
     def kill(self) -> None:
-        """End it."""
+        """Kill it."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._stdin, self._stdout):

@@ -1,6 +1,6 @@
-"""Runs a program that nobody trusts, by bubblewrap; says how it ended, never whether it is right.
+"""Run untrusted programs with bubblewrap; report how a run ended, not whether it is right.
 
-The decision: there is one line of defence, the hard one, and where it cannot be built nothing runs.
+There is a single, strict isolation; if it cannot be set up, nothing is run.
 """
 
 from phi4.oracles.sandbox.supervisor import run

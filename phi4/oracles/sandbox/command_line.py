@@ -1,8 +1,8 @@
-"""The command line of bubblewrap: what the program sees of this machine.
+"""The command line of bubblewrap, which defines what a program can access.
 
-The decision: it sees /usr read-only, two small file systems in memory, its own process table and
-nothing else. The limits are set inside, because a limit on processes that is set outside is shared
-by every sandbox of the same user, and means nothing for root.
+It can access /usr read-only, two small file systems in memory, its own process table and nothing
+else. The limits are set inside, because a process limit set outside is shared by all sandboxes of
+the same user, and has no effect for root.
 """
 
 import math
@@ -15,14 +15,14 @@ _PROLOGUE = (
     '[ -x "$2" ] || { echo "$2 is no program of the sandbox" >&2; exit 127; }; '
     'printf %s "$1"; shift; exec "$@"'
 )
-"""Runs inside, under the limits and the filter. What it prints is how the outside knows that the
-sandbox stands: the program cannot have printed anything before, nor run without it."""
+"""Runs inside, under the limits and the filter. Its output proves that the sandbox is set up: the
+program cannot have printed anything before, nor run without it."""
 
 _ENVIRONMENT = {
     "PATH": "/usr/bin",
     "HOME": "/tmp",
     "LC_ALL": "C.UTF-8",
-    # Two runs of a program give the same order of a set.
+    # Makes the iteration order of sets reproducible.
     "PYTHONHASHSEED": "0",
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONUTF8": "1",
@@ -38,16 +38,17 @@ def command_line(
     status_fd: int,
     seccomp_fd: int,
 ) -> list[str]:
-    """Arguments, from setpriv or bwrap on, to run a task.
+    """Return the arguments, from setpriv or bwrap on, to run a task.
 
     Args:
-        tools: of this machine.
-        task: what to run.
-        limits: what it may use.
-        nonce: printed on standard output once the sandbox stands, just before the program starts.
+        tools: programs of this machine.
+        task: task to run.
+        limits: resource limits.
+        nonce: printed on standard output once the sandbox is set up, just before the program
+            starts.
         file_fds: an open file for each of `task.files`, at its beginning.
-        status_fd: where bwrap tells the process id of the sandbox and the exit status.
-        seccomp_fd: holds the filter.
+        status_fd: where bwrap reports the process id of the sandbox and the exit status.
+        seccomp_fd: file with the filter.
     """
     line = []
     if tools.setpriv is not None:
@@ -83,7 +84,8 @@ def _files(task: Task, limits: Limits, file_fds: Mapping[str, int]) -> list[str]
 
 
 def _limits(limits: Limits) -> Sequence[str]:
-    # The supervisor counts all processes; the kernel's own limit is for one, should it be late.
+    # The supervisor counts all processes; the kernel's own limit is per process, in case it is
+    # late.
     cpu = math.ceil(limits.cpu_seconds)
     space = "unlimited" if limits.address_space_bytes is None else str(limits.address_space_bytes)
     return (

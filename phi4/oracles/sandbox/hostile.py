@@ -1,8 +1,8 @@
-"""Programs that attack the sandbox, and what has to become of each.
+"""Programs that attack the sandbox, and the expected outcome of each.
 
-The decision: an attack tells by itself how far it came, in one word, so that a person can read the
-table of `phi4 sandbox check` and a test can compare it. None of them harms a machine whose sandbox
-leaks: they open and do not write, they fork a few hundred times and not for ever.
+An attack reports its own success, in one word, so that a person can read the table of `phi4 sandbox
+check` and a test can compare it. None of them harms a machine whose sandbox leaks: they open files
+without writing, and fork a few hundred times, not indefinitely.
 """
 
 import json
@@ -31,10 +31,10 @@ class Attack:
     """A hostile program.
 
     Attributes:
-        name: of its file in `attacks/`, and of its row in the table.
-        outcome: how its run has to end.
-        says: what it has to print, or the beginning of the reason where it does not finish.
-        limits: it runs under these.
+        name: name of its file in `attacks/`, and of its row in the table.
+        outcome: expected end of its run.
+        says: expected output, or the beginning of the reason if it does not finish.
+        limits: its resource limits.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Attack:
 
     @property
     def expected(self) -> str:
-        """As `told` has to be."""
+        """The expected result, in the form of `told`."""
         return f"{self.outcome}: {self.says}"
 
 
@@ -78,12 +78,12 @@ ATTACKS: tuple[Attack, ...] = (
 
 
 def attacks(machine: str) -> Iterator[Attack]:
-    """Those that mean something on a machine."""
+    """Return those that are applicable to a machine."""
     return (one for one in ATTACKS if one.name != "x32_call" or machine == "x86_64")
 
 
 def run_attack(attack: Attack, tools: Tools) -> Ended:
-    """Run one, with real targets outside for it to reach."""
+    """Run one, with real targets outside the sandbox."""
     with (
         closing(socket.create_server(("127.0.0.1", 0))) as tcp,
         closing(socket.socket(socket.AF_UNIX)) as abstract,
@@ -102,12 +102,12 @@ def run_attack(attack: Attack, tools: Tools) -> Ended:
         stdin = json.dumps(targets).encode()
         ended = run(Task(command, files, stdin), attack.limits, tools)
         if survivors := _processes_of(name):
-            return Ended(Outcome.UNDECIDED, f"processes {survivors} are still there")
+            return Ended(Outcome.UNDECIDED, f"processes {survivors} are still running")
     return ended
 
 
 def told(ended: Ended) -> str:
-    """How a run ended, as the table shows it."""
+    """Return how a run ended, as shown in the table."""
     if ended.outcome is not Outcome.FINISHED:
         return f"{ended.outcome}: {ended.reason}"
     said = ended.stdout.decode(errors="replace").strip()
@@ -117,7 +117,7 @@ def told(ended: Ended) -> str:
 
 
 def is_held(attack: Attack, ended: Ended) -> bool:
-    """Whether the sandbox did what it has to."""
+    """Return whether the sandbox behaved as required."""
     if attack.outcome is Outcome.FINISHED:
         return told(ended) == attack.expected
     return told(ended).startswith(attack.expected)
@@ -130,7 +130,7 @@ def _system_calls(machine: str) -> Mapping[str, int]:
 
 
 def _processes_of(marker: str) -> list[int]:
-    """Processes with the marker among their arguments."""
+    """Return processes with the marker among their arguments."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,7 +1,7 @@
-"""Languages that the sandbox runs: what compiles and starts a program of each.
+"""Languages supported by the sandbox: how programs of each are compiled and started.
 
-The decision: a compiler is a program like any other, so it runs in a sandbox, and what it makes
-travels to the next one through memory. Compilers and interpreters count only where /usr has them.
+A compiler is a program like any other, so it runs in a sandbox, and its output is passed to the
+next sandbox through memory. Only compilers and interpreters in /usr are used.
 """
 
 import os
@@ -31,7 +31,7 @@ _COMPILER = Limits(
     num_open_files=256,
 )
 _PLAIN = Limits()
-# These reserve far more addresses than they use; resident memory is what limits them.
+# These reserve far more address space than they use; resident memory limits them instead.
 _RUNTIME = Limits(address_space_bytes=None, num_tasks=64, num_open_files=256)
 _RUNTIME_COMPILER = Limits(
     cpu_seconds=60.0,
@@ -50,7 +50,7 @@ builtins.exit = builtins.quit = sys.exit
 sys.argv[:] = ["/program/main.py"]
 runpy.run_path("/program/main.py", run_name="__main__")
 """
-"""`exit` and `quit` come from the module `site`, which -S leaves out."""
+"""`exit` and `quit` come from the module `site`, which -S disables."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class Language:
 
     Attributes:
         labels: names of the language after the fence of a code block.
-        source_name: file name of a source text, which may depend on it.
-        programs: executables that it needs.
+        source_name: file name of a source text; may depend on the text.
+        programs: required executables.
         compile: shell line that writes the compiled program to standard output, with `{program}` of
             `programs` and `{source}` filled in; None for an interpreter.
         start: command of the program, with `{program}` and `{main}` filled in; `{compiled}` is the
             compiled file.
-        compile_limits: of the compiler.
-        run_limits: of the program.
-        files: that lie beside the program.
+        compile_limits: limits of the compiler.
+        run_limits: limits of the program.
+        files: additional files for the program.
     """
 
     labels: tuple[str, ...]
@@ -81,7 +81,8 @@ class Language:
 
 
 def _java_class(source: str) -> str:
-    """The class whose `main` is run: the public one, else the one before `main`, else Main."""
+    """Return the class whose `main` is run: the public one, else the one before `main`, else
+    Main."""
     if public := re.search(r"\bpublic\s+(?:final\s+|abstract\s+)*class\s+(\w+)", source):
         return public[1]
     before_main = source.partition("static void main")[0]
@@ -144,16 +145,16 @@ LANGUAGES: Mapping[str, Language] = {
         run_limits=_RUNTIME,
     ),
 }
-"""By the name that a key gives."""
+"""By the name used in keys."""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Where the programs of a language are, as the sandbox sees them.
+    """Paths of a language's programs, as seen inside the sandbox.
 
     Attributes:
         paths: by name.
-        read_only: directories outside /usr that they cannot do without.
+        read_only: required directories outside /usr.
     """
 
     paths: Mapping[str, str]
@@ -161,13 +162,13 @@ class Toolchain:
 
 
 def find_toolchain(language: str, search_path: str = _USER_PATH) -> Toolchain:
-    """The programs of a language on this machine.
+    """Find the programs of a language on this machine.
 
     Raises:
-        PlatformError: one is absent, or lies where the sandbox cannot see it.
+        PlatformError: one is missing, or at a path that is not visible in the sandbox.
     """
     if language == "python":
-        # One interpreter, whatever else is installed: what it can import is part of a verdict.
+        # One fixed interpreter: what it can import is part of a verdict.
         search_path = os.path.dirname(PYTHON[0])
     paths = {program: _find(program, search_path) for program in LANGUAGES[language].programs}
     return Toolchain(paths, _settings(paths["java"]) if "java" in paths else ())
@@ -177,21 +178,24 @@ def _find(program: str, search_path: str) -> str:
     found = shutil.which(program, path=search_path)
     if found is None:
         other = shutil.which(program)
-        where = f"only at {other}, which the sandbox cannot see" if other else "not installed"
+        where = f"only at {other}, not visible in the sandbox" if other else "not installed"
         raise PlatformError(f"{program} is {where}; install it below /usr")
-    # /etc/alternatives, by which Debian's links go, is not in the sandbox.
+    # /etc/alternatives, which Debian's links use, is not in the sandbox.
     real = os.path.realpath(found)
     if not real.startswith("/usr/"):
-        raise PlatformError(f"{found} is {real}, which the sandbox cannot see; install it in /usr")
+        raise PlatformError(
+            f"{found} is {real}, which is not visible in the sandbox; install it in /usr"
+        )
     return real
 
 
 def _settings(java: str) -> tuple[str, ...]:
-    """Directories outside /usr that a Java home links to: Debian keeps its settings in /etc."""
+    """Return directories outside /usr that a Java home links to: Debian keeps its settings in
+    /etc."""
     links = (Path(java).parents[1] / "conf").glob("**/*")
     folders = {link.resolve().parent for link in links if link.is_symlink() and link.exists()}
     outside = sorted(str(folder) for folder in folders if not folder.is_relative_to("/usr"))
-    # A folder inside another one comes with it.
+    # A directory inside another one is included with it.
     return tuple(
         folder for folder in outside if not any(folder.startswith(f"{other}/") for other in outside)
     )

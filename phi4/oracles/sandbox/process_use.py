@@ -1,7 +1,7 @@
-"""What the processes of one sandbox use, read from /proc.
+"""Measure the resource use of one sandbox's processes, from /proc.
 
-The decision: they are the descendants of the first process of its process namespace. A process
-whose parent ends is adopted by that first one, so none can leave the tree.
+These are the descendants of the first process of its process namespace. A process whose parent ends
+is adopted by that first one, so none can leave the tree.
 """
 
 import os
@@ -14,12 +14,12 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Use:
-    """One look at a sandbox.
+    """Resource use of a sandbox at one moment.
 
     Attributes:
-        num_processes: its first one included.
-        resident_bytes: of all; a page that two share counts twice.
-        cpu_seconds: used so far by all, those that have ended included as far as they were seen.
+        num_processes: number of processes, including the first one.
+        resident_bytes: total resident memory; a page that two share counts twice.
+        cpu_seconds: used so far by all, including ended processes as far as they were observed.
         wants_cpu: whether a thread runs, or waits for a processor.
     """
 
@@ -31,7 +31,7 @@ class Use:
 
 @dataclass(frozen=True)
 class _ProcessStat:
-    """Of /proc/PID/stat; processor time in ticks."""
+    """Fields of /proc/PID/stat; processor time in ticks."""
 
     parent: int
     start: int
@@ -42,12 +42,12 @@ class _ProcessStat:
 
 @dataclass
 class UseMeter:
-    """Looks at one sandbox again and again.
+    """Measures one sandbox repeatedly.
 
     Args:
-        first_pid: first process of its process namespace, as this process numbers it.
-        has_children_files: whether /proc lists the children of a thread; a scan of all processes
-            does where the kernel does not.
+        first_pid: first process of its process namespace, as numbered in this process's namespace.
+        has_children_files: whether /proc lists the children of a thread; otherwise all processes
+            are scanned.
     """
 
     first_pid: int
@@ -58,13 +58,13 @@ class UseMeter:
     _cpu_seconds: float = 0.0
 
     def look(self) -> Use:
-        """Use at this moment; processes that end meanwhile may be missing."""
+        """Return the current use; processes that end meanwhile may be missing."""
         stats = dict(self._tree())
         resident = sum(_resident_pages(pid) for pid in stats) * _PAGE_BYTES
         for pid, stat in stats.items():
             self._own_ticks[pid, stat.start] = stat.own_ticks
-        # What was seen of each, or what the living have and were told of their dead: neither is
-        # complete, and both only miss.
+        # The maximum of two lower bounds: what was observed of each process, and what the living
+        # have accounted, including their reaped children.
         told = sum(stat.own_ticks + stat.waited_ticks for stat in stats.values())
         before = self._cpu_seconds
         now = max(sum(self._own_ticks.values()), told) * _TICK_SECONDS
@@ -87,7 +87,7 @@ class UseMeter:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below one, itself not included."""
+    """Return all processes below one, excluding itself."""
     children = _children_by_scan()
     found, pending = [], [pid]
     while pending:
@@ -98,7 +98,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def _read(path: str) -> str:
-    """Text of a file of /proc; empty where its process is gone."""
+    """Return the text of a file of /proc; empty if its process is gone."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
@@ -107,7 +107,7 @@ def _read(path: str) -> str:
 
 
 def _stat(pid: int) -> _ProcessStat | None:
-    # The name may hold spaces and parentheses; what follows the last one has neither.
+    # The name may contain spaces and parentheses; the fields after the last one do not.
     _, separator, rest = _read(f"/proc/{pid}/stat").rpartition(")")
     if not separator:
         return None

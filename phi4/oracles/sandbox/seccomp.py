@@ -1,9 +1,9 @@
-"""System calls that a program in the sandbox may not make, as a filter of classic BPF.
+"""A seccomp filter, in classic BPF, of system calls that a program in the sandbox may not make.
 
-The decision: a list of what is forbidden, not of what is allowed, so that any runtime works. On it
-is what reaches over the wall (other processes' memory, keys, namespaces, mounts, the kernel's own
-doors) and what makes memory that no limit counts (memory files, System V IPC). The namespaces and
-the missing capabilities refuse most of it already; this is the second lock.
+It is a deny list, not an allow list, so that any runtime works. It contains calls that cross the
+isolation (other processes' memory, keys, namespaces, mounts, kernel interfaces) and calls that
+create uncounted memory (memory files, System V IPC). The namespaces and the missing capabilities
+already refuse most of them; this is a second layer.
 """
 
 import errno
@@ -25,11 +25,11 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
-    # calls that a filter does not see
+    # Calls that a filter does not see.
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
-    # the kernel's own doors
+    # Kernel interfaces.
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
@@ -71,7 +71,7 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "fspick": (433, 433),
     "mount_setattr": (442, 442),
     "open_tree_attr": (467, 467),
-    # memory that neither the size of /tmp nor resident memory shows
+    # Memory that neither the size of /tmp nor resident memory shows.
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
@@ -87,7 +87,7 @@ SOCKET = (41, 198)
 _NEW_NAMESPACES = 0x7E020080
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET and NEWTIME in `clone`."""
 _FAMILIES = (1, 2, 10)
-"""AF_UNIX, AF_INET, AF_INET6. Others, AF_VSOCK first, may ignore the network namespace."""
+"""AF_UNIX, AF_INET, AF_INET6. Others, such as AF_VSOCK, may bypass the network namespace."""
 _X32 = 0x40000000
 
 _LOAD, _AND, _RETURN = 0x20, 0x54, 0x06
@@ -99,20 +99,20 @@ _Instruction = tuple[int, int, int, int]
 
 
 def machines() -> tuple[str, ...]:
-    """Those that have a table, as `platform.machine()` names them."""
+    """Return machines with a table, as `platform.machine()` names them."""
     return tuple(_MACHINES)
 
 
 def column(machine: str) -> int:
-    """Where the tables of this module have the numbers of a machine."""
+    """Return the column of a machine in the tables of this module."""
     return _MACHINES[machine][1]
 
 
 def filter_program(machine: str) -> bytes:
-    """The filter in the form that `bwrap --seccomp` reads.
+    """Return the filter in the format of `bwrap --seccomp`.
 
-    A call by another architecture's table, x32 included, ends the process. `clone3`, whose flags a
-    filter cannot see, is said not to exist; the C library then uses `clone`.
+    A call with another architecture's number, x32 included, ends the process. `clone3`, whose flags
+    a filter cannot see, is reported as missing; the C library then uses `clone`.
 
     Args:
         machine: one of `machines()`.
@@ -138,7 +138,7 @@ def filter_program(machine: str) -> bytes:
 
 
 def _on_argument(number: int, rule: Sequence[_Instruction]) -> list[_Instruction]:
-    """`rule` over the low half of the first argument of one call, which it allows or refuses."""
+    """Apply `rule` to the low half of the first argument of one call, to allow or refuse it."""
     return [(_EQUAL, 0, len(rule) + 1, number), (_LOAD, 0, 0, _ARGUMENT_0), *rule]
 
 

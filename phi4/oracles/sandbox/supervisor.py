@@ -1,8 +1,9 @@
-"""Starts a sandbox, watches it from outside, and leaves nothing of it behind.
+"""Start a sandbox, watch it from outside, and leave nothing of it behind.
 
-The decision: the end of a run is what the outside saw. That a sandbox stood is told by its own
-prologue, on standard output, before the program exists; that a program ended is told by bubblewrap
-on a descriptor that the program does not have. What the program prints decides nothing here.
+The outcome of a run is what was observed from outside. That a sandbox was set up is reported by its
+own prologue, on standard output, before the program exists; that a program ended is reported by
+bubblewrap on a descriptor that the program does not have. The program's output decides nothing
+here.
 """
 
 import fcntl
@@ -25,15 +26,15 @@ from phi4.oracles.sandbox.tools import Tools
 _LOOK_SECONDS = 0.05
 _CHUNK_BYTES = 1 << 16
 _DEATH_SECONDS = 120
-"""How long the kernel may take to end killed processes."""
+"""Time for the kernel to end killed processes."""
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 def run(task: Task, limits: Limits, tools: Tools) -> Ended:
-    """Run a task to its end; returns when no process of it is left.
+    """Run a task to its end; returns when none of its processes is left.
 
-    Whatever the program does or the machine refuses is an `Ended`, never an exception. The calling
-    thread must live on meanwhile: the sandbox dies with it.
+    Any failure of the program or the machine is returned as an `Ended`, never raised. The calling
+    thread must stay alive meanwhile: the sandbox dies with it.
     """
     nonce = secrets.token_hex(16)
     with ExitStack() as opened:
@@ -58,20 +59,22 @@ def _start(
             stdin=_sealed(task.stdin, given),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # bwrap's own environment is in /proc/1/environ of the sandbox, whatever it clears.
+            # bwrap's own environment is visible in /proc/1/environ of the sandbox, whatever it
+            # clears.
             env={},
             cwd="/",
             pass_fds=(status_in, seccomp_fd, *file_fds.values()),
             start_new_session=True,
         )
     opened.enter_context(process)
-    # Before it is waited for, whatever happens in between.
+    # Before it is waited for, in any case.
     opened.callback(process.kill)
     return _SandboxWatch(process, status_out, nonce, limits, opened)
 
 
 def _sealed(content: bytes, opened: ExitStack) -> int:
-    """A descriptor of a file in memory, at its beginning, that nobody can write or enlarge."""
+    """Return a descriptor of a sealed file in memory, at its beginning, that cannot be written or
+    enlarged."""
     fd = os.memfd_create("phi4", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     opened.callback(os.close, fd)
     with open(fd, "wb", closefd=False) as file:
@@ -85,10 +88,10 @@ class _SandboxWatch:
     """One running sandbox.
 
     Args:
-        process: bwrap, which setpriv has become.
-        status_fd: what bwrap tells.
-        nonce: what the prologue prints.
-        limits: of the task.
+        process: bwrap, started through setpriv.
+        status_fd: descriptor of bwrap's reports.
+        nonce: output of the prologue.
+        limits: limits of the task.
         opened: closes descriptors after the run.
     """
 
@@ -131,12 +134,12 @@ class _SandboxWatch:
         return self._ended(cut or self._too_long())
 
     def _follow(self) -> tuple[Outcome, str] | None:
-        """Why the run has to be cut; None where the program ended by itself."""
+        """Return why the run must be cut; None if the program ended by itself."""
         begun = last = time.monotonic()
         heard = False
         while True:
             ready = [key.fd for key, _ in self._selector.select(_LOOK_SECONDS)]
-            # A program that waited for us to read did not idle.
+            # A program that waited for us to read was not idle.
             heard |= any([self._receive(fd) for fd in ready if fd != self._process_fd])
             self._find_first_process()
             if self._process_fd in ready:
@@ -145,18 +148,18 @@ class _SandboxWatch:
                 return cut
             now = time.monotonic()
             if now - last >= _LOOK_SECONDS:
-                # After a look that comes late, the program may have waited for nobody but us.
+                # After a late measurement, the program may have waited only for us.
                 if cut := self._look(min(now - last, 2 * _LOOK_SECONDS), heard):
                     return cut
                 last, heard = now, False
             if now - begun >= self._limits.wall_seconds:
                 return Outcome.UNDECIDED, (
                     f"{self._last_use.cpu_seconds:.1f} s of processor time in {now - begun:.0f} s: "
-                    "too little to tell; give the machine less to do, or fewer workers"
+                    "too little to decide; reduce the machine's load, or the number of workers"
                 )
 
     def _receive(self, fd: int) -> bool:
-        """Read what is there; False at its end, and where nothing is."""
+        """Read available data; return False at its end, and if there is none."""
         try:
             data = os.read(fd, _CHUNK_BYTES)
         except BlockingIOError:
@@ -179,7 +182,7 @@ class _SandboxWatch:
         return None
 
     def _told(self, name: str) -> int | None:
-        """A number that bwrap told."""
+        """Return a number that bwrap reported."""
         found = re.search(rf'"{name}": *(\d+)'.encode(), self._read[self._status])
         return int(found[1]) if found else None
 
@@ -211,7 +214,7 @@ class _SandboxWatch:
         return self._read[self._out].startswith(self._nonce)
 
     def _end_all(self) -> bool:
-        """Kill all processes; whether they are gone."""
+        """Kill all processes; return whether they are gone."""
         gone = True
         if self._first_fd is not None:
             with suppress(ProcessLookupError):
@@ -225,8 +228,8 @@ class _SandboxWatch:
         self._process.kill()
         self._process.wait()
         if self._first_fd is not None:
-            # Where this process adopts orphans, as the first one of a container does, that one is
-            # ours to bury.
+            # If this process adopts orphans, as the first one of a container does, it must reap
+            # that one.
             with suppress(ChildProcessError):
                 os.waitid(os.P_PIDFD, self._first_fd, os.WEXITED | os.WNOHANG)
         return gone
@@ -246,7 +249,7 @@ class _SandboxWatch:
         )
 
     def _own_end(self) -> tuple[Outcome, str]:
-        """How it ended without us."""
+        """Return how it ended by itself."""
         status = self._told("exit-code")
         if not self._stands():
             lines = self._read[self._err].decode(errors="replace").split("\n")

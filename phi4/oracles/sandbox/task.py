@@ -1,8 +1,8 @@
-"""What is asked of the sandbox, and what it answers.
+"""Tasks for the sandbox, and their results.
 
-The decision: time is counted so that the load of the machine does not change the answer. What a
-program used is processor time, and what it wasted is time in which it wanted no processor; waiting
-for a busy processor counts as neither. The wall clock alone decides only that nothing was decided.
+Time is counted so that the load of the machine does not change the result: processor time that a
+program used, and idle time in which it needed no processor; waiting for a busy processor counts as
+neither. The wall clock limit only leads to an undecided result.
 """
 
 from collections.abc import Mapping
@@ -12,18 +12,19 @@ from enum import StrEnum
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Resource limits of a program.
 
     Attributes:
         cpu_seconds: processor time of all its processes together.
         idle_seconds: time in which none of its threads ran or waited for a processor.
-        wall_seconds: beyond it the run is `undecided`; reached on a machine too busy to tell.
-        memory_bytes: resident memory of all its processes together, looked at every 50 ms.
-        address_space_bytes: of one process; None where a runtime reserves more than it uses.
+        wall_seconds: limit after which the run is `undecided`; reached on a machine that is too
+            busy.
+        memory_bytes: resident memory of all its processes together, checked every 50 ms.
+        address_space_bytes: of one process; None if a runtime reserves more than it uses.
         num_tasks: processes and threads.
         output_bytes: standard output and standard error together.
-        file_bytes: of one file.
-        tmp_bytes: of /tmp, which is memory; /dev/shm has half of it.
+        file_bytes: size of one file.
+        tmp_bytes: size of /tmp, which is memory; /dev/shm has half of it.
         num_open_files: per process.
     """
 
@@ -46,8 +47,8 @@ class Task:
     Attributes:
         command: absolute path of the executable inside the sandbox, and its arguments.
         files: contents by name; they are read-only and executable in /program.
-        stdin: what standard input holds.
-        read_only: further absolute paths of the host that it may read, apart from /usr.
+        stdin: content of standard input.
+        read_only: further readable absolute paths of the host, in addition to /usr.
     """
 
     command: tuple[str, ...]
@@ -59,8 +60,8 @@ class Task:
 class Outcome(StrEnum):
     """How a run ended.
 
-    `finished` has an exit status. `timeout` and `killed` are the program's own doing. The last two
-    say nothing about the program: nobody may count them against it.
+    `finished` has an exit status. `timeout` and `killed` are caused by the program. The last two
+    say nothing about the program and must not count against it.
     """
 
     FINISHED = "finished"
@@ -77,11 +78,11 @@ class Ended:
     Attributes:
         outcome: how it ended.
         reason: why, in a line; empty for `finished`.
-        exit_status: of a finished program, 0 to 255.
+        exit_status: exit status of a finished program, 0 to 255.
         stdout: at most `Limits.output_bytes`.
         stderr: the same.
-        cpu_seconds: used, as last seen; too small by what it used after that.
-        peak_bytes: most resident memory seen.
+        cpu_seconds: last measured use; too small by the use after that.
+        peak_bytes: largest measured resident memory.
     """
 
     outcome: Outcome
@@ -94,5 +95,5 @@ class Ended:
 
     @property
     def says_nothing(self) -> bool:
-        """Whether the sandbox or the machine is to blame, and not the program."""
+        """Whether the sandbox or the machine, not the program, caused the outcome."""
         return self.outcome in (Outcome.UNDECIDED, Outcome.NOT_STARTED)

@@ -1,7 +1,7 @@
-"""The programs that build the sandbox: where they are, or what is missing.
+"""Find the programs that build the sandbox.
 
-The decision: they are looked for in the system's own directories and never along PATH, because a
-program that a user can replace is no wall.
+They are searched in the system's own directories and never along PATH, because a program that a
+user can replace provides no isolation.
 """
 
 import os
@@ -15,18 +15,18 @@ from phi4.oracles.sandbox.seccomp import machines
 
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 NOBODY = 65534
-"""Owner of the sandbox's processes where root asks for them."""
+"""User of the sandbox's processes if this process is root."""
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a sandbox is built with.
+    """Programs and machine of a sandbox.
 
     Attributes:
         bwrap: path of bubblewrap.
         bwrap_version: for example `0.8.0`.
-        setpriv: path, where this process is root; else None.
-        machine: of the system call filter.
+        setpriv: path, if this process is root; else None.
+        machine: machine of the system call filter.
     """
 
     bwrap: str
@@ -36,19 +36,20 @@ class Tools:
 
 
 def find_tools(search_path: str = SYSTEM_PATH) -> Tools:
-    """The tools of this machine.
+    """Find the tools of this machine.
 
     Args:
         search_path: directories, separated by colons.
 
     Raises:
-        PlatformError: one is missing; the message says how to get it.
+        PlatformError: one is missing; the message says how to install it.
     """
     bwrap = _find("bwrap", "bubblewrap", search_path)
     _find("prlimit", "util-linux", search_path)
     if not os.path.exists("/usr/bin/prlimit"):
-        raise PlatformError("prlimit is not /usr/bin/prlimit, which the sandbox can see")
-    # A root of the host stays root for the kernel inside a user namespace: it must be left before.
+        raise PlatformError("prlimit is not /usr/bin/prlimit, the only path visible in the sandbox")
+    # A root user of the host stays root for the kernel inside a user namespace, so it must be
+    # dropped first.
     setpriv = _find("setpriv", "util-linux", search_path) if os.geteuid() == 0 else None
     machine = platform.machine()
     if machine not in machines():
@@ -57,7 +58,7 @@ def find_tools(search_path: str = SYSTEM_PATH) -> Tools:
     try:
         told = subprocess.run([bwrap, "--version"], capture_output=True, text=True, env={})
     except OSError as error:
-        raise PlatformError(f"{bwrap} does not start: {error}") from error
+        raise PlatformError(f"{bwrap} cannot be started: {error}") from error
     return Tools(bwrap, told.stdout.strip().removeprefix("bubblewrap "), setpriv, machine)
 
 

@@ -1,1 +1,1 @@
-"""Pairs of whole answers that a judge or an oracle ordered: any model against any other."""
+"""Preference pairs of full answers, ordered by a judge or an oracle, from any models."""

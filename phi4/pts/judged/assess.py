@@ -1,4 +1,4 @@
-"""Who orders answers: a judge that sees them in both orders, or an oracle that knows the key."""
+"""Assess pairs of answers: by a judge that sees both orders, or by an oracle with the key."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from phi4.sampling.judge_reply import Ratings
 
 @dataclass(frozen=True)
 class RefusedReply:
-    """A judge's reply that is no opinion.
+    """A judge's reply that is not a valid opinion.
 
     Attributes:
         left_first: whether the left answer was shown first.
@@ -31,13 +31,12 @@ class RefusedReply:
 
 @dataclass(frozen=True)
 class Assessed:
-    """What was said of a comparison.
+    """Assessment of a comparison.
 
     Attributes:
         comparison: the two answers.
-        ratings: of the left and of the right answer, once per order that was asked; empty where
-            there is no verdict.
-        refused: replies that were no opinions, also where a later attempt gave one.
+        ratings: of the left and of the right answer, once per order; empty if there is no verdict.
+        refused: invalid replies, even if a later attempt was valid.
         ungradable: why an oracle has no verdict; empty otherwise.
     """
 
@@ -48,10 +47,10 @@ class Assessed:
 
 
 class Assessor(Protocol):
-    """Orders answers.
+    """Compares answers.
 
     Attributes:
-        identity: goes into every row.
+        identity: part of every row.
         sees_orders: whether it is asked in both orders, so that it can contradict itself.
     """
 
@@ -59,16 +58,16 @@ class Assessor(Protocol):
     sees_orders: bool
 
     def assess(self, comparisons: Sequence[AnswerPair]) -> list[Assessed]:
-        """What is to be said of each comparison, in their order."""
+        """Return the assessment of each comparison, in order."""
 
 
 class BothOrders:
-    """A judge that sees each comparison twice; see `Assessor`.
+    """A judge that sees each comparison in both orders; see `Assessor`.
 
     Args:
-        judge: asked.
-        retries: further attempts where a reply is no opinion.
-        conversation_of: the turns that an answer follows.
+        judge: the judge.
+        retries: further attempts after an invalid reply.
+        conversation_of: returns the turns before an answer.
     """
 
     sees_orders = True
@@ -110,9 +109,9 @@ def _assessed(comparison: AnswerPair, once: Heard, again: Heard) -> Assessed:
 
 
 class ByOracle:
-    """An oracle as a judge; see `Assessor`. Right answers have accuracy 5, wrong ones 1.
+    """An oracle as an assessor; see `Assessor`. Right answers get accuracy 5, wrong ones 1.
 
-    Style and detail are equal for all answers, so both sets follow accuracy.
+    Style and detail are equal for all answers, so both sets are determined by accuracy.
     """
 
     sees_orders = False

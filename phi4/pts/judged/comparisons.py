@@ -1,4 +1,4 @@
-"""Which answers to a prompt are compared: any model's with any other's.
+"""Select the comparisons of a prompt's answers: of any model with any other.
 
 Source: report, section 4.3: all combinations of the models' replies.
 """
@@ -24,12 +24,12 @@ class AnswerPair:
 def comparisons_of(
     rows: Sequence[AnswerRow], pairs: PairsSection, counts: Counter[str]
 ) -> list[AnswerPair]:
-    """The comparisons of one prompt's answers.
+    """Return the comparisons of one prompt's answers.
 
     Args:
         rows: all answers to the prompt.
-        pairs: what is compared.
-        counts: of what is left out, by reason: `empty` answers, and `identical`, `not_drawn`
+        pairs: settings of the comparisons.
+        counts: number of dropped items by reason: `empty` answers, and `identical`, `not_drawn`
             comparisons.
     """
     given = [row for row in rows if row.ids]
@@ -50,6 +50,6 @@ def comparisons_of(
 
 
 def _draw(comparison: AnswerPair, seed: int) -> bytes:
-    """Orders comparisons by chance, whatever the order of the files."""
+    """Return a pseudo-random order of comparisons, independent of the order of the files."""
     sides = sorted((row.model, row.sample) for row in (comparison.left, comparison.right))
     return hashlib.sha256(repr((seed, comparison.left.question, sides)).encode()).digest()

@@ -1,8 +1,7 @@
-"""Answers in, two sets of pairs out.
+"""Judge answers and write two sets of pairs.
 
-The decision: the answers of a question are judged and written together, and questions keep the
-order of the files. So the files of a job that was killed and started again are those of one that
-was not.
+The answers of a question are judged and written together, and questions keep the order of the
+files. A job that was killed and restarted thus writes the same files as an uninterrupted one.
 """
 
 from collections import defaultdict
@@ -23,18 +22,18 @@ REPORT = "report.json"
 REPLIES = "replies.sqlite"
 
 _BATCH = 1024
-"""Comparisons that are in the judge's hands at once."""
+"""Number of comparisons that the judge processes at once."""
 
 
 def judge_pairs(
     questions: Iterable[Sequence[AnswerRow]], assessor: Assessor, pairs: PairsSection, out: Path
 ) -> JudgeReport:
-    """Judge all combinations of answers and write what came of it.
+    """Judge all combinations of answers and write the results.
 
     Args:
         questions: the answers to each.
-        assessor: orders them.
-        pairs: which comparisons are made, and what a pair is.
+        assessor: compares them.
+        pairs: which comparisons are made, and the criterion of a pair.
         out: directory of `overall.jsonl`, `accuracy.jsonl`, `scores.jsonl`, `quarantine.jsonl` and
             `report.json`.
     """
@@ -81,7 +80,7 @@ def _write_pairs(
 
 
 def _pair_row(assessed: Assessed, verdict: SetVerdict, judge: str) -> dict[str, object]:
-    """A row that `phi4 data pairs` reads, and where it comes from."""
+    """Make a row for `phi4 data pairs`, with its origin."""
     sides = [assessed.comparison.left, assessed.comparison.right]
     ratings = [[order[place].model_dump() for order in assessed.ratings] for place in (0, 1)]
     if not verdict.left_wins:
@@ -128,7 +127,7 @@ def _write_refused(files: RowFiles, assessed: Assessed, judge: str) -> None:
 
 
 def _scores(batch: Sequence[Assessed], judge: str) -> Iterator[dict[str, object]]:
-    """The mean scores of every answer that has some."""
+    """Return the mean scores of every answer that has some."""
     sums: defaultdict[tuple[str, str, int], ScoreSums] = defaultdict(ScoreSums)
     for assessed in batch:
         comparison = assessed.comparison

@@ -1,6 +1,6 @@
-"""How answers are judged: a small TOML recipe, every key with a default of ours.
+"""The judge recipe: a small TOML file, every key with a default.
 
-The report gives neither margins nor what becomes of ties; both are keys here.
+The report specifies neither margins nor the handling of ties; both are keys here.
 """
 
 import tomllib
@@ -16,19 +16,20 @@ from phi4.sampling.judge import JudgeSampling
 
 
 class AskSection(Section):
-    """How a judge that is a model is asked."""
+    """How a judge model is prompted."""
 
     max_tokens: Positive = 2048
-    """Of a reply; one that is cut off is no opinion."""
+    """Maximum tokens of a reply; a truncated reply is invalid."""
     temperature: float = Field(0.0, ge=0)
     retry_temperature: float = Field(1.0, gt=0)
-    """Of the attempts after a reply that was no opinion."""
+    """Temperature of the attempts after an invalid reply."""
     retries: NonNegative = 2
-    """Further attempts; then the comparison is left out and its replies are in quarantine."""
+    """Further attempts; after them the comparison is skipped and its replies go to the
+    quarantine."""
     seed: NonNegative = 0
-    """Of the first attempt; each later one adds 1."""
+    """Seed of the first attempt; each later one adds 1."""
     max_prompt_tokens: NonNegative = 0
-    """A longer prompt is left out; 0 leaves that to the judge's own limit."""
+    """Maximum tokens of a prompt, longer ones are skipped; 0 means the judge's own limit."""
 
     def sampling(self) -> JudgeSampling:
         """For `ModelJudge`."""
@@ -40,21 +41,21 @@ class PairsSection(Section):
 
     combine: Literal["both", "mean"] = "both"
     """both: the difference reaches the margin in both orders. mean: on average over the two orders.
-    Orders that name different winners give no pair in either case."""
+    Orders with different winners never make a pair."""
     overall_margin: float = Field(0.5, gt=0)
-    """Least difference of the means of accuracy, style and detail, from 1 to 5."""
+    """Minimum difference of the means of accuracy, style and detail, from 1 to 5."""
     accuracy_margin: float = Field(1.0, gt=0)
-    """Least difference of accuracy."""
+    """Minimum difference of accuracy."""
     max_per_prompt: NonNegative = 0
-    """Comparisons of a prompt at most, drawn by the seed; 0 makes all."""
+    """Maximum number of comparisons per prompt, chosen by the seed; 0 makes all."""
     same_model: bool = False
-    """Whether answers of one model are compared with each other too."""
+    """Whether answers of the same model are compared with each other too."""
     seed: NonNegative = 0
-    """Of the comparisons that are drawn."""
+    """Seed of the choice of comparisons."""
 
 
 class JudgeRecipe(Section):
-    """All of it."""
+    """The complete judge recipe."""
 
     ask: AskSection = AskSection()
     pairs: PairsSection = PairsSection()
@@ -64,7 +65,7 @@ SECTIONS = tuple(JudgeRecipe.model_fields)
 
 
 def load_judge_recipe(path: Path | None, overrides: Sequence[str] = ()) -> JudgeRecipe:
-    """The recipe of a file with `section.key=value` overrides; the defaults without a file.
+    """Read a recipe file with `section.key=value` overrides; the defaults without a file.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value has the wrong type.

@@ -1,4 +1,4 @@
-"""What became of all comparisons, in numbers and in words."""
+"""Counts of all comparisons by outcome, and a summary."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from phi4.sampling.judge_reply import Ratings
 
 _SCORES = ("accuracy", "style", "detail", "overall")
 _USELESS = 0.5
-"""Share of flipped comparisons from which a judge goes by the place more than by the answer."""
+"""Fraction of flipped comparisons above which a judge is dominated by position bias."""
 
 
 @dataclass
 class ScoreSums:
-    """Scores of many ratings, added up."""
+    """Sums of the scores of many ratings."""
 
     count: int = 0
     sums: list[float] = field(default_factory=lambda: [0.0] * len(_SCORES))
@@ -34,17 +34,17 @@ class ScoreSums:
 
 @dataclass
 class JudgeReport:
-    """Counts of a job; every comparison is in exactly one of a set's four, or invalid, or
+    """Counts of a job; every comparison is in exactly one of a set's four outcomes, or invalid, or
     ungradable.
 
     Attributes:
         judge: identity.
         sees_orders: whether comparisons were shown in both orders.
-        counts: of prompts, comparisons and what was left out.
-        sets: of outcomes, by set.
+        counts: counts of prompts, comparisons and dropped items.
+        sets: sets of outcomes, by set.
         models: scores by model.
-        shown_first: opinions that differ in accuracy: how often the answer shown first, or second,
-            has more.
+        shown_first: opinions with different accuracy: how often the answer shown first, or second,
+            has the higher one.
     """
 
     judge: str
@@ -57,7 +57,7 @@ class JudgeReport:
     shown_first: Counter[str] = field(default_factory=Counter)
 
     def note(self, assessed: Assessed) -> None:
-        """Count what was said of a comparison."""
+        """Count an assessment of a comparison."""
         self.counts["comparisons"] += 1
         self.counts["refused_replies"] += len(assessed.refused)
         if not assessed.ratings:
@@ -71,7 +71,7 @@ class JudgeReport:
                 self.shown_first["first" if first.overall > second.overall else "second"] += 1
 
     def note_verdict(self, pair_set: PairSet, verdict: SetVerdict) -> None:
-        """Count what a set made of a comparison."""
+        """Count the outcome of a comparison in a set."""
         self.sets[pair_set][verdict.outcome] += 1
 
     @property
@@ -81,7 +81,7 @@ class JudgeReport:
         return counts["comparisons"] - counts["invalid"] - counts["ungradable"]
 
     def words(self) -> list[str]:
-        """What a reader has to know before the pairs are used."""
+        """Return warnings about the quality of the pairs."""
         return list(self._warnings())
 
     def _warnings(self) -> Iterator[str]:
@@ -99,12 +99,12 @@ class JudgeReport:
             yield (
                 f"The judge contradicts itself in all comparisons: it preferred the answer shown "
                 f"{place} in {self.shown_first[place]} of {self.shown_first.total()} opinions. It "
-                "judges the place and not the answer, so there is no pair. Use another judge."
+                f"judges the position and not the answer, so there is no pair. Use another judge."
             )
         elif self.judged and flipped > _USELESS * self.judged:
             yield (
                 f"The judge contradicts itself in {flipped / self.judged:.1%} of the comparisons "
-                "when the answers change places. Use another judge, or another template."
+                "when the order of the answers is swapped. Use another judge, or another template."
             )
 
     def as_json(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What two orders of ratings make of a comparison, for each set of pairs.
+"""Combine the ratings of both orders of a comparison to a verdict, for each set of pairs.
 
-The decision: orders that name different winners cancel each other. The judge then went by the place
-and not by the answer, so no margin makes a pair of it.
+Orders with different winners cancel each other: the judge then followed the position and not the
+answer, so no margin makes a pair of it.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import Literal
 from phi4.pts.judged.recipe import PairsSection
 from phi4.sampling.judge_reply import Ratings
 
-# Means of three whole numbers differ by thirds, which are no binary fractions.
+# Means of three integers are multiples of a third, which are not exact in binary.
 _ROUNDING = 1e-9
 
 
@@ -24,21 +24,21 @@ class PairSet(StrEnum):
     ACCURACY = "accuracy"
 
     def score(self, ratings: Ratings) -> float:
-        """What the set compares."""
+        """Return the score that the set compares."""
         return ratings.overall if self is PairSet.OVERALL else float(ratings.accuracy)
 
     def margin(self, pairs: PairsSection) -> float:
-        """Least difference that makes a pair."""
+        """Return the minimum difference of a pair."""
         return pairs.overall_margin if self is PairSet.OVERALL else pairs.accuracy_margin
 
 
 @dataclass(frozen=True)
 class SetVerdict:
-    """What a set makes of a comparison.
+    """Verdict of a set on a comparison.
 
     Attributes:
-        outcome: a pair, or why none: the orders name different winners, or the difference is less
-            than the margin.
+        outcome: a pair, or why there is none: the orders have different winners, or the difference
+            is less than the margin.
         difference: score of the left answer minus that of the right one, mean over the orders.
     """
 
@@ -47,18 +47,18 @@ class SetVerdict:
 
     @property
     def left_wins(self) -> bool:
-        """Of a pair: whether the left answer is the chosen one."""
+        """For a pair: whether the left answer is the chosen one."""
         return self.difference > 0
 
 
 def decide(
     ratings: Sequence[tuple[Ratings, Ratings]], pair_set: PairSet, pairs: PairsSection
 ) -> SetVerdict:
-    """The verdict of a set.
+    """Return the verdict of a set.
 
     Args:
-        ratings: of the left and of the right answer, once per order; at least one.
-        pair_set: what is compared.
+        ratings: ratings of the left and of the right answer, once per order; at least one.
+        pair_set: which score is compared.
         pairs: the margins, and how orders are combined.
     """
     differences = [pair_set.score(left) - pair_set.score(right) for left, right in ratings]

@@ -1,1 +1,1 @@
-"""Pairs of single tokens, made of the pivots that a search found."""
+"""Preference pairs of single tokens, made from the pivots of a search."""

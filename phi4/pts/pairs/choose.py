@@ -1,7 +1,7 @@
-"""Which pivots become pairs: each once, in the mixture that is asked for.
+"""Choose which pivots become pairs: each once, in the requested mixture.
 
-The decision: a mixture is kept exactly, to one pair per task, by leaving pivots out. None is
-repeated; how often a source is read is a matter of the recipe.
+A mixture is exact, to one pair per task, because excess pivots are dropped. None is repeated; the
+recipe determines how often a source is read.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ class MixtureRules:
     """What the pairs are to be like.
 
     Attributes:
-        shares: of the pairs by task, ratios; without any, tasks keep their own.
-        balance: as many pivots that raise success as such that lower it, in every task; and equal
-            tasks, where there are no shares.
-        max_pairs: at most; 0 sets no limit.
-        seed: of what is left out.
+        shares: of the pairs by task, as ratios; without any, tasks keep their own proportions.
+        balance: use as many pivots that raise success as pivots that lower it, in every task; and
+            equal numbers per task if there are no shares.
+        max_pairs: maximum number of pairs; 0 sets no limit.
+        seed: seed of the choice of dropped pivots.
     """
 
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -33,11 +33,11 @@ class MixtureRules:
 
 
 def without_repeats(items: Sequence[PivotItem], left_out: Counter[str]) -> list[PivotItem]:
-    """Each pair of tokens behind each prefix once; none where two pivots contradict each other.
+    """Keep each pair of tokens after each prefix once; drop pivots that contradict each other.
 
     Args:
         items: pivots with both tokens.
-        left_out: counted by reason.
+        left_out: counts of dropped pivots by reason.
     """
     prefixes = [hashlib.sha256(item.prefix.tobytes()).digest() for item in items]
     keys = [(p, item.chosen, item.rejected) for p, item in zip(prefixes, items, strict=True)]
@@ -46,7 +46,7 @@ def without_repeats(items: Sequence[PivotItem], left_out: Counter[str]) -> list[
         if (prefix, rejected, chosen) in known:
             left_out["contradicts another pivot"] += 1
         elif (prefix, chosen, rejected) in seen:
-            left_out["the same as another pivot"] += 1
+            left_out["duplicate of another pivot"] += 1
         else:
             seen.add((prefix, chosen, rejected))
             kept.append(item)
@@ -54,14 +54,14 @@ def without_repeats(items: Sequence[PivotItem], left_out: Counter[str]) -> list[
 
 
 def choose(items: Sequence[PivotItem], rules: MixtureRules) -> list[PivotItem]:
-    """The pivots of a mixture, in their order.
+    """Return the pivots of a mixture, in their order.
 
     Args:
         items: to choose from.
-        rules: what is asked for.
+        rules: the requested mixture.
 
     Raises:
-        ConfigError: a share is of a task that has no pivot, or none that can be balanced.
+        ConfigError: a share is for a task without pivots, or without pivots that can be balanced.
     """
     strata: defaultdict[tuple[str, bool], list[int]] = defaultdict(list)
     for index, item in enumerate(items):
@@ -85,15 +85,15 @@ def choose(items: Sequence[PivotItem], rules: MixtureRules) -> list[PivotItem]:
 def task_quotas(
     available: Mapping[str, int], shares: Mapping[str, float], max_pairs: int
 ) -> dict[str, int]:
-    """How many pairs of each task make the largest mixture of these shares.
+    """Return the number of pairs per task in the largest mixture with these shares.
 
     Args:
-        available: pairs by task; of every task with a share.
+        available: number of pairs by task, for every task with a share.
         shares: positive, of any sum.
-        max_pairs: in all; 0 sets no limit.
+        max_pairs: maximum in total; 0 sets no limit.
 
     Returns:
-        Numbers that differ from the shares of their sum by less than one each.
+        Numbers that each differ from the exact share by less than one.
     """
     total = math.fsum(shares.values())
     wanted = {task: share / total for task, share in shares.items()}
@@ -124,12 +124,12 @@ def _shares(available: Mapping[str, int], rules: MixtureRules) -> dict[str, floa
     for task in rules.shares:
         if not available.get(task):
             known = ", ".join(f"{name} {count}" for name, count in available.items()) or "none"
-            raise ConfigError(f"--share {task}=...: there is no pivot of it; the tasks are {known}")
+            raise ConfigError(f"--share {task}=...: no pivot has this task; the tasks are {known}")
     return dict(rules.shares)
 
 
 def _chance(item: PivotItem, seed: int) -> bytes:
-    """Orders pivots by chance, whatever the order of the files."""
+    """Return a pseudo-random order of pivots, independent of the order of the files."""
     digest = hashlib.sha256(item.prefix.tobytes())
     digest.update(repr((seed, item.chosen, item.rejected, item.task)).encode())
     return digest.digest()

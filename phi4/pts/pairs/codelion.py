@@ -1,7 +1,7 @@
-"""Pivots of codelion's pts, whose files hold text.
+"""Read pivots of codelion's pts, whose files contain text.
 
-The decision: a row counts only where its text encodes to the same ids on both sides of the pivot.
-Elsewhere the measured token is not a token of ours, and the row is left out with that reason.
+A row is used only if its text encodes to the same ids on both sides of the pivot. Otherwise the
+measured token is not a token of our vocabulary, and the row is dropped with that reason.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ from phi4.pts.pairs.token_text import TokenText
 
 @dataclass(frozen=True)
 class _TextPivot:
-    """A row in words."""
+    """A row as text."""
 
     context: str
     chosen: str | None
@@ -27,15 +27,15 @@ class _TextPivot:
 
 
 def read_codelion(path: Path, tokenizer: Tokenizer, left_out: Counter[str]) -> Iterator[PivotItem]:
-    """Yield the pivots of a file that can be told in ids.
+    """Yield the pivots of a file that can be expressed in ids.
 
     Args:
         path: rows of pivotal tokens in either version, or the pairs of its DPO export.
-        tokenizer: of the model that was searched.
-        left_out: rows counted by reason.
+        tokenizer: tokenizer of the model that was searched.
+        left_out: counts of dropped rows by reason.
 
     Raises:
-        DataError: the file cannot be read, or a line is no JSON object.
+        DataError: the file cannot be read, or a line is not a JSON object.
     """
     form, trajectories = TokenText(tokenizer), Trajectories()
     for _, row in read_json_rows(path):
@@ -66,13 +66,13 @@ def read_codelion(path: Path, tokenizer: Tokenizer, left_out: Counter[str]) -> I
 
 
 def _details(row: Mapping[str, object]) -> dict[str, object]:
-    """Columns of a row, with those of its `metadata` where they are not its own."""
+    """Return the columns of a row, completed by those of its `metadata`."""
     more = row.get("metadata")
     return (dict(more) if isinstance(more, Mapping) else {}) | dict(row)
 
 
 def _text_pivot(row: Mapping[str, object]) -> _TextPivot | str:
-    """The pivot of a row, or why there is none."""
+    """Return the pivot of a row, or why there is none."""
     details = _details(row)
     dp = _number(details.get("prob_delta"))
     if row.get("event_type", "pivotal_token") != "pivotal_token":
@@ -89,7 +89,7 @@ def _text_pivot(row: Mapping[str, object]) -> _TextPivot | str:
     if not isinstance(context, str) or not context:
         return "no context"
     if not (_is_token(chosen) and _is_token(rejected)):
-        return "a token that is no text"
+        return "a token that is not text"
     if (chosen if dp > 0 else rejected) is None:
         return "no token"
     return _TextPivot(context, chosen, rejected, dp)
@@ -100,12 +100,12 @@ def _is_token(value: object) -> TypeGuard[str | None]:
 
 
 def _token(form: TokenText, prefix: list[int], context: str, text: str | None) -> int | str | None:
-    """The id of a token's text behind a context; None without one, or why it has none."""
+    """Return the id of a token's text after a context; None without one, or why it has none."""
     if text is None:
         return None
     whole = form.ids(context + text)
     if whole[: len(prefix)] != prefix:
-        return "the context encodes otherwise with the token behind it"
+        return "the context encodes differently with the token after it"
     return whole[-1] if len(whole) == len(prefix) + 1 else "not one token of this vocabulary"
 
 

@@ -1,7 +1,7 @@
-"""Pairs of tokens as rows: our own, TRL's columns, and those of codelion's pts.
+"""Write pairs of tokens as rows: in our format, with TRL's columns, or in codelion's pts format.
 
-Ours hold ids, and all pivots of a trajectory that can share one forward pass. The others hold text;
-a pivot whose text is not its ids is left out, with the reason.
+Our rows contain ids, and all pivots of a trajectory that can share one forward pass. The others
+contain text; a pivot whose text does not encode to its ids is dropped, with the reason.
 """
 
 from collections import Counter
@@ -16,17 +16,17 @@ from phi4.pts.pairs.token_text import TokenText
 from phi4.sampling.chat import read_chat_prompt
 
 _NO_TEXT = "its text does not encode to its ids"
-_LOST_SPACE = "a token ends with space, which is lost before the end that trl appends"
+_LOST_SPACE = "a token ends with a space, which is lost before the end token that trl appends"
 
 
 Written = tuple[list[PivotItem], dict[str, Any]]
-"""A row, and the pivots that are in it."""
+"""A row, and its pivots."""
 
 
 def id_rows(items: Sequence[PivotItem]) -> Iterator[Written]:
     """Yield rows of `ids` and `pivots` for `phi4 data pairs`.
 
-    Two pivots at one place of a trajectory are in two rows.
+    Two pivots at one position of a trajectory go to two rows.
 
     Args:
         items: pivots with both tokens, each once.
@@ -41,7 +41,7 @@ def id_rows(items: Sequence[PivotItem]) -> Iterator[Written]:
 
 
 def _by_turn(items: Sequence[PivotItem]) -> list[tuple[int, PivotItem]]:
-    """Pivots with the number of those before it at the same place, by this number."""
+    """Yield pivots with the number of earlier ones at the same position, by this number."""
     earlier: Counter[int] = Counter()
     turns = []
     for item in items:
@@ -76,8 +76,8 @@ def trl_rows(
 
     Args:
         items: pivots with both tokens, each once.
-        tokenizer: of the ids.
-        left_out: counted by reason.
+        tokenizer: tokenizer of the ids.
+        left_out: counts of dropped pivots by reason.
     """
     form = TokenText(tokenizer)
     for item in items:
@@ -96,12 +96,12 @@ def trl_rows(
 def codelion_rows(
     items: Sequence[PivotItem], tokenizer: Tokenizer, left_out: Counter[str]
 ) -> Iterator[Written]:
-    """Yield rows of codelion's pts, one a pivot, with the other token where there is one.
+    """Yield rows of codelion's pts, one per pivot, with the other token if there is one.
 
     Args:
         items: pivots, each once.
-        tokenizer: of the ids.
-        left_out: counted by reason.
+        tokenizer: tokenizer of the ids.
+        left_out: counts of dropped pivots by reason.
     """
     form = TokenText(tokenizer)
     for item in items:
@@ -132,7 +132,7 @@ def codelion_rows(
 
 
 def _query(item: PivotItem, tokenizer: Tokenizer) -> str:
-    """The user's last turn; the whole prompt where it is no conversation."""
+    """Return the user's last turn; the entire prompt if it is not a conversation."""
     prompt = item.trajectory[: item.num_prompt].tolist()
     try:
         return read_chat_prompt(prompt, tokenizer)[-1].content

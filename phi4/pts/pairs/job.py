@@ -1,4 +1,4 @@
-"""Pivots in, a file of pairs out."""
+"""Write a file of pairs from pivots."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ from phi4.pts.row_files import RowFiles, write_report
 
 
 class PairFormat(StrEnum):
-    """What a row of the file holds."""
+    """Format of the rows."""
 
     IDS = "ids"
     TRL = "trl"
@@ -25,14 +25,14 @@ class PairFormat(StrEnum):
 
 @dataclass
 class PairReport:
-    """Counts of a job: pivots read are pairs and left out ones.
+    """Counts of a job: each pivot read becomes a pair or is dropped.
 
     Attributes:
-        num_read: pivots.
+        num_read: number of pivots.
         num_pairs: pairs of tokens written.
         num_rows: rows written.
         tasks: pairs by task and by the sign of the effect, `+` or `-`.
-        left_out: pivots by reason.
+        left_out: dropped pivots by reason.
     """
 
     num_read: int = 0
@@ -78,10 +78,10 @@ def write_pairs(
     Args:
         pivots: to choose from.
         rules: the mixture.
-        form: of the rows.
-        tokenizer: of the ids; None does for rows of ids.
-        out: file of the rows; the counts are in the file of this name with `.report`.
-        report: gets the counts; may hold some of rows that never became pivots.
+        form: form of the rows.
+        tokenizer: tokenizer of the ids; None is enough for rows of ids.
+        out: file of the rows; the counts are written to the same name with `.report`.
+        report: receives the counts; may already count rows that did not become pivots.
 
     Raises:
         ConfigError: as `choose`.
@@ -99,7 +99,7 @@ def write_pairs(
             report.num_pairs += len(together)
             for item in together:
                 report.tasks[item.task, "+" if item.dp > 0 else "-"] += 1
-        # Zeros go.
+        # Drop zeros.
         report.left_out = +report.left_out
         if not report.num_pairs:
             said = ", ".join(f"{reason}: {count}" for reason, count in report.left_out.items())
@@ -118,7 +118,7 @@ def _usable(
         if not has_both and form is not PairFormat.CODELION:
             left_out[item.no_pair_reason or "no counterpart was measured"] += 1
         elif item.chosen == item.rejected:
-            left_out["both tokens are one"] += 1
+            left_out["both tokens are equal"] += 1
         else:
             kept.append(item)
     return kept

@@ -1,7 +1,7 @@
-"""The pivots that `phi4 pts search` found, as rows of a file and as items to choose from.
+"""Read the pivots found by `phi4 pts search`, as rows of a file and as items to choose from.
 
-The decision: the pivots of one trajectory share one array of its ids, so memory grows with
-trajectories and not with pivots.
+The pivots of one trajectory share one array of its ids, so memory is proportional to the
+trajectories and not to the pivots.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,30 +17,30 @@ PIVOTS = "pivots.jsonl"
 
 
 class Trials(msgspec.Struct, frozen=True):
-    """Completions, and how many of them were right."""
+    """A number of completions, and how many of them were right."""
 
     successes: int
     trials: int
 
     @property
     def share(self) -> float | None:
-        """Of right ones; None without any completion."""
+        """Fraction of right ones; None without any completion."""
         return self.successes / self.trials if self.trials else None
 
 
 class SearchedPivot(msgspec.Struct, frozen=True, kw_only=True):
-    """What this package reads of a row of `pivots.jsonl`; other columns are ignored.
+    """The columns of a `pivots.jsonl` row used here; others are ignored.
 
     Attributes:
         question: id of the question.
-        task: of the question.
-        model: that was searched.
-        prompt_ids: of the question.
-        answer_ids: of the trajectory.
+        task: task of the question.
+        model: identity of the searched model.
+        prompt_ids: prompt ids of the question.
+        answer_ids: answer ids of the trajectory.
         position: index into `answer_ids`; the pivot is the token there.
         q: probability with which the pivot was drawn.
-        dp_at_confirmation: by how much the pivot raises the share of right completions.
-        with_token: completions behind the pivot.
+        dp_at_confirmation: change of the fraction of right completions by the pivot.
+        with_token: completions after the pivot.
         without_token: completions that begin with another token.
         chosen_id: the better token of the pair; None without a pair.
         rejected_id: the worse token of the pair; None without a pair.
@@ -68,16 +68,16 @@ class PivotItem:
 
     Attributes:
         question: id of the question.
-        task: of the question.
-        model: that was searched.
-        trajectory: [n] ids, prompt and answer; the same array for all pivots of a trajectory.
-        num_prompt: ids of the prompt at its begin.
+        task: task of the question.
+        model: identity of the searched model.
+        trajectory: [n] ids, prompt and answer; one array shared by all pivots of a trajectory.
+        num_prompt: number of prompt ids at its beginning.
         end: the pivot follows `trajectory[:end]`.
         chosen: the better token; None without one.
         rejected: the worse one; None without one.
-        dp: effect of the token that was searched for: above 0 it is the chosen one.
-        before: share of right completions before the pivot; None where it is not known.
-        after: with the token that was searched for.
+        dp: effect of the searched token: if above 0, it is the chosen one.
+        before: fraction of right completions before the pivot; None if unknown.
+        after: fraction with the searched token.
         no_pair_reason: why one of the tokens is None; may be empty.
     """
 
@@ -101,18 +101,18 @@ class PivotItem:
 
     @property
     def token(self) -> int | None:
-        """The token that was searched for."""
+        """The searched token."""
         return self.chosen if self.dp > 0 else self.rejected
 
 
 class Trajectories:
-    """Arrays of ids, one for all who ask with the same ids."""
+    """Interned arrays of ids: equal ids share one array."""
 
     def __init__(self) -> None:
         self._arrays: dict[bytes, np.ndarray] = {}
 
     def of(self, ids: Sequence[int]) -> np.ndarray:
-        """The array of these ids."""
+        """Return the array of these ids."""
         array = np.array(ids, dtype=np.int32)
         return self._arrays.setdefault(array.tobytes(), array)
 
@@ -121,7 +121,7 @@ def read_pivot_files(paths: Sequence[Path]) -> Iterator[PivotItem]:
     """Yield the pivots of directories that `phi4 pts search` wrote, or of their files.
 
     Raises:
-        DataError: a file cannot be read, or a line is no pivot.
+        DataError: a file cannot be read, or a line is not a pivot.
     """
     trajectories = Trajectories()
     for path in paths:
@@ -146,13 +146,13 @@ def _item(line: bytes, place: str, trajectories: Trajectories) -> PivotItem:
         trajectory = trajectories.of([*row.prompt_ids, *row.answer_ids])
     except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, DataError) as error:
         raise DataError(
-            f"{place} is no pivot: {error}; give a directory of `phi4 pts search`"
+            f"{place} is not a pivot: {error}; give a directory of `phi4 pts search`"
         ) from None
     after, otherwise = map(_share, (row.with_token, row.without_token))
     before = None
     if row.q is not None and after is not None and otherwise is not None:
         before = row.q * after + (1 - row.q) * otherwise
-    # A row without a pair names neither token, though one of them is known.
+    # A row without a pair has neither token, though one of them is known.
     raises = row.dp_at_confirmation > 0
     token = row.answer_ids[row.position]
     other = row.rejected_id if raises else row.chosen_id
@@ -173,7 +173,7 @@ def _item(line: bytes, place: str, trajectories: Trajectories) -> PivotItem:
 
 
 def _fault(row: SearchedPivot) -> str:
-    """What a row contradicts itself in; empty where it does not."""
+    """Return the contradiction in a row; empty if there is none."""
     if not 0 <= row.position < len(row.answer_ids):
         return f"position {row.position} of {len(row.answer_ids)} ids of the answer"
     if not row.prompt_ids:
@@ -183,7 +183,7 @@ def _fault(row: SearchedPivot) -> str:
     side = "chosen_id" if row.dp_at_confirmation > 0 else "rejected_id"
     named, token = getattr(row, side), row.answer_ids[row.position]
     if named not in (None, token):
-        return f"{side} is {named}, the token at its position, of this sign of dp, is {token}"
+        return f"{side} is {named}, but the token at its position with this sign of dp is {token}"
     return ""
 
 

@@ -1,7 +1,7 @@
-"""Ids as text and back, special tokens under their names, for files of programs that hold text.
+"""Convert ids to text and back, with special tokens by name, for programs that use text.
 
-The decision: text stands for ids only where encoding it gives these very ids. Anything else would
-train on another prefix than the one that was measured.
+Text is used only if encoding it gives exactly the same ids. Otherwise training would use another
+prefix than the one that was measured.
 """
 
 import re
@@ -11,9 +11,9 @@ from phi4.data.vocabulary.tokenizer import Tokenizer
 
 
 class TokenText:
-    """Text of ids as programs read it with phi-4's published tokenizer.
+    """Text of ids as encoded with phi-4's published tokenizer.
 
-    Names of special tokens are these tokens, and take the space on both sides of them along.
+    Names of special tokens are these tokens, and absorb the spaces on both sides.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -22,9 +22,9 @@ class TokenText:
         self._special = re.compile(f"({'|'.join(names)})")
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text."""
+        """Encode a text."""
         ids: list[int] = []
-        # Texts and names in turn, a text first and last.
+        # Alternating texts and names, beginning and ending with a text.
         pieces = self._special.split(text)
         for number, piece in enumerate(pieces):
             if number % 2:
@@ -38,7 +38,8 @@ class TokenText:
         return ids
 
     def text(self, prefix: Iterable[int], token: int) -> tuple[str, str] | None:
-        """The texts of a prefix and of a token behind it; None where they mean other ids.
+        """Return the texts of a prefix and of the token after it; None if they would encode to
+        other ids.
 
         Args:
             prefix: ids.

@@ -1,1 +1,1 @@
-"""Pivotal token search: which tokens of an answer changed the chance that it becomes right."""
+"""Pivotal token search: find the tokens of an answer that change its probability of being right."""

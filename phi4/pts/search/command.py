@@ -1,7 +1,7 @@
-"""A search from its questions to its files.
+"""Run a search from its questions to its files.
 
-The decision: files are written from the store once all questions have ended, in the order of the
-questions, so a search that was killed ten times leaves the bytes of one that was not.
+Files are written from the store after all questions have ended, in the order of the questions, so
+an interrupted search writes the same bytes as an uninterrupted one.
 """
 
 import hashlib
@@ -37,15 +37,15 @@ from phi4.sampling.questions import KeyedQuestion
 
 @dataclass(frozen=True)
 class Search:
-    """One search.
+    """A search and its settings.
 
     Attributes:
         questions: in the order of the files.
-        settings: how a question is searched.
-        options: how completions are drawn.
+        settings: settings of the search of a question.
+        options: how completions are sampled.
         model: identity of the model.
         oracle: name of the oracle.
-        directory: of the store and the files.
+        directory: directory of the store and the files.
     """
 
     questions: Sequence[KeyedQuestion]
@@ -56,25 +56,26 @@ class Search:
     directory: Path
 
     def __post_init__(self) -> None:
-        """Refuse what could not be stored.
+        """Check that the search can be stored.
 
         Raises:
             ConfigError: there is no question, or two have the same prompt.
         """
         if not self.questions:
-            raise ConfigError("there is no question; --questions has no line with one")
+            raise ConfigError("there is no question; the file given by --questions is empty")
         prompts: dict[tuple[int, ...], str] = {}
         for one in self.questions:
             if one.prompt in prompts:
                 raise ConfigError(
-                    f"questions {prompts[one.prompt]!r} and {one.id!r} have the same prompt, and a "
-                    "search asks each prompt once; drop one of them"
+                    f"questions {prompts[one.prompt]!r} and {one.id!r} have the same prompt, but a "
+                    f"search uses each prompt once; remove one of them"
                 )
             prompts[one.prompt] = one.id
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a store is compared by: settings, draws, model, questions, oracle."""
+        """Return the identity for comparison with a store: settings, sampling, model, questions,
+        oracle."""
         values = {**asdict(self.settings), **asdict(self.options)}
         return {
             **{name: str(value) for name, value in values.items()},
@@ -87,20 +88,20 @@ class Search:
 def search_and_write(
     search: Search, sampler: Sampler, tokenizer: Tokenizer, oracle: Oracle
 ) -> SearchReport:
-    """Search what is not searched yet, then write the files.
+    """Search the questions that the store lacks, then write the files.
 
     Args:
-        search: what to do.
+        search: the search.
         sampler: over the model.
-        tokenizer: of the model.
-        oracle: that is named in `search`.
+        tokenizer: tokenizer of the model.
+        oracle: the oracle of `search`.
 
     Raises:
         ConfigError: the directory holds another search.
-        SamplerError: the model failed; the same search goes on from there.
+        SamplerError: the model failed; repeating the search resumes it.
     """
     if search.options.top_p < 1:
-        # The completions without a token have to be those that the sampler would draw.
+        # The completions without a token must come from the sampler's own distribution.
         sampler = TwoRequestSampler(sampler, redraws=True)
     encoder = msgspec.msgpack.Encoder()
     drawing = BlockDrawing(search.options, tokenizer, oracle)
@@ -154,7 +155,7 @@ def _write(search: Search, store: SearchStore) -> SearchReport:
 
 
 def _digest(questions: Sequence[KeyedQuestion]) -> str:
-    """Of all questions in their order: it decides the order of the rows."""
+    """Hash all questions in order, which determines the order of the rows."""
     digest = hashlib.sha256()
     for one in questions:
         row = [one.id, one.prompt, one.key, one.task]

@@ -1,8 +1,8 @@
-"""Is a token pivotal? A test on fresh completions, with and without it, that may stop at any time.
+"""Test whether a token is pivotal, on fresh completions with and without it, with early stopping.
 
-The decision: a candidate is confirmed by an e-process and a question's candidates by e-BH. Both
-hold when each test stops by its own data and when tests depend on each other, which a fixed number
-of samples per estimate does not.
+A candidate is confirmed by an e-process and a question's candidates by e-BH. Both are valid if each
+test stops by its own data and if tests depend on each other, unlike a fixed number of samples per
+estimate.
 """
 
 import math
@@ -13,18 +13,19 @@ from phi4.pts.search.rollouts import Rollout, Share
 from phi4.pts.search.settings import SearchSettings
 
 _PRIOR = 0.18
-"""Of both outcomes, in the running means: most shares are near 0 or 1 late in an answer."""
+"""Pseudo-counts of both outcomes in the running means: most shares are near 0 or 1 late in an
+answer."""
 
 MIN_DRAWS = 16
-"""Of either side before a test ends by itself; an estimate of fewer is worth little."""
+"""Minimum per side before a test ends by itself; an estimate from fewer is too imprecise."""
 
 
 class EProcess:
-    """Evidence against equal chances of two sides, from pairs of outcomes.
+    """Evidence against equal success probabilities of two sides, from pairs of outcomes.
 
-    Under equal chances the expectation of exp(log_e) never exceeds 1, at any stopping time: every
-    factor is the ratio of a prediction for both sides apart and one for both together, made before
-    the pair is seen.
+    Under equal probabilities the expectation of exp(log_e) never exceeds 1, at any stopping time:
+    every factor is the ratio of a prediction for both sides separately to one for both together,
+    made before the pair is observed.
 
     Attributes:
         log_e: log of the e-value.
@@ -35,7 +36,7 @@ class EProcess:
         self._num = self._right_with = self._right_without = 0
 
     def add(self, is_right_with: bool, is_right_without: bool) -> None:
-        """One outcome of each side."""
+        """Add one outcome of each side."""
         total = self._num + 2 * _PRIOR
         with_token = (self._right_with + _PRIOR) / total
         without = (self._right_without + _PRIOR) / total
@@ -59,12 +60,12 @@ class Confirmation:
 
     Args:
         q: the token's probability in the sampler's distribution.
-        num_candidates: of the question.
+        num_candidates: number of the question's candidates.
         settings: level, sizes and gap.
 
     Attributes:
-        is_open: whether it asks for more completions.
-        num_blocks: so far, of either side.
+        is_open: whether it needs more completions.
+        num_blocks: number of blocks so far, per side.
         without: completions without the token so far.
     """
 
@@ -80,7 +81,7 @@ class Confirmation:
         self._graded: tuple[list[bool], list[bool]] = ([], [])
 
     def add(self, with_token: Sequence[Rollout], without: Sequence[Rollout]) -> None:
-        """A block of either side; decides whether to go on."""
+        """Add a block of either side; decide whether to continue."""
         self.num_blocks += 1
         self.without += without
         for side, rollouts in zip(self._graded, (with_token, without), strict=True):
@@ -100,13 +101,15 @@ class Confirmation:
 
     @property
     def shares(self) -> tuple[Share, Share]:
-        """With and without the token, of the outcomes that were compared."""
+        """Return the success rates with and without the token, for the outcomes that were
+        compared."""
         with_token, without = (Share(sum(side[: self._num]), self._num) for side in self._graded)
         return with_token, without
 
     @property
     def effect(self) -> float:
-        """Change of p by the token; further from 0 than the truth, for the test stops at extremes.
+        """Estimate of the token's change of p; biased away from 0, because the test stops at
+        extremes.
 
         0 while nothing was compared.
         """
@@ -127,7 +130,7 @@ class Confirmation:
 
 
 def confirmed(log_e: Sequence[float], alpha: float) -> list[int]:
-    """e-BH: indices of the e-values that hold at a level, ascending.
+    """Apply e-BH: return indices of the e-values that pass at a level, ascending.
 
     The expected share of true null hypotheses among them is at most alpha, however the e-values
     depend on each other. Source: Wang and Ramdas 2022, False discovery rate control with e-values.
@@ -141,6 +144,6 @@ def confirmed(log_e: Sequence[float], alpha: float) -> list[int]:
 
 
 def _variance(share: Share) -> float:
-    """Of a share, never 0: half a success and half a failure are added."""
+    """Return the variance of a proportion, never 0: half a success and half a failure are added."""
     right, wrong = share.successes + 0.5, share.trials - share.successes + 0.5
     return right * wrong / (share.trials + 1) ** 3

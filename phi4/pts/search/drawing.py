@@ -1,7 +1,7 @@
-"""Blocks of a search as requests to a sampler, and completions as graded rollouts.
+"""Convert blocks of a search to sampler requests, and completions to graded rollouts.
 
-The decision: a completion goes on from token ids, never from text, so a prefix that ends inside a
-character, or whose text would be encoded otherwise, stays what the model had drawn.
+A completion continues from token ids, never from text, so a prefix that ends inside a character, or
+whose text would be encoded differently, is preserved.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ class DrawOptions:
     """How completions of a search are drawn.
 
     Attributes:
-        seed: of the search.
-        max_tokens: of a whole answer.
+        seed: seed of the search.
+        max_tokens: maximum tokens of a complete answer.
         temperature: see `phi4.sampling.protocol.Request`.
-        top_p: see there.
+        top_p: see `phi4.sampling.protocol.Request`.
     """
 
     seed: int
@@ -37,8 +37,8 @@ class AskedBlock:
     """A block of a question.
 
     Attributes:
-        question: whose.
-        block: what is drawn.
+        question: the question.
+        block: the block to sample.
     """
 
     question: KeyedQuestion
@@ -46,12 +46,12 @@ class AskedBlock:
 
 
 class BlockDrawing:
-    """Requests of blocks, and their rollouts.
+    """Makes requests for blocks, and their rollouts.
 
     Args:
-        options: of the search.
-        tokenizer: of the model.
-        oracle: grades whole answers.
+        options: options of the search.
+        tokenizer: tokenizer of the model.
+        oracle: grades complete answers.
     """
 
     def __init__(self, options: DrawOptions, tokenizer: Tokenizer, oracle: Oracle) -> None:
@@ -61,7 +61,8 @@ class BlockDrawing:
         self._stop_ids = end_ids(tokenizer)
 
     def request(self, asked: AskedBlock) -> Request:
-        """What a sampler is asked for a block; the prompt holds the prefix, to be read once."""
+        """Return the sampler request of a block; its prompt contains the prefix, to be computed
+        once."""
         block, prompt = asked.block, asked.question.prompt
         start = block.start
         return Request(
@@ -80,7 +81,7 @@ class BlockDrawing:
     def graded(
         self, drawn: Sequence[tuple[AskedBlock, Sequence[Completion]]]
     ) -> list[tuple[Rollout, ...]]:
-        """The rollouts of blocks, graded in one batch."""
+        """Return the rollouts of blocks, graded in one batch."""
         to_grade = [
             ToGrade(self._text(asked, completion), asked.question.key)
             for asked, completions in drawn
@@ -102,7 +103,7 @@ class BlockDrawing:
 
 
 def _is_finished(completion: Completion) -> bool:
-    """An answer that was cut off is wrong, whatever its text says."""
+    """Return whether it ended: a truncated answer is wrong, regardless of its text."""
     return completion.finish_reason is FinishReason.STOP
 
 

@@ -1,4 +1,4 @@
-"""Whether an endpoint can serve a search, found out before the search draws anything."""
+"""Check whether an endpoint supports a search, before the search samples anything."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ _NUM_TRIES = 8
 
 
 def check_endpoint_options(options: DrawOptions) -> None:
-    """Refuse draws whose probabilities an endpoint does not tell.
+    """Raise an error for sampling settings whose probabilities an endpoint does not report.
 
     Raises:
         ConfigError: temperature or top-p is not 1.
@@ -20,20 +20,20 @@ def check_endpoint_options(options: DrawOptions) -> None:
         if (value := getattr(options, name)) != 1:
             option = name.replace("_", "-")
             raise ConfigError(
-                f"--{option}={value:g}, but an endpoint tells a token's probability only at 1; "
-                f"leave --{option} out, or search a model on disk"
+                f"--{option}={value:g}, but an endpoint reports a token's probability only at 1; "
+                f"omit --{option}, or search a model on disk"
             )
 
 
 def check_endpoint(sampler: Sampler, prompt: tuple[int, ...]) -> None:
-    """Ask an endpoint for the four things that a search needs, one token each.
+    """Test the four endpoint features that a search needs, with one token each.
 
     Args:
         sampler: over the endpoint.
-        prompt: of any question.
+        prompt: prompt of any question.
 
     Raises:
-        ConfigError: it lacks one of them: prompts as token ids, ids of what it drew, their
+        ConfigError: it lacks one of them: prompts as token ids, ids of sampled tokens, their
             log-probs, `logit_bias`.
     """
     request = Request(prompt=prompt, max_tokens=1, log_probs=True)
@@ -41,8 +41,8 @@ def check_endpoint(sampler: Sampler, prompt: tuple[int, ...]) -> None:
     banned = replace(request, log_probs=False, n=_NUM_TRIES, forbidden_first=frozenset((token,)))
     if token in _first_ids(sampler, banned, "logit_bias"):
         raise ConfigError(
-            f"the endpoint cannot serve a search: it drew token id {token}, which logit_bias=-100 "
-            "forbids; use one that takes logit_bias, or a model on disk"
+            f"the endpoint does not support a search: it sampled token id {token}, which "
+            f"logit_bias=-100 forbids; use one that supports logit_bias, or a model on disk"
         )
 
 
@@ -51,12 +51,12 @@ def _first_ids(sampler: Sampler, request: Request, needed: str) -> list[int]:
         [answer] = answers(sampler, [request])
     except SamplerError as error:
         raise ConfigError(
-            f"the endpoint cannot serve a search, which needs {needed}: {error}"
+            f"the endpoint does not support a search, which needs {needed}: {error}"
         ) from None
     ids = [one.tokens[0].id for one in answer.completions if one.tokens]
     if not ids:
         raise ConfigError(
-            "the endpoint cannot serve a search: it drew nothing behind the first question; "
-            "look at its log"
+            "the endpoint does not support a search: it returned nothing for the first question; "
+            "check its log"
         )
     return ids

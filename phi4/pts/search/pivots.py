@@ -1,7 +1,7 @@
-"""From candidates to pivots: confirmed, measured with and without, with a counterpart.
+"""Convert candidates to pivots: confirm, measure with and without the token, find a counterpart.
 
-The decision: a counterpart is a token that the sampler drew in the pivot's place, with measured
-completions behind it. A pivot for which there is none is kept without a pair, and says why.
+A counterpart is a token that the sampler drew in the pivot's position, with measured completions
+after it. A pivot without one is kept without a pair, with the reason.
 """
 
 import math
@@ -29,7 +29,7 @@ _MAX_LOG = 300 * math.log(10)
 
 @dataclass(frozen=True)
 class TokenShare:
-    """A token in a pivot's place, and what came of the completions behind it."""
+    """A token in a pivot's position, and the results of the completions after it."""
 
     id: int
     share: Share
@@ -40,11 +40,11 @@ class Pivot:
     """A token that changed p.
 
     Attributes:
-        candidate: where.
-        effect: change of p as measured; biased away from 0 by the stopping of the test.
-        log_e: of its e-value; None where nothing was confirmed.
-        with_token: completions behind the token.
-        without: completions behind other tokens in its place.
+        candidate: the token and its position.
+        effect: measured change of p; biased away from 0 by the stopping of the test.
+        log_e: log of its e-value; None if nothing was confirmed.
+        with_token: completions after the token.
+        without: completions after other tokens in its position.
         counterpart: the other token of its pair; None without a pair.
         no_pair_reason: why there is none; empty with a pair.
     """
@@ -59,7 +59,7 @@ class Pivot:
 
     @property
     def e_value(self) -> float | None:
-        """Of its test, at most 1e300."""
+        """The e-value of its test, at most 1e300."""
         return None if self.log_e is None else math.exp(min(self.log_e, _MAX_LOG))
 
 
@@ -77,7 +77,7 @@ def confirm_candidates(
     trajectories: Sequence[Trajectory],
     settings: SearchSettings,
 ) -> Asks[list[Confirmation]]:
-    """Test every candidate on fresh completions, all of them side by side."""
+    """Test every candidate on fresh completions, all concurrently."""
     tests = [
         Confirmation(trajectories[one.trajectory].q(one.position), len(candidates), settings)
         for one in candidates
@@ -102,7 +102,7 @@ def confirm_candidates(
 def _sides(
     one: CandidateToken, trajectories: Sequence[Trajectory], number: int, settings: SearchSettings
 ) -> list[RolloutBlock]:
-    """With the token and without it; behind the last token there is nothing to draw."""
+    """Return the starts with the token and without it; nothing is sampled after a final token."""
     ids = trajectories[one.trajectory].ids
     prefix, token = ids[: one.position], ids[one.position]
     starts = [Start(prefix, forced=token), Start(prefix, forbidden=token)]
@@ -122,13 +122,13 @@ def pivots_of_tests(
     trajectories: Sequence[Trajectory],
     settings: SearchSettings,
 ) -> Asks[list[Pivot]]:
-    """The confirmed candidates whose effect is large enough, with counterparts.
+    """Return the confirmed candidates whose effect is large enough, with counterparts.
 
     Args:
-        candidates: that e-BH confirmed.
-        tests: of each.
-        trajectories: of the question.
-        settings: of the search.
+        candidates: candidates that e-BH confirmed.
+        tests: test of each.
+        trajectories: trajectories of the question.
+        settings: settings of the search.
     """
     kept = [
         _Tested(one, test.effect, test.log_e, _share_behind(one, test, trajectories), test.without)
@@ -141,7 +141,7 @@ def pivots_of_tests(
 def _share_behind(
     one: CandidateToken, test: Confirmation, trajectories: Sequence[Trajectory]
 ) -> Share:
-    """Completions with the token; behind the last one nothing is drawn, and the verdict counts."""
+    """Return the share of completions with the token; for a final token, the verdict counts."""
     trajectory = trajectories[one.trajectory]
     if one.position + 1 == len(trajectory.ids):
         return Share(int(trajectory.is_right), 1)
@@ -154,7 +154,7 @@ def pivots_of_tree(
     trajectories: Sequence[Trajectory],
     settings: SearchSettings,
 ) -> Asks[list[Pivot]]:
-    """Every candidate as a pivot, by what the tree measured."""
+    """Return every candidate as a pivot, with the tree's measurements."""
     kept = []
     for one in candidates:
         ids = trajectories[one.trajectory].ids
@@ -169,7 +169,8 @@ def pivots_of_tree(
 def _with_counterparts(
     tested: Sequence[_Tested], trajectories: Sequence[Trajectory], settings: SearchSettings
 ) -> Asks[list[Pivot]]:
-    """Few completions may follow every other token: the likeliest ones are drawn after."""
+    """Find counterparts; sample more completions after the likeliest other tokens if there are too
+    few."""
     by_token = [_by_first(one.others) for one in tested]
     lacking: dict[Start, int] = {}
     owners: dict[Start, list[int]] = defaultdict(list)
@@ -180,7 +181,7 @@ def _with_counterparts(
         likeliest = sorted(drawn, key=lambda token: (-len(drawn[token]), token))
         prefix = trajectories[one.candidate.trajectory].ids[: one.candidate.position]
         for token in likeliest[: settings.counterpart_tokens]:
-            # Pivots of two trajectories in one place share what follows a third token.
+            # Pivots of two trajectories in one position share the completions after a third token.
             start = Start(prefix, forced=token)
             num_lacking = settings.counterpart_trials - shares[token].trials
             lacking[start] = max(num_lacking, lacking.get(start, 0))
@@ -218,7 +219,7 @@ def _pivot(one: _Tested, drawn: dict[int, list[Rollout]], settings: SearchSettin
 def _counterpart(
     one: _Tested, drawn: dict[int, list[Rollout]], settings: SearchSettings
 ) -> tuple[TokenShare | None, str]:
-    """The token whose share is the furthest on the other side, or why there is none."""
+    """Return the token whose share is the furthest on the other side, or why there is none."""
     raises = one.effect > 0
     shares = [TokenShare(token, share_of(rollouts)) for token, rollouts in drawn.items()]
     least = settings.counterpart_trials

@@ -1,7 +1,7 @@
-"""The search of one question, from its first answers to its pivots.
+"""Search one question, from its first answers to its pivots.
 
-The decision: a question ends in a result whatever happens to it: searched, or dropped for a named
-reason. So the counts of a report add up.
+Every question ends in a result: searched, or dropped with a reason, so that the counts of a report
+add up.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ TOO_LONG = "too long for the model"
 
 @dataclass(frozen=True)
 class SearchCost:
-    """Completions of a question or of many.
+    """Counts of completions of one or many questions.
 
     Attributes:
-        completions: drawn.
-        tokens: drawn.
-        truncated: completions that `max_tokens` cut off; each is a failure.
+        completions: sampled completions.
+        tokens: sampled tokens.
+        truncated: completions that reached `max_tokens`; each is a failure.
         ungradable: completions that were neither right nor wrong.
     """
 
@@ -40,7 +40,7 @@ class SearchCost:
     ungradable: int = 0
 
     def __add__(self, other: "SearchCost") -> "SearchCost":
-        """Of both."""
+        """Add two costs."""
         return SearchCost(
             self.completions + other.completions,
             self.tokens + other.tokens,
@@ -50,7 +50,7 @@ class SearchCost:
 
 
 def cost_of(rollouts: Sequence[Rollout]) -> SearchCost:
-    """What completions cost."""
+    """Return the cost of completions."""
     return SearchCost(
         len(rollouts),
         sum(one.num_tokens for one in rollouts),
@@ -65,7 +65,7 @@ class MeasuredPoint:
 
     Attributes:
         position: tokens before it.
-        share: of the completions that begin there.
+        share: fraction of right completions that begin there.
         source: `tree`, `confirm` or `verdict`.
     """
 
@@ -76,14 +76,14 @@ class MeasuredPoint:
 
 @dataclass(frozen=True)
 class TrajectoriesFound:
-    """What a question's trajectories hold.
+    """Results from a question's trajectories.
 
     Attributes:
-        points: of each trajectory, by position.
-        num_candidates: tokens that were tested.
-        num_confirmed: of them, those that the level lets through; effects below the smallest one
-            that is kept are among them.
-        num_reused: completions that did not have to be drawn; see `SearchSettings`.
+        points: points of each trajectory, by position.
+        num_candidates: number of tested tokens.
+        num_confirmed: tokens that pass at the level, including those with effects too small to
+            keep.
+        num_reused: completions that did not have to be sampled; see `SearchSettings`.
         pivots: in the order of trajectory and position.
     """
 
@@ -96,14 +96,14 @@ class TrajectoriesFound:
 
 @dataclass(frozen=True)
 class QuestionFound:
-    """What came of a question.
+    """Result of a question.
 
     Attributes:
-        dropped: why it was not searched to its end; empty if it was.
+        dropped: why it was not completely searched; empty if it was.
         screen: right answers among the first ones.
-        trajectories: that were searched.
-        found: in them; nothing where the question was dropped.
-        cost: of all of it.
+        trajectories: searched trajectories.
+        found: their results; empty if the question was dropped.
+        cost: total cost.
     """
 
     dropped: str
@@ -118,7 +118,7 @@ class TooManyUngradableError(Exception):
 
 
 def search_question(settings: SearchSettings) -> Asks[QuestionFound]:
-    """Screen a question, pick its trajectories and search them."""
+    """Screen a question, choose its trajectories and search them."""
     [rollouts] = yield [
         RolloutBlock(Purpose.SCREEN, Start(()), 0, settings.screen_rollouts),
     ]
@@ -169,7 +169,7 @@ def _reason_to_drop(rollouts: Sequence[Rollout], screen: Share, settings: Search
 
 
 def _trajectories(rollouts: Sequence[Rollout]) -> tuple[Trajectory, ...]:
-    """The first right and the first wrong answer; what was cut off is no whole answer."""
+    """Return the first right and the first wrong answer; truncated answers are excluded."""
     finished = [one for one in rollouts if one.ids and not one.is_truncated]
     picked = [
         next((one for one in finished if one.grade is grade), None)
@@ -183,7 +183,7 @@ def _trajectories(rollouts: Sequence[Rollout]) -> tuple[Trajectory, ...]:
 
 
 def _counted(searching: Asks[T], spent: list[SearchCost], settings: SearchSettings) -> Asks[T]:
-    """A search whose costs are added to `spent[0]`.
+    """Return a search whose costs are added to `spent[0]`.
 
     Raises:
         TooManyUngradableError: see there.
@@ -205,7 +205,7 @@ def _points(
     measured: MeasuredPrefixes,
     behind: Mapping[tuple[int, ...], Share],
 ) -> tuple[tuple[MeasuredPoint, ...], ...]:
-    """What is known of p along each trajectory; a tree's shares before those of tests."""
+    """Return the measurements of p along each trajectory; a tree's shares before those of tests."""
     found = []
     for one in trajectories:
         points = []

@@ -1,7 +1,6 @@
-"""What a search did, in counts, and what its level means.
+"""The report of a search: its counts, and the meaning of its level.
 
-The decision: every question ends in exactly one count, so that what was read is what was kept and
-dropped.
+Every question ends in exactly one count, so that questions read equal questions kept and dropped.
 """
 
 from collections import Counter
@@ -18,17 +17,17 @@ class SearchReport:
     """Counts of a search.
 
     Attributes:
-        settings: of the search.
-        seconds: of drawing and grading, all sessions together.
-        questions: that were read.
+        settings: settings of the search.
+        seconds: time of sampling and grading, over all sessions.
+        questions: questions read.
         dropped: by reason.
-        trajectories: that were searched.
-        candidates: that were tested.
-        confirmed: that the level let through; too small effects are among them.
-        pivots: that were kept.
+        trajectories: searched trajectories.
+        candidates: tested candidates.
+        confirmed: candidates that pass at the level, including those with too small effects.
+        pivots: pivots kept.
         pairs: pivots with a counterpart.
-        reused: completions that did not have to be drawn.
-        cost: of all questions.
+        reused: completions that did not have to be sampled.
+        cost: cost of all questions.
     """
 
     settings: SearchSettings
@@ -44,7 +43,7 @@ class SearchReport:
     cost: SearchCost = field(default_factory=SearchCost)
 
     def add(self, rows: QuestionRows) -> None:
-        """One more question."""
+        """Add one question."""
         self.questions += 1
         if rows.dropped:
             self.dropped[rows.dropped] += 1
@@ -58,11 +57,11 @@ class SearchReport:
 
     @property
     def kept(self) -> int:
-        """Questions that were searched to their end."""
+        """Questions that were completely searched."""
         return self.questions - self.dropped.total()
 
     def row(self) -> dict[str, object]:
-        """As `report.json` holds it."""
+        """Return the content of `report.json`."""
         counts = ("questions", "trajectories", "candidates", "confirmed", "pivots", "pairs")
         return {
             "settings": asdict(self.settings),
@@ -80,7 +79,7 @@ class SearchReport:
         }
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return lines for the terminal."""
         reasons = ", ".join(f"{num} {reason}" for reason, num in sorted(self.dropped.items()))
         costs = self._costs()
         shown = f"{self.cost.completions:,} completions, {self.cost.tokens:,} tokens"
@@ -99,7 +98,7 @@ class SearchReport:
         ]
 
     def level(self) -> str:
-        """What the level bounds, in a sentence."""
+        """Return what the level bounds, in a sentence."""
         if self.settings.mode is SearchMode.REPORT:
             return "none; this mode confirms nothing, so its error rate is not bounded"
         return (
@@ -120,7 +119,7 @@ class SearchReport:
 def report_of(
     rows: Iterable[QuestionRows], settings: SearchSettings, seconds: float
 ) -> SearchReport:
-    """The report of all questions."""
+    """Return the report of all questions."""
     report = SearchReport(settings, seconds)
     for one in rows:
         report.add(one)

@@ -1,8 +1,8 @@
-"""What a search asks for, and what it is told.
+"""The interface of a search: the blocks it requests, and the rollouts it receives.
 
-The decision: the search is a generator that yields blocks of completions and is sent their grades.
-It knows no sampler, oracle or store, so a world with known probabilities answers it as a model
-does, and many questions wait in one process.
+The search is a generator that yields blocks of completions and is sent their grades. It does not
+depend on a sampler, oracle or store, so a simulation with known probabilities can replace a model,
+and many questions can wait in one process.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from phi4.oracles.verdict import Grade
 
 
 class Purpose(StrEnum):
-    """What completions are for. Those of one purpose are never used for another one."""
+    """Purpose of completions. Those of one purpose are never used for another."""
 
     SCREEN = "screen"
     TREE = "tree"
@@ -32,7 +32,7 @@ class Start:
     Attributes:
         prefix: ids of the answer so far.
         forced: the token that follows it; None for any.
-        forbidden: the token that does not follow it; None for none.
+        forbidden: the token that may not follow it; None for none.
     """
 
     prefix: tuple[int, ...]
@@ -42,14 +42,14 @@ class Start:
 
 @dataclass(frozen=True)
 class RolloutBlock:
-    """Completions that are drawn together.
+    """Completions that are sampled together.
 
     Attributes:
-        purpose: what for.
+        purpose: what they are for.
         start: where they begin.
-        number: of the block among those of its start and purpose.
-        n: completions.
-        along: ids that may follow the start; what is drawn is compared with them.
+        number: index of the block among those of its start and purpose.
+        n: number of completions.
+        along: ids that may follow the start; sampled tokens are compared with them.
     """
 
     purpose: Purpose
@@ -63,13 +63,13 @@ class Rollout(msgspec.Struct, frozen=True, array_like=True):
     """A completion with its grade.
 
     Attributes:
-        grade: of the whole answer; wrong where it was cut off.
-        first: the first new token, drawn or forced; `NO_TOKEN` without one.
-        num_tokens: drawn.
-        num_followed: tokens that it has in common with the block's `along`, from the first on.
-        is_truncated: whether `max_tokens` cut it off.
-        ids: of the completion; only of those that screen a question.
-        log_probs: of `ids` in the sampler's distribution.
+        grade: grade of the complete answer; wrong if it was truncated.
+        first: the first new token, sampled or forced; `NO_TOKEN` without one.
+        num_tokens: number of sampled tokens.
+        num_followed: number of leading tokens that equal the block's `along`.
+        is_truncated: whether it reached `max_tokens`.
+        ids: ids of the completion; only for those that screen a question.
+        log_probs: log probs of `ids` in the sampler's distribution.
     """
 
     grade: Grade
@@ -82,40 +82,40 @@ class Rollout(msgspec.Struct, frozen=True, array_like=True):
 
 
 NO_TOKEN = -1
-"""First token of a completion that is empty: an endpoint did not say what ended it."""
+"""First token of an empty completion whose end token an endpoint did not report."""
 
 T = TypeVar("T")
 
 Asks = Generator[Sequence[RolloutBlock], Sequence[Sequence[Rollout]], T]
-"""Yields blocks, is sent the rollouts of each, and returns a result."""
+"""Yields blocks, receives the rollouts of each, and returns a result."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Successes among the completions that could be graded."""
+    """Successes among the gradable completions."""
 
     successes: int = 0
     trials: int = 0
 
     @property
     def value(self) -> float:
-        """Successes per trial; NaN without any, which is no gap to anything."""
+        """Successes per trial; NaN without any, which never differs from anything by a gap."""
         return self.successes / self.trials if self.trials else float("nan")
 
 
 def share_of(rollouts: Iterable[Rollout]) -> Share:
-    """Successes and trials; what cannot be graded is neither."""
+    """Count successes and trials; ungradable ones are neither."""
     graded = [one.grade is Grade.RIGHT for one in rollouts if one.grade is not Grade.UNGRADABLE]
     return Share(sum(graded), len(graded))
 
 
 def block_seed(seed: int, prompt: Sequence[int], block: RolloutBlock) -> int:
-    """Seed of a block's request, from 0 to 2^63 - 1.
+    """Return the seed of a block's request, from 0 to 2^63 - 1.
 
     Args:
-        seed: of the search.
+        seed: seed of the search.
         prompt: ids of the question's prompt.
-        block: any; its purpose, start and number count.
+        block: a block, of which purpose, start and number matter.
     """
     start = block.start
     key = (seed, tuple(prompt), start.prefix, start.forced, start.forbidden)

@@ -1,7 +1,7 @@
 """The files of a search: a row per pivot, a row per trajectory.
 
-The decision: rows are in token ids, with texts beside them for people only. Whatever makes pairs
-of them cuts no text and encodes none.
+Rows are in token ids, with texts only for human readers. Code that makes pairs from them neither
+splits nor encodes text.
 """
 
 from collections.abc import Iterator
@@ -32,33 +32,33 @@ class CountRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CounterpartRow(CountRow, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The other token of a pair, and what came of the completions behind it."""
+    """The other token of a pair, and the results of the completions after it."""
 
     id: int
 
 
 class PivotRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A token that changed the chance of a right answer.
+    """A token that changes the probability of a right answer.
 
     Attributes:
         question: id of the question.
-        task: of the question.
+        task: task of the question.
         model: identity of the model.
         trajectory: id of the trajectory.
-        prompt_ids: of the question.
-        answer_ids: the whole trajectory; the pivot's prefix is its first `position` ids.
-        position: of the token in `answer_ids`.
+        prompt_ids: prompt ids of the question.
+        answer_ids: the complete trajectory; the pivot's prefix is its first `position` ids.
+        position: position of the token in `answer_ids`.
         token: the pivot, `answer_ids[position]`.
-        token_text: for people.
-        sign: `raises` or `lowers` the chance.
+        token_text: for human readers.
+        sign: `raises` or `lowers` the probability.
         q: probability of the token in the sampler's distribution.
-        dp_at_confirmation: change of the chance as measured when the test stopped. Biased away from
-            0, because a test stops at extremes: no measure of the effect.
-        e_value: of the test against no effect; null where the mode confirms nothing.
-        with_token: completions behind the token; the verdict alone where it is the last one.
-        without_token: completions behind other tokens in its place.
+        dp_at_confirmation: change of the probability when the test stopped. Biased away from 0,
+            because a test stops at extremes: not an estimate of the effect.
+        e_value: e value of the test against no effect; null if the mode confirms nothing.
+        with_token: completions after the token; for a final token only the verdict.
+        without_token: completions after other tokens in its position.
         counterpart: the other token of the pair; null without a pair.
-        counterpart_text: for people.
+        counterpart_text: for human readers.
         no_pair_reason: why there is no pair; empty with one.
         chosen_id: the token of the pair that is better; null without a pair.
         rejected_id: the other one.
@@ -87,13 +87,13 @@ class PivotRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class PointRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The chance of a right answer behind the first `position` tokens.
+    """The probability of a right answer after the first `position` tokens.
 
     Attributes:
         position: tokens before it.
-        successes: among `trials`.
+        successes: number among `trials`.
         trials: completions.
-        source: `tree`, `confirm`, or `verdict` for the oracle's word on the whole answer.
+        source: `tree`, `confirm`, or `verdict` for the oracle's verdict on the complete answer.
     """
 
     position: int
@@ -103,7 +103,7 @@ class PointRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PivotMark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A pivot of a trajectory, for pictures of it."""
+    """A pivot of a trajectory, for plots."""
 
     position: int
     dp_at_confirmation: float
@@ -115,12 +115,13 @@ class TrajectoryRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     Attributes:
         trajectory: its id.
         question: id of the question.
-        prompt: the question as text for people; empty where only ids were given.
+        prompt: the question's text for human readers; empty if only ids were given.
         is_right: the oracle's verdict.
-        ids: of the answer.
-        texts: of each id, for people; bytes that are no character of their own are shown as \\xNN.
-        log_probs: of `ids` in the sampler's distribution.
-        points: where the chance was measured, by position.
+        ids: token ids of the answer.
+        texts: text of each id, for human readers; bytes that are not a character are shown as
+            \\xNN.
+        log_probs: log probs of `ids` in the sampler's distribution.
+        points: where the probability was measured, by position.
         pivots: by position.
     """
 
@@ -136,7 +137,7 @@ class TrajectoryRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class QuestionRows(msgspec.Struct, frozen=True, kw_only=True):
-    """What a store keeps of a question that was searched; `cost` as in `SearchCost`."""
+    """Stored rows of a searched question; `cost` as in `SearchCost`."""
 
     dropped: str
     pivots: list[PivotRow]
@@ -150,13 +151,13 @@ class QuestionRows(msgspec.Struct, frozen=True, kw_only=True):
 def rows_of(
     question: KeyedQuestion, found: QuestionFound, model: str, tokenizer: Tokenizer
 ) -> QuestionRows:
-    """The rows of a question.
+    """Return the rows of a question.
 
     Args:
-        question: that was searched.
-        found: what came of it.
+        question: the searched question.
+        found: its result.
         model: identity of the model.
-        tokenizer: of the ids.
+        tokenizer: tokenizer of the ids.
     """
     trajectories = []
     for index, one in enumerate(found.trajectories):
@@ -193,19 +194,19 @@ def rows_of(
 
 
 def read_pivots(path: Path) -> Iterator[PivotRow]:
-    """The rows of a `pivots.jsonl`.
+    """Read the rows of a `pivots.jsonl`.
 
     Raises:
-        DataError: the file cannot be read, or a line is no pivot.
+        DataError: the file cannot be read, or a line is not a pivot.
     """
     return _read(path, PivotRow, "pivot")
 
 
 def read_trajectories(path: Path) -> Iterator[TrajectoryRow]:
-    """The rows of a `trajectories.jsonl`.
+    """Read the rows of a `trajectories.jsonl`.
 
     Raises:
-        DataError: the file cannot be read, or a line is no trajectory.
+        DataError: the file cannot be read, or a line is not a trajectory.
     """
     return _read(path, TrajectoryRow, "trajectory")
 
@@ -219,7 +220,7 @@ def _read(path: Path, kind: type[Row], name: str) -> Iterator[Row]:
                     yield decoder.decode(line)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     raise DataError(
-                        f"{path}:{number} is no {name}: {error}; write it with `phi4 pts search`"
+                        f"{path}:{number} is not a {name}: {error}; write it with `phi4 pts search`"
                     ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None

@@ -1,8 +1,8 @@
-"""The searches of many questions over one sampler.
+"""Search many questions concurrently over one sampler.
 
-The decision: questions wait side by side, and what any of them asks for goes to the sampler at
-once. Grades come from a thread of their own, so that the model draws while a sandbox runs
-programs. Neither decides a result: what a block holds depends on its seed alone.
+Questions wait concurrently, and all their requests go to the sampler at once. Grading runs in a
+thread of its own, so that the model samples while a sandbox runs programs. Neither affects the
+results: a block's content depends on its seed alone.
 """
 
 from collections import deque
@@ -20,10 +20,11 @@ from phi4.sampling.protocol import Completion, Sampler
 from phi4.sampling.questions import KeyedQuestion
 
 MAX_QUESTIONS = 256
-"""Questions that are searched at once."""
+"""Number of questions that are searched at once."""
 
 _POLL_SECONDS = 0.05
-"""Between two looks at the sampler while only grades are missing: its ranks want to be called."""
+"""Interval of sampler calls while only grades are pending: its other ranks must be called
+regularly."""
 
 
 class _OpenQuestion:
@@ -36,7 +37,8 @@ class _OpenQuestion:
         self._ask(next(self._searching))
 
     def take(self, index: int, rollouts: tuple[Rollout, ...]) -> None:
-        """What came of a block; once it was the last one, go on to the next blocks or the end."""
+        """Store the result of a block; after the last one, advance to the next blocks or the
+        end."""
         self._rollouts[index] = rollouts
         if len(self._rollouts) < len(self.blocks):
             return
@@ -51,7 +53,7 @@ class _OpenQuestion:
 
 
 class _Wanted(NamedTuple):
-    """A block of an open question, by its index among those that it waits for."""
+    """A block of an open question, with its index among the blocks that it waits for."""
 
     of: _OpenQuestion
     place: int
@@ -65,11 +67,11 @@ class SearchRun:
     """Searches questions until all have ended.
 
     Args:
-        sampler: that draws; nobody else uses it.
-        drawing: requests and grades.
-        store: what is there is not drawn; what is drawn goes there.
-        settings: of the search.
-        finished: called with what came of a question, in the order in which they end.
+        sampler: the sampler, used exclusively.
+        drawing: makes requests and grades.
+        store: stored blocks are not sampled again; new ones are stored.
+        settings: settings of the search.
+        finished: called with the result of a question, in the order in which they end.
     """
 
     def __init__(
@@ -88,10 +90,10 @@ class SearchRun:
         self._drawn: list[tuple[_Wanted, list[Completion]]] = []
 
     def run(self, questions: Iterable[KeyedQuestion]) -> None:
-        """Search them all.
+        """Search all questions.
 
         Raises:
-            SamplerError: the model failed; what was stored is not drawn again.
+            SamplerError: the model failed; stored blocks are not sampled again.
         """
         coming = iter(questions)
         with ThreadPoolExecutor(1) as grader:
@@ -121,7 +123,7 @@ class SearchRun:
             self._ask(_OpenQuestion(question, self._settings))
 
     def _ask(self, one: _OpenQuestion) -> None:
-        """Queue what the store lacks of a question's blocks; go on as far as it lacks nothing."""
+        """Queue a question's blocks that are not stored; advance as long as all are stored."""
         while one.found is None:
             blocks = one.blocks
             stored = [self._store.rollouts(one.question.prompt, block) for block in blocks]
@@ -137,7 +139,7 @@ class SearchRun:
         self._finished(one.question, one.found)
 
     def _draw(self) -> None:
-        """Submit what waits, and take one step of the sampler."""
+        """Submit queued blocks, and take one step of the sampler."""
         while self._waiting and len(self._in_flight) < MAX_OPEN:
             wanted = self._waiting.popleft()
             request_id = self._sampler.submit(self._drawing.request(wanted.asked))

@@ -1,8 +1,8 @@
-"""Cutting an answer by log-probability.
+"""Split an answer by log-probability.
 
-The decision: pieces are cut where the sampler hesitated, not where tokens are. A piece of joint
+Cuts are placed where the sampler was uncertain, not at fixed token counts. A piece of joint
 probability Q cannot change p by more than 1 - Q, so equal shares of log-probability are equal
-shares of what can happen.
+shares of the possible change.
 """
 
 import math
@@ -11,11 +11,11 @@ from itertools import accumulate
 
 
 def cuts(log_probs: Sequence[float], num_pieces: int) -> list[int]:
-    """Borders of pieces with equal shares of log-probability.
+    """Return boundaries of pieces with equal shares of log-probability.
 
     Args:
-        log_probs: [n], of the answer's tokens, none above 0.
-        num_pieces: at most; a token is never split.
+        log_probs: [n], log-probabilities of the answer's tokens, none above 0.
+        num_pieces: maximum number; a token is never split.
 
     Returns:
         Ascending positions, from 0 to n.
@@ -29,12 +29,13 @@ def cuts(log_probs: Sequence[float], num_pieces: int) -> list[int]:
 
 
 def midpoint(log_probs: Sequence[float], begin: int, end: int) -> int:
-    """Position that halves a piece's log-probability, with a token at least on either side.
+    """Return the position that halves a piece's log-probability, with at least one token on either
+    side.
 
     Args:
-        log_probs: of the answer's tokens.
+        log_probs: log probs of the answer's tokens.
         begin: first token of the piece.
-        end: behind its last token; at least two tokens.
+        end: position after its last token; at least two tokens.
     """
     half, so_far = -sum(log_probs[begin:end]) / 2, 0.0
     for position in range(begin, end - 1):
@@ -45,5 +46,5 @@ def midpoint(log_probs: Sequence[float], begin: int, end: int) -> int:
 
 
 def joint_probability(log_probs: Sequence[float], begin: int, end: int) -> float:
-    """Of a piece's tokens, each behind the ones before it."""
+    """Return the joint probability of a piece's tokens."""
     return math.exp(sum(log_probs[begin:end]))

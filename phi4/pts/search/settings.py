@@ -1,7 +1,7 @@
-"""The numbers of a search, all in one value.
+"""All numbers of a search in one value.
 
-The decision: a mode is a set of numbers, not a program of its own. So the report's search and ours
-run through the same code, and a simulation compares them on the same draws.
+A mode is a set of numbers, not separate code, so that the report's search and ours run through the
+same code, and a simulation can compare them on the same samples.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from phi4.errors import ConfigError
 
 
 class SearchMode(StrEnum):
-    """Which search.
+    """Variant of the search.
 
     `default` finds candidates by a tree and confirms them on fresh completions. `report` is the
     technical report's: a tree with one threshold, nothing confirmed. `thorough` confirms every
@@ -25,32 +25,34 @@ class SearchMode(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """How a question is searched. p is the chance that an answer becomes right.
+    """Settings of a question's search. p is the probability that an answer becomes right.
 
     Attributes:
-        seed: of all draws.
+        seed: seed of all sampling.
         screen_rollouts: answers that decide whether a question is searched.
-        min_share: and `max_share`: a question is searched where the share of right answers among
+        min_share: and `max_share`: a question is searched if the fraction of right answers among
             them is in this range.
         max_share: see `min_share`.
-        max_ungradable_share: of a question's completions; above it the question is dropped.
+        max_ungradable_share: maximum fraction of a question's completions that may be ungradable;
+            above it the question is dropped.
         has_tree: whether candidates are found by a tree; otherwise every token up to
             `max_token_probability` is one.
-        num_cuts: pieces of equal log-probability that an answer is cut into before the tree.
+        num_cuts: pieces of equal log-probability that an answer is split into before the tree.
         node_rollouts: completions of every prefix that the tree measures.
-        reuses_rollouts: whether completions that went along with the answer count at the prefixes
-            that they went through, so that fewer are drawn there.
-        open_gap: a piece is split, and a single token is a candidate, where p differs by so much
+        reuses_rollouts: whether completions that follow the answer also count at the prefixes that
+            they pass, so that fewer are sampled there.
+        open_gap: a piece is split, and a single token is a candidate, if p differs by this much
             between its ends.
-        max_token_probability: a token or piece that the sampler gives more than this is left
-            alone: it cannot change p by more than the rest. Above 1 for no such bound.
-        confirm_draws: fresh completions with a candidate, and as many without, at most; 0 takes
+        max_token_probability: a token or piece with a higher probability is skipped: it cannot
+            change p by more than the remainder. Above 1 for no such bound.
+        confirm_draws: maximum fresh completions with a candidate, and as many without; 0 accepts
             every candidate as a pivot.
-        block_draws: of them, drawn together.
-        min_effect: a pivot changes p by so much as measured.
+        block_draws: number of them sampled together.
+        min_effect: minimum measured change of p by a pivot.
         alpha: level of a question's confirmed pivots.
-        counterpart_trials: completions behind a token that can be a pivot's counterpart.
-        counterpart_tokens: so many tokens are drawn after for a pivot that lacks a counterpart.
+        counterpart_trials: minimum completions after a token that can be a pivot's counterpart.
+        counterpart_tokens: number of tokens to sample completions for if a pivot lacks a
+            counterpart.
     """
 
     mode: SearchMode = SearchMode.DEFAULT
@@ -74,10 +76,10 @@ class SearchSettings:
 
 
 def settings_of(mode: SearchMode, seed: int = 0, alpha: float = 0.1) -> SearchSettings:
-    """The numbers of a mode.
+    """Return the settings of a mode.
 
     Raises:
-        ConfigError: `alpha` is no level, or `seed` is negative.
+        ConfigError: `alpha` is not a level, or `seed` is negative.
     """
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha={alpha}; expected a level above 0 and below 1")

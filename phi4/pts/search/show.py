@@ -1,7 +1,7 @@
-"""A trajectory for people: its text coloured by p, pivots marked, in a terminal or as a picture.
+"""Show a trajectory: its text coloured by p, with pivots marked, in a terminal or as a plot.
 
-The decision: a token has the colour of p behind it, as far as it was measured; a token behind which
-nothing was measured has that of the last measured one before it.
+A token has the colour of p after it, if measured; otherwise that of the last measured token before
+it.
 """
 
 import warnings
@@ -13,13 +13,13 @@ from rich.text import Text
 from phi4.pts.search.rows import TrajectoryRow
 
 _COLORS = ("#b2182b", "#ef8a62", "#f7d6b0", "#c6dbef", "#67a9cf", "#2166ac")
-"""From p = 0 to p = 1; a scale that people with colour blindness can read."""
+"""From p = 0 to p = 1; a scale that is readable with colour blindness."""
 
 _LINE_CHARACTERS = 88
 
 
 def shares_behind(row: TrajectoryRow) -> list[float | None]:
-    """p behind each token; None before the first position that was measured."""
+    """Return p after each token; None before the first measured position."""
     measured = {point.position: point.successes / max(point.trials, 1) for point in row.points}
     shares: list[float | None] = []
     last = measured.get(0)
@@ -30,19 +30,19 @@ def shares_behind(row: TrajectoryRow) -> list[float | None]:
 
 
 def color_of(share: float | None) -> str:
-    """Of a chance; grey where it is unknown."""
+    """Return the colour of a probability; grey if unknown."""
     if share is None:
         return "#d9d9d9"
     return _COLORS[min(int(share * len(_COLORS)), len(_COLORS) - 1)]
 
 
 def ink_of(share: float | None) -> str:
-    """Of a letter on the color of a chance: the two ends of the scale are dark."""
+    """Return the text colour on the colour of a probability: the two ends of the scale are dark."""
     return "#ffffff" if color_of(share) in (_COLORS[0], _COLORS[-1]) else "#000000"
 
 
 def trajectory_text(row: TrajectoryRow) -> Text:
-    """The answer in colours, each pivot followed by its change of p in brackets."""
+    """Return the answer in colours, each pivot followed by its change of p in brackets."""
     marks = {pivot.position: pivot.dp_at_confirmation for pivot in row.pivots}
     text = Text()
     for position, (piece, share) in enumerate(zip(row.texts, shares_behind(row), strict=True)):
@@ -56,7 +56,7 @@ def trajectory_text(row: TrajectoryRow) -> Text:
 
 
 def measured_lines(row: TrajectoryRow) -> list[str]:
-    """Where p was measured, a line each."""
+    """Return the measurements of p, a line each."""
     lines = []
     for point in row.points:
         share = point.successes / max(point.trials, 1)
@@ -66,8 +66,8 @@ def measured_lines(row: TrajectoryRow) -> list[str]:
 
 
 def draw_trajectory(row: TrajectoryRow, out: Path) -> Path:
-    """Draw the answer's tokens in colours, and p along them; returns `out` (PNG)."""
-    # Drawn on a machine without a display; importing it costs half a second.
+    """Plot the answer's tokens in colours, and p along them; return `out` (PNG)."""
+    # Drawn on a machine without a display; importing it takes half a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -82,14 +82,14 @@ def draw_trajectory(row: TrajectoryRow, out: Path) -> Path:
     _draw_tokens(tokens, row, lines)
     _draw_curve(curve, row)
     with warnings.catch_warnings():
-        # What the font lacks is drawn as a box.
+        # Characters missing in the font are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(out)
     return out
 
 
 def _laid_out(row: TrajectoryRow) -> list[tuple[int, int, str, int]]:
-    """Pieces of tokens in lines of one width: line, column, text, token."""
+    """Lay out pieces of tokens in lines of one width: line, column, text, token."""
     laid: list[tuple[int, int, str, int]] = []
     line, column = 0, 0
     for token, text in enumerate(row.texts):
@@ -104,7 +104,7 @@ def _laid_out(row: TrajectoryRow) -> list[tuple[int, int, str, int]]:
 
 
 def _visible(text: str) -> str:
-    """With a mark in front of a line break, so that a break token has a colour, too."""
+    """Add a mark before a line break, so that a line break token has a colour too."""
     return text.replace("\t", "    ").replace("\n", "↵\n")
 
 

@@ -1,8 +1,8 @@
-"""Everything a search drew, in one SQLite file.
+"""Store everything that a search sampled in one SQLite file.
 
-The decision: a block of completions is stored whole, in one transaction with the blocks that were
-graded with it, under the ids of its prompt. So a search that was killed asks again for the blocks
-that were in flight and for no other one, and a block is never half there.
+A block of completions is stored in one transaction with the blocks that were graded with it, under
+the ids of its prompt. A killed search therefore repeats only the blocks that were in flight, and a
+block is never stored partially.
 """
 
 import fcntl
@@ -44,13 +44,13 @@ _NODE = "prompt=? AND prefix=? AND forced=? AND forbidden=? AND purpose=?"
 
 @dataclass(frozen=True)
 class StoredBlock:
-    """A block with what came of it.
+    """A block with its results.
 
     Attributes:
         prompt: ids of the question's prompt.
-        block: what was asked for.
-        seed: of its request.
-        rollouts: all n.
+        block: the requested block.
+        seed: seed of its request.
+        rollouts: all n rollouts.
     """
 
     prompt: tuple[int, ...]
@@ -72,7 +72,7 @@ class SearchStore:
         self._rollouts = msgspec.msgpack.Decoder(tuple[Rollout, ...])
 
     def rollouts(self, prompt: tuple[int, ...], block: RolloutBlock) -> tuple[Rollout, ...] | None:
-        """What came of a block; None where it was never drawn."""
+        """Return the rollouts of a block; None if it is not stored."""
         row = self._connection.execute(
             "SELECT rollouts FROM blocks JOIN nodes ON node = id "
             f"WHERE {_NODE} AND number=? AND n=?",
@@ -81,7 +81,7 @@ class SearchStore:
         return None if row is None else self._rollouts.decode(row[0])
 
     def save(self, blocks: Iterable[StoredBlock]) -> None:
-        """Add blocks, all of them or none."""
+        """Add blocks in one transaction."""
         with self._connection:
             for one in blocks:
                 key, share = _node_key(one.prompt, one.block), share_of(one.rollouts)
@@ -104,33 +104,33 @@ class SearchStore:
                 )
 
     def save_result(self, question: str, found: bytes) -> None:
-        """What came of a question, encoded."""
+        """Store the encoded result of a question."""
         with self._connection:
             self._connection.execute(
                 "INSERT OR REPLACE INTO results VALUES (?, ?)", (question, found)
             )
 
     def result(self, question: str) -> bytes | None:
-        """What came of a question; None while it is searched."""
+        """Return the result of a question; None while it is being searched."""
         row = self._connection.execute(
             "SELECT found FROM results WHERE question=?", (question,)
         ).fetchone()
         return None if row is None else row[0]
 
     def add_seconds(self, seconds: float) -> None:
-        """Note how long a session drew."""
+        """Record the sampling time of a session."""
         with self._connection:
             self._connection.execute("INSERT INTO sessions (seconds) VALUES (?)", (seconds,))
 
     def seconds(self) -> float:
-        """Of all sessions that noted theirs."""
+        """Return the total time of all recorded sessions."""
         return self._connection.execute("SELECT total(seconds) FROM sessions").fetchone()[0]
 
     def keep_identity(self, identity: Mapping[str, str]) -> None:
-        """Note what this search is, or compare with what is noted.
+        """Store the identity of this search, or compare it with the stored one.
 
         Raises:
-            ConfigError: another search is stored.
+            ConfigError: the store belongs to another search.
         """
         with self._connection:
             noted = dict(self._connection.execute("SELECT name, value FROM identity"))
@@ -142,14 +142,14 @@ class SearchStore:
 
 @contextmanager
 def opened_store(directory: Path, identity: Mapping[str, str]) -> Iterator[SearchStore]:
-    """The store of a search, which nobody else writes to meanwhile.
+    """Open the store of a search exclusively.
 
     Args:
-        directory: made where it is missing.
-        identity: what makes this search another one than others.
+        directory: created if missing.
+        identity: values that distinguish this search from others.
 
     Raises:
-        ConfigError: the directory holds another search, or somebody searches in it.
+        ConfigError: the directory belongs to another search, or another process uses it.
         DataError: its store cannot be read.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def opened_store(directory: Path, identity: Mapping[str, str]) -> Iterator[Searc
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(
-                f"another process searches in {directory}; wait for it, or use another --out"
+                f"another process is searching in {directory}; wait for it, or use another --out"
             ) from None
         with _connected(directory / FILE_NAME) as connection:
             connection.executescript(_SCHEMA)
@@ -168,7 +168,7 @@ def opened_store(directory: Path, identity: Mapping[str, str]) -> Iterator[Searc
 
 
 def check_store(directory: Path, identity: Mapping[str, str]) -> None:
-    """Refuse a directory with another search, without writing to it.
+    """Raise an error for a directory with another search, without writing to it.
 
     Raises:
         ConfigError: see `opened_store`.
@@ -188,7 +188,7 @@ def check_store(directory: Path, identity: Mapping[str, str]) -> None:
 def _connected(path: Path) -> Iterator[sqlite3.Connection]:
     connection = sqlite3.connect(path)
     try:
-        # Readers, `phi4 pts show` for one, never wait for the search.
+        # Readers such as `phi4 pts show` never wait for the search.
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         yield connection
@@ -202,8 +202,8 @@ def _check(noted: Mapping[str, str], identity: Mapping[str, str]) -> None:
     for name in sorted(noted.keys() | identity.keys()):
         if noted.get(name) != identity.get(name):
             raise ConfigError(
-                f"--out holds a search with {name}={noted.get(name)}, this one has "
-                f"{name}={identity.get(name)}; use another --out, or ask for the same"
+                f"--out has a search with {name}={noted.get(name)}, but this one has "
+                f"{name}={identity.get(name)}; use another --out, or the same settings"
             )
 
 

@@ -1,7 +1,7 @@
-"""Finding candidates: p at the ends of a piece, and where they differ, p at its middle.
+"""Find candidates: measure p at the ends of a piece, and if they differ, at its middle.
 
-The decision: pieces of all trajectories of a question are opened level by level, so that a level
-is one batch, and a prefix that trajectories share is measured once.
+Pieces of all trajectories of a question are opened level by level, so that a level is one batch,
+and a prefix that trajectories share is measured once.
 """
 
 import math
@@ -19,9 +19,9 @@ class Trajectory:
     """A finished answer whose tokens are searched.
 
     Attributes:
-        ids: of the answer, the one that ended it included.
-        log_probs: of `ids` in the sampler's distribution.
-        is_right: the oracle's verdict, which is p of the whole answer.
+        ids: ids of the answer, including its end token.
+        log_probs: log probs of `ids` in the sampler's distribution.
+        is_right: the oracle's verdict, which is p of the complete answer.
     """
 
     ids: tuple[int, ...]
@@ -29,17 +29,17 @@ class Trajectory:
     is_right: bool
 
     def q(self, position: int) -> float:
-        """The sampler's probability of a token."""
+        """Return the sampler's probability of a token."""
         return math.exp(self.log_probs[position])
 
 
 @dataclass(frozen=True)
 class CandidateToken:
-    """A token that may be pivotal, at its first place in a question.
+    """A token that may be pivotal, at its first position in a question.
 
     Attributes:
         trajectory: index among the question's.
-        position: of the token in it.
+        position: position of the token in it.
     """
 
     trajectory: int
@@ -54,12 +54,12 @@ class _Segment:
 
 
 class MeasuredPrefixes:
-    """p of prefixes of trajectories, as the tree measured it.
+    """p of prefixes of trajectories, as measured by the tree.
 
     Attributes:
         drawn: completions that began at a prefix.
-        shares: of those, and of others that went through it.
-        num_reused: completions that were not drawn because others went through a prefix.
+        shares: results of those, and of others that passed through it.
+        num_reused: completions that were not sampled because others passed through a prefix.
     """
 
     def __init__(self, trajectories: Sequence[Trajectory], settings: SearchSettings) -> None:
@@ -71,10 +71,10 @@ class MeasuredPrefixes:
         self._settings = settings
 
     def measure(self, ends: Iterable[tuple[int, int]]) -> Asks[None]:
-        """Measure prefixes that are not, and count again those that are.
+        """Measure new prefixes, and update the counts of measured ones.
 
         Args:
-            ends: of each prefix: its trajectory and its length.
+            ends: trajectory and length of each prefix.
         """
         answers = {
             self._trajectories[index].ids[:length]: self._trajectories[index].ids
@@ -99,7 +99,7 @@ class MeasuredPrefixes:
             self.shares[prefix] = share_of(through)
 
     def _passed(self, prefix: tuple[int, ...]) -> list[Rollout]:
-        """Completions of shorter prefixes that went through this one."""
+        """Return completions of shorter prefixes that passed through this one."""
         if not self._settings.reuses_rollouts:
             return []
         return [
@@ -114,12 +114,12 @@ class MeasuredPrefixes:
 def find_candidates(
     trajectories: Sequence[Trajectory], settings: SearchSettings, measured: MeasuredPrefixes
 ) -> Asks[list[CandidateToken]]:
-    """The candidates of a question's trajectories, each pair of prefix and token once.
+    """Find the candidates of a question's trajectories, each pair of prefix and token once.
 
     Args:
-        trajectories: of one question.
-        settings: of the search.
-        measured: takes what is drawn.
+        trajectories: trajectories of one question.
+        settings: settings of the search.
+        measured: receives the measurements.
     """
     if settings.has_tree:
         found = yield from _grow(trajectories, settings, measured)

@@ -1,10 +1,9 @@
-"""A forbidden first token where one request cannot forbid it: first tokens, then the rest.
+"""Emulate a forbidden first token with two requests: first tokens, then their continuations.
 
-The decision: such a request becomes two, and the search sees one. An endpoint can ban a token at
-every position only, so the first request draws one token of each sample under the ban. Where the
-sampler cuts its distribution off (top-p), a ban would let tokens in that it never draws; there the
-first request draws without a ban, and the forbidden ones are drawn again. The second goes on from
-each different token.
+An endpoint can only ban a token at every position, so the first request samples one token of each
+sample under the ban. If the sampler truncates its distribution (top-p), a ban would admit tokens
+that it never samples; the first request then samples without a ban, and forbidden tokens are
+resampled. The second request continues from each different token. The search sees a single request.
 """
 
 import hashlib
@@ -24,24 +23,24 @@ from phi4.sampling.protocol import (
 )
 
 _DRAWS_PER_SAMPLE = 6
-"""First tokens that are drawn without a ban for one that is wanted."""
+"""Number of first tokens sampled without a ban per required one."""
 
 _MAX_ROUNDS = 100
 
 
 @dataclass
 class _OpenRequest:
-    """A request, and those below that it became.
+    """A request, and the requests that it was split into.
 
     Attributes:
-        request: as it was asked.
-        is_split: whether it is asked in two parts.
-        parts: open requests below, each with the samples that it draws; None for first tokens.
-        first: of each sample, once it is drawn.
+        request: the original request.
+        is_split: whether it is split in two parts.
+        parts: open requests of the inner sampler, each with its samples; None for first tokens.
+        first: first token of each sample, once sampled.
         drawn: completions of the open request for first tokens.
         num_rounds: requests for first tokens so far.
         num_left: samples without a completion.
-        is_cancelled: nothing more is asked for.
+        is_cancelled: whether nothing more is requested.
     """
 
     request: Request
@@ -55,11 +54,11 @@ class _OpenRequest:
 
 
 class TwoRequestSampler:
-    """A `Sampler` whose `forbidden_first` is exact on the sampler below.
+    """A `Sampler` with exact `forbidden_first` over an inner sampler.
 
     Args:
-        sampler: below; this one closes it.
-        redraws: draw first tokens without a ban, and again those that are forbidden.
+        sampler: the inner sampler; this one closes it.
+        redraws: sample first tokens without a ban, and resample the forbidden ones.
     """
 
     def __init__(self, sampler: Sampler, redraws: bool = False) -> None:
@@ -80,14 +79,14 @@ class TwoRequestSampler:
         """See `Sampler.submit`.
 
         Raises:
-            ConfigError: stop strings together with a forbidden first token are asked for, too.
+            ConfigError: also for stop strings together with a forbidden first token.
         """
         is_split = bool(request.forbidden_first) and not request.forced
         is_split = is_split and (self._redraws or request.max_tokens > 1)
         if is_split and request.stop_strings:
             raise ConfigError(
                 "a request cannot forbid the first token and stop at a string, which may begin "
-                "with it; leave stop_strings out"
+                "with it; remove stop_strings"
             )
         one = _OpenRequest(request, is_split, num_left=request.n)
         request_id = self._num_requests
@@ -107,7 +106,7 @@ class TwoRequestSampler:
             events = ()
             self._fail(error)
         for event in events:
-            # A request that failed is gone; what is still said of its parts is dropped.
+            # A failed request is gone; later events of its parts are dropped.
             if event.request_id in self._owners:
                 try:
                     self._take(event, self._owners[event.request_id])
@@ -150,7 +149,7 @@ class TwoRequestSampler:
             self._forget(request_id)
 
     def _take_first(self, event: NewToken | Completion, one: _OpenRequest, request_id: int) -> None:
-        """First tokens are told once all of a request are there."""
+        """First tokens are reported once all of a request are available."""
         if isinstance(event, NewToken):
             return
         one.drawn.append(event)
@@ -174,14 +173,14 @@ class TwoRequestSampler:
         banned = one.request.forbidden_first
         kept = [ended for ended in drawn if not {token.id for token in ended.tokens} & banned]
         if not self._redraws and len(kept) < len(drawn):
-            # A server that does not know the bias would draw what is forbidden, unnoticed.
+            # A server that ignores the bias would sample forbidden tokens unnoticed.
             raise SamplerError(
-                f"the endpoint drew one of the token ids {sorted(banned)}, which logit_bias=-100 "
-                "forbids; use one that takes logit_bias",
+                f"the endpoint sampled one of the token ids {sorted(banned)}, which "
+                f"logit_bias=-100 forbids; use one that supports logit_bias",
                 part,
             )
         if not kept and one.num_rounds == _MAX_ROUNDS:
-            raise SamplerError("the model draws forbidden first tokens only", part)
+            raise SamplerError("the model only samples forbidden first tokens", part)
         return kept
 
     def _num_first(self, one: _OpenRequest) -> int:
@@ -197,7 +196,7 @@ class TwoRequestSampler:
         self._ask(one, request_id, request, None)
 
     def _ask_second(self, one: _OpenRequest, request_id: int) -> None:
-        """Go on from each different first token; it ended the sample where it is a stop."""
+        """Continue from each different first token; a stop token ends the sample at once."""
         request = one.request
         by_token: dict[int, list[int]] = {}
         for sample, ended in enumerate(one.first):
@@ -237,7 +236,7 @@ class TwoRequestSampler:
         self._happened.append(ended)
 
     def _fail(self, error: SamplerError) -> None:
-        """A part failed, and its request with it."""
+        """Fail a request because a part of it failed."""
         if error.request_id not in self._owners:
             return
         request_id = self._owners[error.request_id]
@@ -253,6 +252,6 @@ class TwoRequestSampler:
 
 
 def _seed(seed: int, name: str) -> int:
-    """Of a part of a request."""
+    """Return the seed of a part of a request."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1

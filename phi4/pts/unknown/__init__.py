@@ -1,4 +1,5 @@
-"""What a model does not know: refusals and answers by its own measured accuracy.
+"""Training rows for questions that a model cannot answer: refusals and answers by its measured
+accuracy.
 
 Source: report, section 4.4 and appendix A.1.
 """

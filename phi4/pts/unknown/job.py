@@ -1,4 +1,4 @@
-"""Graded answers in, rows for fine-tuning and preferences out."""
+"""Write rows for fine-tuning and preferences from graded answers."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class UnknownTexts:
-    """What others wrote; see `phi4.pts.unknown.texts`."""
+    """External texts; see `phi4.pts.unknown.texts`."""
 
     refusals: Refusals
     bogus: Mapping[str, Sequence[Bogus]] = field(default_factory=dict)
@@ -42,10 +42,10 @@ class UnknownReport:
     """Counts of a job.
 
     Attributes:
-        counts: of questions, of answers, and of what is left out.
-        sft: rows by what they teach.
-        dpo: rows by what they prefer.
-        accuracies: of the questions that could be graded.
+        counts: counts of questions, of answers, and of dropped items.
+        sft: number of rows by kind.
+        dpo: number of rows by kind.
+        accuracies: accuracies of the questions that could be graded.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -81,7 +81,7 @@ class UnknownReport:
         yield (
             f"left out: {counts['without_refusal']} questions without a refusal, "
             f"{counts['equal_sides']} preferences with equal sides, "
-            f"{counts['foreign_bogus']} bogus questions of no question here"
+            f"{counts['foreign_bogus']} bogus questions without their question"
         )
 
 
@@ -93,14 +93,14 @@ def build_unknown(
     tokenizer: Tokenizer,
     out: Path,
 ) -> UnknownReport:
-    """Grade the base model's answers and write what is to be taught.
+    """Grade the base model's answers and write the training rows.
 
     Args:
         questions: the answers to each.
         oracle: grades them.
-        texts: refusals and questions of others.
-        rules: what is usual, and how long a side is.
-        tokenizer: of the answers' ids.
+        texts: refusals and external questions.
+        rules: thresholds, and the length of a side.
+        tokenizer: tokenizer of the answers' ids.
         out: directory of `sft.jsonl`, `dpo.jsonl` and `report.json`.
     """
     report, seen = UnknownReport(), set()

@@ -1,7 +1,7 @@
-"""The records of one question: what the model is taught to say, by how often it is right.
+"""The training records of one question, depending on how often the model answers it correctly.
 
-The decision: accuracy is measured, never asked for. An answer that cannot be graded is not counted,
-and a question whose share is exactly the threshold is neither usually right nor usually wrong.
+Accuracy is measured, never self-reported. An answer that cannot be graded is not counted, and a
+question whose accuracy equals the threshold is neither usually right nor usually wrong.
 """
 
 from collections import Counter
@@ -21,11 +21,11 @@ from phi4.sampling.chat import chat_prompt
 
 @dataclass(frozen=True)
 class RecordRules:
-    """What the records of a question depend on.
+    """Settings of the records.
 
     Attributes:
-        threshold: more than this share of right answers is usually right, less usually wrong.
-        response_tokens: of each side of a preference; 0 keeps them whole.
+        threshold: a higher fraction of right answers is usually right, a lower one usually wrong.
+        response_tokens: maximum tokens of each side of a preference; 0 does not truncate.
     """
 
     threshold: float
@@ -37,7 +37,7 @@ class Record:
     """A row for fine-tuning or for preferences.
 
     Attributes:
-        kind: what it teaches.
+        kind: what it trains.
         row: columns by name.
     """
 
@@ -58,7 +58,7 @@ class MeasuredQuestion:
     graded: Sequence[Graded]
 
     def answers(self, grade: Grade) -> list[AnswerRow]:
-        """Those of a grade."""
+        """Return the answers with a grade."""
         return [r for r, g in zip(self.rows, self.graded, strict=True) if g.outcome is grade]
 
     @property
@@ -73,11 +73,11 @@ class MeasuredQuestion:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of right answers; None without graded ones."""
+        """Fraction of right answers; None without graded ones."""
         return self.num_right / self.num_graded if self.num_graded else None
 
     def facts(self) -> dict[str, Any]:
-        """What every row of the question says about it."""
+        """Return the columns about the question in each of its rows."""
         low, high = wilson_interval(self.num_right, self.num_graded)
         return {
             "question": self.rows[0].question,
@@ -119,9 +119,10 @@ def bogus_records(
 def preference_records(
     measured: MeasuredQuestion, refusal: Refusal, rules: RecordRules, tokenizer: Tokenizer
 ) -> Iterator[Record]:
-    """Yield the preferences of a question: a right answer over the refusal, that over a wrong one.
+    """Yield the preferences of a question: a right answer over the refusal, the refusal over a
+    wrong one.
 
-    Either or both, by which answers the model gave.
+    One or both, depending on the answers that the model gave.
     """
     prompt = chat_prompt(_turns(measured, refusal, tokenizer), tokenizer)
     refused = _side(refusal.text, rules, tokenizer)
@@ -137,7 +138,7 @@ def preference_records(
 def safety_records(
     one: SafetyPrompt, rules: RecordRules, tokenizer: Tokenizer
 ) -> tuple[Record, Record | None]:
-    """The row for fine-tuning and, where an unsafe answer is given, the preference."""
+    """Yield the row for fine-tuning and, if there is an unsafe answer, the preference."""
     turns = (Message(Role.USER, one.prompt),)
     row = Record("safety", _conversation(turns, one.refusal))
     if one.unsafe is None:
@@ -147,7 +148,7 @@ def safety_records(
 
 
 def commonest(rows: Sequence[AnswerRow]) -> AnswerRow:
-    """The answer that was given most often, of equals the first; at least one is given."""
+    """Return the most frequent answer, the first among equals; there must be at least one."""
     counts = Counter(row.text.strip() for row in rows)
     return max(rows, key=lambda row: counts[row.text.strip()])
 
@@ -168,7 +169,7 @@ def _conversation(turns: Sequence[Message], answer: str) -> dict[str, Any]:
 def _drawn_side(
     answer: AnswerRow, prompt: Sequence[int], rules: RecordRules, tokenizer: Tokenizer
 ) -> list[int]:
-    """An answer in the ids that were drawn where they follow this very prompt."""
+    """Return an answer with its sampled ids if they follow exactly this prompt."""
     if tuple(answer.prompt_ids) != tuple(prompt):
         return _side(answer.text.strip(), rules, tokenizer)
     return answer.ids[: rules.response_tokens] if rules.response_tokens else answer.ids

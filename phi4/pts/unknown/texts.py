@@ -1,4 +1,4 @@
-"""Texts that somebody else wrote: refusals, bogus questions, prompts that ask for harm."""
+"""Read external texts: refusals, bogus questions, harmful prompts."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from phi4.pts.json_rows import optional_text_of, question_of, read_json_rows, te
 
 @dataclass(frozen=True)
 class Refusal:
-    """A refusal of one question, and better texts than the model's for it.
+    """A refusal of one question, optionally with better texts than the model's.
 
     Attributes:
-        text: of the refusal.
-        prompt: the question as a user would ask it; None for the prompt that the model saw.
+        text: text of the refusal.
+        prompt: the question as a user would ask it; None for the model's own prompt.
         answer: a right answer for fine-tuning; None for the model's own.
     """
 
@@ -26,11 +26,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Bogus:
-    """A question that nobody can answer, though it looks like one.
+    """An unanswerable question that resembles a real one.
 
     Attributes:
-        text: of the question.
-        refusal: None for one of the refusals that suit any question.
+        text: text of the question.
+        refusal: its own refusal; None to use a general one.
     """
 
     text: str
@@ -42,9 +42,9 @@ class SafetyPrompt:
     """A prompt that must be refused.
 
     Attributes:
-        prompt: of the user.
-        refusal: of the assistant.
-        unsafe: an answer that it must not give; None without one.
+        prompt: prompt of the user.
+        refusal: refusal of the assistant.
+        unsafe: an unsafe answer; None without one.
     """
 
     prompt: str
@@ -56,9 +56,9 @@ class Refusals:
     """The refusals of a file.
 
     Args:
-        path: rows of `question` and `refusal`, with `prompt` and `answer` where they are better
-            than the model's; or of `refusal` alone, which suits any question.
-        seed: decides which of the latter a question gets.
+        path: rows of `question` and `refusal`, optionally with better `prompt` and `answer` than
+            the model's; or of `refusal` alone, which applies to any question.
+        seed: determines which general refusal a question gets.
 
     Raises:
         DataError: the file holds no refusal, a row is malformed, or a question has two.
@@ -82,7 +82,7 @@ class Refusals:
             raise DataError(f'{path} holds no refusal; write {{"refusal": "text"}} lines')
 
     def of(self, question: str) -> Refusal | None:
-        """The refusal of a question; None where there is neither its own nor one for any."""
+        """Return the refusal of a question; None if there is neither its own nor a general one."""
         own = self._of_question.get(question)
         if own is not None or not self._of_any:
             return own
@@ -90,10 +90,10 @@ class Refusals:
 
 
 def read_bogus(path: Path) -> dict[str, list[Bogus]]:
-    """The bogus questions of a file by the question that each was made of.
+    """Read the bogus questions of a file by their original question.
 
     Args:
-        path: rows of `question`, `bogus` and, where it has one of its own, `refusal`.
+        path: rows of `question`, `bogus` and optionally `refusal`.
 
     Raises:
         DataError: a row is malformed.
@@ -106,7 +106,7 @@ def read_bogus(path: Path) -> dict[str, list[Bogus]]:
 
 
 def read_safety(path: Path) -> list[SafetyPrompt]:
-    """The safety prompts of a file: rows of `prompt`, `refusal` and, optionally, `unsafe`.
+    """Read the safety prompts of a file: rows of `prompt`, `refusal` and optionally `unsafe`.
 
     Raises:
         DataError: a row is malformed.

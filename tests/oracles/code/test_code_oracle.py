@@ -193,7 +193,7 @@ def test_compiler_that_the_sandbox_cannot_see_is_named(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Exception, match=f"rustc is only at {compiler}.*below /usr"):
         find_toolchain("rust", search_path=str(tmp_path / "none"))
-    with pytest.raises(Exception, match="the sandbox cannot see"):
+    with pytest.raises(Exception, match="not visible in the sandbox"):
         find_toolchain("rust", search_path=str(tmp_path))
     with pytest.raises(Exception, match="go is not installed"):
         find_toolchain("go", search_path=str(tmp_path))
@@ -223,15 +223,15 @@ def test_interpreter_that_fails_before_the_answer_is_no_verdict(
     [
         ("print(1)", "expected a table"),
         ({"language": "perl", "cases": [{}]}, "language is 'perl'"),
-        ({"language": "cpp", "function": "f", "cases": [{}]}, "only python's"),
+        ({"language": "cpp", "function": "f", "cases": [{}]}, "only python functions"),
         ({"language": "python", "cases": []}, "at least one"),
         ({"language": "python", "cases": [{"stdin": ""}]}, "stdin and expected"),
         ({"language": "python", "cases": [{"stdin": "", "expected": 5}]}, "expected a string"),
         ({"language": "python", "cases": [{}], "tolerence": 1}, "'tolerence'"),
-        (function(([1], float("nan"))), "no JSON"),
+        (function(([1], float("nan"))), "not JSON"),
         (function(([1], 1), tolerance=True), "tolerance is True"),
         (function(([1], 1), cpu_seconds=0), "cpu_seconds is 0"),
-        (function(([{1}], 1)), "no JSON"),
+        (function(([{1}], 1)), "not JSON"),
         (function((1, 1)), "expected a list"),
         (function(([1], 1)) | {"function": "f;g"}, "expected a name"),
     ],

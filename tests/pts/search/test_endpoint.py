@@ -109,7 +109,7 @@ def test_redraws_go_on_until_there_are_enough_and_then_give_up(tokenizer) -> Non
     assert drawn_ids(run(sampler, asking(n=5))[0]) == [[B, END]] * 5
     # No round repeats the draws of another one.
     assert len({request.seed for request in below.requests}) == len(below.requests) > 3
-    with pytest.raises(SamplerError, match="forbidden first tokens only") as caught:
+    with pytest.raises(SamplerError, match="only samples forbidden first tokens") as caught:
         run(sampler, asking(n=5, forbidden_first=frozenset((A, B))))
     assert caught.value.request_id == 1
 
@@ -131,7 +131,7 @@ def test_other_requests_pass_as_they_are(tokenizer) -> None:
 
 def test_stop_strings_are_refused(tokenizer) -> None:
     sampler = TwoRequestSampler(ScriptedSampler(letters, tokenizer))
-    with pytest.raises(ConfigError, match="leave stop_strings out"):
+    with pytest.raises(ConfigError, match="remove stop_strings"):
         sampler.submit(asking(stop_strings=(b"A",)))
     assert not sampler.step()
 
@@ -165,7 +165,7 @@ def test_server_that_ignores_the_ban_is_an_error_of_its_request(tokenizer) -> No
             except SamplerError as error:
                 failed.append(error)
     assert [error.request_id for error in failed] == [bad]
-    assert "drew one of the token ids [65], which logit_bias=-100 forbids" in str(failed[0])
+    assert "sampled one of the token ids [65], which logit_bias=-100 forbids" in str(failed[0])
     assert {event.request_id for event in happened if event.request_id != bad} == {0, other}
 
 
@@ -174,7 +174,7 @@ def test_server_that_ignores_the_ban_is_an_error_of_its_request(tokenizer) -> No
     [
         ("token_ids", "needs token ids or log_probs"),
         ("logprobs", "needs token ids or log_probs"),
-        ("logit_bias", "which logit_bias=-100 forbids; use one that takes logit_bias"),
+        ("logit_bias", "which logit_bias=-100 forbids; use one that supports logit_bias"),
     ],
 )
 def test_endpoint_without_a_need_is_refused_before_the_search(tokenizer, lacks, message) -> None:

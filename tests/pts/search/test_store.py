@@ -102,7 +102,7 @@ def test_same_search_again_draws_nothing(tokenizer, tmp_path) -> None:
 def test_two_searches_in_one_directory_are_refused(tmp_path) -> None:
     with (
         opened_store(tmp_path, {"a": "b"}),
-        pytest.raises(ConfigError, match="another process searches"),
+        pytest.raises(ConfigError, match="another process is searching"),
         opened_store(tmp_path, {"a": "b"}),
     ):
         pass

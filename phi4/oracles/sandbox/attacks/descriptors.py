@@ -1,4 +1,4 @@
-"""Open files that the builder of the sandbox left."""
+"""Open files inherited from the builder of the sandbox."""
 
 import os
 

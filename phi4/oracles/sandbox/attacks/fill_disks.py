@@ -1,4 +1,4 @@
-"""Files without end in every place that a program usually may write to."""
+"""Unlimited files in every place that a program usually may write to."""
 
 got = []
 for folder in ("/tmp", "/dev/shm", "/dev", "/", "/program", "/usr"):

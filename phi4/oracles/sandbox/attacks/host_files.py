@@ -1,4 +1,4 @@
-"""Files of the host, by every way round."""
+"""Files of the host, by every known way around the sandbox."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The words of a sandbox that cannot start."""
+"""Output that imitates a sandbox that cannot start."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Signals to every process that it can name."""
+"""Signals to every visible process."""
 
 import contextlib
 import json

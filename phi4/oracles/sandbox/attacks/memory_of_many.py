@@ -1,4 +1,4 @@
-"""More memory than is allowed, of processes that have each little."""
+"""More memory than allowed, spread over processes that each use little."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Output without end."""
+"""Unlimited output."""
 
 import sys
 

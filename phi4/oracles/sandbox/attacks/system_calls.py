@@ -1,4 +1,4 @@
-"""Every system call of the filter, with arguments that do nothing where it is let through."""
+"""Every system call of the filter, with arguments that are harmless if it is allowed."""
 
 import ctypes
 import errno

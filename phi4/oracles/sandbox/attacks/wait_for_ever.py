@@ -1,4 +1,4 @@
-"""Nothing, for long."""
+"""Idle without end."""
 
 import time
 
