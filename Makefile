@@ -39,10 +39,10 @@ test-all: test  ## test, then the slow and Slurm tests, trl's losses, lm-eval's 
 	@tools/setup_transformers4.sh
 	@OMP_NUM_THREADS=1 .venv-tf4/bin/python -m pytest tests/convert -m "not gpu" $(BY_FILE)
 
-prove-checkpoints: setup  ## damaged checkpoints execute nothing, each ends in one line
+prove-checkpoints: setup  ## fuzz checkpoints: no code is executed, each ends in a one-line error
 	@.venv/bin/python -m tools.checkpoint_fuzz --mutants 500 --json benchmarks/checkpoint_fuzz.jsonl
 
-prove-%: setup  ## a proof longer than its tests: python -m tools.prove --help names them
+prove-%: setup  ## long-running proofs; python -m tools.prove --help lists them
 	@.venv/bin/python -m tools.prove $*
 
 lint: setup  ## ruff, mypy, and clang-format where it is installed
@@ -60,7 +60,7 @@ gpu:  ## on a machine with one GPU: kernels proven and timed, the engine against
 bench: setup  ## kernel benches against their floors: make bench ARGS="--op rms_norm"
 	@.venv/bin/python -m phi4_kernels.bench $(ARGS)
 
-bench-generation: setup  ## time generation beside transformers, about 10 minutes on one thread
+bench-generation: setup  ## time generation against transformers, about 10 minutes on one thread
 	@OMP_NUM_THREADS=1 .venv/bin/python -m tools.generation_time --json benchmarks/generation.jsonl
 
 csrc: setup  ## build the CUDA ops for sm_90a where nvcc is installed
@@ -78,7 +78,7 @@ measured: setup  ## BENCHMARKS.md and README's table from the rows under benchma
 	@.venv/bin/python -m tools.measured_table
 	@.venv/bin/python -m tools.benchmark_page
 
-picture: setup  ## draw the packages and their imports into docs/architecture.md
+picture: setup  ## generate the package diagrams in docs/architecture.md
 	@.venv/bin/python -m tools.package_picture
 
 references: setup  ## write docs/recipe.md and docs/cli.md from the schema and the commands

@@ -46,7 +46,7 @@ class Preference:
     gradient: GradientForm = "any"
 
     def __call__(self, inputs: LossInputs, segment_sum: SegmentSum) -> Loss:
-        """The sums of one micro-batch."""
+        """Return the sums of one micro-batch."""
         log_probs_N = segment_sum(inputs.log_probs_BS * inputs.loss_mask_BS)
         margins_P = log_probs_N[0::2] - log_probs_N[1::2]
         num_pairs = inputs.segment_total(torch.ones_like(margins_P))

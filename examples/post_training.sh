@@ -2,7 +2,7 @@
 # Phi-4's post-training in miniature: a base model of arithmetic modulo 10, fine-tuning on the best of
 # its own answers, preferences of the tokens that decide whether an answer is right, preferences of
 # whole answers. `phi4 demo --post-training` runs the same commands and draws a table of what each
-# stage is worth. A second start goes on where the first one ended.
+# stage is worth. A second start resumes where the first one ended.
 #
 #   examples/post_training.sh                 # after `make setup`; 2 cores, 20 minutes at most
 #   examples/post_training.sh run.steps=2     # overrides for all of its recipes

@@ -2,7 +2,7 @@
 # The stages of post-training in other layouts, on four CPU processes: fine-tuning on conversations,
 # then preferences of single tokens, then preferences of whole answers, each from what came before.
 # What they teach is planted; post_training.sh makes a model better at something.
-# Eight minutes on 2 cores, less after `make demo`. A second start goes on where the first one
+# Eight minutes on 2 cores, less after `make demo`. A second start resumes where the first one
 # ended; what is finished stays as it is.
 #
 #   examples/post_training_layouts.sh                 # after `make demo` or `make setup`
@@ -23,7 +23,7 @@ phi4 dpo cache-ref "$recipes/tiny_dpo_pivotal.toml" "$@"
 phi4 train "$recipes/tiny_dpo_pivotal.toml" "$@"
 
 # Second round: which of two answers is better. Its reference is the model of the first round, so it
-# has a cache and a run of its own beside those of the recipe.
+# has a cache and a run of its own in addition to those of the recipe.
 second=(
     run.init_from=runs/demo/dpo_pivotal
     run.dir=runs/demo/dpo_second

@@ -1,9 +1,9 @@
-"""How long training stands still for a save: one that it waits for, one that it does not.
+"""Measure how long a save blocks training, synchronous and asynchronous.
 
 Two data ranks write their shares of one state. Three kinds of save take turns, so what else runs on
 the machine meets them alike: waited for; asynchronous; asynchronous with every wait for the disk
-one second longer. While an asynchronous save is under way training goes on, and its stall is all
-the time that the training thread spends in it: beginning it, and looking after every step.
+one second longer. Training continues during an asynchronous save, whose stall is the time
+that the training thread spends in it: starting it, and polling after every step.
 
     python -m tools.async_save --pairs 7 --json benchmarks/async_save.jsonl
 """
@@ -132,13 +132,13 @@ def written_bytes(root: Path, step: int) -> int:
 
 
 def compare(pairs: int, place: Path | None) -> dict[str, Any]:
-    """The row."""
+    """Return the row."""
     root = Path(tempfile.mkdtemp(prefix="async_save_", dir=place))
     try:
         ranks = run_ranks(2, measured, root, pairs)
     finally:
         shutil.rmtree(root)
-    # Training stands still as long as its slowest rank does.
+    # Training is blocked as long as its slowest rank.
     stalls = {k: np.max([rank["stalls"][k] for rank in ranks], axis=0) for k in KINDS}
     medians = {kind: float(np.median(seconds)) for kind, seconds in stalls.items()}
     ratio = float(np.median(stalls["asynchronous"] / stalls["waited"]))

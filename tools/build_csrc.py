@@ -122,7 +122,7 @@ def readable(mangled: str) -> str:
 
 
 def budget_path() -> Path:
-    """The budget of the installed nvcc, which decides how registers are allocated."""
+    """Return the budget of the installed nvcc, which decides how registers are allocated."""
     text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"V(\d+\.\d+)\.", text)
     if version is None:

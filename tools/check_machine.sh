@@ -1,7 +1,7 @@
 #!/bin/sh
 # Says whether this machine can run phi4, before anything is installed.
 # Prints the Python to use on standard output; on standard error every problem with the command
-# that mends it, and exits 1. Needs nothing but a POSIX shell.
+# that fixes it, and exits 1. Needs nothing but a POSIX shell.
 #
 # Environment: PYTHON (default: python3), NEED_DISK_GB (5), NEED_MEMORY_GB (6).
 set -u
@@ -17,7 +17,7 @@ container='docker run --rm -it -v "$PWD":/phi4 -w /phi4 debian:13 sh -c "apt-get
 problem() {
     problems=$((problems + 1))
     printf 'phi4: %s\n' "$1" >&2
-    [ -z "${2:-}" ] || printf '      mend it with:  %s\n' "$2" >&2
+    [ -z "${2:-}" ] || printf '      fix it with:  %s\n' "$2" >&2
 }
 
 python_fits() {
@@ -97,7 +97,7 @@ if [ -n "$packages" ]; then
     else
         command=$container
     fi
-    printf '      mend it with:  %s\n' "$command" >&2
+    printf '      fix it with:  %s\n' "$command" >&2
 fi
 [ "$problems" -eq 0 ] || exit 1
 command -v "$python"

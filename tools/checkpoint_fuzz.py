@@ -1,7 +1,7 @@
 """Mutated checkpoints, loaded: each ends in one line or loads, and none of them executes anything.
 
 Bytes are flipped, files cut, records swapped, renamed, moved and resized, programs planted; then
-the manifest is signed again, so that only what reads the files stands in the way. An audit hook
+the manifest is signed again, so that only the reader of the files protects. An audit hook
 listens to the interpreter for anything that a load does not do.
 
     python -m tools.checkpoint_fuzz --mutants 500 --json benchmarks/checkpoint_fuzz.jsonl
@@ -191,7 +191,7 @@ MUTATIONS: dict[str, Mutation] = {
 
 
 def _file(checkpoint: Path, rng: random.Random) -> Path:
-    """The index more often than the rest: it is what decides."""
+    """Return the index more often than the rest: it is what decides."""
     files = sorted(path for path in checkpoint.iterdir() if path.name != "manifest.json")
     return rng.choice([*files, *([checkpoint / ".metadata"] * 4), checkpoint / "common.pt"])
 
@@ -230,7 +230,7 @@ def outcome(engine: Engine, checkpoint: Path) -> str:
 
 @dataclass(frozen=True)
 class FuzzReport:
-    """What became of the mutants."""
+    """Outcomes of the mutants."""
 
     outcomes: Counter[str]
     kinds: Counter[str]
@@ -241,7 +241,7 @@ class FuzzReport:
 
 
 def fuzz(mutants: int, seed: int, work_dir: Path) -> FuzzReport:
-    """Load so many mutants of a checkpoint of each format, in this process.
+    """Load a number of mutants of a checkpoint of each format, in this process.
 
     Args:
         mutants: shared equally by the formats.

@@ -50,7 +50,7 @@ class Command(NamedTuple):
 
 
 def commands(app: typer.Typer) -> tuple[Command, ...]:
-    """Every command of every group, in the order of `phi4 --help`."""
+    """Return every command of every group, in the order of `phi4 --help`."""
     return tuple(_commands(get_command(app), "phi4"))
 
 
@@ -104,7 +104,7 @@ def _commands(command: Any, path: str) -> Iterator[Command]:
 
 
 def _usage(argument: Any) -> str:
-    """An argument as the usage line has it: optional ones in brackets."""
+    """Return an argument as the usage line has it: optional ones in brackets."""
     name = argument.metavar or argument.name.upper()
     if "[" in name:
         return name
@@ -141,7 +141,7 @@ def _default(parameter: Any) -> str:
 
 
 def _value(hint: Any) -> tuple[str, list[str]]:
-    """What an annotated type takes, and its limits."""
+    """Return what an annotated type takes, and its limits."""
     limits: list[str] = []
     while get_origin(hint) in (Annotated, Union, types.UnionType, list):
         inner, *extras = [one for one in get_args(hint) if one is not type(None)]

@@ -1,7 +1,7 @@
 """Start-up of the data stream at 10T tokens and at many documents, and the loader's throughput.
 
 Every case runs in a process of its own and counts from after its imports: seconds to the first
-batch, CPU seconds beside them, peak resident memory above them. Token files are sparse where their
+batch, CPU seconds next to them, peak resident memory above them. Token files are sparse where their
 content is not read, so 10T tokens need no disk; the .idx of what is read holds real length draws.
 megatron-core's builder runs on the same machine at 20B tokens.
 
@@ -246,7 +246,7 @@ def _prepare(root: Path, name: str) -> None:
 
 
 def _medians(root: Path, name: str, repeats: int) -> dict[str, float]:
-    """The case in processes of its own; the median of every number."""
+    """Return the case in processes of its own; the median of every number."""
     results = []
     for _ in range(repeats):
         if name == "blend-first":

@@ -1,4 +1,4 @@
-"""Step time of pivots in one forward beside two sequences per pivot, in one process on one thread.
+"""Step time of pivots in one forward pass against two sequences each, on one CPU thread.
 
 Both sides train the same pairs of single tokens against the same cached references. One puts each
 trajectory into a row once. The other has for each pivot the prompt with the chosen token and the
@@ -58,13 +58,13 @@ def drawn_trajectories(vocab_size: int, step: int) -> list[Trajectory]:
 
 
 def micro_batches(rows: Sequence[Row]) -> list[Batch]:
-    """A micro-batch per row, as long as what is in it."""
+    """Return a micro-batch per row, as long as what is in it."""
     lengths = [sum(len(d.tokens) for item in row for d in item.documents()) for row in rows]
     return [pair_batch([row], length) for row, length in zip(rows, lengths, strict=True)]
 
 
 def both_forms(vocab_size: int, step: int) -> tuple[list[Batch], list[Batch]]:
-    """The pairs of a step in one forward, and as two sequences each."""
+    """Return the pairs of a step in one forward, and as two sequences each."""
     trajectories = drawn_trajectories(vocab_size, step)
     once = micro_batches([[trajectory] for trajectory in trajectories])
     return once, micro_batches([trajectory.as_pairs() for trajectory in trajectories])

@@ -72,13 +72,13 @@ class Run:
             time.sleep(0.05)
 
     def last_step(self) -> int:
-        """The newest recorded step; 0 before the first."""
+        """Return the newest recorded step; 0 before the first."""
         path = self.run_dir / METRICS_FILE
         lines = read_metrics(path) if path.exists() else []
         return lines[-1]["step"] if lines else 0
 
     def rank(self, number: int) -> psutil.Process:
-        """The process of a rank."""
+        """Return the process of a rank."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         return next(p for p in children if p.environ().get("RANK") == str(number))
 
@@ -140,7 +140,7 @@ class Fault:
     Attributes:
         text: what happens, for the page.
         act: done after FAULT_STEP.
-        overrides: of the recipe, besides LAYOUT.
+        overrides: overrides of the recipe, besides LAYOUT.
         waits: whether the run gets to FAULT_STEP before `act`.
         disk_mib: size of the disk that the run is on, where it is a small one; takes root.
     """
@@ -187,7 +187,7 @@ def strike(name: str, directory: Path) -> dict[str, object]:
 
     Returns:
         The row: exit code, last line, steps that were done and not saved, and where the same
-        command went on from; empty where it does not go on.
+        command resumed; empty if it did not.
     """
     fault, place = FAULTS[name], directory / name
     place.mkdir()
@@ -226,14 +226,14 @@ def _struck(name: str, fault: Fault, place: Path) -> dict[str, object]:
 
 
 def _shown(line: str, run_dir: Path) -> str:
-    """A line without what differs from run to run: directories, pids, times of day."""
+    """Return a line without what differs from run to run: directories, pids, times of day."""
     line = line.replace(str(run_dir), "RUN")
     line = re.sub(r"pid \d+", "pid N", line)
     return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME", line)
 
 
 def newest_rows() -> list[dict[str, object]]:
-    """The newest row of every fault, in the order of FAULTS."""
+    """Return the newest row of every fault, in the order of FAULTS."""
     rows = {}
     for line in ROWS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -242,7 +242,7 @@ def newest_rows() -> list[dict[str, object]]:
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as Markdown."""
     lines = ["| fault | exit code | last line | steps lost |", "|---|---|---|---|"]
     for row in rows:
         said = str(row["last_line"]).replace("|", "\\|")

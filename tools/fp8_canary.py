@@ -1,9 +1,9 @@
-"""The FP8 canary in training: a healthy run, a harmed one beside its twins, and what it costs.
+"""The FP8 canary in training: a healthy run, a harmed one with its controls, and its cost.
 
 Every run is of a small model on made-up text whose next token depends on the last two: of two
 choices, or of one, so that the loss goes to almost 0. Healthy runs of each recipe show the worst of
 every number that a limit holds. A harmed run has an outlier in one layer that changes nothing
-without FP8; beside it the same without FP8, and with FP8 but without the canary.
+without FP8; as controls the same without FP8, and with FP8 but without the canary.
 
     python -m tools.fp8_canary --steps 150 --seeds 1 --json benchmarks/fp8_canary.jsonl
 """
@@ -56,8 +56,8 @@ class Run:
     """What a run measured.
 
     Attributes:
-        losses: of every step.
-        worst: of every comparison's numbers, the worst of each kind.
+        losses: losses of every step.
+        worst: the worst value of each kind over all comparisons.
         fallbacks: (step, layer, reason).
     """
 
@@ -89,7 +89,7 @@ class Text:
     """Rows whose next token is one of some that the last two tell.
 
     Args:
-        seed: of the rows; the table is the same for all.
+        seed: seed of the rows; the table is the same for all.
         choices: how many.
     """
 
@@ -99,7 +99,7 @@ class Text:
         self._random = np.random.default_rng(seed)
 
     def batches(self, recipe: Recipe) -> list[Batch]:
-        """The micro-batches of another step."""
+        """Return the micro-batches of another step."""
         rows, length = recipe.batch.global_batch_size, recipe.data.sequence_length
         tokens = self._random.integers(1, _SYMBOLS + 1, (rows, length + 1))
         for at in range(2, length + 1):
@@ -145,7 +145,7 @@ def trained(text: Text, steps: int, seed: int, *overrides: str, harmed: bool = F
 
 
 def healthy_row(fp8_recipe: str, choices: int, steps: int, seed: int) -> dict[str, Any]:
-    """A run that nothing was planted in."""
+    """Return a run without injected faults."""
     keys = ("precision.fp8=torch", f"precision.fp8_recipe={fp8_recipe}")
     every = f"precision.fp8_check_every={EVERY}"
     run = trained(Text(seed, choices), steps, seed, *keys, every)
@@ -164,7 +164,7 @@ def healthy_row(fp8_recipe: str, choices: int, steps: int, seed: int) -> dict[st
 
 
 def harmed_row(steps: int, seed: int) -> dict[str, Any]:
-    """A run with an outlier in one layer, beside the same without FP8 and without the canary."""
+    """A run with an outlier in one layer, and the same without FP8 and without the canary."""
     fp8, every = "precision.fp8=torch", "precision.fp8_check_every"
     plain, blind, run = (
         trained(Text(seed), steps, seed, *keys, harmed=True)
@@ -218,7 +218,7 @@ def cost_row(pairs: int) -> dict[str, Any]:
 
 
 def rows(steps: int, seeds: Sequence[int], pairs: int) -> Iterator[dict[str, Any]]:
-    """All rows."""
+    """Yield all rows."""
     for seed in seeds:
         for fp8_recipe, choices in product(RECIPES, (2, 1)):
             yield healthy_row(fp8_recipe, choices, steps, seed)

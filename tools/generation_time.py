@@ -1,4 +1,4 @@
-"""Time of generation beside transformers' `generate`, in one process on one CPU thread.
+"""Time of generation against transformers' `generate`, in one process on one CPU thread.
 
 Two questions, answered at the same weights and prompts, by interleaved pairs that change their
 order. Prefixes that an earlier call left in the cache are forgotten first.
@@ -58,7 +58,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         batches: rows of the decode steps that are timed.
-        prompt_tokens: of each of those rows.
+        prompt_tokens: prompt tokens of each of those rows.
         step_tokens: the two numbers of new tokens whose difference is timed.
         prefix_tokens, num_samples: of the shared prompt.
         sampled_tokens: new tokens of each sample, a case each.
@@ -73,7 +73,7 @@ class Sizes(NamedTuple):
 
 
 def generation_recipe() -> Recipe:
-    """The model of tools/step_time.py with 512 positions."""
+    """Return the model of tools/step_time.py with 512 positions."""
     return with_overrides(benchmark_recipe(2), ["model.max_position_embeddings=512"])
 
 
@@ -97,7 +97,7 @@ class EngineSide:
         return np.array([found[key] for key in sorted(found)])
 
     def count_blocks(self, prompt_1T: np.ndarray, *, num_new: int, num_samples: int) -> "Blocks":
-        """The blocks of all samples of a prompt, at the most."""
+        """Return the blocks of all samples of a prompt, at the most."""
         generator, counts = self._generator, []
         self._submit(prompt_1T, max_tokens=num_new, n=num_samples, temperature=1.0)
         while not generator.is_idle:
@@ -162,7 +162,7 @@ def prompts_of(num_rows: int, num_tokens: int, index: int) -> np.ndarray:
 
 
 def faster(candidates: dict[str, Generate], inputs_of: Callable[[int], np.ndarray]) -> str:
-    """The name of the attention back-end that takes least CPU time after a first call."""
+    """Return the name of the attention back-end that takes least CPU time after a first call."""
     if len(candidates) == 1:
         return next(iter(candidates))
     times = time_steps(list(candidates.values()), inputs_of, 4)
@@ -244,7 +244,7 @@ def _bytes(blocks: Blocks, num_new: int, sizes: Sizes) -> dict[str, int]:
 
 
 def compare(pairs: int, sample_pairs: int, sizes: Sizes) -> dict[str, Any]:
-    """The row: decode steps by batch, samples by new tokens."""
+    """Return the row: decode steps by batch, samples by new tokens."""
     with both_sides() as (ours, theirs):
         return {
             "model": "4 layers, hidden 128, vocabulary 512, fp32",

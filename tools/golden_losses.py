@@ -1,6 +1,6 @@
 """Write tests/golden/losses.json: what the tiny recipe's first steps cost on one process.
 
-Run through `make golden`, never by a test, after a change that is meant to change the numbers.
+Run through `make golden`, never by a test, after a change that is intended to change the numbers.
 """
 
 import json

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with one GPU and no network: kernels proven and timed, the engine against the CPU,
-# training timed beside others'.
+# training timed against others.
 # Leaves rows to commit. A part takes at most PART_SECONDS (240) and writes each row as it has it, so
 # a part that fails or runs out of time costs neither its earlier rows nor the later parts.
 #
@@ -25,10 +25,10 @@ jobs=$(getconf _NPROCESSORS_ONLN)
 
 declare -A parts=(
     [numbers]="the error rule on every case of every op; the rows that let auto choose a kernel"
-    [qualify]="what phi4 train does on a new card: two sizes of every op, timed beside torch, in 60 s"
-    [steps]="training at phi-4's width beside megatron-core, plain torch, transformers and Liger"
+    [qualify]="what phi4 train does on a new card: two sizes of every op, timed against torch, in 60 s"
+    [steps]="training at phi-4's width against megatron-core, plain torch, transformers and Liger"
     [engine]="ten steps on the GPU against the CPU, saved and resumed on either"
-    [attention]="attention timed beside cuDNN and FlashAttention where they are installed"
+    [attention]="attention timed against cuDNN and FlashAttention where they are installed"
     [loss_head]="cross-entropy and the chunked loss head timed"
     [memory]="every other op timed: norms, SwiGLU, RoPE, AdamW, gradient norm, casts"
     [hopper]="attention in Gluon: proven, then timed against Triton"

@@ -1,8 +1,8 @@
 """The engine on one GPU against the engine on the CPU: same weights, same batches, a row per case.
 
 Part of `make gpu`. Runs the tiny recipe in fp32 and bf16 over NCCL, compares the losses with the
-CPU, saves on the GPU and resumes on the CPU. Beside torch it needs megatron-core, pydantic, tomli-w
-and msgspec.
+CPU, saves on the GPU and resumes on the CPU. In addition to torch it needs megatron-core, pydantic,
+tomli-w and msgspec.
 """
 
 import argparse

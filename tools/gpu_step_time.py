@@ -1,4 +1,4 @@
-"""Training speed on one GPU at phi-4's width, beside megatron-core, transformers and Liger.
+"""Training speed on one GPU at phi-4's width, against megatron-core, transformers and Liger.
 
 Part of `make gpu`. Layers of phi-4 with its whole vocabulary, rows of 4,096 tokens, bf16. Each side
 runs in a process of its own and has the GPU to itself while it is built, warmed up and timed; the
@@ -54,7 +54,7 @@ def run_side(name: str, kind: Kind, layers: Sequence[int], trace: Path | None) -
     """Speed, MFU, memory and losses of a side at the first depth, and its slice.
 
     Args:
-        name: of SIDES.
+        name: key of SIDES.
         kind: cpu for the small form.
         layers: the depths; a side that is not sliced takes the first one.
         trace: where a trace of one step goes, at the last depth and after all times; None writes
@@ -158,7 +158,7 @@ def _peak_gib(kind: Kind, before: int) -> float | None:
 
 
 def run_all(arguments: argparse.Namespace) -> int:
-    """Every side in a process of its own, each row recorded as it is there.
+    """Return every side in a process of its own, each row recorded as it is there.
 
     Returns:
         0 when every side ran or cannot run here, and all agree in their first losses.
@@ -251,7 +251,7 @@ def disagreements(rows: Sequence[dict], kind: Kind) -> list[str]:
 
 
 def main() -> int:
-    """All sides, or one in a child process."""
+    """Run all sides, or one in a child process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", action="append", choices=SIDES, help="instead of all; repeatable")
     parser.add_argument("--layers", type=int, nargs=2, default=(2, 4), help="the two depths")

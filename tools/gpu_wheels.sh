@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Collect the wheels that `make gpu` needs on a machine without a network: tools/gpu_wheels.sh [DIR].
 # There: make gpu WHEELS=DIR. PYTHON_VERSION names that machine's Python. Liger's kernels are no part
-# of phi4: they are what ours are timed beside, op by op and in whole steps.
+# of phi4: the baselines that ours are timed against, op by op and in complete steps.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 directory=${1:-build/gpu-wheels}

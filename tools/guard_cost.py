@@ -59,7 +59,7 @@ class GuardedLoop:
     """What the training loop does per step that the guard is part of.
 
     Attributes:
-        guard_seconds: of the thread's clock, in the guard's functions, of every guarded step.
+        guard_seconds: thread time, in the guard's functions, of every guarded step.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -96,7 +96,7 @@ class GuardedLoop:
         self.guard_seconds.append(spent[0])
 
     def fill_window(self, num_steps: int) -> None:
-        """As if so many steps like the last one, with some noise, were done."""
+        """Simulate a number of steps like the last one, with some noise."""
         past = self._state.numerics
         noise = np.random.default_rng(1).normal(0.0, 0.01, (2, num_steps))
         full = (np.array([[past.losses[-1]], [past.log_norms[-1]]]) + noise).tolist()

@@ -1,4 +1,4 @@
-"""Host time of a call of our ops beside torch.nn.functional, without a GPU.
+"""Host time of a call of our ops against torch.nn.functional, without a GPU.
 
 What Python does between the public function and the launch is the same on every machine; only the
 launch itself is left out here, by a Triton whose kernels start nothing. The other side computes a
@@ -116,7 +116,7 @@ def _least(x: torch.Tensor, num_outputs: int) -> tuple[torch.Tensor, ...]:
 
 
 def least(op: str, grad: bool) -> Call:
-    """The third side of an op's pair."""
+    """Return the third side of an op's pair."""
     x = torch.randn(4, 64, dtype=torch.bfloat16).requires_grad_(grad) * 1
     run = _Least.apply if grad else _least
     return lambda: run(x, OUTPUTS[op])
@@ -136,7 +136,7 @@ def microseconds(sides: Sequence[Call], rounds: int) -> np.ndarray:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """The row."""
+    """Return the row."""
     torch.set_num_threads(1)
     found = {}
     with launching_nothing():

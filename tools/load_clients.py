@@ -39,7 +39,7 @@ class Times:
         between: seconds between two tokens.
         errors: what went wrong, by its text.
         num_requests: that were sent and answered to their end.
-        num_tokens: of those.
+        num_tokens: tokens of those.
     """
 
     first: list[float] = field(default_factory=list)
@@ -74,7 +74,7 @@ async def stream_ids(server: Server, body: dict[str, Any]) -> AsyncIterator[list
 
 
 async def ids_of(server: Server, body: dict[str, Any]) -> list[int]:
-    """All new token ids of one prompt."""
+    """Return all new token ids of one prompt."""
     return [i async for ids in stream_ids(server, body) for i in ids]
 
 
@@ -94,7 +94,7 @@ async def timed(server: Server, body: dict[str, Any], times: Times) -> None:
 
 
 async def fetch(server: Server, path: str) -> str:
-    """The body of a page that the server answers with 200.
+    """Return the body of a page that the server answers with 200.
 
     Raises:
         ServerFaultError: it does not.
@@ -108,7 +108,7 @@ async def fetch(server: Server, path: str) -> str:
 
 
 def random_body(server: Server, draws: random.Random, max_tokens: int) -> dict[str, Any]:
-    """A request whose answer has that many tokens."""
+    """Return a request whose answer has that many tokens."""
     return {
         "model": server.model,
         "prompt": "".join(draws.choices("the quick brown fox ", k=draws.randrange(1, 60))),
@@ -129,8 +129,8 @@ class RudeClients:
 
     Args:
         server: that they ask.
-        max_tokens: of an answer.
-        times: of those who read all.
+        max_tokens: maximum tokens of an answer.
+        times: of clients that read everything.
     """
 
     def __init__(self, server: Server, max_tokens: int, times: Times) -> None:
@@ -139,7 +139,7 @@ class RudeClients:
         self.counts: Counter[str] = Counter()
 
     async def ask(self, draws: random.Random, count: int, at_once: int) -> None:
-        """Send requests, so many at a time."""
+        """Send requests with limited concurrency."""
         [*manners] = draws.choices(list(MANNERS), list(MANNERS.values()), k=count)
         seeds = iter([(manner, draws.randrange(1 << 31)) for manner in manners])
 

@@ -2,7 +2,7 @@
 
 
 def replace_block(text: str, name: str, content: str) -> str:
-    """The text with new content between `<!-- NAME: begin ... -->` and `<!-- NAME: end -->`.
+    """Return the text with new content between `<!-- NAME: begin ... -->` and `<!-- NAME: end -->`.
 
     Raises:
         ValueError: a mark is missing.

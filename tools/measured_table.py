@@ -121,7 +121,7 @@ _AGAINST = {
 
 
 def _gpu_runs(rows: list[Row]) -> list[Row]:
-    """A row per run of `tools/gpu_step_time.py`, which writes one per side.
+    """Return a row per run of `tools/gpu_step_time.py`, which writes one per side.
 
     Rows name their run; those of before name none, and ours is the first side of each run.
     """
@@ -171,7 +171,7 @@ def _gpu_step_time(run: Row) -> tuple[str, str]:
 
 
 def _post_training_run(rows: list[Row]) -> list[Row]:
-    """All rows as one; none without figures of the short task."""
+    """Return all rows as one; none without figures of the short task."""
     line = readme_line(rows)
     return [{"line": line, "commit": line[2]}] if line else []
 
@@ -202,7 +202,7 @@ _GROUPED = {"gpu_step_time.jsonl": _gpu_runs, "post_training.jsonl": _post_train
 
 
 def table(directory: Path) -> str:
-    """The table of all facts that have a row, as Markdown."""
+    """Return the table of all facts that have a row, as Markdown."""
     lines = ["| what | result | commit |", "|---|---|---|"]
     for name, counts, describe in FACTS:
         path = directory / name

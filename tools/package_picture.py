@@ -1,7 +1,7 @@
 """Draw the packages of phi4/ and their imports into docs/architecture.md.
 
 `make picture` writes it; a test compares. Everything is read from the imports and the docstrings,
-so the picture shows what is true and not what was meant.
+so the picture shows the actual imports.
 """
 
 import ast
@@ -22,7 +22,7 @@ WITH_PARTS = ("phi4.data", "phi4.engine")
 
 
 def pictures(sources: Sequence[Source]) -> str:
-    """The packages of phi4, and the parts of the large ones, as Mermaid in Markdown."""
+    """Return the packages of phi4, and the parts of the large ones, as Mermaid in Markdown."""
     drawn = ["**`phi4`**", _packages(sources)]
     for package in WITH_PARTS:
         parts = Parts(package, sources)
@@ -32,7 +32,7 @@ def pictures(sources: Sequence[Source]) -> str:
 
 
 def with_pictures(page: str, sources: Sequence[Source]) -> str:
-    """The page's text with the pictures in its block."""
+    """Return the page's text with the pictures in its block."""
     return replace_block(page, "picture", pictures(sources))
 
 
@@ -51,7 +51,7 @@ def _packages(sources: Sequence[Source]) -> str:
 
 
 def _box(module: str) -> str | None:
-    """The box of a module; None for the entry points, which only start the command line."""
+    """Return the box of a module; None for the entry points, which only start the command line."""
     if module.split(".")[0] == "phi4_kernels":
         return "phi4_kernels"
     return None if module in ("phi4", "phi4.__main__") else package_of(module)
@@ -60,7 +60,7 @@ def _box(module: str) -> str | None:
 def _mermaid(
     graph: Graph, modules: Mapping[str, str], layers: Layers, sources: Sequence[Source]
 ) -> str:
-    """A graph from top to bottom, without arrows that others imply.
+    """Return a graph from top to bottom, without arrows that others imply.
 
     Args:
         graph: who imports whom.

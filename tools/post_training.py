@@ -1,15 +1,15 @@
-"""The chain of `phi4 demo --post-training` over several seeds, and pivots beside whole answers.
+"""The chain of `phi4 demo --post-training` over several seeds, and pivots against whole answers.
 
 Four questions, each answered by a row of figures, whatever they are:
 
 - `chain`: does every stage answer more of the held-out problems than the one before it, by more
   than two standard errors, paired? This one is the verdict.
-- `full_pairs_equal_pairs`: what becomes of as many pairs of whole answers in place of the pivots?
+- `full_pairs_equal_pairs`: the result with as many pairs of whole answers instead of the pivots.
 - `full_pairs_equal_completions`: and of the pairs that as many completions give as the search drew?
 - `--tasks long`: all of this again on answers of 42 tokens, whose writer errs half as often.
 
 Seeds are made of the hash of the recipes and of the chain, so they are drawn when those are frozen,
-and nobody has seen their test questions before.
+so their test questions are unseen.
 
     python -m tools.post_training --draw 3 --json benchmarks/post_training.jsonl
 """
@@ -56,7 +56,7 @@ MOST_COMPARISONS = 40
 def main() -> int:
     """Command line; exit 1 where a stage of the short task gains too little."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--draw", type=int, default=3, help="so many seeds are drawn")
+    parser.add_argument("--draw", type=int, default=3, help="number of seeds")
     parser.add_argument("--seeds", type=int, nargs="+", help="these seeds in place of drawn ones")
     parser.add_argument("--out", type=Path, default=Path("runs/post_training"))
     parser.add_argument("--scale", type=float, default=1.0)
@@ -101,7 +101,7 @@ def drawn_seeds(num: int) -> list[int]:
 
 
 def measure(settings: ChainSettings) -> list[dict[str, object]]:
-    """A row of the chain, and one of each comparison with whole answers."""
+    """Return a row of the chain, and one of each comparison with whole answers."""
     started = time.monotonic()
     figures = run_chain(settings)
     print("\n".join(table(figures)), flush=True)
@@ -154,7 +154,7 @@ def whole_answers(settings: ChainSettings) -> dict[str, int]:
 
 
 def trained_on(settings: ChainSettings, name: str) -> StageFigures:
-    """The model that whole answers make in place of the pivots."""
+    """Return the model that whole answers make in place of the pivots."""
     chain = PostTraining(settings)
     start = Path(read_selection(settings.out / "sft" / SELECTED_FILE).checkpoint)
     source = f'data.sources=[{{ name = "whole", path = "{chain.data / name}", kind = "pairs" }}]'
@@ -192,7 +192,7 @@ def _settings(
 
 
 def _errors(one: Estimate) -> float:
-    """A gain in its standard errors."""
+    """Return a gain in its standard errors."""
     return one.mean / one.standard_error if one.standard_error else 0.0
 
 

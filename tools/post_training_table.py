@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path = ROWS) -> list[Row]:
-    """All rows of a file; none where it is missing."""
+    """Return all rows of a file; none where it is missing."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
@@ -51,7 +51,7 @@ def pooled(estimates: Sequence[Row]) -> tuple[float, float]:
 
 
 def readme_line(rows: Sequence[Row]) -> tuple[str, str, str] | None:
-    """What, result and commit of README's table; None without rows of the short task."""
+    """Return what, result and commit of README's table; None without rows of the short task."""
     runs = [run for run in newest_runs(rows) if run["chain"]["task"] == "short"]
     if not runs:
         return None

@@ -43,8 +43,8 @@ class Proof:
     Attributes:
         recipe: with precision.fp8 on.
         directory: that its paths start from.
-        steps: of every run.
-        seeds: of the weights and of the data's order.
+        steps: steps of every run.
+        seeds: seeds of the weights and of the data's order.
     """
 
     recipe: Path
@@ -57,7 +57,7 @@ class Proof:
         return [self._final_loss(seed, overrides) for seed in self.seeds]
 
     def resumes(self, *overrides: str, steps: int = 10) -> bool:
-        """Whether a run that was interrupted has the bits of one that was not."""
+        """Return whether a run that was interrupted has the bits of one that was not."""
         words = ("verify", "resume", str(self.recipe), *overrides, f"--steps={steps}")
         result = self._phi4(*words)
         # A refusal has no verdict, and its reason in the other stream.
@@ -91,7 +91,7 @@ class Proof:
 def compared(
     proof: Proof, scaling: str, losses: Sequence[float], bf16: Sequence[float], *, resumes: bool
 ) -> dict[str, Any]:
-    """The row of a way to scale.
+    """Return the row of a way to scale.
 
     Args:
         proof: what was trained.

@@ -89,7 +89,7 @@ class Chroot:
 
 
 def bare_system(release: str, directory: Path) -> Path:
-    """A fresh copy of a Debian release; the original is made once per directory."""
+    """Make a fresh copy of a Debian release; the original is made once per directory."""
     original, copy = directory / f"{release}.base", directory / f"{release}.fresh"
     if not original.exists():
         partial = directory / f"{release}.partial"
@@ -106,7 +106,7 @@ def bare_system(release: str, directory: Path) -> Path:
 
 
 def apt_line() -> str:
-    """The apt command of README."""
+    """Return the apt command of README."""
     found = re.search(r"`(apt-get install -y [\w .-]+)`", (ROOT / "README.md").read_text())
     assert found, "README names its apt line in backquotes"
     return found[1]

@@ -2,7 +2,7 @@
 
     python -m tools.prove_tracking --json benchmarks/tracking.jsonl
 
-A real `mlflow server` on loopback. A run is killed three times, goes on in another layout, is
+A real `mlflow server` on loopback. A run is killed three times, resumes in another layout, is
 rolled back, and the server dies under it; other runs train against a server that answers after
 2, 9 and 11 seconds; one is told to stop; one is killed and settled. Then what MLflow's own client
 reads is compared with metrics.jsonl, point for point. Last, what all that costs training.
@@ -48,8 +48,8 @@ class TrackedRun:
     """A start of a run that MLflow shows.
 
     Args:
-        run_dir: of the run.
-        uri: of the server.
+        run_dir: run directory of the run.
+        uri: uri of the server.
         words: overrides.
         roll_back_at: step that it is rolled back from, once; 0 for none.
     """
@@ -95,7 +95,7 @@ class TrackedRun:
         self.process.wait()
 
     def output(self) -> str:
-        """What all starts of the run said."""
+        """Return what all starts of the run said."""
         return self._log.read_text(errors="replace")
 
 
@@ -106,24 +106,24 @@ class Shown:
         self._run_dir, self._client = run_dir, MlflowClient(uri)
 
     def step(self) -> int:
-        """The newest step of the record; 0 before the first."""
+        """Return the newest step of the record; 0 before the first."""
         path = self._run_dir / METRICS_FILE
         lines = read_metrics(path) if path.exists() else []
         return int(lines[-1]["step"]) if lines else 0
 
     def run(self) -> Any:
-        """The MLflow run; None before there is one."""
+        """Return the MLflow run; None before there is one."""
         ids = read_mlflow_ids(self._run_dir)
         return ids and self._client.get_run(ids.run_id)
 
     def arrived(self) -> int:
-        """The greatest step of the loss."""
+        """Return the greatest step of the loss."""
         run = self.run()
         held = {m.key: m.step for m in run.data.to_proto().metrics} if run else {}
         return held.get("loss", 0)
 
     def tag(self, key: str) -> str:
-        """A tag of the run; empty without it."""
+        """Return a tag of the run; empty without it."""
         run = self.run()
         return run.data.tags.get(key, "") if run else ""
 
@@ -166,7 +166,7 @@ class Shown:
 def _broken(
     points: dict, replaced: dict[str, str], name: str, line: dict[str, float], value: float
 ) -> list[str]:
-    """Whether a step's value is where a reader finds it; it may be that of a first time."""
+    """Return whether a step's value is where a reader finds it; it may be that of a first time."""
     step = int(line["step"])
     prefix = ""
     for label, text in replaced.items():
@@ -196,7 +196,7 @@ def phi4_track(*words: str) -> str:
 
 
 def torn(server: TrackingServer, directory: Path) -> dict[str, Any]:
-    """Three kills, another layout, a roll back, and the server killed and back: one run."""
+    """Three kills, another layout, a rollback, and the server killed and back: one run."""
     run_dir = directory / "torn"
     shown, seconds = Shown(run_dir, server.uri), []
 
@@ -224,7 +224,7 @@ def torn(server: TrackingServer, directory: Path) -> dict[str, Any]:
     run.kill()
     # The newest checkpoint is of a multiple of ten.
     run = start(_ONE_PROCESS, roll_back_at=shown.step() // 10 * 10 + 18)
-    run.until(lambda: shown.tag("rollback_1"), "the roll back")
+    run.until(lambda: shown.tag("rollback_1"), "the rollback")
     server.kill()
     further_step = shown.step() + 10
     run.until(lambda: shown.step() >= further_step, "ten steps without a server")
@@ -246,7 +246,7 @@ def torn(server: TrackingServer, directory: Path) -> dict[str, Any]:
 
 
 def slow(server: TrackingServer, directory: Path, delay: float) -> dict[str, Any]:
-    """A server that answers late: nothing is sent twice, and nothing is lost."""
+    """Test a slow server: nothing is sent twice, and nothing is lost."""
     run_dir = directory / f"slow_{delay:g}"
     with slow_proxy(server.uri, delay) as uri:
         code = TrackedRun(run_dir, uri, (*_ONE_PROCESS, "run.steps=60")).end()
@@ -263,7 +263,7 @@ def slow(server: TrackingServer, directory: Path, delay: float) -> dict[str, Any
 
 
 def ended(server: TrackingServer, directory: Path) -> dict[str, Any]:
-    """A run that is told to stop, and one that is killed and settled."""
+    """Test a run that is told to stop, and one that is killed and settled."""
     told_dir, killed_dir = directory / "told", directory / "killed"
     run = TrackedRun(told_dir, server.uri, (*_ONE_PROCESS, "run.steps=500"))
     told = Shown(told_dir, server.uri)
@@ -285,17 +285,17 @@ def ended(server: TrackingServer, directory: Path) -> dict[str, Any]:
 
 
 def cost(server: TrackingServer, directory: Path, pairs: int) -> dict[str, Any]:
-    """What it costs training beside a server that answers, one that is slow, and none."""
+    """Measure the cost for training with a fast server, a slow one, and none."""
     with slow_proxy(server.uri, 9) as slow_uri:
         uris = {"answers": server.uri, "slow_9": slow_uri, "dead": "http://127.0.0.1:9"}
         return {name: measure(uri, directory / f"cost_{name}", pairs) for name, uri in uris.items()}
 
 
 def faults(name: str, case: dict[str, Any]) -> list[str]:
-    """What is not as it has to be; empty for a case that holds."""
+    """Return what is not as it has to be; empty for a case that holds."""
     if name == "cost":
         return [
-            f"beside a server that is {server}: {row}"
+            f"with a server that is {server}: {row}"
             for server, row in case.items()
             if row["tracker_share"] > LARGEST_SHARE or row["ratio_95"][1] > LARGEST_RATIO
         ]
@@ -308,7 +308,7 @@ def faults(name: str, case: dict[str, Any]) -> list[str]:
         expected["attempts"] = ["killed", "killed", "killed", "finished"]
     found = [f"{key} is {case[key]}" for key in expected if case[key] != expected[key]]
     if name == "torn" and not case["rollback"].startswith("steps"):
-        found.append(f"the roll back replaced nothing: {case['rollback']}")
+        found.append(f"the rollback replaced nothing: {case['rollback']}")
     if name == "torn" and max(case["status_seconds"]) > STATUS_SECONDS:
         found.append(f"status true after {case['status_seconds']} s")
     return found

@@ -57,8 +57,8 @@ class Method:
     """A way to search.
 
     Attributes:
-        name: of the method.
-        settings: of the search.
+        name: name of the method.
+        settings: settings of the search.
         splits_tokens: whether a piece is split in the middle of its tokens, not of its
             log-probability.
     """
@@ -68,7 +68,7 @@ class Method:
     splits_tokens: bool = False
 
     def trajectory(self, answer: KnownAnswer) -> Trajectory:
-        """The answer as this method sees it."""
+        """Return the answer as this method sees it."""
         found = answer.trajectory
         if self.splits_tokens:
             # Equal log-probs have their middle where the tokens have it.
@@ -158,7 +158,7 @@ def measure(
 
 
 def faults(regime: str, found: Findings) -> Iterator[str]:
-    """The bounds that ours breaks in a regime."""
+    """Yield the bounds that ours breaks in a regime."""
     least, least_large = LEAST_RECALL[regime]
     large = found.recall_large
     bounds = {
@@ -173,7 +173,7 @@ def faults(regime: str, found: Findings) -> Iterator[str]:
 
 
 def newest_rows() -> list[dict[str, Any]]:
-    """The newest committed row of every regime and method, in the order of the table."""
+    """Return the newest committed row of every regime and method, in the order of the table."""
     rows = {}
     for line in ROWS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -182,7 +182,7 @@ def newest_rows() -> list[dict[str, Any]]:
 
 
 def page_with(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page with the rows as its table."""
+    """Return the page with the rows as its table."""
     lines = [
         "| effects | search | false | wrong sign | recall of 0.2 | recall of 0.3 | completions |",
         "|---|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """Answers with a known p at every token, as worlds that a search can be run on.
 
-The decision: a world answers the blocks of `phi4.pts.search` and nothing else, so the search that
+A world answers the blocks of `phi4.pts.search` and nothing else, so the search that
 is measured is the one that users run, and only the sampler and the oracle are replaced.
 """
 
@@ -24,7 +24,7 @@ class Regime:
     """How p changes along an answer.
 
     Attributes:
-        name: of the regime.
+        name: name of the regime.
         num_branches: expected tokens with a large effect.
         take_back: chance that such an effect is undone 3 to 14 tokens later.
         drift: scale of the small effects of tokens that the sampler is unsure of.
@@ -92,7 +92,7 @@ class KnownWorld:
         self._rng = rng
 
     def rollouts(self, block: RolloutBlock) -> list[Rollout]:
-        """What a block draws."""
+        """Return what a block draws."""
         position = len(block.start.prefix)
         length = len(self._answer.q) - position
         self.completions += block.n
@@ -127,7 +127,7 @@ class KnownWorld:
 
 
 def run_in(world: KnownWorld, asks: Asks[T]) -> T:
-    """A search to its end."""
+    """Run a search to its end."""
     try:
         blocks = next(asks)
         while True:
@@ -137,7 +137,7 @@ def run_in(world: KnownWorld, asks: Asks[T]) -> T:
 
 
 def draw_answer(rng: np.random.Generator, length: int, regime: Regime) -> KnownAnswer:
-    """An answer of a regime.
+    """Return an answer of a regime.
 
     p is a martingale under the sampler: at every token the mean over its alternatives is p before
     it. So no token moves p by more than its alternatives' probability, 1 - q.
@@ -151,7 +151,7 @@ def draw_answer(rng: np.random.Generator, length: int, regime: Regime) -> KnownA
 
 
 def flat_answer(rng: np.random.Generator, length: int) -> KnownAnswer:
-    """An answer whose tokens have no effect, for success is a coin of the oracle.
+    """Return an answer whose tokens have no effect, for success is a coin of the oracle.
 
     The sampler is sure of no token but the last one, so that every other one may be a candidate:
     the verdict is known behind the last one, which would be no test.

@@ -15,7 +15,7 @@ DOCS = ROOT / "docs"
 
 
 def recipe_page(sections: Iterable[SectionReference]) -> str:
-    """The keys as Markdown, a table per section."""
+    """Return the keys as Markdown, a table per section."""
     lines = ["| kind | what a change means |", "|---|---|"]
     lines += [f"| {kind} | {text} |" for kind, text in KIND_TEXTS.items()]
     for section in sections:
@@ -31,7 +31,7 @@ def recipe_page(sections: Iterable[SectionReference]) -> str:
 
 
 def blocks() -> dict[Path, tuple[str, str]]:
-    """Of each page the name of its block and what stands in it now."""
+    """For each page the name of its block and its current content."""
     return {
         DOCS / "recipe.md": ("keys", recipe_page(reference())),
         DOCS / "cli.md": ("commands", command_reference.page()),

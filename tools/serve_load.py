@@ -57,10 +57,10 @@ class Sizes(NamedTuple):
 
     Attributes:
         streams: at once.
-        seconds: of the patient streams.
+        seconds: duration of the complete streams.
         warm_up: rude requests before memory is measured.
         requests: rude requests whose traces are looked for.
-        max_tokens: of their answers.
+        max_tokens: maximum tokens of their answers.
     """
 
     streams: int = 64
@@ -88,7 +88,7 @@ class TinyRun:
         self._engine = Engine(self._recipe, connect("cpu", threads=1), trains=False)
 
     def write(self, step: int) -> Path:
-        """A checkpoint whose weights belong to this step alone."""
+        """Return a checkpoint whose weights belong to this step alone."""
         engine, files = self._engine, {RECIPE_FILE: dump_toml(self._recipe)}
         initialise(engine.bare_chunks, self._recipe.model, step, engine.layout)
         root = checkpoints_dir(self.dir)
@@ -152,7 +152,7 @@ def serving(words: Sequence[str], log: Path) -> Iterator[ServerProcess]:
     """A server while the block runs.
 
     Raises:
-        RuntimeError: it does not end as it should when it is told to.
+        RuntimeError: it does not end as expected when it is asked to.
     """
     process = ServerProcess(words, log)
     try:
@@ -164,14 +164,14 @@ def serving(words: Sequence[str], log: Path) -> Iterator[ServerProcess]:
 
 
 async def numbers(server: Server) -> dict[str, float]:
-    """What /metrics says, by name; of those with labels the last one."""
+    """Return what /metrics says, by name; of those with labels the last one."""
     text = await fetch(server, "/metrics")
     families = text_string_to_metric_families(text)
     return {one.name: one.value for family in families for one in family.samples}
 
 
 async def settled(server: Server) -> dict[str, float]:
-    """The numbers once nothing is open, at the latest when patience is over."""
+    """Return the numbers once nothing is open, at the latest when patience is over."""
     ends = time.monotonic() + _SETTLE_SECONDS
     while True:
         found = await numbers(server)
@@ -184,7 +184,7 @@ async def settled(server: Server) -> dict[str, float]:
 async def measure_rude(
     server: Server, sizes: Sizes, resident_bytes: Callable[[], int]
 ) -> dict[str, Any]:
-    """What requests of all manners leave behind."""
+    """Return what requests of all manners leave behind."""
     draws, times = random.Random(1), Times()
     sizes_bytes = []
     for count in (sizes.warm_up, sizes.requests):
@@ -207,7 +207,7 @@ async def measure_rude(
 async def measure_reload(
     server: Server, sizes: Sizes, publish: Callable[[], Path]
 ) -> dict[str, Any]:
-    """New weights while streams go on: what failed, and the tokens before and after."""
+    """Load new weights during streams: failures, and the tokens before and after."""
     before, times, is_over = await compared_ids(server), Times(), asyncio.Event()
     streams = asyncio.create_task(keep_asking(server, sizes.streams, is_over.is_set, times, seed=2))
     path = await asyncio.to_thread(publish)
@@ -252,7 +252,7 @@ async def measure_patient(server: Server, sizes: Sizes) -> dict[str, Any]:
 
 
 def percentiles_ms(seconds: Sequence[float]) -> dict[str, float]:
-    """The median and the 99th percentile; nothing of nothing."""
+    """Return the median and the 99th percentile; nothing of nothing."""
     if not seconds:
         return {}
     found = np.percentile(seconds, (50, 99)) * 1e3
@@ -260,7 +260,7 @@ def percentiles_ms(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def measure(work: Path, sizes: Sizes) -> dict[str, Any]:
-    """All three parts; a row."""
+    """Return all three parts; a row."""
     run = TinyRun(work / "tiny")
     run.write(1)
     words = (str(run.dir), "--follow", "--max-requests=2000")
@@ -292,7 +292,7 @@ def measure(work: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What a row shows that must not be."""
+    """Return what a row shows that must not be."""
     rude, reload = row["rude"], row["reload"]
     compared = reload["compared"]
     checks = {
@@ -328,7 +328,7 @@ def main() -> int:
     found = faults(row)
     if asked.json:
         append_row(asked.json, {**row, "passed": not found})
-    print("; ".join(found) or "nothing is left behind, and nobody was disturbed")
+    print("; ".join(found) or "nothing is left behind, and no other stream was disturbed")
     return 1 if found else 0
 
 

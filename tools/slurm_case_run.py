@@ -31,13 +31,13 @@ class SlurmCase:
         may_lose: steps that may be done twice.
         must_lose: steps that must be, where the case is about a run that cannot save.
         restarts: how often the job must have been requeued.
-        grace_seconds: of the cluster's preemption.
-        kill_wait_seconds: of the cluster; slurmd gives 5 where it is less.
+        grace_seconds: grace time of the cluster's preemption.
+        kill_wait_seconds: KillWait of the cluster; slurmd uses at least 5.
         slurmd_timeout: seconds after which Slurm takes a silent node for lost.
-        nodes: asked for, in the words of `--nodes`.
+        nodes: the value of `--nodes`.
         options: further words for `phi4 launch slurm`.
-        overrides: of the recipe.
-        environment: of the submission.
+        overrides: overrides of the recipe.
+        environment: environment of the submission.
         at_step: when the disturbance comes; 0 before the submission.
         steps: run.steps.
         every: checkpoint.every.
@@ -110,7 +110,7 @@ class CaseRun:
         return done.stdout
 
     def state(self) -> JobState:
-        """What Slurm says now; looks at the run's record, too."""
+        """Return what Slurm says now; looks at the run's record, too."""
         self._observe()
         state = job_state(self.job)
         if state is None:
@@ -137,7 +137,7 @@ class CaseRun:
         return self.told_at is not None
 
     def newest_recorded_step(self) -> int:
-        """The last line of metrics.jsonl; 0 without one."""
+        """Return the last line of metrics.jsonl; 0 without one."""
         path = self.run_dir / METRICS_FILE
         lines = path.read_bytes().splitlines() if path.exists() else []
         for line in reversed(lines):

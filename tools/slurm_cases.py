@@ -1,4 +1,4 @@
-"""What becomes of a run on a real Slurm when its job is disturbed, case by case.
+"""Disturb the job of a run on a real Slurm cluster, and check the outcome of each case.
 
 python -m tools.slurm_cases [--only preempt_notice ...] [--json benchmarks/slurm_cases.jsonl]
 
@@ -206,7 +206,7 @@ def _row(name: str, run: CaseRun, begun: float) -> dict[str, object]:
 def _wrong(
     run: CaseRun, all_of_them: Sequence[JobAttempt], lost: int, against: Comparison | None
 ) -> list[str]:
-    """What the verdict finds wrong; empty for nothing."""
+    """Return what the verdict finds wrong; empty for nothing."""
     state, case, last = run.state(), run.case, all_of_them[-1]
     last_step = last.end.step if last.end else 0
     found = [
@@ -258,7 +258,7 @@ def _attempt_text(attempt: JobAttempt) -> str:
 
 
 def _steps_lost(run: CaseRun) -> int:
-    """The most of any restart; without one, what the newest checkpoint lacks."""
+    """Return the most of any restart; without one, what the newest checkpoint lacks."""
     if run.lost:
         return max(run.lost)
     checkpoint = latest_checkpoint(checkpoints_dir(run.run_dir))
@@ -266,7 +266,7 @@ def _steps_lost(run: CaseRun) -> int:
 
 
 def recipe_text(case: SlurmCase, data: Path) -> str:
-    """A pipeline of two ranks, a layer each, on the demo's corpus."""
+    """Return a pipeline of two ranks, a layer each, on the demo's corpus."""
     from phi4.config import dump_toml, load_recipe
 
     tiny = ROOT / "examples" / "recipes" / "tiny_pretrain.toml"
@@ -283,7 +283,7 @@ def recipe_text(case: SlurmCase, data: Path) -> str:
 
 
 def run_cases(names: Sequence[str], data: Path, json_file: Path | None) -> list[dict[str, object]]:
-    """The rows of the cases, printed as they come."""
+    """Return the rows of the cases, printed as they come."""
     rows = []
     # Before the first row, which makes the checkout differ from its commit.
     commit = provenance()["commit"]

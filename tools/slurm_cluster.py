@@ -41,7 +41,7 @@ class SlurmCluster:
         return [pid for pid in _pids() if wanted <= _environment(pid)]
 
     def daemons_of(self, node: str) -> list[int]:
-        """The node's slurmd and the slurmstepd of its jobs."""
+        """Return the node's slurmd and the slurmstepd of its jobs."""
         log = str(self.directory / "log" / f"slurmd.{node}.")
         return [pid for pid in _pids() if any(name.startswith(log) for name in _open_files(pid))]
 
@@ -52,7 +52,7 @@ class SlurmCluster:
                 os.kill(pid, number)
 
     def members(self) -> list[int]:
-        """Every process of the cluster."""
+        """Return every process of the cluster."""
         logs, name = str(self.directory / "log"), f"SLURM_CLUSTER_NAME={self.name}"
         return [
             pid

@@ -16,7 +16,7 @@ members() {
     } 2>/dev/null | cut -d/ -f3 | sort -u
 }
 
-# Stopped ones first go on: a stopped process does not even see SIGTERM.
+# Stopped ones are resumed first: a stopped process does not even see SIGTERM.
 daemons=$(cat "$dir"/pids/* 2>/dev/null)
 for signal in CONT TERM; do kill -s "$signal" $daemons 2>/dev/null; done
 [ -z "$name" ] || for _ in 1 2 3; do

@@ -37,7 +37,7 @@ class Comparison:
     largest_loss_difference: float
 
     def wrong(self, changed_after_step: int) -> str:
-        """What is not as it should be; empty for nothing."""
+        """Return what is not as it should be; empty for nothing."""
         if not self.same_stream:
             return "another stream of samples"
         if self.equal_until_step < changed_after_step:

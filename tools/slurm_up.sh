@@ -12,7 +12,7 @@
 #   CPUS=2       of each node, invented
 #   BASE_PORT=17000   controller; node N listens on BASE_PORT + N
 #   OWNER=PID    takes it down when this process is gone, however it ended
-# Every user must be able to enter DIR and what it lies in (chmod o+x), for munge insists.
+# Every user must be able to enter DIR and its parents (chmod o+x), because munge requires it.
 # Preemption: a job in partition high takes the nodes of one in partition low.
 set -euo pipefail
 dir=$(readlink -m "${1:?usage: slurm_up.sh DIR [NODES]}")

@@ -35,7 +35,7 @@ class TrainingStep(Protocol):
         """From host batches to updated weights; the mean loss, once the step has ended."""
 
     def settings(self) -> dict[str, object]:
-        """What of the side's library ran, for the row."""
+        """Return what of the side's library ran, for the row."""
 
     def close(self) -> None:
         """Leave what the process holds for this model; its memory goes with the last reference."""
@@ -48,7 +48,7 @@ class Side:
     Attributes:
         build: the step from a recipe, the kind of device and this side.
         imports: modules that take long to import, which needs no GPU.
-        overrides: of the recipe, on a GPU.
+        overrides: overrides of the recipe, on a GPU.
         documents: per row.
         sliced: also measured at a second depth, for the time of a layer.
     """

@@ -47,7 +47,7 @@ def mfu(tokens_per_second: float, model: ModelConfig, row_tokens: int) -> tuple[
 def slice_columns(
     lower: Depth, upper: Depth, model: ModelConfig, row_tokens: int, step_tokens: int
 ) -> Row:
-    """The columns `slice` and `extrapolated` of a row.
+    """Return the columns `slice` and `extrapolated` of a row.
 
     Args:
         lower: fewer layers.
@@ -102,12 +102,12 @@ def slice_columns(
 
 
 def with_layers(model: ModelConfig, num_layers: int) -> ModelConfig:
-    """The same model with another number of layers."""
+    """Return the same model with another number of layers."""
     return model.model_copy(update={"num_layers": num_layers})
 
 
 def describe(row: Row) -> str:
-    """A side's row for the console: as measured, per layer, and for the whole model."""
+    """Return a side's row for the console: as measured, per layer, and for the whole model."""
     if "absent" in row:
         return f"{row['side']}: absent: {row['absent']}"
     memory = "" if row["peak_gib"] is None else f", {row['peak_gib']:.1f} GiB"
@@ -134,7 +134,7 @@ def compare(rows: Sequence[Row], ours: str, others: Sequence[str]) -> list[str]:
     """Lines with our speed over that of other sides of the same run, and whether GOAL is met.
 
     Args:
-        rows: of one run; sides that are absent or failed have no speed.
+        rows: rows of one run; sides that are absent or failed have no speed.
         ours: the side that is compared.
         others: the sides that it is compared with.
     """

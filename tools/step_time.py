@@ -1,4 +1,4 @@
-"""Step time of the engine beside a plain transformers loop, in one process on one CPU thread.
+"""Step time of the engine against a plain transformers loop, in one process on one CPU thread.
 
 Both sides go from the same host batch to updated weights: same micro-batches, same arithmetic, same
 initial weights, clipping, AdamW with decay on matrices only. Pairs are interleaved and change their
@@ -60,7 +60,7 @@ def benchmark_recipe(num_key_value_heads: int) -> Recipe:
 
 
 def host_batches(recipe: Recipe, documents_per_row: int, step: int) -> list[Batch]:
-    """The micro-batches of a step: random tokens, every label counted."""
+    """Return the micro-batches of a step: random tokens, every label counted."""
     rows, length = recipe.batch.global_batch_size, recipe.data.sequence_length
     random = np.random.default_rng([recipe.run.seed, step])
     tokens = random.integers(1, recipe.model.vocab_size, (rows, length + 1))
@@ -86,7 +86,7 @@ class EngineLoop:
         return self.engine.train_step(batches, NextToken(), learning_rate=self.rate).loss
 
     def phases(self) -> dict[str, list[tuple[Any, str]]]:
-        """The functions that make up each phase of a step, as (owner, attribute)."""
+        """Return the functions that make up each phase of a step, as (owner, attribute)."""
         from megatron.core.pipeline_parallel import schedules
 
         forward = [(self.engine.bare_chunks[0], "run"), (schedules, "forward_step_calc_loss")]
@@ -238,7 +238,7 @@ def compare(pairs: int, documents_per_row: int = 1, num_key_value_heads: int = 2
 
 
 def phase_ms(loop: EngineLoop | TransformersLoop, batches: Sequence[Batch]) -> dict[str, float]:
-    """Median CPU milliseconds of a step's phases, of what lies between them, and of the step."""
+    """Median CPU milliseconds of a step's phases, of the time between them, and of the step."""
     phases = loop.phases()
     records: list[dict[str, float]] = []
 
@@ -276,7 +276,7 @@ def print_profile(documents_per_row: int, num_key_value_heads: int) -> None:
 
 
 def keeps_bound(row: dict[str, Any]) -> bool:
-    """Whether a row's step costs at most MAX_RATIO of theirs.
+    """Return whether a row's step costs at most MAX_RATIO of theirs.
 
     Neighbours of a shared core move single runs by some percent: the whole interval counts.
     """

@@ -1,9 +1,9 @@
-"""Step time of this checkout, or of a commit, beside that of an earlier one, in one run.
+"""Step time of this checkout, or of a commit, against an earlier one, in one run.
 
 Each side is processes of its own that import its own tree and do the steps of tools/step_time.py,
 each on one CPU thread. The sides take turns, and every other pair swaps the order, so what else
 runs on the machine meets both alike. Where a process has its memory alone moves its steps by some
-percent, so both start anew a few times. What a commit alone costs is `COMMIT^ --after COMMIT`.
+percent, so both are restarted a few times. What a commit alone costs is `COMMIT^ --after COMMIT`.
 
     python -m tools.step_time_before COMMIT --pairs 200 --json benchmarks/step_time_before.jsonl
     python -m tools.step_time_before COMMIT^ --after COMMIT --dtype fp32 bf16 --tensor 1 2
@@ -109,7 +109,7 @@ def _answer(rank: subprocess.Popen) -> list[str]:
 
 
 def name_of(commit: str) -> str:
-    """The commit's abbreviated hash."""
+    """Return the commit's abbreviated hash."""
     words = ["git", "-C", str(ROOT), "rev-parse", "--short=12", commit]
     return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
@@ -148,14 +148,14 @@ def interval_over_starts(ratios: np.ndarray) -> list[float]:
 def compare(
     commit: str, pairs: int, *, after: str | None, num_ranks: int, dtype: str
 ) -> dict[str, object]:
-    """The row: median ratio of a later step time to the commit's, with its interval.
+    """Return the row: median ratio of a later step time to the commit's, with its interval.
 
     Args:
         commit: the earlier one.
         pairs: how many steps each side is timed for, over all starts.
         after: the later one; None is this checkout.
         num_ranks: tensor ranks of each side.
-        dtype: of the recipe.
+        dtype: dtype of the recipe.
     """
     later = nullcontext(ROOT) if after is None else checkout_of(after)
     with checkout_of(commit) as before, later as tree:

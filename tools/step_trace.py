@@ -15,7 +15,7 @@ def write_trace(directory: Path, name: str, kind: str, step: Callable[[], object
 
     Args:
         directory: is created.
-        name: of the side.
+        name: name of the side.
         kind: cpu or cuda.
         step: has ended on the device when it returns.
     """
@@ -40,7 +40,7 @@ def write_trace(directory: Path, name: str, kind: str, step: Callable[[], object
 
 
 def top_table(times: Iterable[tuple[str, int, float]]) -> str:
-    """The longest ops first: name, calls, total us, share of all.
+    """Return the longest ops first: name, calls, total us, share of all.
 
     Args:
         times: (op, calls, total us of itself alone).

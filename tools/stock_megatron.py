@@ -1,4 +1,4 @@
-"""megatron-core's own training step, to time ours beside: its GPTModel, its DDP, its optimizer.
+"""megatron-core's own training step, as a baseline: its GPTModel, its DDP, its optimizer.
 
 Layers, loss and AdamW are what megatron-core has: the local layer spec, or Transformer Engine's.
 Nothing of phi4 is patched in on a GPU. On a CPU megatron-core does not start without the changes
@@ -100,7 +100,7 @@ class StockMegatron:
             return (sum(loss_sums) / sum(counts)).item()
 
     def settings(self) -> dict[str, object]:
-        """What of megatron-core ran: the optimizer's class and the fusions."""
+        """Return what of megatron-core ran: the optimizer's class and the fusions."""
         adam = type(self.optimizer.chained_optimizers[0].optimizer)
         names = (
             "bias_activation_fusion",

@@ -1,4 +1,4 @@
-"""Throughput of `phi4 data tokenize` beside bare tiktoken, megatron-core's builder and datatrove.
+"""Throughput of `phi4 data tokenize` against bare tiktoken, megatron-core's builder and datatrove.
 
 All take the same documents on the same cores and must find the same number of tokens. Bare tiktoken
 gets them in memory and writes nothing; the others go from jsonl files to .bin/.idx pairs. Rounds
@@ -56,9 +56,9 @@ def write_text(directory: Path, megabytes: int, characters: int) -> list[str]:
     """jsonl files of this Python's sources, repeated until they are large enough.
 
     Args:
-        directory: of the files, of about equal size.
-        megabytes: of text.
-        characters: sources are cut into documents of so many; 0 leaves them whole.
+        directory: directory of the files, of about equal size.
+        megabytes: megabytes of text.
+        characters: sources are cut into documents of this length; 0 does not cut.
     """
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     sources = [

@@ -95,9 +95,9 @@ def measure(uri: str, run_dir: Path, pairs: int) -> dict[str, Any]:
     """Stretches in turns, every other pair in the other order.
 
     Args:
-        uri: of a tracking server.
+        uri: uri of a tracking server.
         run_dir: made here.
-        pairs: of stretches.
+        pairs: number of pairs.
     """
     words = (*_RECIPE.split(), f"run.dir={run_dir}", f"tracking.uri={uri}")
     recipe = with_overrides(Recipe(), words)

@@ -22,7 +22,7 @@ class TrackingServer:
     """`mlflow server` with a sqlite store in a directory, on loopback.
 
     Args:
-        directory: exists; a second server in it goes on with its store.
+        directory: exists; a second server in it continues with its store.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -84,7 +84,7 @@ def tracking_server(directory: Path) -> Iterator[TrackingServer]:
 
 @contextmanager
 def slow_proxy(uri: str, seconds: float) -> Iterator[str]:
-    """The address of a proxy that hands on every answer so many seconds later."""
+    """The address of a proxy that delays every answer by some seconds."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

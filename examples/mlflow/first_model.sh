@@ -26,7 +26,7 @@ for ((tries = 0; tries < 120; tries++)); do
     sleep 1
 done
 
-# --- Two runs. A second start of this script goes on, and changes nothing where they are finished.
+# --- Two runs. A second start of this script resumes them, and changes nothing if they are finished.
 for rate in 1e-2 1e-3; do
     phi4 train $recipe run.dir=$out/rate_$rate tracking.mlflow=true optim.learning_rate=$rate \
         optim.min_learning_rate=1e-4 evaluation.every=20 "$@"

@@ -15,9 +15,9 @@ PARENT = "mlflow.parentRunId"
 
 
 def accepted(client: MlflowClient, run: Run, key: str) -> dict[int, float]:
-    """The history of a metric that counts, by step.
+    """Return the history of a metric that counts, by step.
 
-    After a roll back the steps that MLflow had already are done again: `after_rollback_<n>/KEY`
+    After a rollback the steps that MLflow already had are repeated: `after_rollback_<n>/KEY`
     holds what replaces them. The newest that has a step counts.
     """
     tags = [name for name in run.data.tags if name.startswith("rollback_")]

@@ -120,7 +120,7 @@ def test_root_needs_no_sudo(machine: Machine) -> None:
     machine.set("id", "echo 0")
     machine.set("python3", None)
     stderr = machine.check().stderr
-    assert "mend it with:  apt-get update && apt-get install -y python3" in stderr
+    assert "fix it with:  apt-get update && apt-get install -y python3" in stderr
 
 
 def test_little_memory_is_named(machine: Machine) -> None:

@@ -36,7 +36,7 @@ def _refused(copy: Path, *arguments: str) -> str:
             "parallel.tensor=4 does not divide num_key_value_heads=2; use",
         ),
         ("parallel.pipeline=3", "model.num_layers=2"),
-        ("precision.fp8=torch", "leave none of model.num_layers=2 for FP8; lower it, or use"),
+        ("precision.fp8=torch", "leaves none of model.num_layers=2 for FP8; lower it or use"),
         ("run.steps", "expected section.key=value"),
     ],
 )

@@ -172,10 +172,13 @@ def test_stop_ends_a_text_before_it(rows, generate) -> None:
         (("a", "--log-probs"), "--log-probs has no place in plain text; add --json"),
         (("a", "--system=b"), "add --chat"),
         (("a", "parallel.tensor=3"), "parallel.tensor=3 does not divide"),
-        (("a", "parallel.context=2"), "parallel.context=2, but one replica generates; expected 1"),
-        (("a", "parallel.data=2"), "parallel.data=2, but one replica generates; expected 1"),
+        (
+            ("a", "parallel.context=2"),
+            "parallel.context=2, but generation uses one replica; expected 1",
+        ),
+        (("a", "parallel.data=2"), "parallel.data=2, but generation uses one replica; expected 1"),
         (("a", "paralel.tensor=2"), "unknown key 'paralel.tensor'; did you mean parallel.tensor?"),
-        (("a", "model.num_layers=4"), "model.num_layers belong to what"),
+        (("a", "model.num_layers=4"), "model.num_layers are fixed by"),
         (("a", "tokenizer.path=absent"), "tokenizer ranks absent cannot be read"),
         (("a", "--prompts=absent"), "--prompts=absent is no file"),
         (("--prompts=-",), "there is no prompt in --prompts"),
@@ -238,7 +241,7 @@ def test_chat_answers_lines_and_says_what_is_wrong(pool, generate, run, tmp_path
     assert "ConfigError: the conversation and this turn have" in err.splitlines()[-1]
     for words, message in (
         (("--temperature=nan",), "temperature=nan; expected 0"),
-        (("parallel.context=2",), "parallel.context=2, but one replica generates"),
+        (("parallel.context=2",), "parallel.context=2, but generation uses one replica"),
         (("hello",), "override 'hello': expected section.key=value"),
     ):
         code, out, err = command(pool, "chat", run, *words)

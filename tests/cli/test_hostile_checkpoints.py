@@ -21,7 +21,7 @@ COMMANDS = {
 FORMATS = {"full": (), "dp": ("parallel.distributed_optimizer=true",)}
 REFUSALS = {
     "dotted": ".metadata has opcode POP",
-    "byte_records": "something else than tensors, numbers and text",
+    "byte_records": "something other than tensors, numbers and text",
     "tensor_as_bytes": "describes 'embedding.word_embeddings.weight' as bytes",
 }
 

@@ -110,15 +110,15 @@ def test_served_model_is_searched_at_any_temperature(capsys, ranks, asked, tmp_p
         assert (code, err.count("\n")) == (2, 1)
         assert "give the rank file of the server's model with --ranks" in err
     code, _, err = phi4(capsys, *words, f"--ranks={path}")
-    assert (code, err.count("\n")) == (2, 1) and "cannot be asked for its models" in err
+    assert (code, err.count("\n")) == (2, 1) and "did not return its models" in err
     assert {one.position for one in read_pivots(tmp_path / "out" / "pivots.jsonl")} <= {0, 1}
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--temperature=0.7", "--temperature=0.7, but an endpoint tells"),
-        ("--top-p=0.9", "--top-p=0.9, but an endpoint tells"),
+        ("--temperature=0.7", "--temperature=0.7, but an endpoint reports"),
+        ("--top-p=0.9", "--top-p=0.9, but an endpoint reports"),
         ("--temperature=0", "draws one answer only"),
         ("--system=x", "--system begins conversations"),
         ("--oracle=none", "--oracle=none is unknown"),

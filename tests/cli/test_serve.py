@@ -29,7 +29,7 @@ PROMPT = "Every process"
 LONG_TOKENS = 150
 """Of an answer that is still under way when a signal arrives."""
 
-SHUTTING_DOWN = "the server is shutting down; ask another one"
+SHUTTING_DOWN = "the server is shutting down; use another one"
 
 
 pool = pool_fixture(1)
@@ -88,7 +88,7 @@ def test_missing_package_is_named_with_its_remedy(monkeypatch, tmp_path) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("parallel.data=2",), "parallel.data=2, but one replica generates; expected 1"),
+        (("parallel.data=2",), "parallel.data=2, but generation uses one replica; expected 1"),
         (("parallel.tensor=3",), "parallel.tensor=3 does not divide"),
         (("hello",), "override 'hello': expected section.key=value"),
         (("tokenizer.path=absent",), "tokenizer ranks absent cannot be read"),
@@ -133,7 +133,7 @@ def test_server_says_where_it_is_answers_and_ends_as_it_is_told(run) -> None:
     assert answers["/health"]["weights"] == "step_0000000"
     [card] = answers["/v1/models"]["data"]
     assert (card["id"], card["max_model_len"]) == ("tiny-run", 512)
-    assert "no more requests are taken; the 0 open ones have 20 s to end" in ended.err
+    assert "no more requests are accepted; the 0 open ones have 20 s to end" in ended.err
     assert ended.err.endswith("ended: 0 requests answered, 0 cancelled\n")
 
 
@@ -179,7 +179,7 @@ def test_four_processes_answer_as_one_and_end_after_what_is_open(pool, run) -> N
     assert chunks[-1] == "[DONE]"
     assert json.loads(chunks[-2])["choices"][0]["finish_reason"] == "length"
     assert "SIGTERM: the server ends once open requests are answered, within 600 s" in err
-    assert "no more requests are taken; the 1 open ones have 600 s to end" in err
+    assert "no more requests are accepted; the 1 open ones have 600 s to end" in err
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_status_and_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("words", "message"),
     [
         (["--nodes", "2"], "--nodes has no effect without --slurm"),
-        ([], "does not exist; build it first"),
+        ([], "does not exist; create it first"),
         (["--slurm", "--dry-run"], "run learning_rate=0.001.short.seed_1: "),
     ],
 )

@@ -336,7 +336,7 @@ CASES: dict[str, tuple[Callable[[Path], None] | None, str, str]] = {
     "elsewhere": (None, r"PlatformError: rank 1 on .* does not see /nowhere/x", ""),
     "stale": (None, "CheckpointError: no checkpoint .*rank 1 reads another", "step_0000002"),
     "record lost": (_lose_a_record, r"step 2 \[\]", "cannot be loaded: KeyError"),
-    "other recipe": (_change_recipe, r"step 2 \[\]", "is not the one that its manifest.json"),
+    "other recipe": (_change_recipe, r"step 2 \[\]", "does not match its manifest.json"),
     "foreign file": (_list_foreign_file, r"step 2 \[\]", "lists '../../x'"),
     "added file": (_add_file, r"step 3 \[\]", "note.txt, not listed in its manifest"),
     "other data": (None, "DataError: data source web holds other tokens.*another name", ""),

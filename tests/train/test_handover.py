@@ -224,7 +224,7 @@ def test_every_checkpoint_says_which_weights_the_run_began_with(served, root: Pa
         ("data.continue_from=nowhere", "no checkpoint in nowhere"),
         (
             "data.sources=[{name='web', path='code'}]",
-            "source 'web' is 23 units of .* the checkpoint counted 50",
+            "source 'web' is 23 units of .* but the checkpoint has 50",
         ),
     ],
 )

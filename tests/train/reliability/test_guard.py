@@ -277,7 +277,7 @@ def test_start_passes_over_bad_checkpoints_until_the_schedule_changes(
         note_bad(checkpoints, step, 5)
     refused = run(pool, root, RunPlan("passed"))
     assert refused.exit_code == 6
-    assert "are bad, training from them turned NaN 2 times: step_0000003, " in refused.how
+    assert "are bad: training from them became NaN 2 times: step_0000003, " in refused.how
     changed = ("optim.learning_rate=1e-3",)
     again = run(pool, root, RunPlan("passed", changed, stop_after=5, allow_change=True))
     assert "resumed from passed/checkpoints/step_0000003 (step 3)" in again.said
