@@ -256,7 +256,7 @@ def test_an_empty_directory_is_filled(tmp_path, weights, model, tokenizer):
 def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(tmp_path, weights, model, tokenizer):
     small = model.model_copy(update={"vocab_size": 1023})
 
-    with pytest.raises(ConfigError, match=r"has 1024 ids, model\.vocab_size=1023"):
+    with pytest.raises(ConfigError, match=r"has 1024 ids, but model\.vocab_size=1023"):
         write_hf(tmp_path / "out", weights.items(), small, tokenizer)
 
 

@@ -157,7 +157,9 @@ def test_foreign_tensors_are_refused(stored, change, message):
 def test_a_tensor_in_two_shards_is_refused(stored):
     save_file(TENSORS, stored / "model-00002-of-00002.safetensors")
 
-    with pytest.raises(CheckpointError, match=r"a is in model-00001-of-00002\.safetensors and "):
+    with pytest.raises(
+        CheckpointError, match=r"a is in both model-00001-of-00002\.safetensors and "
+    ):
         locate(stored, SHAPES)
 
 

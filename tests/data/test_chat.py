@@ -161,7 +161,7 @@ def test_preference_rows_in_all_forms() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [turn("tool", "x")]}, r"messages\[0\] has role 'tool'; phi-4 knows system, "),
+        ({"messages": [turn("tool", "x")]}, r"messages\[0\] has role 'tool'; expected system, "),
         ({"messages": [{"role": ["user"], "content": ""}]}, r"has role \['user'\]"),
         ({"messages": [turn("User", "x")]}, "has role 'User'"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] is .* expected"),

@@ -113,7 +113,7 @@ def test_blend_that_is_taken_back_before_a_draw_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 2}, "run.seed=2, the checkpoint's stream was drawn with 1"),
+        ({"seed": 2}, "run.seed=2, but the checkpoint's stream was drawn with 1"),
         ({"unit_tokens": 8}, "data.unit_tokens=8, .* with 4"),
     ],
 )

@@ -209,9 +209,9 @@ def test_bad_files_and_keys_are_refused_with_a_remedy(tmp_path: Path) -> None:
     pivots = write_pivots(tmp_path / "pivots", 2)
     chats = write_conversations(tmp_path / "chats", [[0, 1, 1]])
     for path, kind, expected in (
-        (pairs, "pivots", "kind=pivots, and .* holds pairs; set kind to pairs"),
-        (pairs, "windows", "kind=windows, and .* holds pairs; set kind to pairs"),
-        (pivots, "pairs", "kind=pairs, and .* holds pivots; set kind to pivots"),
+        (pairs, "pivots", "kind=pivots, but .* holds pairs; set kind to pairs"),
+        (pairs, "windows", "kind=windows, but .* holds pairs; set kind to pairs"),
+        (pivots, "pairs", "kind=pairs, but .* holds pivots; set kind to pivots"),
         (chats, "pairs", "holds documents; set kind to conversations or windows"),
     ):
         with pytest.raises(DataError, match=expected):

@@ -173,7 +173,7 @@ def test_equal_ids_of_answers_that_differ_in_their_flags_are_refused() -> None:
 
 def test_empty_answer_of_a_conversation_is_refused_where_the_loss_covers_it() -> None:
     for empty in ("", "\t "):
-        with pytest.raises(DataError, match=r"has an empty answer: turn 1 is .*; leave"):
+        with pytest.raises(DataError, match=r"has an empty answer: turn 1 is .*; remove"):
             read_conversation({"messages": [user("q"), assistant(empty), user("r")]})
     messages = [user("q"), SKIPPED, user("r"), assistant("a")]
     assert read_conversation({"messages": messages}).has_loss

@@ -134,7 +134,7 @@ def test_filter_fitted_to_corrupted_inputs_keeps_nothing(app: typer.Typer, tmp_p
     mixed = rows(tmp_path / "mixed.jsonl", *passages, *garbage)
     refusal = (
         rf"{len(passages)} of {3 * len(passages)} texts would be quarantined as corrupted "
-        r"\(\d+ .*compression ratio.*\), accepted are 10%; nothing was kept: normal was learned "
+        r"\(\d+ .*compression ratio.*\), the limit is 10%; nothing was kept: normal was learned "
         r"from the inputs .*quarantine\.rejects\.part, then give --reference .*--accept-share"
     )
     with pytest.raises(DataError, match=refusal):

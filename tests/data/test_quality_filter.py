@@ -123,9 +123,9 @@ def test_callable_that_cannot_be_loaded(name: str) -> None:
 
 
 def test_settings_that_do_not_belong_together(profile: Profile) -> None:
-    with pytest.raises(DataError, match="go together"):
+    with pytest.raises(DataError, match="needs a function that identifies them"):
         Filter(profile, languages=frozenset({"en"}))
-    with pytest.raises(DataError, match="go together"):
+    with pytest.raises(DataError, match="needs a function that identifies them"):
         Filter(profile, identify=first_letter)
     with pytest.raises(DataError, match="more than 0"):
         Filter(profile, max_deviations=0)

@@ -132,7 +132,9 @@ def test_what_is_there_is_kept_or_refused(built: Path) -> None:
     before = (built / "pretrain.bin").stat().st_mtime_ns
     build_reasoning(built, SMALL)
     assert (built / "pretrain.bin").stat().st_mtime_ns == before
-    with pytest.raises(DataError, match=r"holds data with seed=5, asked is 6; give another --out"):
+    with pytest.raises(
+        DataError, match=r"holds data with seed=5, but 6 was requested; give another --out"
+    ):
         build_reasoning(built, replace(SMALL, seed=6))
 
 

@@ -123,7 +123,7 @@ def test_other_template_is_named(tmp_path: Path) -> None:
 
 def test_other_model_is_named(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, items(1, 2, 3, 4))
-    assert "precision.dtype=fp32, the recipe has bf16" in refusal(cache.check_dtype, "bf16")
+    assert "precision.dtype=fp32, but the recipe has bf16" in refusal(cache.check_dtype, "bf16")
     changed = WEIGHTS | {"layer.0": "e" * 64}
     assert "tensor layer.0 (sha256 eeeeeeeeeeee, in the cache bbbbbbbbbbbb)" in refusal(
         cache.check_model, "fp32", changed
@@ -136,7 +136,7 @@ def test_source_of_one_side_only_is_named(tmp_path: Path) -> None:
     cache = write_cache(tmp_path, items(1, 2, 3, 4))
     assert "'new' is in the recipe but not in" in refusal(cache.check_names, ["new", "web/pairs"])
     assert "'web/pairs' is in the reference cache but not in" in refusal(cache.check_names, [])
-    assert "has no source 'new', only 'web/pairs'" in refusal(cache.log_probs, "new")
+    assert "has no source 'new'; it has 'web/pairs'" in refusal(cache.log_probs, "new")
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

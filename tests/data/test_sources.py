@@ -115,7 +115,7 @@ def test_stream_over_shards_is_that_of_their_units(
         ("none-*", r"none-\* matches no shard"),
         ("none.list", r"none\.list cannot be read as a list"),
         ("empty.list", r"empty\.list matches no shard"),
-        ("twice.list", r"twice\.list names .*web-00 twice"),
+        ("twice.list", r"twice\.list lists .*web-00 twice"),
         ("lost.list", r"nothing\.idx cannot be read"),
         ("web-?[0-9]", r"web-01\.manifest\.json does not exist"),
     ],

@@ -288,7 +288,7 @@ def test_another_plan_under_the_same_prefix_is_refused(
     with pytest.raises(DataError, match=r"part 1; run the missing shards again"):
         merge_runs(tmp_path / "p")
     other = make_plan(find_inputs([rows]), facts, seed=9, part_bytes=500)
-    with pytest.raises(DataError, match=r"begun with another order \(--seed 0, now --seed 9\)"):
+    with pytest.raises(DataError, match=r"created with another order \(--seed 0, now --seed 9\)"):
         tokenize_parts(other, tmp_path / "p", config, **options)
     rows.write_text(rows.read_text() + "\n")
     grown = make_plan(find_inputs([rows]), facts, part_bytes=500)

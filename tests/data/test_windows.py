@@ -105,7 +105,7 @@ def test_mask_of_another_length_is_refused(tmp_path: Path, facts: TokenizerFacts
     with TokenFileWriter(tmp_path / "s", facts) as writer:
         writer.add(np.array([5, 6]), np.array([0, 1]))
     (tmp_path / "s.mask").write_bytes(b"\1")
-    with pytest.raises(DataError, match=r"s\.mask masks 1 tokens, .* holds 2"):
+    with pytest.raises(DataError, match=r"s\.mask has 1 tokens, .* has 2"):
         TokenFile(tmp_path / "s")
 
 

@@ -85,7 +85,7 @@ def test_getattr_is_not_called() -> None:
 def test_only_exact_names_are_admitted(module: str, name: str) -> None:
     # Ends where the call is, so nothing but the name can be what is refused.
     program = calling(module, name, "x")[:-1] + b"."
-    with pytest.raises(CheckpointError, match=rf"names {module}.{name}"):
+    with pytest.raises(CheckpointError, match=rf"refers to {module}.{name}"):
         parse_metadata(program, FILES)
 
 

@@ -97,7 +97,7 @@ def test_guest_fails_only_where_it_fails() -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("short", "gave 0 verdicts for 1 answers"),
+        ("short", "returned 0 verdicts for 1 answers"),
         ("nonsense", "returned a bool"),
         ("no-verdict", "not a verdict"),
         ("nothing", "failed: TypeError"),

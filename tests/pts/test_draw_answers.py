@@ -79,10 +79,13 @@ def test_other_questions_have_no_influence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"n": 5}, r"with n=4, asked is 5; give another --out, or remove it and a\.jsonl\.set"),
-        ({"seed": 4}, "with seed=3, asked is 4"),
-        ({"model": "other"}, "with model=script, asked is other"),
-        ({"temperature": 0.5}, r"with temperature=1\.0, asked is 0\.5"),
+        (
+            {"n": 5},
+            r"with n=4, but 5 was requested; give another --out, or remove it and a\.jsonl\.set",
+        ),
+        ({"seed": 4}, "with seed=3, but 4 was requested"),
+        ({"model": "other"}, "with model=script, but other was requested"),
+        ({"temperature": 0.5}, r"with temperature=1\.0, but 0\.5 was requested"),
     ],
 )
 @pytest.mark.parametrize("is_finished", [True, False])

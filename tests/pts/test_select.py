@@ -124,7 +124,7 @@ def test_draw_command(tmp_path: Path, asked: list[str], capsys: pytest.CaptureFi
     assert "is finished: 5 questions, 3 answers each" in capsys.readouterr().out
     assert asked == ["0000020"]
     assert phi4(*words, "--seed=1") == 2
-    assert "has answers with seed=0, asked is 1" in capsys.readouterr().err
+    assert "has answers with seed=0, but 1 was requested" in capsys.readouterr().err
     questions.write_text("\n")
     assert phi4(*words) == 2
     assert "has no question" in capsys.readouterr().err

@@ -180,7 +180,7 @@ def test_a_sampler_needs_the_tokenizer_of_its_generator(pool) -> None:
         "the generator samples from 128 ids, but the tokenizer has 127; create the generator with "
         "num_ids=127"
     )
-    assert large.startswith("the tokenizer has 129 ids, model.vocab_size=128")
+    assert large.startswith("the tokenizer has 129 ids, but model.vocab_size=128")
 
 
 def test_nothing_is_said_of_a_request_after_it_failed() -> None:

@@ -67,8 +67,8 @@ def test_source_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     narrow = replace(stage_of(recipe), source_kinds=frozenset(("stream",)))
     monkeypatch.setattr("phi4.stages.pretrain.STAGE", narrow)
     assert refusal(recipe) == (
-        "source 's' has kind=windows, and run.stage=pretrain takes stream; change the kind, or the "
-        "stage"
+        "source 's' has kind=windows, but run.stage=pretrain accepts stream; change the kind or "
+        "the stage"
     )
 
 

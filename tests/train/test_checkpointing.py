@@ -334,7 +334,7 @@ CASES: dict[str, tuple[Callable[[Path], None] | None, str, str]] = {
     "whole": (None, r"step 3 \[\]", ""),
     "blind": (None, r"step 3 \[\]", ""),
     "elsewhere": (None, r"PlatformError: rank 1 on .* does not see /nowhere/x", ""),
-    "stale": (None, "CheckpointError: no checkpoint .*rank 1 reads another", "step_0000002"),
+    "stale": (None, "CheckpointError: no checkpoint .*rank 1 reads a different", "step_0000002"),
     "record lost": (_lose_a_record, r"step 2 \[\]", "cannot be loaded: KeyError"),
     "other recipe": (_change_recipe, r"step 2 \[\]", "does not match its manifest.json"),
     "foreign file": (_list_foreign_file, r"step 2 \[\]", "lists '../../x'"),

@@ -219,7 +219,7 @@ def test_every_checkpoint_says_which_weights_the_run_began_with(served, root: Pa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run.seed=1", r"run\.seed=1, the checkpoint's stream was drawn with 1234"),
+        ("run.seed=1", r"run\.seed=1, but the checkpoint's stream was drawn with 1234"),
         ("data.unit_tokens=16", r"data\.unit_tokens=16, .* drawn with 8"),
         ("data.continue_from=nowhere", "no checkpoint in nowhere"),
         (

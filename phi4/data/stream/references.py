@@ -191,7 +191,7 @@ class ReferenceCache:
         entry = self.manifest.sources.get(source_name)
         if entry is None:
             raise DataError(
-                f"reference cache {self.directory} has no source {source_name!r}, but "
+                f"reference cache {self.directory} has no source {source_name!r}; it has "
                 f"{', '.join(map(repr, sorted(self.manifest.sources)))}; {self.remedy}"
             )
         return entry

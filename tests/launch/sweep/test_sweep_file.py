@@ -91,7 +91,7 @@ WRONG = [
         "baseline='x' is not a variant; use one of learning_rate=",
     ),
     (("seeds", "metrics = ['held_out_loss/x']\nseeds"), "data.held_out has held"),
-    (("seeds", "maximize = ['loss']\nseeds"), "maximize names loss, not in metrics"),
+    (("seeds", "maximize = ['loss']\nseeds"), "maximize has loss, which are not in metrics"),
     (("base.toml", "base.tml"), "base.tml does not exist"),
     (
         ("[axes.l", "[axes.x]\nkey = 'optim.learning_rate'\nvalues = [1.0]\n[axes.l"),

@@ -92,7 +92,7 @@ def test_steps_that_were_undone_are_not_missed():
     tracker.rewind(0)
     tracker.finish("failed")
     assert said == [
-        "MLflow has all steps but not the run's final status; `phi4 track settle /a/run` tells it"
+        "MLflow has all steps but not the run's final status; `phi4 track settle /a/run` sets it"
     ]
 
 
