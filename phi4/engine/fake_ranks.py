@@ -80,7 +80,7 @@ def rank_shapes(recipe: Recipe) -> list[RankShape]:
 
 
 @contextmanager
-def paper_rank(
+def fake_rank(
     parallel: ParallelConfig, rank: int, kind: Literal["meta", "cpu"] = "meta"
 ) -> Iterator[Layout]:
     """Act as one rank of one model copy; collectives return at once and move no data.
@@ -102,7 +102,7 @@ def paper_rank(
 
 
 def _shape_of(recipe: Recipe, rank: int) -> RankShape:
-    with paper_rank(recipe.parallel, rank) as layout, warnings.catch_warnings():
+    with fake_rank(recipe.parallel, rank) as layout, warnings.catch_warnings():
         # megatron-core's advice concerns transformer-engine's attention, which is not used.
         warnings.simplefilter("ignore", UserWarning)
         seed_random_states(recipe.run.seed)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from megatron.core import parallel_state
 
 from phi4.config import Recipe, check, with_overrides
-from phi4.engine.fake_ranks import paper_rank, rank_shapes
+from phi4.engine.fake_ranks import fake_rank, rank_shapes
 from phi4.engine.model.gpt import build_chunks, seed_random_states, transformer_config
 from phi4.model.shape import num_parameters, num_rank_parameters
 
@@ -96,7 +96,7 @@ def test_uneven_layers_land_on_their_stage_and_chunk() -> None:
 
 def test_no_tensor_has_bytes_and_groups_go_away() -> None:
     recipe = with_overrides(Recipe(), ["parallel.tensor=2"])
-    with paper_rank(recipe.parallel, 1) as layout:
+    with fake_rank(recipe.parallel, 1) as layout:
         config = transformer_config(recipe, frees_stage_outputs=True)
         seed_random_states(1)
         chunks = build_chunks(recipe, layout, config)
@@ -107,7 +107,7 @@ def test_no_tensor_has_bytes_and_groups_go_away() -> None:
 
 
 def test_groups_go_away_after_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), paper_rank(Recipe().parallel, 0):
+    with pytest.raises(ZeroDivisionError), fake_rank(Recipe().parallel, 0):
         raise ZeroDivisionError
     assert not dist.is_initialized()
     assert not parallel_state.model_parallel_is_initialized()

@@ -76,10 +76,10 @@ def pool() -> Iterator[RankPool]:
 
 
 def waits(
-    _rank: int, _world_size: int, overrides: tuple[str, ...], paper_rank: int, planted: str = ""
+    _rank: int, _world_size: int, overrides: tuple[str, ...], fake_rank: int, planted: str = ""
 ) -> tuple[list[str], int]:
     """What two steps wait for, and how many micro-batches one has."""
-    with engine_on_paper(tiny_recipe(*SMALL, *overrides), paper_rank) as (engine, mode):
+    with engine_on_paper(tiny_recipe(*SMALL, *overrides), fake_rank) as (engine, mode):
         objective = NextToken() if not planted else Planted(PLANTED[planted])
         with mode:
             for step in range(2):

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from phi4.config import Recipe, with_overrides
 from phi4.config.fp8_rules import fp8_layers
 from phi4.data.stream.batch import build_batch
-from phi4.engine.fake_ranks import paper_rank
+from phi4.engine.fake_ranks import fake_rank
 from phi4.engine.model import layers, micro_batch
 from phi4.engine.model.gpt import build_chunks, seed_random_states, transformer_config
 from phi4.engine.model.micro_batch import MicroBatch, to_device
@@ -72,7 +72,7 @@ def device_norm(monkeypatch):
 
 @contextmanager
 def rank_of(recipe: Recipe, rank: int) -> Iterator[tuple]:
-    with warnings.catch_warnings(), paper_rank(recipe.parallel, rank, "cpu") as layout:
+    with warnings.catch_warnings(), fake_rank(recipe.parallel, rank, "cpu") as layout:
         warnings.simplefilter("ignore", UserWarning)
         seed_random_states(1)
         chunks = build_chunks(recipe, layout, transformer_config(recipe, frees_stage_outputs=True))
