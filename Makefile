@@ -74,7 +74,7 @@ durations: setup  ## record the CPU seconds of the test files, which order them
 	@$(PYTEST) $(DEFAULT) --write-cpu-seconds
 	@$(PYTEST) $(LONG) --write-cpu-seconds
 
-measured: setup  ## BENCHMARKS.md and README's table from the rows under benchmarks/
+measured: setup  ## BENCHMARKS.md and README's table from the rows in benchmarks/
 	@.venv/bin/python -m tools.measured_table
 	@.venv/bin/python -m tools.benchmark_page
 

@@ -110,7 +110,7 @@ class SideStream:
                 stream.wait_event(done)
 
                 def used_here(x: torch.Tensor) -> torch.Tensor:
-                    # Memory of one stream that another uses: not reused before that is done, too.
+                    # Memory of one stream that another uses must not be reused before it is done.
                     x.record_stream(stream)
                     return x
 

@@ -29,6 +29,7 @@ def require_inputs(runs: Sequence[SweepRun]) -> None:
             missing = [p for p in shard_prefixes(path) if not manifest_path(p).exists()]
         if missing:
             raise DataError(
-                f"run {name}: {what}: {missing[0]} does not exist; build it first (`phi4 data "
-                "demo`, `phi4 data tokenize`), or run this from the directory that paths start at"
+                f"run {name}: {what}: {missing[0]} does not exist; create it first (`phi4 data "
+                "demo`, `phi4 data tokenize`), or run this command from the directory that the "
+                "paths are relative to"
             )
