@@ -39,7 +39,8 @@ class Platform:
     def describe(self) -> str:
         """Return one line for the console."""
         backend = "NCCL" if self.kind == "cuda" else "gloo"
-        return f"platform: {self.kind} over {backend}, {self.world_size} processes ({self.reason})"
+        processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+        return f"platform: {self.kind} over {backend}, {processes} ({self.reason})"
 
 
 def choose_kind(asked: Literal["auto", "cpu", "cuda"]) -> tuple[Literal["cpu", "cuda"], str]:

@@ -1,7 +1,7 @@
-"""What a run shows to whoever watches: a progress bar on a terminal, plain lines elsewhere.
+"""The console view of a run: a progress bar on a terminal, plain lines elsewhere.
 
 A log file gets at most one line per second of training, but never misses an evaluation or the last
-step. Decisions taken at the start are said through `say`, which keeps clear of the bar.
+step. Other lines of the run go through `say`, which does not disturb the bar.
 """
 
 import math
@@ -24,7 +24,7 @@ class ConsoleTracker:
 
     Args:
         total_steps: where the run ends.
-        resume_step: where it goes on from.
+        resume_step: completed steps of earlier attempts.
         stream: a terminal or a file; standard output when None.
         clock: seconds, for tests.
     """
@@ -43,7 +43,7 @@ class ConsoleTracker:
         has_bar = self._console.is_terminal and not self._console.is_dumb_terminal
         self._bar = self._new_bar() if has_bar else None
         self._last_line_at = -math.inf
-        self._unsaid: str | None = None
+        self._held_back: str | None = None
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
@@ -69,24 +69,28 @@ class ConsoleTracker:
             return
         numbers = _numbers(metrics, _IN_A_LINE)
         line = f"step {step}/{self._total_steps}  {numbers}  {_eta(metrics)}".rstrip()
-        if is_news or self._clock() - self._last_line_at >= _LINE_SECONDS:
+        is_last = step >= self._total_steps
+        if is_news or is_last or self._clock() - self._last_line_at >= _LINE_SECONDS:
             self.say(line)
-            self._last_line_at, self._unsaid = self._clock(), None
+            self._last_line_at, self._held_back = self._clock(), None
         else:
-            self._unsaid = line
+            self._held_back = line
 
     def rewind(self, step: int) -> None:
         """Set the bar back; the line of an undone step is not shown any more."""
-        self._unsaid = None
+        self._held_back = None
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=step)
 
     def finish(self, status: Status) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal; after a failure, also show the last step.
+
+        A run that stops early has saved its last step and said so: its line would come too late.
+        """
         if self._bar:
             self._bar.stop()
-        elif self._unsaid:
-            self.say(self._unsaid)
+        elif status == "failed" and self._held_back:
+            self.say(self._held_back)
 
     def _new_bar(self) -> Progress:
         return Progress(
@@ -110,14 +114,14 @@ _TEXTS = {
     "skipped_rows": "{:,.0f} rows skipped",
 }
 _NEWS = {"held_out_loss", "skipped", "rolled_back_from"}
-"""What a log file never misses."""
+"""Metrics whose step is always shown in a log file."""
 
 _IN_A_LINE = tuple(_TEXTS)
 _ON_THE_BAR = ("loss", "learning_rate", "tokens_per_second")
 
 
 def _eta(metrics: Mapping[str, float]) -> str:
-    """The time to the end, where the metrics say it."""
+    """The time to the end; empty where the metrics have none."""
     seconds = metrics.get("eta_seconds")
     return "" if seconds is None else f"eta {timedelta(seconds=round(seconds))}"
 

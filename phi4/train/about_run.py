@@ -99,7 +99,7 @@ def source_tree(package: str = "phi4") -> SourceTree | None:
 
 def _git(directory: str, *words: str) -> str | None:
     """What git prints; None where it fails, hangs or is not installed."""
-    # It must not wait for, or take, a lock of whoever works in the checkout.
+    # It must not wait for, or take, a lock of a user of the checkout.
     command = ["git", "--no-optional-locks", "-C", directory, *words]
     try:
         done = subprocess.run(

@@ -14,7 +14,7 @@ from phi4.train.schedule import decay_end, next_rate
 def with_changes(
     state: RunState, old: Recipe, new: Recipe, *, allow: bool, say: Callable[[str], None]
 ) -> RunState:
-    """The state of a run that goes on under another recipe.
+    """The state of a run that resumes under another recipe.
 
     Args:
         state: as saved.
@@ -38,7 +38,7 @@ def with_changes(
         consequence = f" ({rates})" if rates else ""
         raise ConfigError(
             f"the run was started with {_listed(changes['schedule'])}{consequence}; pass --change "
-            "to go on with the new value from this step"
+            "to continue with the new value from this step"
         )
     if rates:
         say(rates)
@@ -52,7 +52,7 @@ def with_changes(
 
 
 def _rate_change(state: RunState, old: Recipe, new: Recipe) -> str | None:
-    """What becomes of the learning rate and of its decay, where either changes."""
+    """Changes of the learning rate and of its decay, where either changes."""
     before, after = (
         next_rate(recipe, step=state.step, consumed_tokens=state.consumed_tokens)
         for recipe in (old, new)

@@ -1,6 +1,6 @@
-"""When a run saves, and what becomes of it.
+"""When a run saves, and the outcome of each save.
 
-A save is `scheduled` when training goes on and its ranks' writer processes write, and `durable`
+A save is `scheduled` when training continues and its ranks' writer processes write, and `durable`
 once it counts; one that training waits for is durable at once. At most one is under way: a save
 that is due meanwhile is made as soon as that one has ended, of the step that the run has then
 reached. The last save of a run first waits for the one under way, then is waited for itself.
@@ -45,8 +45,8 @@ class Checkpointer:
     It is no hook: it comes after the decisions of all hooks, so that a step that one of them
     rejects is not saved, and one that is the last after all is saved once.
 
-    A save that the disk refuses does not end the run: training goes on from memory, and the save is
-    tried again soon. Only the last step's has to succeed.
+    A save that the disk refuses does not end the run: training continues from memory, and the save
+    is retried soon. Only the save of the last step must succeed.
 
     Args:
         context: of the run.
@@ -93,7 +93,7 @@ class Checkpointer:
         Args:
             progress: the step.
             is_last: the run ends with this step, so it is saved, and waited for.
-            is_asked: somebody asked for a save.
+            is_asked: a save was requested.
 
         Returns:
             What the save of this step is; None without one.
@@ -144,7 +144,7 @@ class Checkpointer:
         return "durable" if self._pending is None else "scheduled"
 
     def settle(self, step: int, *, within_seconds: float | None = None) -> None:
-        """Wait for the save that is under way, if one is; where it fails, that is only said.
+        """Wait for the save that is under way, if one is; a failure is only logged.
 
         Args:
             step: that the run has reached.

@@ -60,7 +60,7 @@ class FP8Canary(Hook):
         )
         for new in self._new:
             context.say(
-                f"step {new.step}: layer {new.layer} leaves FP8 and goes on in "
+                f"step {new.step}: layer {new.layer} leaves FP8 and continues in "
                 f"{context.recipe.precision.dtype}: {new.reason}"
             )
         fallen = (*progress.state.fp8_fallbacks, *self._new)

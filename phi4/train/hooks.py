@@ -1,4 +1,4 @@
-"""What happens around a step besides the step: a hook measures, acts, and may end or undo the run.
+"""What happens around a step: a hook measures, acts, and may end or undo the run.
 
 Order in the loop: the step, every hook's `measure` into the step's one record, the record to the
 trackers, what hooks `remember` in the run's state, every hook's `act`, then whatever their
@@ -36,7 +36,7 @@ class Continue:
 
 @dataclass(frozen=True)
 class SaveAndStop:
-    """Save this step and end the run; the same command goes on from it later."""
+    """Save this step and end the run; the same command resumes from it later."""
 
     reason: str
     status: Literal["interrupted", "finished"] = "interrupted"
@@ -49,8 +49,8 @@ class SaveAndStop:
 class RollBack:
     """Undo steps and skip the data that they consumed.
 
-    The run goes back to its newest checkpoint that loads and lies at least `steps` steps back, and
-    goes on behind everything that was drawn since. Nothing limits how often: a hook that asks for
+    The run goes back to its newest checkpoint that loads and is at least `steps` steps back, and
+    resumes behind everything that was drawn since. Nothing limits how often: a hook that asks for
     it counts its own.
 
     Raises:
@@ -72,7 +72,7 @@ CONTINUE = Continue()
 
 
 def strongest(decisions: Sequence[Decision]) -> Decision:
-    """The decision that counts: a stop beats a roll back, which beats going on; ties to the first.
+    """The decision that counts: a stop before a roll back before continuing; ties to the first.
 
     Of several roll backs the one that undoes most steps counts.
     """
@@ -85,7 +85,7 @@ def strongest(decisions: Sequence[Decision]) -> Decision:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run stands after a step."""
+    """State of the run after a step."""
 
     state: RunState
     total_steps: int
@@ -116,7 +116,7 @@ class Hook:
 
     Every rank calls every hook in the same order, so a hook may use collectives.
 
-    Decisions must be the same on every rank: a rank that goes on alone waits for the others until
+    Decisions must be the same on every rank: a rank that continues alone waits for the others until
     its collective times out. What follows from the step's result, the state or the recipe is the
     same everywhere; what one rank sees (a signal, a file, a clock) is not, and is shared first, by
     `phi4.engine.agreement.decided_by_writer` where rank 0 decides, or by a reduction of the hook's
@@ -134,7 +134,7 @@ class Hook:
         """Before the first step; acquire here, and not in the constructor, what `close` releases.
 
         Args:
-            state: where training goes on from.
+            state: where training resumes.
         """
 
     def measure(self, progress: Progress) -> dict[str, float]:
@@ -146,7 +146,7 @@ class Hook:
         return state
 
     def act(self, progress: Progress) -> Decision:
-        """Anything else, after the record is written; says how the run goes on."""
+        """Anything else, after the record is written; says how the run continues."""
         return CONTINUE
 
     def rewind(self, state: RunState) -> None:
@@ -174,7 +174,7 @@ class RunContext:
         tokenizer: whose ids the sources hold.
         source_hashes: sha256 of what each data source holds, by name.
         held_out: open sources of `data.held_out`, by name.
-        state: where training goes on from.
+        state: where training resumes.
         lease: on the writer rank; None on the others.
         say: takes one line for the console; silent on ranks other than the writer.
         phases: which part of the run this rank is in; entered by the training thread.

@@ -40,6 +40,8 @@ class Ending:
     exit_code: int = 0
     reason: str = ""
     """Why it ended before its last step."""
+    loss: float | None = None
+    """Of the last step that this attempt trained, if any."""
 
 
 def train(
@@ -53,17 +55,18 @@ def train(
 
     Args:
         context: the run.
-        loader: stands where `context.state.data` says.
+        loader: at the position of `context.state.data`.
         hooks: called by every rank in order; started and closed here.
         checkpointer: saves after the hooks' decisions.
         recorder: takes one record per step; silent on ranks other than the writer.
 
     Raises:
-        Phi4Error: of the step, a hook or a save; the hooks were told, see `Hook`.
+        Phi4Error: of the step, a hook or a save; the hooks were notified, see `Hook`.
 
     Collectives: those of `Engine.train_step`, of the hooks, of saves and of `roll_back`.
     """
     state, total = context.state, context.recipe.run.steps
+    loss = None
     with running(hooks, state), context.phases.during("hooks", state.step):
         while state.step < total:
             progress = _step(context, loader, state)
@@ -81,20 +84,20 @@ def train(
                 for hook in hooks:
                     hook.rewind(state)
                 continue
-            state = progress.state
+            state, loss = progress.state, progress.result.loss
             if isinstance(decision, SaveAndStop) and not progress.is_last:
                 context.say(
                     f"stopped after step {state.step} of {total}: {decision.reason}; the step is "
-                    "saved, and the same command goes on from it"
+                    "saved, and the same command resumes from it"
                 )
                 return Ending(state, decision.status, decision.exit_code, decision.reason)
-    return Ending(state, "finished")
+    return Ending(state, "finished", loss=loss)
 
 
 def _saved(
     context: RunContext, progress: Progress, decision: Decision, checkpointer: Checkpointer
 ) -> Decision:
-    """Save the step where a decision, a request or the recipe asks for it; says how it goes on.
+    """Save the step where a decision, a request or the recipe asks for it; returns how to continue.
 
     Who is told to stop while a save is going on has that save: one is not followed by another.
     """

@@ -103,7 +103,7 @@ def speed_numbers(
     """Tokens and model FLOPs per second of a step, and the share of the peak where one is known.
 
     The FLOPs are those of the documents that the step's rows held; causal counts half of every
-    document's attention square, full the whole of it.
+    document's attention square, full the entire square.
     """
     tokens_per_second = progress.step_tokens / progress.step_seconds
     flops = training_flops(recipe.model, progress.result.work)

@@ -13,7 +13,7 @@ class Peak:
     """What one GPU can do at most."""
 
     tflops: float | None
-    """Dense; None where nobody knows."""
+    """Dense; None where it is unknown."""
     reason: str
     """Whose figure it is, or why there is none; a line for the console."""
 
@@ -28,15 +28,15 @@ def peak_of(recipe: Recipe, device_name: str | None) -> Peak:
     dtype, given = recipe.precision.dtype, recipe.tracking.peak_tflops
     if given is not None:
         return Peak(given, f"MFU: of {given:g} TFLOP/s per rank, from tracking.peak_tflops")
-    remedy = "set tracking.peak_tflops to report it"
+    remedy = "set tracking.peak_tflops"
     if device_name is None:
-        return Peak(None, f"MFU: not reported, no peak is known of a CPU; {remedy}")
+        return Peak(None, f"MFU: not reported, no peak is known for a CPU; {remedy}")
     card = card_of_device(device_name)
     if card is None:
         known = ", ".join(one.title for one in CARDS.values())
         return Peak(
             None,
-            f"MFU: not reported, no peak is known of {device_name} (only of {known}); {remedy}",
+            f"MFU: not reported, no peak is known for {device_name} (only for {known}); {remedy}",
         )
     if dtype != "bf16":
         return Peak(

@@ -1,4 +1,4 @@
-"""Second copies of a run's checkpoints on its hosts' own disks, made while training goes on.
+"""Second copies of a run's checkpoints on its hosts' own disks, made while training continues.
 
 Every rank has a process for it besides the one that writes shards: a save that begins while a copy
 is made does not wait for it, and a save that is given up does not take the copy with it. A copy
@@ -109,7 +109,7 @@ class Replication:
             self._failed(error)
 
     def look(self) -> None:
-        """See whether this rank's copy ended; one that failed is said here and now."""
+        """See whether this rank's copy ended; a failed one is reported at once."""
         if self._copy is None or not self._copy.is_busy:
             return
         reply = self._copier.reply()

@@ -1,4 +1,4 @@
-"""Where a run goes on: the search for the newest checkpoint that holds."""
+"""Where a run resumes: the search for the newest valid checkpoint."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ class Restoring:
     """How checkpoints of a run are taken.
 
     Attributes:
-        recipe: of the run that goes on.
+        recipe: of the run that resumes.
         engine: built for it.
         source_hashes: manifest hash of every data source now.
         say: takes one line for the console.
         allow_change: whether schedule keys may differ from those of the checkpoint.
-        roll_back: where the newest roll back went on, if any; checkpoints that it undid are passed
+        roll_back: where the newest roll back resumed, if any; checkpoints that it undid are passed
             over.
         replicas: where a damaged checkpoint is taken from; None where there are none.
     """
@@ -50,18 +50,21 @@ class Restoring:
 
 
 def first_state(recipe: Recipe) -> RunState:
-    """Where a run without a checkpoint begins: with the ledger of `data.continue_from`, if any.
+    """The state of a run without a checkpoint: with the ledger of `data.continue_from`, if any.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it holds no ledger.
+        CheckpointError: `run.init_from` or `data.continue_from` has no checkpoint, or that of the
+            latter holds no ledger.
     """
+    if recipe.run.init_from is not None:
+        find_checkpoint(Path(recipe.run.init_from))
     if recipe.data.continue_from is None:
         return RunState()
     checkpoint = find_checkpoint(Path(recipe.data.continue_from))
     ledger = ledger_of(checkpoint.parent.parent, read_state(checkpoint))
     if ledger is None:
         raise CheckpointError(
-            f"{checkpoint} has drawn no data, so data.continue_from has no ledger to go on with; "
+            f"{checkpoint} has drawn no data, so data.continue_from has no ledger to continue; "
             "leave the key out"
         )
     return RunState(data=ledger, ledger_from=str(checkpoint))
@@ -81,7 +84,7 @@ def resume(
     After a roll back the data that it skipped stays skipped, whichever checkpoint is taken.
 
     Args:
-        recipe: of the run that goes on.
+        recipe: of the run that resumes.
         engine: built for it.
         allow_change: whether `--change` was given; then checkpoints that count as bad are tried
             again.
@@ -107,7 +110,8 @@ def resume(
         row_units = recipe.data.sequence_length // recipe.data.unit_tokens
         state = continued_behind(state, roll_back, row_units=row_units)
         say(f"data: skipping {state.skips[-1].rows:,} rows ({state.skips[-1].reason})")
-    say(f"resumed from {checkpoint} (step {state.step})")
+    if state.step < recipe.run.steps:
+        say(f"resumed from {checkpoint} (step {state.step})")
     return state
 
 

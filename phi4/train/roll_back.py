@@ -1,7 +1,7 @@
-"""A roll back in memory: the engine back at an earlier checkpoint, the loader where it stands.
+"""A roll back in memory: the engine returns to an earlier checkpoint, the loader does not.
 
-What the undone steps consumed is skipped by not moving the loader: it stands behind that data, in
-whatever blend it was drawn.
+So the data of the undone steps is skipped: the loader is already past it, whatever blend it was
+drawn from.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def roll_back(
 
     Args:
         context: of the run; fills its engine.
-        now: where the run stands.
+        now: the run's present state.
         asked: how far, and why.
         rewind_records: called on the writer rank with the step that is gone back to.
 

@@ -1,4 +1,4 @@
-"""What is written of a run besides checkpoints: its recipe, its lines, and how its attempts end.
+"""The record of a run other than checkpoints: its recipe, its lines, and how its attempts end.
 
 Only rank 0 writes, and nothing before its lease has begun: until then the record is another
 attempt's.
@@ -65,7 +65,7 @@ def begin_record(
 ) -> Recorder:
     """The run's record, once this attempt begins to write.
 
-    What is recorded of steps after the one it goes on from is cut off here.
+    What is recorded of steps after the one it resumes from is cut off here.
 
     Args:
         context: of the run.

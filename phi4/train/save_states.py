@@ -10,7 +10,7 @@ from phi4.train.hooks import RunContext
 
 
 class SaveStates:
-    """Tells of every save what becomes of it.
+    """Reports the outcome of every save.
 
     Args:
         context: of the run; the file is written where it holds the lease.
@@ -22,6 +22,8 @@ class SaveStates:
         if context.lease is not None:
             self._log = SaveLog(Path(context.recipe.run.dir), context.lease.number)
         self._numbers: dict[str, float] = {}
+        self._chooses_format = context.recipe.parallel.distributed_optimizer
+        self._shown_format: str | None = None
 
     def numbers(self) -> dict[str, float]:
         """For the record of the next step, once: durable_step, the newest step whose checkpoint
@@ -31,10 +33,8 @@ class SaveStates:
         return numbers
 
     def scheduled(self, request: SaveRequest, stall_seconds: float, reason: str) -> None:
-        """Training goes on, the writer processes write."""
-        self._say(
-            f"checkpoint step {request.step} scheduled (optimizer format {request.form}: {reason})"
-        )
+        """Training continues, the writer processes write."""
+        self._say(f"checkpoint step {request.step} scheduled{self._format(request, reason)}")
         self._note(
             request.step,
             "scheduled",
@@ -51,14 +51,14 @@ class SaveStates:
 
     def saved(self, request: SaveRequest, durable: Durable, reason: str) -> None:
         """One that training waited for counts."""
-        self._say(f"saved {durable.path} (optimizer format {request.form}: {reason})")
+        self._say(f"saved {durable.path}{self._format(request, reason)}")
         self._noted_durable(request, durable)
 
     def failed(self, step: int, error: Exception, next_try: int | None = None) -> None:
         """It does not count; it is made again after that step, or the run ends with the error."""
         if next_try is not None:
             self._say(
-                f"step {step} is not saved: {error}; training goes on and tries again after step "
+                f"step {step} is not saved: {error}; training continues and tries again after step "
                 f"{next_try}"
             )
         self._note(step, "failed", reason=str(error))
@@ -74,13 +74,20 @@ class SaveStates:
         self._note(step, "replicated")
 
     def not_replicated(self, step: int, reason: str) -> None:
-        """A host could not copy its part; the rank that could not has said so."""
+        """A host could not copy its part; the rank that failed has reported it."""
         self._note(step, "not_replicated", reason=reason)
 
     def replica_left_out(self, step: int, reason: str) -> None:
         """No host was asked to copy it."""
         self._say(f"step {step} has no replica: {reason}; the checkpoint counts all the same")
         self._note(step, "not_replicated", reason=reason)
+
+    def _format(self, request: SaveRequest, reason: str) -> str:
+        """The optimizer format with its reason, where there is a choice and it is a new one."""
+        if not self._chooses_format or request.form == self._shown_format:
+            return ""
+        self._shown_format = request.form
+        return f" (optimizer format {request.form}: {reason})"
 
     def _noted_durable(self, request: SaveRequest, durable: Durable) -> None:
         self._numbers |= {

@@ -3,8 +3,9 @@
 Everything that can be wrong is checked before anything is written over.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +13,10 @@ from phi4.config import Recipe
 from phi4.data.stream.loader import Loader
 from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer
 from phi4.engine.agreement import decided_by_writer, done_by_all, raise_together
-from phi4.engine.checkpoint import (
-    Replicas,
-)
+from phi4.engine.checkpoint import Replicas
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
-from phi4.engine.precision import describe_precision
 from phi4.engine.qualified import qualified_evidence
 from phi4.errors import REQUEUE_EXIT_CODE, TokenizerError
 from phi4.rundir import Lease
@@ -45,6 +43,7 @@ from phi4.train.reliability.watchdog import Watchdog, watched
 from phi4.train.resume import first_state, resume
 from phi4.train.run_record import begin_record, failure_recorded
 from phi4.train.sources import open_sources
+from phi4.train.summary import already_finished, end_summary, start_summary
 
 Say = Callable[[str], None]
 
@@ -217,15 +216,9 @@ def _built_engine(
     draws_weights = not is_resumed and recipe.run.init_from is None
     with phases.during("qualify", 0):
         evidence = qualified_evidence(recipe, platform, say)
-    engine = Engine(
+    return Engine(
         recipe, platform, draws_weights=draws_weights, tick=phases.tick, evidence=evidence
     )
-    choices = (choice.describe() for choice in engine.choices)
-    for line in (platform.describe(), engine.layout.describe(), *choices):
-        say(line)
-    if recipe.precision.fp8 != "off":
-        say(f"precision: {describe_precision(recipe)}")
-    return engine
 
 
 def _ended_before_a_step(requests: Requests, say: Say, state: RunState | None = None) -> Ending:
@@ -235,7 +228,7 @@ def _ended_before_a_step(requests: Requests, say: Say, state: RunState | None = 
     requests.ended()
     say(
         f"stopped before the first step: {stop.reason}; there is nothing new to save, and the same "
-        "command goes on from the newest checkpoint"
+        "command resumes from the newest checkpoint"
     )
     return Ending(state, "interrupted", stop.exit_code)
 
@@ -247,6 +240,13 @@ def _trained(
     if requests.agree(context.platform):
         context.engine.close()
         return _ended_before_a_step(requests, context.say, context.state)
+    say, is_finished = context.say, context.state.step >= context.recipe.run.steps
+    if is_finished:
+        say(already_finished(context))
+        context = replace(context, say=_silent)
+    for line in [] if is_finished else start_summary(context):
+        say(line)
+    started = time.monotonic()
     hooks = [hook for make in (*OWN_HOOKS, *factories) for hook in make(context)]
     checkpointer = Checkpointer(context)
     hooks.append(checkpointer.hook)
@@ -268,6 +268,9 @@ def _trained(
         # Where the first rank to leave ends the others, nobody may leave before rank 0 did this.
         raise_together(context.platform, None)
         context.engine.close()
+    if ending.status == "finished" and not is_finished:
+        for line in end_summary(context, ending, time.monotonic() - started):
+            say(line)
     return ending
 
 

@@ -1,7 +1,7 @@
 """Opening a run's data sources: once, before anything is built, and the writer first.
 
 A thousand ranks that meet a new source at once would each read every shard's manifest and pack the
-same rows, so the writer goes first and keeps both beside the shards. What the writer finds wrong,
+same rows, so the writer opens first and keeps both next to the shards. What the writer finds wrong,
 every rank raises; a rank that fails alone is named.
 """
 
@@ -33,7 +33,7 @@ class RunData:
     held_out: Mapping[str, HeldOut]
 
     def go_to(self, recipe: Recipe, state: RunState) -> None:
-        """Let the loader go on from a state to the run's last step.
+        """Let the loader continue from a state to the run's last step.
 
         Raises:
             DataError: the state's ledger did not count these sources, or one would be read more

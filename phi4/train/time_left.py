@@ -17,7 +17,7 @@ class TimeLeft:
     one save since a restart, says nothing of the steps to come; what happens again does.
 
     Args:
-        recipe: how many steps lie between evaluations and saves: the mean is over two of those.
+        recipe: how many steps are between evaluations and saves: the mean is over two of those.
         clock: seconds.
     """
 

@@ -18,7 +18,10 @@ _TEXT = "Wrong input to `phi4 train`: one clear line, exit code 2, nothing writt
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a recipe, its data, and a run of two steps with two checkpoints."""
+    """A directory with a recipe, its data, and a run of two steps with two checkpoints.
+
+    stdout.txt is what the run printed.
+    """
     root = tmp_path_factory.mktemp("run")
     ranks = root / "bpe.tiktoken"
     ranks.write_bytes(rank_file_bytes(train_bpe([_TEXT * 9], 360)))
@@ -37,6 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "recipe.toml").write_text(dump_toml(recipe))
     result = train(root)
     assert result.returncode == 0, result.stderr
+    (root / "stdout.txt").write_text(result.stdout)
     return root
 
 

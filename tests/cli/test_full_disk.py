@@ -35,7 +35,7 @@ def test_run_goes_on_and_saves_the_next_step(pool: RankPool, tmp_path: Path) -> 
     assert code == 0, printed
     (line,) = [line for line in printed.splitlines() if "is not saved" in line]
     assert "step 2 is not saved: checkpoint run/checkpoints/step_0000002 needs 1,152,92" in line
-    assert line.endswith("training goes on and tries again after step 3")
+    assert line.endswith("training continues and tries again after step 3")
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == ["latest", "step_0000001", "step_0000003"]
 

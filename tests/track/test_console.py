@@ -43,6 +43,25 @@ def test_fast_steps_share_a_line_but_evaluation_and_last_step_show():
     assert [line.split("/")[0] for line in lines] == ["step 1", "step 5", "step 7", "step 10"]
 
 
+def test_last_step_is_shown_when_it_is_logged():
+    stream = io.StringIO()
+    console = ConsoleTracker(2, 0, stream, clock=lambda: 0.0)
+    console.log(1, METRICS)
+    console.log(2, METRICS)
+    # A save of the step is printed after this and before the end.
+    assert stream.getvalue().splitlines()[-1].startswith("step 2/2")
+
+
+def test_step_before_a_failure_is_shown_and_before_a_stop_is_not():
+    for status, shown in (("failed", ["step 1", "step 2"]), ("interrupted", ["step 1"])):
+        stream = io.StringIO()
+        console = ConsoleTracker(10, 0, stream, clock=lambda: 0.0)
+        console.log(1, METRICS)
+        console.log(2, METRICS)
+        console.finish(status)
+        assert [line.split("/")[0] for line in stream.getvalue().splitlines()] == shown
+
+
 def test_lines_go_on_from_the_resumed_step():
     assert lines_of(1.0, resume_step=8)[1].startswith("step 9/10")
 

@@ -61,7 +61,7 @@ def test_save_that_failed_is_tried_again_soon_in_the_format_that_was_due() -> No
         failing, "checkpoint.every=20", "checkpoint.reshardable_every=20", "checkpoint.keep=1"
     )
     assert tried == [(step, "full") for step in (20, 22, 24, 40, 42, 60)]
-    assert "step 20 is not saved: full; training goes on and tries again after step 22" in said
+    assert "step 20 is not saved: full; training continues and tries again after step 22" in said
 
 
 def test_routine_saves_stay_what_they_were() -> None:
@@ -170,7 +170,9 @@ def test_failed_save_under_way_is_made_again_soon_in_the_format_that_was_due() -
     ends = {10: (3, PlatformError("gone")), 14: (1, None), 20: (1, None)}
     log, said, _ = _asynchronous(ends, 21, "checkpoint.every=10", "checkpoint.reshardable_every=10")
     assert log[:3] == ["begin 10 full", "begin 14 full", "durable 14"]
-    assert said[1] == ("step 10 is not saved: gone; training goes on and tries again after step 14")
+    assert said[1] == (
+        "step 10 is not saved: gone; training continues and tries again after step 14"
+    )
 
 
 def test_save_under_way_that_fails_at_the_end_does_not_end_the_run() -> None:

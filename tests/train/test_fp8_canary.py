@@ -69,7 +69,9 @@ def test_the_harmed_layer_leaves_and_record_and_checkpoint_say_so(
     [fallback] = fallbacks_of(run_dir)
     assert (fallback.step, fallback.layer) == (3, LAYER)
     assert fallback.reason.startswith("underflow of weight")
-    assert f"step 3: layer {LAYER} leaves FP8 and goes on in fp32: {fallback.reason}" in ended.said
+    assert (
+        f"step 3: layer {LAYER} leaves FP8 and continues in fp32: {fallback.reason}" in ended.said
+    )
     lines = read_metrics(run_dir / "metrics.jsonl")
     found = {line["step"]: line for line in lines if "fp8/loss_gap" in line}
     assert list(found) == [3, 6, 9]

@@ -83,9 +83,9 @@ def test_a_row_of_short_documents_has_less_to_compute() -> None:
 @pytest.mark.parametrize(
     ("overrides", "device", "tflops", "said"),
     [
-        ((), None, None, "no peak is known of a CPU; set tracking.peak_tflops"),
+        ((), None, None, "no peak is known for a CPU; set tracking.peak_tflops"),
         (("tracking.peak_tflops=0.5",), None, 0.5, "of 0.5 TFLOP/s per rank, from tracking.peak"),
-        ((), "NVIDIA B200", None, "no peak is known of NVIDIA B200 (only of H100 SXM"),
+        ((), "NVIDIA B200", None, "no peak is known for NVIDIA B200 (only for H100 SXM"),
         ((), "NVIDIA H200", None, "H200 SXM 141 GB is for bf16 and precision.dtype=fp32"),
         (("precision.dtype=bf16",), "NVIDIA H200", 989.4, "989.4 TFLOP/s per GPU, dense bf16"),
         (FP8, "NVIDIA H200", 989.4, "); products in FP8 can be faster than that"),

@@ -128,7 +128,7 @@ def test_notice_to_one_rank_ends_all_with_one_save(
     lines = read_metrics(root / "run/metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, step + 1))
     assert ("held_out_loss" in lines[-1]) == (where != "evaluate" and step == 3)
-    assert f"stopped after step {step} of 6: told to by a signal" in ends[0].said
+    assert f"stopped after step {step} of 6: stopped by a signal" in ends[0].said
 
 
 def test_notice_before_the_first_step_saves_nothing(pool: RankPool, root: Path) -> None:

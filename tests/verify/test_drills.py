@@ -19,9 +19,9 @@ from tests.support.byte_source import write_byte_tokenizer
 from tests.support.engines import tiny_recipe
 from tests.support.waiting import LONG_SECONDS
 
-STOPPED = "stopped after step 5 of 12: told to by a signal"
+STOPPED = "stopped after step 5 of 12: stopped by a signal"
 PUT_OFF = "the save of step 3 is put off until that of step 2 is durable"
-AT_START = "stopped before the first step: told to by a signal"
+AT_START = "stopped before the first step: stopped by a signal"
 
 
 @pytest.mark.parametrize(

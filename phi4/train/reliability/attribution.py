@@ -21,7 +21,7 @@ from phi4.errors import CorruptionError
 from phi4.train.hooks import Progress, RunContext
 
 REPEATS_WITHIN = MappingProxyType({"cpu": 0.0, "cuda": 1e-2})
-"""Relative difference of two results of one step that accuses nobody, by kind of platform."""
+"""Relative difference of two results of one step that accuses no rank, by kind of platform."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def accused(everyone: Sequence[StepFinding]) -> list[str]:
     """Ranks one of which computed wrongly, as few as the findings allow.
 
     A wrong forward pass shows in the loss of the last stage, whatever stage it happened on, so a
-    whole pipeline is named. A wrong backward pass shows in the gradients of its stage and of those
+    entire pipeline is named. A wrong backward pass shows in the gradients of its stage and of those
     before it. Gradients are compared after their reduction, which spreads them over data replicas,
     so that all replicas of a stage are named; unless the fault comes again in a replay.
     """

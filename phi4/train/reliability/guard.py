@@ -33,10 +33,10 @@ class NumericsGuard(Hook):
         section = context.recipe.reliability
         self._spikes = SpikeDetector(section.spike_deviations, section.spike_window)
         self._loaded_step: int | None = None
-        """Of the checkpoint that training goes on from, until a word was said against it."""
+        """Of the checkpoint that training resumes from, until a word was said against it."""
 
     def start(self, state: RunState) -> None:
-        """Training goes on from a checkpoint, or begins."""
+        """Training continues from a checkpoint, or begins."""
         self._loaded_step = state.step or None
 
     def rewind(self, state: RunState) -> None:

@@ -1,7 +1,7 @@
 """What a rank tells the others about itself, and what follows from it. No threads, no clocks.
 
 One decision: a rank is judged by whether its heartbeat changes, seen by the judge's own clock, so
-that clocks of hosts need not agree. Whether it goes on is another question: its ticks answer that.
+that clocks of hosts need not agree. Its ticks show whether it makes progress.
 """
 
 from collections import Counter

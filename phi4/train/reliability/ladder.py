@@ -38,10 +38,10 @@ def save_or_roll_back(
         context: the run.
         checkpointer: saves.
         progress: the step.
-        decision: of the hooks: to go on or to stop.
+        decision: of the hooks: to continue or to stop.
 
     Returns:
-        What the save of the step is, None without one; and how the run goes on.
+        What the save of the step is, None without one; and how the run continues.
 
     Raises:
         DivergedError: the weights are not finite, and the run stops, or was rolled back too often.

@@ -28,18 +28,18 @@ class Phase:
 
 
 class Phases:
-    """The present phase of this rank and how often it went on within it."""
+    """The present phase of this rank and how often it made progress within it."""
 
     def __init__(self) -> None:
         self.current = Phase("start", 0, time.monotonic())
         self._seconds: dict[str, float] = {}
         self._counted_until = self.current.since
         self.ticks = 0
-        """Counts every sign that the training thread goes on: phases, steps, micro-batches."""
+        """Counts every sign of progress of the training thread: phases, steps, micro-batches."""
 
     @contextmanager
     def during(self, name: str, step: int) -> Iterator[None]:
-        """A phase for the time of the block; then the one before it goes on."""
+        """A phase for the time of the block; then the one before it continues."""
         before = self.current
         self._enter(name, step)
         try:
@@ -48,7 +48,7 @@ class Phases:
             self._enter(before.name, step)
 
     def tick(self) -> None:
-        """The training thread goes on, for example with another micro-batch."""
+        """The training thread makes progress, for example with another micro-batch."""
         self.ticks += 1
 
     def taken(self) -> dict[str, float]:

@@ -42,7 +42,7 @@ class Requests:
         kill_seconds: what is left after a notice, where that is not the recipe's to say; then the
             process is killed.
         was_preempted: asked once a notice ended the run: whether the cluster starts it again; None
-            where nobody knows.
+            where it is unknown.
 
     Attributes:
         agreed: on every rank the same; changed by `learn`, `agree` and `saved`.
@@ -90,11 +90,11 @@ class Requests:
         return self.agreed.stops
 
     def stop(self) -> Stop | None:
-        """What follows from what was agreed on; None to go on."""
+        """What follows from what was agreed on; None to continue."""
         if self.agreed.end:
             return Stop(f"asked for by the file {STOP_FILE}, which is removed now", 0)
         if self.agreed.requeue:
-            return Stop("told to by a signal", REQUEUE_EXIT_CODE)
+            return Stop("stopped by a signal", REQUEUE_EXIT_CODE)
         return None
 
     def saved(self) -> None:

@@ -14,7 +14,7 @@ def behind_window(recipe: Recipe, loader: Loader, state: RunState) -> RunState:
 
     Args:
         recipe: names the windows.
-        loader: stands where the state says; is moved.
+        loader: at the position of the state; is moved.
         state: between two steps.
     """
     rows = rows_due(recipe, state)

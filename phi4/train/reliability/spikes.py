@@ -34,7 +34,7 @@ class SpikeDetector:
     window: int
 
     def limits(self, past: Numerics) -> UpdateLimits:
-        """Above these the next step is a spike; infinite while nothing can be said."""
+        """Above these the next step is a spike; infinite while there are too few steps."""
         if not self.deviations or 2 * len(past.losses) < self.window:
             return UpdateLimits()
         loss, spread = _median_and_spread(past.losses)

@@ -3,7 +3,7 @@
 Ranks of one pipeline stage do the same work. What is compared is the median over a window of steps
 of the time that a rank's own forward passes take, so one slow step says nothing. The ranks of a
 tensor or context group wait for each other within a forward pass: where one of them is slow, all
-of them measure it, and all are named. A rank that is alone on its stage has nobody to be compared
+of them measure it, and all are named. A rank that is alone on its stage has no rank to be compared
 with and is never named.
 """
 

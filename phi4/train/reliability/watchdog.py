@@ -1,4 +1,4 @@
-"""Ends a run in which a rank stopped, or in which no rank goes on, and names who it was.
+"""Ends a run in which a rank stopped, or in which no rank makes progress, and names it.
 
 Two threads per rank, because a collective that never ends holds the training thread for ever. One
 exchanges heartbeats through the rendezvous store over a connection of its own, and may itself be
@@ -160,16 +160,16 @@ class Watchdog:
         seconds, limit = self._stall.seconds(beats, now), self._config.hang_seconds
         if seconds < min(self._config.silence_seconds, limit):
             if self._reported:
-                self._say("watchdog: the ranks go on")
+                self._say("watchdog: the ranks make progress again")
             self._reported = False
             return ""
         last = behind(beats.values())
         where = describe_ranks(last or list(beats.values()))
         who = f"behind: {where}" if last else f"all are at the same point: {where}"
         if seconds >= limit:
-            return f"no rank went on for {limit:g} s (reliability.hang_seconds); {who}"
+            return f"no rank made progress for {limit:g} s (reliability.hang_seconds); {who}"
         if not self._reported:
-            self._say(f"watchdog: no rank went on for {seconds:.0f} s, all live; {who}")
+            self._say(f"watchdog: no rank made progress for {seconds:.0f} s, all live; {who}")
         self._reported = True
         return ""
 
@@ -198,7 +198,7 @@ class Watchdog:
 
 
 class AwakeClock:
-    """Seconds during which this process ran: one that was stopped accuses nobody when it goes on.
+    """Seconds during which this process ran: after a SIGSTOP it must not accuse other ranks.
 
     Args:
         longest_seconds: between two looks; what is more was spent stopped.
