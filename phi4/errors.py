@@ -17,6 +17,20 @@ class Phi4Error(Exception):
     exit_code: ClassVar[int] = 2
 
 
+def error_text(kind: str, message: str) -> str:
+    """What a user sees of an error: `kind: line` for every line of its message.
+
+    Args:
+        kind: class name of the error.
+        message: one line, or one per broken rule.
+    """
+    return "\n".join(f"{kind}: {line}" for line in message.splitlines() or [""])
+
+
+class UsageError(Phi4Error):
+    """A command line with an unknown command or option, or a value that an option does not take."""
+
+
 class ConfigError(Phi4Error):
     """A recipe or an override is wrong."""
 

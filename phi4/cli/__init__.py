@@ -1,4 +1,7 @@
-"""The command line: one file per group of commands, every user error one line and its exit code."""
+"""The command line: one file per group of commands.
+
+An error of the user is one line per broken rule on stderr, without a traceback, and its exit code.
+"""
 
 import sys
 from collections.abc import Container, Sequence
@@ -9,35 +12,35 @@ import typer
 
 from phi4 import __version__
 from phi4.cli.usage_errors import UsageErrorsGroup
-from phi4.errors import Phi4Error
+from phi4.errors import Phi4Error, error_text
 from phi4.launch.notices import hold_notices
 
 COMMANDS = {
-    "train": "Train a recipe; resumes where it stopped.",
-    "generate": "Continue texts, or answer conversations, with a model in any layout.",
-    "chat": "Talk with a model in the terminal.",
-    "serve": "A model over HTTP: the APIs of OpenAI and Ollama, and a chat page.",
-    "plan": "Bytes per GPU of a recipe, before it runs.",
-    "report": "A run, or several side by side, as an HTML page.",
+    "train": "Train a recipe, or resume its run.",
+    "generate": "Continue texts or answer conversations with a model.",
+    "chat": "Chat with a model in the terminal.",
+    "serve": "Serve a model over HTTP: OpenAI's and Ollama's APIs, and a chat page.",
+    "plan": "Memory per GPU of a recipe, before it runs.",
+    "report": "Write an HTML report of one run or of several side by side.",
     "demo": "Train a small Phi-4 on this machine, from corpus to text.",
 }
 GROUPS = {
-    "launch": "Runs on a Slurm cluster, or here; are the machines fit for it?",
-    "sweep": "Grids of small runs: mixtures, learning rates, what carries over to larger ones.",
-    "data": "Token files: build, inspect, check.",
-    "answers": "Answers of a model to questions: draw them, score them.",
-    "pts": "Pivotal tokens: search, pairs, and which checkpoint to go on with.",
-    "judge": "Pairs of whole answers, ordered by a judge or an oracle.",
-    "unknown": "Rows that teach a model to say what it does not know.",
-    "dpo": "Preferences: the reference model's log-probabilities.",
-    "recipe": "Keys of the recipe: type, default, kind and meaning.",
-    "model": "Phi-4's shape in numbers.",
-    "convert": "Hugging Face checkpoints in and out.",
-    "track": "Runs compared, and what MLflow shows of them.",
-    "verify": "Proofs to run on this machine: parity, resume, leak, preempt, kills.",
+    "launch": "Run on a Slurm cluster or on this machine; check machines before a run.",
+    "sweep": "Grids of small runs: data mixtures, learning rates, transfer to larger scales.",
+    "data": "Build, inspect and check token files.",
+    "answers": "Sample a model's answers to questions and score them.",
+    "pts": "Pivotal token search, preference pairs from it, checkpoint selection.",
+    "judge": "Preference pairs of full answers, ordered by a judge or an oracle.",
+    "unknown": "Training rows that teach a model to refuse what it does not know.",
+    "dpo": "Log-probabilities of the DPO reference model.",
+    "recipe": "Keys of a recipe: type, default, kind and meaning.",
+    "model": "Parameters, FLOPs and KV cache size of a model.",
+    "convert": "Convert to and from Hugging Face checkpoints.",
+    "track": "Compare runs; synchronise them with MLflow.",
+    "verify": "Checks to run on this machine: parity, resume, leak, preempt, kills.",
     "bench": "Benchmarks of the kernels.",
-    "sandbox": "The sandbox that runs programs of a model: does it hold here?",
-    "kernels": "Implementations of the ops and what is proven of them.",
+    "sandbox": "The sandbox for programs that a model wrote.",
+    "kernels": "Implementations of the ops and their validation.",
 }
 
 
@@ -46,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in arguments if not word.startswith("-")]
     if words[:1] in (["train"], ["serve"]) or words[:2] == ["launch", "local"]:
-        # A notice from here on is kept until the run can save, or the server end; imports take
-        # seconds.
+        # Imports take seconds: a signal that arrives meanwhile is kept until the run can save or
+        # the server can end.
         hold_notices()
     try:
         make_app((_asked(arguments),))(arguments, prog_name="phi4")
     except Phi4Error as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        typer.echo(error_text(type(error).__name__, str(error)), err=True)
         sys.exit(error.exit_code)
 
 
@@ -67,7 +70,8 @@ def make_app(loaded: Container[str | None]) -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
-        help="Train, inspect and convert Phi-4 models. Start with `phi4 demo`.",
+        help="Train, inspect and convert Phi-4 models. Start with `phi4 demo`.\n\nWrong input ends "
+        "with exit code 2 and one line per broken rule on stderr, without a traceback.",
     )
     app.callback()(_options)
     for name, text in (COMMANDS | GROUPS).items():
@@ -89,7 +93,7 @@ def _asked(arguments: Sequence[str]) -> str | None:
 
 
 def _print_versions(asked: bool) -> None:
-    """phi4, and the two packages whose version decides what it can do; neither is imported."""
+    """Print the versions of phi4, torch and megatron-core without importing the last two."""
     if not asked:
         return
     typer.echo(f"phi4 {__version__}")

@@ -1,4 +1,4 @@
-"""`phi4 answers`: what a model answers to a file of questions, and how often it is right."""
+"""`phi4 answers`: sample answers to a file of questions, and score them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,33 +33,30 @@ from phi4.sampling.questions import read_questions
 if TYPE_CHECKING:
     from phi4.sampling.protocol import Sampler
 
-app = typer.Typer(
-    cls=FileErrorsGroup,
-    help="Answers of a model to questions: draw them, score them.",
-    no_args_is_help=True,
-)
+app = typer.Typer(cls=FileErrorsGroup, no_args_is_help=True)
 
 Questions = Annotated[
     Path,
     typer.Option(
         "--questions",
-        help="JSON Lines with `prompt` (a text), `messages` or `prompt_ids`; with `answer`, the "
-        "key, where answers are graded.",
+        help="JSON Lines with `prompt` (text), `messages` or `prompt_ids`, and `answer` "
+        "(the reference answer) if answers are to be graded.",
     ),
 ]
-IsChat = Annotated[bool, typer.Option("--chat", help="A `prompt` is a user's turn.")]
+IsChat = Annotated[bool, typer.Option("--chat", help="Treat `prompt` as a user turn.")]
 OracleName = Annotated[
-    str, typer.Option("--oracle", help="Says whether an answer is right, for example exact.")
+    str, typer.Option("--oracle", help="Oracle that grades answers: exact, choice, math or code.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Layout of a model on disk, as parallel.tensor=2.")
+    list[str] | None,
+    typer.Argument(help="Layout overrides of a local model, for example parallel.tensor=2."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.callback()
 def _group() -> None:
-    """Answers of a model to questions: draw them, score them."""
+    """Make a single command a command of the group."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +139,9 @@ class Drawing:
 def draw(
     model: ModelPlace,
     questions: Questions,
-    out: Annotated[Path, typer.Option(help="File of answers to write, JSON Lines.")],
+    out: Annotated[Path, typer.Option(help="Output file, JSON Lines.")],
     overrides: Overrides = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each question.")] = 8,
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers per question.")] = 8,
     chat: IsChat = False,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 1.0,
@@ -156,13 +153,12 @@ def draw(
     ranks: Ranks = None,
     cache_tokens: CacheTokens = None,
 ) -> None:
-    """Draw answers to every question of a file; a job that was stopped goes on.
+    """Sample answers to every question of a file; resumes if interrupted.
 
-    A question's answers depend on the seed and on the question, not on the others. Rows hold the
-    question and its key, so nothing else is needed to grade them. An answer is cut off after
-    --max-tokens, or where the model has no more room. Until all are there they are in
-    OUT.journal; OUT.settings.json says how they were drawn, and a file of other settings is
-    refused.
+    A question's answers depend on the seed and on the question only. Rows hold the question and its
+    reference answer, so that they can be graded later. An answer is truncated at --max-tokens or at
+    the model's maximum sequence length. Until all answers exist they are in OUT.journal;
+    OUT.settings.json records the sampling settings, and a file of other settings is refused.
     """
     options = SamplingOptions(max_tokens, temperature, top_p, top_k, min_p, seed, tuple(stop or ()))
     drawing = Drawing(questions, n, chat, options, overrides or (), ranks, cache_tokens)
@@ -172,16 +168,16 @@ def draw(
 @app.command()
 def score(
     files: Annotated[
-        list[Path], typer.Argument(metavar="ANSWERS [AFTER]", help="One file of answers, or two.")
+        list[Path],
+        typer.Argument(metavar="ANSWERS [AFTER]", help="One file of answers, or two to compare."),
     ],
     oracle: OracleName,
     as_json: AsJson = False,
 ) -> None:
-    """How often the answers of a file are right; with a second file, how much more often its are.
+    """Compute the accuracy of a file of answers; with a second file, also the difference.
 
-    Accuracy is a mean over questions, ± its standard error. An answer that was cut off is wrong.
-    One that cannot be graded is neither right nor wrong, and is counted apart. Two files are
-    compared question by question.
+    Accuracy is a mean over questions, ± its standard error. A truncated answer is wrong. An answer
+    that cannot be graded is counted separately. Two files are compared question by question.
     """
     if len(files) > 2:
         raise DataError(f"{len(files)} files; give one, or two to compare")

@@ -25,9 +25,9 @@ ModelPlace = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A run directory, a step_NNNNNNN or a Hugging Face directory; or the address of an "
-        "OpenAI-compatible endpoint that takes token ids, http://HOST:PORT/v1#NAME; its key "
-        "is read from OPENAI_API_KEY.",
+        help="A run directory, a step_NNNNNNN directory, a Hugging Face directory, or the "
+        "address of an OpenAI-compatible endpoint that accepts token ids, "
+        "http://HOST:PORT/v1#NAME; its key is read from OPENAI_API_KEY.",
     ),
 ]
 
@@ -152,10 +152,12 @@ def find_asked_model(place: str, overrides: Sequence[str], ranks: str | None) ->
 
         return LocalModel(find_model(Path(place), overrides))
     if overrides:
-        raise ConfigError(f"{overrides[0]} lays a local model out; {place} is an endpoint")
+        raise ConfigError(
+            f"{overrides[0]} sets the layout of a local model; {place} is an endpoint"
+        )
     base_url, _, name = place.partition("#")
     if not name:
-        raise ConfigError(f"{place} names no model; write {place}#NAME")
+        raise ConfigError(f"{place} has no model name; write {place}#NAME")
     from phi4.sampling.endpoint import Endpoint, PromptForm
 
     key = os.environ.get(API_KEY_VARIABLE)

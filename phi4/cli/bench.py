@@ -1,13 +1,17 @@
 """`phi4 bench`: benchmarks on this machine."""
 
+from typing import NoReturn
+
 import typer
+
+from phi4.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """A single command stays a command of the group."""
+    """Make a single command a command of the group."""
 
 
 @app.command(
@@ -15,7 +19,13 @@ def _group() -> None:
     add_help_option=False,
 )
 def kernels(context: typer.Context) -> None:
-    """Time the kernels against their floors and other implementations; --help lists the options."""
-    from phi4_kernels.bench.command import main
+    """Time the kernels against their floors and other implementations; see --help."""
+    from phi4_kernels.bench.command import main, parser
 
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `phi4 bench kernels --help`")
+
+    options = parser()
+    options.error = refuse
+    options.parse_args(context.args)
     raise typer.Exit(main(context.args))

@@ -26,9 +26,11 @@ def chat(
     checkpoint: CheckpointPath,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="section.key=value, for example parallel.tensor=2; else one process."),
+        typer.Argument(
+            help="Layout overrides, for example parallel.tensor=2; one process by default."
+        ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="What the conversation begins with.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -38,14 +40,14 @@ def chat(
     stop: Stop = None,
     cache_tokens: CacheTokens = None,
 ) -> None:
-    """Talk with a model: a line is a turn, and its answer is printed as it is made.
+    """Chat with a model: each line is a turn, and the answer is printed while it is generated.
 
-    `/reset` begins a new conversation; `/exit` or the end of the input ends the program. Ctrl-C
-    stops an answer, which stays in the conversation as far as it came; at the prompt it ends the
-    program. A turn that does not fit the model's longest sequence is refused in a line, and the
-    conversation stays as it was. Lines may come through a pipe.
+    `/reset` starts a new conversation; `/exit` or the end of the input ends the program. Ctrl-C
+    stops an answer, which stays in the conversation as far as it was generated; at the prompt it
+    ends the program. A turn that exceeds the model's maximum sequence length is refused and the
+    conversation stays unchanged. Input may come through a pipe.
 
-    Overrides lay the model out, for example parallel.tensor=2 parallel.pipeline=2: four processes.
+    Overrides set the layout, for example parallel.tensor=2 parallel.pipeline=2 for four processes.
     """
     from phi4.convert.model_source import find_model
 

@@ -73,8 +73,8 @@ class Dialogue:
         if num_left < 1:
             raise ConfigError(
                 f"the conversation and this turn have {len(prompt)} tokens, the model takes "
-                f"{self.sampler.limits.max_sequence_tokens} with the answer; say less, or begin a "
-                "new conversation with /reset"
+                f"{self.sampler.limits.max_sequence_tokens} with the answer; shorten the turn, or "
+                "start a new conversation with /reset"
             )
         max_tokens = min(self._options.max_tokens, num_left)
         # The same noise in every answer would make them alike.
@@ -106,7 +106,7 @@ def converse(dialogue: Dialogue, stdin: int) -> None:
     """Answer line after line until the input ends, `/exit`, or Ctrl-C at the prompt.
 
     Args:
-        dialogue: to go on with.
+        dialogue: to continue.
         stdin: file descriptor of a terminal, which gets a marker before every line, or of a pipe.
     """
     marker = MARKER if os.isatty(stdin) else ""

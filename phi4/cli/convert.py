@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from phi4.cli.file_errors import FileErrorsGroup
 from phi4.launch import WorkerEnvironment, join, on_ranks
 
-app = typer.Typer(help="Hugging Face checkpoints in and out.", no_args_is_help=True)
+app = typer.Typer(cls=FileErrorsGroup, no_args_is_help=True)
 
 Overrides = Annotated[
     list[str] | None,
@@ -15,32 +16,36 @@ Overrides = Annotated[
 ]
 
 Upload = Annotated[
-    bool, typer.Option("--upload", help="Send the weights to MLflow too, as artifacts of the run.")
+    bool, typer.Option("--upload", help="Also upload the weights as artifacts of the run.")
 ]
 
 
 @app.command()
 def to_hf(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A step_NNNNNNN directory, or a run whose latest is meant.")
+        Path,
+        typer.Argument(
+            help="A step_NNNNNNN directory, or a run directory (its latest checkpoint)."
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="A new directory.")],
+    out: Annotated[Path, typer.Argument(help="Directory to create.")],
     overrides: Overrides = None,
     dtype: Annotated[
         Literal["fp32", "bf16"] | None,
-        typer.Option(help="Of the stored weights; the checkpoint's own when left out."),
+        typer.Option(help="Dtype of the stored weights; by default the checkpoint's."),
     ] = None,
     register: Annotated[
         str | None,
         typer.Option(
-            help="Make it a version of this registered model, where MLflow shows its run."
+            help="Register the export as a version of this model in the MLflow store of its run."
         ),
     ] = None,
     upload: Upload = False,
 ) -> None:
-    """Write a checkpoint of any layout as a directory that transformers opens.
+    """Write a checkpoint of any layout as a directory that transformers can open.
 
-    With --register NAME it becomes a version of that model in MLflow: `phi4 convert register`.
+    --register NAME also makes it a version of that model in MLflow, as `phi4 convert register`
+    does.
     """
 
     def body(worker: WorkerEnvironment) -> None:
@@ -67,22 +72,29 @@ def to_hf(
 @app.command()
 def register(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A step_NNNNNNN directory, or a run whose latest is meant.")
+        Path,
+        typer.Argument(
+            help="A step_NNNNNNN directory, or a run directory (its latest checkpoint)."
+        ),
     ],
-    hf_dir: Annotated[Path, typer.Argument(help="What to-hf wrote from it.")],
-    name: Annotated[str, typer.Argument(help="Of the registered model; made where there is none.")],
+    hf_dir: Annotated[
+        Path, typer.Argument(help="Directory that `phi4 convert to-hf` wrote from it.")
+    ],
+    name: Annotated[str, typer.Argument(help="Name of the registered model; created if needed.")],
     tracking_uri: Annotated[
         str | None,
-        typer.Option(help="Address of the run's store, where it needs a password; else known."),
+        typer.Option(
+            help="Address of the run's store; needed only if the recorded one lacks a password."
+        ),
     ] = None,
     upload: Upload = False,
 ) -> None:
-    """Make an export a version of a registered model, in the MLflow store that shows its run.
+    """Register an export as a version of a model, in the MLflow store of its run.
 
-    The version names the run, the checkpoint's step and the hash of its manifest. Weights stay
-    where they are, unless --upload: a local store takes the directory as the version's source; a
-    server, which takes no path of another machine, gets the small files and one that says where the
-    rest is.
+    The version names the run, the checkpoint's step and the hash of its manifest. Without --upload
+    the weights are not copied: a local store gets the directory as the version's source; a server,
+    which accepts no path of another machine, gets the small files and one that names the location
+    of the rest.
     """
     from phi4.rundir.checkpoints import find_checkpoint
 
@@ -98,13 +110,13 @@ def _register(checkpoint: Path, hf_dir: Path, name: str, uri: str | None, upload
 
 @app.command()
 def from_hf(
-    hf_dir: Annotated[Path, typer.Argument(help="Holds config.json and safetensors.")],
-    checkpoint: Annotated[Path, typer.Argument(help="A new directory; gets step_0000000.")],
+    hf_dir: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Directory to create; gets step_0000000.")],
     overrides: Overrides = None,
 ) -> None:
-    """Write a Phi3-shape directory as a checkpoint that a run can start from.
+    """Convert a Hugging Face directory of Phi-3 architecture to a checkpoint for a run.
 
-    Its recipe comes from config.json; data.sequence_length is 4096 or what the model can.
+    Its recipe comes from config.json; data.sequence_length is min(4096, max_position_embeddings).
     """
 
     def body(worker: WorkerEnvironment) -> None:

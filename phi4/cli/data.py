@@ -34,12 +34,11 @@ from phi4.data.tokenize.job import TokenizeProgress, tokenize_parts
 from phi4.data.tokenize.merge import merge_runs
 from phi4.data.tokenize.parts import is_finished
 from phi4.data.tokenize.plan import make_plan
+from phi4.data.vocabulary.bpe import SMALLEST_VOCAB
 from phi4.data.vocabulary.tokenizer import load_tokenizer
 from phi4.errors import ConfigError, DataError
 
-app = typer.Typer(
-    cls=FileErrorsGroup, help="Token files: build, inspect, check.", no_args_is_help=True
-)
+app = typer.Typer(cls=FileErrorsGroup, no_args_is_help=True)
 data_best_of.register(app)
 data_inspect.register(app)
 data_ledger.register(app)
@@ -57,11 +56,15 @@ def available_cpus() -> int:
 
 @app.command()
 def demo(
-    out: Annotated[str, typer.Option(help="Directory to write.")] = "runs/demo/data",
-    vocab_size: Annotated[int, typer.Option(help="Ids, special tokens included.")] = 2048,
+    out: Annotated[str, typer.Option(help="Output directory.")] = "runs/demo/data",
+    vocab_size: Annotated[
+        int, typer.Option(min=SMALLEST_VOCAB, help="Vocabulary size, special tokens included.")
+    ] = 2048,
 ) -> None:
-    """Build the demo corpus from this Python's standard library, with a tokenizer of its own."""
+    """Build the demo corpus and its tokenizer from this Python's standard library."""
     start = time.monotonic()
+    # Reading and training take a minute; a directory that cannot be written is an error at once.
+    Path(out).mkdir(parents=True, exist_ok=True)
     report = build_demo(out, vocab_size)
     for name, source in report.sources.items():
         typer.echo(f"{name:16} {source.num_documents:>6} documents {source.num_tokens:>10} tokens")
@@ -88,7 +91,7 @@ def tokenize(
             min=1,
             default_factory=available_cpus,
             envvar="SLURM_CPUS_PER_TASK",
-            help="Processes; by default as many as this process has CPUs.",
+            help="Worker processes; by default the number of available CPUs.",
         ),
     ] = ...,  # type: ignore[assignment]  # typer calls default_factory
     text_field: Annotated[
@@ -98,19 +101,23 @@ def tokenize(
             "rows that hold both."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the shuffle of the documents.")] = 0,
-    keep_order: Annotated[bool, typer.Option(help="Keep the order of the inputs.")] = False,
+    seed: Annotated[int, typer.Option(help="Shuffle seed of the documents.")] = 0,
+    keep_order: Annotated[bool, typer.Option(help="Do not shuffle.")] = False,
     max_rejected: MaxRejected = 1000,
     shard: Annotated[
         str | None,
-        typer.Option(help="I/N, from 0: do this job's part only; `phi4 data merge` ends it."),
+        typer.Option(
+            help="Tokenize part I of N only, I from 0; `phi4 data merge` combines the parts."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a pair of other documents.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace a pair made from other documents or options.")
+    ] = False,
 ) -> None:
-    """Tokenize documents into a Megatron .bin/.idx pair with a manifest; resumes where it ended.
+    """Tokenize documents into a Megatron .bin/.idx pair with a manifest; resumes if interrupted.
 
-    Rows hold `text`, or a conversation under `messages` or `prompt` and `completion`. Bad rows go
-    to PREFIX.rejected.jsonl. A pair that this command already finished is left as it is.
+    Rows hold `text`, or a conversation under `messages` or `prompt` and `completion`. Rejected rows
+    go to PREFIX.rejected.jsonl. A pair that this command has already finished is left unchanged.
     """
     config = tokenizer_config(ranks)
     found = find_inputs(inputs)
@@ -138,7 +145,7 @@ def tokenize(
 
 @app.command()
 def merge(prefix: Prefix) -> None:
-    """Merge what all shards of `phi4 data tokenize --shard` wrote into one pair."""
+    """Merge the parts of `phi4 data tokenize --shard` into one pair."""
     start = time.monotonic()
     manifest = merge_runs(prefix)
     typer.echo(
@@ -149,7 +156,7 @@ def merge(prefix: Prefix) -> None:
 
 @app.command()
 def verify(path: Pairs) -> None:
-    """Compare pairs with the checksums of their manifests."""
+    """Compare token files with the checksums of their manifests."""
     prefixes, failures = shard_prefixes(path), []
     for prefix in prefixes:
         try:
@@ -161,14 +168,17 @@ def verify(path: Pairs) -> None:
         else:
             typer.echo(f"{prefix}: {manifest.num_documents} documents, checksums match")
     if len(prefixes) > 1 and failures:
-        raise DataError(f"{len(failures)} of {len(prefixes)} pairs under {path} are not sound")
+        raise DataError(
+            f"{len(failures)} of {len(prefixes)} pairs under {path} are damaged; the lines above "
+            "name them"
+        )
     if failures:
         raise failures[0]
 
 
 @app.command()
 def adopt(prefix: Prefix, ranks: Ranks = None) -> None:
-    """Write the manifest of a pair that Megatron's own tools wrote with the given tokenizer."""
+    """Write the manifest of a pair that Megatron's tools wrote with the given tokenizer."""
     tokenizer = tokenizer_of(ranks)
     manifest = adopt_pair(prefix, tokenizer.facts)
     typer.echo(
@@ -178,7 +188,7 @@ def adopt(prefix: Prefix, ranks: Ranks = None) -> None:
 
 
 def _left_out(prefix: str, num_rows: int) -> str:
-    """Blank rows are listed like bad ones, so the list is named, not called rejected."""
+    """How many rows were dropped; the list has blank rows too, so it is not called rejected."""
     if not num_rows:
         return "no row left out"
     return f"{num_rows} rows left out (bad or blank: see {prefix}.rejected.jsonl)"

@@ -27,26 +27,31 @@ def register(app: typer.Typer) -> None:
 
 def best_of_command(
     answers: Annotated[list[Path], typer.Option(help="Answers of `phi4 answers draw`.")],
-    out: Annotated[Path, typer.Option(help="File of rows to write.")],
-    oracle: Annotated[str | None, typer.Option(help="Accepts right answers.")] = None,
+    out: Annotated[Path, typer.Option(help="Output file, JSON Lines.")],
+    oracle: Annotated[
+        str | None, typer.Option(help="Oracle that accepts correct answers, for example exact.")
+    ] = None,
     judge_scores: Annotated[
-        Path | None, typer.Option(help="Or: scores.jsonl of `phi4 judge pairs`.")
+        Path | None, typer.Option(help="Instead of --oracle: scores.jsonl of `phi4 judge pairs`.")
     ] = None,
     least: Annotated[
-        float, typer.Option(min=1, max=5, help="Mean score from which a judge's word is enough.")
+        float, typer.Option(min=1, max=5, help="Lowest mean score of a judge to keep an answer.")
     ] = 4.0,
     per_question: Annotated[
-        int, typer.Option(min=0, help="Answers of a question at most; 0 keeps all accepted ones.")
+        int,
+        typer.Option(
+            min=0, help="Maximum number of answers kept per question; 0 keeps all accepted ones."
+        ),
     ] = 1,
     prefer: Annotated[
-        Preference, typer.Option(help="Which of them, where more are accepted.")
+        Preference, typer.Option(help="Which accepted answers to keep if there are more.")
     ] = Preference.FIRST,
-    seed: Annotated[int, typer.Option(help="Of --prefer random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of --prefer random.")] = 0,
     ranks: Ranks = None,
 ) -> None:
-    """Keep the answers that an oracle or a judge accepts, as rows of `phi4 data tokenize`.
+    """Keep the answers that an oracle or a judge accepts, as rows for `phi4 data tokenize`.
 
-    Equal answers to a question are kept once. An answer that was cut off is wrong.
+    Equal answers to a question are kept once. A truncated answer is wrong.
     """
     if (oracle is None) == (judge_scores is None):
         raise ConfigError("give --oracle or --judge-scores, one of them")

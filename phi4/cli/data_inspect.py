@@ -1,4 +1,4 @@
-"""`phi4 data inspect`: what a token file holds, in numbers and in decoded samples."""
+"""`phi4 data inspect`: statistics and decoded samples of a token file."""
 
 from typing import Annotated
 
@@ -25,9 +25,11 @@ def register(app: typer.Typer) -> None:
 def inspect_command(
     path: Pairs,
     ranks: Ranks = None,
-    samples: Annotated[int, typer.Option(min=0, help="Documents to decode and show.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Number of documents to decode and print.")
+    ] = 0,
 ) -> None:
-    """Show documents, lengths and decoded samples of pairs."""
+    """Show number of documents, length distribution and decoded samples of token files."""
     tokenizer = tokenizer_of(ranks) if samples else None
     for prefix in shard_prefixes(path):
         file = TokenFile(prefix)

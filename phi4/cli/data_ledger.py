@@ -1,4 +1,4 @@
-"""`phi4 data ledger` and `phi4 data trace`: what a run was fed, from its checkpoints alone."""
+"""`phi4 data ledger` and `phi4 data trace`: the data of a run, read from its checkpoints alone."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +14,9 @@ from phi4.errors import ConfigError
 from phi4.rundir.history import read_history
 from phi4.rundir.ledger_log import recorded_counts
 
-Run = Annotated[Path, typer.Argument(help="Directory of a run.")]
-Step = Annotated[int, typer.Option(min=1, help="Optimizer step; the first one is 1.")]
-Sample = Annotated[int, typer.Option(min=0, help="Row of the global batch; the first one is 0.")]
+Run = Annotated[Path, typer.Argument(help="Run directory.")]
+Step = Annotated[int, typer.Option(min=1, help="Optimizer step, from 1.")]
+Sample = Annotated[int, typer.Option(min=0, help="Row of the global batch, from 0.")]
 Show = Annotated[bool, typer.Option(help="Also print the text of the sample.")]
 
 
@@ -27,10 +27,10 @@ def register(app: typer.Typer) -> None:
 
 
 def ledger(run: Run) -> None:
-    """Fraction asked and drawn of every source, blend by blend, and epochs.
+    """Show the requested and the drawn fraction of every source for each blend, and epochs.
 
-    A run with `data.continue_from` goes on with the ledger of another one: what was drawn before it
-    is shown as such, and epochs count from the beginning of the ledger.
+    A run with `data.continue_from` continues the ledger of another run. What the other run drew is
+    shown separately, and epochs count from the start of the ledger.
     """
     history = read_history(run)
     state = history.state
@@ -64,11 +64,14 @@ def trace(run: Run, step: Step, sample: Sample, show: Show = False) -> None:
     history = read_history(run)
     state = history.state
     if step > state.step:
-        raise ConfigError(f"step {step} asked; the run's newest checkpoint is of step {state.step}")
+        raise ConfigError(
+            f"--step={step} is after the run's newest checkpoint, of step {state.step}; choose an "
+            "earlier one"
+        )
     then = history.recipe_at(step)
     if sample >= then.batch.global_batch_size:
         raise ConfigError(
-            f"sample {sample} asked; step {step} had {then.batch.global_batch_size}, from 0"
+            f"--sample={sample}, but step {step} has {then.batch.global_batch_size} rows, from 0"
         )
     tokenizer = load_tokenizer(then.tokenizer)
     earlier = [parse_state(old.data) for old in history.earlier if old.data and old.step < step]

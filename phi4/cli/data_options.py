@@ -11,13 +11,13 @@ from phi4.data.vocabulary.tokenizer import Tokenizer, load_tokenizer
 _SHOWN_KINDS = 8
 
 Pairs = Annotated[
-    str, typer.Argument(help="Path of a pair without the suffix, glob of such, or .list file.")
+    str, typer.Argument(help="Prefix of a .bin/.idx pair, glob of prefixes, or .list file.")
 ]
 Ranks = Annotated[
     str | None,
-    typer.Option(help="Rank file of a small BPE; phi-4's own vocabulary when left out."),
+    typer.Option(help="Rank file of a BPE tokenizer; by default phi-4's own vocabulary."),
 ]
-MaxRejected = Annotated[int, typer.Option(min=0, help="Bad rows that stop the job.")]
+MaxRejected = Annotated[int, typer.Option(min=0, help="Abort after more rejected rows than this.")]
 
 
 def tokenizer_config(ranks: str | None) -> TokenizerConfig:

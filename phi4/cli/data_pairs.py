@@ -29,18 +29,16 @@ def pairs_command(
     ranks: Ranks = None,
     row_tokens: Annotated[
         int,
-        typer.Option(
-            min=1, help="data.sequence_length of the recipe: a longer pair is left out whole."
-        ),
+        typer.Option(min=1, help="data.sequence_length of the recipe; longer pairs are dropped."),
     ] = 16384,
     max_rejected: MaxRejected = 1000,
-    overwrite: Annotated[bool, typer.Option(help="Replace a pair of files there.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
 ) -> None:
-    """Write preferences as a Megatron .bin/.idx pair with a manifest, for the stage dpo.
+    """Write preference pairs as a Megatron .bin/.idx pair with a manifest, for the stage dpo.
 
     Rows hold `prompt`, `chosen` and `rejected` (strings or messages), `context` and `completions`,
     `prompt_ids`, `chosen_ids` and `rejected_ids`, or pivots: `prompt_ids`, `chosen_id` and
-    `rejected_id`, or `ids` and `pivots`. Bad rows go to PREFIX.rejected.jsonl with the reason.
+    `rejected_id`, or `ids` and `pivots`. Rejected rows go to PREFIX.rejected.jsonl with the reason.
     """
     start = time.monotonic()
     found = find_inputs(inputs)

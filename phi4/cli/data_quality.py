@@ -1,8 +1,8 @@
-"""`phi4 data decontaminate`, `deduplicate` and `filter`: screens of rows before they are tokens."""
+"""`phi4 data decontaminate`, `deduplicate` and `filter`: text filters before tokenization."""
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -43,8 +43,12 @@ Out = Annotated[
     typer.Option(help="Directory for the kept rows, quarantine.rejects and decontaminate.report."),
 ]
 TextField = Annotated[str, typer.Option(help="Column of the text.")]
-Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
-MaxBadRows = Annotated[int, typer.Option(min=0, help="Unreadable rows that stop the job.")]
+Workers = Annotated[int, typer.Option(min=1, help="Worker processes.")]
+MaxBadRows = Annotated[int, typer.Option(min=0, help="Abort after more unreadable rows than this.")]
+Normalisation = Annotated[
+    Literal["robust", "paper"],
+    typer.Option(help="How texts are split into words; paper is the report's rule."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -57,30 +61,35 @@ def register(app: typer.Typer) -> None:
 def decontaminate_command(
     inputs: Inputs = None,
     benchmark: Annotated[
-        list[Path] | None, typer.Option(help="Items, in the same forms; repeatable.")
+        list[Path] | None, typer.Option(help="Benchmark items, in the same formats; repeatable.")
     ] = None,
     out: Out = None,
     reference: Annotated[
         list[Path] | None,
-        typer.Option(help="Rows known to hold no benchmark; 13-grams common there are allowed."),
+        typer.Option(help="Rows without benchmark items; 13-grams common in them are allowed."),
     ] = None,
     allow_from: Annotated[
-        int, typer.Option(min=1, help="Reference rows that make a 13-gram common.")
+        int, typer.Option(min=1, help="A 13-gram in this many reference rows is common.")
     ] = 2,
-    normalisation: Annotated[str, typer.Option(help=" or ".join(NORMALISATIONS))] = "robust",
-    info: Annotated[float | None, typer.Option(help="7-gram share of a partial match.")] = None,
-    contaminated: Annotated[float | None, typer.Option(help="... of a contaminated row.")] = None,
+    normalisation: Normalisation = "robust",
+    info: Annotated[
+        float | None, typer.Option(min=0, max=1, help="7-gram share of a partial match.")
+    ] = None,
+    contaminated: Annotated[
+        float | None, typer.Option(min=0, max=1, help="7-gram share of a contaminated row.")
+    ] = None,
     text_field: TextField = "text",
     workers: Workers = 1,
     max_bad_rows: MaxBadRows = MAX_BAD_ROWS,
     self_test: Annotated[
         bool,
-        typer.Option(
-            help="Plant items into clean text and show what is found. INPUTS: clean text."
-        ),
+        typer.Option(help="Insert items into clean text (INPUTS) and show how many are found."),
     ] = False,
 ) -> None:
-    """Keep benchmark items out: the report's 13-gram and 7-gram rule, or a test of it."""
+    """Remove rows that contain benchmark items, by the report's 13-gram and 7-gram rule.
+
+    With --self-test, measure how many inserted items the rule finds instead.
+    """
     thresholds = _thresholds(normalisation, info, contaminated)
     items = read_benchmarks(benchmark or [])
     rows = RowFormat(text_field)
@@ -111,14 +120,17 @@ def deduplicate_command(
     inputs: RequiredInputs,
     out: RequiredOut,
     similarity: Annotated[
-        float, typer.Option(help="Jaccard similarity of 5-word shingles of near duplicates.")
+        float,
+        typer.Option(
+            min=0, max=1, help="Rows whose 5-word shingles have this Jaccard similarity are equal."
+        ),
     ] = 0.8,
     exact: Annotated[bool, typer.Option(help="Find equal texts only.")] = False,
     text_field: TextField = "text",
     workers: Workers = 1,
     max_bad_rows: MaxBadRows = MAX_BAD_ROWS,
 ) -> None:
-    """Keep the first of equal and of nearly equal rows."""
+    """Keep the first of each set of equal or nearly equal rows."""
     # The libraries belong to an extra; the other commands work without them.
     from phi4.data.screens.quality.duplicates import Duplicates
 
@@ -140,26 +152,30 @@ def filter_command(
     out: RequiredOut,
     reference: Annotated[
         list[Path] | None,
-        typer.Option(help="Normal text to learn from; the inputs themselves when left out."),
+        typer.Option(help="Normal text to learn from; by default the inputs themselves."),
     ] = None,
     max_deviations: Annotated[
-        float, typer.Option(help="Deviations from the median at which text is corrupted.")
+        float,
+        typer.Option(min=0, help="Text is corrupted from this many deviations from the median on."),
     ] = 8.0,
     accept_share: Annotated[
-        float, typer.Option(help="Share of corrupted texts above which nothing is kept.")
+        float,
+        typer.Option(min=0, max=1, help="Share of corrupted texts above which nothing is kept."),
     ] = ACCEPTED_SHARE,
     identify: Annotated[
-        str | None, typer.Option(help="module:function from a text to its language code.")
+        str | None, typer.Option(help="module:function that maps a text to its language code.")
     ] = None,
-    languages: Annotated[str, typer.Option(help="Codes to keep, separated by commas.")] = "",
+    languages: Annotated[
+        str, typer.Option(help="Language codes to keep, separated by commas.")
+    ] = "",
     text_field: TextField = "text",
     workers: Workers = 1,
     max_bad_rows: MaxBadRows = MAX_BAD_ROWS,
 ) -> None:
-    """Take out corrupted text, by n-gram statistics and compression, and foreign languages.
+    """Remove corrupted text, by n-gram statistics and compression, and other languages.
 
-    Without --reference normal is what most of the inputs are, so nothing is kept where more than
-    --accept-share of the texts differ from it: most of them may be the corrupted ones.
+    Without --reference, normal text is learned from the inputs. If more than --accept-share of them
+    then count as corrupted, the reference itself is in doubt and nothing is kept.
     """
     start = time.monotonic()
     rows = RowFormat(text_field)

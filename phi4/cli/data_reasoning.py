@@ -17,26 +17,32 @@ def register(app: typer.Typer) -> None:
 
 
 def reasoning(
-    out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/reasoning/data"),
-    seed: Annotated[int, typer.Option(min=0, help="Of expressions and documents.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output directory.")] = Path("runs/reasoning/data"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of expressions and documents.")] = 0,
     operators: Annotated[
-        int, typer.Option(min=2, max=8, help="Of an expression; answers grow with their square.")
+        int,
+        typer.Option(
+            min=2, max=8, help="Operators per expression; answer length grows with the square."
+        ),
     ] = ReasoningData().num_operators,
     precedence_error: Annotated[
         float,
-        typer.Option(min=0, max=1, help="How often the writer takes a sum before a product."),
+        typer.Option(
+            min=0, max=1, help="Probability that the writer computes a sum before a product."
+        ),
     ] = Writer().precedence_error,
     scale: Annotated[
-        float, typer.Option(min=0.001, help="So many times the documents and questions.")
+        float,
+        typer.Option(min=0.001, help="Scale factor of the number of documents and questions."),
     ] = 1.0,
 ) -> None:
-    """Build documents and questions of arithmetic modulo 10, with a tokenizer of their own.
+    """Build documents and questions of arithmetic modulo 10, with their own tokenizer.
 
-    `3+5+5*2=8+5*2=8+0=8` is a document. Its writer often takes a sum before a product that should
-    come first, so a model of the documents knows the rule and the mistake, and which operator comes
-    next often decides whether an answer is right. The questions are the beginnings of expressions
-    that are in no document, with keys for the oracle `exact`: one file each for fine-tuning,
-    search, judging, choosing checkpoints and testing.
+    `3+5+5*2=8+5*2=8+0=8` is a document. The simulated writer often computes a sum before a product,
+    so a model of the documents learns both the rule and the mistake, and the next operator often
+    decides whether an answer is correct. The questions are beginnings of expressions that occur in
+    no document, with reference answers for the oracle `exact`: one file each for fine-tuning,
+    search, judging, checkpoint selection and testing.
     """
     start = time.monotonic()
     writer = replace(Writer(), precedence_error=precedence_error)

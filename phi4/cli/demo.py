@@ -20,6 +20,7 @@ RECIPE = "examples/recipes/tiny_pretrain.toml"
 MIDTRAIN = "examples/recipes/tiny_midtrain.toml"
 DEFAULT_OUT = Path("runs/demo")
 FIRST_STEPS, ALL_STEPS = 100, 140
+NUM_SECTIONS = 7
 NATS_BELOW_UNIGRAM = 0.5
 
 
@@ -27,7 +28,7 @@ def demo(
     out: Annotated[
         Path | None,
         typer.Option(
-            help=f"Directory of everything the demo makes; {DEFAULT_OUT}, or {USUAL_OUT} with "
+            help=f"Output directory; by default {DEFAULT_OUT}, or {USUAL_OUT} with "
             "--post-training.",
             show_default=False,
         ),
@@ -39,25 +40,25 @@ def demo(
         bool,
         typer.Option(
             "--post-training",
-            help="Instead: a small model that reasons, from pretraining to two rounds of "
-            "preferences; goes on where it was stopped.",
+            help="Run the post-training demo instead: a small reasoning model, from pretraining "
+            "to two rounds of DPO. Resumes where it was stopped.",
         ),
     ] = False,
     seed: Annotated[
-        int, typer.Option(min=0, help="With --post-training: of data, draws and training.")
+        int, typer.Option(min=0, help="Seed of data, sampling and training; with --post-training.")
     ] = 0,
 ) -> None:
     """Train a small Phi-4 on this machine, from corpus to text.
 
     Builds a corpus from this Python's standard library, trains on four processes (tensor 2 x
     pipeline 2), resumes with context 2, midtrains, generates text and compares three layouts with
-    one process. Each step is a `phi4` command that is printed first; the exit code is that of the
-    first one that fails.
+    one process. Each of the seven sections is a `phi4` command, which is printed before it runs.
+    The demo ends with the exit code of the first command that fails.
 
-    With --post-training it is another model on another task, arithmetic modulo 10: pretraining,
-    fine-tuning on the best of its own answers, search for the tokens that decide whether an answer
-    is right, preferences of these, and preferences of whole answers. After every stage it says how
-    many held-out problems are answered right, and at the end it shows a table.
+    --post-training runs another model on another task, arithmetic modulo 10: pretraining,
+    fine-tuning on the best of its own answers, pivotal token search, DPO on pivotal tokens and DPO
+    on full answers. The accuracy on held-out problems is printed after every stage and in a table
+    at the end.
     """
     if post_training:
         post_train(ChainSettings(out=out or USUAL_OUT, seed=seed), json_file)
@@ -75,31 +76,39 @@ def _pretrain(out: Path, json_file: Path | None) -> None:
         require_free(earlier, say=typer.echo)
     for earlier in (run, midtrain):
         if earlier.exists():
-            typer.echo(f"removing the run of an earlier demo in {earlier}")
+            typer.echo(f"removing {earlier}, the run of an earlier demo")
             shutil.rmtree(earlier)
     train = ["train", RECIPE, *moved_recipe(RECIPE, out, DEFAULT_OUT)]
-    run_phi4("The corpus: sources and documentation of this Python.", "data", "demo", "--out", data)
-    run_phi4(
-        "Tensor 2 x pipeline 2 with sequence parallelism: four processes.",
+    _section(
+        1,
+        "Corpus: sources and documentation of this Python",
+        *("data", "demo", "--out", data),
+    )
+    _section(
+        2,
+        "Pretraining: tensor 2 x pipeline 2 with sequence parallelism, four processes",
         *train,
         f"run.steps={FIRST_STEPS}",
     )
-    run_phi4(
-        "The same run goes on in another layout: context 2.",
+    _section(
+        3,
+        "Resume: the same run in another layout, context 2",
         *train,
         f"run.steps={ALL_STEPS}",
         "--change",
         *("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"),
         "parallel.context=2",
     )
-    run_phi4(
-        "Midtraining: rows four times as long, 30% long documents, 70% recall that goes on in the "
-        "data where pretraining left them.",
+    _section(
+        4,
+        "Midtraining: rows four times as long, 30% long documents, 70% pretraining data from where "
+        "pretraining stopped",
         *("train", MIDTRAIN, *moved_recipe(MIDTRAIN, out, DEFAULT_OUT)),
     )
-    run_phi4("What it has been fed.", "data", "ledger", midtrain)
-    run_phi4(
-        "What it writes.",
+    _section(5, "Ledger: what was drawn from each source", "data", "ledger", midtrain)
+    _section(
+        6,
+        "Generation",
         "generate",
         midtrain,
         "def ",
@@ -108,8 +117,9 @@ def _pretrain(out: Path, json_file: Path | None) -> None:
         "--temperature",
         0.7,
     )
-    run_phi4(
-        "Three layouts against one process.",
+    _section(
+        7,
+        "Parity: three layouts against one process",
         *("verify", "parity", RECIPE, "--steps", 3, "--layouts", "tp2+sp,pp2,tp2xcp2+sp"),
     )
     picture = _draw(run)
@@ -120,6 +130,10 @@ def _pretrain(out: Path, json_file: Path | None) -> None:
 
         steps = {"steps": ALL_STEPS, "held_out_nats_below_unigram": round(gain, 3)}
         append_row(json_file, {"benchmark": "demo", "seconds": round(seconds), **steps})
+
+
+def _section(number: int, title: str, *words: object) -> None:
+    run_phi4(f"{number}/{NUM_SECTIONS} {title}", *words)
 
 
 def _draw(run: Path) -> Path:

@@ -1,5 +1,4 @@
-"""The commands of a demo: printed, run, and with their recipes moved where the demo does not run in
-its usual place."""
+"""The commands of a demo: printed, then run; in another directory, with their recipes moved."""
 
 import json
 import shlex
@@ -17,7 +16,7 @@ def run_phi4(why: str, *words: object) -> None:
     """Print a `phi4` command and run it.
 
     Args:
-        why: a line about it.
+        why: heading, a line.
         words: of the command.
 
     Raises:
@@ -31,12 +30,12 @@ def run_phi4(why: str, *words: object) -> None:
 
 
 def moved_recipe(path: str, out: Path, usual: Path) -> Sequence[str]:
-    """Overrides that move all files of a recipe; none in the usual place.
+    """Overrides that move all files of a recipe to another directory; none for the usual one.
 
     Args:
         path: of the recipe.
         out: where the demo runs.
-        usual: where the recipe says that it does.
+        usual: the directory in the recipe.
     """
     if out == usual:
         return []

@@ -1,7 +1,7 @@
-"""`phi4 demo --post-training`: from a base model to two rounds of preferences, in `phi4` commands.
+"""`phi4 demo --post-training`: from a base model to two rounds of DPO, in `phi4` commands.
 
-The decision: every stage is the commands that a user would type, and every one of them goes on
-where it was stopped, so the chain has no state of its own besides the files that they leave.
+The decision: every stage consists of commands that a user would type, and each of them resumes
+where it was stopped, so the chain has no state besides their files.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class ChainSettings:
         precedence_error: of the documents' writer.
         scale: of documents and questions.
         overrides: of all recipes.
-        base_overrides: of the base model's recipe besides.
+        base_overrides: additional ones of the base model's recipe.
     """
 
     out: Path = USUAL_OUT
@@ -85,7 +85,7 @@ class StageFigures:
 
 
 class PostTraining:
-    """The stages, each a method that runs its commands and returns the model to go on with.
+    """The stages; each method runs its commands and returns the resulting model.
 
     Args:
         settings: of the chain.
@@ -100,7 +100,7 @@ class PostTraining:
         """Build the data, and pretrain."""
         settings = self._settings
         run_phi4(
-            "The task: arithmetic modulo 10, written by somebody who takes sums before products.",
+            "The task: arithmetic modulo 10, by a writer who often computes sums before products.",
             *("data", "reasoning", f"--out={self.data}", *settings.data_options()),
         )
         why = "Pretraining on all that was written, right or wrong."

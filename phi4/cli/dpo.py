@@ -9,9 +9,7 @@ from phi4.config import check, load_recipe
 from phi4.errors import ConfigError
 from phi4.launch import WorkerEnvironment, join, on_ranks
 
-app = typer.Typer(
-    help="Preferences: the reference model's log-probabilities.", no_args_is_help=True
-)
+app = typer.Typer(no_args_is_help=True)
 
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
 Overrides = Annotated[
@@ -21,7 +19,7 @@ Overrides = Annotated[
 
 @app.callback()
 def _group() -> None:
-    """Preferences: the reference model's log-probabilities."""
+    """Make a single command a command of the group."""
 
 
 @app.command("cache-ref")
@@ -29,7 +27,8 @@ def cache_ref(
     recipe_path: RecipePath,
     overrides: Overrides = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a cache of another model or other pairs.")
+        bool,
+        typer.Option("--overwrite", help="Replace the cache of another model or of other pairs."),
     ] = False,
     chunk_rows: Annotated[
         int, typer.Option(min=1, help="Rows per file while the cache is computed.")
@@ -37,9 +36,9 @@ def cache_ref(
 ) -> None:
     """Compute the reference model's log-probabilities of every pair, into data.reference_cache.
 
-    The model is dpo.reference, or run.init_from; the layout is the recipe's, and any layout's
-    cache serves any other. A job that was stopped goes on where it was. A finished cache of the
-    same model and pairs is left alone.
+    The model is dpo.reference, or run.init_from. The layout is the recipe's; the cache can be used
+    by any layout. The same command resumes an interrupted job and skips a finished cache of the
+    same model and pairs.
 
     Exit codes: those of `phi4 train`.
     """

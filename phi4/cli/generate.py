@@ -1,7 +1,7 @@
 """`phi4 generate`: a model continues texts or answers conversations, in any layout."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
@@ -31,8 +31,8 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[PROMPT]... [SECTION.KEY=VALUE]...",
-        help="Texts to continue. A word that begins like parallel.tensor=2 is an override of the "
-        "recipe; a prompt that looks so goes into --prompts.",
+        help="Texts to continue. A word of the form section.key=value is an override of "
+        "the recipe; put a prompt of that form into the --prompts file.",
         show_default=False,
     ),
 ]
@@ -40,26 +40,28 @@ PromptsFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help='More prompts, one JSON object a line: {"prompt": "text"} or {"messages": '
-        '[{"role": "user", "content": "text"}]}. - is stdin.',
+        help='More prompts, one JSON object per line: {"prompt": "text"} or {"messages": '
+        '[{"role": "user", "content": "text"}]}; - reads stdin.',
     ),
 ]
 IsChat = Annotated[
-    bool, typer.Option("--chat", help="Every prompt is a user's turn; print the answer.")
+    bool, typer.Option("--chat", help="Treat every prompt as a user turn and print the answer.")
 ]
 System = Annotated[
-    str | None, typer.Option(help="System turn of conversations without one; needs --chat.")
+    str | None, typer.Option(help="System message for conversations without one; needs --chat.")
 ]
-Samples = Annotated[int, typer.Option("--n", min=1, help="Samples of every prompt.")]
+Samples = Annotated[int, typer.Option("--n", min=1, help="Samples per prompt.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per finished sample.")]
 WithLogProbs = Annotated[
-    bool, typer.Option("--log-probs", help="Print the log-prob of every token; needs --json.")
+    bool,
+    typer.Option("--log-probs", help="Print the log-probability of every token; needs --json."),
 ]
 BatchInvariant = Annotated[
     bool,
     typer.Option(
         "--batch-invariant",
-        help="Compute in passes of one size: log-probs have the same bits whatever else is asked.",
+        help="Compute in passes of fixed size: log-probabilities are bit-identical "
+        "whatever else is in the batch.",
     ),
 ]
 
@@ -83,38 +85,34 @@ def generate(
     cache_tokens: CacheTokens = None,
     batch_invariant: BatchInvariant = False,
 ) -> None:
-    """Continue texts, or answer conversations, with a model in any layout of one replica.
+    """Continue texts or answer conversations with a model, in any layout of one replica.
 
-    A sample ends with its document or turn, at a --stop, at the latest after --max-tokens. A single
-    sample is printed as it is made. Of several, each is printed when it is finished, below a line
-    `==> prompt I, sample J: REASON <==`; REASON is stop or length, I and J count from 0, first the
-    PROMPTs and then the lines of the file. A continued text is printed with its beginning.
+    A sample ends at the end of its document or turn, at a --stop, or after --max-tokens. A single
+    sample is printed while it is generated. Of several, each is printed when it is finished, below
+    a line `==> prompt I, sample J: REASON <==`; REASON is stop or length, I and J count from 0,
+    first the PROMPTs, then the lines of the file. A continued text is printed with its prompt.
 
-    With --json a sample is an object with index (I), sample (J), text (only what is new),
-    finish_reason, tokens (ids) and log_probs (of the model itself, whatever the temperature).
+    With --json a sample is an object with index (I), sample (J), text (the new text only),
+    finish_reason, tokens (ids) and log_probs (of the model at temperature 1 without truncation).
 
-    Overrides lay the model out, for example parallel.tensor=2 parallel.pipeline=2: four processes.
-    What is printed does not depend on the layout. Platform, layout and cache go to stderr.
+    Overrides set the layout, for example parallel.tensor=2 parallel.pipeline=2 for four processes.
+    The output does not depend on the layout. Samples go to stdout; platform, layout and cache size
+    go to stderr.
     """
     from phi4.convert.model_source import find_model
 
     texts = [word for word in words or () if not _OVERRIDE.match(word)]
     overrides = [word for word in words or () if _OVERRIDE.match(word)]
-    if not texts and prompts is None:
-        raise ConfigError("there is no prompt; give PROMPT or --prompts FILE")
     if log_probs and not as_json:
-        raise ConfigError("--log-probs has no place in plain text; add --json")
-    if system is not None and not chat:
-        raise ConfigError("--system begins conversations, and the prompts are texts; add --chat")
-    if prompts not in (None, STDIN) and not prompts.is_file():
-        raise DataError(f"--prompts={prompts} is no file; give JSON Lines, or - for stdin")
+        raise ConfigError("--log-probs needs JSON output; add --json")
+    _check_prompts(texts, prompts, system, chat)
     source = find_model(checkpoint, overrides)
     tokenizer = source.tokenizer()
     options = SamplingOptions(max_tokens, temperature, top_p, top_k, min_p, seed, tuple(stop or ()))
     asking = Asking(options, tokenizer, n, log_probs)
     reader = PromptReader(tokenizer, chat, system)
     limits = ModelLimits(tokenizer.vocab_size, source.recipe.model.max_position_embeddings)
-    # Whatever is wrong with these is said before processes start and weights are read.
+    # Errors in these are reported before processes start and weights are read.
     for prompt in reader.of_texts(texts) if texts else [Prompt("options", (0,), "")]:
         asking.request(prompt, limits)
 
@@ -139,6 +137,17 @@ def generate(
     how = {"batch_invariant": batch_invariant, "interactive": prompts == STDIN}
     code = on_model_ranks(argv, source, cache_tokens, use, **how)
     raise typer.Exit(code)
+
+
+def _check_prompts(
+    texts: Sequence[str], prompts: Path | None, system: str | None, chat: bool
+) -> None:
+    if not texts and prompts is None:
+        raise ConfigError("there is no prompt; give PROMPT or --prompts FILE")
+    if system is not None and not chat:
+        raise ConfigError("--system needs conversations, and the prompts are texts; add --chat")
+    if prompts not in (None, STDIN) and not prompts.is_file():
+        raise DataError(f"--prompts={prompts} is not a file; give JSON Lines, or - for stdin")
 
 
 def _print(sampler: Sampler, asking: Asking, prompts: Iterator[Prompt], as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""`phi4 judge`: pairs of whole answers, ordered by a model or an oracle."""
+"""`phi4 judge`: pairs of full answers, ordered by a model or an oracle."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -30,58 +30,69 @@ if TYPE_CHECKING:
 
 _ORACLE = "oracle:"
 
-app = typer.Typer(
-    cls=FileErrorsGroup, help="Pairs of answers that a judge ordered.", no_args_is_help=True
-)
+JudgeName = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL",
+        help="A run or Hugging Face directory; http://HOST:PORT/v1#NAME; or oracle:NAME.",
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Output directory; the same directory resumes.")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...",
+        help="Overrides of [ask] and [pairs] in the judge recipe, or of a local judge's layout.",
+        show_default=False,
+    ),
+]
+RecipeFile = Annotated[Path | None, typer.Option(help="Judge recipe: TOML with [ask] and [pairs].")]
+Template = Annotated[
+    Path | None, typer.Option(help="File with another prompt template for the judge.")
+]
+JudgeRanks = Annotated[
+    str | None, typer.Option(help="Rank file of an endpoint's tokenizer; by default --ranks.")
+]
+Form = Annotated[
+    Literal["chat", "ids"],
+    typer.Option(
+        help="Format of prompts to an endpoint: chat messages, or token ids (vLLM's extension)."
+    ),
+]
+
+app = typer.Typer(cls=FileErrorsGroup, no_args_is_help=True)
 
 AnswerFiles = Annotated[
-    list[Path], typer.Option("--answers", help="Answers of `phi4 answers draw`; give it per model.")
+    list[Path],
+    typer.Option("--answers", help="File of `phi4 answers draw`; repeat it for each model."),
 ]
 
 
 @app.callback()
 def _group() -> None:
-    """Pairs of answers that a judge ordered."""
+    """Make a single command a command of the group."""
 
 
 @app.command("pairs")
 def pairs_command(
     answers: AnswerFiles,
-    judge: Annotated[
-        str,
-        typer.Option(
-            metavar="MODEL",
-            help="A run or Hugging Face directory; http://HOST:PORT/v1#NAME; or oracle:NAME.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Directory to write; the same one resumes.")],
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SECTION.KEY=VALUE]...",
-            help="Overrides of ask and pairs in the judge recipe, or of a local judge's layout.",
-            show_default=False,
-        ),
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML with [ask] and [pairs].")] = None,
-    template: Annotated[Path | None, typer.Option(help="Another prompt for the judge.")] = None,
+    judge: JudgeName,
+    out: Out,
+    words: Words = None,
+    recipe: RecipeFile = None,
+    template: Template = None,
     ranks: Ranks = None,
-    judge_ranks: Annotated[
-        str | None, typer.Option(help="Rank file of an endpoint's tokenizer; as --ranks.")
-    ] = None,
-    form: Annotated[
-        Literal["chat", "ids"],
-        typer.Option(help="How prompts travel to an endpoint; ids needs vLLM's extensions."),
-    ] = "chat",
+    judge_ranks: JudgeRanks = None,
+    form: Form = "chat",
     cache_tokens: CacheTokens = None,
 ) -> None:
-    """Compare answers of several models, any against any, and write pairs for `phi4 data pairs`.
+    """Compare answers of several models pairwise, and write pairs for `phi4 data pairs`.
 
-    A judge sees each two answers in both orders. Where the orders name different winners it
-    abstains; where the difference is below the margin they tie. `overall.jsonl` orders by the mean
-    of accuracy, style and detail, `accuracy.jsonl` by accuracy. Replies that are no opinions are
-    asked again and end in `quarantine.jsonl`. All replies are kept in OUT: the same command asks
-    for those that are missing only. `oracle:NAME` compares with the keys of the questions instead.
+    A judge sees each two answers in both orders. If the orders have different winners, it abstains;
+    if the difference is below the margin, they tie. `overall.jsonl` orders by the mean of accuracy,
+    style and detail, `accuracy.jsonl` by accuracy. Replies without a valid opinion are requested
+    again and end in `quarantine.jsonl`. All replies are stored in OUT: the same command requests
+    only the missing ones. `oracle:NAME` compares with the reference answers instead.
     """
     overrides = words or []
     own = [word for word in overrides if word.split(".")[0] in SECTIONS]
@@ -89,12 +100,14 @@ def pairs_command(
     settings = load_judge_recipe(recipe, own)
     if judge.startswith(_ORACLE):
         if layout:
-            raise ConfigError(f"{layout[0]} lays a model out; {judge} is none")
+            raise ConfigError(
+                f"{layout[0]} sets the layout of a model, and {judge} is an oracle; leave it out"
+            )
         with closing(open_oracle(judge.removeprefix(_ORACLE))) as oracle:
             _show(judge_pairs(AnswerGroups(answers), ByOracle(oracle), settings.pairs, out))
         return
     model = _with_form(find_asked_model(judge, layout, judge_ranks), form)
-    # Whatever is wrong with these is said before processes start and weights are read.
+    # Errors in these are reported before processes start and weights are read.
     groups, prompt = AnswerGroups(answers), JudgePrompt(template)
     tokenizer = model.tokenizer()
     if ranks is not None or isinstance(model, RemoteModel):

@@ -9,12 +9,12 @@ from rich.table import Table
 
 from phi4.errors import ConfigError, PlatformError
 
-app = typer.Typer(help="Implementations of the ops.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.command()
 def status() -> None:
-    """Every op and implementation, its state, and the GPU run that says so."""
+    """List every op and implementation with its validation state and the GPU run behind it."""
     from phi4_kernels import dispatch
 
     table = Table(title="`auto` takes what is proven on the GPU at hand; the rest runs when named")
@@ -28,14 +28,16 @@ def status() -> None:
 
 @app.command()
 def qualify(
-    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
-    again: Annotated[bool, typer.Option(help="Also what is proven here already.")] = False,
-    seconds: Annotated[float, typer.Option(help="Limit for all ops together.", min=1.0)] = 60.0,
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; repeatable.")] = None,
+    again: Annotated[
+        bool, typer.Option(help="Repeat qualifications that are already recorded.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(help="Time limit for all ops.", min=1.0)] = 60.0,
 ) -> None:
-    """Prove the kernels on this machine's GPU, and time them beside torch.
+    """Validate the kernels on this machine's GPU, and time them against torch.
 
-    `phi4 train` does so by itself at its start where proofs are missing (kernels.qualify). What is
-    found is kept in ~/.cache/phi4/kernels.jsonl for later runs. Exit code 1 when a kernel is red.
+    `phi4 train` does this at its start if validations are missing (kernels.qualify). Results are
+    kept in ~/.cache/phi4/kernels.jsonl. Exit code 1 when a kernel fails.
     """
     import torch
     from phi4_kernels import registry
@@ -65,15 +67,16 @@ def qualify(
 
 @app.command()
 def show(
-    op: Annotated[str, typer.Argument(help="An op, as `phi4 kernels status` names them.")],
+    op: Annotated[str, typer.Argument(help="Op, as listed by `phi4 kernels status`.")],
     implementation: Annotated[
-        str | None, typer.Option(help="Whose margins and times; its default kernel without.")
+        str | None,
+        typer.Option(help="Implementation to measure; by default the op's default kernel."),
     ] = None,
 ) -> None:
-    """All that is known of an op: margins, machine code, least work, times.
+    """Show error margins, machine code statistics, floor and times of an op.
 
-    Without a GPU, Triton's kernels are interpreted and compiled for sm_90, which takes up to a
-    minute or two; with one they are run and timed beside torch. Exit code 1 when a kernel is red.
+    Without a GPU, Triton kernels are interpreted and compiled for sm_90, which takes up to two
+    minutes; with one they are run and timed against torch. Exit code 1 when a kernel fails.
     """
     from phi4_kernels import registry
 

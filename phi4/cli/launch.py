@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phi4.cli import launch_options as options
+from phi4.cli.file_errors import FileErrorsGroup
 from phi4.cli.launch_preflight import preflight
 from phi4.cli.train import Overrides, RecipePath, train
 from phi4.config import Recipe, load_recipe
@@ -18,7 +19,7 @@ from phi4.errors import ConfigError
 from phi4.launch import slurm as on_slurm
 from phi4.stages import require_stage, stage_of
 
-app = typer.Typer(help="Runs on a Slurm cluster, or on this machine.", no_args_is_help=True)
+app = typer.Typer(cls=FileErrorsGroup, no_args_is_help=True)
 app.command("local", short_help="The same as `phi4 train`: all ranks on this machine.")(train)
 app.command()(preflight)
 
@@ -49,9 +50,9 @@ def slurm(
 ) -> None:
     """Write an sbatch script that trains a recipe to its last step, and submit it.
 
-    The script requeues the job after a notice that was saved for, a lost node and a hung rank; it
-    ends with the code of docs/faults.md after anything else. It is never COMPLETED before
-    run.steps. The recipe is copied at submission: `phi4 launch slurm` again says what differs.
+    The script requeues the job after a saved stop, a lost node or a hung rank; after any other
+    failure it ends with the code of docs/faults.md. The job is never COMPLETED before run.steps.
+    The recipe is copied at submission; a later `phi4 launch slurm` reports differences.
     """
     recipe = load_recipe(recipe_path, overrides or [])
     run_dir = recipe.run.dir
@@ -141,8 +142,10 @@ def require_notice_in_time(request: on_slurm.SlurmRequest) -> None:
 
 
 @app.command()
-def status(run_dirs: Annotated[list[Path], typer.Argument(help="One or more run.dir.")]) -> None:
-    """State of the newest job of each run."""
+def status(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Run directories (run.dir).")],
+) -> None:
+    """Show the state of the newest job of each run."""
     table = Table(
         "run", "job", "state", "attempts", "step", "nodes", "exit", "reason", box=SIMPLE_HEAD
     )
@@ -164,7 +167,8 @@ def status(run_dirs: Annotated[list[Path], typer.Argument(help="One or more run.
 
 @app.command()
 def history(run_dir: options.RunDir) -> None:
-    """Every attempt of every job of a run: where it began, how far it came, why it ended."""
+    """List every attempt of every job of a run: start step, end step, reason of the end."""
+    on_slurm.newest(run_dir)  # refuses a directory that no job was submitted for
     table = Table(
         "job",
         "attempt",
@@ -183,7 +187,7 @@ def history(run_dir: options.RunDir) -> None:
             start.job,
             str(start.attempt),
             start.time,
-            end.time if end else "not told",
+            end.time if end else "not recorded",
             f"{start.step:,} to {end.step:,}" if end else f"{start.step:,} to ?",
             start.nodes,
             str(end.code) if end else "",
@@ -196,19 +200,23 @@ def history(run_dir: options.RunDir) -> None:
 @app.command()
 def cancel(
     run_dir: options.RunDir,
-    save: Annotated[bool, typer.Option("--save", help="Let a running job save first.")] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Let a running job save a checkpoint first.")
+    ] = False,
 ) -> None:
-    """End the newest job of a run; it is not requeued."""
+    """Cancel the newest job of a run; it is not requeued."""
     typer.echo(on_slurm.cancel(run_dir, save=save))
 
 
 @app.command()
 def logs(
     run_dir: options.RunDir,
-    rank: Annotated[int, typer.Option(min=0, help="Whose output.")] = 0,
-    lines: Annotated[int, typer.Option(min=1, help="Of the end of each file.")] = _LOG_LINES,
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose output is shown.")] = 0,
+    lines: Annotated[
+        int, typer.Option(min=1, help="Lines from the end of each file.")
+    ] = _LOG_LINES,
 ) -> None:
-    """End of what the newest job's script and one of its ranks printed, with the files' names."""
+    """Print the end of the newest job's script output and of one rank's output."""
     for path in on_slurm.log_paths(run_dir, rank):
         typer.echo(f"==> {path}")
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]:
@@ -216,5 +224,5 @@ def logs(
 
 
 def _print(table: Table) -> None:
-    # A file or a pipe gets whole lines.
+    # A file or a pipe gets unwrapped lines.
     Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,4 +1,4 @@
-"""`phi4 launch preflight`: are the machines of a run fit for it?"""
+"""`phi4 launch preflight`: checks of the machines before a run."""
 
 import sys
 from pathlib import Path
@@ -25,10 +25,10 @@ def preflight(
     recipe_path: Annotated[Path, typer.Argument(help="A .toml recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value.")] = None,
 ) -> None:
-    """Compare all ranks before a run: program, devices, memory, disk, speed. Exit 2 on a failure.
+    """Compare all ranks before a run: code, devices, memory, disk, speed. Exit 2 on a failure.
 
-    Run it as the run would be: alone on one machine, or under torchrun or srun on several. Takes
-    seconds, writes nothing that stays, and names rank and host of whatever is unfit.
+    Start it like the run: alone on one machine, or under torchrun or srun on several. It takes
+    seconds, leaves no files behind, and names rank and host of every problem.
     """
     recipe = load_recipe(recipe_path, overrides or [])
     require_stage(recipe)

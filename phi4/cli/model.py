@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _group() -> None:
-    """The model of a recipe on paper."""
+    """Make a single command a command of the group."""
 
 
 @app.command()
@@ -23,11 +23,11 @@ def info(
         list[str] | None,
         typer.Argument(
             metavar="[RECIPE] [OVERRIDES]...",
-            help="A TOML recipe (Phi-4 itself when left out), then section.key=value overrides.",
+            help="A TOML recipe (by default Phi-4 itself), then section.key=value overrides.",
         ),
     ] = None,
 ) -> None:
-    """Print shape, exact parameters, FLOPs per token and KV cache bytes."""
+    """Print the shape of a model, exact parameters, FLOPs per token and KV cache bytes."""
     recipe = _recipe(arguments or [])
     check(recipe)
     console = Console()
@@ -70,7 +70,7 @@ def _figures(model: ModelConfig, sequence_length: int) -> Table:
         f"training FLOPs/token at {sequence_length:,} tokens, causal",
         f"{flops.causal:,} ({flops.matmul:,} matmul + {flops.attention_causal:,} attention)",
     )
-    table.add_row("the same, whole attention square", f"{flops.full:,}")
+    table.add_row("the same, full attention square", f"{flops.full:,}")
     table.add_row("6N", f"{flops.six_n:,}")
     table.add_row(
         "KV cache, bf16",

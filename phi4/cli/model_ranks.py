@@ -1,4 +1,4 @@
-"""A model on the processes that its layout needs, and a sampler over it on the leading one."""
+"""A model on the ranks of its layout, with a sampler on the leading rank."""
 
 import os
 import sys

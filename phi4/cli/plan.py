@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -19,6 +19,8 @@ from phi4.plan.memory import (
     NCCL_GROUP_BYTES,
     optimizer_bytes_per_parameter,
 )
+
+CardName = Literal["h100", "h200", "a100"]
 
 COLUMNS = (
     "weights",
@@ -37,15 +39,15 @@ COLUMNS = (
 def plan(
     recipe_path: Annotated[Path, typer.Argument(help="A .toml recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 8,
-    gpu: Annotated[str, typer.Option(help="h100, h200 or a100.")] = "h100",
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
-    host_memory: Annotated[int, typer.Option(min=1, help="GiB of one machine.")] = 2048,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 8,
+    gpu: Annotated[CardName, typer.Option(help="Model of the GPUs.")] = "h100",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node.")] = 8,
+    host_memory: Annotated[int, typer.Option(min=1, help="Host memory per node in GiB.")] = 2048,
 ) -> None:
-    """Bytes per GPU of a recipe, before it runs.
+    """Predict the memory per GPU of a recipe, before it runs.
 
-    The table shows every pipeline stage at its peak. Exit code 2 when one of them exceeds the card.
-    No GPU is needed: parameters are counted on the real model, built without memory.
+    The table shows the peak of every pipeline stage. Exit code 2 if one of them exceeds the GPU's
+    memory. No GPU is needed: parameters are counted on the real model on the meta device.
     """
     recipe = load_recipe(recipe_path, overrides or [])
     planned = make_plan(recipe, gpus, card_named(gpu), gpus_per_node)
@@ -119,7 +121,7 @@ def _figures(planned: MemoryPlan, host_bytes: int) -> Table:
             "(phi4 dpo cache-ref)",
         )
     table.add_row(
-        "FLOPs per token", f"{flops.causal:,} causal; {flops.full:,} with the whole square"
+        "FLOPs per token", f"{flops.causal:,} causal; {flops.full:,} with the full square"
     )
     table.add_row("card", f"bf16 dense peak {card.bf16_dense_tflops} TFLOP/s; {card.source}")
     table.add_row("host memory of a full save", _save(planned, host_bytes))

@@ -5,15 +5,11 @@ import typer
 from phi4.cli import pts_pairs, pts_search, pts_select, pts_show
 from phi4.cli.file_errors import FileErrorsGroup
 
-app = typer.Typer(
-    cls=FileErrorsGroup,
-    no_args_is_help=True,
-    help="Pivotal tokens: search, pairs, and which checkpoint to go on with.",
-)
+app = typer.Typer(cls=FileErrorsGroup, no_args_is_help=True)
 for command in (pts_search, pts_show, pts_pairs, pts_select):
     command.register(app)
 
 
 @app.callback()
 def _group() -> None:
-    """Pivotal tokens: search, pairs, and which checkpoint to go on with."""
+    """Make a single command a command of the group."""

@@ -20,22 +20,25 @@ def register(app: typer.Typer) -> None:
 
 
 def pairs_command(
-    out: Annotated[Path, typer.Option(help="File of rows to write.")],
+    out: Annotated[Path, typer.Option(help="Output file, JSON Lines.")],
     searched: Annotated[
-        list[Path] | None, typer.Argument(metavar="[DIR]...", help="What `phi4 pts search` wrote.")
+        list[Path] | None,
+        typer.Argument(metavar="[DIR]...", help="Directories that `phi4 pts search` wrote."),
     ] = None,
     from_codelion: Annotated[
-        Path | None, typer.Option(help="Instead of DIR: a jsonl file of codelion's pts.")
+        Path | None, typer.Option(help="Instead of DIR: a JSONL file of codelion's pts.")
     ] = None,
     form: Annotated[
         PairFormat,
-        typer.Option("--format", help="ids: for `phi4 data pairs`. trl, codelion: text."),
+        typer.Option(
+            "--format", help="ids: token ids, for `phi4 data pairs`. trl, codelion: text."
+        ),
     ] = PairFormat.IDS,
     share: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TASK=FRACTION",
-            help="Part of the pairs, given per task; others are left out.",
+            help="Fraction of the pairs per task; other tasks are dropped; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -43,19 +46,22 @@ def pairs_command(
         bool,
         typer.Option(
             "--balance",
-            help="As many that raise success as lower it; without --share, equal tasks too.",
+            help="Balance pivots that raise and lower success; without --share, also balance "
+            "tasks.",
         ),
     ] = False,
-    max_pairs: Annotated[int, typer.Option(min=0, help="Pairs at most; 0 sets no limit.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of what is left out.")] = 0,
+    max_pairs: Annotated[
+        int, typer.Option(min=0, help="Maximum number of pairs; 0 for no limit.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the subsampling.")] = 0,
     ranks: Ranks = None,
 ) -> None:
-    """Make preferences of single tokens of pivots: the better token over the worse one.
+    """Make preference pairs of single tokens from pivots: the better token over the worse one.
 
-    Only pivots whose other token was measured become pairs. Equal pairs are written once, pivots
-    that contradict each other not at all. Rows of ids hold all pivots of a trajectory, for one
-    forward pass. Rows of text are written where the text encodes to the same ids; the others are
-    counted. TRL appends an end token to both sides, which teaches the model to stop there.
+    Only pivots with a measured counterpart become pairs. Equal pairs are written once;
+    contradicting pivots are dropped. Rows of ids hold all pivots of a trajectory, for one forward
+    pass. Rows of text are written if the text encodes to the same ids; the others are counted. TRL
+    appends an end token to both sides, which teaches the model to stop there.
     """
     rules = MixtureRules(_shares(share or ()), balance, max_pairs, seed)
     report = PairReport()

@@ -1,4 +1,4 @@
-"""`phi4 pts search`: which tokens of a model's answers changed the chance that they are right."""
+"""`phi4 pts search`: tokens of a model's answers that change the probability of success."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,35 +23,38 @@ if TYPE_CHECKING:
     from phi4.sampling.protocol import Sampler
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Layout of a model on disk, as parallel.tensor=2.")
+    list[str] | None,
+    typer.Argument(help="Layout overrides of a local model, for example parallel.tensor=2."),
 ]
 Questions = Annotated[
     Path,
     typer.Option(
-        help="JSON Lines with `prompt` (a text), `messages` or `prompt_ids`, and `answer`, the key "
-        "that the oracle compares with; `id` and `task` as well, if you like."
+        help="JSON Lines with `prompt` (text), `messages` or `prompt_ids`, and `answer`, "
+        "the reference answer for the oracle; optionally `id` and `task`."
     ),
 ]
 OracleName = Annotated[
-    str, typer.Option("--oracle", help="Says whether an answer is right, for example exact.")
+    str, typer.Option("--oracle", help="Oracle that grades answers: exact, choice, math or code.")
 ]
-Out = Annotated[Path, typer.Option(help="Directory of the search; the same command goes on in it.")]
+Out = Annotated[Path, typer.Option(help="Directory of the search; the same command resumes it.")]
 Mode = Annotated[
     SearchMode,
     typer.Option(
-        help="default confirms what a tree finds; thorough confirms every token that can be "
-        "pivotal, at three times the cost; report is the report's search, without confirmation."
+        help="default: confirm what the tree search finds. thorough: confirm every "
+        "candidate token, at three times the cost. report: the search of the report, "
+        "without confirmation."
     ),
 ]
-IsChat = Annotated[bool, typer.Option(help="A `prompt` is a user's turn, not a text.")]
+IsChat = Annotated[bool, typer.Option(help="Treat `prompt` as a user turn instead of plain text.")]
 System = Annotated[
-    str | None, typer.Option(help="System turn of conversations without one; needs --chat.")
+    str | None, typer.Option(help="System message for conversations without one; needs --chat.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of all draws.")]
+Seed = Annotated[int, typer.Option(min=0, help="Sampling seed.")]
 Alpha = Annotated[
     float,
     typer.Option(
-        help="Level: the expected share of a question's confirmed tokens that have no effect."
+        help="False discovery rate: expected share of a question's confirmed tokens that "
+        "have no effect."
     ),
 ]
 
@@ -81,15 +84,15 @@ def search(
 ) -> None:
     """Search a model's answers for pivotal tokens.
 
-    A question is searched where 20 to 80 % of 16 answers are right, in one right and one wrong
-    answer. OUT holds pivots.jsonl (a row per pivot, with the token that makes a pair of it where
-    there is one), trajectories.jsonl (for `phi4 pts show`), report.json, and search.sqlite with
-    every completion's verdict. A search that was stopped goes on with the same command, and draws
-    nothing again.
+    A question is searched if 20 to 80 % of 16 answers are correct, in one correct and one wrong
+    answer. OUT contains pivots.jsonl (one row per pivot, with its counterpart if there is one),
+    trajectories.jsonl (for `phi4 pts show`), report.json, and search.sqlite with the verdict of
+    every completion. The same command resumes an interrupted search without sampling anything
+    again.
 
-    An endpoint has to take prompts as token ids, and to give the ids and log-probs of what it draws
-    (vLLM does); it is searched at temperature 1 and top-p 1. What `phi4 serve` serves is searched
-    like a model on disk.
+    An endpoint must accept prompts as token ids and return the ids and log-probabilities of sampled
+    tokens (vLLM does); it is searched at temperature 1 and top-p 1. `phi4 serve` is searched like a
+    model on disk.
     """
     _check(temperature, system, chat)
     asked = recognised(find_asked_model(model, overrides or (), ranks))
@@ -106,7 +109,7 @@ def search(
         oracle=oracle,
         directory=out,
     )
-    # Whatever is wrong is said before processes start and weights are read.
+    # Errors are reported before processes start and weights are read.
     open_oracle(oracle).close()
     check_store(out, job.identity)
 
@@ -146,8 +149,8 @@ def search(
 def _check(temperature: float, system: str | None, chat: bool) -> None:
     if temperature <= 0:
         raise ConfigError(
-            f"--temperature={temperature:g} draws one answer only; a search needs draws that "
-            "differ, as at 1"
+            f"--temperature={temperature:g} always gives the same answer; a search needs "
+            "a temperature above 0, for example 1"
         )
     if system is not None and not chat:
-        raise ConfigError("--system begins conversations, and the prompts are texts; add --chat")
+        raise ConfigError("--system needs conversations, and the prompts are texts; add --chat")

@@ -1,4 +1,4 @@
-"""`phi4 pts select`: the checkpoint of a run that answers held-out questions best."""
+"""`phi4 pts select`: the checkpoint of a run with the best accuracy on held-out questions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +10,7 @@ from phi4.cli.answers import Drawing, OracleName, Overrides, Questions, scored
 from phi4.cli.sampling_options import CacheTokens, MaxTokens, SamplingOptions, Seed, Temperature
 from phi4.config import load_recipe
 from phi4.errors import CheckpointError
+from phi4.oracles.registry import open_oracle
 from phi4.pts.score import Estimate
 from phi4.pts.select_checkpoint import (
     Candidate,
@@ -31,24 +32,28 @@ def register(app: typer.Typer) -> None:
 
 
 def select(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, as of `phi4 train`.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory (run.dir).")],
     questions: Questions,
     oracle: OracleName,
     overrides: Overrides = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each question.")] = 8,
-    chat: Annotated[bool, typer.Option(help="A `prompt` is a user's turn, not a text.")] = True,
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers per question.")] = 8,
+    chat: Annotated[
+        bool, typer.Option(help="Treat `prompt` as a user turn instead of plain text.")
+    ] = True,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 1.0,
     seed: Seed = 0,
     cache_tokens: CacheTokens = None,
 ) -> None:
-    """Draw answers of every kept checkpoint of a run, and of the model that it started from.
+    """Sample answers of every kept checkpoint of a run and of the model that it started from.
 
-    The share of right answers is printed for each, with its gain over the start, ± standard error.
-    RUN/selected.json holds these figures and the best checkpoint, whose path is the last line: the
-    run.init_from of what comes next. Ask questions that are in no training data, and keep others
-    for the figures at the end: the best of several is better by chance, too.
+    The accuracy of each is printed, with its gain over the start, ± standard error.
+    RUN/selected.json holds these numbers and the best checkpoint, whose path is the last line: use
+    it as run.init_from of the next stage. Use questions that are not in the training data, and keep
+    other questions for the final evaluation: the best of several checkpoints is biased upwards.
     """
+    # An unknown oracle is an error before anything is sampled.
+    open_oracle(oracle).close()
     options = SamplingOptions(max_tokens, temperature, 1.0, 0, 0.0, seed, ())
     places = dict(_candidates(run))
     drawing = Drawing(questions, n, chat, options, overrides or (), None, cache_tokens)

@@ -9,15 +9,15 @@ from phi4.errors import DataError
 from phi4.pts.search.rows import TRAJECTORIES_NAME, read_trajectories
 
 Directory = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Of a search, as --out of `phi4 pts search`.")
+    Path, typer.Argument(metavar="DIR", help="Directory that `phi4 pts search --out` wrote.")
 ]
 Number = Annotated[
     int,
     typer.Option(
-        "--trajectory", min=0, help="Which, in the order of trajectories.jsonl; 0 is the first."
+        "--trajectory", min=0, help="Index of the trajectory in trajectories.jsonl, from 0."
     ),
 ]
-Png = Annotated[Path | None, typer.Option(help="Draw it into this file, too.")]
+Png = Annotated[Path | None, typer.Option(help="Also write a PNG picture to this file.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -26,11 +26,11 @@ def register(app: typer.Typer) -> None:
 
 
 def show(directory: Directory, trajectory: Number = 0, png: Png = None) -> None:
-    """Print a trajectory, its tokens coloured by p, the chance of a right answer behind them.
+    """Print a trajectory, its tokens coloured by p, the probability of a correct answer.
 
     Red is p near 0, blue is p near 1, grey is unknown. A pivot is underlined and followed by the
-    change of p that was measured when it was confirmed, which is further from 0 than the truth.
-    Below stands where p was measured, by how many completions, and for what.
+    change of p measured at its confirmation, which overestimates the true change. Below the text, a
+    table lists where p was measured, with how many completions, and why.
     """
     # Importing it costs what a command without colours need not pay.
     from rich.console import Console

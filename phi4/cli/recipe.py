@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _group() -> None:
-    """A single command stays a command of the group."""
+    """Make a single command a command of the group."""
 
 
 @app.command()

@@ -10,34 +10,40 @@ from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.sampling.protocol import Request
 from phi4.sampling.text import end_ids
 
-MaxTokens = Annotated[
-    int, typer.Option(min=1, help="New tokens of a sample at most; it ends earlier by itself.")
-]
-Temperature = Annotated[
-    float, typer.Option(help="Divides the logits; 0 takes the likeliest token every time.")
-]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens per sample.")]
+Temperature = Annotated[float, typer.Option(help="Softmax temperature; 0 is greedy decoding.")]
 TopP = Annotated[
-    float, typer.Option(help="Draw from the likeliest tokens that together have this probability.")
+    float,
+    typer.Option(
+        help="Nucleus sampling: sample from the most likely tokens that together have this "
+        "probability."
+    ),
 ]
-TopK = Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0: from all.")]
+TopK = Annotated[
+    int, typer.Option(help="Sample from this many of the most likely tokens; 0 for all.")
+]
 MinP = Annotated[
     float,
-    typer.Option(help="Draw from tokens that are at least this fraction as likely as the first."),
+    typer.Option(
+        help="Sample from tokens at least this fraction as likely as the most likely one."
+    ),
 ]
 Seed = Annotated[
     int,
-    typer.Option(help="Draws depend on it, on sample and position, and on nothing else."),
+    typer.Option(
+        help="Sampling seed. A token depends on the seed, the sample and the position only."
+    ),
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(help="End a sample before this text; may be given several times."),
+    typer.Option(help="End a sample before this text; repeatable."),
 ]
 CacheTokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Tokens whose keys and values are kept, of all samples together; by default twice the "
-        "model's longest sequence and at least 16,384.",
+        help="Size of the KV cache in tokens, over all samples; by default twice the "
+        "model's maximum sequence length, at least 16,384.",
         show_default=False,
     ),
 ]

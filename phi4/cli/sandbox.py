@@ -13,20 +13,20 @@ from phi4.oracles.sandbox import Limits, Outcome, Task, Tools, find_tools, run
 from phi4.oracles.sandbox.hostile import attacks, is_held, run_attack, told
 from phi4.oracles.verdict import Grade, ToGrade
 
-app = typer.Typer(help="The sandbox that runs programs of a model.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """The sandbox that runs programs of a model."""
+    """Make a single command a command of the group."""
 
 
 @app.command()
 def check() -> None:
-    """Run hostile programs in the sandbox, here, and show what became of each.
+    """Run hostile programs in the sandbox of this machine and show the outcome of each.
 
-    Works for root and for any user. Exit code 0 when all ended as they have to, 1 when one did not,
-    2 when the sandbox cannot start on this machine.
+    Works for root and for any other user. Exit code 0 if all were contained, 1 if one was not, 2 if
+    the sandbox cannot start on this machine.
     """
     tools = find_tools()
     _start(tools)

@@ -35,7 +35,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SECTION.KEY=VALUE]...",
-        help="Layout of the model, for example parallel.tensor=2; else one process.",
+        help="Layout overrides, for example parallel.tensor=2; one process by default.",
         show_default=False,
     ),
 ]
@@ -43,45 +43,47 @@ Host = Annotated[
     str,
     typer.Option(
         metavar="ADDRESS",
-        help="Address to listen on. 0.0.0.0 takes requests of other machines too, and needs a key.",
+        help="Address to listen on. 0.0.0.0 also accepts requests from other machines and "
+        "needs an API key.",
     ),
 ]
 Port = Annotated[
-    int, typer.Option(min=0, max=65_535, help="0 takes a free one; the first line names it.")
+    int,
+    typer.Option(min=0, max=65_535, help="Port; 0 chooses a free one, which the first line names."),
 ]
 Name = Annotated[
     str | None,
     typer.Option(
-        help="What clients call the model; the name of its directory where not given.",
+        help="Model name for clients; by default the name of its directory.",
         show_default=False,
     ),
 ]
 MaxRequests = Annotated[
-    int, typer.Option(min=1, help="Open requests at most; more are refused with 429.")
+    int,
+    typer.Option(min=1, help="Maximum number of open requests; more are refused with status 429."),
 ]
 DefaultMaxTokens = Annotated[
-    int, typer.Option(min=1, help="New tokens of a request that does not say how many.")
+    int, typer.Option(min=1, help="Maximum number of new tokens of a request that sets none.")
 ]
 BatchInvariant = Annotated[
     bool,
     typer.Option(
         "--batch-invariant",
-        help="Compute in passes of one size: log-probs have the same bits in any batch.",
+        help="Compute in passes of fixed size: log-probabilities are bit-identical in any batch.",
     ),
 ]
 DrainSeconds = Annotated[
-    float, typer.Option(min=0.0, help="What open requests have to end in once told to end.")
+    float, typer.Option(min=0.0, help="Time for open requests to finish after a request to stop.")
 ]
 Follow = Annotated[
     bool,
     typer.Option(
         "--follow",
-        help="Take the weights of every new checkpoint of the run, between two requests; needs a "
-        "run directory.",
+        help="Load the weights of every new checkpoint of the run; needs a run directory.",
     ),
 ]
 NoKey = Annotated[
-    bool, typer.Option("--no-key", help="Let everybody in who reaches --host from outside.")
+    bool, typer.Option("--no-key", help="Accept requests from other machines without an API key.")
 ]
 
 
@@ -101,26 +103,26 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's API under /v1, Ollama's under /api, a chat page at /.
 
-    When it answers, one line on stderr names the addresses; until then connections are refused.
-    `GET /health` answers 200 while it takes requests and 503 while it ends.
+    Once the server is ready, one line on stderr names the addresses; until then connections are
+    refused. `GET /health` returns 200 while the server accepts requests and 503 while it shuts
+    down.
 
-    Only this machine reaches it unless --host says otherwise. The API key that clients must send as
-    a bearer token is read from the environment variable PHI4_API_KEY; without that variable no key
-    is asked for, and --host must be a loopback address or --no-key be given.
+    By default the server is reachable from this machine only (--host). Clients must send the API
+    key of the environment variable PHI4_API_KEY as a bearer token. Without that variable no key is
+    required, and --host must be a loopback address unless --no-key is given.
 
-    With --follow the server answers with the newest checkpoint of a run while that goes on: open
-    requests end with the old weights first, new ones wait until the new ones are read.
+    With --follow the server loads every new checkpoint of a run: open requests finish with the old
+    weights, and new ones wait until the new weights are loaded.
 
-    Overrides lay the model out, for example parallel.tensor=2 parallel.pipeline=2: four processes.
-    What is answered does not depend on the layout.
+    Overrides set the layout, for example parallel.tensor=2 parallel.pipeline=2 for four processes.
+    Answers do not depend on the layout.
 
-    To end it, send SIGTERM or press Ctrl-C: new requests get 503, open ones have --drain-seconds,
-    and the exit code is 0. Only the process that you started, or rank 0, decides that: a signal to
-    another rank is ignored. A second signal, at least a second later, cuts open requests off.
+    SIGTERM or Ctrl-C shuts the server down: new requests get 503, open ones have --drain-seconds to
+    finish, and the exit code is 0. Only the process that you started, or rank 0, reacts to signals.
+    A second signal, at least a second later, cuts open requests off.
 
-    Exit codes: 0 ended as it was told, 1 failed (a traceback says how), 2 wrong input (one line
-    says what to change), 130 or 143 ended at once by a second signal, 137 a rank was killed
-    (the last line names it).
+    Exit codes: 0 shut down, 1 failed (with a traceback), 2 wrong input, 130 or 143 ended at once by
+    a second signal, 137 a rank was killed (the last line names it).
     """
     _require_packages()
     api_key = _api_key(host, no_key)
@@ -283,8 +285,8 @@ def _api_key(host: str, no_key: bool) -> str | None:
         raise ConfigError(f"--no-key, and {API_KEY_VARIABLE} is set; unset it, or drop --no-key")
     if key is None and not no_key and not _is_loopback(host):
         raise ConfigError(
-            f"--host={host} is reached by other machines, and {API_KEY_VARIABLE} is not set; set "
-            "it, or let everybody in with --no-key"
+            f"--host={host} accepts requests of other machines, and {API_KEY_VARIABLE} is not set; "
+            "set it, or pass --no-key to serve without a key"
         )
     return key
 

@@ -34,13 +34,9 @@ from phi4.launch.sweep import (
 from phi4.rundir import held_lease
 from phi4.stages import require_stage, stage_of
 
-app = typer.Typer(
-    cls=FileErrorsGroup,
-    help="Grids of small runs: mixtures, learning rates, what carries over to larger ones.",
-    no_args_is_help=True,
-)
+app = typer.Typer(cls=FileErrorsGroup, no_args_is_help=True)
 
-File = Annotated[Path, typer.Argument(help="A sweep, as those in examples/sweeps/.")]
+File = Annotated[Path, typer.Argument(help="A sweep file, like those in examples/sweeps/.")]
 _OWN_OPTIONS = ("file", "jobs", "slurm")
 
 
@@ -50,10 +46,13 @@ def run(
     file: File,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs at a time; parallel_runs of the file where not given."),
+        typer.Option(min=1, help="Concurrent runs; by default parallel_runs of the file."),
     ] = None,
     slurm: Annotated[
-        bool, typer.Option("--slurm", help="One job array, a task per run; the options below.")
+        bool,
+        typer.Option(
+            "--slurm", help="Submit one job array with a task per run; uses the options below."
+        ),
     ] = False,
     nodes: options.Nodes = "1",
     partition: options.Partition = None,
@@ -72,18 +71,19 @@ def run(
     python: options.Python = None,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Train every run of a sweep that has not ended, here or on Slurm.
+    """Train every run of a sweep that has not ended, on this machine or on Slurm.
 
-    The whole file is checked before the first run starts. A run that fails does not stop the
-    others. The same command goes on: finished and diverged runs are left alone, the others resume.
-    Remove a run's directory to train it again.
+    All runs are checked before the first one starts. A run that fails does not stop the others. The
+    same command resumes a sweep: finished and diverged runs are skipped. Remove a run's directory
+    to train it again.
 
-    Here, runs are `phi4 train` processes, N at a time. Ctrl-C ends them all; SIGTERM lets them save
-    first. Exit codes: 0 all runs ended (those that diverged too), 1 a run failed, 2 wrong input, 3
-    another `phi4 sweep run` is at it, 5 stopped by SIGTERM, 130 by Ctrl-C.
+    On this machine, runs are `phi4 train` processes, --jobs at a time. Ctrl-C ends them all;
+    SIGTERM lets them save first. Exit codes: 0 all runs ended (diverged ones included), 1 a run
+    failed, 2 wrong input, 3 another `phi4 sweep run` owns the sweep, 5 stopped by SIGTERM, 130 by
+    Ctrl-C.
 
-    With --slurm the tasks of the array requeue themselves as jobs of `phi4 launch slurm` do, and
-    `phi4 launch status RUN_DIR` and the commands beside it work on every run's directory.
+    With --slurm the tasks of the array requeue themselves like jobs of `phi4 launch slurm`, and the
+    other commands of `phi4 launch` accept every run's directory.
     """
     _require_no_slurm_options(context, slurm)
     sweep = load_sweep(file)
@@ -142,7 +142,7 @@ def _slurm_request(
 
 @app.command()
 def status(file: File) -> None:
-    """What became of every run of a sweep."""
+    """Show the state of every run of a sweep."""
     sweep = load_sweep(file)
     runs = runs_of(sweep, str(file))
     progress = progress_of(runs, Path(sweep.directory))
@@ -169,31 +169,29 @@ def table(
     file: File,
     analysis: Annotated[
         Analysis | None,
-        typer.Option(help="What is shown; `analysis` of the file where not given."),
+        typer.Option(help="Analysis to show; by default `analysis` of the file."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the numbers as JSON instead.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Picture (PNG); ANALYSIS.png in the sweep's directory if not given, none with "
-            "--json."
+            help="PNG file of the plot; by default ANALYSIS.png in the sweep's directory, none "
+            "with --json."
         ),
     ] = None,
 ) -> None:
-    """What the ended runs of a sweep show, with a picture.
+    """Analyse the ended runs of a sweep, with a plot.
 
     table: variants as rows, metrics and scales as columns: mean over seeds, difference to the
-    baseline with its 95% interval (t, seed by seed where all variants have the same seeds), the
-    best in bold.
+    baseline with its 95% interval (t; paired by seed if all variants have the same seeds), the best
+    in bold.
 
-    ranks: do scales order the variants alike? Spearman's and Kendall's coefficient with a 95%
-    interval over seeds, and how many orders by chance would agree as well.
+    ranks: whether scales order the variants alike: Spearman's and Kendall's coefficients with a 95%
+    interval over seeds, and the number of random orders that agree as well.
 
-    learning_rate: a parabola through loss over log(rate) for each token budget, its lowest point
-    with a 95% interval, a power law over budgets, and the prediction for predict_tokens. A minimum
-    at the edge of the grid is named and not estimated.
+    learning_rate: a parabola through loss over log(rate) for each token budget, its minimum with a
+    95% interval, a power law over budgets, and the prediction for predict_tokens. A minimum at the
+    edge of the grid is reported and not estimated.
     """
     sweep = load_sweep(file)
     runs = runs_of(sweep, str(file))
@@ -255,5 +253,5 @@ def _stage_violations(recipe: Recipe) -> list[str]:
 
 
 def _console() -> Console:
-    # A file or a pipe gets whole lines.
+    # A file or a pipe gets unwrapped lines.
     return Console(width=None if sys.stdout.isatty() else 160)

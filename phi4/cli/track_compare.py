@@ -1,4 +1,4 @@
-"""`phi4 track compare`: two runs, what differs, and what came of it."""
+"""`phi4 track compare`: differences of two runs in recipe, loss and speed."""
 
 import json
 import math
@@ -27,18 +27,17 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(help="Directory of a run.", metavar="A")],
-    b: Annotated[Path, typer.Argument(help="Directory of another run.", metavar="B")],
+    a: Annotated[Path, typer.Argument(help="Run directory.", metavar="A")],
+    b: Annotated[Path, typer.Argument(help="Run directory to compare with.", metavar="B")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Also write the report page of both runs here.")
+        Path | None, typer.Option(help="Also write an HTML report of both runs to this file.")
     ] = None,
 ) -> None:
     """Compare two runs: recipes, losses at equal tokens, throughput, goodput.
 
-    Differences of losses have 95% intervals that respect that the noise of a step goes on in the
-    next one. They cover the noise of the steps of these two runs, and not what another seed would
-    have given.
+    Differences of losses have 95% intervals that account for the correlation of consecutive steps.
+    They cover the noise of these two runs, not the variation between seeds.
     """
     found = compare_runs(read_run(a), read_run(b))
     if html is not None:

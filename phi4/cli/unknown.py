@@ -14,27 +14,29 @@ from phi4.pts.unknown.job import UnknownTexts, build_unknown
 from phi4.pts.unknown.records import RecordRules
 from phi4.pts.unknown.texts import Refusals, read_bogus, read_safety
 
-app = typer.Typer(
-    cls=FileErrorsGroup, help="Rows that teach a model what it does not know.", no_args_is_help=True
-)
+app = typer.Typer(cls=FileErrorsGroup, no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Rows that teach a model to say what it does not know."""
+    """Make a single command a command of the group."""
 
 
 @app.command("build")
 def build_command(
     answers: Annotated[
         Path,
-        typer.Option(help="Several answers a question of the base model: `phi4 answers draw`."),
+        typer.Option(
+            help="Several answers per question of the base model, from `phi4 answers draw`."
+        ),
     ],
-    oracle: Annotated[str, typer.Option(help="Says which of them are right.")],
+    oracle: Annotated[
+        str, typer.Option(help="Oracle that grades them: exact, choice, math or code.")
+    ],
     refusals: Annotated[
         Path, typer.Option(help='Rows {"question", "refusal"}, or {"refusal"} for any question.')
     ],
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    out: Annotated[Path, typer.Option(help="Output directory.")],
     bogus: Annotated[
         Path | None, typer.Option(help='Rows {"question", "bogus", "refusal"}.')
     ] = None,
@@ -44,18 +46,24 @@ def build_command(
     ranks: Ranks = None,
     threshold: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Right answers above this share are usual, below unusual."),
+        typer.Option(
+            min=0, max=1, help="Accuracy above which the model counts as knowing the answer."
+        ),
     ] = 0.5,
     response_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens of each side of a preference; 0 keeps them whole.")
+        int,
+        typer.Option(
+            min=0, help="Truncate both sides of a preference to this many tokens; 0 keeps all."
+        ),
     ] = 5,
-    seed: Annotated[int, typer.Option(help="Of the refusals that suit any question.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice among general refusals.")] = 0,
 ) -> None:
-    """Write refusals and answers by how often the base model is right, measured on its answers.
+    """Write refusals and answers by the accuracy of the base model on each question.
 
-    `sft.jsonl`: its right answer where it is usually right, a refusal where it is usually wrong, a
-    refusal of every bogus question. `dpo.jsonl`: a right answer over the refusal, and the refusal
-    over a wrong answer; a question can give both. An answer that cannot be graded is not counted.
+    `sft.jsonl`: the model's correct answer where it is usually correct, a refusal where it is
+    usually wrong, a refusal of every bogus question. `dpo.jsonl`: a correct answer over the
+    refusal, and the refusal over a wrong answer; a question can give both. An answer that cannot be
+    graded is not counted.
     """
     texts = UnknownTexts(
         Refusals(refusals, seed),

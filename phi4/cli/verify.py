@@ -1,4 +1,4 @@
-"""`phi4 verify`: proofs on the user's own machine."""
+"""`phi4 verify`: checks of layouts and resumption on the user's machine."""
 
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phi4.cli import verify_drills, verify_leak
+from phi4.cli.file_errors import FileErrorsGroup
 from phi4.config import Recipe, check, dump_toml, load_recipe
 from phi4.launch import WorkerEnvironment, on_ranks
 from phi4.stages import require_stage, stage_of
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from phi4.verify.layouts import LayoutCase
     from phi4.verify.parity import Comparison
 
-app = typer.Typer(help="Proofs to run on this machine.", no_args_is_help=True)
+app = typer.Typer(cls=FileErrorsGroup, no_args_is_help=True)
 verify_leak.register(app)
 verify_drills.register(app)
 
@@ -34,14 +35,14 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value."
 def parity(
     recipe_path: RecipePath = DEFAULT_RECIPE,
     overrides: Overrides = None,
-    layouts: Annotated[str, typer.Option(help="Comma-separated names; empty means all.")] = "",
+    layouts: Annotated[str, typer.Option(help="Comma-separated layouts; by default all.")] = "",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Append the result as a row to this file.")
     ] = None,
     work_dir: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """One process against every layout: losses, norms, parameters. Exit 1 past tolerance."""
+    """Compare every layout with one process: losses, norms, parameters. Exit 1 beyond tolerance."""
     from phi4.verify.layouts import LAYOUTS, cases, names_of, reference_case
     from phi4.verify.parity import compare
 
@@ -128,9 +129,9 @@ def _print_parity(results: Results, impossible: dict[str, str]) -> None:
 def resume(
     recipe_path: RecipePath = DEFAULT_RECIPE,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="Steps of the straight run.")] = 10,
+    steps: Annotated[int, typer.Option(help="Steps of the uninterrupted run.")] = 10,
 ) -> None:
-    """N steps straight against N/2 and a resumption, bit by bit. Exit 1 when they differ."""
+    """Check that a resumed run is bit-identical to an uninterrupted one. Exit 1 if it differs."""
     from phi4.verify.resume import compare_runs, resumed_recipe, straight_recipe
 
     work_dir = Path(mkdtemp(prefix="phi4-resume-"))

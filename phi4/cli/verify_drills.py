@@ -1,4 +1,4 @@
-"""`phi4 verify preempt` and `phi4 verify kills`: a recipe's run with faults in it."""
+"""`phi4 verify preempt` and `phi4 verify kills`: runs with injected faults."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = Path("examples/recipes/tiny_pretrain.toml")
 RecipePath = Annotated[Path, typer.Argument(help="A .toml recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value.")]
-Seed = Annotated[int, typer.Option(help="Of moments and victims.")]
-WorkDir = Annotated[Path | None, typer.Option(help="Takes all runs; empty means a temporary one.")]
+Seed = Annotated[int, typer.Option(help="Seed of the times and targets.")]
+WorkDir = Annotated[
+    Path | None, typer.Option(help="Directory of all runs; by default a temporary one.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -33,15 +35,15 @@ def register(app: typer.Typer) -> None:
 def preempt(
     recipe_path: RecipePath = DEFAULT_RECIPE,
     overrides: Overrides = None,
-    signals: Annotated[int, typer.Option(min=1, help="Notices to send.")] = 6,
+    signals: Annotated[int, typer.Option(min=1, help="Number of signals to send.")] = 6,
     seed: Seed = 0,
     work_dir: WorkDir = None,
 ) -> None:
-    """A fire drill: SIGTERM or SIGUSR1 at random moments, resumed each time. Exit 1 when it fails.
+    """Send SIGTERM or SIGUSR1 at random times and resume each time. Exit 1 on a failure.
 
-    The launcher, one rank or all processes are told, during start-up, steps, evaluations and saves.
-    Each has to end with code 5 and one checkpoint of its step; each finished run has to equal an
-    undisturbed one, bit by bit.
+    The launcher, one rank or all processes get the signal, during start-up, steps, evaluations and
+    saves. Each run must end with code 5 and one checkpoint of its step; each finished run must be
+    bit-identical to an undisturbed one.
     """
     from phi4.verify.drills.faults import Notice
 
@@ -61,14 +63,16 @@ def preempt(
 def kills(
     recipe_path: RecipePath = DEFAULT_RECIPE,
     overrides: Overrides = None,
-    kills: Annotated[int, typer.Option(min=1, help="Over all layouts.")] = 6,
-    layouts: Annotated[str, typer.Option(help="Names of parity's layouts.")] = "pp2,tp2xpp2+sp",
+    kills: Annotated[int, typer.Option(min=1, help="Number of kills over all layouts.")] = 6,
+    layouts: Annotated[
+        str, typer.Option(help="Comma-separated layouts of `phi4 verify parity`.")
+    ] = "pp2,tp2xpp2+sp",
     seed: Seed = 0,
     work_dir: WorkDir = None,
 ) -> None:
-    """SIGKILL to a random rank at random moments, resumed each time. Exit 1 when it fails.
+    """Send SIGKILL to a random rank at random times and resume each time. Exit 1 on a failure.
 
-    Each finished run has to equal an undisturbed one, its losses and what it drew from the data.
+    Each finished run must have the losses and the data of an undisturbed one.
     """
     from phi4.verify.drills.faults import Kill
     from phi4.verify.layouts import LAYOUTS, names_of, reference_case
@@ -108,7 +112,7 @@ def _size(recipe: Recipe) -> int:
 def _drilled(
     recipe: Recipe, work_dir: Path, fault: "Fault", num_faults: int, seed: int
 ) -> "Sequence[FaultOutcome] | None":
-    """Run the faults and print what came of them; None when something is not as it should be."""
+    """Inject the faults and print the outcomes; None if one of them is wrong."""
     from phi4.verify.drills.drill import Drill
 
     work_dir.mkdir(parents=True, exist_ok=True)

@@ -29,13 +29,17 @@ def leak(
     recipe_path: Annotated[Path, typer.Argument(help="A .toml recipe.")] = DEFAULT_RECIPE,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value.")] = None,
     layouts: Annotated[
-        str, typer.Option(help="Comma-separated names of parity's layouts; empty means a choice.")
+        str,
+        typer.Option(
+            help="Comma-separated layouts of `phi4 verify parity`; by default a selection."
+        ),
     ] = "",
     work_dir: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """One document's tokens change: nothing else may, to the bit. Exit 1 when something does.
+    """Check document isolation: changing one document must leave all others bit-identical.
 
-    First every layout runs without the document mask, where the check must find the leak.
+    Losses, logits and gradients are compared; exit 1 when any differs. Every layout first runs
+    without the document mask, where the check must find the leak.
     """
     from phi4.engine.platform import choose_kind
     from phi4.verify.layouts import LEAK_LAYOUTS, cases, names_of, reference_case

@@ -81,8 +81,8 @@ def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+        lines = [f"{where}: {_explain(item)}" for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
 
 
 def dump_toml(recipe: Recipe) -> str:

@@ -26,15 +26,12 @@ def check(recipe: Recipe, world_size: int | None = None, stage_rules: Sequence[R
         stage_rules: further rules of the stage.
 
     Raises:
-        LayoutError: every violated rule, one line each.
+        LayoutError: one line per violated rule.
     """
     found = violations(recipe, world_size)
     found += [line for rule in stage_rules for line in rule(recipe)]
-    if len(found) == 1:
-        raise LayoutError(found[0])
     if found:
-        lines = "\n".join(f"  - {line}" for line in found)
-        raise LayoutError(f"the recipe breaks {len(found)} rules:\n{lines}")
+        raise LayoutError("\n".join(found))
 
 
 def violations(recipe: Recipe, world_size: int | None = None) -> list[str]:

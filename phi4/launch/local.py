@@ -92,9 +92,9 @@ def run_workers(
 
     Returns:
         0; 5 if the ranks ended because of a notice; the exit code of the failing rank's
-        `Phi4Error`, printed as one line; 1 for any other error, its traceback printed last; the
-        exit code of a rank that gave no report; 128+S for a rank killed by signal S, and for a
-        signal to the launcher (130 for Ctrl-C).
+        `Phi4Error`, printed one line per broken rule; 1 for any other error, its traceback printed
+        last; the exit code of a rank that gave no report; 128+S for a rank killed by signal S, and
+        for a signal to the launcher (130 for Ctrl-C).
     """
     run_dir = Path(tempfile.mkdtemp(prefix="phi4-run-"))
     workers: list[_Worker] = []
@@ -264,7 +264,7 @@ def _conclude(
         return REQUEUE_EXIT_CODE if told else 0
     guilty = reports[0]
     if guilty.user_error:
-        _say(guilty.line)
+        _say(guilty.text)
     else:
         _say(f"rank {guilty.rank} of {len(workers)} failed:\n{guilty.traceback.rstrip()}")
     return guilty.exit_code

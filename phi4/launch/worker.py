@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from phi4.errors import HungError, Phi4Error, WorkerError
+from phi4.errors import HungError, Phi4Error, WorkerError, error_text
 from phi4.launch.environment import started_by, worker_environment
 from phi4.launch.notices import NOTICES
 
@@ -40,8 +40,8 @@ class ErrorReport(msgspec.Struct, frozen=True):
     """The error's exit code, see docs/faults.md; 1 for an error that is not a `Phi4Error`."""
 
     @property
-    def line(self) -> str:
-        return f"{self.type}: {self.message}"
+    def text(self) -> str:
+        return error_text(self.type, self.message)
 
 
 class StoppedError(WorkerError):
@@ -94,7 +94,7 @@ def _thread_failed(environ: Mapping[str, str], failure: threading.ExceptHookArgs
         threading.__excepthook__(failure)
         return
     if started_by(environ) is None:
-        print(f"HungError: {failure.exc_value}", file=sys.stderr)
+        print(error_text("HungError", str(failure.exc_value)), file=sys.stderr)
         _leave(HungError.exit_code)
     _leave(_reported(failure.exc_value, time.time(), environ))
 
@@ -131,7 +131,7 @@ def _reported(error: BaseException, raised_at: float, environ: Mapping[str, str]
         _write(Path(destination), report)
     # Rank 0 shares the launcher's terminal, where the failing rank's report should come last.
     if not destination or report.rank:
-        text = report.line if report.user_error else report.traceback
+        text = report.text if report.user_error else report.traceback
         print(f"rank {report.rank}: {text}", file=sys.stderr)
     return report.exit_code
 

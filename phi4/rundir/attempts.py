@@ -159,7 +159,10 @@ def one_line_errors(run_dir: Path) -> Iterator[None]:
                 f"run.dir={run_dir}: no space to write the lease ({error.strerror}); free some "
                 f"space"
             ) from None
-        raise PlatformError(f"run.dir={run_dir} cannot be used: {error}") from None
+        raise PlatformError(
+            f"run.dir={run_dir} cannot be used ({error.strerror}: {error.filename}); name a "
+            "directory that this user can create and write to"
+        ) from None
 
 
 def utc_text(seconds: float) -> str:

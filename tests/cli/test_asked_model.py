@@ -30,8 +30,13 @@ def test_endpoint_is_sent_the_key_of_the_environment(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("place", "overrides", "ranks", "message"),
     [
-        (ADDRESS, (), None, f"{ADDRESS} names no model; write {ADDRESS}#NAME"),
-        (f"{ADDRESS}#m", ("parallel.tensor=2",), None, "parallel.tensor=2 lays a local model out"),
+        (ADDRESS, (), None, f"{ADDRESS} has no model name; write {ADDRESS}#NAME"),
+        (
+            f"{ADDRESS}#m",
+            ("parallel.tensor=2",),
+            None,
+            "parallel.tensor=2 sets the layout of a local model",
+        ),
         ("runs/a", (), "ranks", "--ranks=ranks is for an endpoint"),
     ],
 )

@@ -1,5 +1,7 @@
-"""Wrong input to `phi4 train`: one clear line, exit code 2, nothing written over."""
+"""Wrong input to all commands: a line per broken rule, exit code 2, nothing written over."""
 
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from phi4.cli import main
 from phi4.config import TokenizerConfig
 from phi4.data.vocabulary.tokenizer import load_tokenizer
+from phi4.engine.platform import disconnect
 from tests.support.runs import train_forked as train
 
 
@@ -49,6 +52,126 @@ def test_recipe_errors_name_key_and_remedy(
     assert stop.value.code == 2
     assert text in capsys.readouterr().err
     assert _files(run) == before
+
+
+def _lines_of_refusal(command: str, capsys: pytest.CaptureFixture) -> list[str]:
+    """The lines on stderr of a command that ends with exit code 2 and prints nothing else."""
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(shlex.split(command))
+    finally:
+        # A command that ends in an error leaves its groups to the end of its process.
+        disconnect()
+    printed, said = capsys.readouterr()
+    assert (stop.value.code, printed) == (2, ""), said
+    lines = said.splitlines()
+    for line in lines:
+        assert re.match(r"[A-Z]\w+Error: \S", line), said
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("train .", "recipe . is a directory; give a .toml file"),
+        ("train tokens.bin", "recipe tokens.bin is not valid TOML"),
+        ("train recipe.toml run.dir=/proc/x", "run.dir=/proc/x cannot be used"),
+        ("train recipe.toml run.dir=recipe.toml", "name a directory that this user can create"),
+        ("train recipe.toml run.stage=foo", "use one of pretrain, midtrain, sft, dpo"),
+        ("generate missing hi", "no checkpoint in missing; give RUN/checkpoints/step_NNNNNNN"),
+        ("generate run", "there is no prompt; give PROMPT or --prompts FILE"),
+        ("generate run hi --log-probs", "add --json"),
+        ("generate run hi --system x", "add --chat"),
+        ("generate run hi --n 0", "--n: expected at least 1, got 0"),
+        ("generate run hi --temperature x", "--temperature: expected a number, got x"),
+        ("generate run hi --max-tokens 600", "lower max_tokens"),
+        ("generate run hi --max-tokens 2 --top-p 2", "top_p=2"),
+        ("generate run hi --prompts .", "--prompts=. is not a file; give JSON Lines"),
+        ("generate run hi --max-tokens 2 parallel.tensor=4", "parallel.tensor=4 does not divide"),
+        ("generate run hi tokenizer.path=tokens.bin", "give a file in tiktoken's format"),
+        ("chat missing", "no checkpoint in missing"),
+        ("serve missing", "no checkpoint in missing"),
+        ("serve run --port 99999", "--port: expected at most 65535, got 99999"),
+        ("plan recipe.toml --gpu b200", "'b200' is not one of 'h100', 'h200', 'a100'"),
+        ("plan recipe.toml --gpus 0", "--gpus: expected at least 1, got 0"),
+        ("report missing", "give the directory of a run"),
+        ("report run --out .", "--out=. is a directory; name a file"),
+        ("demo --seed 3", "--seed has no effect without --post-training"),
+        ("launch slurm recipe.toml --dry-run --nodes x", "give 4, or MIN-MAX such as 2-4"),
+        ("launch history run", "give the run.dir of a run that `phi4 launch slurm` submitted"),
+        ("sweep run .", "sweep . is a directory; give a .toml file"),
+        ("track compare run recipe.toml", "give the directory of a run"),
+        ("track settle recipe.toml", "give the directory of a run"),
+        ("verify parity recipe.toml --layouts bogus", "unknown layout bogus; known are"),
+        ("verify resume recipe.toml --steps 1", "use at least 2"),
+        ("verify preempt recipe.toml --work-dir /proc/x", "/proc/x: No such file or directory"),
+        ("data inspect missing", "missing.idx cannot be read"),
+        ("data ledger missing", "missing holds no checkpoint; give the directory of a run"),
+        ("data tokenize tokens.bin --out x", "its name does not say what it holds"),
+        ("data demo --out /proc/x", "/proc/x: No such file or directory"),
+        ("data demo --vocab-size 3", "--vocab-size: expected at least 352, got 3"),
+        ("data filter x --out d --accept-share 7", "--accept-share: expected at most 1, got 7"),
+        ("data decontaminate --normalisation x", "'x' is not one of 'robust', 'paper'"),
+        ("answers score missing --oracle exact", "answers missing cannot be read"),
+        ("answers score missing", "Missing option '--oracle'; see `phi4 answers score --help`"),
+        ("pts show missing", "missing/trajectories.jsonl cannot be read"),
+        ("pts pairs --out x", "give directories of `phi4 pts search` or --from-codelion"),
+        (
+            "pts select run --questions x --oracle bogus",
+            "expected one of exact, choice, math, code",
+        ),
+        (
+            "judge pairs --answers x --judge oracle:exact --out j pairs.bogus=3",
+            "unknown key pairs.bogus; expected one of accuracy_margin, combine",
+        ),
+        ("dpo cache-ref recipe.toml", "data.reference_cache is not set"),
+        ("recipe keys optim.bogus", "did you mean optim."),
+        ("model info .", "recipe . is a directory; give a .toml file"),
+        ("convert to-hf run recipe.toml", "exists and is not empty; name a new directory"),
+        ("convert from-hf . x", "give the directory that holds config.json and the shards"),
+        ("bench kernels --op x", "invalid choice: 'x'"),
+        ("kernels show bogus", "no op 'bogus'; there are adamw, attention"),
+    ],
+)
+def test_wrong_input_is_one_line_with_a_remedy(
+    command: str,
+    text: str,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(run)
+    before = _files(run)
+    (line,) = _lines_of_refusal(command, capsys)
+    assert text in line
+    assert _files(run) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "texts"),
+    [
+        (
+            "train recipe.toml parallel.tensor=4 parallel.pipeline=3",
+            ("parallel.tensor=4 does not divide", "pipeline=3 x virtual_pipeline=1"),
+        ),
+        (
+            "train recipe.toml run.steps=x optim.beta1=y",
+            ("recipe.toml: optim.beta1", "recipe.toml: run.steps"),
+        ),
+    ],
+)
+def test_every_broken_rule_has_its_line(
+    command: str,
+    texts: tuple[str, str],
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(run)
+    lines = _lines_of_refusal(command, capsys)
+    assert len(lines) == 2
+    for line, text in zip(lines, texts, strict=True):
+        assert text in line
 
 
 def test_missing_recipe_says_where_recipes_are(capsys: pytest.CaptureFixture) -> None:

@@ -82,7 +82,7 @@ def test_one_sample_is_its_prompt_and_what_follows(generate, rows, run) -> None:
     assert found.out == BEGIN + row["text"] + "\n"
     assert (row["index"], row["sample"], row["finish_reason"]) == (0, 0, "length")
     assert len(row["tokens"]) == 12 and "log_probs" not in row
-    assert "platform: cpu over gloo, 1 processes" in found.err
+    assert "platform: cpu over gloo, 1 process " in found.err
     assert "layout: tensor 1, pipeline 1, context 1, data 1" in found.err
     assert "cache: 16,384 tokens, 16.0 MiB over all processes" in found.err
 
@@ -165,11 +165,11 @@ def test_stop_ends_a_text_before_it(rows, generate) -> None:
         (("a", "--temperature=nan"), "prompt 0: temperature=nan; expected 0, or 1e-06 and more"),
         (("a", "--temperature=1e-320"), "prompt 0: temperature=1e-320; expected"),
         (("a", "--top-p=0"), "prompt 0: top_p=0.0; expected above 0"),
-        (("a", "--n=0"), "Invalid value for '--n'"),
+        (("a", "--n=0"), "--n: expected at least 1"),
         (("a", "--seed=-1"), "prompt 0: seed=-1; expected"),
         (("a", "b", "--stop="), "a stop string is empty"),
         (("a", BEGIN, "--max-tokens=63"), "tokens and 63 new ones exceed the model's 64"),
-        (("a", "--log-probs"), "--log-probs has no place in plain text; add --json"),
+        (("a", "--log-probs"), "--log-probs needs JSON output; add --json"),
         (("a", "--system=b"), "add --chat"),
         (("a", "parallel.tensor=3"), "parallel.tensor=3 does not divide"),
         (
@@ -180,7 +180,7 @@ def test_stop_ends_a_text_before_it(rows, generate) -> None:
         (("a", "paralel.tensor=2"), "unknown key 'paralel.tensor'; did you mean parallel.tensor?"),
         (("a", "model.num_layers=4"), "model.num_layers are fixed by"),
         (("a", "tokenizer.path=absent"), "tokenizer ranks absent cannot be read"),
-        (("a", "--prompts=absent"), "--prompts=absent is no file"),
+        (("a", "--prompts=absent"), "--prompts=absent is not a file"),
         (("--prompts=-",), "there is no prompt in --prompts"),
         (("--prompts=-", "--temperature=-1"), "options: temperature=-1.0; expected"),
         (("a", "--n=20", "--cache-tokens=64"), "cache of 336 tokens"),

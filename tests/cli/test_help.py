@@ -84,7 +84,7 @@ def test_version_says_what_is_not_installed(
         (["nope"], r"No such command 'nope'; see `phi4 --help`"),
         (["train", "--wrong"], r"No such option: --wrong; see `phi4 train --help`"),
         (["train"], r"Missing argument .*; see `phi4 train --help`"),
-        (["plan", "x.toml", "--gpus", "0"], r"Invalid value for '--gpus': .*plan --help`"),
+        (["plan", "x.toml", "--gpus", "0"], r"--gpus: expected at least 1, got 0; .*plan --help`"),
         (["data", "inspect", "x", "--nope"], r"No such option: --nope; see `phi4 data inspect"),
     ],
 )
@@ -94,10 +94,15 @@ def test_mistyped_command_is_one_line(
     code, printed, said = outcome(capsys, *arguments)
     assert (code, printed) == (2, "")
     (only,) = said.splitlines()
-    assert re.fullmatch(f"Phi4Error: {line}.*", only)
+    assert re.fullmatch(f"UsageError: {line}.*", only)
 
 
 def test_group_without_a_command_prints_its_help(capsys: pytest.CaptureFixture) -> None:
     code, printed, said = outcome(capsys, "bench")
     assert code == 2
-    assert GROUPS["bench"] in printed + said and "Phi4Error" not in printed + said
+    assert GROUPS["bench"] in printed + said and "UsageError" not in printed + said
+
+
+def test_help_states_the_rule_of_errors(capsys: pytest.CaptureFixture) -> None:
+    _, printed, _ = outcome(capsys, "--help")
+    assert "exit code 2 and one line per broken rule on stderr" in words(printed)

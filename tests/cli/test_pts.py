@@ -119,12 +119,12 @@ def test_served_model_is_searched_at_any_temperature(capsys, ranks, asked, tmp_p
     [
         ("--temperature=0.7", "--temperature=0.7, but an endpoint reports"),
         ("--top-p=0.9", "--top-p=0.9, but an endpoint reports"),
-        ("--temperature=0", "draws one answer only"),
-        ("--system=x", "--system begins conversations"),
+        ("--temperature=0", "always gives the same answer"),
+        ("--system=x", "--system needs conversations"),
         ("--oracle=none", "--oracle=none is unknown"),
         ("--alpha=0", "alpha=0.0; expected a level"),
         ("--questions=absent", "absent"),
-        ("parallel.tensor=2", "lays a local model out"),
+        ("parallel.tensor=2", "sets the layout of a local model"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_anything_is_drawn(

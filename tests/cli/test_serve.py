@@ -61,7 +61,7 @@ def test_other_machines_need_a_key_or_the_word_that_they_need_none(monkeypatch, 
     monkeypatch.delenv(KEY, raising=False)
     for host in ("0.0.0.0", "::", "10.1.2.3", "some-host"):
         line = refusal(tmp_path, f"--host={host}")
-        assert line.startswith(f"ConfigError: --host={host} is reached by other machines")
+        assert line.startswith(f"ConfigError: --host={host} accepts requests of other machines")
         assert KEY in line and "--no-key" in line
     # What is refused next: there is no model.
     for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost"):
@@ -94,8 +94,8 @@ def test_missing_package_is_named_with_its_remedy(monkeypatch, tmp_path) -> None
         (("tokenizer.path=absent",), "tokenizer ranks absent cannot be read"),
         (("--name= ",), "--name=' ' is empty"),
         (("--host=203.0.113.1", "--no-key"), "cannot listen on 203.0.113.1:8000"),
-        (("--port=70000",), "Invalid value for '--port'"),
-        (("--max-requests=0",), "Invalid value for '--max-requests'"),
+        (("--port=70000",), "--port: expected at most 65535"),
+        (("--max-requests=0",), "--max-requests: expected at least 1"),
         (("--cache-tokens=1000000000000",), "lower --cache-tokens"),
     ],
 )

@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from phi4.cli.data_quality import register
+from phi4.data.screens.quality.filter import CorruptionLimit
 from phi4.errors import DataError
 
 SENTENCE = "when one of the crew who weighs fifty kilograms is replaced by a new man today"
@@ -77,12 +78,6 @@ def test_decontaminate_says_what_it_needs(app: typer.Typer, arguments) -> None:
         run(app, "decontaminate", *arguments)
 
 
-@pytest.mark.parametrize("option", [("--self-test",), ("rows.jsonl", "--out", "x")])
-def test_unknown_normalisation(app: typer.Typer, option) -> None:
-    with pytest.raises(DataError, match="'fuzzy'; expected one of robust, paper"):
-        run(app, "decontaminate", *option, "--normalisation", "fuzzy")
-
-
 def test_deduplicate(app: typer.Typer, tmp_path: Path) -> None:
     source = rows(tmp_path / "rows.jsonl", SENTENCE, SENTENCE, SENTENCE.upper())
     out = ("--out", tmp_path / "out")
@@ -147,8 +142,7 @@ def test_filter_fitted_to_corrupted_inputs_keeps_nothing(app: typer.Typer, tmp_p
     assert kept == passages
 
 
-@pytest.mark.parametrize("share", ["-0.1", "1.1"])
-def test_accepted_share_is_a_share(app: typer.Typer, tmp_path: Path, share: str) -> None:
-    normal = rows(tmp_path / "normal.jsonl", *topics.values())
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_accepted_share_is_a_share(share: float) -> None:
     with pytest.raises(DataError, match=r"accepted share .*; expected 0 to 1"):
-        run(app, "filter", normal, "--out", tmp_path / "out", "--accept-share", share)
+        CorruptionLimit(None, share, "")

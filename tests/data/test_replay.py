@@ -323,8 +323,8 @@ def test_steps_around_roll_backs_are_found_again(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--step", 8, "--sample", 0), "step 8 asked; the run's newest checkpoint is of step 7"),
-        (("--step", 7, "--sample", 5), "sample 5 asked; step 7 had 5, from 0"),
+        (("--step", 8, "--sample", 0), "--step=8 is after the run's newest checkpoint, of step 7"),
+        (("--step", 7, "--sample", 5), "--sample=5, but step 7 has 5 rows, from 0"),
     ],
 )
 def test_what_the_run_never_served_is_refused(run: FakeRun, arguments, message: str) -> None:

@@ -67,8 +67,8 @@ def test_reports_come_back_the_earliest_first(tmp_path):
         }
         run(statement, **{**TORCHRUN, "WORLD_SIZE": "4", "RANK": rank}, **where)
     first, second = read_reports(tmp_path)
-    assert (first.rank, first.line, first.user_error) == (3, "DataError: first", True)
-    assert (second.rank, second.line, second.user_error) == (
+    assert (first.rank, first.text, first.user_error) == (3, "DataError: first", True)
+    assert (second.rank, second.text, second.user_error) == (
         1,
         "ZeroDivisionError: division by zero",
         False,

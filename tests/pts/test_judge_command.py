@@ -79,7 +79,10 @@ def test_layout_of_an_oracle_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
             ]
         )
     assert stop.value.code == 2
-    assert "parallel.tensor=2 lays a model out; oracle:exact is none" in capsys.readouterr().err
+    assert (
+        "parallel.tensor=2 sets the layout of a model, and oracle:exact is an oracle"
+        in capsys.readouterr().err
+    )
 
 
 def num_stored(path: Path) -> int:

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from phi4.data.vocabulary.tokenizer import NUM_ADDED_TOKENS, SPLIT_PATTERN
 from phi4.errors import DataError
 
-_SMALLEST = 256 + NUM_ADDED_TOKENS
+SMALLEST_VOCAB = 256 + NUM_ADDED_TOKENS
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
@@ -27,7 +27,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     Raises:
         DataError: vocab_size is too small for the bytes, or the texts too short for the merges.
     """
-    if vocab_size < _SMALLEST:
+    if vocab_size < SMALLEST_VOCAB:
         raise DataError(
             f"a vocabulary of {vocab_size} was requested; 256 bytes and {NUM_ADDED_TOKENS} added "
             f"tokens need at least {_SMALLEST}"

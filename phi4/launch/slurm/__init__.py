@@ -1,7 +1,15 @@
 """Runs on a Slurm cluster: the sbatch script, its submission, and the state of jobs."""
 
 from phi4.launch.slurm.fitting import require_fit
-from phi4.launch.slurm.jobs import JobAttempt, RunStatus, attempts, cancel, log_paths, status
+from phi4.launch.slurm.jobs import (
+    JobAttempt,
+    RunStatus,
+    attempts,
+    cancel,
+    log_paths,
+    newest,
+    status,
+)
 from phi4.launch.slurm.request import (
     ArrayTask,
     NodeRange,
@@ -35,6 +43,7 @@ __all__ = [
     "cancel",
     "limit_seconds",
     "log_paths",
+    "newest",
     "rank_settings",
     "require_fit",
     "require_idle",

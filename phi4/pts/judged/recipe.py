@@ -4,7 +4,7 @@ The report specifies neither margins nor the handling of ties; both are keys her
 """
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,10 @@ def load_judge_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Judge
         try:
             tree = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"recipe {path} cannot be read: {error}") from None
+            raise ConfigError(
+                f"judge recipe {path} cannot be read: {error}; give a TOML file with the tables "
+                "[ask] and [pairs]"
+            ) from None
     for override in overrides:
         key, _, text = override.partition("=")
         section, _, name = key.partition(".")
@@ -86,8 +89,20 @@ def load_judge_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Judge
     try:
         return JudgeRecipe.model_validate(tree)
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"judge recipe {path or 'overrides'}: {said}") from None
+        where = f"judge recipe {path or 'overrides'}"
+        lines = [f"{where}: {_explain(item)}" for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    """A rule that a recipe breaks."""
+    key = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden":
+        names = set(JudgeRecipe.model_fields)
+        if len(item["loc"]) > 1:
+            names = set(JudgeRecipe.model_fields[str(item["loc"][0])].annotation.model_fields)
+        return f"unknown key {key}; expected one of {', '.join(sorted(names))}"
+    return f"{key}={item['input']!r}: {item['msg'].lower()}"
 
 
 def _value(text: str) -> Any:
