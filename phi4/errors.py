@@ -1,8 +1,9 @@
 """The exception hierarchy for errors that a user can correct, and their exit codes.
 
-The command line prints any `Phi4Error` as a single line and exits with its exit code. Every message
-states what was given, what is required, and how to fix it. The exit codes are part of the public
-interface; docs/faults.md lists them with the action that a launcher should take.
+The command line prints a `Phi4Error` without a traceback, one line per broken rule, and exits with
+its exit code. Every line states what was given, what is required, and how to fix it. The exit codes
+are part of the public interface; docs/faults.md lists them with the action that a launcher should
+take.
 """
 
 from typing import ClassVar

@@ -46,7 +46,7 @@ class UsageErrorsGroup(TyperGroup):
 def _in_one_line() -> Iterator[None]:
     try:
         yield
-    except _UsageError as error:  # type: ignore[misc]  # a base class is not typed as one
+    except _TyperUsageError as error:  # type: ignore[misc]  # a base class is not typed as one
         # A group without a command: its message is the help.
         if type(error).__name__ == "NoArgsIsHelpError":
             raise

@@ -30,7 +30,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     if vocab_size < SMALLEST_VOCAB:
         raise DataError(
             f"a vocabulary of {vocab_size} was requested; 256 bytes and {NUM_ADDED_TOKENS} added "
-            f"tokens need at least {_SMALLEST}"
+            f"tokens need at least {SMALLEST_VOCAB}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
