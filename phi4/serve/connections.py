@@ -7,7 +7,7 @@ and its request cancelled, if either takes too long.
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -46,10 +46,10 @@ class LimitedConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.BaseProtocol`."""
-        assert isinstance(transport, asyncio.Transport)
-        super().connection_made(transport)
+        of_tcp = cast(asyncio.Transport, transport)
+        super().connection_made(of_tcp)
         # Writing pauses as soon as the machine's own buffer is full, and resumes when all is sent.
-        transport.set_write_buffer_limits(high=0)
+        of_tcp.set_write_buffer_limits(high=0)
         self._watch_request()
 
     def data_received(self, data: bytes) -> None:
