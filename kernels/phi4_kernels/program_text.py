@@ -41,28 +41,34 @@ def _comments(source: str) -> list[tuple[_Place, _Place]]:
 def _docstrings(tree: ast.Module, lines: list[str]) -> list[tuple[_Place, _Place]]:
     """Of modules, classes and functions, and the strings under an attribute or constant."""
 
-    def place(line: int, offset: int) -> _Place:
-        # ast counts bytes.
+    def place(line: int | None, offset: int | None) -> _Place:
+        # Nodes of parsed text have an end. ast counts bytes.
+        assert line is not None
         return line, len(lines[line - 1].encode()[:offset].decode())
 
     return [
-        (place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset))
-        for node in ast.walk(tree)
-        if _is_docstring(node)
+        (place(text.lineno, text.col_offset), place(text.end_lineno, text.end_col_offset))
+        for text in _docstring_nodes(tree)
     ]
 
 
-def _is_docstring(node: ast.AST) -> bool:
-    is_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return is_constant and isinstance(node.value.value, str)
+def _docstring_nodes(tree: ast.Module) -> list[ast.Constant]:
+    """Strings that are statements."""
+    values = (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr))
+    return [
+        value
+        for value in values
+        if isinstance(value, ast.Constant) and isinstance(value.value, str)
+    ]
 
 
 def _lines_of_strings(tree: ast.Module) -> set[int]:
     """Lines of strings of several lines that are no docstrings."""
-    docstrings = {id(node.value) for node in ast.walk(tree) if _is_docstring(node)}
+    docstrings = {id(node) for node in _docstring_nodes(tree)}
     found: set[int] = set()
     for node in ast.walk(tree):
-        is_string = isinstance(node, ast.JoinedStr | ast.Constant)
-        if is_string and node.end_lineno > node.lineno and id(node) not in docstrings:
-            found.update(range(node.lineno, node.end_lineno + 1))
+        if isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in docstrings:
+            end = node.end_lineno or node.lineno
+            if end > node.lineno:
+                found.update(range(node.lineno, end + 1))
     return found

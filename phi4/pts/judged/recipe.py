@@ -100,7 +100,9 @@ def _explain(item: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         names = set(JudgeRecipe.model_fields)
         if len(item["loc"]) > 1:
-            names = set(JudgeRecipe.model_fields[str(item["loc"][0])].annotation.model_fields)
+            section = JudgeRecipe.model_fields[str(item["loc"][0])].annotation
+            assert isinstance(section, type) and issubclass(section, Section)
+            names = set(section.model_fields)
         return f"unknown key {key}; expected one of {', '.join(sorted(names))}"
     return f"{key}={item['input']!r}: {item['msg'].lower()}"
 
