@@ -18,20 +18,20 @@ set -uo pipefail  # not -e: every exit code below is looked at
 source .venv/bin/activate
 
 # --- Environment of the ranks; what is set already wins
-# A killed rank must not take its last lines with it.
+# Keeps the last output lines of a killed rank.
 export PYTHONUNBUFFERED=${PYTHONUNBUFFERED-1}
-# A rank that crashes says where.
+# A crashing rank prints its stack.
 export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER-1}
 # run.threads of the recipe.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
 # Micro-batches of several sizes fragment the allocator's fixed segments.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-expandable_segments:True}
-# NCCL names the link and the peer that failed.
+# NCCL logs the link and the peer that failed.
 export NCCL_DEBUG=${NCCL_DEBUG-WARN}
 # The last collectives of each rank, dumped when one times out.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE-2000}
-# Tensor and context parallel: communication is queued before the products that hide it (Hopper;
-# without effect on Blackwell).
+# Tensor and context parallel: communication is queued before the products that it overlaps with
+# (Hopper; without effect on Blackwell).
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS-1}
 
 # --- This attempt

@@ -143,7 +143,7 @@ def test_file_without_a_pair_is_not_written(tmp_path: Path) -> None:
     [
         ({"position": 99}, "position 99 of 16 ids"),
         ({"position": -1}, "position -1 of"),
-        ({"chosen_id": 3}, "chosen_id is 3, the token at its position"),
+        ({"chosen_id": 3}, "chosen_id is 3, but the token at its position"),
         ({"dp_at_confirmation": 0}, "dp_at_confirmation is 0"),
         ({"prompt_ids": []}, "prompt_ids is empty"),
         ({"prompt_ids": [1 << 40]}, "out of bounds"),

@@ -181,8 +181,8 @@ def _new_version(
                 raise
         say(
             "the server does not accept a path of this machine as a model's source; the version "
-            "contains the small files of the export and {POINTER_FILE}, which refers to "
-            "{exported.directory}. --upload also sends the weights"
+            f"contains the small files of the export and {POINTER_FILE}, which refers to "
+            f"{exported.directory}. --upload also sends the weights"
         )
     place = f"exports/{exported.checkpoint.name}-{exported.manifest_sha256[:8]}"
     _send(client, exported, run_id, place, with_weights=upload)

@@ -112,7 +112,7 @@ class MlflowTracker:
                 if self._arrived < self._last_step
                 else (
                     "MLflow has all steps but not the run's final status; `phi4 track settle "
-                    "{self._wish.run_dir}` sets it"
+                    f"{self._wish.run_dir}` sets it"
                 )
             )
         self._close()

@@ -189,7 +189,7 @@ def test_a_changed_recipe_is_shown_and_refused(
     with pytest.raises(ConfigError, match=r"run\.steps differs .* pass --change"):
         require_same_run(run_dir, longer, allow=False, say=lines.append)
     require_same_run(run_dir, longer, allow=True, say=lines.append)
-    with pytest.raises(ConfigError, match=r"model\.num_layers differs .* another training"):
+    with pytest.raises(ConfigError, match=r"model\.num_layers differs .* another run.dir"):
         require_same_run(run_dir, _recipe("model.num_layers=2"), allow=True, say=lines.append)
 
 

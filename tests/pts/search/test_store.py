@@ -63,15 +63,24 @@ def test_blocks_of_a_batch_are_stored_together_or_not_at_all(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "other"}, "model=planted, this one has model=other"),
-        ({"oracle": "exact"}, "oracle=last letter, this one has oracle=exact"),
+        ({"model": "other"}, "model=planted, but this one has model=other"),
+        ({"oracle": "exact"}, "oracle=last letter, but this one has oracle=exact"),
         ({"questions": questions(2)}, "questions="),
-        ({"settings": settings_of(SearchMode.REPORT, seed=3)}, "=96, this one has confirm_draws=0"),
-        ({"settings": settings_of(SearchMode.DEFAULT, 3, 0.05)}, "alpha=0.1, this one has alpha="),
-        ({"options": replace(OPTIONS, max_tokens=17)}, "max_tokens=16, this one has max_tokens=17"),
-        ({"options": replace(OPTIONS, temperature=0.9)}, "temperature=1.0, this one has"),
-        ({"options": replace(OPTIONS, top_p=0.9)}, "top_p=1.0, this one has top_p=0.9"),
-        ({"options": replace(OPTIONS, seed=4)}, "seed=3, this one has seed=4"),
+        (
+            {"settings": settings_of(SearchMode.REPORT, seed=3)},
+            "=96, but this one has confirm_draws=0",
+        ),
+        (
+            {"settings": settings_of(SearchMode.DEFAULT, 3, 0.05)},
+            "alpha=0.1, but this one has alpha=",
+        ),
+        (
+            {"options": replace(OPTIONS, max_tokens=17)},
+            "max_tokens=16, but this one has max_tokens=17",
+        ),
+        ({"options": replace(OPTIONS, temperature=0.9)}, "temperature=1.0, but this one has"),
+        ({"options": replace(OPTIONS, top_p=0.9)}, "top_p=1.0, but this one has top_p=0.9"),
+        ({"options": replace(OPTIONS, seed=4)}, "seed=3, but this one has seed=4"),
     ],
 )
 def test_another_search_is_refused_and_the_difference_named(tmp_path, changes, message) -> None:

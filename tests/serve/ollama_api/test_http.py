@@ -80,7 +80,7 @@ def test_clients_of_old_show_a_model_by_its_name(server: Served) -> None:
         missing = http.post("/api/embed", json={"model": MODEL_NAME, "input": "x"})
         assert (missing.status_code, missing.json()) == (
             404,
-            {"error": "there is no /api/embed here"},
+            {"error": "/api/embed does not exist"},
         )
 
 

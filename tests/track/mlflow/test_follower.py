@@ -262,7 +262,9 @@ def test_run_of_the_environment_is_logged_into(run, monkeypatch):
     run.follow()
     assert run.run().info.run_id == made.info.run_id and run.steps() == [1, 2, 3]
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    with pytest.raises(TrackingError, match=r"MLFLOW_RUN_ID=0+: .* has no such run, expected one"):
+    with pytest.raises(
+        TrackingError, match=r"MLFLOW_RUN_ID=0+: .* has no such run, expected an existing run"
+    ):
         run.follow()
 
 
