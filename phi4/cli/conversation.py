@@ -64,9 +64,9 @@ class Dialogue:
             is_stopped: asked between steps; True ends the answer, which stays as far as it came.
 
         Raises:
-            ConfigError: the model, or the cache, cannot take so long a conversation. It stays as it
+            ConfigError: the conversation is too long for the model or the cache. It stays as it
                 was.
-            TokenizerError: the text has no tokens; the same holds.
+            TokenizerError: the text has no tokens. The conversation stays as it was.
         """
         prompt = self._next_prompt(text)
         num_left = (self.sampler.limits.max_sequence_tokens or len(prompt)) - len(prompt)

@@ -125,7 +125,7 @@ def _sample(
             try:
                 use(sampler)
             except BrokenPipeError:
-                # Whoever read the output has enough, as `head` has; Python's last flush goes here.
+                # The reader closed the pipe, as `head` does; Python's last flush goes to null.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             # Not after an error: the launcher ends the others, which may wait in mid-step.
             sampler.close()

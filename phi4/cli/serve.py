@@ -217,8 +217,8 @@ class _Served:
         from phi4.serve.web_server import listen
 
         if worker.rank == 0:
-            # Before weights are read. The port is free again meanwhile: a connection that nobody
-            # answers would wait where it should be refused.
+            # Fail on a used port before weights are read. The port is closed again meanwhile, so
+            # that early connections are refused instead of waiting without an answer.
             listen(self.options.host, self.options.port).close()
         has_launcher = worker.rendezvous == "directory"
         told = take_notices(

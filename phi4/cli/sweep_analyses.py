@@ -105,8 +105,8 @@ def _ranks(sweep: SweepFile, results: Sequence[Result]) -> ShownAnalysis:
             share if one.is_exact else f"about {share}",
         )
     note = (
-        f"of {sweep.metrics[0]}, means over {found[0].num_seeds} seeds; 95% intervals by drawing "
-        "seeds anew; by chance: share of orders of the variants that agree as well"
+        f"of {sweep.metrics[0]}, means over {found[0].num_seeds} seeds; 95% intervals by "
+        "resampling seeds; by chance: share of orders of the variants that agree as well"
     )
     numbers = {"metric": sweep.metrics[0], "pairs": [asdict(one) for one in found]}
     return ShownAnalysis([shown, note], numbers, lambda out: draw_ranks(results, found, out))

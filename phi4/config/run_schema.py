@@ -1,4 +1,4 @@
-"""What a run does beside its steps: directory, checkpoints, faults and tracking."""
+"""Settings of a run other than its steps: directory, checkpoints, faults and tracking."""
 
 from typing import Literal
 

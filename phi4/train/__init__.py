@@ -1,1 +1,1 @@
-"""The training loop: a run directory, steps, hooks, and an end that tells the truth."""
+"""The training loop: steps, hooks, saves, resumption and the status that a run ends with."""

@@ -1,7 +1,7 @@
-"""The facts of this attempt that people ask for later: by whom, of what code, on which data.
+"""The provenance of this attempt: who started it, from which code and on which data.
 
-Gathered on rank 0 once everything is built. What cannot be found out is left empty: nothing here
-may keep a run from starting.
+Gathered on rank 0 once everything is built. A fact that cannot be determined is left empty: nothing
+here may keep a run from starting.
 """
 
 import getpass
@@ -37,12 +37,12 @@ def about_run(
     launched_by: LaunchedBy,
     recipe_params: Mapping[str, Any],
 ) -> About:
-    """What this attempt is; only on rank 0, whose lease has begun.
+    """Gather the facts of this attempt; only on rank 0, whose lease has begun.
 
     Args:
-        context: of the run.
-        manifests: of the training sources, by name.
-        launched_by: of rank 0.
+        context: the run's context.
+        manifests: manifest of each training source, by name.
+        launched_by: how rank 0 was launched.
         recipe_params: the flat recipe.
     """
     recipe, platform, engine = context.recipe, context.platform, context.engine
@@ -78,11 +78,11 @@ def about_run(
 
 
 def source_tree(package: str = "phi4") -> SourceTree | None:
-    """The git checkout that holds a package; None where git tracks it in none.
+    """The git checkout that contains a package; None if git does not track the package.
 
     Args:
-        package: that can be imported. One that is installed below another project's checkout is
-            not of that project.
+        package: name of an importable package. One that is installed below another project's
+            checkout does not belong to that project.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -99,7 +99,7 @@ def source_tree(package: str = "phi4") -> SourceTree | None:
 
 def _git(directory: str, *words: str) -> str | None:
     """What git prints; None where it fails, hangs or is not installed."""
-    # It must not wait for, or take, a lock of a user of the checkout.
+    # It must neither wait for nor take a lock that a user of the checkout needs.
     command = ["git", "--no-optional-locks", "-C", directory, *words]
     try:
         done = subprocess.run(

@@ -19,10 +19,10 @@ def with_changes(
     Args:
         state: as saved.
         old: the recipe it was saved under.
-        new: the recipe asked for.
+        new: the recipe to resume with.
         allow: whether `--change` was given.
-        say: takes a line about the learning rate where the change moves it: run.steps does without
-            naming it when optim.decay is 0.
+        say: prints a line if the learning rate changes; run.steps changes it too when optim.decay
+            is 0.
 
     Raises:
         ConfigError: an identity key differs, or a schedule key does and allow is False.
@@ -42,7 +42,7 @@ def with_changes(
         )
     if rates:
         say(rates)
-    # What was normal under the old schedule says nothing about the new one.
+    # Spike statistics of the old schedule do not apply to the new one.
     numerics = Numerics() if changes["schedule"] else state.numerics
     added = tuple(
         Change(state.step, key, _as_json(before), _as_json(after))
@@ -52,7 +52,7 @@ def with_changes(
 
 
 def _rate_change(state: RunState, old: Recipe, new: Recipe) -> str | None:
-    """Changes of the learning rate and of its decay, where either changes."""
+    """A line on the changes of the learning rate and of its decay; None if neither changes."""
     before, after = (
         next_rate(recipe, step=state.step, consumed_tokens=state.consumed_tokens)
         for recipe in (old, new)
@@ -66,12 +66,12 @@ def _rate_change(state: RunState, old: Recipe, new: Recipe) -> str | None:
     if moved:
         line += f"; the decay ended after {old_end:,} {unit}, now after {new_end:,}"
         if new.optim.decay == 0:
-            line += f"; optim.decay={old_end} would leave it"
+            line += f"; optim.decay={old_end} keeps the old end"
     return line
 
 
 def _as_json(value: Any) -> Any:
-    """A key's value as JSON holds it: what a checkpoint reads back equals what was saved."""
+    """A key's value after a round trip through JSON, so that it equals what a checkpoint reads."""
     return msgspec.json.decode(msgspec.json.encode(value))
 
 

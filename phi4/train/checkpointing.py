@@ -1,9 +1,9 @@
 """When a run saves, and the outcome of each save.
 
-A save is `scheduled` when training continues and its ranks' writer processes write, and `durable`
-once it counts; one that training waits for is durable at once. At most one is under way: a save
-that is due meanwhile is made as soon as that one has ended, of the step that the run has then
-reached. The last save of a run first waits for the one under way, then is waited for itself.
+A save is `scheduled` while training continues and the ranks' writer processes write it, and
+`durable` once the checkpoint is complete; a blocking save is durable at once. At most one save is
+in progress: one that falls due meanwhile starts when it has ended, with the step that the run has
+reached by then. The last save of a run waits for the one in progress, and is itself blocking.
 """
 
 from collections.abc import Callable
@@ -36,23 +36,23 @@ from phi4.train.save_states import SaveStates
 from phi4.writer import Staging, WriterProcess
 
 _RETRIES_PER_INTERVAL = 10
-"""How often a save that failed is tried again until the next one is due anyway."""
+"""Retries of a failed save before the next one is due."""
 
 
 class Checkpointer:
     """Saves every `checkpoint.every` steps and at the end.
 
-    It is no hook: it comes after the decisions of all hooks, so that a step that one of them
-    rejects is not saved, and one that is the last after all is saved once.
+    It is not a hook: it acts after the decisions of all hooks, so that a step that a hook rejects
+    is not saved, and a step that a hook makes the last one is saved once.
 
-    A save that the disk refuses does not end the run: training continues from memory, and the save
-    is retried soon. Only the save of the last step must succeed.
+    A save that fails on the disk does not end the run: training continues, and the save is retried
+    soon. Only the save of the last step must succeed.
 
     Args:
-        context: of the run.
+        context: the run's context.
 
     Attributes:
-        hook: brings what became of saves into the run's record; starts and ends the writer process.
+        hook: adds the outcome of saves to the run's record; starts and stops the writer process.
 
     Collectives: two all-reduces of a number over all ranks, on construction; a broadcast of a path,
         with `checkpoint.replica_dir`.
@@ -77,7 +77,7 @@ class Checkpointer:
     def start(self) -> None:
         """Start this rank's writer process, so that the first save finds it ready.
 
-        Collectives: an all-gather of verdicts over all ranks, with `checkpoint.asynchronous`; those
+        Collectives: an all-gather of outcomes over all ranks, with `checkpoint.asynchronous`; those
             of `Replication.start`, with `checkpoint.replica_dir`.
         """
         if self._writer is not None:
@@ -88,15 +88,15 @@ class Checkpointer:
     def save_when_due(
         self, progress: Progress, *, is_last: bool, is_asked: bool = False
     ) -> Literal["scheduled", "durable"] | None:
-        """Go on with the save that is under way; save when it is due, owed or asked for.
+        """Advance the save in progress; start one that is due, overdue or requested.
 
         Args:
             progress: the step.
-            is_last: the run ends with this step, so it is saved, and waited for.
+            is_last: the run ends with this step, so it is saved, and the save is blocking.
             is_asked: a save was requested.
 
         Returns:
-            What the save of this step is; None without one.
+            The state of this step's save; None without one.
 
         Raises:
             OwnershipError: the run directory was lost; on every rank.
@@ -104,8 +104,8 @@ class Checkpointer:
             NotFiniteError: the weights are not finite, so nothing was written; on every rank.
 
         Collectives: those of `require_ownership` and of saving, when it saves; those of
-            `PendingSave.go_on`, when all ranks are done with a part of the save under way; those of
-            `Replication.begin` for a checkpoint that counts, and of `settle` at the end of the run.
+            `PendingSave.go_on`, when all ranks are done with a part of the save in progress; those
+            of `Replication.begin` for a durable checkpoint, and of `settle` at the end of the run.
         """
         config, step = self._context.recipe.checkpoint, progress.step
         if self._replication is not None:
@@ -119,7 +119,7 @@ class Checkpointer:
         if not (is_last or is_asked or progress.is_due(config.every) or is_owed):
             return None
         if is_last:
-            # A run that is told to stop needs the other half of its time for this step's save.
+            # A run that was asked to stop needs the other half of its time for this step's save.
             stop_seconds = self._context.recipe.reliability.stop_seconds
             self.settle(step, within_seconds=None if progress.is_last else stop_seconds / 2)
             self._finish_replica(progress)
@@ -144,11 +144,11 @@ class Checkpointer:
         return "durable" if self._pending is None else "scheduled"
 
     def settle(self, step: int, *, within_seconds: float | None = None) -> None:
-        """Wait for the save that is under way, if one is; a failure is only logged.
+        """Wait for the save in progress, if any; a failure is only logged.
 
         Args:
-            step: that the run has reached.
-            within_seconds: it is given up after so long.
+            step: the step that the run has reached.
+            within_seconds: time after which the save is abandoned; None for no limit.
 
         Collectives: those of `PendingSave.wait`.
         """
@@ -157,11 +157,11 @@ class Checkpointer:
             self._concluded(lambda: pending.wait(tick, within_seconds=within_seconds), step)
 
     def rewind(self) -> None:
-        """The run was rolled back: what a failed save owed belongs to an undone step."""
+        """The run was rolled back: a retry that is still due belongs to an undone step."""
         self._next_try = None
 
     def close(self) -> None:
-        """Give up a save that is under way, and end the writer process of this rank."""
+        """Abandon the save in progress, and stop the writer process of this rank."""
         if self._pending is not None:
             self._pending.abandon()
             self._pending = None
@@ -173,7 +173,7 @@ class Checkpointer:
             self._replication = None
 
     def _finish_replica(self, progress: Progress) -> None:
-        """Wait for a copy, where the run is finished; one that was told to stop has no time."""
+        """Wait for the copy if the run is finished; one that was asked to stop has no time."""
         if self._replication is not None and progress.is_last:
             seconds = self._context.recipe.checkpoint.write_seconds
             self._replication.settle(within_seconds=seconds, tick=self._context.phases.tick)
@@ -233,9 +233,9 @@ class Checkpointer:
         self._states.scheduled(request, self._pending.stall_seconds, reason)
 
     def _concluded(self, outcome: Callable[[], Durable | None], step: int) -> None:
-        """Take the outcome of the save under way, if there is one by now."""
+        """Handle the outcome of the save in progress, if it has ended."""
         pending = self._pending
-        assert pending is not None, "there is an outcome of a save under way"
+        assert pending is not None, "only a save in progress has an outcome"
         try:
             durable = outcome()
         except (DiskFullError, PlatformError) as error:
@@ -253,7 +253,7 @@ class Checkpointer:
         if request.form == "full":
             self._owes_reshardable = False
         if self._replication is not None:
-            # At most one save is under way, so the newest sink is the one of this save.
+            # At most one save is in progress, so the newest sink is the one of this save.
             self._replication.begin(path, self._context.engine.patches.capture.sink.files)
 
     def _try_again(self, saved_step: int, step: int, error: Exception) -> None:

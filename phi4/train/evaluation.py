@@ -15,10 +15,11 @@ from phi4.train.reliability.requests import Requests
 class HeldOutLoss(Hook):
     """Measures `held_out_loss`, and `held_out_loss/NAME` for each source of `data.held_out`.
 
-    The total weighs every token, or pair, alike. What else the objective measures is reported
-    likewise, for example `held_out_rewards/accuracies`.
+    The total weights all tokens, or pairs, equally. Other metrics of the objective are reported in
+    the same way, for example `held_out_rewards/accuracies`.
 
-    An evaluation during which the run is asked to end is left, and its numbers are not recorded.
+    An evaluation during which the run is asked to stop is abandoned, without a record of its
+    numbers.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class HeldOutLoss(Hook):
             return self.evaluate()
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and metrics per source and over all; empty without held-out sources, or when left.
+        """Loss and metrics per source and in total; empty without held-out sources or if abandoned.
 
         Collectives: those of `Engine.evaluate`.
         """
@@ -78,7 +79,7 @@ class HeldOutLoss(Hook):
 
 
 def _means(results: Sequence[StepResult]) -> dict[str, float]:
-    """Loss and metrics over evaluations by their weights; empty where nothing weighs."""
+    """Weighted means of loss and metrics over evaluations; empty if the total weight is 0."""
     weight = sum(result.weight for result in results)
     if not weight:
         return {}

@@ -1,4 +1,4 @@
-"""The hook that compares FP8 with its absence now and then, and takes layers out of it."""
+"""The hook that compares training with and without FP8 periodically, and takes layers out of it."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from phi4.train.hooks import Hook, Progress, RunContext
 
 
 def fp8_canary(context: RunContext) -> Sequence[Hook]:
-    """A `HookFactory`: none for a run without FP8.
+    """A `HookFactory`; no hook for a run without FP8.
 
-    One that never compares has it too: it keeps the layers out of FP8 that left it before.
+    A run that never compares has the hook too: it keeps layers that fell back earlier out of FP8.
     """
     return [FP8Canary(context)] if context.recipe.precision.fp8 == "torch" else []
 
@@ -21,11 +21,11 @@ def fp8_canary(context: RunContext) -> Sequence[Hook]:
 class FP8Canary(Hook):
     """Compares every `precision.fp8_check_every` steps, with the weights after the step.
 
-    Every rank finds the same numbers, so every rank decides the same. A layer that left FP8 stays
-    out of it: the run's state says so, in every checkpoint from then on.
+    All ranks compute the same numbers and so take the same decisions. A layer that left FP8 never
+    returns to it: the run's state lists the layer, in every checkpoint from then on.
 
     Args:
-        context: the run.
+        context: the run's context.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -33,17 +33,17 @@ class FP8Canary(Hook):
         self._new: tuple[FP8Fallback, ...] = ()
 
     def start(self, state: RunState) -> None:
-        """Leave out what left FP8 before."""
+        """Keep the layers that fell back in earlier steps out of FP8."""
         self._go_on_from(state)
 
     def rewind(self, state: RunState) -> None:
-        """The state still holds what the undone steps found."""
+        """Restore the same layers: the state keeps what the undone steps found."""
         self._go_on_from(state)
 
     def measure(self, progress: Progress) -> dict[str, float]:
-        """The numbers of `check_numbers` where a comparison is due.
+        """The numbers of `check_numbers` when a comparison is due.
 
-        A step that updated nothing is not compared, nor is a run whose layers all left FP8.
+        There is none after a step without an update, or once all layers have left FP8.
 
         Collectives: those of `Engine.check_fp8`.
         """
@@ -68,7 +68,7 @@ class FP8Canary(Hook):
         return check_numbers(check) | {"fp8/fallback_layers": len(fallen)}
 
     def remember(self, state: RunState) -> RunState:
-        """Add what the step found."""
+        """Add the layers that fell back in this step."""
         new, self._new = self._new, ()
         return msgspec.structs.replace(state, fp8_fallbacks=(*state.fp8_fallbacks, *new))
 
@@ -81,7 +81,7 @@ class FP8Canary(Hook):
 
 
 def limits_of(precision: PrecisionConfig) -> FP8Limits:
-    """The recipe's."""
+    """The limits that the recipe sets."""
     return FP8Limits(
         loss_gap=precision.fp8_max_loss_gap,
         gradient_cosine=precision.fp8_min_gradient_cosine,
@@ -92,7 +92,7 @@ def limits_of(precision: PrecisionConfig) -> FP8Limits:
 
 def check_numbers(check: FP8Check) -> dict[str, float]:
     """fp8/loss_gap, fp8/gradient_cosine and by LAYER, fp8/underflow/CAST/LAYER and likewise
-    fp8/saturation; fp8/fallback/LAYER = 1 for a layer that leaves.
+    fp8/saturation; fp8/fallback/LAYER = 1 for a layer that falls back.
     """
     numbers = {
         "fp8/loss_gap": check.distance.loss_gap,

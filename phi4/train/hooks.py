@@ -1,9 +1,9 @@
-"""What happens around a step: a hook measures, acts, and may end or undo the run.
+"""Hooks: code that runs after every step, adds metrics, and may stop the run or roll it back.
 
-Order in the loop: the step, every hook's `measure` into the step's one record, the record to the
-trackers, what hooks `remember` in the run's state, every hook's `act`, then whatever their
-decisions ask for. A save therefore never precedes
-the record of the step it contains, and a step that a hook rejects is never saved.
+Order in the loop: the step; every hook's `measure`, into one record per step; the record to the
+trackers; every hook's `remember`, into the run's state; every hook's `act`; then what their
+decisions require. A save therefore never precedes the record of the step it contains, and a step
+that a hook rejects is never saved.
 """
 
 import logging
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Continue:
-    """Go on with the next step."""
+    """Continue with the next step."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class SaveAndStop:
     status: Literal["interrupted", "finished"] = "interrupted"
     """What the trackers show."""
     exit_code: int = 0
-    """Of the run."""
+    """Exit code of the run."""
 
 
 @dataclass(frozen=True)
 class RollBack:
     """Undo steps and skip the data that they consumed.
 
-    The run goes back to its newest checkpoint that loads and is at least `steps` steps back, and
-    resumes behind everything that was drawn since. Nothing limits how often: a hook that asks for
-    it counts its own.
+    The run returns to its newest checkpoint that loads and is at least `steps` steps back, and
+    skips all data consumed since. The number of rollbacks is not limited here: a hook that requests
+    them counts its own.
 
     Raises:
         ConfigError: fewer than one step.
@@ -60,7 +60,7 @@ class RollBack:
     steps: int
     reason: str
     of_bad_numbers: bool = False
-    """Whether numbers went wrong: where no checkpoint is old enough, the run has diverged."""
+    """Whether bad numbers are the cause: then, if no checkpoint is old enough, the run diverged."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -72,9 +72,9 @@ CONTINUE = Continue()
 
 
 def strongest(decisions: Sequence[Decision]) -> Decision:
-    """The decision that counts: a stop before a roll back before continuing; ties to the first.
+    """The decision that takes effect: a stop wins over a rollback, a rollback over continuing.
 
-    Of several roll backs the one that undoes most steps counts.
+    Of several stops the first one wins, of several rollbacks the one that undoes most steps.
     """
     stops = [decision for decision in decisions if isinstance(decision, SaveAndStop)]
     if stops:
@@ -107,7 +107,7 @@ class Progress:
         return self.step >= self.total_steps
 
     def is_due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and at the end, happens now."""
+        """Whether something that is done every `every` steps, and at the end, is due now."""
         return self.is_last or (every > 0 and self.step % every == 0)
 
 
@@ -117,17 +117,17 @@ class Hook:
     Every rank calls every hook in the same order, so a hook may use collectives.
 
     Decisions must be the same on every rank: a rank that continues alone waits for the others until
-    its collective times out. What follows from the step's result, the state or the recipe is the
-    same everywhere; what one rank sees (a signal, a file, a clock) is not, and is shared first, by
-    `phi4.engine.agreement.decided_by_writer` where rank 0 decides, or by a reduction of the hook's
-    own where any rank may.
+    its collective times out. A decision derived from the step's result, the state or the recipe is
+    the same everywhere. One that depends on what a single rank observes (a signal, a file, a clock)
+    must be shared first: by `phi4.engine.agreement.decided_by_writer` if rank 0 decides, or by a
+    reduction of the hook's own if any rank may.
 
-    Errors: where a hook, the step or the record raises, every hook that was started is told by
-    `on_error`, in order, and closed, in reverse order. That happens on the ranks that raise. No
-    collective per step spreads an error, so a hook that raises on one rank only ends that process,
-    and its peers are killed by the launcher in whatever collective they wait in: their hooks are
-    not told. A hook that can fail on one rank only does its work inside
-    `phi4.engine.agreement.done_by_all` or `raise_together`; then all ranks raise.
+    Errors: if a hook, the step or the record raises, `on_error` of every started hook is called in
+    order, then `close` in reverse order. That happens on the ranks that raise. No collective per
+    step propagates errors, so a hook that raises on a single rank ends that process, and the
+    launcher kills its peers while they wait in a collective: their hooks are not notified. A hook
+    that can fail on a single rank does its work inside `phi4.engine.agreement.done_by_all` or
+    `raise_together`; then all ranks raise.
     """
 
     def start(self, state: RunState) -> None:
@@ -142,20 +142,20 @@ class Hook:
         return {}
 
     def remember(self, state: RunState) -> RunState:
-        """The state of the step, with what later starts have to know of what was measured."""
+        """The state of the step, with any measurements that a resumed run needs."""
         return state
 
     def act(self, progress: Progress) -> Decision:
-        """Anything else, after the record is written; says how the run continues."""
+        """Do anything else, after the record is written; decides how the run continues."""
         return CONTINUE
 
     def rewind(self, state: RunState) -> None:
-        """The run was rolled back: forget what was seen of the steps after `state.step`."""
+        """The run was rolled back: drop what was measured in the steps after `state.step`."""
 
     def on_error(self, error: BaseException) -> None:
-        """The run ends with an error of whatever part of it; `close` follows.
+        """The run ends with an error, not necessarily of this hook; `close` follows.
 
-        After an OwnershipError the run directory is another run's: nothing may be written there.
+        After an OwnershipError the run directory belongs to another run: write nothing there.
         """
 
     def close(self) -> None:
@@ -164,21 +164,21 @@ class Hook:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What hooks are made from.
+    """What a hook factory receives.
 
     Attributes:
-        recipe: the run.
+        recipe: the run's recipe.
         platform: this process.
         engine: holds model and optimizer as of `state`.
         objective: the stage's loss.
-        tokenizer: whose ids the sources hold.
-        source_hashes: sha256 of what each data source holds, by name.
+        tokenizer: the tokenizer of the sources.
+        source_hashes: sha256 of each data source's content, by name.
         held_out: open sources of `data.held_out`, by name.
-        state: where training resumes.
+        state: the state from which training resumes.
         lease: on the writer rank; None on the others.
-        say: takes one line for the console; silent on ranks other than the writer.
-        phases: which part of the run this rank is in; entered by the training thread.
-        requests: what is asked of the run from outside.
+        say: prints one line to the console; silent on ranks other than the writer.
+        phases: the part of the run that this rank is in; entered by the training thread.
+        requests: requests to the run from outside.
     """
 
     recipe: Recipe
@@ -202,13 +202,13 @@ class RunContext:
 
 
 HookFactory = Callable[[RunContext], Sequence[Hook]]
-"""Called once on every rank, before anything of an earlier attempt is written over; any number of
-hooks, the same on every rank."""
+"""Called once on every rank, before any file of an earlier attempt is overwritten; returns any
+number of hooks, the same on every rank."""
 
 
 @contextmanager
 def running(hooks: Sequence[Hook], state: RunState) -> Iterator[None]:
-    """Start hooks for the time of the block, and tell and close them however it ends.
+    """Start hooks for the duration of the block; report an error to them, and always close them.
 
     An error of `on_error`, and of `close` after another error, is logged and does not hide the
     first one. At a normal end all hooks are closed, then the first error of a `close` is raised.
@@ -232,7 +232,7 @@ def running(hooks: Sequence[Hook], state: RunState) -> Iterator[None]:
 
 
 def _failure_of(hook: Hook, method: str, *arguments: object) -> Exception | None:
-    """Call a method; gives what it raised, logged."""
+    """Call a method; logs and returns the exception that it raised, if any."""
     try:
         getattr(hook, method)(*arguments)
     except Exception as error:

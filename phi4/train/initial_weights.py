@@ -1,6 +1,6 @@
-"""The weights that a run begins with where they are not drawn: those of another run's checkpoint.
+"""Initial weights from another run's checkpoint, instead of random ones.
 
-Only weights are taken. A run that begins has an optimizer and a data order of its own.
+Only the weights are loaded: the new run has its own optimizer state and data order.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 
 def with_initial_weights(recipe: Recipe, engine: Engine, state: RunState, say: Say) -> RunState:
-    """The state of a run that begins, with the weights that it begins with."""
+    """Load the initial weights of a new run, if the recipe names any; returns the run's state."""
     if recipe.run.init_from is not None:
         checkpoint = initialise_from(engine, Path(recipe.run.init_from), say)
         digest = decided_by_writer(engine.platform, partial(manifest_hash, checkpoint))
@@ -34,7 +34,7 @@ def with_initial_weights(recipe: Recipe, engine: Engine, state: RunState, say: S
 
 
 def initialise_from(engine: Engine, place: Path, say: Say) -> Path:
-    """Take the weights, and nothing else, of a checkpoint of the same shape.
+    """Load the weights, and nothing else, of a checkpoint whose model has the same shape.
 
     Returns:
         The checkpoint.
@@ -43,7 +43,7 @@ def initialise_from(engine: Engine, place: Path, say: Say) -> Path:
         CheckpointError: damaged, or its model has another shape.
         PlatformError: a rank does not see the checkpoint.
 
-    Collectives: broadcasts of what rank 0 found, an all-gather of who sees it, and those of
+    Collectives: broadcasts of what rank 0 found, an all-gather of which ranks see it, and those of
     `load_checkpoint`.
     """
     checkpoint = find_checkpoint_together(engine.platform, place)
@@ -54,7 +54,7 @@ def initialise_from(engine: Engine, place: Path, say: Say) -> Path:
     free = {"rope_theta": 0.0, "max_position_embeddings": 0, "init_std": 0.0}
     if shape.model_copy(update=free) != asked.model_copy(update=free):
         raise CheckpointError(
-            f"{checkpoint} holds a model of another shape than the recipe's; give the [model] "
+            f"{checkpoint} holds a model of another shape than the recipe's; use the [model] "
             "table of its recipe.toml"
         )
     load_checkpoint(engine, checkpoint, verified, optimizer=False)

@@ -17,7 +17,7 @@ class LedgerRecord(Hook):
     """Writes the line of each step, on the writer rank.
 
     Args:
-        recipe: the run.
+        recipe: the run's recipe.
         platform: this process.
     """
 
@@ -28,7 +28,7 @@ class LedgerRecord(Hook):
         self._status = "finished"
 
     def start(self, state: RunState) -> None:
-        """Open the file and cut off the lines of later steps.
+        """Open the file and remove the lines of later steps.
 
         Raises:
             DataError: a line of the file is damaged; on every rank.
@@ -49,12 +49,12 @@ class LedgerRecord(Hook):
         return CONTINUE
 
     def rewind(self, state: RunState) -> None:
-        """Cut off the lines of undone steps."""
+        """Remove the lines of undone steps."""
         if self._file:
             self._file.rewind(state.step)
 
     def on_error(self, error: BaseException) -> None:
-        """Lines that the disk has no space for are lost with the run."""
+        """Note the failure: `close` then drops lines for which the disk has no space."""
         self._status = "failed"
 
     def close(self) -> None:

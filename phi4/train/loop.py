@@ -1,4 +1,4 @@
-"""The loop itself: batch, step, record, hooks and what they decide, until the run ends."""
+"""The training loop: batch, step, record, hooks and their decisions, until the run ends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,16 +32,16 @@ from phi4.train.schedule import next_rate, step_tokens
 
 @dataclass(frozen=True)
 class Ending:
-    """Where a run ended without an error, and as what."""
+    """How a run ended without an error: its last state and its status."""
 
     state: RunState | None
-    """None where the run ended before it knew."""
+    """None if the run ended before its state was known."""
     status: Status
     exit_code: int = 0
     reason: str = ""
     """Why it ended before its last step."""
     loss: float | None = None
-    """Of the last step that this attempt trained, if any."""
+    """Loss of the last step that this attempt trained, if any."""
 
 
 def train(
@@ -97,9 +97,9 @@ def train(
 def _saved(
     context: RunContext, progress: Progress, decision: Decision, checkpointer: Checkpointer
 ) -> Decision:
-    """Save the step where a decision, a request or the recipe asks for it; returns how to continue.
+    """Save the step if a decision, a request or the recipe requires it; returns how to continue.
 
-    Who is told to stop while a save is going on has that save: one is not followed by another.
+    A stop that is requested during a blocking save needs no second one: the step is saved already.
     """
     requests, watch = context.requests, Stopwatch()
     if not isinstance(decision, SaveAndStop):
@@ -120,7 +120,7 @@ def _asked_for(requests: Requests) -> SaveAndStop | None:
 
 
 def _recorded(progress: Progress, hooks: Sequence[Hook], recorder: Recorder) -> Progress:
-    """What all hooks measure, as the step's one record; gives the step with what they remember."""
+    """Record what all hooks measure, as one record; returns the step with the state they return."""
     numbers: dict[str, float] = {}
     for hook in hooks:
         numbers |= hook.measure(progress)
@@ -132,7 +132,7 @@ def _recorded(progress: Progress, hooks: Sequence[Hook], recorder: Recorder) -> 
 
 
 def _step(context: RunContext, loader: Loader, state: RunState) -> Progress:
-    """The step that follows a state."""
+    """Train the step that follows a state."""
     recipe, layout = context.recipe, context.engine.layout
     watch = Stopwatch()
     with context.phases.during("data", state.step):

@@ -32,15 +32,15 @@ def meter(context: RunContext) -> Sequence[Hook]:
 
 
 class Meter(Hook):
-    """Measures loss, gradient norms, learning rate, speed, memory and the time that is left.
+    """Measures loss, gradient norms, learning rate, speed, memory and the remaining time.
 
     Args:
-        recipe: the run.
-        world_size: ranks, that is GPUs, that share the work.
-        peak: of one of them.
+        recipe: the run's recipe.
+        world_size: number of ranks, that is of GPUs, that share the work.
+        peak: peak throughput of one rank.
         memory: this rank's bytes, by metric.
-        say: takes the line that names the peak.
-        clock: seconds, for tests.
+        say: prints the line that names the peak.
+        clock: seconds; replaced in tests.
     """
 
     def __init__(
@@ -61,20 +61,20 @@ class Meter(Hook):
         self._time_left = TimeLeft(recipe, clock)
 
     def start(self, state: RunState) -> None:
-        """Name the peak; steps count from here."""
+        """Print the peak; the first step is timed from here."""
         self._say(self._peak.reason)
         self._time_left.begin()
 
     def rewind(self, state: RunState) -> None:
-        """Going back is no step."""
+        """The time of the rollback does not count as a step's."""
         self._time_left.begin()
 
     def measure(self, progress: Progress) -> dict[str, float]:
         """loss, grad_norm, learning_rate, consumed_tokens, step_seconds; speed, memory, time left.
 
-        skipped = 1 besides, where loss or gradient was not finite or a spike and so changed
-        nothing, with the number of such steps in a row as bad_in_row; and what `roll_back_numbers`
-        says. grad_norm/GROUP on steps that tracking.group_norms_every divides; data/SOURCE where an
+        Also skipped = 1 after a step without an update, whose loss or gradient norm was not finite
+        or a spike, with the number of such steps in a row as bad_in_row; and `roll_back_numbers`.
+        grad_norm/GROUP on steps that tracking.group_norms_every divides; data/SOURCE when an
         evaluation is due: it changes slowly, and there may be many sources.
         """
         is_due = progress.is_due(self._recipe.evaluation.every)
@@ -100,10 +100,10 @@ class Meter(Hook):
 def speed_numbers(
     recipe: Recipe, progress: Progress, num_gpus: int, peak: Peak
 ) -> dict[str, float]:
-    """Tokens and model FLOPs per second of a step, and the share of the peak where one is known.
+    """Tokens and model FLOPs per second of a step, and the share of the peak if that is known.
 
-    The FLOPs are those of the documents that the step's rows held; causal counts half of every
-    document's attention square, full the entire square.
+    The FLOPs are those of the documents in the step's rows; causal counts half of every document's
+    attention square, full the entire square.
     """
     tokens_per_second = progress.step_tokens / progress.step_seconds
     flops = training_flops(recipe.model, progress.result.work)
@@ -127,7 +127,7 @@ def group_norms_due(recipe: Recipe, step: int) -> bool:
 
 
 def _source_shares(state: RunState) -> dict[str, float]:
-    """data/SOURCE: fraction of all tokens that were drawn since the ledger began."""
+    """data/SOURCE: the source's fraction of all tokens consumed since the ledger began."""
     if not state.data:
         return {}
     tokens = drawn_tokens(parse_state(state.data))
@@ -136,10 +136,10 @@ def _source_shares(state: RunState) -> dict[str, float]:
 
 
 def roll_back_numbers(state: RunState) -> dict[str, int]:
-    """rolled_back_from, roll_backs and skipped_rows, for the step that follows a roll back.
+    """rolled_back_from, roll_backs and skipped_rows, for the step that follows a rollback.
 
-    Only skipped_rows where the recipe asked for the skip. They follow from the state, so that a run
-    that was killed right after it records them too.
+    Only skipped_rows if the recipe requested the skip. They are derived from the state, so that a
+    run that was killed right after the rollback records them too.
     """
     skips = [skip for skip in state.skips if skip.after_step == state.step - 1]
     if not skips:

@@ -1,7 +1,7 @@
-"""A run's hold on its directory while it trains: taken first, checked before every write.
+"""A run's ownership of its directory: acquired first, checked before every write.
 
-Rank 0 writes the records, so rank 0 checks, before each record, by reading one small file. Before a
-checkpoint, which all ranks write, all ranks learn the outcome and stop together.
+Rank 0 writes the records, so rank 0 checks before each record, by reading one small file. Before a
+checkpoint, which all ranks write, the outcome is broadcast, so that all ranks stop together.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ class Ownership(Hook):
         self._lease = lease
 
     def measure(self, progress: Progress) -> dict[str, float]:
-        """Nothing, and no record of the step where the directory was lost.
+        """Add no numbers; prevent the record of the step if the directory was lost.
 
         Raises:
             OwnershipError: on the writer rank.
@@ -38,7 +38,7 @@ class Ownership(Hook):
 
 
 def require_ownership(platform: Platform, lease: Lease | None) -> None:
-    """Let no rank write checkpoints in a directory that was lost.
+    """Raise on every rank if the run directory was lost, before checkpoints are written.
 
     Args:
         platform: this process.
@@ -61,14 +61,14 @@ def require_ownership(platform: Platform, lease: Lease | None) -> None:
 def owned_run_dir(
     run_dir: Path, platform: Platform, *, attempt: int | None, job: str, say: Say
 ) -> Iterator[Lease | None]:
-    """Own the run directory for the time of the block; gives the lease on the writer rank.
+    """Own the run directory for the duration of the block; yields the lease on the writer rank.
 
     Args:
         run_dir: created when it does not exist.
         platform: this process.
         attempt: the attempt whose lease the launcher holds; None to take one.
         job: Slurm job id, or empty.
-        say: takes a line for the console.
+        say: prints a line to the console.
 
     Raises:
         OwnershipError: another run owns the directory.
@@ -76,8 +76,8 @@ def owned_run_dir(
         PlatformError: the directory cannot be written, or a rank does not see it; names the rank
             and its host.
 
-    Collectives: a broadcast of the outcome, and an all-gather of who sees the lease, over all
-    ranks.
+    Collectives: a broadcast of the outcome, and an all-gather of which ranks see the lease, over
+    all ranks.
     """
     held: list[Lease] = []
     with ExitStack() as stack:
@@ -91,6 +91,6 @@ def owned_run_dir(
             held.append(lease)
             return lease.path
 
-        # The file is new, so no rank can take an old copy of the directory for this one.
+        # The file is new, so no rank can mistake a cached copy of the directory for this one.
         wait_until_visible(platform, [decided_by_writer(platform, take)])
         yield held[0] if held else None

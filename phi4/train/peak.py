@@ -1,4 +1,4 @@
-"""The peak that MFU is a share of: a card's data sheet, or the recipe's figure, or none."""
+"""The peak FLOP/s in MFU: from the recipe, from a card's data sheet, or unknown."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ _BESIDE_FP8 = "; products in FP8 can be faster than that"
 
 @dataclass(frozen=True)
 class Peak:
-    """What one GPU can do at most."""
+    """Peak throughput of one GPU."""
 
     tflops: float | None
     """Dense; None where it is unknown."""
     reason: str
-    """Whose figure it is, or why there is none; a line for the console."""
+    """Source of the figure, or why there is none; a line for the console."""
 
 
 def peak_of(recipe: Recipe, device_name: str | None) -> Peak:
@@ -23,7 +23,7 @@ def peak_of(recipe: Recipe, device_name: str | None) -> Peak:
 
     Args:
         recipe: tracking.peak_tflops, and the precision that a data sheet's figure holds for.
-        device_name: as the driver says it; None for a CPU.
+        device_name: as the driver reports it; None for a CPU.
     """
     dtype, given = recipe.precision.dtype, recipe.tracking.peak_tflops
     if given is not None:

@@ -1,4 +1,4 @@
-"""This rank's memory: what is kept from step to step, and the peak of the last one."""
+"""This rank's memory: what is kept from step to step, and the peak of the last step."""
 
 import re
 from functools import cached_property
@@ -15,7 +15,7 @@ class RankMemory:
     """Bytes by kind.
 
     Args:
-        engine: whose tensors count.
+        engine: its tensors are counted.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -24,7 +24,7 @@ class RankMemory:
 
     @cached_property
     def _kept(self) -> KeptBytes:
-        """Counted once, after the first step, with which the moments come into being."""
+        """Counted once, after the first step, which allocates the moments."""
         return kept_bytes(self._engine)
 
     def numbers(self) -> dict[str, float]:
@@ -41,7 +41,7 @@ class RankMemory:
 
 
 def _peak_resident() -> int:
-    """Of this process since it began; getrusage would count what its parent had before."""
+    """Peak resident bytes of this process; getrusage would include its parent's before the fork."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     assert found is not None, "Linux 2.6.15 and later write this line"

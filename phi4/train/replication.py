@@ -1,8 +1,8 @@
 """Second copies of a run's checkpoints on its hosts' own disks, made while training continues.
 
-Every rank has a process for it besides the one that writes shards: a save that begins while a copy
-is made does not wait for it, and a save that is given up does not take the copy with it. A copy
-that fails costs a warning and that replica, neither the save nor the run.
+Every rank has a process for it in addition to the one that writes shards: a save that begins during
+a copy does not wait for the copy, and abandoning a save does not abandon the copy. A copy that
+fails causes a warning and loses that replica; neither the save nor the run fails.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _LOOK_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class _Copy:
-    """A rank's part of a replica: being made, there, or failed for a reason."""
+    """A rank's part of a replica: in progress, complete, or failed with a reason."""
 
     of: ReplicaId
     is_busy: bool = True
@@ -37,15 +37,15 @@ class _Copy:
 
 
 class Replication:
-    """Has every rank copy what it wrote of a checkpoint, and one rank of each host the small files.
+    """Copies checkpoints: every rank the files that it wrote, one rank of each host the small ones.
 
-    The newest replica that all hosts hold stays until there is a newer one.
+    The newest replica that is complete on all hosts is kept until there is a newer one.
 
     Args:
         platform: this process.
-        place: of the run's replicas; see `phi4.rundir.replica.replica_place`.
-        copier: a process of this rank for nothing else.
-        states: where the outcome is noted.
+        place: directory of the run's replicas; see `phi4.rundir.replica.replica_place`.
+        copier: a process of this rank that only makes copies.
+        states: records the outcome.
     """
 
     def __init__(
@@ -62,25 +62,25 @@ class Replication:
         self._copy: _Copy | None = None
 
     def start(self) -> None:
-        """Start the process, and find the replica that stays until there is a newer one.
+        """Start the process, and find the replica that is kept until there is a newer one.
 
         Collectives: an all-gather of what the hosts hold, over all ranks.
         """
         views, rank = views_of_replicas(self._platform, self._place), self._platform.rank
         self._leads = not any(views[rank].shares_disk_with(before) for before in views[:rank])
         self._kept = newest_complete(views)
-        # One that does not start is tried again, and named, with the first copy.
+        # If it does not start, the first copy tries again and reports the failure.
         with contextlib.suppress(OSError):
             self._copier.prepare()
 
     def begin(self, checkpoint: Path, files: Sequence[WrittenFile]) -> None:
-        """Have a checkpoint copied that counts, unless a rank still copies one before it.
+        """Start to copy a durable checkpoint, unless a rank is still copying an earlier one.
 
         Args:
             checkpoint: the same on every rank.
-            files: what this rank wrote of it.
+            files: the files of it that this rank wrote.
 
-        Collectives: an all-gather of what became of the copy before it, over all ranks.
+        Collectives: an all-gather of the outcome of the previous copy, over all ranks.
         """
         self.look()
         step, digest = step_of(checkpoint), ""
@@ -109,7 +109,7 @@ class Replication:
             self._failed(error)
 
     def look(self) -> None:
-        """See whether this rank's copy ended; a failed one is reported at once."""
+        """Check whether this rank's copy has ended; a failed one is reported at once."""
         if self._copy is None or not self._copy.is_busy:
             return
         reply = self._copier.reply()
@@ -119,13 +119,13 @@ class Replication:
             self._failed(reply.as_error())
 
     def settle(self, *, within_seconds: float, tick: Callable[[], None] = lambda: None) -> None:
-        """Wait for the copy that is being made, if one is; a rank that takes too long gives it up.
+        """Wait for the copy in progress, if any; a rank that takes too long abandons it.
 
         Args:
             within_seconds: how long.
             tick: called while it waits.
 
-        Collectives: an all-gather of what became of it, over all ranks.
+        Collectives: an all-gather of the outcome, over all ranks.
         """
         deadline = time.monotonic() + within_seconds
         while self._copy is not None and self._copy.is_busy:
@@ -139,22 +139,22 @@ class Replication:
         self._learn(gathered(self._platform, self._copy))
 
     def close(self) -> None:
-        """Give up what is being copied, and end the process."""
+        """Abandon the copy in progress, and stop the process."""
         self._copier.close()
 
     def _failed(self, error: Exception) -> None:
         reason = f"rank {self._platform.rank} on {self._host}: {error}"
-        assert self._copy is not None, "what failed was begun"
+        assert self._copy is not None, "only a copy that was started can fail"
         self._copy = replace(self._copy, is_busy=False, reason=reason)
         _log.warning(
-            "step %d has no replica: %s; the checkpoint counts all the same; check "
+            "step %d has no replica: %s; the checkpoint itself is complete; check "
             "checkpoint.replica_dir",
             self._copy.of.step,
             reason,
         )
 
     def _learn(self, copies: Sequence[_Copy | None]) -> None:
-        """Take what became of the copy before, on all ranks alike; it is known only once."""
+        """Record the outcome of the previous copy, the same on all ranks, and forget the copy."""
         made = [copy for copy in copies if copy is not None]
         self._copy = None
         if not made:

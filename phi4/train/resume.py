@@ -27,17 +27,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Restoring:
-    """How checkpoints of a run are taken.
+    """What it takes to restore a run from one of its checkpoints.
 
     Attributes:
-        recipe: of the run that resumes.
-        engine: built for it.
-        source_hashes: manifest hash of every data source now.
-        say: takes one line for the console.
+        recipe: recipe of the run that resumes.
+        engine: the engine, built for that recipe.
+        source_hashes: present manifest hash of every data source.
+        say: prints one line to the console.
         allow_change: whether schedule keys may differ from those of the checkpoint.
-        roll_back: where the newest roll back resumed, if any; checkpoints that it undid are passed
-            over.
-        replicas: where a damaged checkpoint is taken from; None where there are none.
+        roll_back: the state that the newest rollback returned to, if any; checkpoints of steps that
+            it undid are skipped.
+        replicas: repair a damaged checkpoint; None if there are none.
     """
 
     recipe: Recipe
@@ -53,8 +53,8 @@ def first_state(recipe: Recipe) -> RunState:
     """The state of a run without a checkpoint: with the ledger of `data.continue_from`, if any.
 
     Raises:
-        CheckpointError: `run.init_from` or `data.continue_from` has no checkpoint, or that of the
-            latter holds no ledger.
+        CheckpointError: `run.init_from` or `data.continue_from` has no checkpoint, or the latter's
+            checkpoint has no ledger.
     """
     if recipe.run.init_from is not None:
         find_checkpoint(Path(recipe.run.init_from))
@@ -64,8 +64,8 @@ def first_state(recipe: Recipe) -> RunState:
     ledger = ledger_of(checkpoint.parent.parent, read_state(checkpoint))
     if ledger is None:
         raise CheckpointError(
-            f"{checkpoint} has drawn no data, so data.continue_from has no ledger to continue; "
-            "leave the key out"
+            f"{checkpoint} has consumed no data, so data.continue_from has no ledger to continue; "
+            "remove the key"
         )
     return RunState(data=ledger, ledger_from=str(checkpoint))
 
@@ -79,18 +79,18 @@ def resume(
     source_hashes: Mapping[str, str],
     replicas: Replicas | None = None,
 ) -> RunState:
-    """Fill the engine from the newest checkpoint of the run that holds.
+    """Restore the engine from the newest valid checkpoint of the run; returns the run's state.
 
-    After a roll back the data that it skipped stays skipped, whichever checkpoint is taken.
+    Data that a rollback skipped stays skipped, whichever checkpoint is loaded.
 
     Args:
-        recipe: of the run that resumes.
-        engine: built for it.
-        allow_change: whether `--change` was given; then checkpoints that count as bad are tried
-            again.
-        say: takes one line for the console.
-        source_hashes: manifest hash of every data source now.
-        replicas: where a damaged checkpoint is taken from; None where there are none.
+        recipe: recipe of the run that resumes.
+        engine: the engine, built for that recipe.
+        allow_change: whether `--change` was given; then checkpoints that were noted as bad are
+            tried again.
+        say: prints one line to the console.
+        source_hashes: present manifest hash of every data source.
+        replicas: repair a damaged checkpoint; None if there are none.
 
     Raises:
         ConfigError: the recipe does not continue the run.
@@ -98,7 +98,7 @@ def resume(
         CheckpointError: no checkpoint of the run can be used.
         DivergedError: all of them are bad.
 
-    Collectives: those of `newest_loaded`; broadcasts of the candidates and of the roll back.
+    Collectives: those of `newest_loaded`; broadcasts of the candidates and of the rollback.
     """
     root, platform, run_dir = checkpoints_dir(recipe.run.dir), engine.platform, Path(recipe.run.dir)
     roll_back = decided_by_writer(platform, lambda: read_roll_back(run_dir))
@@ -116,10 +116,10 @@ def resume(
 
 
 def newest_loaded(restoring: Restoring, candidates: Sequence[Path]) -> tuple[Path, RunState]:
-    """Fill the engine from the first candidate that holds; gives it and its state.
+    """Restore the engine from the first valid candidate; returns that checkpoint and its state.
 
-    One that is damaged is repaired from the replicas, if there are any. One that still is, or that
-    cannot be loaded is named, and the next one is taken.
+    A damaged checkpoint is repaired from the replicas, if there are any. One that stays damaged, or
+    that cannot be loaded, is reported, and the next one is tried.
 
     Raises:
         ConfigError: the recipe does not continue the run.
@@ -144,12 +144,12 @@ def newest_loaded(restoring: Restoring, candidates: Sequence[Path]) -> tuple[Pat
     root = checkpoints_dir(restoring.recipe.run.dir)
     raise CheckpointError(
         f"no checkpoint under {root} can be used: {'; '.join(problems)}; use another run.dir to "
-        "start anew"
+        "start from scratch"
     )
 
 
 def _load(restoring: Restoring, checkpoint: Path) -> tuple[RunState, tuple[str, ...]]:
-    """The state of a checkpoint that was loaded, and its files that no manifest lists."""
+    """Load a checkpoint; returns its state, and its files that no manifest lists."""
     engine, roll_back = restoring.engine, restoring.roll_back
     verified = _verified(restoring, checkpoint)
     written, saved = decided_by_writer(
@@ -157,7 +157,7 @@ def _load(restoring: Restoring, checkpoint: Path) -> tuple[RunState, tuple[str, 
     )
     check_recipe(checkpoint, verified.manifest, written)
     if roll_back is not None and is_undone(saved, roll_back):
-        raise CheckpointError(f"the roll back to step {roll_back.step} undid step {saved.step}")
+        raise CheckpointError(f"the rollback to step {roll_back.step} undid step {saved.step}")
     state = with_changes(
         saved, written, restoring.recipe, allow=restoring.allow_change, say=restoring.say
     )
@@ -179,9 +179,9 @@ def _verified(restoring: Restoring, checkpoint: Path) -> VerifiedCheckpoint:
 
 
 def _check_data(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse sources that hold something else than when a checkpoint was saved.
+    """Refuse sources whose content has changed since a checkpoint was saved.
 
-    The ledger refuses them too, but only once the checkpoint is loaded.
+    The ledger refuses them too, but only after the checkpoint is loaded.
     """
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
     if changed:

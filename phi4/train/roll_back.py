@@ -1,7 +1,7 @@
-"""A roll back in memory: the engine returns to an earlier checkpoint, the loader does not.
+"""A rollback in memory: the engine returns to an earlier checkpoint, the data loader does not.
 
-So the data of the undone steps is skipped: the loader is already past it, whatever blend it was
-drawn from.
+So the data of the undone steps is skipped: the loader is already past it, whatever blend it came
+from.
 """
 
 from collections.abc import Callable
@@ -25,23 +25,23 @@ def roll_back(
     *,
     rewind_records: Callable[[int], None],
 ) -> RunState:
-    """Go back to the newest checkpoint that loads and is old enough; gives its state.
+    """Return to the newest checkpoint that loads and is old enough; returns the run's state.
 
-    That state's ledger is the present one: the data of the undone steps is skipped. On the disk the
-    roll back counts before any record of the undone steps is cut.
+    The state keeps the present ledger: the data of the undone steps is skipped. The rollback is
+    committed to disk before any record of the undone steps is removed.
 
     Args:
-        context: of the run; fills its engine.
+        context: the run's context; its engine is restored.
         now: the run's present state.
-        asked: how far, and why.
-        rewind_records: called on the writer rank with the step that is gone back to.
+        asked: how far to go back, and why.
+        rewind_records: called on the writer rank with the step that the run returns to.
 
     Raises:
         OwnershipError: the run directory was lost.
         CheckpointError: no checkpoint is old enough, or none of them loads.
-        DivergedError: likewise, where numbers went wrong.
-        DiskFullError, PlatformError: the roll back cannot be written; unless its file was, it did
-            not happen.
+        DivergedError: likewise, if bad numbers are the cause.
+        DiskFullError, PlatformError: the rollback cannot be written; it has taken effect only if
+            its own file was.
 
     Collectives: those of `require_ownership` and `newest_loaded`; broadcasts of the candidates and
     of the writer's outcome, over all ranks.
@@ -76,7 +76,7 @@ def _old_enough(context: RunContext, now: RunState, asked: RollBack) -> list[Pat
     if not candidates:
         there = ", ".join(path.name for path in found) or "nothing"
         raise CheckpointError(
-            f"a roll back of {asked.steps} steps from step {now.step} ({asked.reason}) needs a "
+            f"a rollback of {asked.steps} steps from step {now.step} ({asked.reason}) needs a "
             f"checkpoint of step {last} or before, {root} holds {there}; lower checkpoint.every or "
             "raise checkpoint.keep, and start the run again from its newest checkpoint"
         )

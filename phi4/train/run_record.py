@@ -1,7 +1,7 @@
-"""The record of a run other than checkpoints: its recipe, its lines, and how its attempts end.
+"""The record of a run apart from its checkpoints: recipe, metrics, and how its attempts end.
 
-Only rank 0 writes, and nothing before its lease has begun: until then the record is another
-attempt's.
+Only rank 0 writes, and only once its lease has begun: until then the record belongs to another
+attempt.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ class Recorder:
     Args:
         trackers: metrics.jsonl and its views.
         lease: on the writer rank; None on the others.
-        clock: likewise.
+        clock: on the writer rank; None on the others.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class Recorder:
             self._trackers.log(step, {**numbers, **self._clock.numbers()})
 
     def rewind(self, step: int) -> None:
-        """The steps after this one are undone and happen again."""
+        """Remove the records of the steps after this one: they are undone."""
         self._trackers.rewind(step)
         if self._clock is not None and self._lease is not None:
             self._clock.follow(read_run(self._lease.run_dir))
 
     def finish(self, status: Status, *, reason: str = "", preempted: bool | None = None) -> None:
-        """Note how the attempt ends, then close the record."""
+        """Record how the attempt ends, then close the record."""
         if self._clock is not None and self._lease is not None:
-            # Where the disk takes no note of the end, the record still ends as what it is.
+            # If the disk cannot take this, the trackers still get the status.
             with suppress(Phi4Error):
                 self._lease.conclude(
                     status, reason=reason, preempted=preempted, seconds=self._clock.taken()
@@ -63,14 +63,14 @@ class Recorder:
 def begin_record(
     context: RunContext, manifests: Mapping[str, SourceManifest], launched_by: LaunchedBy
 ) -> Recorder:
-    """The run's record, once this attempt begins to write.
+    """Begin this attempt's part of the run's record.
 
-    What is recorded of steps after the one it resumes from is cut off here.
+    Records of steps after the one that it resumes from are removed here.
 
     Args:
-        context: of the run.
-        manifests: of the training sources, by name.
-        launched_by: of this process.
+        context: the run's context.
+        manifests: manifest of each training source, by name.
+        launched_by: how this process was launched.
 
     Collectives: a broadcast of the writer's outcome over all ranks.
     """
@@ -84,7 +84,7 @@ def begin_record(
         if state.step == 0:
             forget_roll_back(run_dir)
         elif follows_roll_back(state):
-            # Whatever a kill left undone of it; and the state may be of a checkpoint before it.
+            # A kill may have interrupted the rollback, or the state be of an earlier checkpoint.
             commit_roll_back(run_dir, state)
         config = run_dir / CONFIG_FILE
         config.write_text(dump_toml(recipe), encoding="utf-8")
@@ -106,22 +106,22 @@ def _tell_about(
     launched_by: LaunchedBy,
     params: Mapping[str, Any],
 ) -> None:
-    """Write down what this attempt is; a run without these facts trains as well."""
+    """Record the facts of this attempt; a failure does not stop the run."""
     try:
         write_about(
             Path(context.recipe.run.dir), about_run(context, manifests, launched_by, params)
         )
     except (OSError, Phi4Error) as error:
-        context.say(f"what this attempt is (commit, user, data) is not written down: {error}")
+        context.say(f"the facts of this attempt (commit, user, data) are not recorded: {error}")
 
 
 @contextmanager
 def failure_recorded(recorder: Recorder) -> Iterator[None]:
-    """Note the end of a run that ends with an error."""
+    """Record the end of a run that ends with an error."""
     try:
         yield
     except OwnershipError:
-        # The record and the run in MLflow are the new owner's now.
+        # The record and the run in MLflow now belong to the new owner.
         raise
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)

@@ -1,4 +1,4 @@
-"""The states of saves where they are shown: console, checkpoints.jsonl, and the run's record."""
+"""Reports the states of saves: on the console, in checkpoints.jsonl and in the run's record."""
 
 import contextlib
 from pathlib import Path
@@ -13,7 +13,7 @@ class SaveStates:
     """Reports the outcome of every save.
 
     Args:
-        context: of the run; the file is written where it holds the lease.
+        context: the run's context; the file is written on the rank that holds the lease.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -26,14 +26,17 @@ class SaveStates:
         self._shown_format: str | None = None
 
     def numbers(self) -> dict[str, float]:
-        """For the record of the next step, once: durable_step, the newest step whose checkpoint
-        counts, save_seconds until it did, save_stall_seconds that training stood still for it;
-        replica_step, the newest step whose replica all hosts hold."""
+        """Numbers for the next step's record, each reported once.
+
+        durable_step, the newest step with a complete checkpoint; save_seconds, how long its save
+        took; save_stall_seconds, how long it stopped training; replica_step, the newest step with a
+        replica that is complete on all hosts.
+        """
         numbers, self._numbers = self._numbers, {}
         return numbers
 
     def scheduled(self, request: SaveRequest, stall_seconds: float, reason: str) -> None:
-        """Training continues, the writer processes write."""
+        """Training continues while the writer processes write the checkpoint."""
         self._say(f"checkpoint step {request.step} scheduled{self._format(request, reason)}")
         self._note(
             request.step,
@@ -43,19 +46,19 @@ class SaveStates:
         )
 
     def durable(self, request: SaveRequest, durable: Durable) -> None:
-        """One that was scheduled counts."""
+        """The checkpoint of a scheduled save is complete."""
         self._say(
             f"checkpoint step {request.step} durable after {durable.seconds:.1f} s: {durable.path}"
         )
         self._noted_durable(request, durable)
 
     def saved(self, request: SaveRequest, durable: Durable, reason: str) -> None:
-        """One that training waited for counts."""
+        """The checkpoint of a blocking save is complete."""
         self._say(f"saved {durable.path}{self._format(request, reason)}")
         self._noted_durable(request, durable)
 
     def failed(self, step: int, error: Exception, next_try: int | None = None) -> None:
-        """It does not count; it is made again after that step, or the run ends with the error."""
+        """A save failed; it is retried after step `next_try`, or the run ends with the error."""
         if next_try is not None:
             self._say(
                 f"step {step} is not saved: {error}; training continues and tries again after step "
@@ -64,12 +67,12 @@ class SaveStates:
         self._note(step, "failed", reason=str(error))
 
     def refused(self, step: int, reason: str) -> None:
-        """It was not begun."""
+        """A save was not started."""
         self._say(f"step {step} is not saved: {reason}; the checkpoints before it stay")
         self._note(step, "refused", reason=reason)
 
     def replicated(self, step: int) -> None:
-        """All hosts hold their part of its replica."""
+        """The replica is complete on all hosts."""
         self._numbers["replica_step"] = step
         self._note(step, "replicated")
 
@@ -78,12 +81,12 @@ class SaveStates:
         self._note(step, "not_replicated", reason=reason)
 
     def replica_left_out(self, step: int, reason: str) -> None:
-        """No host was asked to copy it."""
-        self._say(f"step {step} has no replica: {reason}; the checkpoint counts all the same")
+        """No copy was started."""
+        self._say(f"step {step} has no replica: {reason}; the checkpoint itself is complete")
         self._note(step, "not_replicated", reason=reason)
 
     def _format(self, request: SaveRequest, reason: str) -> str:
-        """The optimizer format with its reason, where there is a choice and it is a new one."""
+        """The optimizer format with its reason, if there is a choice and it has changed."""
         if not self._chooses_format or request.form == self._shown_format:
             return ""
         self._shown_format = request.form
@@ -105,7 +108,7 @@ class SaveStates:
         )
 
     def _manifest_hash(self, checkpoint: Path) -> str:
-        """Empty where nothing is noted, or it cannot be read: then no replica is taken for it."""
+        """Empty on ranks without the log, or if unreadable: then no replica is accepted for it."""
         if self._log is not None:
             with contextlib.suppress(OSError):
                 return manifest_hash(checkpoint)

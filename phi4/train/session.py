@@ -1,6 +1,6 @@
-"""A run from its recipe to its end: directory, engine, resume, loop, trackers.
+"""A run from its recipe to its end: directory, engine, resumption, loop, trackers.
 
-Everything that can be wrong is checked before anything is written over.
+All inputs are checked before any file of an earlier attempt is overwritten.
 """
 
 import time
@@ -72,7 +72,7 @@ OWN_HOOKS: tuple[HookFactory, ...] = (
     stragglers,
     fp8_canary,
 )
-"""What every run does, in this order, before the hooks of its caller."""
+"""Hooks of every run, called in this order and before the caller's hooks."""
 
 
 def run_training(
@@ -86,9 +86,9 @@ def run_training(
     hooks: Sequence[HookFactory] = (),
     requests: Requests | None = None,
 ) -> Ending:
-    """Train a recipe, from its newest checkpoint where there is one.
+    """Train a recipe, resuming from the run's newest checkpoint if there is one.
 
-    To its last step, or to one where a hook or a request from outside stops the run.
+    Ends at the last step, or where a hook or a request from outside stops the run.
 
     Args:
         recipe: checked against the rules.
@@ -96,9 +96,9 @@ def run_training(
         objective: the stage's loss.
         allow_change: schedule keys may differ from the run's.
         attempt: the attempt whose lease on run.dir the launcher holds; None takes one here.
-        launched_by: where the launcher put this process.
-        hooks: what to make besides the run's own hooks, which are called before them.
-        requests: from outside; None where only files in run.dir can ask.
+        launched_by: how and where this process was launched.
+        hooks: factories of more hooks, which are called after the run's own.
+        requests: requests from outside; with None only files in run.dir make requests.
 
     Raises:
         OwnershipError: another run owns run.dir, or took it over.
@@ -136,7 +136,7 @@ def run_training(
 
 @dataclass(frozen=True)
 class _Start:
-    """What a run has before its engine; fields as those of `run_training` and `RunContext`."""
+    """The arguments of a run before its engine exists; see `run_training` and `RunContext`."""
 
     recipe: Recipe
     platform: Platform
@@ -197,7 +197,7 @@ def _run(start: _Start, hooks: Sequence[HookFactory]) -> Ending:
 
 
 def _replicas(start: _Start) -> Replicas | None:
-    """Where lost checkpoints are taken from.
+    """The replicas from which lost checkpoints are restored; None if the recipe has none.
 
     Collectives: a broadcast of a path over all ranks, with `checkpoint.replica_dir`.
     """
@@ -222,7 +222,7 @@ def _built_engine(
 
 
 def _ended_before_a_step(requests: Requests, say: Say, state: RunState | None = None) -> Ending:
-    """The end of a run that was asked to end while it started: there is nothing new to save."""
+    """The end of a run that was asked to stop while it started: there is nothing new to save."""
     stop = requests.stop()
     assert stop is not None
     requests.ended()
@@ -265,7 +265,7 @@ def _trained(
         preempted = requests.was_preempted() if was_noticed else False
         recorder.finish(ending.status, reason=ending.reason, preempted=preempted)
         requests.ended()
-        # Where the first rank to leave ends the others, nobody may leave before rank 0 did this.
+        # A launcher may kill all ranks once one exits, so every rank waits for rank 0's record.
         raise_together(context.platform, None)
         context.engine.close()
     if ending.status == "finished" and not is_finished:
@@ -275,7 +275,7 @@ def _trained(
 
 
 def _fresh_state(recipe: Recipe) -> RunState | None:
-    """Where the run begins; None where it has a checkpoint to resume from."""
+    """The first state of a new run; None if the run has a checkpoint to resume from."""
     if latest_checkpoint(checkpoints_dir(recipe.run.dir)) is not None:
         return None
     return first_state(recipe)
@@ -297,7 +297,7 @@ def check_tokenizer(recipe: Recipe) -> TokenizerFacts:
 
 
 def print_line(text: str) -> None:
-    """Print at once, also into a pipe."""
+    """Print a line and flush it, so that a pipe gets it at once."""
     print(text, flush=True)
 
 

@@ -1,8 +1,8 @@
 """Opening a run's data sources: once, before anything is built, and the writer first.
 
-A thousand ranks that meet a new source at once would each read every shard's manifest and pack the
-same rows, so the writer opens first and keeps both next to the shards. What the writer finds wrong,
-every rank raises; a rank that fails alone is named.
+If a thousand ranks opened a new source at once, each would read every shard's manifest and pack the
+same rows. So the writer opens it first and caches both next to the shards. An error on the writer
+is raised on every rank; a rank that fails alone is named in the error.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,10 +33,10 @@ class RunData:
     held_out: Mapping[str, HeldOut]
 
     def go_to(self, recipe: Recipe, state: RunState) -> None:
-        """Let the loader continue from a state to the run's last step.
+        """Move the loader to a state, and check that the sources last for the remaining steps.
 
         Raises:
-            DataError: the state's ledger did not count these sources, or one would be read more
+            DataError: the state's ledger belongs to other sources, or a source would be read more
                 often than its `max_epochs`.
         """
         self.loader.go_to(state.data)
@@ -49,9 +49,10 @@ def open_sources(
     """The run's sources, open.
 
     Args:
-        recipe: the run.
-        tokenizer: whose ids the sources hold.
-        state: where the run begins; None where a checkpoint will tell, for `RunData.go_to`.
+        recipe: the run's recipe.
+        tokenizer: the tokenizer of the sources.
+        state: the first state of a new run; None if it is read from a checkpoint later and given to
+            `RunData.go_to`.
         platform: this process.
 
     Raises:
@@ -73,7 +74,7 @@ def open_sources(
 
 
 def opened_writer_first(platform: Platform, open_it: Callable[[], Opened]) -> Opened:
-    """What `open_it` returns on this rank: called on the writer, and when that went well elsewhere.
+    """Call `open_it` on the writer and, if it succeeds there, on the other ranks.
 
     Raises:
         Phi4Error: raised by `open_it`, on every rank.

@@ -26,7 +26,7 @@ def start_summary(context: RunContext) -> list[str]:
 
 
 def already_finished(context: RunContext) -> str:
-    """The line of a run whose newest checkpoint is of its last step."""
+    """The line for a run whose newest checkpoint is that of its last step."""
     run, step = context.recipe.run, context.state.step
     return (
         f"already finished: {run.dir} has all {run.steps:,} steps (checkpoint of step {step}); "
@@ -38,9 +38,9 @@ def end_summary(context: RunContext, ending: Ending, seconds: float) -> list[str
     """The lines after the last step.
 
     Args:
-        context: of the run.
-        ending: of a run that trained at least one step and has all of them.
-        seconds: that this attempt took since its summary was printed.
+        context: the run's context.
+        ending: the ending of a run that trained at least one step and has completed all of them.
+        seconds: time since this attempt's start summary was printed.
     """
     run_dir, state = context.recipe.run.dir, ending.state
     assert state is not None
@@ -108,9 +108,9 @@ def _kernels(context: RunContext) -> str:
 def _shares(context: RunContext) -> str:
     """The blend by descending share."""
     data = context.recipe.data
-    drawn = [source for source in data.sources if source.weight > 0]
-    total = sum(source.weight for source in drawn)
-    sources = sorted(drawn, key=lambda source: -source.weight)
+    used = [source for source in data.sources if source.weight > 0]
+    total = sum(source.weight for source in used)
+    sources = sorted(used, key=lambda source: -source.weight)
     shown = [f"{one.name} {one.weight / total:.1%}" for one in sources[:_MOST_SOURCES]]
     if len(sources) > _MOST_SOURCES:
         shown.append(f"and {len(sources) - _MOST_SOURCES} more")

@@ -1,4 +1,4 @@
-"""How long a run still takes, from all of the wall time that its last steps took."""
+"""The remaining time of a run, estimated from the wall time of its recent steps."""
 
 import time
 from collections import deque
@@ -12,9 +12,9 @@ _FEWEST_STEPS, _MOST_STEPS = 100, 2000
 class TimeLeft:
     """Seconds to the end of the run: the steps to come times the mean time of recent ones.
 
-    A step's time goes from its record to the next one, so that evaluations, saves and whatever else
-    lies between steps is in it. The longest counts as the second longest only: one stall, or the
-    one save since a restart, says nothing of the steps to come; what happens again does.
+    A step's time runs from one record to the next, so that it includes evaluations, saves and
+    everything else between steps. The longest time is replaced by the second longest: a single
+    stall, or the only save since a restart, does not predict later steps; a recurring event does.
 
     Args:
         recipe: how many steps are between evaluations and saves: the mean is over two of those.
@@ -33,10 +33,10 @@ class TimeLeft:
         self._since = self._clock()
 
     def after_step(self, steps_left: int) -> float:
-        """Take note of a step that ended now, and estimate the rest.
+        """Add a step that ended now; returns the estimated seconds to the end of the run.
 
         Args:
-            steps_left: of the run.
+            steps_left: steps of the run after this one.
         """
         now = self._clock()
         self._seconds.append(now - self._since)

@@ -16,7 +16,7 @@ _BUCKETS = {
     "save": "save",
     "roll_back": "roll_back",
 }
-"""By phase; every other phase is `other`."""
+"""Phase -> bucket; every other phase is in `other`."""
 
 
 class WallClock:
@@ -37,13 +37,13 @@ class WallClock:
         self._step_seconds = 0.0
 
     def follow(self, record: RunRecord) -> None:
-        """Take over what the run spent before, as its lines say that count now."""
+        """Take over the times of earlier steps from those lines of the record that are valid."""
         goodput = goodput_of(record)
         self._began_unix = goodput.began_unix or self._started_unix
         self._step_seconds = goodput.seconds["step"]
 
     def numbers(self) -> dict[str, float]:
-        """What a line says of time: unix_seconds, attempt, goodput and seconds/BUCKET."""
+        """The times in a line: unix_seconds, attempt, goodput and seconds/BUCKET."""
         now, seconds = time.time(), self.taken()
         self._step_seconds += seconds.get("step", 0.0)
         return {
@@ -61,7 +61,7 @@ class WallClock:
             seconds[bucket] = seconds.get(bucket, 0.0) + value
         if self._is_first:
             self._is_first = False
-            # The launcher's part; or, where a rank took the lease itself, what lay before it.
+            # The launcher's time; or, if a rank took the lease itself, the time before that.
             before = time.time() - self._started_unix - sum(seconds.values())
             seconds["start"] = max(0.0, seconds.get("start", 0.0) + before)
         return {bucket: value for bucket, value in seconds.items() if value}

@@ -79,7 +79,7 @@ def train_beside_a_file(rank: int, world_size: int, root: Path) -> tuple[int, st
 def test_run_whose_facts_cannot_be_written_trains(tmp_path, pool):
     write_recipe(tmp_path)
     [(code, text)] = pool.run(train_beside_a_file, tmp_path)
-    assert code == 0 and "what this attempt is (commit, user, data) is not written down" in text
+    assert code == 0 and "the facts of this attempt (commit, user, data) are not recorded" in text
 
 
 def test_every_attempt_of_a_run_tells_what_it_was(tmp_path, pool):

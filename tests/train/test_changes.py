@@ -71,14 +71,14 @@ WHOLE_RUN = ("optim.decay=0", "optim.learning_rate=6e-3", "optim.min_learning_ra
             ENDED,
             "run.steps=200",
             "learning rate of step 101: 0.0006 before, 0.003314 now; the decay ended after 100 "
-            "steps, now after 200; optim.decay=100 would leave it",
+            "steps, now after 200; optim.decay=100 keeps the old end",
         ),
         # During warm-up the rate is still the same, but not what follows.
         (
             RunState(),
             "run.steps=50",
             "learning rate of step 1: 0.002 before, 0.002 now; the decay ended after 100 steps, "
-            "now after 50; optim.decay=100 would leave it",
+            "now after 50; optim.decay=100 keeps the old end",
         ),
         (
             ENDED,

@@ -364,6 +364,6 @@ def test_roll_back_beyond_the_oldest_checkpoint_names_what_there_is(
     pool: RankPool, root: Path
 ) -> None:
     outcome, _ = pool.run(start, root, Plan("short", decisions={3: RollBack(2, "spike")}))
-    assert outcome.ended.startswith("CheckpointError: a roll back of 2 steps from step 3 (spike)")
+    assert outcome.ended.startswith("CheckpointError: a rollback of 2 steps from step 3 (spike)")
     assert "needs a checkpoint of step 1 or before" in outcome.ended
     assert "holds step_0000002; lower checkpoint.every" in outcome.ended

@@ -1,1 +1,1 @@
-"""What keeps a run alive, or ends it with a name: notices, hangs, spikes, wrong hardware."""
+"""Fault handling: preemption notices, hangs, loss spikes and faulty hardware."""

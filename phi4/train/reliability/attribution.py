@@ -1,8 +1,8 @@
-"""Whose fault a bad step is: the data's, or a machine's, which is named.
+"""Finds the cause of a bad step: the data, or a faulty machine, which it names.
 
-The step is computed again on the same batches, and equal results acquit the hardware: equal bit by
-bit on the CPU, within REPEATS_WITHIN on a GPU, where attention of other libraries may add in any
-order. This costs collectives and a step's time, and happens only after a bad step.
+The step is computed again on the same batches. Equal results rule out a hardware fault: equal bits
+on the CPU, within REPEATS_WITHIN on a GPU, where the attention of other libraries may sum in any
+order. A replay needs collectives and a step's time, and runs only after a bad step.
 """
 
 import socket
@@ -21,35 +21,35 @@ from phi4.errors import CorruptionError
 from phi4.train.hooks import Progress, RunContext
 
 REPEATS_WITHIN = MappingProxyType({"cpu": 0.0, "cuda": 1e-2})
-"""Relative difference of two results of one step that accuses no rank, by kind of platform."""
+"""Relative difference up to which two results of a step count as equal, by kind of platform."""
 
 
 @dataclass(frozen=True)
 class StepFinding:
-    """What one rank saw of a bad step and of its replays."""
+    """What one rank observed of a bad step and of its replays."""
 
     rank: int
     host: str
     dp_rank: int
     pp_rank: int
     loss_is_finite: bool
-    """Of its own micro-batches, in both."""
+    """In the rank's own micro-batches, in the step and in the replay."""
     gradient_is_finite: bool
-    """Its own, before the reduction over replicas, in the replay."""
+    """In the replay, before the reduction over replicas."""
     loss_differs: bool = False
     square_differs: bool = False
-    """Of the reduced gradients that it counts."""
+    """Sum of squares of the reduced gradients that this rank counts."""
     gradient_differs: bool = False
-    """Its own, between two replays."""
+    """Between two replays, before the reduction."""
 
     @property
     def place(self) -> str:
-        """For a message."""
+        """Rank and host, for a message."""
         return f"rank {self.rank} on {self.host}"
 
 
 def attribute(context: RunContext, progress: Progress) -> str:
-    """Compute a bad step again; says where non-finite numbers arose, empty where all are finite.
+    """Replay a bad step; returns where non-finite numbers arose, empty if all are finite.
 
     Raises:
         CorruptionError: on every rank, where a second result differs; names ranks and hosts.
@@ -85,12 +85,12 @@ def where_not_finite(everyone: Sequence[StepFinding]) -> str:
 
 
 def accused(everyone: Sequence[StepFinding]) -> list[str]:
-    """Ranks one of which computed wrongly, as few as the findings allow.
+    """The smallest set of ranks, by the findings, of which one computed wrongly.
 
-    A wrong forward pass shows in the loss of the last stage, whatever stage it happened on, so a
+    A wrong forward pass shows in the loss of the last stage, whatever stage it happened on, so an
     entire pipeline is named. A wrong backward pass shows in the gradients of its stage and of those
     before it. Gradients are compared after their reduction, which spreads them over data replicas,
-    so that all replicas of a stage are named; unless the fault comes again in a replay.
+    so all replicas of a stage are named, unless the fault recurs in a replay.
     """
     replicas = {one.dp_rank for one in everyone if one.loss_differs}
     if replicas:
@@ -111,7 +111,7 @@ def _accused(
     first: Replay,
     replay: Callable[[], Replay],
 ) -> str:
-    """In words; replays once more where that can tell one replica from another."""
+    """The accused ranks, for a message; replays once more if that can single out a replica."""
     if not any(finding.loss_differs for finding in everyone):
         differs = bool(replay().gradient_digest != first.gradient_digest)
         flags = gathered(context.platform, differs)
@@ -146,7 +146,7 @@ def _finding(layout: Layout, platform: Platform, result: StepResult, replay: Rep
 def differ(one: torch.Tensor, other: torch.Tensor, within: float) -> bool:
     """Whether any two fp64 numbers differ by more than a share of the larger one.
 
-    With a share of 0 bits are compared; NaN has many that mean the same.
+    With a share of 0 bits are compared, except that any two NaN are equal.
     """
     same = (one.view(torch.int64) == other.view(torch.int64)) | (one.isnan() & other.isnan())
     if within:

@@ -1,4 +1,4 @@
-"""How heartbeats travel: through the rendezvous store, over a connection of their own.
+"""Exchanges heartbeats through the rendezvous store, over a separate connection.
 
 Every rank writes its own key; rank 0 reads all, the others read rank 0's and its verdict: with
 1,920 ranks and a heartbeat every 2 seconds some 2,000 small requests per second for the store.
@@ -22,7 +22,7 @@ _NONE_YET = "-"
 
 
 class Exchange:
-    """Tells this rank's heartbeat and fetches those that it judges.
+    """Publishes this rank's heartbeat and fetches those of the ranks that it monitors.
 
     Args:
         platform: this process and its store.
@@ -40,15 +40,15 @@ class Exchange:
         self.beats: Mapping[int, Beat] = {
             rank: Beat(rank, "an unknown host") for rank in self._ranks
         }
-        """The newest heartbeat of every rank that this one judges; on rank 0 of all ranks. Replaced
-        as a whole."""
+        """The newest heartbeat of every rank that this one monitors; on rank 0 of all ranks. The
+        mapping is replaced, never changed."""
         self.lost: set[int] = set()
-        """Ranks that hear nothing any more."""
+        """Ranks that can no longer be notified."""
         self._publishes, self._heard = "", False
         self._store: dist.Store | None = None
 
     def open(self) -> None:
-        """Connect, and make the keys that are read: reading a missing key waits for it."""
+        """Connect, and create the keys that are read: reading a missing key blocks."""
         whole = self._platform.store
         if whole is None:
             self.beats = {}
@@ -61,7 +61,7 @@ class Exchange:
             self._store.compare_set(key, "", _NONE_YET)
 
     def once(self) -> None:
-        """Tell and fetch once. May be held for as long as the store does not answer.
+        """Publish and fetch once. Blocks for as long as the store does not answer.
 
         Raises:
             DistError: the store is gone.
@@ -79,12 +79,12 @@ class Exchange:
         self.beats = {**self.beats, **fetched, **({own.rank: own} if self.is_first else {})}
 
     def end_with(self, message: str) -> None:
-        """Tell the others with the next exchange, on rank 0 why, elsewhere that it was heard."""
+        """In the next exchange, rank 0 publishes why the run ends; other ranks acknowledge it."""
         self._publishes = message if self.is_first else ""
         self._heard = True
 
     def all_heard(self) -> bool:
-        """Whether all ranks know that the run ends; only rank 0 gets to know."""
+        """Whether all ranks know that the run ends; always False on ranks other than 0."""
         living = [beat for rank, beat in self.beats.items() if rank not in self.lost]
         return self.is_first and all(beat.heard or beat.left for beat in living)
 

@@ -1,8 +1,9 @@
 """The numerics guard: what happens after a step whose numbers are wrong.
 
-The step itself decides, without another synchronisation: a loss or gradient norm that is not finite
-or a spike updates nothing, on any rank. Here follow the replay that tells a machine's fault from
-the data's, the roll back after too many bad steps in a row, and the checks that need no bad step.
+The step itself decides, without another synchronisation: if the loss or the gradient norm is not
+finite or a spike, no rank updates its weights. This hook adds the replay that distinguishes faulty
+hardware from bad data, the rollback after too many bad steps in a row, and the periodic check of
+replicas.
 """
 
 from functools import partial
@@ -18,14 +19,14 @@ from phi4.train.reliability.ladder import rolled_back
 from phi4.train.reliability.spikes import SpikeDetector, describe, is_finite
 
 STEPS_AFTER_LOAD = 3
-"""A step so soon after a load that is not finite speaks against the checkpoint."""
+"""A step that is not finite within this many steps of a load counts against the checkpoint."""
 
 
 class NumericsGuard(Hook):
-    """Acts on bad steps; they are those whose update was skipped.
+    """Acts on bad steps, which are those whose update was skipped.
 
     Args:
-        context: the run.
+        context: the run's context.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -33,7 +34,7 @@ class NumericsGuard(Hook):
         section = context.recipe.reliability
         self._spikes = SpikeDetector(section.spike_deviations, section.spike_window)
         self._loaded_step: int | None = None
-        """Of the checkpoint that training resumes from, until a word was said against it."""
+        """Step of the checkpoint that training resumed from; None once that is noted as suspect."""
 
     def start(self, state: RunState) -> None:
         """Training continues from a checkpoint, or begins."""
@@ -47,8 +48,8 @@ class NumericsGuard(Hook):
         """Name the cause of a bad step, and roll back after too many of them in a row.
 
         Raises:
-            CorruptionError: a machine computes or remembers wrongly; on every rank.
-            DivergedError: the run was rolled back as often as it may be.
+            CorruptionError: a machine computes or stores wrong numbers; on every rank.
+            DivergedError: the run has used up its rollbacks.
 
         Collectives: after a bad step those of `attribute`, and a broadcast of the writer's outcome
         soon after a load; else those of `check_replicas`, when it is due.
@@ -84,7 +85,7 @@ class NumericsGuard(Hook):
         return progress.step - loaded_step <= STEPS_AFTER_LOAD
 
     def _blame_checkpoint(self, step: int, progress: Progress) -> Decision:
-        """Note it; a roll back to the one before it once it was noted often enough."""
+        """Note a suspect checkpoint; roll back behind it once it was noted `TIMES` times."""
         context = self._context
         self._loaded_step = None
         root = checkpoints_dir(context.recipe.run.dir)

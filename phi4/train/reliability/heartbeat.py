@@ -1,7 +1,7 @@
-"""What a rank tells the others about itself, and what follows from it. No threads, no clocks.
+"""The heartbeat of a rank, and what other ranks conclude from it. No threads, no clocks.
 
-One decision: a rank is judged by whether its heartbeat changes, seen by the judge's own clock, so
-that clocks of hosts need not agree. Its ticks show whether it makes progress.
+A rank is alive if its heartbeat changes, timed by the observer's own clock, so that the clocks of
+hosts need not agree. Its ticks show whether it makes progress.
 """
 
 from collections import Counter
@@ -11,28 +11,28 @@ import msgspec
 
 _NAMED_RANKS = 8
 _NEARLY = 0.8
-"""Share of the silence after which a rank is named with one that is silent for all of it: ranks of
-one host fall silent within a heartbeat."""
+"""A rank that was silent for this share of the limit is named together with one that reached it:
+ranks of one host fall silent within a heartbeat of each other."""
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True):
-    """One sign of life of a rank."""
+    """One heartbeat of a rank."""
 
     rank: int
     host: str
     pid: int = 0
     """0 before the rank's first own heartbeat."""
     count: int = 0
-    """Of heartbeats so far; two of them always differ."""
+    """Number of heartbeats so far, so that two heartbeats always differ."""
     phase: str = "start"
     step: int = 0
     ticks: int = 0
     seconds: float = 0.0
-    """In this phase."""
+    """Time in this phase."""
     heard: bool = False
     """The rank knows that the run ends."""
     left: bool = False
-    """The rank came to its end and is not watched any more."""
+    """The rank has finished and is no longer watched."""
 
     def describe(self) -> str:
         """For a message: which rank, where it runs, what it was doing."""
@@ -45,7 +45,7 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
 
 
 def describe_ranks(beats: Sequence[Beat]) -> str:
-    """The first few of them."""
+    """The first few ranks, for a message."""
     more = f"; and {len(beats) - _NAMED_RANKS} more" if len(beats) > _NAMED_RANKS else ""
     return "; ".join(beat.describe() for beat in beats[:_NAMED_RANKS]) + more
 
@@ -54,9 +54,9 @@ class Silence:
     """Finds ranks whose heartbeat has not changed for too long.
 
     Args:
-        ranks: that are watched.
-        silence_seconds: how long is too long.
-        now: seconds of the judge's clock.
+        ranks: the ranks to watch.
+        silence_seconds: longest silence that is tolerated.
+        now: seconds of the observer's clock.
     """
 
     def __init__(self, ranks: Iterable[int], silence_seconds: float, now: float) -> None:
@@ -67,8 +67,8 @@ class Silence:
         """Watched ranks that have not left and whose heartbeat is too old.
 
         Args:
-            beats: the newest of every watched rank.
-            now: seconds of the judge's clock; never goes back.
+            beats: the newest heartbeat of every watched rank.
+            now: seconds of the observer's clock; never decreases.
         """
         ages = {}
         for rank, (count, since) in self._seen.items():
@@ -82,10 +82,10 @@ class Silence:
 
 
 class Stall:
-    """Measures for how long no rank has gone on.
+    """Measures for how long no rank has made progress.
 
     Args:
-        now: seconds of the judge's clock.
+        now: seconds of the observer's clock.
     """
 
     def __init__(self, now: float) -> None:
@@ -96,8 +96,8 @@ class Stall:
         """Since the last tick of any rank; 0 once a rank has left.
 
         Args:
-            beats: the newest of every rank.
-            now: seconds of the judge's clock; never goes back.
+            beats: the newest heartbeat of every rank.
+            now: seconds of the observer's clock; never decreases.
         """
         ticks = {rank: beat.ticks for rank, beat in beats.items()}
         if ticks != self._ticks or any(beat.left for beat in beats.values()):
@@ -106,10 +106,10 @@ class Stall:
 
 
 def behind(beats: Iterable[Beat]) -> list[Beat]:
-    """Ranks that the others probably wait for; empty where all are at the same point.
+    """Ranks that the others probably wait for; empty if all are at the same point.
 
-    Those with the fewest completed steps, among them those in another phase than most, among them
-    those with the fewest ticks.
+    Those with the fewest completed steps; among these the ones in another phase than most; among
+    these the ones with the fewest ticks.
     """
     all_beats = list(beats)
     if len({(beat.step, beat.phase, beat.ticks) for beat in all_beats}) == 1:

@@ -1,4 +1,4 @@
-"""What follows from numbers that went wrong more than once: a roll back, or the end of the run."""
+"""Escalation after repeated bad numbers: a rollback, or the end of the run."""
 
 from typing import Literal
 
@@ -29,19 +29,19 @@ def rolled_back(recipe: Recipe, state: RunState, steps: int, reason: str) -> Rol
 def save_or_roll_back(
     context: RunContext, checkpointer: Checkpointer, progress: Progress, decision: Decision
 ) -> tuple[Literal["scheduled", "durable"] | None, Decision]:
-    """Save a step when that is due or asked for; a roll back where its weights are not finite.
+    """Save a step if that is due or requested; roll back if its weights are not finite.
 
-    While steps are bad one after the other nothing is saved, so that the checkpoint from before
-    them, which a roll back needs, is not pushed out; except at the run's end, and where it stops.
+    During a series of bad steps nothing is saved, unless the run ends or stops: the rollback needs
+    the checkpoint from before them, which newer ones would rotate out.
 
     Args:
-        context: the run.
-        checkpointer: saves.
+        context: the run's context.
+        checkpointer: saves the step.
         progress: the step.
-        decision: of the hooks: to continue or to stop.
+        decision: the hooks' decision: to continue or to stop.
 
     Returns:
-        What the save of the step is, None without one; and how the run continues.
+        The state of the step's save, None without one; and how the run continues.
 
     Raises:
         DivergedError: the weights are not finite, and the run stops, or was rolled back too often.

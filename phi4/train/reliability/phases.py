@@ -1,8 +1,8 @@
-"""Which part of the run this rank is in, written by the training thread and read by the watchdog.
+"""The phase of the run that this rank is in, set by the training thread, read by the watchdog.
 
-Every second belongs to one phase, and `taken` gives the seconds of each: the wall time of a run is
-counted here. Costs a few attribute writes per change and one per tick, so that it can be called for
-every micro-batch.
+Every second belongs to one phase, and `taken` returns the seconds of each: the wall time of a run
+is counted here. A change costs a few attribute writes and a tick one, so that a tick per
+micro-batch is cheap.
 """
 
 import time
@@ -39,7 +39,7 @@ class Phases:
 
     @contextmanager
     def during(self, name: str, step: int) -> Iterator[None]:
-        """A phase for the time of the block; then the one before it continues."""
+        """Enter a phase for the duration of the block, then return to the previous one."""
         before = self.current
         self._enter(name, step)
         try:

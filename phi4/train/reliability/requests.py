@@ -1,8 +1,8 @@
-"""What is asked of a run from outside: to end after a notice, to end for good, to save now.
+"""Requests to a run from outside: to stop after a notice, to stop for good, to save now.
 
 A rank's own flags come from signals and, on the writer rank, from files that a user creates in the
-run directory. What counts is what the ranks agreed on, in the reduction that ends every step and
-every evaluation batch anyway: all of them learn it at the same place.
+run directory. Only requests that the ranks agreed on take effect. They agree in the reduction that
+ends every step and every evaluation batch anyway, so all of them know at the same point.
 """
 
 import os
@@ -19,10 +19,10 @@ from phi4.errors import REQUEUE_EXIT_CODE
 from phi4.rundir.names import SAVE_NOW_FILE, STOP_FILE
 
 LOOK_SECONDS = 1.0
-"""Between two looks at the run directory."""
+"""Interval between two listings of the run directory."""
 
 TORCHRUN_SECONDS = 30.0
-"""torchrun kills its workers so long after it passed on a SIGTERM."""
+"""Time from the SIGTERM that torchrun forwards to its workers until it kills them."""
 
 _MARGIN_SECONDS = 5.0
 
@@ -35,18 +35,18 @@ class Stop(NamedTuple):
 
 
 class Requests:
-    """What is asked of this rank, and what all ranks agreed on.
+    """Requests made to this rank, and those that all ranks agreed on.
 
     Args:
-        noticed: set once a notice arrived at this rank; by another thread.
-        kill_seconds: what is left after a notice, where that is not the recipe's to say; then the
-            process is killed.
-        was_preempted: asked once a notice ended the run: whether the cluster starts it again; None
-            where it is unknown.
+        noticed: set by another thread once a notice has arrived at this rank.
+        kill_seconds: time from a notice until the process is killed, if the recipe does not
+            determine it.
+        was_preempted: called once a notice has ended the run; returns whether the cluster starts it
+            again, None if that is unknown.
 
     Attributes:
-        agreed: on every rank the same; changed by `learn`, `agree` and `saved`.
-        save_progress: gives what `asked` tells of the save under way: (busy, failed).
+        agreed: the same on every rank; changed by `learn`, `agree` and `saved`.
+        save_progress: returns the state of the save in progress for `asked`: (busy, failed).
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class Requests:
         self.save_progress: Callable[[], tuple[bool, bool]] = lambda: (False, False)
 
     def asked(self) -> Asked:
-        """What is asked of this rank at present; cheap."""
+        """The present requests to this rank; cheap."""
         files = self._files
         from_outside = self._noticed.is_set(), STOP_FILE in files, SAVE_NOW_FILE in files
         return Asked(*from_outside, *self.save_progress())
 
     def learn(self, result: StepResult) -> bool:
-        """Take over what the ranks agreed on in a step; whether the run is to end."""
+        """Take over what the ranks agreed on in a step; returns whether the run is to stop."""
         before, told = self.agreed, result.asked
         self.agreed = told._replace(
             requeue=before.requeue or told.requeue,
@@ -82,7 +82,7 @@ class Requests:
         return self.agreed.stops
 
     def agree(self, platform: Platform) -> bool:
-        """Ask all ranks, where no step does it; whether the run is to end.
+        """Agree outside of a step; returns whether the run is to stop.
 
         Collectives: those of `asked_of_any`.
         """
@@ -90,7 +90,7 @@ class Requests:
         return self.agreed.stops
 
     def stop(self) -> Stop | None:
-        """What follows from what was agreed on; None to continue."""
+        """The stop that the ranks agreed on; None to continue."""
         if self.agreed.end:
             return Stop(f"asked for by the file {STOP_FILE}, which is removed now", 0)
         if self.agreed.requeue:
@@ -98,20 +98,20 @@ class Requests:
         return None
 
     def saved(self) -> None:
-        """A save was made or tried: the request for one is answered, on every rank."""
+        """A save was made or tried: clear the request for one, on every rank."""
         self.agreed = self.agreed._replace(save=False)
         self._forget(SAVE_NOW_FILE)
 
     def ended(self) -> None:
-        """The run ends as it was asked to."""
+        """The run ends as requested: remove the files of the requests."""
         self._forget(STOP_FILE)
         self._forget(SAVE_NOW_FILE)
 
     @contextmanager
     def watching(self, run_dir: Path, *, is_writer: bool) -> Iterator[None]:
-        """Look for files in the run directory for the time of the block, on the writer rank.
+        """Watch for files in the run directory for the duration of the block, on the writer rank.
 
-        A thread does it: a file system that does not answer must not stop the training.
+        It is done in a thread: a file system that does not answer must not stop the training.
         """
         if not is_writer:
             yield
@@ -130,7 +130,7 @@ class Requests:
     def warn_of_slow_saves(
         self, step_seconds: float, save_seconds: float, say: Callable[[str], None]
     ) -> None:
-        """Say once when a step and a save take longer than is left after a notice."""
+        """Warn once if a step and a save take longer than the time that is left after a notice."""
         limit = self._kill_seconds
         if limit is None or step_seconds + save_seconds <= limit - _MARGIN_SECONDS:
             return
@@ -148,7 +148,7 @@ class Requests:
     def _look(self) -> None:
         assert self._run_dir is not None
         with self._lock, suppress(OSError):
-            # A listing asks the server; whether one file exists, NFS answers from its cache.
+            # A listing queries the server; NFS answers an existence check from its cache.
             self._files = frozenset(
                 {STOP_FILE, SAVE_NOW_FILE}.intersection(os.listdir(self._run_dir))
             )
@@ -156,7 +156,7 @@ class Requests:
     def _forget(self, name: str) -> None:
         if self._run_dir is None or name not in self._files:
             return
-        # Under the lock, or a look that began before would bring it back.
+        # Locked, because a listing that began earlier would bring the name back.
         with self._lock, suppress(OSError):
             (self._run_dir / name).unlink(missing_ok=True)
             self._files -= {name}

@@ -1,7 +1,7 @@
-"""Every rank starts the same program on the same recipe, or none does.
+"""Checks that all ranks start with the same code, packages and recipe.
 
-A node with an older checkout, another torch or a stale copy of the recipe trains on without an
-error and spoils the run. Files are compared by what they hold, since a checkout may be dirty.
+A node with an older checkout, another torch or a stale copy of the recipe would train without an
+error and corrupt the run. Files are compared by content, since a checkout may be dirty.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ class Program(msgspec.Struct, frozen=True):
     """What one rank is about to run.
 
     Attributes:
-        rank: of the process.
-        host: its machine.
+        rank: rank of the process.
+        host: name of its machine.
         code: hash of the source files of phi4.
         packages: Python and package versions.
         recipe: hash of the recipe.
@@ -55,10 +55,10 @@ def program_of(rank: int, recipe: Recipe) -> Program:
 
 
 def differences(programs: Sequence[Program]) -> list[str]:
-    """A line for each of code, packages and recipe that some ranks have otherwise than most.
+    """A line for each of code, packages and recipe in which some ranks differ from most.
 
     Args:
-        programs: of all ranks.
+        programs: the programs of all ranks.
     """
     lines = []
     for field in ("code", "packages", "recipe"):

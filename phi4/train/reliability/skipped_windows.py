@@ -1,4 +1,4 @@
-"""Data that the recipe leaves out: `data.skip_windows`, rows behind a step that no step draws."""
+"""Data that the recipe skips: `data.skip_windows`, rows after a step that no step trains on."""
 
 import msgspec
 
@@ -10,11 +10,11 @@ REASON = "data.skip_windows"
 
 
 def behind_window(recipe: Recipe, loader: Loader, state: RunState) -> RunState:
-    """The state from which the next step is taken: behind the window that begins there, if any.
+    """The state before the next step, moved past the window that begins there, if any.
 
     Args:
         recipe: names the windows.
-        loader: at the position of the state; is moved.
+        loader: at the position of the state; is moved too.
         state: between two steps.
     """
     rows = rows_due(recipe, state)
@@ -33,10 +33,9 @@ def behind_window(recipe: Recipe, loader: Loader, state: RunState) -> RunState:
 
 
 def rows_due(recipe: Recipe, state: RunState) -> int:
-    """Rows of the window that begins after a state's step and is still ahead.
+    """Rows of the window that begins after a state's step and was not skipped yet.
 
-    It is behind where the state knows of it, and where a roll back skipped all that was drawn up to
-    a step beyond it.
+    It was skipped if the state lists it, or if a rollback skipped all data up to a later step.
     """
     rows = dict(recipe.data.skip_windows).get(state.step, 0)
     is_behind = any(

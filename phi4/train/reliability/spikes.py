@@ -1,7 +1,7 @@
 """Which loss or gradient norm is a spike: far above the steps before it, by robust statistics.
 
 Median and median absolute deviation, because one spike that got into the window must not hide the
-next one. Norms are compared as logarithms: what a norm does between two steps is a factor.
+next one. Norms are compared as logarithms, because norms change by factors.
 """
 
 import math
@@ -16,14 +16,14 @@ _SIGMA = 1.4826
 _LEAST_NORM_FACTOR = math.log(2.0)
 _LEAST_LOSS_RISE = 0.05
 _LEAST_LOSS_SHARE = 0.1
-"""Smaller rises are no spike however calm the window is: a norm that is not twice the median, a
-loss that is not a tenth of it, or 0.05, above."""
+"""Smaller rises are no spikes, however small the spread of the window: a norm below twice the
+median; a loss that exceeds the median by less than a tenth of it, or by less than 0.05."""
 _SMALLEST_NORM = 1e-30
 
 
 @dataclass(frozen=True)
 class SpikeDetector:
-    """Functions of the steps before, so that a resumed run decides as if it had never stopped.
+    """Depends on earlier steps only, so that a resumed run decides as if it had never stopped.
 
     Attributes:
         deviations: robust standard deviations above the median that are no spike; 0 finds none.
@@ -58,7 +58,7 @@ class SpikeDetector:
 
 
 def describe(result: StepResult, limits: UpdateLimits) -> str:
-    """What is wrong with a step that did not update."""
+    """What is wrong with a step that did not update the weights."""
     named = {
         "loss": (result.loss, limits.loss),
         "gradient norm": (result.grad_norm, limits.grad_norm),

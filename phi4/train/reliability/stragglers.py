@@ -1,10 +1,9 @@
 """Finds a rank that computes more slowly than the ranks that do the same work.
 
-Ranks of one pipeline stage do the same work. What is compared is the median over a window of steps
-of the time that a rank's own forward passes take, so one slow step says nothing. The ranks of a
-tensor or context group wait for each other within a forward pass: where one of them is slow, all
-of them measure it, and all are named. A rank that is alone on its stage has no rank to be compared
-with and is never named.
+Ranks of one pipeline stage do the same work. Their forward times are compared, each as a median
+over a window of steps, so that one slow step has no effect. The ranks of a tensor or context group
+wait for each other within a forward pass: if one of them is slow, all of them measure it, and all
+are named. A rank that is alone on its stage has no peers and is never named.
 """
 
 from collections.abc import Sequence
@@ -21,12 +20,12 @@ from phi4.train.hooks import Hook, Progress, RunContext
 
 
 class Pace(NamedTuple):
-    """What a rank tells of a window of steps."""
+    """What a rank reports for a window of steps."""
 
     stage: int
     """Ranks with the same number do the same work."""
     seconds: float
-    """Median over the steps of the window; 0 where nothing was measured."""
+    """Median over the steps of the window; 0 if nothing was measured."""
 
 
 class Straggler(NamedTuple):
@@ -51,13 +50,14 @@ class PaceComparison:
     def of(self, paces: Sequence[Pace]) -> tuple[Straggler | None, list[Straggler]]:
         """The slowest rank of a window, and the ranks to name.
 
-        A rank is named when it is too slow in two windows in a row, and once until it is no more.
+        A rank is named when it is too slow in two windows in a row, and only once until it
+        recovers.
 
         Args:
             paces: by rank.
 
         Returns:
-            None for the slowest where no rank has peers.
+            None for the slowest if no rank has peers.
         """
         found = [Straggler(r, f) for r in range(len(paces)) if (f := _factor_of(r, paces))]
         slow = {straggler.rank for straggler in found if straggler.factor > self._factor}
@@ -86,7 +86,7 @@ class Stragglers(Hook):
     Measures `slowest_rank` and `slowest_rank_factor` in the steps of a comparison.
 
     Args:
-        context: the run.
+        context: the run's context.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -97,7 +97,7 @@ class Stragglers(Hook):
         self._window: list[float] = []
 
     def start(self, state: RunState) -> None:
-        """Measure from here on."""
+        """Start to measure."""
         self._context.engine.forward_timer = self._timer
 
     def measure(self, progress: Progress) -> dict[str, float]:
@@ -118,11 +118,11 @@ class Stragglers(Hook):
         return {"slowest_rank": float(slowest.rank), "slowest_rank_factor": slowest.factor}
 
     def rewind(self, state: RunState) -> None:
-        """Begin a window anew: ranks may have been held up differently by the roll back."""
+        """Begin a new window: the rollback may have delayed some ranks more than others."""
         self._window = []
 
     def close(self) -> None:
-        """Measure no more."""
+        """Stop measuring."""
         self._context.engine.forward_timer = None
 
     def _paces(self) -> list[Pace]:
@@ -148,7 +148,7 @@ class Stragglers(Hook):
 
 
 def stragglers(context: RunContext) -> Sequence[Hook]:
-    """The hook of a run of several ranks that compares at all."""
+    """A `HookFactory`; no hook for a single rank, or if the recipe turns comparisons off."""
     if context.platform.world_size == 1 or not context.recipe.reliability.straggler_every:
         return []
     return [Stragglers(context)]

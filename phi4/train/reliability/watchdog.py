@@ -1,12 +1,12 @@
 """Ends a run in which a rank stopped, or in which no rank makes progress, and names it.
 
-Two threads per rank, because a collective that never ends holds the training thread for ever. One
-exchanges heartbeats through the rendezvous store over a connection of its own, and may itself be
-held for ever by a store that does not answer. The other looks at what the first one brought, and
-never waits for anybody. Rank 0 judges all ranks and tells them its verdict; the others judge
-rank 0, whose process also holds the store (under torchrun the agent of the first node holds it).
+Each rank has two threads for it, because a collective that never ends blocks the training thread.
+One exchanges heartbeats through the rendezvous store over a separate connection, and may itself be
+blocked by a store that does not answer. The other evaluates the heartbeats and never blocks. Rank 0
+monitors all ranks and publishes its verdict; the others monitor rank 0, whose process also hosts
+the store (under torchrun the agent of the first node hosts it).
 
-Not seen: a rank that lives and computes something else. A rank whose Python code holds the
+Not detected: a rank that is alive and computes something else. A rank whose Python code holds the
 interpreter lock for `reliability.silence_seconds` counts as stopped, as its threads cannot run.
 """
 
@@ -36,10 +36,10 @@ _FAREWELL_BEATS = 2
 def watched(
     platform: Platform, phases: Phases, config: ReliabilityConfig, say: Callable[[str], None]
 ) -> Iterator["Watchdog"]:
-    """Watch all ranks for the time of the block, which every rank of the run enters.
+    """Watch all ranks for the duration of the block, which every rank of the run enters.
 
-    A rank that ends the block with an error is silent from then on: the others end too, unless the
-    launcher ends them first.
+    A rank that leaves the block with an error sends no more heartbeats, so that the others end too,
+    unless the launcher ends them first.
 
     Raises:
         HungError: in a thread, once the stacks of this rank are on stderr. Under
@@ -61,8 +61,8 @@ class Watchdog:
     Args:
         platform: this process and its store.
         phases: what the training thread is doing.
-        config: how long is too long.
-        say: takes one line for the console.
+        config: the time limits.
+        say: prints one line to the console.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class Watchdog:
             thread.start()
 
     def at_end(self, act: Callable[[], None]) -> None:
-        """Call this in a thread when this watchdog ends the run; it gets a few seconds."""
+        """Run a function in a thread when this watchdog ends the run; it has a few seconds."""
         self._last_acts.append(act)
 
     def close(self, *, failed: bool = False) -> None:
-        """Stop watching; where the run is being ended by this watchdog, wait for that.
+        """Stop watching; if this watchdog is ending the run, wait for that.
 
         Args:
-            failed: leave without a word, so that the others notice.
+            failed: leave without a last heartbeat, so that the others notice.
         """
         beating, watching = self._threads
         self._exchange.leaves = not failed
@@ -127,7 +127,7 @@ class Watchdog:
                 self._say_farewell()
 
     def _say_farewell(self) -> None:
-        """Rank 0, whose process may hold the store, leaves after the others where they are near."""
+        """Rank 0, whose process may host the store, leaves last if the others finish soon."""
         deadline = time.monotonic() + _FAREWELL_BEATS * self.beat_seconds
         self._exchange.once()
         while self._exchange.is_first and time.monotonic() < deadline:
@@ -174,7 +174,7 @@ class Watchdog:
         return ""
 
     def _end(self, message: str) -> None:
-        """Show where every thread of this rank is, and leave together with the other ranks.
+        """Print the stacks of this rank's threads, and leave together with the other ranks.
 
         Raises:
             HungError: always.
@@ -201,7 +201,7 @@ class AwakeClock:
     """Seconds during which this process ran: after a SIGSTOP it must not accuse other ranks.
 
     Args:
-        longest_seconds: between two looks; what is more was spent stopped.
+        longest_seconds: longest gap between two readings; any excess was spent stopped.
     """
 
     def __init__(self, longest_seconds: float) -> None:
