@@ -1,12 +1,14 @@
 """What BENCHMARKS.md says of one row: lines of a table, a cell per column.
 
 A function per tool that writes rows. A cell is a field of the row, at most rounded; nothing is
-computed over several rows.
+computed over several rows. Faults are described in the present words of tools/fault_table.py.
 """
 
 import statistics
 from collections.abc import Iterator
 from typing import Any
+
+from tools.fault_table import FAULTS
 
 Row = dict[str, Any]
 Line = dict[str, str]
@@ -311,7 +313,7 @@ def fresh(row: Row) -> Iterator[Line]:
 def fault(row: Row) -> list[Line]:
     """tools/fault_table.py."""
     return _one(
-        fault=row["text"],
+        fault=FAULTS[row["fault"]].text,
         exit_code=row["exit_code"],
         steps_lost=row["steps_lost"],
         resumed_from_step="" if row["resumed_from"] is None else row["resumed_from"],

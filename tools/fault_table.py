@@ -167,7 +167,7 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
         "kill-launcher": Fault("kill -9 of the launcher", _signal_launcher(signal.SIGKILL)),
         "stop-rank-0": Fault("SIGSTOP of rank 0", _signal_rank(0, signal.SIGSTOP), _QUICK),
         "stop-rank-1": Fault("SIGSTOP of rank 1", _signal_rank(1, signal.SIGSTOP), _QUICK),
-        "twice": Fault("the same command a second time, beside the first", _start_twice),
+        "twice": Fault("the same command again while the first one runs", _start_twice),
         "diverged": Fault(
             "a learning rate of 3000 without clipping",
             _nothing,
@@ -246,7 +246,8 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     lines = ["| fault | exit code | last line | steps lost |", "|---|---|---|---|"]
     for row in rows:
         said = str(row["last_line"]).replace("|", "\\|")
-        lines.append(f"| {row['text']} | {row['exit_code']} | {said} | {row['steps_lost']} |")
+        fault = FAULTS[str(row["fault"])].text
+        lines.append(f"| {fault} | {row['exit_code']} | {said} | {row['steps_lost']} |")
     return "\n".join(lines)
 
 

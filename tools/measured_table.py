@@ -69,7 +69,7 @@ def _samples(row: Row) -> tuple[str, str]:
         for num_new, case in row["samples"].items()
     ]
     what = (
-        f"{row['num_samples']} samples of a {row['prefix_tokens']}-token prompt beside "
+        f"{row['num_samples']} samples of a {row['prefix_tokens']}-token prompt, compared with "
         "transformers' `num_return_sequences`"
     )
     return what, f"{', '.join(parts)}, in CPU time"
