@@ -54,14 +54,14 @@ def train(
     """Train from `context.state` to `run.steps`, or until a hook stops the run.
 
     Args:
-        context: the run.
+        context: the run's context.
         loader: at the position of `context.state.data`.
         hooks: called by every rank in order; started and closed here.
         checkpointer: saves after the hooks' decisions.
         recorder: takes one record per step; silent on ranks other than the writer.
 
     Raises:
-        Phi4Error: of the step, a hook or a save; the hooks were notified, see `Hook`.
+        Phi4Error: raised by the step, a hook or a save; the hooks were notified, see `Hook`.
 
     Collectives: those of `Engine.train_step`, of the hooks, of saves and of `roll_back`.
     """

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from phi4.config import Recipe
 from phi4.model.cards import CARDS, card_of_device
 
-_BESIDE_FP8 = "; products in FP8 can be faster than that"
+_FP8_NOTE = "; products in FP8 can be faster than that"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ def peak_of(recipe: Recipe, device_name: str | None) -> Peak:
     """
     dtype, given = recipe.precision.dtype, recipe.tracking.peak_tflops
     if given is not None:
-        return Peak(given, f"MFU: of {given:g} TFLOP/s per rank, from tracking.peak_tflops")
+        reason = f"MFU: relative to {given:g} TFLOP/s per rank, from tracking.peak_tflops"
+        return Peak(given, reason)
     remedy = "set tracking.peak_tflops"
     if device_name is None:
         return Peak(None, f"MFU: not reported, no peak is known for a CPU; {remedy}")
@@ -46,6 +47,6 @@ def peak_of(recipe: Recipe, device_name: str | None) -> Peak:
         )
     return Peak(
         card.bf16_dense_tflops,
-        f"MFU: of {card.bf16_dense_tflops:g} TFLOP/s per GPU, dense bf16 ({card.source})"
-        + _BESIDE_FP8 * (recipe.precision.fp8 != "off"),
+        f"MFU: relative to {card.bf16_dense_tflops:g} TFLOP/s per GPU, dense bf16 ({card.source})"
+        + _FP8_NOTE * (recipe.precision.fp8 != "off"),
     )

@@ -84,7 +84,7 @@ def test_a_row_of_short_documents_has_less_to_compute() -> None:
     ("overrides", "device", "tflops", "said"),
     [
         ((), None, None, "no peak is known for a CPU; set tracking.peak_tflops"),
-        (("tracking.peak_tflops=0.5",), None, 0.5, "of 0.5 TFLOP/s per rank, from tracking.peak"),
+        (("tracking.peak_tflops=0.5",), None, 0.5, "to 0.5 TFLOP/s per rank, from tracking.peak"),
         ((), "NVIDIA B200", None, "no peak is known for NVIDIA B200 (only for H100 SXM"),
         ((), "NVIDIA H200", None, "H200 SXM 141 GB is for bf16 and precision.dtype=fp32"),
         (("precision.dtype=bf16",), "NVIDIA H200", 989.4, "989.4 TFLOP/s per GPU, dense bf16"),
@@ -142,7 +142,7 @@ def test_a_run_records_them_and_the_page_explains_every_key(tmp_path: Path) -> N
     write_recipe(tmp_path, "run.steps=4", sources, *asked)
     [(printed, lines)] = run_ranks(1, lines_of_a_run, tmp_path)
 
-    assert "MFU: of 0.01 TFLOP/s per rank, from tracking.peak_tflops" in printed
+    assert "MFU: relative to 0.01 TFLOP/s per rank, from tracking.peak_tflops" in printed
     assert unexplained(lines) == []
     for line in lines:
         assert line["memory/peak_resident"] >= line["memory/resident"] > line["memory/weights"] > 0

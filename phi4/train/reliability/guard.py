@@ -65,7 +65,7 @@ class NumericsGuard(Hook):
         arose = attribute(context, progress)
         context.say(
             f"step {progress.step}: {wrong}; the update is skipped ({in_row} in a row, "
-            f"{section.max_bad_steps} allowed). Computed again the step gives the same, so the "
+            f"{section.max_bad_steps} allowed). A replay of the step gives the same, so the "
             f"data or the weights are the cause{f': {arose}' if arose else ''}; `phi4 data trace "
             f"{context.recipe.run.dir} --step {progress.step} --sample N` shows the data"
         )

@@ -45,7 +45,7 @@ def save_or_roll_back(
 
     Raises:
         DivergedError: the weights are not finite, and the run stops, or was rolled back too often.
-        Phi4Error: of the save.
+        Phi4Error: the save failed.
 
     Collectives: those of `Checkpointer.save_when_due`.
     """
