@@ -1,4 +1,4 @@
-"""What every op keeps to in autograd and under torch.autocast, whichever implementation runs it."""
+"""Autograd and torch.autocast behaviour that all ops and implementations share."""
 
 import functools
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def without_autocast(function: _Function) -> _Function:
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what happens to one of these: a Function costs ten microseconds."""
+    """Whether autograd records operations on any of these: a Function costs ten microseconds."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -42,7 +42,7 @@ def needs_graph(*tensors: Tensor | None) -> bool:
 def once_differentiable(op: str) -> Callable[[_Function], _Function]:
     """Decorate a Function's backward whose result autograd cannot differentiate.
 
-    Kernels are invisible to autograd: with create_graph=True it would take their results for
+    Kernels are invisible to autograd: with create_graph=True it would treat their results as
     constants, and a second derivative would silently lack terms. torch's decorator of this name
     cannot prevent that where no incoming gradient requires grad, as in `out.sum()`, nor in
     torch.autograd.grad, which skips nodes that do not lead to its inputs.
@@ -56,7 +56,7 @@ def once_differentiable(op: str) -> Callable[[_Function], _Function]:
 
         @functools.wraps(backward)
         def run(ctx: Any, *gradients: Tensor | None) -> Any:
-            # While torch.compile traces, the mode says nothing; it refuses second derivatives.
+            # Under torch.compile the mode has no meaning; it does not support second derivatives.
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise KernelError(
                     f"{op}: backward got create_graph=True; expected first derivatives only, "

@@ -1,4 +1,4 @@
-"""What every op demands of its arguments, with one wording for all of them."""
+"""Argument checks shared by all ops, with uniform messages."""
 
 from collections.abc import Collection
 from itertools import pairwise
@@ -27,7 +27,7 @@ def expect_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], rem
 
 
 def expect_same_device(op: str, **tensors: Tensor | None) -> None:
-    """Raise DeviceError unless all given tensors lie on the device of the first."""
+    """Raise DeviceError unless all given tensors are on the device of the first."""
     first = None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -81,7 +81,7 @@ def expect_rows_in_place(op: str, name: str, tensor: Tensor, row_dims: int) -> N
         # From the last dimension: each stride is the number of elements that the inner ones hold.
         fits &= size == 1 or stride == width
         width *= size
-    # Rows at one distance: each outer dimension spans exactly the inner ones, so that a single
+    # Equally spaced rows: each outer dimension spans exactly the inner ones, so that a single
     # stride reaches all rows.
     lead = [dim for dim in dims[:-row_dims] if dim[0] != 1]
     fits &= all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(lead))

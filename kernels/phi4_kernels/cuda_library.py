@@ -1,7 +1,7 @@
-"""The compiled library of csrc's kernels: where its build lies, loading it, why it is missing.
+"""The compiled library of csrc's kernels: its path, loading it, and why it is missing.
 
-A build is filed under the hash of the sources and flags it came from, so a library of other sources
-is never loaded. Loading needs no GPU: the library's operators also take CPU tensors, which they
+A build is stored under the hash of its sources and flags, so a library of other sources is never
+loaded. Loading needs no GPU: the library's operators also take CPU tensors, which they
 compute by the host form of the same arithmetic. `operators.register_cuda` makes them public.
 """
 
@@ -40,16 +40,16 @@ def digest() -> str:
 
 
 def folder() -> Path:
-    """Where the build of the present sources is, or would be."""
+    """Path of the build of the current sources, whether or not it exists."""
     return BUILDS / digest()
 
 
 def missing() -> str | None:
     """Why the library cannot be loaded; None where it is built."""
     if not SOURCES.is_dir():
-        return f"no csrc/ beside the package at {SOURCES}; run from a checkout"
+        return f"no csrc/ next to the package at {SOURCES}; run from a checkout"
     if not (folder() / LIBRARY).exists():
-        # To say which of the two is wrong: no build, or one of other sources.
+        # Distinguishes a missing build from one of other sources.
         stale = any(BUILDS.glob(f"*/{LIBRARY}"))
         state = "built from other sources" if stale else "not built"
         return f"csrc is {state}; run `make csrc` where nvcc is installed"
@@ -69,6 +69,6 @@ def load() -> None:
         torch.ops.load_library(str(folder() / LIBRARY))
     except OSError as error:
         raise ImplementationError(
-            f"implementation 'cuda' cannot be loaded beside torch {torch.__version__} ({error}); "
+            f"implementation 'cuda' cannot be loaded with torch {torch.__version__} ({error}); "
             "expected torch 2.11 or newer; rebuild with `make csrc`, or use 'torch'"
         ) from error

@@ -1,12 +1,13 @@
 """Which implementation runs an op: the caller's explicit choice, or `auto`, always with a reason.
 
-`auto` takes a kernel only on proof: a row that is green on this compute capability and Triton for
-the very source that is installed, committed in `correctness.jsonl` or made on this machine by
-`phi4 kernels qualify`. Where the proven ones were timed beside torch on this device, it takes the
-fastest. An implementation behind the speed gate must also be faster than the one it would replace,
-by a committed row of `speed.jsonl`. Everything else is experimental and runs only when named, and
-so does what gives other bits in another run. There is no fallback: a named implementation that
-cannot run is an error, and `auto` passes over what does not serve a call before it chooses.
+`auto` takes a kernel only if it is proven: a row that is green on this compute capability and
+Triton for the installed source, committed in `correctness.jsonl` or written on this machine by
+`phi4 kernels qualify`. Where the proven kernels were timed together with torch on this device, it
+takes the fastest. An implementation behind the speed gate must also be faster than the one that it
+would replace, by a committed row of `speed.jsonl`. Everything else is experimental and runs only
+when named; the same holds for an implementation that is not bitwise reproducible. There is no
+fallback: a named implementation that cannot run is an error, and `auto` excludes those that do not
+serve a call before it chooses.
 """
 
 import logging
@@ -27,7 +28,7 @@ from phi4_kernels.evidence import SPEED_GATED, GpuMachine, KernelEvidence, machi
 
 CORRECTNESS_ROWS = registry.ROOT / "correctness.jsonl"
 SPEED_ROWS = registry.ROOT / "speed.jsonl"
-# Without times ours come first. What has no equal bits, as cudnn, is never automatic.
+# Without times our kernels come first. cudnn is not bitwise reproducible and never automatic.
 _PREFERENCE = ("gluon", "cuda", "triton", "flash")
 _calls: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("phi4_kernels_calls", default=None)
 _log = logging.getLogger("phi4_kernels")
@@ -35,7 +36,7 @@ _log = logging.getLogger("phi4_kernels")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What runs an op on a device, and why."""
+    """The implementation that runs an op on a device, and the reason."""
 
     op: str
     implementation: str
@@ -47,23 +48,23 @@ class Choice:
 
 
 def debug() -> bool:
-    """Whether PHI4_KERNELS_DEBUG=1 asks for checks that read device memory, and so synchronise."""
+    """Whether PHI4_KERNELS_DEBUG=1 enables checks that read device memory, and so synchronise."""
     return os.environ.get("PHI4_KERNELS_DEBUG", "0") == "1"
 
 
 def interpreting() -> bool:
-    """Whether TRITON_INTERPRET=1 asks for Triton's CPU interpreter."""
+    """Whether TRITON_INTERPRET=1 selects Triton's CPU interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def cache_file() -> Path:
-    """Where rows made on this machine are kept for this user's later runs."""
+    """File of the rows that were written on this machine, for this user's later runs."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "phi4" / "kernels.jsonl"
 
 
 def known() -> KernelEvidence:
-    """Committed rows, then those made on this machine."""
+    """Committed rows, then those written on this machine."""
     return KernelEvidence(read_rows(CORRECTNESS_ROWS, cache_file()), read_rows(SPEED_ROWS))
 
 
@@ -82,7 +83,7 @@ def _automatic(
     if device.type != "cuda":
         return Choice(op, "torch", f"auto: tensors are on {device.type}")
     machine = machine_of(device)
-    # Proven here, faster where a gate asks for it, able to serve the call, and present.
+    # Proven here, faster where a gate requires it, able to serve the call, and installed.
     proven = [
         name
         for name in candidates(op)
@@ -102,8 +103,8 @@ def _automatic(
 
 
 def _fastest(op: str, proven: list[str], machine: GpuMachine, evidence: KernelEvidence) -> Choice:
-    """Of proven implementations and torch, by times where there are some, else the preferred."""
-    # Times of one row alone are comparable: taken side by side on one device.
+    """Choose among proven implementations and torch: the fastest if timed, else the preferred."""
+    # Only times within one row are comparable: they were measured together on one device.
     timed = evidence.times(op, [*proven, "torch"], machine)
     # A gated kernel was timed by its gate, in every case and pass.
     if timed is None or proven[0] in SPEED_GATED:
@@ -136,9 +137,9 @@ def choose(
         op: one of registry.OPS.
         requested: `auto` or the name of an implementation.
         device: where the tensors are.
-        step: function of an implementation's module that not every implementation has.
-        needs: what else not every implementation serves; see registry.unserved.
-        evidence: what is known of the implementations; None reads `known`.
+        step: function of an implementation's module that the call needs; some modules lack it.
+        needs: other requirements that some implementations do not serve; see registry.unserved.
+        evidence: rows about the implementations; None reads `known`.
 
     Raises:
         ImplementationError: no such op or implementation, or it cannot be imported or loaded, or it
@@ -210,7 +211,7 @@ def resolve(
 ) -> str:
     """Name of the implementation that runs this call; counts it for `count_calls`.
 
-    torch.compile calls it while it traces and keeps the answer, so compiled calls are not counted.
+    torch.compile calls it while tracing and keeps the result, so compiled calls are not counted.
     """
     choice = choose(op, requested, device, step, needs)
     if (calls := _calls.get()) is not None:
@@ -230,7 +231,7 @@ def count_calls() -> Iterator[Counter[tuple[str, str]]]:
 
 
 def status() -> list[dict[str, str]]:
-    """One row per op and implementation: its state, and the last row that says so."""
+    """One row per op and implementation: its state, and the evidence row behind it."""
     return [_status_of(op, name) for op in registry.OPS for name in registry.implementations(op)]
 
 
@@ -241,7 +242,7 @@ def _status_of(op: str, name: str) -> dict[str, str]:
     rows = [row for row in known().rows if row.get("kind", "correctness") == "correctness"]
     past = [entry for entry in rows if (entry["op"], entry["implementation"]) == (op, name)]
     source = registry.source_digest(op, name)
-    # Rows of another source say nothing of this one, but that there was a run is worth showing.
+    # Rows of another source prove nothing about this one, but show that there was a run.
     current = [entry for entry in past if entry["source"] == source]
     if not past:
         state = "experimental: never executed on a GPU"

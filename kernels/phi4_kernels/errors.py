@@ -1,6 +1,6 @@
-"""The errors of phi4_kernels: each says in one line what was got, what is expected, what to change.
+"""The errors of phi4_kernels. Each message gives the value, the expected value and the remedy.
 
-A family of its own, because the package runs without phi4.
+They are separate from phi4.errors because the package runs without phi4.
 """
 
 
@@ -17,7 +17,7 @@ class ShapeError(KernelError):
 
 
 class DeviceError(KernelError):
-    """Tensors lie on different devices, or on one that the implementation cannot use."""
+    """Tensors are on different devices, or on one that the implementation cannot use."""
 
 
 class PositionError(KernelError):
@@ -29,7 +29,7 @@ class TargetError(KernelError):
 
 
 class ImplementationError(KernelError):
-    """An implementation does not exist, cannot be imported or was never shipped for this size."""
+    """An implementation does not exist, cannot be imported or does not support this size."""
 
 
 class UnavailableError(KernelError):

@@ -1,8 +1,8 @@
-"""What is known of the implementations: rows of runs on a GPU, committed or made on this machine.
+"""Evidence about implementations: rows of GPU runs, committed or written on this machine.
 
-A row of kind `correctness` says that an implementation of one source was green or red on a device;
-one of kind `time` says how long the implementations of an op took beside each other. Rows are never
-changed: the newest one that fits counts.
+A row of kind `correctness` records that an implementation of one source was green or red on a
+device; one of kind `time` records the times of an op's implementations, measured together. Rows are
+never changed: the newest matching row counts.
 """
 
 import importlib.metadata
@@ -25,7 +25,7 @@ SPEED_GATED = {"gluon": "triton"}
 
 @dataclass(frozen=True, slots=True)
 class GpuMachine:
-    """What a kernel's result and speed depend on besides its source."""
+    """What a kernel's result and speed depend on, apart from its source."""
 
     device: str
     """Name of the GPU."""
@@ -35,7 +35,7 @@ class GpuMachine:
 
 
 def machine_of(device: torch.device) -> GpuMachine:
-    """The machine that a CUDA device makes."""
+    """The machine description of a CUDA device."""
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
     return GpuMachine(torch.cuda.get_device_name(device), capability, triton_version())
 
@@ -50,7 +50,7 @@ def triton_version() -> str:
 
 
 def read_rows(*paths: Path) -> tuple[Row, ...]:
-    """Rows of files, in order; a missing file has none, a damaged line is left out."""
+    """Rows of files, in order; missing files and damaged lines are skipped."""
     rows: list[Row] = []
     for path in paths:
         try:
@@ -62,7 +62,7 @@ def read_rows(*paths: Path) -> tuple[Row, ...]:
 
 
 def _row_of(line: str) -> Row | None:
-    # A machine that went down in the middle of a write leaves half a line.
+    # A crash during a write leaves an incomplete line.
     try:
         row = json.loads(line)
     except ValueError:
@@ -79,13 +79,13 @@ class KernelEvidence:
     """Rows of the speed gate."""
 
     def with_rows(self, rows: Iterable[Row]) -> "KernelEvidence":
-        """The same, and newer rows."""
+        """This evidence with newer rows added."""
         return KernelEvidence((*self.rows, *rows), self.speed)
 
     def verdict(
         self, op: str, implementation: str, machine: GpuMachine, *, same_device: bool = False
     ) -> Row | None:
-        """The newest row, green or red, of this very source on such a machine.
+        """The newest row, green or red, of the installed source on such a machine.
 
         Args:
             op: one of registry.OPS.
@@ -104,17 +104,17 @@ class KernelEvidence:
             wanted["triton"] = machine.triton
         if same_device:
             wanted["device"] = machine.device
-        # The newest counts, red ones too: a kernel may turn red by a driver.
+        # The newest counts, also a red one: a new driver may break a kernel.
         rows = [r for r in self._of("correctness") if wanted.items() <= r.items()]
         return rows[-1] if rows else None
 
     def proof(self, op: str, implementation: str, machine: GpuMachine) -> Row | None:
-        """`verdict`, if it is green."""
+        """The row of `verdict` if it is green, else None."""
         row = self.verdict(op, implementation, machine)
         return row if row and row["green"] else None
 
     def times(self, op: str, names: Sequence[str], machine: GpuMachine) -> Row | None:
-        """The newest times of these implementations' very sources beside each other.
+        """The newest times of the installed sources of these implementations, measured together.
 
         Returns:
             The row, or None where one of them was never timed on this device with the others.
@@ -129,7 +129,7 @@ class KernelEvidence:
         return rows[-1] if rows else None
 
     def is_faster(self, op: str, implementation: str, device_name: str) -> bool:
-        """Whether the newest row of the speed gate says so of these very sources on this device.
+        """Whether the newest speed gate row of the installed sources on this device is `faster`.
 
         True for an implementation that is not behind the gate.
         """

@@ -1,9 +1,9 @@
-"""Triton's CPU interpreter made right, so that kernels can be proven on a machine without a GPU.
+"""Fixes to Triton's CPU interpreter, so that kernels can be checked on a machine without a GPU.
 
 Triton 3.6 to 3.8 interpret bf16 wrongly: stores truncate instead of rounding, `tl.dot` multiplies
 the bit patterns, and casts to fp8 differ from torch's. Arithmetic on bf16 values stays wrong: a
 kernel must upcast right after each load. The interpreter runs programs one after another, so it
-shows no race; `program_order` at least runs them in other orders.
+cannot show races; `program_order` runs them in other orders.
 """
 
 import random
@@ -43,7 +43,7 @@ def _convert_like_torch(interpreter: ModuleType) -> None:
     def convert(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
         if source == tl.bfloat16 and target == tl.float32:
             return _bf16_to_fp32(values)
-        # Conversions that are right already, and truncation where a kernel asks for it.
+        # Conversions that are already correct, and truncation where a kernel requests it.
         if source != tl.float32 or str(rounding).endswith("RTZ"):
             return builtin(values, source, target, rounding)
         if target == tl.bfloat16:
@@ -108,7 +108,7 @@ def program_order(order: str) -> Iterator[None]:
         grid = tuple(self.grid_dim)
         if grid not in permutations:
             inorder = list(product(*map(range, grid)))
-            # The n-th program to run is given the place of another one.
+            # The n-th program to run gets the program id of another one.
             permuted = inorder[::-1]
             if order == "shuffled":
                 random.Random(len(inorder)).shuffle(permuted)

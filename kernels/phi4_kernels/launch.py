@@ -1,7 +1,7 @@
-"""Launch ladders: how a kernel is launched at each size, as a table that a developer edits.
+"""Launch ladders: tables of launch parameters by size, which a developer edits.
 
-A ladder is data, so that the resource gate can compile every row of it and a row that no case
-reaches is an error. The choice depends on sizes alone, never on a timing: two runs launch alike.
+A ladder is data, so that the resource gate can compile every row of it and report a row that no
+case reaches. The choice depends on sizes only, never on a timing, so that two runs launch alike.
 """
 
 from dataclasses import dataclass
@@ -58,11 +58,11 @@ def pick(ladder: tuple[Row, ...], size: int) -> Row:
 
 
 def persistent_programs(per_processor: int, num_items: int, device: torch.device) -> int:
-    """Programs for a kernel that loops over `num_items`: what fills the device, never more."""
+    """Programs of a kernel that loops over `num_items`: at most as many as fill the device."""
     processors = _INTERPRETED_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    # More programs than items would find nothing to do.
+    # More programs than items would be idle.
     return min(num_items, processors * max(per_processor, 1))
 
 

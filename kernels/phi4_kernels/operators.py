@@ -23,7 +23,7 @@ def register(op: str, step: str, schema: str, fake: Callable[..., Any]) -> Any:
         step: the function of the implementation's module that runs it.
         schema: name, arguments and results in torch's schema language. A last argument
             `str implementation` is added, and names the module.
-        fake: makes outputs of the right shape, dtype and device without computing them.
+        fake: returns outputs of the right shape, dtype and device without computing them.
 
     Returns:
         The operator's default overload.
@@ -36,7 +36,7 @@ def register(op: str, step: str, schema: str, fake: Callable[..., Any]) -> Any:
         run, device = getattr(registry.implementation(op, args[-1]), step), args[0].device
         if device.type == "cpu" or device.index == torch.cuda.current_device():
             return run(*args[:-1])
-        # Triton launches on the current device, wherever the tensors are.
+        # Triton launches on the current device, not on that of the tensors.
         with torch.cuda.device(device):
             return run(*args[:-1])
 
@@ -67,7 +67,7 @@ def register_cuda(schema: str, fake: Callable[..., Any]) -> Any:
 
 @contextmanager
 def stream_of(device: torch.device) -> Iterator[int]:
-    """Make a device current, and give its current stream as csrc takes it; 0 on the CPU."""
+    """Make a device current; yields its current stream as csrc takes it, 0 on the CPU."""
     if device.type == "cpu":
         yield 0
         return
@@ -78,11 +78,12 @@ def stream_of(device: torch.device) -> Iterator[int]:
 def define(name: str, signature: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define `phi4::<name><signature>` for CPU and CUDA tensors.
 
-    torch counts the versions of what its own operators overwrite. Here the count is raised by hand,
-    so that code that saved such a tensor for backward gets torch's error, not a wrong gradient.
+    torch increments the version counter of tensors that its own operators overwrite. Here this is
+    done explicitly, so that code that saved such a tensor for backward gets torch's error, not a
+    wrong gradient.
 
     Returns:
-        What runs it: `_direct`'s form, of an operator that overwrites `_traceable`'s.
+        A function that calls it: of `_direct`, or of `_traceable` if the operator overwrites.
     """
     torch.library.define(f"phi4::{name}", signature)
     operator = getattr(torch.ops.phi4, name).default
@@ -103,9 +104,9 @@ def define(name: str, signature: str, launch: Callable[..., Any], fake: Callable
 
 
 def _direct(kernel: Callable[..., Any], dispatched: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls the kernel itself where nobody looks: torch's dispatcher costs as much as the rest.
+    """Call the kernel without torch's dispatcher, which takes as long as all other host work.
 
-    What traces, compiles, profiles, fakes or wraps tensors sees the operator.
+    Tracing, compilation, profiling, fake tensors and tensor subclasses get the operator.
     """
     is_compiling = torch.compiler.is_compiling
     num_modes, is_profiling = (
@@ -118,7 +119,7 @@ def _direct(kernel: Callable[..., Any], dispatched: Callable[..., Any]) -> Calla
         if isinstance(first, list) and first:
             first = first[0]
         is_plain = type(first) in _PLAIN and not named
-        # A mode or a subclass must see the operator; plain eager calls need not.
+        # Modes and subclasses need the operator; plain eager calls do not.
         if not is_plain or is_compiling() or num_modes() or is_profiling():
             return dispatched(*args, **named)
         return kernel(*args)
@@ -132,14 +133,14 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def _traceable(
     operator: Any, signature: str, written: list[int], launch: Callable[..., Any]
 ) -> Callable[..., None]:
-    """The operator, and under torch.compile one that overwrites copies, which are copied back.
+    """The operator; under torch.compile, one that writes to copies, which are then copied back.
 
-    To keep what an operator overwrites, inductor copies the memory that held it when it traced: by
-    strides and offset (`clone_preserve_strides`). But it leaves gaps between rows of over 1024
-    elements on a GPU (seen in torch 2.11 and 2.13), and an input begins at its own first element,
-    not at its storage's (2.11). Either way numbers are wrong, and nothing says so. An operator that
-    overwrites nothing gets tensors as it was traced with, and torch's own copy_ knows every layout.
-    The price, under torch.compile only: a copy of what is overwritten, and one back.
+    To preserve a tensor that an operator overwrites, inductor copies its memory by the strides and
+    offset seen while tracing (`clone_preserve_strides`). But on a GPU it pads rows of more than
+    1024 elements (seen in torch 2.11 and 2.13), and an input begins at its own first element, not
+    at its storage's (2.11). Both give wrong numbers without an error. An operator that overwrites
+    nothing gets tensors as they were traced, and torch's own copy_ handles every layout. The cost,
+    under torch.compile only, is a copy of the overwritten tensors and a copy back.
     """
     arguments, arrow, results = signature.partition(" -> ")
     if results != "()":
@@ -169,7 +170,7 @@ def _traceable(
 
 
 def _on_copies(written: list[int], launch: Callable[..., Any]) -> Callable[..., Any]:
-    """`launch` on copies of the arguments that it overwrites, which are the result."""
+    """Run `launch` on copies of the arguments that it overwrites, and return the copies."""
 
     def run(*args: Any) -> Any:
         renewed = list(args)

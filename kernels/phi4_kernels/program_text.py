@@ -1,8 +1,8 @@
-"""What of a Python file decides what it computes: its text without comments and docstrings.
+"""The part of a Python file that determines what it computes: no comments, no docstrings.
 
-A proof on a GPU belongs to a program. To explain a line better does not change the program, so it
-must not cost the proof. The text is compared, not the syntax tree, whose form differs between
-versions of Python.
+A correctness row from a GPU belongs to a program. Editing comments or docstrings does not change
+the program, so the row must stay valid. The text is compared, not the syntax tree, whose form
+differs between versions of Python.
 """
 
 import ast

@@ -13,12 +13,12 @@ def widened(x: Tensor) -> Tensor:
 
 
 def quantized(values: Tensor, scale: Tensor) -> Tensor:
-    """values * scale as e4m3, saturating; fp64 stays unrounded, to be the truth."""
-    # e4m3 has no infinity: torch's cast makes NaN of what is too large, kernels saturate.
+    """values * scale as e4m3, saturating; fp64, used as the truth, is not rounded."""
+    # e4m3 has no infinity: torch's cast gives NaN for values that are too large, kernels saturate.
     scaled = (values * scale.to(values.dtype)).clamp(-FP8_MAX, FP8_MAX)
     return scaled if values.dtype == torch.float64 else scaled.to(FP8)
 
 
 def largest(values: Tensor) -> Tensor:
-    """max |values|, 0 of an empty tensor."""
+    """max |values|; 0 for an empty tensor."""
     return values.abs().amax() if values.numel() else values.new_zeros(())

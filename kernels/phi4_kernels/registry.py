@@ -1,12 +1,12 @@
-"""The ops, and what each op folder hands to tests, resource gate and benchmarks.
+"""The ops, and what each op folder provides to tests, resource gate and benchmarks.
 
 An op is a folder: `op.py` (the public functions), `reference.py` (their definition),
 `<name>_impl.py` (one per implementation) and `cases.py`, whose `ENTRIES` describe every public
-function to the machinery. Naming the folder in OPS is all it takes to be tested, gated and timed.
+function. A folder that is listed in OPS is tested, gated and timed.
 
 Implementations are of different kinds: `torch` always runs; `triton` and `gluon` are Python, which
 is interpreted or emulated on a CPU; `cuda` calls the library that is compiled from csrc; `flash`
-and `cudnn` call other people's kernels, which a machine may lack.
+and `cudnn` call kernels of other libraries, which a machine may lack.
 """
 
 import hashlib
@@ -39,25 +39,25 @@ OPS = (
 )
 ROOT = Path(__file__).parent
 FOREIGN = ("cudnn", "flash")
-"""Implementations that call other people's kernels. Their modules have `missing`, why this machine
-lacks them, and `library`, whose they are and of which version."""
+"""Implementations that call kernels of other libraries. Their modules define `missing`, the reason
+why this machine lacks them, and `library`, the library's name and version."""
 EQUAL_BITS = "a caller that asks for equal bits of two runs"
-"""What an implementation with DETERMINISTIC = False does not serve."""
+"""The need that an implementation with DETERMINISTIC = False does not serve."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One set of sizes; what they mean is between an entry's `make` and its function."""
+    """One set of sizes, whose meaning is defined by the entry's `make`."""
 
     name: str
     sizes: dict[str, Any]
     strided: bool = False
     """Inputs and incoming gradients have gaps between their rows."""
     needs: tuple[str, ...] = ()
-    """What it asks of an implementation that not every one serves; see `unserved`."""
+    """Needs that some implementations do not serve; see `unserved`."""
 
     def generator(self) -> torch.Generator:
-        """A generator on the default device, seeded by the case's name: runs draw alike."""
+        """A generator on the default device, seeded by the case's name, so runs draw the same."""
         device = torch.get_default_device()
         return torch.Generator(device).manual_seed(zlib.crc32(self.name.encode()))
 
@@ -79,7 +79,7 @@ class Cost:
     formula: str
 
     def floor_seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """No correct kernel is faster on a device with these ceilings."""
+        """Least seconds of a correct kernel on a device with these ceilings."""
         return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
 
 
@@ -104,7 +104,7 @@ class Entry:
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     differentiable: bool = True
     step: str | None = None
-    """Function of an implementation's module that it runs, if not every implementation has it."""
+    """Function of an implementation's module that the entry runs, if some modules lack it."""
     timed: Callable[..., Any] | None = None
     """What the benchmark's forward calls instead, where `function` does more than the op."""
 
@@ -123,7 +123,7 @@ def implementations(op: str) -> tuple[str, ...]:
 
 
 def default_kernel(op: str) -> str:
-    """The implementation that gates and benchmark run of an op where none is named."""
+    """The implementation that checks and benchmarks run when none is named."""
     return next(name for name in ("triton", "cuda", "torch") if name in implementations(op))
 
 
@@ -148,7 +148,7 @@ def implementation(op: str, name: str) -> ModuleType:
 
 
 def provides(op: str, name: str, step: str | None) -> bool:
-    """Whether an implementation has a step that not all of the op's need have; None: any has it.
+    """Whether an implementation has an optional step; None is a step that all have.
 
     Raises:
         ImplementationError: see implementation.
@@ -163,18 +163,18 @@ def runs(entry: Entry, name: str) -> bool:
 
 
 def is_deterministic(op: str, name: str) -> bool:
-    """Whether two runs of an implementation give equal bits; its DETERMINISTIC, True without it."""
+    """Whether an implementation is bitwise reproducible: its DETERMINISTIC, True by default."""
     return getattr(implementation(op, name), "DETERMINISTIC", True)
 
 
 def unserved(op: str, name: str, needs: tuple[str, ...]) -> tuple[str, ...]:
-    """Which of a caller's needs an implementation does not serve.
+    """The needs of a caller that an implementation does not serve.
 
     Args:
         op: one of OPS.
         name: one of its implementations.
-        needs: of those that a module names in NOT_SERVED, `EQUAL_BITS`, or `need_of` a dtype, which
-            is not served by a module whose DTYPES leave it out.
+        needs: entries of the modules' NOT_SERVED, `EQUAL_BITS`, or `need_of` a dtype, which a
+            module with DTYPES serves only if they contain it.
     """
     module = implementation(op, name)
     taken = getattr(module, "DTYPES", None)
@@ -194,17 +194,17 @@ def need_of(dtype: torch.dtype) -> str:
 
 
 def missing(op: str, name: str) -> str | None:
-    """Why this machine lacks what an implementation calls; None where it is there."""
+    """Why an implementation's library is missing on this machine; None if it is not."""
     if name == "cuda":
         return cuda_library.missing()
     if name in ("triton", "gluon") and importlib.util.find_spec("triton") is None:
-        return "triton is not installed; install it beside torch"
+        return "triton is not installed; install it in the environment of torch"
     is_foreign = name in FOREIGN and name in implementations(op)
     return implementation(op, name).missing() if is_foreign else None
 
 
 def folder(op: str) -> Path:
-    """Where the op lives."""
+    """Folder of the op."""
     return ROOT / op
 
 
@@ -214,11 +214,11 @@ def _program(path: Path) -> bytes:
 
 @cache
 def source_digest(op: str, name: str) -> str:
-    """Hash of the programs that decide what an implementation computes: a row proves these alone.
+    """Hash of the programs that determine what an implementation computes; a row proves only these.
 
     A file or folder `<name>_*` belongs to the implementation of that name, the others to all of
-    them. Comments and docstrings do not count (program_text). `cuda` is what csrc compiles to, all
-    of it, byte by byte. Foreign kernels count with their version.
+    them. Comments and docstrings are left out (program_text). For `cuda` all bytes of csrc's
+    sources are hashed. Kernels of other libraries are included by their version.
     """
     if name == "cuda":
         return cuda_library.digest()

@@ -204,7 +204,7 @@ def test_a_library_of_other_sources_is_not_loaded(fresh: Path) -> None:
 def test_a_broken_library_says_so(fresh: Path) -> None:
     cuda_library.folder().mkdir()
     (cuda_library.folder() / cuda_library.LIBRARY).write_text("not a library")
-    with pytest.raises(ImplementationError, match="cannot be loaded beside torch"):
+    with pytest.raises(ImplementationError, match="cannot be loaded with torch"):
         dispatch.choose("adamw", "cuda", CPU)
 
 

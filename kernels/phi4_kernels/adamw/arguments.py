@@ -1,4 +1,4 @@
-"""What an update of AdamW takes: shards with their gradients, and the constants of the update."""
+"""Arguments of an AdamW update: shards with their gradients, and the hyperparameters."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -44,13 +44,13 @@ class Hyper:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
-    """Decoupled: lr * weight_decay of the old parameter is taken off."""
+    """Decoupled: lr * weight_decay of the old parameter is subtracted."""
 
 
 def device_scalars(
     step: int | Tensor, hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> dict[str, tuple[Tensor | None, torch.dtype]]:
-    """What may lie in device memory, each with its dtype, in the order of csrc's arguments."""
+    """Arguments that may be device tensors, with their dtypes, in the order of csrc's arguments."""
     return {
         "grad_scale": (grad_scale, torch.float32),
         "found_inf": (found_inf, torch.float32),

@@ -1,4 +1,4 @@
-"""What gates and benchmark run of AdamW: the update alone, and all that an optimizer's step is."""
+"""Cases of AdamW for checks and benchmarks: the update alone, and a whole optimizer step."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -84,7 +84,7 @@ def _define(
     updated = reference.adamw(
         param, exp_avg, exp_avg_sq, grad, _STEP, **_HYPER, grad_scale=grad_scale
     )
-    # In fp64 the weight's truth stays unrounded.
+    # In fp64 the weight's truth is not rounded.
     return *updated, updated[0].to(weight.dtype)
 
 

@@ -1,8 +1,8 @@
 """AdamW over flat fp32 shards, in place: one pass over each gradient, however many shards.
 
-The gradient is read once: unscaling and clipping are a factor that the update multiplies it with,
-and the bf16 or FP8 weight is written from registers. What changes from step to step may lie in
-device memory, so that a captured CUDA graph can be replayed with another learning rate and step.
+The gradient is read once: the update multiplies it by one factor for unscaling and clipping, and
+writes the bf16 or FP8 weight from registers. Values that change from step to step may be device
+tensors, so that a captured CUDA graph can be replayed with another learning rate and step.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ def adamw(
     """Update shards in place.
 
     Args:
-        shards: gradients of one dtype; all with or all without weight, and fp8. None, or empty
-            ones, are nothing to do.
+        shards: gradients of one dtype; all with or all without weight, and fp8. The list
+            and the shards may be empty.
         step: number of this update, from 1; or a [] int64 tensor on the shards' device.
         hyper: learning rate, betas, epsilon, weight decay.
         grad_scale: [], fp32, multiplies the gradients: the clip factor, the inverse loss scale, or

@@ -1,8 +1,8 @@
-"""AdamW as a torch optimizer, with the contract of apex's FusedAdam, in whose place it drops in.
+"""AdamW as a torch optimizer, a drop-in replacement for apex's FusedAdam.
 
 The contract: the step count lives in the parameter group, the moments are `exp_avg` and
-`exp_avg_sq`, and `capturable`, `master_weights`, `grad_scale` and `found_inf` mean what they mean
-there and to torch.amp.GradScaler. All parameters of a group take one call of the op.
+`exp_avg_sq`, and `capturable`, `master_weights`, `grad_scale` and `found_inf` have the meaning that
+apex and torch.amp.GradScaler give them. The op is called once per parameter group.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +30,7 @@ class FusedAdam(torch.optim.Optimizer):
         amsgrad: must be False.
         set_grad_none: what zero_grad does with gradients.
         capturable: the step count is a [] int64 tensor on the parameters' device, so that a CUDA
-            graph may hold the step; an overflow is then skipped without a synchronisation.
+            graph can capture the step; an overflow is then skipped without a synchronisation.
         master_weights: bf16 parameters get an fp32 copy, `master_param` in their state; both are
             written in the same pass.
         implementation: of the op; see dispatch.choose.
@@ -85,7 +85,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.implementation = implementation
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Drop or clear all gradients; set_grad_none decides where it is not said."""
+        """Set gradients to None or to zero; without an argument, set_grad_none decides."""
         super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class FusedAdam(torch.optim.Optimizer):
             grad_scale=None if scale is None else _scalar(scale.float().reciprocal()),
             found_inf=None if found is None else _scalar(found.float()),
         )
-        # The host counts the step before it knows whether the device took it.
+        # The host counts the step before it knows whether the device skipped it.
         if found is not None and not self.capturable and bool(found):
             self.retract()
         return loss
@@ -117,12 +117,12 @@ class FusedAdam(torch.optim.Optimizer):
         found_inf: Tensor | None = None,
         weights: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
-        """Enqueue the update of every parameter that has a gradient; waits for nothing.
+        """Enqueue the update of every parameter that has a gradient, without a synchronisation.
 
         Args:
             grad_scale: [], fp32: multiplies the gradients.
             found_inf: [], fp32: where it is not 0 nothing is written. A step count on the host
-                advances all the same, until `retract`; with `capturable` it does not.
+                advances nevertheless, until `retract`; with `capturable` it does not.
             weights: by parameter, a bf16 tensor of its size that is written in the same pass.
         """
         for group in self.param_groups:
@@ -161,7 +161,7 @@ class FusedAdam(torch.optim.Optimizer):
                 group["step"] -= 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state stays fp32 where parameters are not."""
+        """As torch's, but the state stays fp32 also for bf16 parameters."""
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for param, index in zip(group["params"], saved["params"], strict=True):
@@ -203,7 +203,7 @@ class FusedAdam(torch.optim.Optimizer):
     def _advanced(
         self, group: dict[str, Any], device: torch.device, found_inf: Tensor | None
     ) -> int | Tensor:
-        """The group's step count after this update, in the form that `capturable` asks for."""
+        """The group's step count after this update, in the form that `capturable` requires."""
         before = group.get("step", 0)
         if not self.capturable:
             group["step"] = int(before) + 1
@@ -234,7 +234,7 @@ def _alike(shards: list[ParameterShard]) -> list[list[ParameterShard]]:
     """Shards that one call of the op takes."""
     kinds: dict[Any, list[ParameterShard]] = {}
     for shard in shards:
-        # A launch has one form of its loop: with or without weight, one dtype of gradients.
+        # All shards of a launch have gradients of one dtype, and all or none have a weight.
         kind = (shard.weight is None, shard.grad.dtype, shard.param.device)
         kinds.setdefault(kind, []).append(shard)
     return list(kinds.values())

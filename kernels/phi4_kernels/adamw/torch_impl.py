@@ -1,6 +1,6 @@
-"""AdamW by torch's own fused update: what runs where the CUDA op does not.
+"""AdamW by torch's own fused update, used where the CUDA op does not run.
 
-It too reads each gradient once, but where the gradient is scaled it writes it back, scaled.
+It also reads each gradient once, but writes the scaled gradient back where a scale is given.
 """
 
 from collections.abc import Sequence
@@ -38,11 +38,11 @@ def adamw(
         eps=hyper.eps,
         amsgrad=False,
         maximize=False,
-        # Torch divides by its scale, and takes 1 for an overflow.
+        # torch divides by its scale, and treats found_inf = 1 as an overflow.
         grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
         found_inf=None if found_inf is None else (found_inf != 0).float(),
     )
-    # The fused update does not count versions, as other operators of torch do.
+    # Unlike other operators of torch, the fused update does not increment version counters.
     torch.autograd.graph.increment_version([shard.param for shard in shards])
     weighted = [(shard.weight, shard.param) for shard in shards if shard.weight is not None]
     if weighted:

@@ -1,4 +1,4 @@
-"""What attention takes and gives, and the checks that do not depend on the implementation."""
+"""Supported inputs and results of attention, and the checks common to all implementations."""
 
 from typing import NamedTuple
 
@@ -15,9 +15,9 @@ from phi4_kernels.registry import need_of
 # Shape legend: T queries, U keys, N query heads, K key-value heads, D head dim.
 
 HEAD_DIMS = (64, 96, 128)
-"""What every implementation takes; torch takes any."""
+"""Head dims that every implementation supports; torch supports any."""
 ANY_RANGES = "ranges other than causal documents side by side that hold all tokens"
-"""What implementations that take boundaries of documents alone do not serve."""
+"""The need that implementations which take only document boundaries do not serve."""
 
 
 class Attention(NamedTuple):
@@ -32,7 +32,7 @@ class Attention(NamedTuple):
 def checked(
     q: Tensor, k: Tensor, v: Tensor, where: Ranges | BlockTable, scale: float | None
 ) -> float:
-    """The scale to use, after all checks that do not depend on the implementation."""
+    """Run the checks common to all implementations; returns the scale to use."""
     expect_dtype("attention", "q", q, FLOAT_DTYPES)
     for title, tensor in (("q", q), ("k", k), ("v", v)):
         expect_dtype("attention", title, tensor, (q.dtype,))
@@ -72,10 +72,10 @@ def checked(
 
 
 def needs(q: Tensor, k: Tensor, ranges: Ranges, causal: bool) -> tuple[str, ...]:
-    """What a call asks of an implementation that not every one serves; reads no device memory."""
+    """The needs of a call that some implementations do not serve; reads no device memory."""
     of_dtype = need_of(q.dtype)
     is_packed = causal and ranges.num_tokens is not None
-    # Documents side by side that hold all tokens: what libraries take as cu_seqlens.
+    # Adjacent documents that cover all tokens, which libraries take as cu_seqlens.
     if is_packed and ranges.num_tokens == q.shape[0] == k.shape[0]:
         return (of_dtype,)
     return of_dtype, ANY_RANGES
@@ -99,13 +99,13 @@ def check_margin(sm_margin: int) -> None:
 
 
 def for_implementation(q: Tensor, name: str) -> Tensor:
-    """q as the implementation takes it: Triton by group too, the others [T, N, D] alone, which
-    copies a q that is a view into packed QKV."""
+    """q in a shape that the implementation takes: for Triton unchanged, for the others [T, N, D],
+    which copies a q that is a view into packed QKV."""
     return q if name == "triton" or q.dim() == 3 else q.flatten(1, 2)
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x as libraries read it, 16 bytes at a time; a view that does not lie so is copied."""
+    """x aligned for the 16-byte reads of libraries; a view that is not aligned is copied."""
     are_whole = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
     if are_whole and x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
         return x

@@ -1,8 +1,8 @@
-"""Where the keys of each sequence lie in a cache that is handed out in blocks.
+"""The block table of a paged key-value cache: where the keys of each sequence are.
 
-A cache holds the keys of all sequences, [P, K, D], and a slot is the place of one token. Blocks
-are runs of `block_tokens` slots, in no order; sequences may share them. Attention reads them in
-place, so that nothing is copied when a sequence grows.
+A cache holds the keys of all sequences, [P, K, D]; a slot holds one token. A block is
+`block_tokens` consecutive slots. The blocks of a sequence may be in any order, and sequences may
+share blocks. Attention reads them in place, so that nothing is copied when a sequence grows.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class BlockTable:
     Key j of sequence i is in slot `blocks[i, j // block_tokens] * block_tokens + j % block_tokens`.
     Queries outside of all sequences are allowed: they see nothing.
 
-    Make one per step: implementations derive from it once what all layers need, as from Ranges.
+    Create one per step: implementations derive tables from it once for all layers, as from Ranges.
     """
 
     q_offsets: Tensor
@@ -37,10 +37,10 @@ class BlockTable:
     lengths: Tensor
     """[n], int32: keys of each sequence, at most B * block_tokens."""
     block_tokens: int
-    """Slots of a block; Triton compiles its kernel for each size anew."""
+    """Slots of a block; Triton compiles one kernel per size."""
     max_length: int
-    """At least the keys of the longest sequence. It decides how many programs share them on a GPU,
-    where one that is too small costs time, not keys."""
+    """Upper bound of the keys per sequence. On a GPU it sets how many programs share a sequence; a
+    value that is too small makes decoding slower, not wrong."""
 
     def __post_init__(self) -> None:
         expect_dtype("BlockTable", "blocks", self.blocks, (torch.int32,))
@@ -66,7 +66,7 @@ class BlockTable:
         expect_same_device(
             "BlockTable", q_offsets=self.q_offsets, blocks=self.blocks, lengths=self.lengths
         )
-        # A tensor object of this table alone, by which implementations know it; see once.py.
+        # A tensor object that only this table has: the key of its derived tables; see once.py.
         object.__setattr__(self, "q_offsets", self.q_offsets.view(-1))
 
     @classmethod
@@ -84,11 +84,11 @@ class BlockTable:
             blocks: numbers of each sequence's blocks, in the order of its keys.
             lengths: keys of each sequence.
             block_tokens: slots of a block.
-            num_queries: of each sequence; 1 without it.
+            num_queries: queries of each sequence; None means 1.
             device: where the cache is.
 
         Raises:
-            ShapeError: the lists do not belong together.
+            ShapeError: the lists differ in length.
             PositionError: a number is negative, or a sequence has more keys than slots.
         """
         width = max(map(len, blocks), default=0)
@@ -108,7 +108,7 @@ class BlockTable:
         return cls(q_offsets, blocks_there, table.lengths.to(device), block_tokens, longest)
 
     def validate(self, num_queries: int | None = None, num_slots: int | None = None) -> None:
-        """Raise PositionError unless all is in order and within the given sizes; synchronises."""
+        """Raise PositionError unless offsets, blocks and lengths are in range; synchronises."""
         last_query, last_block = self._spans()
         if num_queries is not None and last_query > num_queries:
             raise PositionError(
@@ -150,7 +150,7 @@ class BlockTable:
         lowest = min(map(min, used), default=0)
         if lowest < 0:
             raise PositionError(
-                f"BlockTable: a key lies in block {lowest}; expected 0 or more; fill the "
+                f"BlockTable: a key is in block {lowest}; expected 0 or more; fill the "
                 "rows up to the last key"
             )
         return offsets[-1], max(map(max, used), default=-1)

@@ -1,8 +1,8 @@
-"""How a case of decoding lays its sequences out in a cache, and what is drawn for it.
+"""Random inputs of a decoding case: the cache, its block table and the queries.
 
-Blocks lie in no order, between blocks of nobody. What no sequence may read is NaN: those blocks,
-the slots behind a sequence's last key, and a query at the end that belongs to no sequence. The
-entries of a table behind a sequence's last block name no block.
+Blocks are in random order, with unused blocks between them. Memory that no sequence may read is
+NaN: the unused blocks, the slots after a sequence's last key, and a query at the end that belongs
+to no sequence. Table entries after a sequence's last block are not valid block numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,15 +24,15 @@ _SPARE_BLOCKS = 2
 
 
 def cached(name: str, queries: Sequence[int], lengths: Sequence[int], **sizes: Any) -> Case:
-    """Sequences of so many queries and keys each, of which the first `shared` blocks are the same;
-    `strided` leaves gaps between rows."""
+    """A case of sequences with these numbers of queries and keys. They share their first `shared`
+    blocks; `strided` leaves gaps between rows."""
     strided = sizes.pop("strided", False)
     where = {"tokens": sum(queries), "queries": tuple(queries), "lengths": tuple(lengths)}
     return Case(name, where | _DEFAULTS | sizes, strided)
 
 
 def _blocks(case: Case) -> tuple[Tensor, int]:
-    """The table, a column wider than the longest sequence needs, and how many blocks there are."""
+    """The table, one column wider than the longest sequence needs, and the number of blocks."""
     sizes = case.sizes
     counts = [ceil_div(length, sizes["block_tokens"]) for length in sizes["lengths"]]
     total = sum(counts) + _SPARE_BLOCKS
@@ -70,7 +70,7 @@ def drawn_cache(case: Case, dtype: torch.dtype) -> CallInputs:
         "values": drawn(of_keys, low=1 / sizes["spread"], high=sizes["spread"]),
     }
     held = _held(blocks, sizes["lengths"], sizes["block_tokens"], total)
-    # What belongs to no sequence is NaN, so that reading it shows in the result.
+    # Slots of no sequence are NaN, so that reading them shows in the result.
     tensors["q"][-1] = torch.nan
     for name in ("keys", "values"):
         tensors[name][~held] = torch.nan
@@ -87,7 +87,8 @@ def drawn_cache(case: Case, dtype: torch.dtype) -> CallInputs:
 
 
 def over_table(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its table as tensors of their own, so that the lab can place them."""
+    """`function` with the table's tensors as separate arguments, which the checks place in
+    memory."""
 
     def run(
         q: Tensor,

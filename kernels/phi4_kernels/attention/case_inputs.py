@@ -1,4 +1,4 @@
-"""How a case of attention says where its queries and keys are, and what is drawn for it."""
+"""Ranges of queries and keys of an attention case, and its random inputs."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,37 +26,37 @@ def packed(name: str, lengths: Sequence[int], **sizes: Any) -> Case:
     mine |= where | _DEFAULTS
     longest = max(lengths, default=0)
     mine |= {"longest": longest} | sizes
-    # A smaller longest reaches another launch row of ours; libraries take it at its word.
+    # A smaller `longest` selects another launch row of our kernels; libraries rely on its value.
     are_whole = mine["causal"] and mine["longest"] >= longest
     return Case(name, mine, strided, () if are_whole else (ANY_RANGES,))
 
 
 def apart(name: str, offsets: list[int], starts: list[int], ends: list[int], **sizes: Any) -> Case:
-    """Queries and keys apart, with a token outside at the end of both; what lies outside is NaN, as
-    memory may be that nobody has written."""
+    """A case whose queries and keys are different tokens, with one token outside all ranges at the
+    end of both. Tokens outside are NaN, like uninitialised memory."""
     where = {"offsets": offsets, "starts": starts, "ends": ends, "lengths": None, "longest": 64}
     mine = {"tokens": offsets[-1] + 1, "keys": ends[-1] + 1, **where, **_DEFAULTS} | sizes
     return Case(name, mine, needs=(ANY_RANGES,))
 
 
 def head_sizes(heads: int, groups: int, dim: int) -> dict[str, int]:
-    """The sizes of heads: query heads, key heads, head dim."""
+    """Number of query heads, number of key heads, and head dim."""
     return {"heads": heads, "groups": groups, "dim": dim}
 
 
 def visible_keys(case: Case) -> Tensor:
-    """[T]: how many keys each query sees."""
+    """[T]: number of keys that each query sees."""
     counts = torch.zeros(case.sizes["tokens"], dtype=torch.int64)
     offsets, starts, ends = (case.sizes[name] for name in ("offsets", "starts", "ends"))
     for (first, last), k_start, k_end in zip(pairwise(offsets), starts, ends, strict=True):
-        # Query i of m sees all keys of its range but those of the m - 1 - i queries after it.
+        # Query i of m sees all keys of its range except those of the m - 1 - i queries after it.
         after = torch.arange(last - first).flip(0) if case.sizes["causal"] else 0
         counts[first:last] = k_end - k_start - after
     return counts.clamp_(min=0)
 
 
 def outside(case: Case) -> tuple[Tensor, Tensor]:
-    """Queries and keys that lie in no range."""
+    """Masks of the queries and keys that are in no range."""
     offsets, starts, ends = (case.sizes[name] for name in ("offsets", "starts", "ends"))
     queries = torch.ones(case.sizes["tokens"], dtype=torch.bool)
     keys = torch.ones(case.sizes["keys"], dtype=torch.bool)
@@ -85,7 +85,7 @@ def _constants(case: Case) -> dict[str, Any]:
 
 
 def drawn(case: Case, dtype: torch.dtype) -> CallInputs:
-    """q, k and v of a case, with rows at its scales, and where its ranges are."""
+    """q, k and v of a case, with rows at its scales, and its ranges."""
     sizes, dim = case.sizes, case.sizes["dim"]
     rows = partial(
         random_inputs.rows, dtype=dtype, generator=case.generator(), strided=case.strided
@@ -104,7 +104,8 @@ def drawn(case: Case, dtype: torch.dtype) -> CallInputs:
 
 
 def over_ranges(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its ranges as tensors of their own, so that the lab can place them."""
+    """`function` with the ranges' tensors as separate arguments, which the checks place in
+    memory."""
 
     def run(
         *tensors: Tensor,
@@ -129,7 +130,7 @@ _TENSORS = ("dout", "q", "k", "v", "out", "lse")
 
 
 def finite(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """With an lse that the error rule can compare: without infinities, and as one row.
+    """The results with lse in a form that the error rule can compare: finite, and as one row.
 
     A query without keys has an lse of -inf, here 0. An lse is a logarithm, so its absolute error
     counts. Where a query has one key, lse is a dot product; one whose terms cancel has a large

@@ -1,10 +1,11 @@
-"""What tests, resource gate and benchmarks run of attention.
+"""Cases of attention for tests, resource gate and benchmarks.
 
-The gradient of a softmax over few or peaked terms is a difference of almost equal numbers, in which
-eager loses its digits by chance and a rule relative to eager binds nobody. So queries lie at scales
-up to 1 against keys at 1, groups are large where a key has few queries, and the differentiated
-entry leaves out queries of fewer than 4 keys. `attention_forward` leaves out nothing, has values
-from 1e-3 to 1e3 and a peaked case; tests of the op hold the gradients of tiny documents.
+The gradient of a softmax over few or peaked terms is a difference of almost equal numbers. Eager
+loses an arbitrary number of digits there, so a bound relative to eager's error is not meaningful.
+Therefore the scales of queries are at most 1 with keys at 1, groups are large where a key has few
+queries, and the differentiated entry excludes queries that see fewer than 4 keys.
+`attention_forward` excludes nothing, has values from 1e-3 to 1e3 and a peaked case. The gradients
+of tiny documents are checked by the op's tests.
 """
 
 from dataclasses import replace
@@ -34,7 +35,7 @@ _SMALL = head_sizes(2, 1, 64)
 _RANGES = apart(
     "ranges", [2, 14, 14, 37, 40, 43], [1, 13, 16, 70, 73], [13, 13, 62, 70, 75], **_SMALL
 )
-# Group sizes 1, 2, 4 and 8, one key head and several, every head dim, both rows of the ladders,
+# Group sizes 1, 2, 4 and 8, one or several key heads, every head dim, both rows of the ladders,
 # ragged tails, a cache, gaps between keys, more queries than keys, and neither.
 _PROOF = (
     packed("phi4-documents", [3, 1, 30, 9], **head_sizes(4, 2, 128)),
@@ -63,7 +64,7 @@ _FORWARD_PROOF = (
     packed("phi4-heads", [2], **head_sizes(40, 10, 64), longest=1),
     packed("peaked", [30], **_SMALL, **_WIDE, high=1e3),
 )
-# A ring's step: the far keys of the later queries; and all there is.
+# A step of ring attention, later queries against earlier keys; and a case with all keys.
 _PARTS = (
     apart("far-keys", [25, 59], [0], [25], **head_sizes(4, 2, 64), keys=60, causal=False),
     packed("all-keys", [60], **head_sizes(4, 1, 64), strided=True),
@@ -72,7 +73,7 @@ _SHIPPED = tuple(
     packed(f"d{dim}-up-to-{longest}", [8], **head_sizes(4, 1, dim), longest=longest)
     for dim, longest in ((64, 512), (64, 4096), (96, 4096), (128, 1), (128, 512), (128, 4096))
 )
-# So many programs that dk and dv are not parted, with numbers of heads that no 16 divides.
+# Enough programs that dk and dv are not split, with numbers of heads that 16 does not divide.
 _SHIPPED += tuple(
     packed(f"d{dim}-many-heads", [8], **head_sizes(1202, 601, dim), longest=4096)
     for dim in (64, 96, 128)
@@ -117,7 +118,7 @@ def _make_differentiated(case: Case, dtype: torch.dtype) -> CallInputs:
     inputs = _make(case, dtype)
     if case in _BENCH:
         return inputs
-    # The module's head says why queries of few keys are left out.
+    # The module docstring gives the reason for excluding queries of few keys.
     kept = (visible_keys(case) >= _FEWEST_KEYS).nonzero().squeeze(1)
     return CallInputs(inputs.tensors, inputs.constants | {"kept": kept})
 
@@ -147,7 +148,7 @@ def _cost(case: Case, dtype: torch.dtype) -> dict[str, Cost]:
     pairs = sum(length**2 for length in sizes["lengths"]) // 2
 
     def cost(products: int, of_queries: int, of_keys: int, rows: int) -> Cost:
-        """Products of 2 * pairs * D flops, and per token so many tensors and fp32 of a head."""
+        """Per head `products` of 2 * pairs * D FLOPs; per token tensors, and `rows` fp32 values."""
         elements = (of_queries * heads + of_keys * groups) * dim
         per_token = elements * itemsize + rows * heads * 4
         formula = (

@@ -1,7 +1,8 @@
-"""cuDNN's attention through PyTorch: causal documents side by side, those of one length at a time.
+"""cuDNN's attention through PyTorch: adjacent causal documents, those of one length at a time.
 
 PyTorch calls cuDNN by rows of one length, so adjacent documents of one length are one call, and the
-boundaries are read on the host: on a GPU that waits for the device. Its backward adds in any order.
+boundaries are read on the host: on a GPU that waits for the device. The order of the sums in its
+backward is not fixed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,23 +18,23 @@ from phi4_kernels.attention.once import once
 # Shape legend: T tokens, N query heads, K key-value heads, D head dim; B documents of one length S.
 
 DTYPES = (torch.bfloat16, torch.float16)
-"""What the kernels take."""
+"""Dtypes that the kernels support."""
 NOT_SERVED = (ANY_RANGES,)
 DETERMINISTIC = False
-"""PyTorch does not ask cuDNN for the deterministic form of its backward."""
+"""PyTorch does not request the deterministic form of cuDNN's backward."""
 
 _aten = torch.ops.aten
 _OLDEST = 90_000
-"""Version of cuDNN that takes rows of any length."""
+"""Oldest version of cuDNN that supports rows of any length."""
 
 
 def library() -> str:
-    """Which cuDNN runs, and by whose call; empty where there is none."""
+    """Versions of cuDNN and of the PyTorch that calls it; empty where cuDNN is missing."""
     return "" if missing() else f"cudnn {_version()} torch {torch.__version__}"
 
 
 def missing() -> str | None:
-    """Why there is none on this machine; None where there is."""
+    """Why cuDNN's attention cannot run on this machine; None if it can."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     if not torch.backends.cudnn.is_available():
@@ -66,7 +67,7 @@ def _tokens(rows: Tensor) -> Tensor:
 
 
 def _rows(q_offsets: Tensor) -> list[_Rows]:
-    """All documents that have tokens, in order."""
+    """The documents that have tokens, in order, grouped by length."""
     lengths = q_offsets.diff().tolist()
     found, start = [], 0
     # Empty documents have no tokens, so those before and after them are neighbours.
@@ -77,7 +78,7 @@ def _rows(q_offsets: Tensor) -> list[_Rows]:
 
 
 def _parts(where: tuple[Tensor, Tensor, Tensor], *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """The tensors' tokens of documents of one length, [B, heads, S, ...], one length at a time."""
+    """Yield views [B, heads, S, ...] of the tensors, one per group of documents of one length."""
     for rows in once(where, ("cudnn",), lambda: _rows(where[0])):
         yield [rows.of(x) for x in tensors]
 
@@ -88,9 +89,9 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Out [B, N, S, D] and lse [B, N, S] of q [B, N, S, D], k and v [B, K, S, D]."""
+    """out [B, N, S, D] and lse [B, N, S] of q [B, N, S, D], k and v [B, K, S, D]."""
     if q.shape[2] == 1:
-        # cuDNN refuses a single token, whose result is its own value.
+        # cuDNN does not support a single token; its result is its own value.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return v, (q.float() * k.float()).sum(-1) * scale
     run = _aten._scaled_dot_product_cudnn_attention
@@ -115,7 +116,7 @@ def _attend_backward(
 def _single_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of single tokens; lse may be over more keys, so the weight may be less than 1."""
+    """Gradients of single tokens; lse may cover more keys, so the weight may be less than 1."""
     groups, dtype = (k.shape[1], -1), q.dtype
     dout, q, out = (x.float().unflatten(1, groups) for x in (dout, q, out))
     k, v = (x.float().unsqueeze(2) for x in (k, v))
@@ -141,7 +142,7 @@ def forward(
     scale: float,
     sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
-    """See op.attention_forward; the ranges are documents, as NOT_SERVED says."""
+    """See op.attention_forward; the ranges are documents, see NOT_SERVED."""
     if not q.shape[0]:
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     where, tensors = (q_offsets, k_starts, k_ends), map(aligned, (q, k, v))

@@ -1,7 +1,7 @@
 """Decoding: attention of a few new queries per sequence to cached keys, forward only.
 
-It has a form of its own because its work is not that of `attention`: a sequence has too few queries
-to fill a tile, too many keys for one program, and keys that lie in blocks of a cache.
+It is separate from `attention` because the work differs: a sequence has too few queries to fill a
+tile, too many keys for one program, and its keys are in blocks of a cache.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,9 @@ def attention_decode(
 ) -> Attention:
     """softmax(scale * q k^T) v over the cached keys of each query's sequence.
 
-    Any number of queries is right, but the keys are read once per 16 pairs of a query and a head of
-    its group. In Triton the bits of a sequence do not depend on the others of the call.
+    Any number of queries is supported, but the keys are read once per 16 pairs of a query and a
+    head of its group. In Triton the result of a sequence is bitwise independent of the other
+    sequences of the call.
 
     Args:
         q: [T, N, D] or by group [T, K, N / K, D], as for attention.
@@ -46,16 +47,16 @@ def attention_decode(
         table: which slots hold the keys of each sequence. On a GPU the buffers grow with
             `max_length`: fp32, ceil(max_length / 256) * T * N * (D + 2).
         causal: the last query of a sequence sees all of its keys, the one before it one key fewer;
-            else every query sees all of them, as the samples of one prompt see the prompt's.
+            else every query sees all keys, like several samples of one prompt.
         scale: as for attention.
-        implementation: see dispatch.choose; `gluon` has no such form.
+        implementation: see dispatch.choose; `gluon` does not implement decoding.
 
     Returns:
         out and lse, without a gradient. Results over parts of the keys merge by their lse.
 
     Raises:
         DtypeError, ShapeError, DeviceError, ImplementationError: see errors.
-        PositionError: the table leaves the queries or the cache. A table on a GPU is only checked
+        PositionError: the table exceeds the queries or the cache. A table on a GPU is only checked
             under PHI4_KERNELS_DEBUG=1.
     """
     run = plan_decode(
@@ -74,9 +75,9 @@ def plan_decode(
     scale: float | None = None,
     implementation: str = "auto",
 ) -> Callable[[Tensor, Tensor, Tensor], Attention]:
-    """`attention_decode` for all layers of a step: checks and choices are made once.
+    """`attention_decode` for all layers of a step: checks and dispatch run once.
 
-    On a step of few queries they cost more than the attention.
+    For a step of few queries they take longer than the attention.
 
     Args:
         q, keys, values: of one layer.

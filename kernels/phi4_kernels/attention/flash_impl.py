@@ -1,7 +1,7 @@
-"""FlashAttention by its own packages where they are installed, else by PyTorch's copy of it.
+"""FlashAttention from its own packages where they are installed, else PyTorch's copy of it.
 
-It takes documents side by side by their boundaries, causal, and nothing else. All three forms get
-the same tensors and are asked to add in a fixed order in backward, so two runs give equal bits.
+Only adjacent causal documents, given by their boundaries, are supported. All three libraries get
+the same tensors and are set to sum in a fixed order in backward, so two runs give equal bits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +20,13 @@ from phi4_kernels.errors import ImplementationError
 # Shape legend: T tokens, N query heads, K key-value heads, D head dim.
 
 DTYPES = (torch.bfloat16, torch.float16)
-"""What the kernels take."""
+"""Dtypes that the kernels support."""
 NOT_SERVED = (ANY_RANGES,)
 DETERMINISTIC = True
-"""Backward is asked for a fixed order of sums; forward has one."""
+"""Backward is set to a fixed order of sums; forward always has one."""
 
 _OLDEST_FLASH_ATTN = (2, 7)
-"""The first whose functions take the two sides of a window one by one, as ours calls them."""
+"""Oldest release whose functions take the two sides of a window as separate arguments."""
 _aten = torch.ops.aten
 
 
@@ -37,37 +37,37 @@ class _Documents(NamedTuple):
     longest: int
     scale: float
     sm_margin: int
-    """Multiprocessors to leave to other kernels; a persistent kernel alone needs to know."""
+    """Multiprocessors to leave to other kernels; used by persistent kernels only."""
 
 
 class _Library(NamedTuple):
-    """Whose kernels run."""
+    """Name and version of the library."""
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor, _Documents], tuple[Tensor, Tensor]]
-    """q [T, N, D], k and v [T, K, D] to out [T, N, D] and lse [N, T], fp32."""
+    """Maps q [T, N, D], k and v [T, K, D] to out [T, N, D] and lse [N, T], fp32."""
     backward: Callable[[Sequence[Tensor], _Documents], tuple[Tensor, Tensor, Tensor]]
-    """dout, q, k, v, out and lse [N, T] to dq, dk and dv."""
+    """Maps dout, q, k, v, out and lse [N, T] to dq, dk and dv."""
 
 
 def library() -> str:
-    """Whose kernels run on this machine, with the version; empty where there are none."""
+    """Name and version of the library used on this machine; empty where there is none."""
     found, _ = _found()
     return found.name if found else ""
 
 
 def missing() -> str | None:
-    """Why there are none; None where there are."""
+    """Why no library can be used; None if one can."""
     found, absent = _found()
     return None if found else "; ".join(absent)
 
 
 @cache
 def _found() -> tuple[_Library | None, tuple[str, ...]]:
-    """The first library that is here, and why those before it are not."""
+    """The first library that can be used, and why those before it cannot."""
     if not torch.cuda.is_available():
         return None, ("torch finds no CUDA device",)
-    # The newest first: FlashAttention-3 needs Hopper, the others do not.
+    # Newest first; only FlashAttention-3 requires Hopper.
     absent: list[str] = []
     for load in (_flash_attn_3, _flash_attn_2, _torch_varlen):
         try:
@@ -78,7 +78,7 @@ def _found() -> tuple[_Library | None, tuple[str, ...]]:
 
 
 def _flash_attn_3() -> _Library:
-    """FlashAttention-3, for Hopper alone."""
+    """FlashAttention-3, for Hopper only."""
     if torch.cuda.get_device_capability()[0] != 9:
         raise ImportError("FlashAttention-3 needs a GPU of capability 9.0")
     if find_spec("flash_attn_interface") is None:
@@ -86,7 +86,7 @@ def _flash_attn_3() -> _Library:
     from flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 
     def forward(q: Tensor, k: Tensor, v: Tensor, at: _Documents) -> tuple[Tensor, Tensor]:
-        # More than one split would add its parts in an order of its own.
+        # With more than one split the order in which parts are added is not fixed.
         options = {"softmax_scale": at.scale, "causal": True, "num_splits": 1}
         options["sm_margin"] = at.sm_margin
         out, lse, *_ = _flash_attn_forward(q, k, v, **_boundaries(at), **options)
@@ -95,7 +95,7 @@ def _flash_attn_3() -> _Library:
     def backward(tensors: Sequence[Tensor], at: _Documents) -> tuple[Tensor, Tensor, Tensor]:
         gradients = _gradients(tensors)
         lengths = (at.cu_seqlens, at.cu_seqlens, None, None, at.longest, at.longest)
-        # By place: the name of `causal` differs from release to release.
+        # Positional: the name of `causal` differs between releases.
         arguments = (*tensors, *lengths, *gradients, at.scale, True)
         _flash_attn_backward(*arguments, deterministic=True, sm_margin=at.sm_margin)
         return gradients
@@ -133,7 +133,7 @@ def _flash_attn_2() -> _Library:
 
 
 def _torch_varlen() -> _Library:
-    """PyTorch's copy of FlashAttention-2, whose order of sums the whole process chooses."""
+    """PyTorch's copy of FlashAttention-2; its order of sums is a process-wide setting."""
     if not torch.backends.cuda.is_flash_attention_available():
         raise ImportError(f"torch {torch.__version__} is built without flash attention")
 
@@ -153,7 +153,7 @@ def _torch_varlen() -> _Library:
 
 
 def _boundaries(at: _Documents) -> dict[str, Any]:
-    """In the order in which all three take them."""
+    """The tensors in the order in which all three libraries take them."""
     return {
         "cu_seqlens_q": at.cu_seqlens,
         "cu_seqlens_k": at.cu_seqlens,
@@ -163,7 +163,7 @@ def _boundaries(at: _Documents) -> dict[str, Any]:
 
 
 def _gradients(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Where to write those of q, k and v."""
+    """Tensors for the gradients of q, k and v."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4])
     return dq, dk, dv
 
@@ -180,9 +180,9 @@ def _deterministic() -> Iterator[None]:
 
 
 def _called(run: str, *arguments: Any) -> tuple[Tensor, ...]:
-    """One of the library's two functions; a release with other arguments is an error of ours."""
+    """Call one of the library's functions; ImplementationError if its signature differs."""
     found, _ = _found()
-    assert found is not None  # or dispatch had refused
+    assert found is not None  # dispatch has checked it
     try:
         return getattr(found, run)(*arguments)
     except TypeError as error:
@@ -205,12 +205,12 @@ def forward(
     scale: float,
     sm_margin: int,
 ) -> tuple[Tensor, Tensor]:
-    """See op.attention_forward; the ranges are documents, as NOT_SERVED says."""
+    """See op.attention_forward; the ranges are documents, see NOT_SERVED."""
     if not q.shape[0]:
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
     at = _Documents(q_offsets, max(max_queries, max_keys), scale, sm_margin)
     out, lse = _called("forward", *map(aligned, (q, k, v)), at)
-    # Theirs is [N, T], ours [T, N]: rows of a query together, as all implementations here have it.
+    # The libraries return lse as [N, T]; all implementations here return [T, N].
     return out, lse.t().contiguous()
 
 

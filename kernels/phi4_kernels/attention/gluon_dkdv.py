@@ -1,8 +1,8 @@
-"""The Hopper kernel of dk and dv: a tile of keys meets all queries of its group's heads in order.
+"""The Hopper kernel of dk and dv: a tile of keys loops over all queries of its group's heads.
 
 Scores are computed transposed, keys by queries: probabilities and score gradients are then left
 operands of the products onto dv and dk and never leave registers. lse and delta come with the
-queries' blocks, from the rows that the kernel of dq has left.
+queries' blocks, from the rows that the kernel of dq has written.
 """
 
 from triton.experimental import gluon
@@ -77,11 +77,11 @@ def _produce(
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The loading warp."""
+    """The producer warp, which loads."""
     k_desc, v_desc, q_desc, dout_desc, lse2_desc, delta_desc = inputs
     tiles_ptr, num_items, num_turns, num_programs, num_key_heads = work
     k_ring, v_ring, q_ring, dout_ring, row_ring = rings
-    # Blocks of keys and of queries, and partial loads so far: they give slots and phases.
+    # Blocks of keys and of queries, and partial loads so far; slots and phases follow from them.
     visits, count, loads = 0, 0, 0
     for turn in range(num_turns):
         item = item_of_turn(turn, num_programs)
@@ -171,7 +171,7 @@ def _step(
     ds_LM = gl.convert_layout(ds_LM.to(k.dtype), p_layout)
     # dk += ds^T q; scaled once, at the end
     dk_LC = warpgroup_mma(ds_LM, q, dk_LC, is_async=True)
-    # All but one product are done: dv is, and dout can be overwritten; then dk and q.
+    # All products but one are done: dv is, and dout can be overwritten; then dk and q.
     dv_LC, left_LM = warpgroup_mma_wait(1, deps=(dv_LC, left_LM))
     release(dout_ring, count, STAGES)
     dk_LC, ds_LM = warpgroup_mma_wait(0, deps=(dk_LC, ds_LM))
@@ -192,7 +192,7 @@ def _consume(
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """A multiplying warpgroup: its 64 keys of every tile that the program visits."""
+    """A consumer warpgroup: its 64 keys of every tile that the program processes."""
     dk_ptr, dv_ptr = outputs
     tiles_ptr, num_items, num_turns, num_programs, num_key_heads = work
     scale, scale_log2 = scales

@@ -1,8 +1,8 @@
-"""The Hopper kernel of dq: the forward's frame around three products, all sums in registers.
+"""The Hopper kernel of dq: structured like the forward kernel, three products, sums in registers.
 
 Score gradients are the left operand of the third product and never leave registers. Each consumer
-also leaves lse in powers of 2 and delta, the part of a query's score gradients that all its keys
-share, for the kernel of dk and dv, which runs after it.
+also writes lse in powers of 2 and delta, the part of a query's score gradients that all its keys
+share; the kernel of dk and dv, which runs next, reads them.
 """
 
 from triton.experimental import gluon
@@ -48,11 +48,11 @@ def _produce(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The loading warp."""
+    """The producer warp, which loads."""
     q_desc, dout_desc, k_desc, v_desc = inputs
     tiles_ptr, num_items, num_turns, num_programs, num_heads = work
     q_ring, dout_ring, k_ring, v_ring = rings
-    # Blocks of queries and of keys, and partial loads so far: they give slots and phases.
+    # Blocks of queries and of keys, and partial loads so far; slots and phases follow from them.
     visits, count, loads = 0, 0, 0
     for turn in range(num_turns):
         item = item_of_turn(turn, num_programs)
@@ -68,7 +68,7 @@ def _produce(
                     fill(dout_ring, visits, dout_desc, head, at, CONSUMERS)
                     visits += 1
             for step in range(blocks):
-                # The order of the forward kernel; any would do, as sums are plain here.
+                # The order of the forward kernel; any order would work, as no sum is rescaled here.
                 start = (blocks - 1 - step) * BLOCK_N
                 at, k_head = key + start, head // group
                 # Keys are an operand of ds k, where ds = 0 past the range: zeros instead of what
@@ -116,7 +116,7 @@ def _step(
     s_ML = warpgroup_mma_wait(1, deps=(s_ML,))
     # p = exp2(s * scale * log2(e) - lse2)
     p_ML = gl.exp2(s_ML * scale_log2 - lse2[:, None])
-    # Ends a basic block, as in the forward kernel: the exponentials stay beside the second product.
+    # Ends a basic block, as in the forward kernel: the exponentials overlap the second product.
     wait_full(v_ring, count, STAGES)
     dp_ML = warpgroup_mma_wait(0, deps=(dp_ML,))
     release(v_ring, count, STAGES)
@@ -154,7 +154,7 @@ def _prepare(dout, row_ptrs, row, num_rows, shift, head, sizes, CONSUMER: gl.con
     line = (row + rows).to(gl.int64) * num_heads + head
     # lse2 = lse * log2(e)
     lse2 = gl.load(lse_ptr + line, mask=rows < num_rows, other=0.0) * _LOG2_E
-    # Ranges start at places that the copy engine can read from: `shift` moves a query there.
+    # Ranges start at addresses that the copy engine can read from: `shift` moves a query there.
     place = head.to(gl.int64) * row_stride + (row + shift) + rows
     gl.store(lse2_ptr + place, lse2, mask=rows < num_rows)
     gl.store(delta_ptr + place, delta, mask=rows < num_rows)
@@ -175,7 +175,7 @@ def _consume(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """A multiplying warpgroup: its 64 queries of every tile that the program visits."""
+    """A consumer warpgroup: its 64 queries of every tile that the program processes."""
     tiles_ptr, num_items, num_turns, num_programs, num_heads = work
     scale, scale_log2 = scales
     q_ring, dout_ring = rings[0], rings[1]

@@ -1,9 +1,9 @@
-"""The Hopper forward kernel: one warp loads, two warpgroups multiply, and softmax hides in between.
+"""The Hopper forward kernel: one warp loads, two warpgroups multiply and overlap the softmax.
 
-A program holds 128 queries of one head at a time, 64 per consumer, and visits their keys from the
-last block to the first, so that the masked blocks come first and the loop over the others has no
-mask. While a consumer exponentiates the scores of one block, the tensor cores run its product of
-the block before, and the other consumer's products: the two take turns to issue.
+A program holds 128 queries of one head at a time, 64 per consumer, and processes their keys from
+the last block to the first, so that the masked blocks come first and the loop over the others has
+no mask. While a consumer exponentiates the scores of one block, the tensor cores run its product of
+the previous block and the other consumer's products: the two take turns to issue.
 Source: Shah et al. 2024 (FlashAttention-3), sections 3.1 and 3.2.
 """
 
@@ -52,11 +52,11 @@ def _produce(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The loading warp."""
+    """The producer warp, which loads."""
     q_desc, k_desc, v_desc = inputs
     tiles_ptr, num_items, num_turns, num_programs, num_heads = work
     q_ring, k_ring, v_ring = rings
-    # Blocks of queries and of keys, and partial loads so far: they give slots and phases.
+    # Blocks of queries and of keys, and partial loads so far; slots and phases follow from them.
     visits, count, loads = 0, 0, 0
     for turn in range(num_turns):
         item = item_of_turn(turn, num_programs)
@@ -140,13 +140,13 @@ def _step(
     STAGES: gl.constexpr,
     layouts: gl.constexpr,
 ):
-    """Scores of block `count` beside the product of the probabilities of the block before."""
+    """Scores of block `count`, overlapped with the previous block's product of probabilities."""
     _, k_ring, v_ring = rings
     s_layout: gl.constexpr = layouts[0]
     o_layout: gl.constexpr = layouts[1]
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     wait_full(k_ring, count, STAGES)
-    # In turns: while this consumer's two products run, the other one exponentiates.
+    # The consumers alternate: while the products of one run, the other exponentiates.
     take_turn(turns, count, CONSUMER)
     s_ML = _issue_scores(q, k_ring, count, BLOCK_N, STAGES, s_layout)
     wait_full(v_ring, count - 1, STAGES)
@@ -154,15 +154,15 @@ def _step(
     # acc += p v of block count - 1, behind s of block `count` in the tensor cores' queue
     acc_MC = warpgroup_mma(p_ML, v, acc_MC, is_async=True)
     pass_turn(turns, CONSUMER)
-    # All but one product are done: s is there, acc may still be computed.
+    # All products but one are done: s is complete, acc may still be in flight.
     s_ML = warpgroup_mma_wait(1, deps=(s_ML,))
     release(k_ring, count, STAGES)
     new_p, alpha, m_i, l_i = _softmax(
         s_ML, m_i, l_i, scale, start, limits, MASKED, BLOCK_N, s_layout
     )
     new_p = gl.convert_layout(new_p.to(q.dtype), p_layout)
-    # ptxas schedules within a basic block and would sink the exponentials below the wait for the
-    # product that they should hide behind. This wait has long been satisfied; it ends the block.
+    # ptxas schedules within a basic block and would move the exponentials below the wait for the
+    # product that they should overlap. This wait is already satisfied; it ends the block.
     wait_full(v_ring, count - 1, STAGES)
     acc_MC, p_ML = warpgroup_mma_wait(0, deps=(acc_MC, p_ML))
     release(v_ring, count - 1, STAGES)
@@ -241,7 +241,7 @@ def _consume(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """A multiplying warpgroup: its 64 queries of every tile that the program visits."""
+    """A consumer warpgroup: its 64 queries of every tile that the program processes."""
     out_ptr, lse_ptr = outputs
     tiles_ptr, num_items, num_turns, num_programs, num_heads = work
     q_ring = rings[0]
@@ -316,7 +316,7 @@ def attention_forward_kernel(
     v_ring = make_ring(v_desc, STAGES, CONSUMERS)
     rings = (q_ring, k_ring, v_ring)
     v_loaded = make_barrier()
-    # Whose turn it is to issue products: one barrier per consumer.
+    # One barrier per consumer: which one issues its products next.
     turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     for consumer in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(consumer), count=1)

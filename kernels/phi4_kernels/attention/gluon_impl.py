@@ -1,11 +1,11 @@
 """Attention for Hopper: copy engine, asynchronous warpgroup products, specialised warps.
 
-All kernels share one frame (gluon_rings): a loading warp fills rings of shared memory, two
-warpgroups of 64 rows each multiply out of them, and a program takes tile after tile, the longest
-first, in an order that sizes alone decide. Backward is two such kernels. dq has one of its own
-rather than sums across programs in memory: scores are computed twice, 7 products for 5, which
-bounds it by 5/7 of the matrix rate, but no program waits for another, nothing is added atomically,
-and the bits do not depend on timing.
+All kernels share one structure (gluon_rings): a producer warp fills ring buffers in shared memory,
+two warpgroups of 64 rows each multiply from them, and a program processes tiles in an order that
+depends on sizes only, the longest first. Backward is two such kernels. A separate kernel of dq
+avoids sums across programs in memory: scores are computed twice (7 products instead of 5, at most
+5/7 of the matrix rate), but no program waits for another, there are no atomics, and the result does
+not depend on timing.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from phi4_kernels.errors import DtypeError
 _LOG2_E = 1.4426950408889634
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 DTYPES = tuple(_DTYPES)
-"""What the kernels take; the gates skip the others."""
+"""Dtypes that the kernels support; the checks skip the others."""
 GATED = (("d64-up-to-4096", "d128-up-to-4096"), (torch.bfloat16,))
 """Shipped cases and dtypes whose machine code the resource gate reads: every row of the ladders.
 Head dim 96 runs 128's code with another constant, fp16 bf16's with another element type."""
@@ -59,7 +59,7 @@ DQ = (
 DKDV = (HopperLaunch(64, block=64, stages=3), HopperLaunch(128, block=32, stages=4))
 _ROWS = ROWS.value
 _ANY_NUMBER = 2**31
-"""Of items: more than a device runs at a time."""
+"""Limit on items: more than a device runs at a time."""
 
 
 class _Work(NamedTuple):
@@ -76,7 +76,7 @@ class _Work(NamedTuple):
         resident = launch.persistent_programs(row.programs_per_processor, _ANY_NUMBER, table.device)
         free = sm_margin * row.programs_per_processor
         programs = min(num_items, max(resident - free, 1))
-        # Every program takes part in every turn; in the last one some find no item.
+        # Every program takes part in every turn; in the last turn some have no item.
         turns = launch.ceil_div(num_items, programs)
         return cls((programs,), (table, num_items, turns, programs, num_heads))
 
@@ -212,13 +212,13 @@ def _check_dtype(q: Tensor) -> None:
 def _tiles(
     where: tuple[Tensor, Tensor, Tensor], num_tokens: int, causal: bool, of_keys: bool
 ) -> Tensor:
-    # A tile is what both consumers hold: 128 rows.
+    # A tile is the rows of both consumers: 128.
     rows = _ROWS * CONSUMERS.value
     return tiles(*where, num_tokens=num_tokens, tile_rows=rows, causal=causal, of_keys=of_keys)
 
 
 def _constants(row: HopperLaunch, head_dim: int, causal: bool) -> dict[str, Any]:
-    """What all kernels are compiled for. The consumers are warpgroups: 4 warps each."""
+    """Compile-time constants of all kernels. The consumers are warpgroups: 4 warps each."""
     return {
         "HEAD_DIM": head_dim,
         "CAUSAL": causal,

@@ -1,8 +1,8 @@
-"""What the Hopper kernels share: rings of shared memory between one loading warp and two consumers.
+"""Common code of the Hopper kernels: ring buffers between one producer warp and two consumers.
 
-A ring is (buffers, full, empty): slots, a barrier per slot that its bytes arrive at, and one that
-its readers arrive at. Producer and consumers count blocks alike; a block's slot and the phases of
-its barriers follow from its number.
+A ring is (buffers, full, empty): slots, and per slot a barrier that tracks arriving bytes and one
+at which its readers arrive. Producer and consumers count blocks the same way; a block's slot and
+the phases of its barriers follow from its number.
 """
 
 from triton.experimental import gluon
@@ -23,18 +23,18 @@ SIZES = (
     "group",
     "row_stride",
 )
-"""Kernel arguments that a batch may change: no value of theirs has machine code of its own."""
+"""Kernel arguments that change between batches and must not be specialised on."""
 _COLUMNS = gl.constexpr(TILE_COLUMNS)
 _ZEROED_ROWS = gl.constexpr(8)
 _ZEROED_COLS = gl.constexpr(64)
-"""What the producer cleans at a time: one period of the swizzle."""
+"""Rows that the producer zeroes at a time: one period of the swizzle."""
 
 
 @gluon.jit
 def item_of_turn(turn, num_programs):
     """The program's item of each turn; turns alternate in direction, which evens out the costs."""
     program = gl.program_id(0)
-    # Turn 0 deals items 0, 1, ..., turn 1 deals the next ones backwards, as items fall in cost.
+    # Turn 0 assigns items 0, 1, ..., turn 1 the next ones in reverse, as costs are descending.
     return turn * num_programs + gl.where(turn % 2 == 0, program, num_programs - 1 - program)
 
 
@@ -91,14 +91,14 @@ def make_barrier():
 
 @gluon.jit
 def wait_full(ring, count, STAGES: gl.constexpr):
-    """Wait until block `count` is there."""
+    """Wait until block `count` has been loaded."""
     # Block n is use n // STAGES of slot n % STAGES; a barrier's phase is the parity of its uses.
     mbarrier.wait(ring[1].index(count % STAGES), count // STAGES & 1)
 
 
 @gluon.jit
 def release(ring, count, STAGES: gl.constexpr):
-    """Leave block `count` to the producer."""
+    """Release the slot of block `count` to the producer."""
     mbarrier.arrive(ring[2].index(count % STAGES), count=1)
 
 
@@ -131,7 +131,7 @@ def fill(ring, count, desc, head, row, STAGES: gl.constexpr):
 
 @gluon.jit
 def fill_in_part(ring, count, loaded, loads, desc, head, row, num_rows, STAGES: gl.constexpr):
-    """As fill, with zeros after `num_rows`: what lies there may be NaN, and 0 * NaN is NaN.
+    """As fill, with zeros after `num_rows`: memory there may be NaN, and 0 * NaN is NaN.
 
     Args: `loaded` is a barrier of the producer's own, which has seen `loads` such loads.
     """

@@ -1,8 +1,8 @@
-"""Which 128 tokens a Hopper program visits next: all tiles of all ranges, the longest first.
+"""The tile schedule of the Hopper kernels: all tiles of all ranges, the longest first.
 
-A table in device memory, because lengths live on the device: it is made by a dozen small kernels,
-without waiting for the device, and once per Ranges. Queries before the first and after the
-last range are ranges without keys, so that a kernel writes every row of its output.
+The table is in device memory because the lengths are: about a dozen small kernels build it once per
+Ranges, without a synchronisation. Queries before the first and after the last range are ranges
+without keys, so that a kernel writes every row of its output.
 """
 
 import torch
@@ -84,7 +84,7 @@ def _shifts(starts: Tensor) -> Tensor:
 
 
 def _with_outside(q_offsets: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
-    """Starts and sizes of the query ranges, and of what lies before and after all of them."""
+    """Starts and sizes of the query ranges, and of the tokens before and after all of them."""
     zero = q_offsets.new_zeros(1)
     # Ranges [0, first), the given ones, [last, num_queries).
     edges = torch.cat((zero, q_offsets, torch.full_like(zero, num_queries)))
@@ -128,5 +128,5 @@ def _tiles(
     columns = (starts[owner] + first, size, other[0][owner], num_others, offset, shifts[owner])
     for column, values in enumerate(columns):
         table[:, column] = values
-    # The longest first, so that no long tile is left over at the end; stable, so that runs agree.
+    # The longest first, so that no long tile remains at the end; stable, so that runs agree.
     return table[seen.argsort(descending=True, stable=True)]

@@ -1,7 +1,7 @@
-"""What an implementation derives from the boundaries of a Ranges, once for all layers and passes.
+"""Caches what an implementation derives from a Ranges, once for all layers and passes.
 
-An operator takes tensors, not a Ranges. A Ranges therefore has a `q_offsets` tensor object of its
-own, and what is derived is kept for as long as that object lives.
+An operator takes tensors, not a Ranges. A Ranges therefore has its own `q_offsets` tensor object,
+and cached results are kept as long as that object exists.
 """
 
 from collections.abc import Callable, Hashable
@@ -15,10 +15,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @dataclass(slots=True)
 class _Derived:
-    """Of one Ranges."""
+    """Cached results of one Ranges."""
 
     versions: tuple[int, ...]
-    """Of its tensors, which count the writes that PyTorch knows of."""
+    """Version counters of its tensors, which count the writes known to PyTorch."""
     values: dict[Hashable, Any] = field(default_factory=dict)
 
 
@@ -33,12 +33,12 @@ def once(
 ) -> _T:
     """`make()`, or its result of an earlier call with these boundaries and settings.
 
-    While a CUDA graph is being captured every call makes its own: a replay must derive it from the
-    boundaries of that time, and what was made before the capture holds those of another.
+    While a CUDA graph is being captured, nothing is reused: a replay must derive the result from
+    the boundaries at replay time, not from those before the capture.
 
     Args:
         boundaries: q_offsets, k_starts and k_ends of a Ranges.
-        settings: what else the result depends on.
+        settings: other values that the result depends on.
         make: derives it by kernels on the current stream.
     """
     q_offsets = boundaries[0]
@@ -47,7 +47,7 @@ def once(
     # Inference tensors have no version counter.
     versions = tuple(0 if x.is_inference() else x._version for x in boundaries)
     derived = _derived.get(q_offsets)
-    # Boundaries that were overwritten since make another table.
+    # Boundaries that were overwritten need a new table.
     if derived is None or derived.versions != versions:
         _derived[q_offsets] = derived = _Derived(versions)
     # Kernels of another stream would not wait for what this one makes.

@@ -1,9 +1,9 @@
 """Attention over ranges of queries and keys: packed documents, context parallelism, decoding.
 
-A query never meets a key outside of its range, and the cost follows the pairs that do meet: sum of
+A query never sees a key outside of its range, and the cost is that of the visible pairs: the sum of
 squared lengths, not the square of the sum. Forward returns the log-sum-exp of the scores, so that
 results over parts of the keys can be merged; backward takes it instead of saving any score, sums in
-one fixed order, and so gives equal bits in every run.
+one fixed order, and is bitwise reproducible.
 """
 
 from typing import Any
@@ -52,11 +52,11 @@ def attention(
         ranges: which keys each query may see.
         causal: query j of a range of m queries and l keys sees its keys up to l - m + j, so the
             last query sees all of them; else every query of a range sees all of its keys.
-        scale: positive; D ** -0.5 without it.
+        scale: positive; None means D ** -0.5.
         implementation: see dispatch.choose.
         sm_margin: multiprocessors that `gluon` leaves to other kernels, such as NCCL's. Its kernels
-            take all of them and stay; what finds no room runs when they are done. No bit depends on
-            it. The others launch a program per tile, and need none.
+            are persistent and use all of them; other kernels then wait until they end. Results do
+            not depend on it. The other implementations ignore it.
 
     Returns:
         out and lse, of which only out is differentiable. A query without keys gets gradient 0, and

@@ -2,7 +2,7 @@
 
 One description serves packed documents (queries and keys are the same tokens), the pieces of a
 context-parallel rank (fewer queries than keys) and decoding with a cache. It holds tensors on the
-device of the data; the two maxima are host integers, so that nothing waits for the device.
+device of the data; the two maxima are host integers, which avoids a synchronisation.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ class Ranges:
     Query ranges follow each other without gaps. Key ranges are in order and disjoint, and may
     leave gaps and be empty. Tokens outside of all ranges are allowed: such a query sees nothing.
 
-    Make one per micro-batch: implementations derive tables from it once and keep them as long as
-    it lives. Whoever overwrites boundaries without PyTorch's knowledge (a foreign kernel, `.data`,
-    the replay of a CUDA graph) makes a new Ranges of them.
+    Create one per micro-batch: implementations derive tables from it once and keep them as long as
+    it exists. Code that overwrites boundaries without PyTorch noticing (a foreign kernel, `.data`,
+    the replay of a CUDA graph) must create a new Ranges.
     """
 
     q_offsets: Tensor
@@ -35,12 +35,12 @@ class Ranges:
     k_ends: Tensor
     """[n], int32."""
     max_queries: int
-    """At least the queries of the longest range; more costs nothing but a wrong launch row."""
+    """Upper bound of the queries per range; a loose bound may select a less suitable launch row."""
     max_keys: int
-    """At least the keys of the longest range."""
+    """Upper bound of the keys per range."""
     num_tokens: int | None = None
-    """Tokens of documents that follow each other from token 0 and hold all queries and keys; None
-    where the host does not know that they do. Some implementations serve nothing else."""
+    """Number of tokens, if the ranges are adjacent documents from token 0 that cover all queries
+    and keys; None if the host does not know that. Some implementations serve nothing else."""
 
     def __post_init__(self) -> None:
         if self.q_offsets.dim() != 1 or not self.q_offsets.numel():
@@ -60,7 +60,7 @@ class Ranges:
         expect_same_device(
             "Ranges", q_offsets=self.q_offsets, k_starts=self.k_starts, k_ends=self.k_ends
         )
-        # A tensor object of this Ranges alone, by which implementations know it; see once.py.
+        # A tensor object that only this Ranges has: the key of its derived tables; see once.py.
         object.__setattr__(self, "q_offsets", self.q_offsets.view(-1))
 
     @classmethod
@@ -86,7 +86,7 @@ class Ranges:
         """Ranges of host values, on `device` or torch's default.
 
         Raises:
-            ShapeError: the lists do not belong together.
+            ShapeError: the lists differ in length.
             PositionError: they are not in order, or key ranges overlap.
         """
         offsets, starts, ends = (
@@ -104,7 +104,7 @@ class Ranges:
         return cls(offsets, starts, ends, most, most_keys, num_tokens)
 
     def validate(self, num_queries: int | None = None, num_keys: int | None = None) -> None:
-        """Raise PositionError unless all is in order and within the given sizes; synchronises."""
+        """Raise PositionError unless ranges are ascending and in range; synchronises."""
         spans = once((self.q_offsets, self.k_starts, self.k_ends), ("spans",), self._spans)
         for (name, first, last), limit in zip(spans, (num_queries, num_keys), strict=True):
             if first < 0 or (limit is not None and last > limit):
@@ -114,7 +114,7 @@ class Ranges:
                 )
 
     def _spans(self) -> list[tuple[str, int, int]]:
-        """Name, start and end of the stretches of queries and keys; 0 and 0 without ranges."""
+        """Name, start and end of the spans of queries and keys; 0 and 0 without ranges."""
         keys = zip(self.k_starts.tolist(), self.k_ends.tolist(), strict=True)
         # Starts and ends in turn ascend exactly if ranges are in order and do not overlap.
         edges = [edge for pair in keys for edge in pair]

@@ -58,7 +58,7 @@ def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, part: _Range, scale: float) -> Tensor:
-    """[K, G, M, L], -inf where a query may not see a key."""
+    """[K, G, M, L], -inf where a query must not see a key."""
     # s = q k^T * scale
     scores = _by_group(q[part.queries], k.shape[1]) @ _keys(k, part).mT * scale
     return scores.masked_fill(~part.visible_ML, -torch.inf)
@@ -75,7 +75,7 @@ def attention_forward(
         # lse = log sum_j exp(s_j), p = exp(s - lse), out = p v
         lse_KGM1 = torch.logsumexp(scores_KGML, -1, keepdim=True)
         probabilities = torch.where(part.visible_ML, (scores_KGML - lse_KGM1).exp(), 0.0)
-        # Kernels multiply p and ds in the dtype of q: so does the definition, in wide sums.
+        # Kernels multiply p and ds in the dtype of q; so does the definition, with wide sums.
         sums = _operand(probabilities, q.dtype) @ _keys(v, part)
         out[part.queries] = _by_token(sums, q.dtype)
         lse[part.queries] = _by_token(lse_KGM1, lse.dtype).squeeze(-1)
@@ -117,7 +117,7 @@ def attention_backward(
         rows = part.queries
         q_KGMD, dout_KGMD, out_KGMD = (_by_group(x[rows], num_groups) for x in (q, dout, out))
         lse_KGM1 = _by_group(lse[rows].unsqueeze(-1), num_groups)
-        # A query without keys has an lse of -inf, which no score may meet.
+        # A query without keys has an lse of -inf, which must not be subtracted from a score.
         shifted = torch.where(part.visible_ML, _scores(q, k, part, scale) - lse_KGM1, -torch.inf)
         probabilities = shifted.exp()
         # delta = sum_d dout_d * out_d = sum_j p_j dp_j

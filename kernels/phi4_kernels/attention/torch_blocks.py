@@ -1,7 +1,7 @@
-"""The blocks that attention on PyTorch is made of, and what computes one of them.
+"""Splits attention into blocks that PyTorch's kernels can compute, and computes one block.
 
 A range is a rectangle of keys that all queries see and a square that they see causally. Adjacent
-blocks of one shape are one batched call, so rows that are one document each cost what they cost
+blocks of one shape are one batched call, so rows that hold one document each cost as much as
 without ranges. Boundaries are read on the host: on a GPU that waits for the device.
 """
 
@@ -30,11 +30,11 @@ class _Blocks(NamedTuple):
     causal: bool
     """The block is a square on the diagonal; else every query sees every key."""
     merges: bool = False
-    """An earlier block has left its part of the same queries' result."""
+    """An earlier block has written its part of the same queries' result."""
     num_blocks: int = 1
 
     def continues(self, other: "_Blocks") -> bool:
-        """Whether this block is the next of `other`'s."""
+        """Whether this block directly follows those of `other` and has their shape."""
         after = other.q_start + other.num_blocks * other.num_queries
         after_k = other.k_start + other.num_blocks * other.num_keys
         return (after, after_k, *other[2:6]) == self[:6]
@@ -63,7 +63,7 @@ def _blocks_of_range(
     if not causal or num_queries == 1:
         blocks = [_Blocks(q_start, k_start, num_queries, num_keys, False)]
     else:
-        # The queries that see a key, and the keys that all of these see.
+        # The queries that see any key, and the keys that all of these queries see.
         side = min(num_queries, num_keys)
         before = num_keys - side
         blocks = [
@@ -102,7 +102,7 @@ _SCORES = 1 << 28
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's flash backward sums by atomics unless the whole process is told otherwise."""
+    """PyTorch's flash backward uses atomics unless deterministic algorithms are enabled."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
@@ -124,7 +124,7 @@ def attend(
     On a CPU `added`, broadcast to [B, N, M, L] and fp32, is added to the scores.
     """
     if q.device.type == "cpu":
-        # In half precision it takes a coarse exp: its lse errs by 1e-5.
+        # In half precision it uses a coarse exp: its lse has errors of 1e-5.
         wide = tuple(x.float() for x in (q, k, v))
         run = _aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = run(*wide, 0.0, causal, attn_mask=added, scale=scale)

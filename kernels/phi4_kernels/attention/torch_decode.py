@@ -1,6 +1,6 @@
 """Decoding on PyTorch's own kernels: keys are copied out of the cache's blocks first.
 
-On a CPU sequences of one query are padded to batches, and the query heads of a group are as many
+On a CPU, sequences of one query are padded to batches, and the query heads of a group become
 queries of their key head: one call for many short rows.
 """
 
@@ -31,7 +31,7 @@ def decode(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See decoding.attention_decode; the keys are copied side by side."""
+    """See decoding.attention_decode; the keys are copied into contiguous memory."""
     where = q_offsets, blocks, lengths
     return decode_plan(q, *where, block_tokens, causal, scale)(q, keys, values)
 
@@ -70,13 +70,13 @@ def _decode_gathered(
 
 
 class _Padded(NamedTuple):
-    """Neighbouring sequences of one query each, filled up to the longest."""
+    """Adjacent sequences of one query each, padded to the longest."""
 
     rows: slice
     slots: Tensor
-    """[B * L], int64: of the keys, L per sequence."""
+    """[B * L], int64: slots of the keys, L per sequence."""
     unseen: Tensor | None
-    """[B, 1, 1, L], fp32: minus infinity for keys that only fill up; None without any."""
+    """[B, 1, 1, L], fp32: minus infinity for padding; None without padding."""
 
     def gathered(self, cache: Tensor) -> Tensor:
         """[P, K, D] to [B, K, L, D]."""
@@ -107,7 +107,7 @@ def _padded_batch(rows: slice, slots: Tensor, lengths: list[int]) -> _Padded:
     if min(lengths) == longest:
         return _Padded(rows, slots.flatten(), None)
     unseen = torch.arange(longest) >= torch.tensor(lengths).unsqueeze(1)
-    # What fills up is the sequence's own first key: what else lies in a block may be NaN.
+    # Padding repeats the sequence's first key: unused slots of a block may be NaN.
     slots = slots.where(~unseen, slots[:, :1])
     mask = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None, None]
     return _Padded(rows, slots.flatten(), mask)
@@ -116,7 +116,7 @@ def _padded_batch(rows: slice, slots: Tensor, lengths: list[int]) -> _Padded:
 def _decode_padded(
     q: Tensor, keys: Tensor, values: Tensor, batches: list[_Padded], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The query heads of a group are as many queries of its key head."""
+    """Decode a batch; the query heads of a group become queries of its key head."""
     num_heads, dim = keys.shape[1:]
     grouped = q if q.dim() == 4 else q.reshape(q.shape[0], num_heads, -1, dim)
     parts = [

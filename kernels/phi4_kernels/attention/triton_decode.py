@@ -1,4 +1,4 @@
-"""Decoding in Triton: a few queries per sequence against many keys, which several programs share.
+"""Decoding in Triton: a few queries per sequence; several programs share a sequence's keys.
 
     m = max_p m_p        l = sum_p exp(m_p - m) l_p        out = sum_p exp(m_p - m) acc_p / l
 
@@ -6,8 +6,8 @@ Part p of a sequence's keys gives the largest score m_p, the sum l_p of exp(scor
 acc_p of the values under these weights. The rows of a tile are the query heads that share a key
 head, so that one read of the keys serves all of them, and the parts of one sequence keep many
 multiprocessors busy at once. A part is a fixed number of keys and the second kernel adds parts in
-order, without atomics: the bits of a sequence depend on its own queries and keys, never on what
-else is in the batch, nor on where in the cache the keys lie.
+order, without atomics: the result of a sequence is bitwise independent of the rest of the batch and
+of where its keys are in the cache.
 
 Source: Dao et al. 2023 (Flash-Decoding); Kwon et al. 2023 (PagedAttention) for the block table.
 """
@@ -39,8 +39,8 @@ class Split(Launch):
     are in flight."""
 
 
-# By keys of the longest sequence. One row per dtype: with a second one the bits of a sequence would
-# depend on the longest of its batch. 16 rows are the fewest that a matrix instruction takes.
+# By keys of the longest sequence. One row per dtype: with a second one the result of a sequence
+# would depend on the longest of its batch. 16 rows are the fewest that a matrix instruction takes.
 PARTS: dict[str, tuple[Split, ...]] = {
     "half": (Split(2**31, 32, 4, rows=16),),
     "float": (Split(2**31, 16, 8, rows=16, num_stages=5),),
@@ -72,7 +72,7 @@ def _combine_kernel(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """A query and HEADS heads: its parts in order. A query of no sequence gets 0."""
+    """Merge the parts of one query and HEADS heads, in order. A query of no sequence gets 0."""
     programs = tl.cdiv(num_heads, HEADS)
     query = tl.program_id(0) // programs
     # The sequence of a query is the last one that begins at or before it.

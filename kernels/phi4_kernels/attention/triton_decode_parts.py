@@ -120,8 +120,8 @@ def parts_kernel(
     end_query = tl.load(q_offsets_ptr + index + 1)
     length = tl.load(lengths_ptr + index)
     first = part * PART
-    # The last part takes what is left: num_parts follows from the longest length that the caller
-    # names; one that is too small costs time, not keys.
+    # The last part takes the remaining keys: num_parts follows from the caller's longest length;
+    # one that is too small makes the kernel slower, not wrong.
     last = tl.where(part == num_parts - 1, length, tl.minimum(first + PART, length))
     # Parts past the end of a shorter sequence: their m, l and acc are not read either.
     if first >= last:

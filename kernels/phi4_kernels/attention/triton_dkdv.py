@@ -1,9 +1,9 @@
 """The second pass of attention's backward, dk and dv, in one launch or in parts; see triton_impl.
 
-A program owns a tile of keys and one key head, and goes through the query heads of its group. One
-long range has few such programs, and the first of them work twice as long as the average. So where
-there are few, a group's heads are parted among programs, and a second kernel adds the parts in
-order. How many parts there are follows from sizes alone: the device changes no bit.
+A program owns a tile of keys and one key head, and loops over the query heads of its group. One
+long range has few such programs, and the first of them take twice as long as the average. So where
+there are few, a group's heads are split among programs, and a second kernel adds the parts in
+order. The number of parts depends on sizes only, so results do not depend on the device.
 """
 
 import triton
@@ -14,14 +14,14 @@ from phi4_kernels.attention.triton_tiles import Tile, block, load, load_rows, sp
 from phi4_kernels.launch import ceil_div
 
 _ADDED = 1024
-"""Elements that a program adds: 8 per thread."""
+"""Elements that a program of the adding kernel handles: 8 per thread."""
 
 
 def num_parts(row: Tile, num_keys: int, num_groups: int, group: int) -> int:
-    """Parts of a group of query heads: the most, of equal size, that `row` allows.
+    """Number of equal parts of a group of query heads: the most that `row` allows.
 
     Their sums are fp32 and take 2 * parts * num_keys * num_groups * D * 4 bytes; with more than one
-    part that is at most row.most_programs * row.rows * D * 8, and what the last tile lacks.
+    part that is at most row.most_programs * row.rows * D * 8, plus the padding of the last tile.
     """
     programs = ceil_div(num_keys, row.rows) * num_groups
     fitting = (
@@ -93,8 +93,9 @@ def _dkdv_block(
         p = tl.where(visible, p, 0.0)
     # dv += p^T dout
     if dout.dtype == tl.float32:
-        # Summed apart: one chain of products over all heads and queries rounds to dv's size each
-        # time. A limit on imprecise products, which only fp8 has, keeps Triton from joining them.
+        # Summed separately: one chain of products over all heads and queries rounds to dv's size
+        # each time. A limit on imprecise products, which only fp8 has, keeps Triton from joining
+        # them.
         dv += tl.dot(p, dout, input_precision="ieee", max_num_imprecise_acc=BLOCK_M)
     else:
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -143,8 +144,8 @@ def dkdv_kernel(
 ):
     """dk and dv of a tile of keys, over all heads of the group or those of one of num_parts parts.
 
-    Blocks of all heads are one loop: the loads of a head's first block run beside the last
-    products of the head before. Parts go to [num_parts, U, K, D].
+    Blocks of all heads are one loop: the loads of a head's first block overlap the last products
+    of the previous head. Parts go to [num_parts, U, K, D].
     """
     num_groups = num_heads // group
     members = group // num_parts

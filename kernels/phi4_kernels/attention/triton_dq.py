@@ -29,11 +29,11 @@ def _dq_block(
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dq and one block of keys more."""
+    """dq after one more block of keys."""
     k = load(k_ptr, key, last, stride_k, BLOCK_N, DIM, PADDED, MASKED)
     v = load(v_ptr, key, last, stride_v, BLOCK_N, DIM, PADDED, MASKED)
     if MASKED:
-        # A key that is not finite has left its mark in lse2 or delta of the queries that see it.
+        # A key that is not finite has made lse2 or delta of the queries that see it not finite.
         k = finite(k)
     # s = q k^T
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -118,7 +118,7 @@ def dq_kernel(
     q_ptr += head // group * stride_q_group + head % group * stride_q_head
     q = load(q_ptr, first_row, end_row, stride_q, BLOCK_M, DIM, PADDED, True)
     acc = tl.zeros((BLOCK_M, PADDED), tl.float32)
-    # The same walk as in forward: full blocks, then those on a border.
+    # The same order as in forward: full blocks, then those on a border.
     for key in range(full, full_end, BLOCK_N):
         acc = _dq_block(
             q, dout, lse2, delta, acc, k_ptr, v_ptr, key, last, low, high,

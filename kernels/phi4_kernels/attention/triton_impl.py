@@ -1,13 +1,13 @@
 """Attention in Triton, for Ampere and up: portable `tl.dot`, no atomics, any strides.
 
-A program owns a tile of queries (or keys) and one head, and walks over the stretch of the other
-side that its tokens meet; nothing outside of it is visited. Blocks that all tokens of the tile see
-whole run without a mask, then come the ones on a border, where each token's own bounds decide;
-causality, documents, caches and gaps are nothing but such bounds. Heavy tiles, which are the last
-of a range, start first.
+A program owns a tile of queries (or keys) and one head, and loops over the span of the other side
+that its tokens see; no other block is loaded. Blocks that all tokens of the tile see in full run
+without a mask, then the blocks on a border are masked by each token's bounds; causality, documents,
+caches and gaps are all expressed by these bounds. The most expensive tiles, the last ones of a
+range, start first.
 
 Backward is two passes, each with a fixed order of sums: dq by query tiles, then dk and dv by key
-tiles, which go through the heads of their group (triton_dkdv). The scores are computed twice, 7
+tiles, which loop over the heads of their group (triton_dkdv). The scores are computed twice, 7
 products where 5 would do, so the ceiling is 5/7 of the matrix rate: 564 counted TFLOP/s where that
 is 790. One pass would have to add dq across programs; in a fixed order that means programs that
 wait for each other by semaphores, which portable Triton neither guarantees to make progress nor
@@ -40,9 +40,9 @@ from phi4_kernels.errors import ShapeError
 # whose blocks are keys, of keys for the third, where it is the other way round. fp32 has no matrix
 # unit that is exact, so its tiles are small and its time is that of plain multiplications. Decoding
 # has a row of its own: one query per range, so that a small tile means more programs. Up to 640
-# programs of dk and dv work on parts of a group: so many use 95% of the 132 multiprocessors of an
-# H200 for one document (tests/kernels/test_attention_schedule.py). Short ranges have no parts: to
-# write and add their sums would take as long as it saves.
+# programs of dk and dv work on parts of a group: this number uses 95% of the 132 multiprocessors of
+# an H200 for one document (tests/kernels/test_attention_schedule.py). Short ranges have no parts:
+# to write and add their sums would take as long as it saves.
 FORWARD: dict[str, tuple[Tile, ...]] = {
     "half": (
         Tile(1, 64, 4, rows=16, num_stages=3),
@@ -105,7 +105,7 @@ def _attend(
         s = tl.where(visible, s + marks[None, :], float("-inf"))
     # m' = max(m, max_j s_j * scale * log2(e)): exp(x) is exp2(x * log2(e)), one instruction
     m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-    # A query that has met no key yet must subtract a number.
+    # A query that has seen no key yet must subtract a finite number.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
     # p_j = exp2(s_j * scale * log2(e) - m')
     p = tl.exp2(s * scale_log2 - shift[:, None])
@@ -144,8 +144,8 @@ def _forward_kernel(
     PADDED: tl.constexpr,
 ):
     """out and lse of BLOCK_M queries of one head."""
-    # The last tile first: under a causal mask it meets the most keys. The grid has the most tiles
-    # that there can be, because their number is only known on the device.
+    # The last tile first: under a causal mask it sees the most keys. The grid is an upper bound of
+    # the number of tiles, which is only known on the device.
     tile = tl.load(tiles_ptr) - 1 - tl.program_id(0) // num_heads
     if tile < 0:
         return
@@ -153,7 +153,7 @@ def _forward_kernel(
     first_row = tl.load(tiles_ptr + 1 + tile)
     end_row = tl.load(tiles_ptr + 2 + tile)
     rows = first_row + tl.arange(0, BLOCK_M)
-    # Keys [first, last) are met by any query of the tile, [full, full_end) by every one.
+    # Keys [first, last) are seen by some query of the tile, [full, full_end) by every one.
     low, high, first, last, full, full_end = span(lows_ptr, highs_ptr, rows, end_row, BLOCK_N)
 
     # GQA: `group` query heads read one key head.
@@ -200,7 +200,7 @@ def _pick(ladders: dict[str, tuple[Tile, ...]], dtype: torch.dtype, longest: int
 
 
 def _strides(**tensors: Tensor) -> tuple[int, ...]:
-    """Of tokens, and of heads or groups and heads.
+    """Strides of the token dimension and of the head dimensions.
 
     Within a tile of 128 tokens the kernels' offsets have 32 bits.
     """
@@ -344,9 +344,9 @@ def _launch_dkdv(
     Args:
         inputs: dout, q [T, K, N / K, D], k and v.
         outputs: dk and dv.
-        rows: as the kernel of dq has left them.
+        rows: lse2 and delta, as the kernel of dq has written them.
         tiles_of: boundaries, keys of the longest range, causal.
-        constants: what both kernels are told.
+        constants: compile-time arguments of both kernels.
     """
     (where, max_keys, causal), (_, q, k, _) = tiles_of, inputs
     row = _pick(DKDV, k.dtype, max_keys)

@@ -1,9 +1,9 @@
-"""Which tokens make a tile, and which tokens of the other side each of them meets.
+"""Cuts tokens into tiles, and computes which tokens of the other side each token sees.
 
-A tile is a stretch of packed tokens. Ranges of a tile's length and more begin a tile of their own,
-so that no tile wanders into a long neighbour; shorter ones share tiles, so that a thousand
-documents of one token cost what one document of a thousand tokens costs. Attention is right for
-any tiles: each token carries its own bounds.
+A tile is a span of packed tokens. Ranges of at least a tile's length start a tile of their own, so
+that no tile extends into a long neighbour; shorter ranges share tiles, so that a thousand documents
+of one token cost as much as one document of a thousand tokens. Attention is correct for any choice
+of tiles, because each token has its own bounds.
 """
 
 from dataclasses import dataclass
@@ -26,22 +26,23 @@ class Tile(Launch):
     num_stages: int = 2
     """Blocks in flight."""
     border_stages: int = 1
-    """The same for the masked blocks of dk and dv, whose pipeline costs registers besides."""
+    """The same for the masked blocks of dk and dv, whose pipeline also needs registers."""
     most_programs: int = 0
-    """Of dk and dv: how many a group's heads may be parted into; see triton_dkdv.num_parts."""
+    """For dk and dv: groups are split up to this many programs in all; see
+    triton_dkdv.num_parts."""
 
 
 class Tiles(NamedTuple):
     """One side's tokens, cut into tiles."""
 
     starts: Tensor
-    """[limit + 2], int32: how many tiles, the first token of each, the number of tokens."""
+    """[limit + 2], int32: the number of tiles, the first token of each, the number of tokens."""
     lows: Tensor
-    """[tokens], int32: first token of the other side that each token meets."""
+    """[tokens], int32: first token of the other side that each token sees."""
     highs: Tensor
-    """[tokens], int32: one past the last; tokens that meet none have 0 and 0."""
+    """[tokens], int32: one past the last; tokens that see none have 0 and 0."""
     limit: int
-    """At least the number of tiles."""
+    """Upper bound of the number of tiles."""
 
 
 @triton.jit
@@ -101,17 +102,17 @@ def row_marks(x):
 
 @triton.jit
 def span(lows_ptr, highs_ptr, tokens, end, BLOCK: tl.constexpr):
-    """What a tile meets.
+    """The tokens of the other side that a tile sees.
 
     Returns:
         low, high: bounds of each token; 0, 0 from `end` on.
-        first, last: the stretch that any token meets.
+        first, last: the span that any token sees.
         full, full_end: within it, whole blocks that every token sees.
     """
     is_own = tokens < end
     low = tl.load(lows_ptr + tokens, mask=is_own, other=0)
     high = tl.load(highs_ptr + tokens, mask=is_own, other=0)
-    # Bounds of the stretch: min_i low_i over the tokens that meet any, and max_i high_i
+    # Bounds of the span: min_i low_i over the tokens that see any, and max_i high_i
     last = tl.max(high, 0)
     first = tl.minimum(tl.min(tl.where(low < high, low, 2147483647), 0), last)
     # Blocks count from `first`. The first full one starts at or after max_i low_i, the last ends at
@@ -124,7 +125,7 @@ def span(lows_ptr, highs_ptr, tokens, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def count(edges_ptr, tokens, num_ranges, steps, STRICT: tl.constexpr):
-    """How many of the ascending edges are <= each token, or < it."""
+    """Number of the ascending edges that are <= each token, or < it."""
     # Bisection: edges[low - 1] is before the token, edges[high] is not.
     low = tokens * 0
     high = low + num_ranges
@@ -140,7 +141,7 @@ def count(edges_ptr, tokens, num_ranges, steps, STRICT: tl.constexpr):
 
 @triton.jit
 def _long_range(starts_ptr, ends_ptr, tokens, num_ranges, steps, ROWS: tl.constexpr):
-    """Whether each token lies in a range of ROWS tokens or more, and where that starts."""
+    """Whether each token is in a range of ROWS tokens or more, and where that range starts."""
     # Ranges ascend and do not overlap: the last that starts at or before a token may hold it.
     index = count(starts_ptr, tokens, num_ranges, steps, False) - 1
     start = tl.load(starts_ptr + index, mask=index >= 0, other=0)
@@ -166,14 +167,14 @@ def _tiles_before(
         own = tl.cdiv(stop - start, ROWS)
         replaced = tl.cdiv(stop, ROWS) - tl.cdiv(start, ROWS)
         in_long, _ = _long_range(starts_ptr, ends_ptr, end, num_ranges, steps, ROWS)
-        # Behind it the next tile starts at once, unless the grid or another long range has one
-        # there.
+        # The next tile starts directly after it, unless the grid or another long range has a
+        # tile there.
         after = (end < token) & (end % ROWS != 0) & ~in_long
         counts += tl.where(is_long, own - replaced + after.to(tl.int32), 0)
     return tl.cdiv(token, ROWS) + tl.sum(counts)
 
 
-# Sizes that change from batch to batch must not compile it anew.
+# Sizes that change between batches must not cause a recompilation.
 @triton.jit(do_not_specialize=["num_tokens", "num_ranges", "steps", "limit"])
 def _tiles_kernel(
     tiles_ptr,
@@ -209,7 +210,7 @@ def _tiles_kernel(
         else:
             # Query i of T sees all keys but the last T - 1 - i.
             high = high - (end - 1 - tokens)
-    # Gaps between ranges, and tokens whose range has nothing on the other side, meet nothing.
+    # Gaps between ranges, and tokens whose range is empty on the other side, see nothing.
     meets = (tokens < end) & (low < high)
     tl.store(lows_ptr + tokens, tl.where(meets, low, 0), mask=mask)
     tl.store(highs_ptr + tokens, tl.where(meets, high, 0), mask=mask)
@@ -226,7 +227,7 @@ def _tiles_kernel(
     # A tile's number is how many start before it: those of earlier blocks, and a running sum here.
     place = before + tl.cumsum(begins.to(tl.int32), 0) - 1
     tl.store(tiles_ptr + 1 + place, tokens, mask=begins & (place < limit))
-    # The program of the last tokens knows the number of tiles, and closes the last one.
+    # The program of the last tokens writes the number of tiles and the end of the last one.
     if first + BLOCK >= num_tokens:
         total = tl.minimum(before + tl.sum(begins.to(tl.int32)), limit)
         tl.store(tiles_ptr, total)

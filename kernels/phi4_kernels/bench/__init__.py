@@ -1,1 +1,1 @@
-"""The bench: time against the floor, beside the best others, only while the op is right."""
+"""The benchmark: times of correct ops against the floor and against other implementations."""

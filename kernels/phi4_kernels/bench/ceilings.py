@@ -1,4 +1,4 @@
-"""What this device can do: copy rate and matrix rate, measured in the run that they judge."""
+"""Copy rate and matrix product rate of this device, measured in the same run as the kernels."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ NOMINAL = Ceilings(4.3e12, 790e12)
 
 def measure() -> Ceilings:
     """Measure both on the current CUDA device."""
-    # Random bytes, and random factors below: zeros draw less power, so clocks rise.
+    # Random bytes, and random factors below: zeros draw less power, so the clock rises.
     source = torch.randint(256, (_COPY_BYTES,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     a, b = (torch.randn(_MATMUL, _MATMUL, device="cuda").bfloat16() for _ in range(2))

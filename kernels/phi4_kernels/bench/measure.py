@@ -18,7 +18,7 @@ from phi4_kernels.testing import error_rule, evidence_rows, numerics
 
 NUM_SAMPLES = 50
 _QUICK = 15
-"""Samples where a choice depends on them, not a figure."""
+"""Samples per variant when only a choice depends on them, not a published number."""
 _POSSIBLE = 1.15
 """Datasheet bandwidth over measured copy rate, on H100 and H200 alike: faster is a mistake."""
 
@@ -44,20 +44,20 @@ class Pass:
 
 
 def variants(entry: Entry, ours: str, against: list[str]) -> tuple[list[Variant], list[str]]:
-    """Ours and the providers that are here, and why the others are not."""
+    """Our implementation and the available providers, and why the others are missing."""
     own = partial(entry.timed or entry.function, implementation=ours)
     found, absent = [Variant(ours, own, True)], []
     for name in against:
         try:
             run = providers.function(name, entry)
             found.append(Variant(name, run, _is_right(entry, run)))
-        except Exception as error:  # a foreign package may fail in any way; ours goes on
+        except Exception as error:  # a foreign package may fail in any way
             absent.append(f"{name}: {error}")
     return found, absent
 
 
 def _is_right(entry: Entry, run: Callable[..., Any]) -> bool:
-    """Forward of the first proof case that the provider takes, by the error rule."""
+    """Check the provider's forward by the error rule, on the first proof case that it supports."""
     for case in entry.proof_cases:
         inputs = _moved(entry.make(case, _dtype_of(entry, torch.bfloat16)))
         try:
@@ -83,7 +83,7 @@ def _moved(inputs: CallInputs) -> CallInputs:
 
 
 def _drawn(task: Pass) -> CallInputs:
-    """Inputs drawn on the GPU: billions of numbers take the CPU minutes."""
+    """Random inputs generated on the GPU: billions of numbers take minutes on a CPU."""
     with torch.device("cuda"):
         return _moved(task.entry.make(task.case, task.dtype))
 
@@ -106,7 +106,7 @@ def _forward(run: Callable[..., Any], inputs: CallInputs) -> Any:
 
 def _backward(run: Callable[..., Any], inputs: CallInputs) -> Callable[[], Any]:
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
-    # The op may overwrite an activation but not a leaf; * 1 is outside what is timed.
+    # The op may overwrite an activation but not a leaf; * 1 is not timed.
     activations = {name: leaf * 1 for name, leaf in leaves.items()}
     outputs = numerics.outputs_of(run(**activations, **inputs.constants))
     gradients = [torch.randn_like(output) for output in outputs]
@@ -117,8 +117,8 @@ def _backward(run: Callable[..., Any], inputs: CallInputs) -> Callable[[], Any]:
 
 
 def _memory(task: Pass, run: Callable[..., Any], inputs: CallInputs) -> dict[str, int]:
-    """Peak bytes over the inputs, and bytes that autograd keeps besides them."""
-    # Inputs live anyway; only what the function keeps besides them counts.
+    """Peak bytes in addition to the inputs, and bytes that autograd keeps in addition to them."""
+    # Inputs are not counted, only what the function keeps in addition.
     given = {tensor.data_ptr() for tensor in inputs.tensors.values()}
     saved: dict[int, int] = {}
 
@@ -230,7 +230,7 @@ def _row(
     task: Pass, variant: Variant, seconds: list[float], floor: float, ceilings: Ceilings
 ) -> dict[str, Any]:
     median = timing.percentile(seconds, 50)
-    # What the call before left in L2 need not be read.
+    # Data that the previous call left in L2 need not be read.
     moved = replace(task.cost, bytes=max(0, task.cost.bytes - ceilings.l2_bytes))
     fastest = moved.floor_seconds(ceilings.bytes_per_second, ceilings.flops_per_second) / _POSSIBLE
     if median < fastest:
@@ -291,7 +291,7 @@ def _dtype_of(entry: Entry, wanted: torch.dtype) -> torch.dtype:
 def require_green(entry: Entry, implementation: str) -> None:
     """Raise GateError unless every numeric check of the entry is green on this GPU.
 
-    A green row of this very source on this capability says so already.
+    A green row of the installed source on this capability is sufficient.
     """
     from phi4_kernels.testing import gates
 

@@ -1,7 +1,7 @@
-"""What the committed rows of the kernels say, as Markdown and as a picture; their floors apart.
+"""Renders the committed benchmark rows of the kernels as Markdown and as a figure, and the floors.
 
 `tools/benchmark_page.py` of the checkout puts the measured tables into BENCHMARKS.md. Floors are
-arithmetic, and need no row.
+computed, and need no measured row.
 """
 
 import json
@@ -75,7 +75,7 @@ def floors(op: str | None = None) -> str:
 
 
 def useful_rate(row: dict[str, Any]) -> str:
-    """Bytes or FLOPs a second, whichever sets the floor of the row."""
+    """Rate in bytes/s or FLOP/s, whichever sets the floor of the row."""
     moving = row["bytes"] / row["copy_bytes_per_second"]
     multiplying = row["flops"] / row["matmul_flops_per_second"]
     work, unit = (row["flops"], "TFLOP/s") if multiplying > moving else (row["bytes"], "TB/s")
@@ -123,7 +123,7 @@ def floors_page() -> str:
 
 
 def write() -> list[Path]:
-    """Write the floors, and the picture where there are rows."""
+    """Write the floors, and the figure if there are rows."""
     FLOORS.write_text(floors_page())
     rows = load()
     if not rows:

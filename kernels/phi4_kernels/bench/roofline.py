@@ -1,4 +1,4 @@
-"""The roofline picture: achieved rate over arithmetic intensity, under the run's own ceilings."""
+"""The roofline plot: achieved rate over arithmetic intensity, with the ceilings of the same run."""
 
 from pathlib import Path
 from typing import Any

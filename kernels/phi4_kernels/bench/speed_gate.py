@@ -2,8 +2,9 @@
 
     python -m phi4_kernels.bench.speed_gate --op attention
 
-Appends the row that `auto` asks for, see KernelEvidence.is_faster: the candidate is taken only if
-it is faster in every pass of every bench case, timed interleaved, with the numbers of both green.
+Appends the row that `auto` requires, see KernelEvidence.is_faster: the candidate is taken only if
+it is faster in every pass of every bench case, timed interleaved, with the numeric checks of both
+green.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def verdict(op: str, candidate: str, ratios: dict[str, float]) -> dict[str, Any]
         "source": registry.source_digest(op, candidate),
         "against_source": registry.source_digest(op, against),
         "ratios": {name: round(ratio, 4) for name, ratio in ratios.items()},
-        # In every pass of every case: no mean lets a slow case hide behind fast ones.
+        # In every pass of every case: a mean could hide a slow case.
         "faster": bool(ratios) and max(ratios.values()) < 1.0,
     }
 
@@ -46,7 +47,7 @@ def verdict(op: str, candidate: str, ratios: dict[str, float]) -> dict[str, Any]
 def ratios(entry: Entry, candidate: str) -> dict[str, float]:
     """Median time of the candidate over that of the other, per case and pass, in bf16."""
     names = (candidate, SPEED_GATED[candidate])
-    # Both must be right before their times mean anything.
+    # Both must be correct before they are timed.
     for name in names:
         measure.require_green(entry, name)
     run = entry.timed or entry.function

@@ -35,7 +35,7 @@ def sample_seconds(
             run()
     torch.cuda.synchronize()
     for sample in range(num_samples):
-        # The first of a round changes, so that no variant always follows the same one.
+        # The order rotates each round, so that no variant always follows the same one.
         shift = sample % len(names)
         for name in names[shift:] + names[:shift]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -59,16 +59,16 @@ def captured(calls: list[Callable[[], Any]], stream: torch.cuda.Stream) -> Calla
 
 
 def repeats(floor_seconds: float, num_calls: int) -> int:
-    """How often a graph makes its calls, so that a replay outlasts the clock's grain."""
+    """Repetitions of the calls in a graph, so that a replay exceeds the clock's resolution."""
     return max(1, int(_MIN_REPLAY_SECONDS / max(floor_seconds * num_calls, 1e-9)))
 
 
 def host_seconds(call: Callable[[], Any]) -> float:
-    """Median time that a call keeps the host, launches not awaited."""
+    """Median host time of a call, without waiting for the launches."""
     times = []
     torch.cuda.synchronize()
     for _ in range(_HOST_CALLS):
-        # Without waiting: what the call costs before the device has done anything.
+        # Not synchronised: the time of the call on the host only.
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""What tests, resource gate and benchmarks run of cross-entropy."""
+"""Cases of cross-entropy for tests, resource gate and benchmarks."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ def _case(name: str, tokens: int, vocabulary: int, **more: Any) -> Case:
     return Case(name, {"tokens": tokens, "vocabulary": vocabulary} | more, strided)
 
 
-# Widths under a pack, odd, with and without a tail of a block, at the ladder's step, and phi-4's;
-# every term of the loss alone and together; peaked rows; all ignored; the empty and single token.
+# Widths below a pack, odd, with and without a tail of a block, at the ladder's step, and phi-4's;
+# every term of the loss alone and together; peaked rows; all ignored; no token and one token.
 _PROOF = (
     _case("v5", 9, 5),
     _case("v1003-strided", 7, 1003, strided=True),
@@ -117,14 +117,14 @@ def _shards_in_place(
     weights: Tensor | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Forward and backward of all tensor ranks one after the other, with their exchange by hand."""
+    """Forward and backward of all tensor ranks one after the other; the all-gather is emulated."""
     name = op.dispatch.resolve("cross_entropy", implementation, logits.device)
     vocabulary, width = logits.shape[1], logits.shape[1] // num_ranks
     shards = [
         VocabularyShard(None, num_ranks, rank * width, vocabulary) for rank in range(num_ranks)
     ]
     pairs = list(zip(logits.split(width, dim=1), shards, strict=True))
-    # What an all-gather over the ranks would give.
+    # The result of an all-gather over the ranks.
     gathered = [op.run_statistics(part, targets, options, mine, name) for part, mine in pairs]
     losses, log_probs, normalizer = op.run_combine(
         torch.cat(gathered), targets, weights, options, shards[0], name
@@ -149,7 +149,7 @@ def _whole(
     dlog_probs: Tensor,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """What _shards_in_place must give: the reference and its own gradient on one rank."""
+    """Expected result of _shards_in_place: the reference and its gradient on one rank."""
     leaf = logits.detach().requires_grad_()
     outputs = reference.cross_entropy(leaf, targets, options, weights=weights)
     torch.autograd.backward(outputs, (dlosses, dlog_probs))

@@ -1,4 +1,4 @@
-"""What happens to one chunk of tokens: product, loss, gradients, and what ranks exchange for it."""
+"""The computation on one chunk of tokens: product, loss, gradients, and collectives."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from phi4_kernels.errors import KernelError
 
 @dataclass(frozen=True, slots=True)
 class LinearLayout:
-    """How the product is cut over ranks and over time.
+    """How the product is split over ranks and over chunks of tokens.
 
     Raises:
         KernelError: chunk_tokens is not positive, or sequence_parallel is set without a group.
@@ -45,7 +45,7 @@ class LinearLayout:
 
 
 class Head(NamedTuple):
-    """What all chunks of a call share."""
+    """State that all chunks of a call share."""
 
     weight: Tensor
     options: LossOptions
@@ -65,7 +65,7 @@ class Head(NamedTuple):
 
     def gathered(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The chunks' spans and hidden states: this rank's rows, or those of all ranks one after
-        the other. Each is gathered while the one before it is computed with."""
+        the other. Each gather overlaps the computation on the previous chunk."""
         # One chunk ahead: its all-gather overlaps the products of the previous chunk.
         before: tuple[slice, Callable[[], Tensor]] | None = None
         for span in self.spans(rows.shape[0]):
@@ -116,9 +116,9 @@ class Head(NamedTuple):
 
 
 def _waited(work: Any, result: Tensor, source: Tensor | None = None) -> Tensor:
-    """What a collective makes of `source`; on a GPU the stream waits, not the host."""
+    """The result of a collective on `source`; on a GPU the stream waits, not the host."""
     work.wait()
-    # It has to live until here.
+    # `source` must stay alive until here.
     del source
     return result
 
@@ -154,8 +154,8 @@ class Gradients:
 def _forward_chunk(
     head: Head, whole: Tensor, tokens: Tokens, span: slice, gradients: Gradients | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, log-probabilities and normalizer of a chunk; a function, so that its logits go."""
-    # logits = hidden weight^T, of chunk_tokens tokens: all that ever exists of them
+    """Losses, log-probabilities and normalizer of a chunk; its logits are freed on return."""
+    # logits = hidden weight^T of chunk_tokens tokens; no other logits exist at the time
     logits = whole @ head.weight.t()
     ids, scales = head.of_chunk(tokens.ids, span), head.of_chunk(tokens.scales, span)
     common = (head.options, head.shard, head.name)
@@ -204,7 +204,7 @@ def _backward_chunk(
     gradients: Gradients,
 ) -> None:
     """Add a chunk's gradients; `saved` holds normalizer, dlosses, dlog_probs of all tokens."""
-    # Again, as they were overwritten or never kept: 2 T H V operations for T V elements of memory
+    # Computed again, as they were overwritten or never kept: 2 T H V operations save T V elements.
     logits = whole @ head.weight.t()
     ids, scales = head.of_chunk(tokens.ids, span), head.of_chunk(tokens.scales, span)
     normalizer = head.of_chunk(saved[0], span)

@@ -1,7 +1,7 @@
 """Matrix products that are summed, and left, in fp32, whatever the dtype of their factors.
 
-A GPU has them in its GEMMs; on a CPU a block of the factors is widened at a time. Operators of
-their own, because torch.compile cannot trace torch's form of them.
+On a GPU the GEMM does so; on a CPU the factors are widened block by block. They are registered as
+operators because torch.compile cannot trace torch's form of them.
 """
 
 import torch
@@ -11,8 +11,8 @@ from phi4_kernels import operators
 
 _BLOCK_ELEMENTS = 1 << 22
 _BLOCK_SUMMANDS = 512
-"""A CPU's product of one or two rows adds up number by number: 100,352 of them err ten times as
-much as the blocked product of many rows."""
+"""A CPU's product of one or two rows sums sequentially: over 100,352 terms its error is ten times
+that of the blocked product of many rows."""
 
 
 def _blocks(num_rows: int, width: int) -> list[slice]:
@@ -79,13 +79,12 @@ def add_wide_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def narrowed_in_place(total: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """fp32 [A, B], contiguous, rounded to `dtype` inside its own memory; None stays None.
 
-    Two matrices at once would be half as much again at the peak. The result keeps the fp32 memory
-    alive.
+    A second matrix would raise the peak by half. The result keeps the fp32 memory alive.
     """
     if total is None or dtype == torch.float32:
         return total
     narrow = total.view(-1).view(dtype)[: total.numel()].view(total.shape)
-    # The result's first rows lie under the first rows of the source, never under later ones.
+    # Row i of the result overlaps only source rows up to i, which have been read already.
     for block in _blocks(*total.shape):
         narrow[block] = total[block].to(dtype, copy=True)
     return narrow

@@ -42,7 +42,7 @@ ONE_RANK = LinearLayout()
 
 
 class LossSum(NamedTuple):
-    """What `summed_linear_cross_entropy` gives; only the total is differentiable."""
+    """Result of `summed_linear_cross_entropy`; only the total is differentiable."""
 
     total: Tensor
     """[], fp32: the sum of losses."""
@@ -65,8 +65,8 @@ def linear_cross_entropy(
 ) -> CrossEntropy:
     """Loss and log-probability of every token under logits hidden @ weight.T.
 
-    Any gradient of both outputs is right; backward computes the logits again. Without autograd, as
-    for a reference model's log-probabilities, forward is all there is and nothing is kept.
+    Both outputs take any incoming gradient; backward computes the logits again. Without autograd,
+    as for a reference model's log-probabilities, nothing is saved for backward.
 
     Args:
         hidden: [..., H], bf16, fp16 or fp32; with sequence_parallel [S / P, ..., H].
@@ -106,15 +106,15 @@ def summed_linear_cross_entropy(
     main_grad: Tensor | None = None,
     implementation: str = "auto",
 ) -> LossSum:
-    """Sum of the losses under logits hidden @ weight.T, its gradients made on the way.
+    """Sum of the losses under logits hidden @ weight.T; forward also computes its gradients.
 
-    A mean is a matter of weights, 1 / N each: a factor on the total is exact in fp32 and rounds
-    once more in half precision.
+    For a mean, pass weights of 1 / N: a factor on the total is exact in fp32 but rounds once more
+    in half precision.
 
     Args:
         hidden, weight, targets, options, weights, layout, implementation: see linear_cross_entropy.
         main_grad: [V / P, H], fp32; forward adds the gradient of weight to it, for a total whose
-            own gradient is 1. Another one makes the gradient of hidden NaN.
+            own gradient is 1. Any other value makes the gradient of hidden NaN.
 
     Returns:
         total, losses, log_probs; without autograd no gradient is made.
@@ -246,7 +246,7 @@ class _Summed(torch.autograd.Function):
         dhidden, dweight = ctx.saved_tensors
         for gradient in (dhidden, dweight):
             if gradient is not None:
-                # As a scalar the factor would be rounded to the gradient's dtype first.
+                # A scalar factor would be rounded to the gradient's dtype first.
                 torch.mul(gradient, dtotal.view(1, 1), out=gradient)
         ctx.overwritten = True
         return dhidden, narrowed_in_place(dweight, ctx.dtype), *(None,) * ctx.num_others

@@ -1,4 +1,4 @@
-"""What tests and benchmarks run of the projection with its cross-entropy; see cases."""
+"""Cases of the projection with cross-entropy for tests and benchmarks; see cases."""
 
 import math
 from typing import Any
@@ -48,7 +48,7 @@ def _make(case: Case, dtype: torch.dtype) -> CallInputs:
     weight = weight.to(dtype)
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     if sizes.get("peaked"):
-        # Targets that the model is sure of: a loss near 0 is a difference of almost equal numbers.
+        # Confident targets: a loss near 0 is a difference of almost equal numbers.
         targets[: tokens - 1] = (hidden.float() @ weight.float().t()).argmax(-1)[: tokens - 1]
     options = {key: sizes[key] for key in ("label_smoothing", "z_loss") if key in sizes}
     targets[tokens - round(sizes.get("ignored", 0.2) * tokens) :] = LossOptions().ignore_index
@@ -118,7 +118,7 @@ def _summed_defined(
 
 def _cost(case: Case, dtype: torch.dtype, *, products: dict[str, int]) -> dict[str, Cost]:
     """Each product is 2 T H V operations; backward reads and writes what forward reads, and the
-    weight's gradient in fp32 besides."""
+    weight's gradient in fp32 in addition."""
     tokens, width = case.sizes["tokens"], case.sizes["hidden"]
     vocabulary, size = case.sizes["vocabulary"], dtype.itemsize
     costs = {}
@@ -143,7 +143,7 @@ ENTRIES = (
         proof_cases=_PROOF,
         shipped_cases=(),
         bench_cases=_BENCH[:1],
-        # What the logits once computed would allow; computing them again shows as distance.
+        # The bound if logits were computed once; computing them again shows as distance from it.
         cost=lambda case, dtype: _cost(case, dtype, products={"forward": 1, "backward": 2}),
     ),
     Entry(

@@ -1,6 +1,6 @@
 """Cross-entropy of logits whose vocabulary is split across tensor ranks: 6 bytes per bf16 logit.
 
-The loss reads the logits once; the gradient takes their place. Between the two, ranks exchange
+The loss reads the logits once; the gradient overwrites them. Between the two, ranks exchange
 three fp32 numbers per token (maximum, sum of exponentials, target logit; a fourth with label
 smoothing) in one all-gather and combine them in rank order, so every rank holds the same bits.
 """
@@ -65,7 +65,7 @@ def cross_entropy(
 
     Args:
         logits: [..., V / P], this rank's columns, bf16, fp16 or fp32, contiguous within a token.
-            Backward overwrites them with their gradient: nothing else may need them then.
+            Backward overwrites them with their gradient: nothing else may read them then.
         targets: [...], int32 or int64, ids in [0, V) or options.ignore_index. Any other id gives
             NaN, and under PHI4_KERNELS_DEBUG=1 an error.
         options: ignored id, label smoothing, z-loss.
@@ -79,7 +79,7 @@ def cross_entropy(
     Raises:
         DtypeError, ShapeError, DeviceError, ImplementationError: see errors.
         KernelError: logits are a leaf that requires grad, or weights require grad; in backward,
-            when the gradient has taken the logits' place before.
+            when the logits were already overwritten by their gradient.
         TargetError: under PHI4_KERNELS_DEBUG=1, a target is out of range; ranks that differ in
             columns are a ShapeError then.
 
@@ -175,10 +175,10 @@ def run_forward(
     Collectives: those of run_statistics.
     """
     if shard.size > 1 or name == "torch":
-        # 3 or 4 numbers per token cross the group, never logits.
+        # Ranks exchange 3 or 4 numbers per token, never logits.
         statistics = run_statistics(logits, targets, options, shard, name)
         return run_combine(statistics, targets, weights, options, shard, name)
-    # With nothing to exchange one launch does both.
+    # Without ranks to exchange with, one launch does both.
     constants = (options.ignore_index, options.label_smoothing, options.z_loss)
     return _forward(logits, targets, weights, *constants, name)
 

@@ -1,4 +1,4 @@
-"""What the loss is, apart from its tensors."""
+"""Options of the loss."""
 
 from dataclasses import dataclass
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 _WIDENED_ELEMENTS = 1 << 24
 _LOG2_E = math.log2(math.e)
-"""A CPU takes a third of exp's time for exp2, and the kernel's exponential is one, too."""
+"""On a CPU exp2 takes a third of exp's time, and the kernels use exp2 as well."""
 
 
 def _slices(logits: Tensor) -> Iterator[slice]:
@@ -32,7 +32,7 @@ def statistics(
         x = logits[part].float()
         columns, owned = _columns(targets[part], first, x.shape[1])
         largest = x.amax(-1, keepdim=True)
-        # A shard of -inf alone must count as nothing, not as NaN.
+        # A shard that is all -inf must contribute 0, not NaN.
         largest.clamp_(min=torch.finfo(torch.float32).min)
         out[part, 2:3] = torch.where(owned, x.gather(-1, columns), 0.0)
         if with_sum:
@@ -104,7 +104,7 @@ def backward(
     if weights is not None:
         dloss = dloss * weights.unsqueeze(-1)
     dlog_prob = zeros if dlog_probs is None else dlog_probs.unsqueeze(-1)
-    # A whole row shares its scale's rounding, so there is but one.
+    # The rounding of the scale is common to a row, so there is one scale per row.
     scale = (inverse.double() * (dloss.double() * slope - dlog_prob)).float()
     # dx_j = p_j * (dloss * slope - dlog_prob) + [j = y] * at_target - dloss * e / V
     at_target = dlog_prob - dloss * (1 - label_smoothing)

@@ -77,7 +77,7 @@ def statistics(
 ) -> Tensor:
     """See op._statistics."""
     num_tokens, width = logits.shape
-    # Per token m, l, x_y, and the sum of x only where smoothing asks for it.
+    # Per token m, l, x_y, and the sum of x only if label smoothing needs it.
     shape = (num_tokens, 3 + with_sum)
     out = torch.empty(shape, dtype=torch.float32, device=logits.device)
     if num_tokens:

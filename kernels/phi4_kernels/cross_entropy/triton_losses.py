@@ -65,7 +65,7 @@ def _row_statistics(
         m_i, l_i, sum_x = _accumulate(row_ptr, start, m_i, l_i, sum_x, WIDTH, BLOCK, False, SUMMED)
     if full < WIDTH:
         m_i, l_i, sum_x = _accumulate(row_ptr, full, m_i, l_i, sum_x, WIDTH, BLOCK, True, SUMMED)
-    # The packs' sums meet under one maximum: l = sum_i l_i * exp(m_i - m)
+    # The packs' sums are rescaled to one maximum: l = sum_i l_i * exp(m_i - m)
     row_max = tl.max(m_i)
     row_sum = tl.sum(l_i * tl.exp(m_i - row_max))
     # A shard begins at vocabulary entry `first`; one rank of P holds the target.

@@ -1,4 +1,4 @@
-"""What gates and benchmark run of the FP8 casts: both layouts from one read."""
+"""Cases of the FP8 casts for checks and benchmarks: both layouts from one read."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ from phi4_kernels.launch import ceil_div
 from phi4_kernels.registry import CallInputs, Case, Cost, Entry
 from phi4_kernels.testing import random_inputs
 
-# Whole tiles of 128 x 128, tiles cut in either direction, widths that no pack of 4 divides.
+# Whole tiles of 128 x 128, tiles cut in either direction, widths that 4 does not divide.
 _PROOF = (
     Case("r260-c263", {"rows": 260, "columns": 263}),
     Case("r128-c256", {"rows": 128, "columns": 256}),

@@ -8,7 +8,7 @@ from phi4_kernels.fp8_cast import reference
 from phi4_kernels.launch import ceil_div
 
 _TENSOR, _LINE, _TILE = range(3)
-"""What one scale belongs to, as csrc numbers it."""
+"""Granularity of the scales, as csrc numbers it."""
 
 
 def cast_tensor(

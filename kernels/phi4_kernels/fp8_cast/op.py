@@ -1,7 +1,7 @@
 """Quantisation to FP8: tensor-wise with a given scale, or with a scale per 1x128 or 128x128 block.
 
-Both layouts come from one read. Along rows and along columns a 1x128 block holds other elements, so
-the transposed bytes have scales of their own; a 128x128 block serves both.
+Both layouts come from one read. A 1x128 block along a row holds other elements than one along a
+column, so the transpose has its own scales; a 128x128 block serves both.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class FP8Tensor(NamedTuple):
 
 
 class FP8Blocks(NamedTuple):
-    """A matrix with a scale per block; bytes times the block's inverse give the values back."""
+    """A matrix with a scale per block; value = byte * inverse scale of its block."""
 
     rowwise: Tensor
     """[R, C]."""
@@ -38,7 +38,7 @@ class FP8Blocks(NamedTuple):
     columnwise: Tensor | None
     """[C, R]."""
     columnwise_inverse: Tensor | None
-    """The transposed matrix's: [C, ceil(R / 128)] or [ceil(C / 128), ceil(R / 128)]."""
+    """Inverse scales of the transpose: [C, ceil(R / 128)] or [ceil(C / 128), ceil(R / 128)]."""
 
 
 def cast_tensor(

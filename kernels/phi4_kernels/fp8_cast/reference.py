@@ -1,4 +1,4 @@
-"""The definition of the FP8 casts; fp64 inputs stay unrounded, to be the truth.
+"""The definition of the FP8 casts; fp64 inputs, used as the truth, are not rounded.
 
 A block's inverse scale is its largest magnitude over the format's largest, never below the least
 normal fp32, so that its reciprocal is finite; 1 for a block of zeros. Values saturate; an infinity

@@ -1,4 +1,4 @@
-"""The FP8 casts by torch's operations: the definition, and a copy where it is to be transposed."""
+"""The FP8 casts by torch's operations: the definition, and a copy for the transpose."""
 
 import torch
 from torch import Tensor

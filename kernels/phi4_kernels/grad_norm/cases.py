@@ -1,4 +1,4 @@
-"""What gates and benchmark run of the gradient norm."""
+"""Cases of the gradient norm for checks and benchmarks."""
 
 from typing import Any
 

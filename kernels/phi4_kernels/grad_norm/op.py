@@ -1,8 +1,8 @@
 """Sum of squares of many gradients, and the clip factor that follows from it.
 
-The sum is left squared and in fp64, because ranks add theirs before the root is taken. Two passes
-in an order that the sizes alone decide: no atomics, the same bits in every run, and neither a
-square above fp32's range nor one below it is lost.
+The result is the sum of squares in fp64, because ranks add theirs before the root is taken. Two
+passes sum in an order that depends on sizes only, without atomics, so runs are bit-identical.
+Squares outside of fp32's range are not lost.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def square_sum(tensors: Sequence[Tensor], *, implementation: str = "auto") -> Te
         implementation: see dispatch.choose.
 
     Returns:
-        [], fp64. NaN and infinities stay visible in it.
+        [], fp64. NaN and infinities propagate to it.
 
     Raises:
         DtypeError, ShapeError, DeviceError, ImplementationError: see errors.

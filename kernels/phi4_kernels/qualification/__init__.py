@@ -1,4 +1,4 @@
-"""The first minute on a user's card: which kernels are right here, and which are fastest."""
+"""Self-qualification on a user's GPU: which kernels are correct there, and which are fastest."""
 
 from phi4_kernels.qualification.qualify import (
     LIMIT_SECONDS,

@@ -1,4 +1,4 @@
-"""The user's cache of rows: one process of a machine qualifies at a time, the others read."""
+"""The user's cache of rows: one process per machine qualifies at a time, the others read."""
 
 import fcntl
 import json
@@ -25,13 +25,13 @@ class RowCache:
         self.path, self.problem = path, problem
 
     def keep(self, row: Row) -> None:
-        """Append a row in one write; where that fails, `problem` says why from then on."""
+        """Append a row in one write; if that fails, `problem` holds the reason from then on."""
         if self.problem is not None:
             return
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                # Begins a line of its own: the last write before may have been cut.
+                # Begins with a newline: the previous write may have been incomplete.
                 os.write(descriptor, f"\n{json.dumps(row)}\n".encode())
             finally:
                 os.close(descriptor)
@@ -41,10 +41,10 @@ class RowCache:
 
 @contextmanager
 def held(path: Path, *, wait_seconds: float) -> Iterator[RowCache]:
-    """The cache for the time of the block; another process that wants it waits.
+    """Context manager that locks the cache; other processes wait for it.
 
-    A cache that cannot be written, or that another process holds for too long, is no error: what
-    is found then counts for this run alone.
+    A cache that cannot be written, or that another process holds for too long, is not an error:
+    results then apply to this run only.
 
     Args:
         path: of the file.
@@ -60,7 +60,7 @@ def held(path: Path, *, wait_seconds: float) -> Iterator[RowCache]:
         problem = None if _locked(descriptor, wait_seconds) else f"{path} is held by another run"
         yield RowCache(path, problem)
     finally:
-        # Closing gives the lock up; the kernel does so too when the process dies.
+        # Closing releases the lock; the kernel does so too when the process dies.
         os.close(descriptor)
 
 
@@ -74,7 +74,7 @@ def _locked(descriptor: int, wait_seconds: float) -> bool:
                 return False
             time.sleep(_POLL_SECONDS)
         except OSError:
-            # Some network file systems have no locks: two runs then do the same work.
+            # Some network file systems have no locks; two runs then repeat the same work.
             return True
         else:
             return True

@@ -1,4 +1,4 @@
-"""Proves and times kernels on a CUDA device: the gates of `testing`, in processes of their own."""
+"""Checks and times kernels on a CUDA device: the checks of `testing`, in separate processes."""
 
 import math
 import multiprocessing
@@ -43,7 +43,7 @@ class GpuProver:
         self, candidates: Sequence[Candidate], seconds: float
     ) -> Iterator[tuple[Candidate, dict[str, Any] | None]]:
         """See `qualify.Prover`. All checks are handed out at once: compilation is most of it."""
-        # One deadline for all: what is not done by then is left for the next run.
+        # One deadline for all: checks that are not done by then are left to the next run.
         deadline = time.monotonic() + seconds
         tasks = {candidate: two_sizes(*candidate) for candidate in candidates}
         num_checks = sum(map(len, tasks.values()))
@@ -70,13 +70,13 @@ class GpuProver:
     def _judged(
         self, candidate: Candidate, checks: list[gates.Check], outcomes: list[float | str | None]
     ) -> dict[str, Any] | None:
-        # One check without a result, and nothing is known of the candidate.
+        # If one check has no result, the candidate has no verdict.
         if None in outcomes:
             return None
         red = {}
         for check, outcome in zip(checks, outcomes, strict=True):
-            # A fault of another kernel spoils its process for good: what is red is asked again
-            # alone in a fresh one.
+            # A fault of another kernel makes its process unusable: a red check is repeated alone
+            # in a fresh process.
             if isinstance(outcome, str) and isinstance(again := self._alone(candidate, check), str):
                 red["/".join(check)] = again
         margins = [outcome for outcome in outcomes if isinstance(outcome, float)]
@@ -100,8 +100,8 @@ def two_sizes(op: str, implementation: str) -> list[gates.Check]:
         if not checks:
             continue
         dtype = "bf16" if any(check[2] == "bf16" for check in checks) else checks[0][2]
-        # The largest case meets all paths; the medium one is another row of the ladder, or another
-        # tail.
+        # The largest case reaches all paths; the medium one uses another row of the ladder, or has
+        # another tail.
         volumes = {case.name: _volume(case) for case in entry.proof_cases}
         sized = sorted((c for c in checks if c[2] == dtype), key=lambda c: (volumes[c[1]], c[1]))
         found += [sized[len(sized) // 2], sized[-1]] if len(sized) > 1 else sized
@@ -109,15 +109,15 @@ def two_sizes(op: str, implementation: str) -> list[gates.Check]:
 
 
 def _volume(case: registry.Case) -> int:
-    """About how large a case is: the product of its sizes, of lists their sums."""
+    """Approximate size of a case: the product of its sizes, of lists their sums."""
     sizes = case.sizes.values()
     numbers = [s if isinstance(s, int) else sum(s) for s in sizes if isinstance(s, int | tuple)]
     return math.prod(max(int(number), 1) for number in numbers if not isinstance(number, bool))
 
 
 def _take_signals() -> None:
-    """A run takes its signals in a thread, and its children inherit that they are blocked: a pool
-    that is given up would wait for its processes for ever."""
+    """Unblock signals in a child: a training run handles them in a thread and blocks them, and with
+    the inherited mask an abandoned pool would wait for its processes forever."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
 
 

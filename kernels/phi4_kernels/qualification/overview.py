@@ -1,8 +1,8 @@
-"""All that can be known of an op on this machine, for a kernel developer.
+"""Overview of an op on this machine for a kernel developer: margins, resources, costs, times.
 
-Without a GPU: margins of the error rule under Triton's interpreter or in csrc's host form, what the
-machine code for sm_90 uses, bytes, FLOPs and floor times, and the committed times. With one, the
-margins are the GPU's, and the times are taken now beside torch.
+Without a GPU: margins of the error rule under Triton's interpreter or in csrc's host form,
+resources of the machine code for sm_90, bytes, FLOPs and floor times, and the committed times. With
+a GPU, the margins are measured on it, and the kernels are timed together with torch.
 """
 
 import json
@@ -28,7 +28,7 @@ Cells = tuple[str, ...]
 
 @dataclass(frozen=True)
 class OpTable:
-    """A table, and what has to be said about it."""
+    """A table with its title and a note."""
 
     title: str
     head: Cells
@@ -37,11 +37,11 @@ class OpTable:
 
 
 def overview(op: str, implementation: str | None = None) -> Iterator[OpTable]:
-    """The tables of an op, one after the other as they are ready.
+    """Yield the tables of an op as they become ready.
 
     Args:
         op: one of registry.OPS.
-        implementation: whose margins and times; the op's default kernel without it.
+        implementation: the implementation to show; None takes the op's default kernel.
     """
     name = implementation or registry.default_kernel(op)
     yield _implementations(op)
@@ -65,7 +65,7 @@ def _implementations(op: str) -> OpTable:
 
 
 def _margins(op: str, name: str) -> OpTable:
-    """How much of the error rule each function uses up, on two sizes of each."""
+    """Margin of the error rule of each function, on two sizes."""
     where = "on the GPU" if torch.cuda.is_available() else _HOST_FORMS.get(name, "on the CPU")
     title = f"Error rule, {name} {where}; 1.00 is the limit"
     # An absent library is reported, not left out.
@@ -102,7 +102,7 @@ class _Checks:
             self._process.close()
 
     def run(self, check: gates.Check) -> tuple[dict[str, float], str]:
-        """Margins by output and gradient, or none of them and why."""
+        """Margins by output and gradient, or an empty dict and the reason."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             if self._process is None:
@@ -115,7 +115,7 @@ class _Checks:
 
 
 def _resources(op: str) -> OpTable:
-    """What the shipped launches use; a number over its budget says so."""
+    """Resources of the shipped launches; numbers that differ from the budget are marked."""
     head = ("kernel", "registers", "warps", "spill bytes", "shared bytes", "matrix", "128-bit")
     rows, title = [], "Machine code for sm_90"
     if dispatch.interpreting():
@@ -150,7 +150,7 @@ def _compiled(key: str, found: dict[str, int], budget: dict[str, int]) -> Cells:
 
 
 def _csrc(op: str) -> Iterator[Cells]:
-    """Budgets of the op's CUDA kernels, which a build is held to."""
+    """Budgets of the op's CUDA kernels, which a build must meet."""
     files = [path for path in cuda_library.sources() if op in path.parts]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     for path in sorted(budgets.FOLDER.glob("csrc-*.json")) if text else ():
@@ -206,7 +206,7 @@ def _times_on_file(op: str) -> OpTable:
 
 
 def _times_now(op: str, name: str) -> OpTable:
-    """The first bench case of each function, ours beside torch."""
+    """The first bench case of each function, timed together with torch."""
     rates, rows = ceilings.measure(), []
     for entry in _timed(op, name):
         found, _ = measure.variants(entry, name, ["torch"])

@@ -1,8 +1,8 @@
-"""Self-qualification: prove the kernels on this very machine, and time them beside torch.
+"""Self-qualification: check the kernels on this machine, and time them together with torch.
 
-No committed row covers every card, compiler and source. Where rows are missing, a minute on the
-user's own card makes them: every implementation runs two sizes of each of its functions under the
-error rule, guard bands and equal bits of two runs; what is green is timed beside torch.
+Committed rows do not cover every GPU, compiler and source. Missing rows are written within a minute
+on the user's own GPU: every implementation runs two sizes of each of its functions and is checked
+by the error rule, guard bands and bitwise equality of two runs; green ones are timed with torch.
 """
 
 import time
@@ -18,7 +18,7 @@ from phi4_kernels.qualification.cache import RowCache, held
 LIMIT_SECONDS = 60.0
 """For all ops together."""
 _PROOF_SHARE = 0.7
-"""Of the limit, for proofs; the rest is for times."""
+"""Share of the limit for correctness checks; the rest is for times."""
 
 Candidate = tuple[str, str]
 """Names of an op and of one of its implementations."""
@@ -31,7 +31,7 @@ class Prover(Protocol):
     machine: GpuMachine
 
     def columns(self) -> Row:
-        """What every row says of the machine."""
+        """The machine's columns of every row."""
 
     def prove(
         self, candidates: Sequence[Candidate], seconds: float
@@ -47,7 +47,7 @@ class Prover(Protocol):
 
 @dataclass(frozen=True)
 class KernelFinding:
-    """What is known of one implementation on this machine now."""
+    """Current state of one implementation on this machine."""
 
     op: str
     implementation: str
@@ -62,16 +62,16 @@ class KernelFinding:
 
 @dataclass(frozen=True)
 class Qualification:
-    """What a qualification leaves behind."""
+    """Result of a qualification."""
 
     evidence: KernelEvidence
-    """All that is known now, whether or not it could be kept."""
+    """All evidence, including rows that could not be written."""
     findings: tuple[KernelFinding, ...]
     rows: tuple[Row, ...]
-    """Those that were made just now."""
+    """Rows of this qualification."""
     seconds: float
     problem: str | None
-    """Why the rows are not kept for the next run; None where they are."""
+    """Why the rows could not be kept for the next run; None if they were."""
 
 
 def is_needed(
@@ -90,28 +90,28 @@ def qualify(
     cache: Path | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Qualification:
-    """Make the rows that this machine lacks, and keep them in the user's cache.
+    """Write the rows that this machine lacks to the user's cache.
 
     Args:
         prover: runs the kernels.
         ops: which ops.
-        again: make all rows anew.
-        limit_seconds: what is not done by then stays unproven; the next call goes on with it.
+        again: make all rows again.
+        limit_seconds: checks not done by then are left to the next call.
         cache: file of the rows; None takes the user's.
-        clock: tells seconds.
+        clock: returns seconds.
     """
     begun, machine = clock(), prover.machine
     with held(cache or dispatch.cache_file(), wait_seconds=2 * limit_seconds) as kept:
-        # Read under the lock: another rank or run may just have made them.
+        # Read under the lock: another rank or run may have just written them.
         work = _Qualifying(prover, kept, dispatch.known())
         known = KernelEvidence((), work.evidence.speed) if again else work.evidence
-        # Proofs first, at most 70% of the time: a kernel without a proof never runs, one without
-        # times does.
+        # Checks first, at most 70% of the time: an unproven kernel never runs, one without times
+        # does.
         missing = _unproven(machine, known, ops)
         work.prove(missing, max(0.0, begun + _PROOF_SHARE * limit_seconds - clock()))
         known = KernelEvidence(tuple(work.rows)) if again else work.evidence
         for op, names in _untimed(machine, known, ops):
-            # What has no times yet is timed by the next run.
+            # Ops without times are timed by the next run.
             if clock() - begun >= limit_seconds:
                 break
             work.time(op, names)
@@ -125,7 +125,7 @@ def qualify(
 
 
 class _Qualifying:
-    """Rows as they are made: each is kept at once, so that a kill loses one at most."""
+    """Collects rows and writes each at once, so that a kill loses at most one."""
 
     def __init__(self, prover: Prover, cache: RowCache, evidence: KernelEvidence) -> None:
         self.rows: list[Row] = []
@@ -165,7 +165,7 @@ class _Qualifying:
 
 
 def _candidates(ops: Sequence[str]) -> list[Candidate]:
-    """What qualification covers; a gated kernel has a gate of its own."""
+    """Implementations that qualification covers; gated kernels use the speed gate."""
     return [(op, n) for op in ops for n in dispatch.candidates(op) if n not in SPEED_GATED]
 
 
@@ -181,7 +181,7 @@ def _unproven(machine: GpuMachine, evidence: KernelEvidence, ops: Sequence[str])
 def _untimed(
     machine: GpuMachine, evidence: KernelEvidence, ops: Sequence[str]
 ) -> list[tuple[str, list[str]]]:
-    """Ops with proven kernels that were never timed here, and what to time beside each other."""
+    """Ops with proven kernels that were never timed here, and the implementations to time."""
     found = []
     for op in ops:
         names = [
@@ -202,7 +202,7 @@ def _findings(
         if reason := registry.missing(op, name):
             yield KernelFinding(op, name, "absent", reason)
         elif row is None:
-            yield KernelFinding(op, name, "not in time", "the next start goes on with it")
+            yield KernelFinding(op, name, "not in time", "the next start continues with it")
         elif not row["green"]:
             detail = work.red.get((op, name), f"found on {row['date']}")
             yield KernelFinding(op, name, "red", detail)

@@ -1,4 +1,4 @@
-"""What tests, resource gate and benchmarks run of RMSNorm."""
+"""Cases of RMSNorm for tests, resource gate and benchmarks."""
 
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ def _make(case: Case, dtype: torch.dtype, *, add: bool) -> CallInputs:
     generator = case.generator()
     shape = (case.sizes["rows"], case.sizes["hidden"])
     weight_dtype = torch.float32 if case.sizes.get("fp32_weight") else dtype
-    # Weights near 1, as a trained norm has them; not all alike, so that a permuted one shows.
+    # Weights near 1, as in a trained norm; all different, so that a permutation shows.
     noise = torch.randn(shape[1], generator=generator, dtype=torch.float64)
     tensors = {
         "x": random_inputs.rows(shape, dtype, generator, strided=case.strided),

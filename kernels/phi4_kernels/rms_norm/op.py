@@ -4,8 +4,8 @@ The fused add writes the sum that the next residual add reads, so a block's stre
 once. Statistics and the weight gradient accumulate in fp32; backward keeps the normalised input
 and one fp32 per row. The weight gradient is summed in a fixed order, so it is bitwise repeatable.
 
-FP8 output has no gradient of its own (a gradient in e4m3 would be useless): the FP8 linear that
-eats it owns the backward and calls `rms_norm_backward`.
+FP8 output has no autograd (a gradient in e4m3 would be useless): the FP8 linear that consumes it
+implements the backward and calls `rms_norm_backward`.
 """
 
 from functools import partial
@@ -167,11 +167,11 @@ def rms_norm_backward(
     dtotal: Tensor | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of rms_norm, for callers that own their autograd.
+    """The gradient of rms_norm, for callers that implement their own autograd.
 
     Args:
         dy: [T, H], gradient of y.
-        x: [T, H], what was normalised (after the add, where there was one).
+        x: [T, H], the input of the norm (after the add, if there was one).
         weight: [H].
         rstd: [T], fp32, from the forward.
         dtotal: [T, H], gradient that reaches x past the norm; added to dx in the same pass.
@@ -197,7 +197,7 @@ def rms_norm_backward(
 
 
 def _checked(op: str, x: Tensor, weight: Tensor, **like_x: Tensor | None) -> Tensor:
-    """The weight, contiguous, after all checks of it, of x and of what is shaped like x."""
+    """Check weight, x and the tensors shaped like x; returns the weight, contiguous."""
     expect_dtype(op, "x", x, (*FLOAT_DTYPES, torch.float64))
     expect_rows(op, "x", x)
     for name, tensor in like_x.items():

@@ -62,7 +62,7 @@ def _inverse_root(mean_square, eps):
     product = shifted * root
     rest = tl.fma(shifted, root, -product)
     error = tl.fma(-product, root, 1.0) - rest * root
-    # Of infinity the step makes NaN.
+    # The step turns infinity into NaN.
     return tl.where(error == error, tl.fma(0.5 * root, error, root), root)
 
 
@@ -178,7 +178,7 @@ def _rms_norm_fp8_columnwise_kernel(
         largest = tl.maximum(largest, tl.abs(y))
         stored = tl.clamp(y * scale, -FP8_MAX, FP8_MAX).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + rows[:, None] * WIDTH + b_cols, stored, mask=mask)
-        # Converted anew: ptxas 12 cannot use a pair of e4m3 twice, see testing/fp8_pairs.py.
+        # Converted again: ptxas 12 miscompiles two uses of an e4m3 pair, see testing/fp8_pairs.py.
         turned = tl.clamp(y * same_scale, -FP8_MAX, FP8_MAX).to(transposed_ptr.dtype.element_ty)
         # y^T [H, T]: column j of the tile becomes a piece of ROWS bytes of row j.
         down = transposed_ptr + b_cols.to(tl.int64) * num_rows + rows[:, None]
@@ -308,7 +308,7 @@ def forward_fp8(
         total = x.new_empty((0, 0)) if total is None else total
     else:
         y, transposed, total, rstd, amax = _forward_columnwise(x, residual, weight, eps, scale)
-    # No rows, no largest value: 0, as torch's reduction of nothing is an error.
+    # Without rows the largest value is 0; torch's reduction of nothing is an error.
     largest = scale.new_zeros(()) if amax is None or not amax.numel() else amax.amax()
     return y, transposed, largest, total, rstd
 

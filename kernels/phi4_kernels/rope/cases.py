@@ -1,4 +1,4 @@
-"""What tests, resource gate and benchmarks run of RoPE."""
+"""Cases of RoPE for tests, resource gate and benchmarks."""
 
 from functools import cache
 from typing import Any

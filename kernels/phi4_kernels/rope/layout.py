@@ -1,4 +1,4 @@
-"""How queries, keys and values lie in one packed projection."""
+"""Layout of queries, keys and values in one packed projection."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,8 @@
 """Rotary position embedding on packed QKV: split and rotate in one pass, in place.
 
 The projection's output is consumed: its queries and keys are overwritten and q, k and v are views
-of it, so nothing is copied in either head order. Work is linear in tokens; a document's length
-never enters the grid. Backward rotates back while it packs dq, dk and dv into the gradient that
+of it, so nothing is copied in either head order. Work is linear in tokens; the grid does not depend
+on document lengths. Backward rotates back while it packs dq, dk and dv into the gradient that
 the projection's GEMMs read, and saves only the tables.
 """
 
@@ -38,7 +38,7 @@ def rope_tables(
         num_positions: one more than the largest position.
         rotary_dim: rotated elements of a head, even.
         base: wavelength base, phi-4's `rope_theta`.
-        device: where the tables lie.
+        device: device of the tables.
 
     Returns:
         (cos, sin), each [num_positions, rotary_dim / 2], fp32.
@@ -69,7 +69,7 @@ def rope_qkv(
     Args:
         qkv: [T, ...] with layout.width elements per token, contiguous within a token; bf16, fp16
             or fp32. Overwritten: do not use it afterwards.
-        layout: how its heads lie.
+        layout: order and number of its heads.
         cos, sin: [P, rotary_dim / 2], fp32, from rope_tables; rotary_dim <= head_dim.
         position_ids: [T], int32 or int64, in [0, P).
         cu_seqlens: [num_documents + 1], int32, from 0 to T, ascending: positions count from each

@@ -1,8 +1,8 @@
 """RoPE in Triton: one program per token, one tile per kind of head, any strides.
 
-The angles of a token are read once and serve all of its heads. The kernels know no layout: they see
-q, k and v as views, so both head orders are two strides. With document boundaries the token finds
-its document by bisection, so the grid is the tokens and nothing else.
+The angles of a token are read once for all of its heads. The kernels are independent of the layout:
+they get q, k and v as strided views, which covers both head orders. With document boundaries, a
+program finds its token's document by bisection, so the grid is the number of tokens.
 """
 
 from functools import cache
@@ -105,7 +105,7 @@ def _copy(
 def _angles(table_ptr, position, num_positions, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
     """cos or sin of the token's position by frequency; NaN if the tables do not reach it."""
     cols = tl.arange(0, BLOCK_HALF)[None, :]
-    # NaN instead of an error: the host must not wait for positions that the device computes.
+    # NaN instead of an error: checking positions on the host would need a synchronisation.
     mask = (cols < HALF) & (position >= 0) & (position < num_positions)
     return tl.load(table_ptr + position * HALF + cols, mask=mask, other=float("nan"))
 

@@ -1,4 +1,4 @@
-"""What tests, resource gate and benchmarks run of SwiGLU."""
+"""Cases of SwiGLU for tests, resource gate and benchmarks."""
 
 from functools import partial
 from typing import Any

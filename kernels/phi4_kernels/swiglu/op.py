@@ -1,8 +1,8 @@
 """SwiGLU from the fused projection: silu(gate) * up, with [gate | up] in one tensor.
 
-Backward recomputes the sigmoid from gate_up, so nothing is saved beside the input. It can write the
-product again in the same pass, which `swiglu_linear` uses to keep no F-wide activation at all: at
-phi-4's width that is 587 MB a layer for 16,384 tokens, for 2 more bytes per element of backward.
+Backward recomputes the sigmoid from gate_up, so only the input is saved. It can write the product
+again in the same pass, which lets `swiglu_linear` save no F-wide activation: at phi-4's width this
+saves 587 MB per layer for 16,384 tokens, for 2 more bytes per element in backward.
 """
 
 from functools import partial
@@ -56,7 +56,7 @@ def swiglu(gate_up: Tensor, *, implementation: str = "auto") -> Tensor:
     if name == "torch":
         return torch_impl.swiglu(gate_up)
     rows = rows_of(gate_up)
-    # Without a graph to build, the Function's own cost is left out.
+    # Without a graph to build, the overhead of the Function is avoided.
     run = _SwiGLUFunction.apply if needs_graph(rows) else _swiglu_forward
     out = run(rows, name)
     return out if gate_up.dim() == 2 else out.view(*gate_up.shape[:-1], width)
@@ -90,7 +90,7 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, *, implementation: str = "aut
 def swiglu_backward(
     dout: Tensor, gate_up: Tensor, *, emit_product: bool = False, implementation: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of swiglu, for callers that own their autograd.
+    """The gradient of swiglu, for callers that implement their own autograd.
 
     Args:
         dout: [T, F], gradient of the product.

@@ -86,8 +86,8 @@ def _swiglu_forward_kernel(
     # out = silu(g) * u = g * sigmoid(g) * u
     out = gate * _sigmoid(gate, out_ptr.dtype.element_ty == tl.float32) * up
     if COLUMNWISE:
-        # Converted anew: ptxas 12 cannot use a pair of e4m3 twice, see testing/fp8_pairs.py.
-        # The second load of the scale keeps compilers from seeing that both are the same.
+        # Converted again: ptxas 12 miscompiles two uses of an e4m3 pair, see testing/fp8_pairs.py.
+        # The second load of the scale keeps the compiler from merging the two conversions.
         turned = tl.clamp(out * tl.load(scale_ptr, volatile=True), -FP8_MAX, FP8_MAX)
         turned = tl.trans(turned.to(transposed_ptr.dtype.element_ty))
         down = transposed_ptr + cols.to(tl.int64) * num_rows + rows

@@ -1,1 +1,1 @@
-"""The proofs: error rule, poisoned memory, program orders, operators, compiled resources."""
+"""The checks: error rule, poisoned memory, program orders, operators, compiled resources."""

@@ -1,11 +1,11 @@
-"""Command line of the proofs.
+"""Command line of the checks.
 
     python -m phi4_kernels.testing numbers [--op OP] [--implementation NAME] [--jobs N] [--record]
     python -m phi4_kernels.testing compile [--op OP] [--json]
     python -m phi4_kernels.testing budgets [--op OP]
 
 `numbers` interprets Triton on a machine without a GPU, and runs the host form of csrc's ops.
-`compile` holds Triton's resources against the budgets, `budgets` writes them. `--record` appends
+`compile` compares Triton's resources with the budgets, `budgets` writes them. `--record` appends
 the rows that let `auto` choose a kernel.
 """
 

@@ -1,4 +1,4 @@
-"""The committed resource budget of each shipped kernel, and the gate that holds kernels to it.
+"""The committed resource budget of each shipped kernel, and the check against it.
 
 Budgets are keyed by Triton version, because each version allocates registers differently, and are
 written only by `make budgets`. A kernel may use less than its budget, never more.
@@ -24,7 +24,7 @@ Found = dict[str, int]
 
 
 def path(version: str = triton.__version__) -> Path:
-    """Where the budgets of a Triton version are."""
+    """File of the budgets of a Triton version."""
     return FOLDER / f"triton-{version}.json"
 
 
@@ -56,7 +56,7 @@ def write(found: dict[str, Found], entries: Collection[str]) -> None:
 
 
 def laws(key: str, found: Found) -> list[str]:
-    """What no shipped kernel may do, whatever its budget says."""
+    """Violations of the limits that hold for every kernel, independent of its budget."""
     threads = found["num_warps"] * 32
     broken = {
         f"{found['stack_bytes']} bytes of stack; registers spill": found["stack_bytes"],
@@ -83,7 +83,7 @@ def laws(key: str, found: Found) -> list[str]:
 
 
 def over_budget(key: str, found: Found, budget: Found) -> list[str]:
-    """Where a kernel is worse than its budget."""
+    """The resources in which a kernel exceeds its budget."""
     worse = [name for name in _AT_MOST if found[name] > budget[name]]
     worse += [name for name in _AT_LEAST if found[name] < budget.get(name, 0)]
     return [

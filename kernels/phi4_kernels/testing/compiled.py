@@ -1,8 +1,8 @@
-"""Compiles every shipped launch for sm_90 without a GPU, and reads what the machine code uses.
+"""Compiles every shipped launch for sm_90 without a GPU, and reads resources of the machine code.
 
-A driver that only compiles is installed, and the public functions are called on CPU tensors: what
-is compiled is what a GPU would launch, with Triton's own specialisation of arguments. This changes
-Triton for the whole process, so it runs in a process of its own:
+A driver that only compiles is installed, and the public functions are called on CPU tensors: the
+compiled kernels are those that a GPU would launch, with Triton's own specialisation of arguments.
+This changes Triton for the whole process, so it runs in a separate process:
 
     python -m phi4_kernels.testing compile
 """
@@ -41,7 +41,7 @@ _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one compiled kernel takes, from its cubin."""
+    """Resources of one compiled kernel, from its cubin."""
 
     registers: int
     """Per thread."""
@@ -81,7 +81,7 @@ _PATTERNS = {
 
 
 class _CompileOnlyDriver(DriverBase):
-    """Answers what the compiler asks of a device, and can launch nothing."""
+    """Provides the device properties that the compiler needs; cannot launch kernels."""
 
     def __init__(self) -> None:
         """Nothing to open."""
@@ -110,7 +110,7 @@ class _CompileOnlyDriver(DriverBase):
 
 
 def count_instructions(sass: str) -> dict[str, int]:
-    """Occurrences of the instructions that the gate looks at."""
+    """Counts of the instructions that the gate checks."""
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in _PATTERNS.items()}
     # DEPBAR waits for all but N products: text between two waits runs while N are in flight.
     waits = re.split(r"\bWARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", sass)
@@ -162,7 +162,7 @@ def _compiling(implementation: str) -> Iterator[dict[str, Any]]:
 
 
 def _shipped(entry: Entry, implementation: str) -> Iterator[tuple[Case, torch.dtype]]:
-    """What to compile: all shipped cases and dtypes, or those that the implementation names."""
+    """Cases and dtypes to compile: all that ship, or those that the implementation names."""
     names = tuple(case.name for case in entry.shipped_cases)
     everything = (names, entry.dtypes)
     module = registry.implementation(entry.op, implementation)
@@ -205,7 +205,7 @@ def compile_all(entries: Iterable[Entry]) -> tuple[dict[str, dict[str, int]], li
 
     def recorded(ladder: launch.Ladder, size: int) -> launch.Launch:
         row = pick(ladder, size)
-        # By identity, as equal ladders of two ops are two.
+        # By identity: equal ladders of two ops are different ladders.
         ladders[id(ladder)] = ladder
         reached.add((id(ladder), ladder.index(row)))
         return row

@@ -1,7 +1,7 @@
-"""The one tolerance of the lab: measured by what plain PyTorch loses on the same inputs.
+"""The one tolerance of all numeric checks: relative to the error of plain PyTorch.
 
 Truth is the reference on fp64 copies of the rounded inputs, eager is the reference on the inputs as
-given. Nothing is tuned by hand, and nothing can be widened to let a kernel pass.
+given. There is no constant to tune, and no way to widen the bound for one kernel.
 """
 
 import math
@@ -15,7 +15,7 @@ from phi4_kernels.errors import GateError
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """How much of the rule a result uses up; 1.0 is the limit."""
+    """Error of a result as a fraction of the rule's bound; 1.0 is the limit."""
 
     largest: float
     """Largest error over 2 * eager's + 1 ulp at max |truth|."""
@@ -37,13 +37,13 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 def check(name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> Margin:
-    """Hold one output or gradient against the rule.
+    """Check one output or gradient by the rule.
 
     Args:
         name: for the message.
-        ours: what the kernel gave.
-        eager: what the reference gave on the same inputs.
-        truth: what the reference gave in fp64.
+        ours: the kernel's result.
+        eager: the reference's result on the same inputs.
+        truth: the reference's result in fp64.
 
     Raises:
         GateError: wrong shape or dtype, not finite, or over the rule.

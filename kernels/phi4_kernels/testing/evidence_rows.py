@@ -1,4 +1,4 @@
-"""Append-only rows of evidence: what was run, on what, from which commit."""
+"""Append-only evidence rows: what was run, on which device, from which commit."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def _output(*command: str) -> str:
 def machine() -> dict[str, str]:
     """Device, driver, versions, commit: the columns that every row carries.
 
-    PHI4_COMMIT names the commit of a copy whose .git is missing or of another state.
+    PHI4_COMMIT names the commit of a copy without .git, or whose .git has another state.
     """
     import triton
 
@@ -44,15 +44,15 @@ def machine() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The checkout's commit, with a + where files differ from it."""
-    # The row must show that its files are in no commit.
+    """The checkout's commit, with a + if files differ from it."""
+    # The row must show that its files were not committed.
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     dirty = "+" if _output("git", "status", "--porcelain", "--", ".") else ""
     return f"{commit}{dirty}" if commit else "unknown"
 
 
 def correctness(op: str, implementation: str, result: dict[str, Any]) -> dict[str, Any]:
-    """The row that `auto` looks for; see dispatch."""
+    """The row that `auto` requires; see dispatch."""
     return {
         "op": op,
         "implementation": implementation,

@@ -2,9 +2,9 @@
 
 `cvt.rn.satfinite.e4m3x2.f32` writes two values into a 16-bit register. Where two such registers
 are joined into a word, ptxas 12 (Triton 3.6 and 3.7 carry 12.8 and 12.9) folds the joining into the
-second conversion, F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C, and forgets the register's other
-readers: they get whatever the hardware register held, often R1, the stack pointer. ptxas 13 is
-right. A kernel that stores a tile and its transpose must therefore convert it twice.
+second conversion, F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C, and ignores the register's other
+readers: they read an undefined hardware register, often R1, the stack pointer. ptxas 13 is correct.
+A kernel that stores a tile and its transpose must therefore convert it twice.
 """
 
 import re

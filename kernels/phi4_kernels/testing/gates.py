@@ -1,4 +1,4 @@
-"""The gates by name: what the tests, the command line and the benchmark run, in any process."""
+"""The numeric checks by name, for the tests, the command line and the benchmark."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def check_numbers(
     """The error rule, guard bands and permuted program orders on one case.
 
     Returns:
-        How much of the rule each output and gradient uses up.
+        Margin of each output and gradient.
 
     Raises:
         GateError: a gate is red.
@@ -96,7 +96,7 @@ def red_cases(op: str, implementation: str, device: str, jobs: int = 1) -> dict[
 
 
 def _shared(run: Callable[[Check], float | str], checks: list[Check], jobs: int) -> list:
-    """Outcomes from spawned processes, each for a few checks: a fault on a device stays in one."""
+    """Outcomes from spawned processes of a few checks each, so that a device fault affects one."""
     spawned = multiprocessing.get_context("spawn")
     # Spawned, not forked: CUDA does not survive a fork.
     with spawned.Pool(min(jobs, len(checks) or 1), maxtasksperchild=_CHECKS_PER_PROCESS) as pool:
@@ -116,5 +116,5 @@ def outcome_of(implementation: str, device: str, check: Check) -> float | str:
     """The worst margin of a green check, the message of a red one."""
     try:
         return max(check_numbers(*check, implementation, device).values(), default=0.0)
-    except Exception as error:  # any failure is red, and the others are still worth knowing
+    except Exception as error:  # any failure is red; the other checks still run
         return f"{type(error).__name__}: {error}"

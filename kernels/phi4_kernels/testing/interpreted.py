@@ -1,8 +1,8 @@
-"""A process in which Triton interprets, for callers whose own process does not.
+"""A child process that interprets Triton kernels, for callers whose process compiles them.
 
-Triton decides when a kernel is defined whether it is compiled or interpreted, so both cannot live
-in one process. The process runs functions by name, `module:function` with JSON arguments, and says
-what they raised.
+Triton decides when a kernel is defined whether it is compiled or interpreted, so one process cannot
+do both. The child runs functions by name, `module:function` with JSON arguments, and returns
+results and errors.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from phi4_kernels.testing import mutants
 
 
 class InterpretedProcess:
-    """A child process with TRITON_INTERPRET=1; close it. One that dies costs its call alone."""
+    """A child process with TRITON_INTERPRET=1; close it. If it dies, only that call fails."""
 
     def __init__(self) -> None:
         self._child = _start()
@@ -41,7 +41,7 @@ class InterpretedProcess:
             answer = from_child.readline()
         except BrokenPipeError:
             answer = ""
-        # An access out of range ends the process: a new one serves the next call.
+        # An access out of range ends the process; the next call starts a new one.
         if not answer:
             self.close()
             code = self._child.returncode
@@ -88,12 +88,12 @@ def _answer(request: str) -> tuple[Any, str | None]:
             return run(**arguments), None
         with mutants.mutant(*mutant):
             return run(**arguments), None
-    except Exception as error:  # the caller is told, whatever it is
+    except Exception as error:  # any error is returned to the caller
         return None, f"{type(error).__name__}: {error}"
 
 
 def _serve() -> None:
-    # Answers get a pipe of their own: a print inside a function must not break the protocol.
+    # Results use a separate pipe: a print inside a function must not break the protocol.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for request in sys.stdin:

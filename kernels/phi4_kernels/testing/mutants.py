@@ -1,10 +1,10 @@
-"""Mutants of an op, each a changed text in one of its files: every gate must turn red on them.
+"""Mutants of an op, each a changed text in one of its files, which the checks must detect.
 
 A kernel is compiled, or interpreted, from the text of its file. Files of an implementation
 (`triton_*.py`, `gluon_*.py`) are therefore imported again, all of them together, with the changed
 one in place of the shipped one. The other files (`op.py`, `linear.py`, `torch_impl.py`, ...) hold
 plain functions, which callers have imported by name and which are registered with torch only once:
-there the change goes into the code objects of the living functions.
+there the code objects of the existing functions are replaced.
 """
 
 import importlib
@@ -30,7 +30,7 @@ def mutant(op: str, file: str, *texts: str) -> Iterator[None]:
         texts: old, new, old, new, ...; every occurrence of an old text is replaced.
 
     Raises:
-        ValueError: an old text does not occur, or the change lies outside of all functions of a
+        ValueError: an old text does not occur, or the change is outside of all functions of a
             file whose functions are changed in place.
     """
     source = shipped = (registry.folder(op) / file).read_text()

@@ -1,4 +1,4 @@
-"""Runs one case of one entry and holds every output and gradient against the error rule."""
+"""Runs one case of one entry and checks every output and gradient by the error rule."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -50,9 +50,9 @@ def evaluate(
 
     Args:
         function: called with the inputs.
-        inputs: what to call it with.
+        inputs: arguments of the function.
         gradients: one per output, of its dtype; None for functions without autograd.
-        place: copies a tensor to where the function may use it.
+        place: copies a tensor to the device and memory that the function uses.
 
     Returns:
         Outputs as out0, out1, ... and gradients as d_<input>.
@@ -75,7 +75,7 @@ def incoming(entry: Entry, case: Case, inputs: CallInputs) -> tuple[Tensor, ...]
     """Random gradients of the entry's outputs, one per output; None without autograd."""
     if not entry.differentiable:
         return None
-    # Shapes and dtypes of the outputs are the reference's: the kernel is not asked.
+    # Shapes and dtypes of the outputs are taken from the reference, not from the kernel.
     outputs = outputs_of(entry.reference(**inputs.tensors, **inputs.constants))
     generator = case.generator()
     return tuple(
@@ -93,7 +93,7 @@ def incoming(entry: Entry, case: Case, inputs: CallInputs) -> tuple[Tensor, ...]
 def run(
     entry: Entry, case: Case, dtype: torch.dtype, implementation: str, device: str = "cpu"
 ) -> tuple[Results, Callable[[], Results]]:
-    """Prepare a case: a poisoned first run's results, and a function that repeats it bare."""
+    """Run a case in poisoned memory; returns results and a function that repeats it unpoisoned."""
     inputs = entry.make(case, dtype)
     gradients = incoming(entry, case, inputs)
     function = partial(entry.function, implementation=implementation)
@@ -122,7 +122,7 @@ def check(
     device: str = "cpu",
 ) -> dict[str, Margin]:
     """Numbers by the error rule, memory by guard bands, and equal bits in every program order,
-    unless the implementation declares that it does not give them.
+    unless the implementation is declared as not deterministic.
 
     Raises:
         GateError: any of them fails.
@@ -143,7 +143,7 @@ def check(
     }
     if not registry.is_deterministic(entry.op, implementation):
         return margins
-    # A GPU orders programs as it likes; the interpreter runs them in three orders.
+    # A GPU runs programs in no fixed order; the interpreter runs them in three orders.
     interpreted = implementation == "triton" and dispatch.interpreting()
     for order in interpreter.ORDERS[1:] if interpreted else ("forward",):
         with interpreter.program_order(order) if interpreted else nullcontext():

@@ -1,4 +1,4 @@
-"""Finds the registered operators that an entry runs, and puts each through torch's opcheck."""
+"""Finds the registered operators that an entry runs, and checks each by torch's opcheck."""
 
 from functools import partial
 from typing import Any

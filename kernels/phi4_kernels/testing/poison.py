@@ -1,4 +1,4 @@
-"""Buffers between guard bands, filled with NaN: what a kernel must not touch, and must overwrite.
+"""Buffers between guard bands, filled with NaN, to detect stray accesses and unwritten outputs.
 
 Inside `poisoned()` `torch.empty`, `torch.empty_strided` and `Tensor.new_empty` return such a
 buffer. An output element left unwritten stays NaN, a read past an end yields NaN, a write past an
@@ -48,7 +48,7 @@ class Guard:
     def verify(self) -> None:
         """Raise GateError if any band was written to."""
         for buffer, num_bytes in self._buffers:
-            # A store of the poison's own bits goes unseen: NaN of that very pattern is no result.
+            # A store of the poison's own bit pattern is not detected; no result has this NaN.
             bands = torch.cat((buffer[:_GUARD_BYTES], buffer[_GUARD_BYTES + num_bytes :]))
             if bool((bands != _POISON).any()):
                 raise GateError(
@@ -62,12 +62,12 @@ _EMPTY = torch.empty
 
 @contextmanager
 def poisoned() -> Iterator[Guard]:
-    """Poison and guard all that the functions of the module's head allocate inside."""
+    """Poison and guard all buffers that the functions named in the module docstring allocate."""
     guard = Guard()
 
     def empty(*size: Any, dtype: Any = None, device: Any = None) -> Tensor:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        # The strides that torch itself would give.
+        # The strides that torch itself would use.
         layout = _EMPTY(shape, device="meta").stride()
         dtype = dtype or torch.get_default_dtype()
         return guard.allocate(tuple(shape), layout, dtype, device or "cpu")

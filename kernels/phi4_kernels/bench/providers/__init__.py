@@ -1,7 +1,7 @@
 """Other implementations to time against: which provider has which entry, and how it is called.
 
 Third parties are imported inside functions, when a provider is asked for. A provider's result is
-held against the error rule like ours, and the row says whether it meets it.
+checked by the error rule like ours, and the row records whether it passes.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from phi4_kernels.errors import UnavailableError
 from phi4_kernels.registry import Entry
 
 Run = Callable[..., Any]
-"""Called with an entry's inputs, gives its outputs."""
+"""Takes an entry's inputs and returns its outputs."""
 
 TABLE: dict[str, dict[str, Callable[[], Run]]] = {
     "torch": {
@@ -69,7 +69,7 @@ OTHER_ENTRIES: dict[str, Callable[[Entry], Run]] = {
     "torch": plain_torch.eager,
     "compile": plain_torch.compiled,
 }
-"""What these providers run of the entries that the table does not name."""
+"""The form that these providers use for entries that are not in the table."""
 
 
 def function(provider: str, entry: Entry) -> Run:

@@ -1,4 +1,4 @@
-"""Attention over packed documents by libraries that know one document, or boundaries only."""
+"""Attention over packed documents by libraries that take one document, or boundaries only."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from phi4_kernels.errors import KernelError
 
 @dataclass(frozen=True, slots=True)
 class _PackedDocuments:
-    """Documents packed one after the other, and what attention does in each."""
+    """Packed documents, and the options of attention within each."""
 
     offsets: Tensor
     """[num_documents + 1], int32: where they begin and the last one ends."""
@@ -62,8 +62,8 @@ def _by_document(backend: Any) -> Callable[..., Tensor]:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, documents: _PackedDocuments) -> Tensor:
         parts = (x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q, k, v))
-        # One call per document: no boundaries are known to it, and a mask would be the square of
-        # the sum.
+        # One call per document: it takes no boundaries, and a mask would cost the square of the
+        # sum.
         run = partial(
             scaled_dot_product_attention,
             is_causal=documents.causal,
@@ -101,7 +101,7 @@ def _by_boundaries(function: Callable[..., Any], deterministic: bool) -> Callabl
 
 
 def _as_entry(attend: _Attend) -> Callable[..., Tensor]:
-    """With the arguments of the entry `attention`.
+    """Wrap a library's function to take the arguments of the entry `attention`.
 
     Of packed documents, `starts` and `ends` of the keys follow from `offsets`.
     """

@@ -1,8 +1,8 @@
 """The loss by PyTorch, Liger-Kernel and Transformer Engine, and the forms of our four entries.
 
-A library gives per-token losses of logits, or the summed loss of hidden states; only plain
-cross-entropy, which is what the bench cases ask for. A form makes an entry's function of a library,
-gradients beside the outputs where the entry has them there.
+A library computes per-token losses from logits, or the summed loss from hidden states; only plain
+cross-entropy, which is all that the bench cases need. A form adapts a library's function to an
+entry and returns gradients together with the outputs where the entry does.
 """
 
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def liger_total() -> TotalOf:
 
 def _torch_losses(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     """In fp32: on bf16 logits PyTorch rounds the losses to bf16."""
-    # Per token, as our op gives them; a mean would be another kernel's work.
+    # Per token, like our op; a mean would be a different kernel.
     return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="none")
 
 

@@ -1,4 +1,4 @@
-"""PyTorch as a user gets it without effort: its own kernels one by one, or through its compiler."""
+"""Plain PyTorch: its own kernels, or the definition through torch.compile."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,5 +26,5 @@ def compiled(entry: Entry) -> Callable[..., Any]:
             f"compile has no {entry.name}: the definition holds all scores, 43 GB in fp32 for 40 "
             "heads of 16,384 tokens; expected a provider that does not; drop it"
         )
-    # The definition, not our `torch` form: what a user writes and hands to the compiler.
+    # The definition, not our `torch` implementation: code that a user would compile.
     return torch.compile(entry.reference, fullgraph=True, dynamic=False)

@@ -1,9 +1,10 @@
-"""Runs Gluon kernels for Hopper on the CPU: their numbers, and whether their protocol holds.
+"""Runs Gluon kernels for Hopper on the CPU, and checks their numbers and synchronisation.
 
-Triton interprets no Gluon. This runs a kernel's own Python, program after program, with `gl`,
-`mbarrier`, `tma` and the warpgroup products replaced: layouts are ignored (the compiler checks
-them), everything asynchronous goes through a Machine, which reports races, deadlocks, wrong byte
-counts and early uses. It covers what the kernels here use; anything else raises.
+Triton's interpreter does not support Gluon. The emulator runs a kernel's own Python, program after
+program, with `gl`, `mbarrier`, `tma` and the warpgroup products replaced: layouts are ignored (the
+compiler checks them), and every asynchronous operation goes through a Machine, which reports races,
+deadlocks, wrong byte counts and early uses. It covers only what the kernels here use; anything else
+raises.
 """
 
 import random
@@ -85,7 +86,7 @@ def emulating(schedule: Schedule | None = None, num_processors: int = 2) -> Iter
     """Emulate every launch of a Gluon kernel inside, and let `gluon` be named for CPU tensors.
 
     Args:
-        schedule: which of several possible steps comes next.
+        schedule: chooses among several possible steps.
         num_processors: of the emulated device; persistent kernels launch one program on each.
     """
     genuine = dispatch.choose

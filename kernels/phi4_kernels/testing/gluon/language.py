@@ -1,4 +1,4 @@
-"""What an emulated kernel sees as `gl`, `mbarrier`, `tma` and the warpgroup products."""
+"""Replacements of `gl`, `mbarrier`, `tma` and the warpgroup products for an emulated kernel."""
 
 import linecache
 import math
@@ -22,11 +22,11 @@ from phi4_kernels.testing.gluon.values import Descriptor, Pointer, Value, plain,
 KERNEL_MARK = "emulated:"
 """A name in the globals of emulated functions, by which their frames are known."""
 _COPY_BYTES = 16
-"""What a copy's address is a multiple of. Strides are, which leaves the last coordinate to hold."""
+"""Alignment of a copy's address. Strides are aligned, so only the last coordinate is checked."""
 
 
 class Accumulator:
-    """A product in flight: only warpgroup_mma and warpgroup_mma_wait may have it."""
+    """A product in flight: only warpgroup_mma and warpgroup_mma_wait may use it."""
 
     def __init__(self, result: Tensor, product: Product) -> None:
         self._result, self._product = result, product
@@ -116,19 +116,19 @@ def _frames() -> Iterator[tuple[str, int, str]]:
 
 
 def _where() -> str:
-    """Where the kernel is."""
+    """Current function and line of the kernel."""
     name, number, _ = next(_frames(), ("?", 0, ""))
     return f"{name}:{number}"
 
 
 def _assigned_name() -> str:
-    """What the kernel calls the value that is being made, from the outermost function inward."""
+    """Names that the kernel gives to the value being created, outermost function first."""
     targets = [re.match(r"\s*(\w+)(?:: [\w.]+)? = ", line) for _, _, line in _frames()]
     return ".".join(match[1] for match in reversed(targets) if match) or "memory"
 
 
 class _Language:
-    """`gl` of an emulated kernel; what is not here (layouts, dtypes) is the real one's."""
+    """`gl` of an emulated kernel; other attributes (layouts, dtypes) come from the real module."""
 
     static_range = staticmethod(range)
 
@@ -194,7 +194,7 @@ class _Language:
 
     def allocate_shared_memory(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
         dtype = torch_dtype(dtype)
-        # Shared memory holds what the program before left: nothing that a kernel may count on.
+        # Shared memory is uninitialised: it holds data of the previous program.
         fill = math.nan if dtype.is_floating_point else -1
         data = torch.full(tuple(shape), fill, dtype=dtype)
         return Shared(self._machine, data, _assigned_name(), {})
@@ -288,7 +288,7 @@ class _Hopper:
 
 
 def replacements(machine: Machine) -> dict[int, Any]:
-    """What stands for each of Gluon's modules and functions, by identity."""
+    """Replacement of each of Gluon's modules and functions, by identity."""
     parts = _Hopper(machine)
     barriers = SimpleNamespace(
         init=parts.init,

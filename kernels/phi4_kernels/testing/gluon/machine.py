@@ -1,9 +1,10 @@
-"""A Hopper multiprocessor as far as a protocol can see it: who may touch which buffer when.
+"""Model of a Hopper multiprocessor for checking synchronisation: accesses, barriers, async work.
 
-Partitions run as threads of which one holds the baton, so a schedule repeats. Copies and warpgroup
-products are asynchronous: a copy lands when the schedule says, a product is done when it is waited
-for. What orders two accesses is kept in vector clocks, carried from arrivals to waits by barriers:
-a race is found because nothing orders it, whether or not this schedule made it happen.
+Partitions run as threads, one at a time, so a schedule is reproducible. Copies and warpgroup
+products are asynchronous: the schedule decides when a copy lands, and a product completes when it
+is waited for. The order of accesses is tracked by vector clocks, which barriers carry from arrivals
+to waits: two unordered accesses are reported as a race, whether or not they collide in this
+schedule.
 """
 
 import random
@@ -29,7 +30,7 @@ ORDERS = ("forward", "reversed", "shuffled")
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Which of several possible steps comes next, and the order of programs."""
+    """Chooses among several possible steps, and the order of programs."""
 
     order: str = "forward"
     """`forward` runs a partition until it waits, and lands copies when all wait; `reversed` takes
@@ -47,7 +48,7 @@ class Machine:
     def __init__(self, schedule: Schedule, program: int, grid: int) -> None:
         self.program, self.grid = program, grid
         self.schedule, self._random = schedule, random.Random(schedule.seed * 7919 + program)
-        # Before warp_specialize one partition runs, which knows its own time alone.
+        # Before warp_specialize one partition runs, whose clock holds only its own time.
         self.partitions = [Partition(0, "kernel", {0: 1})]
         self.regions: list[Region] = []
         self._copies: list[Copy] = []
@@ -58,7 +59,7 @@ class Machine:
 
     @property
     def current(self) -> Partition:
-        """The partition that holds the baton."""
+        """The partition that is running."""
         return self._current
 
     def read(self, region: Region, where: str, product: Product | None = None) -> None:
@@ -84,8 +85,8 @@ class Machine:
         region.ordinary.append(Access(me.index, me.now, where, is_store=True))
 
     def fence(self) -> None:
-        """Put the ordinary accesses that this partition knows of before the asynchronous ones that
-        come to know of this fence."""
+        """Order the ordinary accesses that happened before this fence before the asynchronous
+        accesses that happen after it."""
         me = self._current
         for region in self.regions:
             for access in region.ordinary:
@@ -109,11 +110,11 @@ class Machine:
         self._expect_fenced(barrier.region, where, loads=True)
         # The copy is ordered after them, and the next access after the copy.
         region.ordinary = []
-        # A copy is an agent of its own: it lands at a time that no partition decides.
+        # A copy is a separate agent: no partition determines when it lands.
         agent, self._agents = self._agents + 1000, self._agents + 1
         region.written, region.writer = (agent, 1), f"the copy that {me.name} issued at {where}"
         region.reads = {}
-        # Who waits for the copy's barrier knows all that its issuer knew, and the copy.
+        # A wait for the copy's barrier is ordered after the copy and after its issuer's past.
         clock = dict(me.clock) | {agent: 1}
         self._copies.append(Copy(region, barrier, num_bytes, land, clock))
         self.step()
@@ -141,7 +142,7 @@ class Machine:
     def arrive(self, barrier: Barrier, count: int, where: str, num_bytes: int = 0) -> None:
         """Arrive, after adding to the bytes that the phase expects."""
         me = self._current
-        # Two arrivals of one partition in a phase: one of them was meant for another phase.
+        # Two arrivals of one partition in a phase: one of them belongs to another phase.
         if me.index in barrier.arrived or barrier.pending < count:
             before = barrier.arrived.get(me.index, "others")
             raise GateError(
@@ -152,8 +153,8 @@ class Machine:
         barrier.arrived[me.index] = where
         barrier.bytes += num_bytes
         barrier.pending -= count
-        # What this partition knows goes to whoever waits for the phase. Its time moves on, so that
-        # what it does next is not part of that.
+        # A wait for the phase is ordered after this partition's past. The partition's time
+        # advances, so that its next accesses are not included.
         merge(barrier.gathered, me.clock)
         me.clock[me.index] += 1
         barrier.settle()
@@ -163,15 +164,15 @@ class Machine:
         """Wait for the phase of that parity."""
         me = self._current
         me.waits = (barrier, parity, where)
-        # A wait that passes is a point to change partitions only where every step is drawn.
+        # A wait that passes switches partitions only if every step is random.
         if self.schedule.order == "shuffled" or not barrier.passes(parity):
             self._yield(me)
         me.waits = None
-        # All that arrived in the phase happened before what follows.
+        # All arrivals of the phase happened before the next accesses.
         merge(me.clock, barrier.released)
 
     def step(self) -> None:
-        """A point at which another partition may go on."""
+        """A point at which the schedule may switch partitions."""
         if self.schedule.order == "shuffled":
             self._yield(self._current)
 
@@ -179,7 +180,7 @@ class Machine:
         """Run partitions side by side until all have finished."""
         parent = self._current
         self.partitions = [
-            # Partitions know what the kernel did before them; the parent's time stays below theirs.
+            # Partitions start after the accesses so far; the parent's time stays below theirs.
             Partition(i, name, dict(parent.clock) | {i: parent.now + 1})
             for i, (name, _) in enumerate(functions)
         ]
@@ -202,7 +203,7 @@ class Machine:
         self._current = parent
 
     def finish(self) -> None:
-        """Nothing may be in flight when the program ends."""
+        """Raise if anything is in flight when the program ends."""
         left = [f"the copy into {copy.region.name}" for copy in self._copies]
         left += [f"the product at {p.where}" for who in self.partitions for p in who.products]
         if left:
@@ -211,7 +212,7 @@ class Machine:
             )
 
     def _run(self, partition: Partition, function: Callable[[], None]) -> None:
-        # The scheduler hands over the baton; no other partition runs meanwhile.
+        # The scheduler resumes this partition; no other one runs meanwhile.
         partition.baton.acquire()
         try:
             if self._error is None:
@@ -236,7 +237,7 @@ class Machine:
         self._current = me
 
     def _next(self) -> None:
-        """One step of the schedule: let a partition run on, or land a copy."""
+        """One step of the schedule: resume a partition, or land a copy."""
         ready = [p for p in self.partitions if p.ready]
         # Nothing can move: all that are not finished wait, and no copy is under way.
         choices: list[Any] = [*ready, *self._copies]
@@ -276,8 +277,8 @@ class Machine:
             if p.waits is not None and not p.finished
         ]
         return GateError(
-            f"deadlock: {'; '.join(waits)}; expected someone to go on; look for a missing arrival, "
-            "a wrong parity or a wrong number of bytes"
+            f"deadlock: {'; '.join(waits)}; expected a partition or copy that can "
+            "continue; look for a missing arrival, a wrong parity or a wrong number of bytes"
         )
 
     def _expect_written_before(self, region: Region, what: str) -> None:
@@ -308,7 +309,7 @@ class Machine:
         )
 
     def _expect_fenced(self, region: Region, where: str, *, loads: bool) -> None:
-        """A proxy fence lies between the ordinary stores, or also `loads`, and what comes now."""
+        """Raise unless a proxy fence orders the stores, and also `loads`, before this access."""
         for access in region.ordinary:
             is_fenced = any(self._current.knows(*fence) for fence in access.fences)
             if (access.is_store or loads) and not is_fenced:

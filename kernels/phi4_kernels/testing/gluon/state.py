@@ -1,4 +1,4 @@
-"""What the emulated multiprocessor keeps: slots of shared memory, barriers, work in flight."""
+"""State of the emulated multiprocessor: slots of shared memory, barriers, work in flight."""
 
 import threading
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from phi4_kernels.errors import GateError
 
 Clock = dict[int, int]
-"""Per agent (a partition or a copy), up to which of its times all is known to have happened."""
+"""Vector clock: per agent (a partition or a copy), the latest time known to have happened."""
 
 
 def merge(into: Clock, other: Clock) -> None:
-    """Make `into` know all that `other` knows."""
+    """Merge the clock `other` into `into`."""
     for agent, time in other.items():
-        # Vector clocks: the pointwise maximum knows what either knew.
+        # The pointwise maximum covers both.
         into[agent] = max(into.get(agent, 0), time)
 
 
@@ -76,13 +76,13 @@ class Barrier:
                 f"{self.phases}; expected the bytes of its copies; correct mbarrier.expect"
             )
         if self.bytes == 0:
-            # Kept over the phases: who waits later knows the earlier ones, too.
+            # Kept over the phases: a later wait is ordered after the earlier phases, too.
             merge(self.released, self.gathered)
             self.gathered, self.arrived = {}, {}
             self.phases, self.pending = self.phases + 1, self.count
 
     def state(self) -> str:
-        """What the current phase lacks."""
+        """Missing arrivals and bytes of the current phase."""
         return f"phase {self.phases} lacks {self.pending} arrivals and {self.bytes} bytes"
 
 
@@ -128,7 +128,7 @@ class Partition:
 
     @property
     def ready(self) -> bool:
-        """Whether it can go on."""
+        """Whether it can continue."""
         if self.finished:
             return False
         return self.waits is None or self.waits[0].passes(self.waits[1])

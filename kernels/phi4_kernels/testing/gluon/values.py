@@ -1,5 +1,5 @@
 """Values of an emulated kernel: tensors and scalars with the arithmetic of the hardware's integers,
-pointers that know where their tensor ends, descriptors that fill with zeros what lies outside.
+pointers with bounds checks, descriptors that return zeros outside of their tensor.
 """
 
 import operator
