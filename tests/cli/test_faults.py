@@ -109,7 +109,7 @@ def test_finished_run_has_nothing_to_do(copy: Path) -> None:
     before = (copy / "run/metrics.jsonl").read_bytes()
     result = train_forked(copy)
     assert result.returncode == 0, result.stderr
-    assert "(step 2)" in result.stdout
+    assert "already finished: run has all 2 steps" in result.stdout
     assert (copy / "run/metrics.jsonl").read_bytes() == before
 
 

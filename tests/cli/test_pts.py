@@ -88,7 +88,7 @@ def test_search_and_show_from_the_command_line(capsys, server, ranks, asked, tmp
     assert (code, err.count("\n")) == (2, 1) and "has 4; count from 0" in err
     num_asked = len(server.asked)
     code, _, err = phi4(capsys, *words, "--seed=9")
-    assert (code, err.count("\n")) == (2, 1) and "seed=0, this one has seed=9" in err
+    assert (code, err.count("\n")) == (2, 1) and "seed=0, but this one has seed=9" in err
     assert len(server.asked) == num_asked
 
 

@@ -96,7 +96,7 @@ def test_filter(app: typer.Typer, tmp_path: Path) -> None:
     assert "3 rows, 2 kept; quarantined: 1 " in printed
     wrong = "phi4.data.screens.decontaminate.normalise:paper"
     language = ("--identify", wrong, "--languages", "en")
-    with pytest.raises(DataError, match=r"paper gave \[.* expected a language code"):
+    with pytest.raises(DataError, match=r"paper returned \[.* expected a language code"):
         run(app, *common, "--out", tmp_path / "wrong", *language)
 
 

@@ -163,7 +163,7 @@ def test_bad_similarity(similarity: float) -> None:
 def test_missing_library_is_named(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules, "phi4.data.screens.quality.duplicates")
-    with pytest.raises(PlatformError, match=rf"^{library} finds .* phi4\[data\]"):
+    with pytest.raises(PlatformError, match=rf"^{library} is needed to find .* phi4\[data\]"):
         import_module("phi4.data.screens.quality.duplicates")
 
 

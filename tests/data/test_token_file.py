@@ -107,7 +107,7 @@ def test_damaged_pair_is_one_clear_line(tmp_path: Path, name: str) -> None:
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     pair = TokenFile(write(tmp_path / "p"))
     other = TokenizerFacts(vocab_size=100_352, eod_id=1, pad_id=2, fingerprint="b" * 64)
-    with pytest.raises(DataError, match=r"by tokenizer a{12}, the recipe's is b{12}"):
+    with pytest.raises(DataError, match=r"by tokenizer a{12}, but the recipe's is b{12}"):
         pair.require_tokenizer(other)
 
 

@@ -38,7 +38,7 @@ def test_queries_keys_and_values_are_views_of_qkv(monkeypatch: pytest.MonkeyPatc
     )
     cache = SimpleNamespace(cos_PD2=None, sin_PD2=None)
     documents = SimpleNamespace(
-        rope_cache=cache, positions_T=None, one_per_row=False, visible=((None,),)
+        rope_cache=cache, positions_T=None, one_per_row=False, visible=((object(),),)
     )
     qkv = torch.randn(LENGTH, 1, LAYOUT.width)
     parts = Phi4SelfAttention.rotate_and_split(layer, qkv, documents)
@@ -67,7 +67,7 @@ def test_torch_attends_by_rows_on_the_host_alone(
     core = SimpleNamespace(
         implementation="torch", context_group=SimpleNamespace(size=lambda: 1), scale=1.0
     )
-    documents = SimpleNamespace(one_per_row=True, visible=((None,),))
+    documents = SimpleNamespace(one_per_row=True, visible=((object(),),))
     q, k, v = (torch.zeros(LENGTH, 2, heads, 8, device=device) for heads in (4, 2, 2))
     out = CoreAttention.forward(core, q, k, v, packed_seq_params=documents)
     assert out.shape == (LENGTH, 2, 4 * 8)

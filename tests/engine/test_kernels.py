@@ -186,7 +186,7 @@ def test_heads_that_attention_kernels_do_not_take(monkeypatch):
         ("cudnn", ("kernels.deterministic=false",), None),
         ("flash", ("parallel.context=2",), ("does not serve ranges", "parallel.context=2")),
         ("flash", ("precision.dtype=fp32",), ("does not serve float32", "precision.dtype=fp32")),
-        ("flash", ("model.hidden_size=320",), ("head dims 64, 96, 128, the model's is 80",)),
+        ("flash", ("model.hidden_size=320",), ("head dims 64, 96, 128, but the model's is 80",)),
     ],
 )
 def test_what_a_recipe_asks_of_attention_is_checked_at_the_start(named, overrides, parts):

@@ -123,7 +123,7 @@ def test_ranks_that_are_late_are_listed_with_their_hosts_while_others_wait(
 
     def late(rank: int) -> Meeting:
         if rank == 3:
-            wait_until(lambda: "waits for 1 of 4" in capsys_text(), "the line about rank 3")
+            wait_until(lambda: "is waiting for 1 of 4" in capsys_text(), "the line about rank 3")
         return meet(str(tmp_path), rank, 4, expected_hosts=hosts)
 
     said: list[str] = []
@@ -134,7 +134,7 @@ def test_ranks_that_are_late_are_listed_with_their_hosts_while_others_wait(
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(late, range(4)))
-    assert "waits for 1 of 4 ranks: 3 (on n3)" in "".join(said)
+    assert "is waiting for 1 of 4 ranks: 3 (on n3)" in "".join(said)
 
 
 def test_rank_that_never_comes_is_named_with_its_host(tmp_path) -> None:

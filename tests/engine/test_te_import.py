@@ -145,7 +145,7 @@ def test_what_is_missing_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(PlatformError) as error:
         te_backend.check_backend(TE, GPU)
     assert str(error.value) == (
-        "precision.fp8=te needs Transformer Engine 2.9 to 2.11, and its import raised OSError: "
+        "precision.fp8=te needs Transformer Engine 2.9 to 2.11, but its import raised OSError: "
         "libcudnn.so.9; install the extra te of phi4, or use precision.fp8=torch, or off"
     )
     te_backend.check_backend(PrecisionConfig(), GPU)

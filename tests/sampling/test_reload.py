@@ -90,7 +90,7 @@ def test_wrong_checkpoint_leaves_the_weights(on_leader, checkpoints, tmp_path) -
 def test_weights_are_not_changed_under_a_request(on_leader, checkpoints) -> None:
     first, second, _ = checkpoints
     message, before, after = on_leader(first, reloaded_too_early, second)
-    assert message == "1 requests are in progress; finish or cancel them"
+    assert message == "1 requests are in progress; finish or cancel them first"
     assert [before, after] == on_leader(first, reloaded, (second,))
 
 

@@ -158,7 +158,7 @@ def test_other_checkpoint_as_reference_is_compared(copy: Path, pool: RankPool) -
     assert "dpo.reference is start/checkpoints/step_0000000" in error
     assert "was computed from other/checkpoints/step_0000000" in error
     [error] = pool.run(preference_runs.run, copy, (*reference, "precision.dtype=bf16", "run.dir=b"))
-    assert "precision.dtype=fp32, the recipe has bf16" in error
+    assert "precision.dtype=fp32, but the recipe has bf16" in error
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_tracker_and_report_name_the_layer_and_its_step(harmed: tuple[Path, Ende
     assert describe(run_dir).tags["phi4.fp8.fallbacks"] == f"layer {LAYER} after step 3"
     [run] = read_reported([run_dir])
     [(step, reason, done)] = trouble_table(run).rows
-    assert (step, done) == ("3", f"layer {LAYER} leaves FP8")
+    assert (step, done) == ("3", f"layer {LAYER} stops using FP8")
     assert reason.startswith("underflow of weight")
 
 

@@ -30,7 +30,7 @@ def test_a_task_is_a_run_and_its_steps(tmp_path: Path) -> None:
     ("long", "fields", "kind", "message"),
     [
         ("run.threads = 2", {}, ConfigError, "differ in run.threads"),
-        ("reliability.stop_seconds = 400.0", {}, ConfigError, "=300 is less than"),
+        ("reliability.stop_seconds = 400.0", {}, ConfigError, "=300 is shorter than"),
         ("", {"tasks_per_node": 2}, LayoutError, "run learning_rate=0.001.short.seed_1: "),
     ],
 )
