@@ -87,7 +87,7 @@ def python(copy: Path, *arguments: str, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_the_gates_take_the_new_op_up(copy: Path) -> None:
-    options = ("-p", "no:cacheprovider", "-q", "-rA", "-m", "not slow and not gpu")
+    options = ("-p", "no:cacheprovider", "-q", "-rA", "-m", "not gpu")
     shown = python(copy, "-m", "pytest", *options, "-k", SELECTED, *GATES)
     for test in (
         "test_torch_obeys_the_error_rule[stretch-empty-fp32]",
@@ -119,7 +119,7 @@ def test_the_new_op_is_experimental_and_runs_when_named(copy: Path) -> None:
 @pytest.mark.slow
 def test_the_generated_files_take_the_new_op_up(copy: Path) -> None:
     python(copy, "-m", "phi4_kernels.bench", "--report")
-    options = ("-p", "no:cacheprovider", "-q", "-k", "committed_page")
+    options = ("-p", "no:cacheprovider", "-q", "-k", "committed_floors")
     assert "1 passed" in python(copy, "-m", "pytest", *options, "tests/kernels/test_bench.py")
     python(copy, "-m", "phi4_kernels.testing", "budgets", "--op", "stretch")
     shown = python(copy, "-m", "phi4_kernels.testing", "compile", "--op", "stretch")
