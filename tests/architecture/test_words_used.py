@@ -47,9 +47,6 @@ WORDS = {
 }
 """Pattern -> what to write instead."""
 
-NOT_YET = ("kernels/",)
-"""Paths below which the words are still in use."""
-
 _FOLDERS = ("phi4", "kernels", "csrc", "tools", "examples", "docs")
 _PAGES = ("README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "Makefile")
 _SUFFIXES = (".py", ".md", ".cpp", ".cu", ".cuh", ".h", ".sh", ".toml", ".sbatch")
@@ -107,16 +104,8 @@ def _searched() -> list[Path]:
 def test_prose_uses_plain_words() -> None:
     found = []
     for path in _searched():
-        name = path.as_posix()
-        if not name.startswith(NOT_YET):
-            found += words_found(name, (REPOSITORY / path).read_text())
+        found += words_found(path.as_posix(), (REPOSITORY / path).read_text())
     assert not found, "\n" + "\n".join(found)
-
-
-@pytest.mark.parametrize("entry", NOT_YET)
-def test_exception_is_still_needed(entry: str) -> None:
-    paths = [path for path in _searched() if path.as_posix().startswith(entry)]
-    assert any(words_found(p.as_posix(), (REPOSITORY / p).read_text()) for p in paths), entry
 
 
 @pytest.mark.parametrize(

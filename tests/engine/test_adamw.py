@@ -132,6 +132,7 @@ def _passes(rank, world_size, overrides, stock):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_reads_the_gradient_twice_and_never_writes_it(
     kind: str, pool: RankPool, library: None
@@ -171,14 +172,17 @@ def _trained(rank, world_size, overrides, stock=False):
     ("kind", "implementation"),
     [
         ("fp32", "torch"),
-        ("bf16", "cuda"),
-        ("fp32 distributed", "cuda"),
+        # These build the library first.
+        pytest.param("bf16", "cuda", marks=pytest.mark.slow),
+        pytest.param("fp32 distributed", "cuda", marks=pytest.mark.slow),
         ("bf16 distributed", "torch"),
     ],
 )
 def test_losses_are_those_of_the_stock_step(
-    kind: str, implementation: str, pool: RankPool, library: None
+    kind: str, implementation: str, pool: RankPool, request: pytest.FixtureRequest
 ) -> None:
+    if implementation == "cuda":
+        request.getfixturevalue("library")
     asked = [f"kernels.{op}='{implementation}'" for op in ("adamw", "grad_norm")]
     stock = pool.run(_trained, KINDS[kind], True)[0]
     ours = pool.run(_trained, (*KINDS[kind], *asked))[0]
@@ -257,6 +261,7 @@ def test_resumption_is_exact(kind: str, form: str, pool: RankPool, tmp_path: Pat
         assert straight == resumed and len(straight) > 10
 
 
+@pytest.mark.slow
 def test_the_recipe_chooses_the_ops_and_the_choice_is_said(library: None) -> None:
     cpu = torch.device("cpu")
     said = [c.describe() for c in choose(KernelsConfig(adamw="cuda", grad_norm="torch"), cpu)]

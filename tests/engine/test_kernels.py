@@ -60,8 +60,9 @@ LAYOUTS = {
     ),
     "pp2": ("parallel.pipeline=2",),
 }
-# What reaches a kernel of tp2+sp and pp2 is as in one process, only narrower or fewer.
-SLOW = ("one process, full recompute", "tp2+sp", "pp2")
+# What reaches a kernel of tp2+sp and pp2 is as in one process, only narrower or fewer; attention of
+# parts of a row has tests of its own.
+SLOW = ("one process, full recompute", "tp2+sp", "pp2", "cp2 ring, selective recompute")
 NAMES = [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAYOUTS]
 
 

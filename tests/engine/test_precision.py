@@ -42,7 +42,10 @@ def fp32(pool: RankPool) -> list[float]:
     "layout",
     [
         (),
-        ("parallel.tensor=2", "parallel.sequence=true", "parallel.distributed_optimizer=true"),
+        pytest.param(
+            ("parallel.tensor=2", "parallel.sequence=true", "parallel.distributed_optimizer=true"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ("parallel.pipeline=2", "recompute.granularity='full'"), marks=pytest.mark.slow
         ),

@@ -46,7 +46,7 @@ def test_the_definition_is_pytorchs() -> None:
     torch.testing.assert_close(losses, smoothed)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_ranks_give_the_results_of_one_and_repeat(size: int) -> None:
     *by_case, again = zip(*run_ranks(size, checks.on_gloo_rank), strict=True)
     for ranks, (kind, form, sequence) in zip(by_case, checks.RANK_CASES, strict=True):
@@ -103,6 +103,7 @@ def test_resident_memory_is_no_more() -> None:
     fresh.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 def test_one_graph(interpreted: InterpretedProcess, implementation: str) -> None:
     interpreted.call(f"{CHECKS}:one_graph", implementation=implementation)

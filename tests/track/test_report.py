@@ -366,7 +366,10 @@ def test_colours_stand_out_on_light_and_dark(background: str) -> None:
     [
         (["none"], "none does not exist; give the directory of a run (run.dir)"),
         (["file"], "file is a file; give the directory of a run (run.dir)"),
-        (["."], "is not a run: it has no config.toml; give the directory of a run (run.dir), for example run"),
+        (
+            ["."],
+            "is not a run: it has no config.toml; give the directory of a run (run.dir), for ex",
+        ),
         (["run", "./run"], "a run is given twice; give each run's directory once"),
         (["run", "--out", "run"], "run"),
     ],
