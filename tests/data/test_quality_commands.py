@@ -58,6 +58,7 @@ def test_decontaminate(app: typer.Typer, tmp_path: Path) -> None:
     assert report["thresholds"] == {"info": 0.9, "contaminated": 1.0}
 
 
+@pytest.mark.slow
 def test_self_test_on_files_of_ones_own(app: typer.Typer, tmp_path: Path) -> None:
     words = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
     bench = rows(tmp_path / "own.jsonl", *(" ".join(words[i : i + 20]) for i in range(0, 100, 20)))

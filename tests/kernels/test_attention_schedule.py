@@ -32,7 +32,7 @@ def test_programs_start_in_order_where_a_slot_is_free(
         (4096, 5),
         pytest.param(8192, 5, marks=pytest.mark.slow),
         pytest.param(16384, 10, marks=pytest.mark.slow),
-        (16384, 5),
+        pytest.param(16384, 5, marks=pytest.mark.slow),
     ],
 )
 def test_dk_and_dv_fill_an_h200(

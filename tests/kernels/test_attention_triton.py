@@ -54,7 +54,7 @@ def test_any_ranges_equal_the_definition(
     interpreted.call(f"{CHECKS}:equals_the_definition", **found)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_long_documents_never_meet(interpreted: InterpretedProcess, dtype: str) -> None:
     interpreted.call(f"{CHECKS}:long_documents_never_meet", dtype=dtype)
 

@@ -60,6 +60,7 @@ def test_one_rank_obeys_the_same_rule(kind: tuple[torch.dtype, bool]) -> None:
     checks.expect_right([checks.on_rank(0, 1, *kind)], *kind)
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_on_two_ranks(process: InterpretedProcess, tmp_path: Path) -> None:
     second = InterpretedProcess()
     run = f"{CHECKS}:interpreted_rank"

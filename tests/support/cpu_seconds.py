@@ -251,8 +251,8 @@ class WriteMeasured:
 
 def _package_of(nodeid: str) -> str:
     """`train` for tests/train/... at any depth; what is no file stands for itself."""
-    *folders, _ = Path(_file_of(nodeid)).parts
-    return folders[1] if len(folders) > 1 else "".join(folders)
+    *folders, name = Path(_file_of(nodeid)).parts
+    return (folders[1:] or folders or [name])[0]
 
 
 def _file_of(nodeid: str) -> str:

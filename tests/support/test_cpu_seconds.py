@@ -168,7 +168,7 @@ def test_every_test_file_was_measured() -> None:
     measured = {*Budgets.of("test").files, *Budgets.of("test-all").files}
     root = TESTS.parent
     files = {str(path.relative_to(root)) for path in TESTS.rglob("test_*.py")}
-    gpu = {file for file in files if "/test_gpu_" in file}
+    gpu = {file for file in files if "/test_gpu" in file}
     assert not files - measured - gpu, "run `make durations`, or add their CPU seconds"
 
 

@@ -18,7 +18,6 @@ from tests.support.ranks import RankPool, rendezvous
 
 BRIEF = (
     "recompute-full",
-    "tp2+sp",
     "pp2-uneven",
     "pp4-vpp2",
     "cp2",
