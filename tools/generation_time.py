@@ -108,7 +108,8 @@ class EngineSide:
         return max(counts)
 
     def _submit(self, prompts_BT: np.ndarray, **options: float) -> None:
-        self._generator.reload(0)
+        # The same weights again: what matters is that no prefix is known from the round before.
+        self._generator.load("")
         for prompt in prompts_BT.tolist():
             self._generator.submit(Request(prompt=tuple(prompt), **options))
 
@@ -149,7 +150,8 @@ def both_sides() -> Iterator[tuple[EngineSide, dict[str, TransformersSide]]]:
     recipe = generation_recipe()
     engine = Engine(recipe, connect("cpu", threads=recipe.run.threads), trains=False)
     theirs = {name: TransformersSide(engine, name) for name in ATTENTION_BACKENDS}
-    with Generator(engine, CacheSize(NUM_BLOCKS, BLOCK_TOKENS), 0) as generator:
+    size = CacheSize(NUM_BLOCKS, BLOCK_TOKENS)
+    with Generator(engine, size, 0, load_weights=lambda place: None) as generator:
         yield EngineSide(generator), theirs
     engine.close()
     disconnect()
