@@ -45,7 +45,7 @@ def end_summary(context: RunContext, ending: Ending, seconds: float) -> list[str
     run_dir, state = context.recipe.run.dir, ending.state
     assert state is not None
     took = timedelta(seconds=round(seconds))
-    numbers = f"{state.step:,} steps, {state.consumed_tokens:,} tokens, {took} of wall time"
+    numbers = f"{state.step:,} steps, {state.consumed_tokens:,} tokens, {took} since this start"
     loss = "" if ending.loss is None else f", last loss {ending.loss:.4f}"
     return [
         f"finished: {numbers}{loss}",

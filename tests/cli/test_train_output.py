@@ -47,7 +47,7 @@ def test_save_follows_its_step_and_the_end_says_what_is_next(run: Path) -> None:
     assert saved == "saved run/checkpoints/step_0000002"
     loss = last.split()[3]
     assert finished.startswith("finished: 2 steps, 512 tokens, 0:")
-    assert finished.endswith(f"of wall time, last loss {loss}")
+    assert finished.endswith(f"since this start, last loss {loss}")
     assert checkpoint == "checkpoint: run/checkpoints/step_0000002"
     assert following == "next: phi4 report run"
 
