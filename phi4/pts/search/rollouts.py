@@ -99,7 +99,7 @@ class Share:
 
     @property
     def value(self) -> float:
-        """Successes per trial; NaN without any, which never differs from anything by a gap."""
+        """Successes per trial; NaN without trials, and no comparison with NaN finds a gap."""
         return self.successes / self.trials if self.trials else float("nan")
 
 
