@@ -332,9 +332,18 @@ def slurm(row: Row) -> list[Line]:
     )
 
 
-def tracking(row: Row) -> list[Line]:
-    """tools/prove_tracking.py."""
-    return _one(
+def tracking(row: Row) -> Iterator[Line]:
+    """tools/prove_tracking.py, of the costs a line per server."""
+    if row["case"] == "cost":
+        for server in ("answers", "slow_9", "dead"):
+            yield from _one(
+                case=f"cost, server {server}",
+                share_of_the_training_thread=f"{row[server]['tracker_share']:.2%}",
+                step_time_over_untracked=_between(row[server], "ratio", digits=3),
+                passed=_yes(row),
+            )
+        return
+    yield from _one(
         case=row["case"],
         runs_on_the_server=row["runs"],
         differences_from_the_local_record=len(row["differences"]),

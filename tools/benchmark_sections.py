@@ -211,7 +211,8 @@ OPERATION = (
         "MLflow on a bad server",
         "tracking.jsonl",
         "make prove-tracking",
-        "A server that is slow or dies, killed runs: read back and compared with metrics.jsonl.",
+        "A server that is slow or dies, killed runs: read back and compared with metrics.jsonl. "
+        "Last, what tracking costs training.",
         lines.tracking,
         ("case",),
     ),

@@ -318,7 +318,7 @@ def main() -> int:
     """Command line; exit 1 where MLflow does not tell what the record tells."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="append a row per case to this file")
-    parser.add_argument("--pairs", type=int, default=24, help="of the cost; a few seconds each")
+    parser.add_argument("--pairs", type=int, default=96, help="of the cost; a few seconds each")
     parser.add_argument("--only", choices=("torn", "ended", "slow", "cost"))
     options = parser.parse_args()
     num_broken = 0

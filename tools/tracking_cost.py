@@ -27,7 +27,8 @@ LARGEST_SHARE = 0.005
 LARGEST_RATIO = 1.02
 """Upper end of the 95% interval of the stretches' ratio."""
 
-_STRETCH_STEPS = 20
+_STRETCH_STEPS = 5
+"""Half a second: shorter than most changes of the machine's speed, so they cancel in a pair."""
 
 # The model of examples/recipes/tiny_pretrain.toml on one process, and half of its batch.
 _RECIPE = """
