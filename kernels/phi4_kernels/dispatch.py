@@ -201,7 +201,6 @@ def _named_reason(op: str, name: str, device: torch.device, evidence: KernelEvid
     )
 
 
-@torch.compiler.assume_constant_result
 def resolve(
     op: str,
     requested: str,
@@ -217,6 +216,11 @@ def resolve(
     if (calls := _calls.get()) is not None:
         calls[op, choice.implementation] += 1
     return choice.implementation
+
+
+# What torch.compiler.assume_constant_result sets; calling it imports torch's compiler, half a
+# second of every process.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions have attributes
 
 
 @contextmanager

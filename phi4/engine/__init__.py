@@ -8,8 +8,9 @@ objectives and step results.
 import warnings
 
 import phi4.engine.te_import  # noqa: F401, before megatron-core
+from phi4.engine.deferred_compile import deferred_compile
 
-with warnings.catch_warnings():
+with warnings.catch_warnings(), deferred_compile():
     # "Apex is not installed" and the like: the engine has its own norm and Adam.
     warnings.simplefilter("ignore")
     import megatron.core.dist_checkpointing
