@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from phi4_kernels import registry
+from phi4_kernels import dispatch, registry
 from phi4_kernels.bench import ceilings, command, measure, report, timing
 from phi4_kernels.bench.providers import TABLE, attention, function
 from phi4_kernels.errors import GateError, KernelError, UnavailableError
@@ -117,6 +117,25 @@ def test_the_page_and_the_picture_come_from_rows(
     page = report.measured(report.load())
     assert "fails the error rule" in page and "50%" in page and "777.7" not in page
     assert report.PICTURE.read_bytes().startswith(b"\x89PNG")
+
+
+def test_page_names_the_programs_that_changed_since_their_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"op": "rope", "implementation": "triton", "source": "older"},
+        {"op": "swiglu", "implementation": "triton", "source": "older"},
+        {
+            "op": "swiglu",
+            "implementation": "triton",
+            "source": registry.source_digest("swiglu", "triton"),
+        },
+    ]
+    monkeypatch.setattr(dispatch, "CORRECTNESS_ROWS", tmp_path / "correctness.jsonl")
+    dispatch.CORRECTNESS_ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "last checked on a GPU: rope (triton). " in report.changed_since()
+    dispatch.CORRECTNESS_ROWS.write_text(json.dumps(rows[-1]) + "\n")
+    assert "changed" not in report.changed_since()
 
 
 def test_the_committed_floors_are_those_of_the_cases() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from phi4_kernels import registry
+from phi4_kernels import dispatch, registry
 from phi4_kernels.bench import ceilings, measure, roofline
+from phi4_kernels.evidence import read_rows
 
 ROOT = registry.ROOT.parent.parent
 ROWS = ROOT / "benchmarks" / "kernels.jsonl"
@@ -83,12 +84,30 @@ def useful_rate(row: dict[str, Any]) -> str:
     return f"{rate:.0f} {unit}" if rate > 10 else f"{rate:.2f} {unit}"
 
 
+def changed_since() -> str:
+    """Return a sentence that names the kernels that have changed since their check on a GPU."""
+    checked: dict[tuple[str, str], set[str]] = {}
+    for row in read_rows(dispatch.CORRECTNESS_ROWS):
+        checked.setdefault((row["op"], row["implementation"]), set()).add(row["source"])
+    changed = [
+        f"{op} ({name})"
+        for (op, name), sources in sorted(checked.items())
+        if registry.source_digest(op, name) not in sources
+    ]
+    if not changed:
+        return "The kernels are those that were checked on a GPU."
+    return (
+        f"Kernels that have changed since they were last checked on a GPU: {', '.join(changed)}. "
+        "Their rows are times of the programs at the rows' commits."
+    )
+
+
 def measured(rows: list[dict[str, Any]]) -> str:
     """The newest rows as a section of BENCHMARKS.md: a table per device; nothing without rows."""
     if not rows:
         return ""
     rows = latest(rows)
-    parts = [_ABOUT]
+    parts = [_ABOUT, f"\n{changed_since()}\n"]
     for device in sorted({row["device"] for row in rows}):
         mine = [row for row in rows if row["device"] == device]
         lines = [
