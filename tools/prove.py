@@ -48,7 +48,7 @@ PROOFS: dict[str, tuple[str, ...]] = {
     ),
     "fp8": ("tools.prove_fp8", "--json=benchmarks/fp8.jsonl"),
     "fp8-canary": (
-        *("tools.fp8_canary", "--steps=150", "--seeds=1", "--pairs=40"),
+        *("tools.fp8_canary", "--steps=150", "--seeds=3", "--pairs=40"),
         "--json=benchmarks/fp8_canary.jsonl",
     ),
     "stragglers": ("tools.prove_stragglers",),
