@@ -8,7 +8,7 @@ import torch
 
 from phi4.engine.engine import Engine
 from phi4.engine.model.fp8.casts import cast
-from phi4.engine.model.fp8.linear import FP8Products
+from phi4.engine.model.fp8.linear_products import FP8Products
 from phi4.engine.model.fp8.recipe import SCALINGS
 from phi4.engine.model.fp8.scales import E4M3
 from tests.support.engines import engine_on, tiny_recipe

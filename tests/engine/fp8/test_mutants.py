@@ -8,9 +8,9 @@ from unittest import mock
 
 import pytest
 
-from phi4.engine.model.fp8 import linear
+from phi4.engine.model.fp8 import linear_products
 from phi4.engine.model.fp8.casts import FP8Matrix, cast_whole
-from phi4.engine.model.fp8.linear import FP8Products
+from phi4.engine.model.fp8.linear_products import FP8Products
 from phi4.engine.model.fp8.lost_values import Cast
 from tests.engine.fp8 import test_linear, test_training
 from tests.support.ranks import RankPool, pool_fixture
@@ -46,9 +46,9 @@ def keep(one: FP8Products) -> None:
 
 
 MUTANTS = {
-    "none": (linear, "cast_whole", cast_whole),
+    "none": (linear_products, "cast_whole", cast_whole),
     "amax of the wrong group": (FP8Products, "_both", both_of_wrong_group),
-    "amax is not agreed on": (linear, "cast_whole", cast_alone),
+    "amax is not agreed on": (linear_products, "cast_whole", cast_alone),
     "scales are not transposed": (FP8Matrix, "transposed", beside_its_scales),
     "gradient is not reduced": (FP8Products, "reduced", as_it_is),
     "weight is cast twice": (FP8Products, "weight_casts", cast_again),

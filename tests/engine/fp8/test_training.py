@@ -16,7 +16,7 @@ import torch
 
 from phi4.engine.engine import Engine
 from phi4.engine.model.fp8.layers import fp8_linears
-from phi4.engine.model.fp8.linear import FP8Products
+from phi4.engine.model.fp8.linear_products import FP8Products
 from phi4.engine.model.fp8.recipe import SCALINGS
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe

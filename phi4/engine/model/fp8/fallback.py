@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
-from phi4.engine.model.fp8.linear import FP8Products
+from phi4.engine.model.fp8.linear_products import FP8Products
 
 
 def linears_by_layer(

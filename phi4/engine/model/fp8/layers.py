@@ -10,7 +10,8 @@ from phi4_kernels.dispatch import Choice
 
 from phi4.config import Recipe
 from phi4.config.fp8_rules import fp8_layers
-from phi4.engine.model.fp8.linear import FP8ColumnLinear, FP8Products, FP8RowLinear
+from phi4.engine.model.fp8.linear import FP8ColumnLinear, FP8RowLinear
+from phi4.engine.model.fp8.linear_products import FP8Products
 from phi4.engine.model.fp8.recipe import SCALINGS
 from phi4.engine.model.fp8.te_backend import te_layer_linears
 from phi4.engine.model.fp8.te_state import te_linears
