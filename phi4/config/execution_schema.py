@@ -43,6 +43,10 @@ class ParallelConfig(Section):
     overlap_param_gather: bool = key("free", False)
     """Overlap the gathering of updated parameters with the forward pass. Needs
     distributed_optimizer and overlap_grad_reduce."""
+    fp8_param_gather: bool = key("free", False)
+    """Gather the updated weights of FP8 linears in FP8, one byte per number instead of two. Needs
+    distributed_optimizer and precision.fp8=torch with fp8_recipe=tensorwise and dtype=bf16; changes
+    no result."""
 
     @property
     def model_parallel_size(self) -> int:

@@ -14,6 +14,7 @@ block size."""
 
 def fp8(recipe: Recipe) -> Iterator[str]:
     """Return every violated rule as one line."""
+    yield from _param_gather(recipe)
     precision = recipe.precision
     if precision.fp8 == "off":
         return
@@ -30,6 +31,36 @@ def fp8(recipe: Recipe) -> Iterator[str]:
             f"precision.fp8_recipe={precision.fp8_recipe} requires matrix sizes per rank that are "
             f"multiples of {multiple}; got {', '.join(wrong)}; change the model, "
             f"batch.micro_batch_size or the layout, or use precision.fp8=off"
+        )
+
+
+def _param_gather(recipe: Recipe) -> Iterator[str]:
+    parallel, precision = recipe.parallel, recipe.precision
+    if not parallel.fp8_param_gather:
+        return
+    off = "or parallel.fp8_param_gather=false"
+    if not parallel.distributed_optimizer:
+        yield (
+            "parallel.fp8_param_gather=true needs weights that are gathered, but "
+            f"parallel.distributed_optimizer=false; use parallel.distributed_optimizer=true, {off}"
+        )
+    if precision.fp8 != "torch":
+        yield (
+            "parallel.fp8_param_gather=true needs linears that cast bf16 weights to FP8 in torch, "
+            f"but precision.fp8={precision.fp8}; use precision.fp8=torch, {off}"
+        )
+    elif precision.fp8_recipe != "tensorwise":
+        # A weight is cast twice by other scales: for the forward product and for the gradient.
+        yield (
+            "parallel.fp8_param_gather=true needs one scale per weight, but "
+            f"precision.fp8_recipe={precision.fp8_recipe}; use precision.fp8_recipe=tensorwise, "
+            f"{off}"
+        )
+    if precision.dtype != "bf16":
+        # In fp32 the gathered weights are the masters themselves, which FP8 would round.
+        yield (
+            "parallel.fp8_param_gather=true needs masters apart from the weights, but "
+            f"precision.dtype={precision.dtype}; use precision.dtype=bf16, {off}"
         )
 
 

@@ -52,7 +52,12 @@ from phi4.engine.model.rope import RopeCache
 from phi4.engine.model.weights_hash import weights_sha256
 from phi4.engine.objective import Objective
 from phi4.engine.optimizer.adamw import OnePassChain
-from phi4.engine.optimizer.build import build_optimizer, gather_parameters, wrap_data_parallel
+from phi4.engine.optimizer.build import (
+    build_optimizer,
+    exact_parameters,
+    gather_parameters,
+    wrap_data_parallel,
+)
 from phi4.engine.patches import Patches
 from phi4.engine.platform import Platform
 from phi4.engine.precision import torch_dtype
@@ -208,7 +213,7 @@ class Engine:
         """
         # Complete groups, which the interleaved schedule requires.
         count = self.layout.pp_size if self.layout.vpp_size > 1 else 1
-        with self.patches:
+        with self.patches, exact_parameters(self.chunks, self._updater):
             self._set_training(True)
             return check_fp8(
                 self.chunks,
@@ -226,7 +231,12 @@ class Engine:
 
         Args:
             layers: global layer indices from 0; in a run, the same on every rank.
+
+        Collectives: with fp8_param_gather those of `gather_parameters`.
         """
+        if self.recipe.parallel.fp8_param_gather:
+            # Layers that leave it multiply by their weights, not by casts of them.
+            self._gather_parameters()
         self.fp8_layers = tuple(one for one in fp8_layers(self.recipe) if one not in layers)
         use_fp8_in(self.bare_chunks, self.fp8_layers)
 
@@ -300,8 +310,7 @@ class Engine:
 
         Collectives: one all-gather over tp per split tensor.
         """
-        with self.patches:
-            gather_parameters(self.chunks)
+        self._gather_parameters()
         for name, parameter in global_parameters(self.bare_chunks):
             yield name, unshard(parameter.detach(), parameter, self.layout)
 
@@ -352,7 +361,13 @@ class Engine:
         longest = max(recipe.data.sequence_length, recipe.model.max_position_embeddings)
         return RopeCache.up_to(longest, recipe.model, self.platform.device)
 
+    def _gather_parameters(self) -> None:
+        with self.patches:
+            gather_parameters(self.chunks, self.optimizer)
+
     def _set_training(self, training: bool) -> None:
+        if not training and self.recipe.parallel.fp8_param_gather:
+            self._gather_parameters()
         for chunk in self.chunks:
             chunk.train(training)
         # Weights change only between two calls of the engine.

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import common as common_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel import random as megatron_random
@@ -37,6 +38,7 @@ from phi4.engine.optimizer.adamw import (
     OnePassFloat16,
     OnePassFP32,
 )
+from phi4.engine.optimizer.fp8_gather import FP8BucketGroup
 from phi4.errors import PlatformError
 
 MEGATRON_VERSION = "0.16.1"
@@ -204,6 +206,14 @@ PATCHES = (
             (megatron_optimizer, "Float16OptimizerWithFloat16Params", OnePassFloat16),
             (megatron_optimizer, "FP32Optimizer", OnePassFP32),
         ],
+    ),
+    Patch(
+        "fp8_param_gather",
+        "distributed/param_and_grad_buffer.py:1057,1069,1095",
+        "a bucket is gathered in its dtype, or in FP8 if its weights are Transformer Engine's FP8 "
+        "tensors; those of precision.fp8=torch are bf16",
+        ("cpu", "cuda"),
+        lambda patches: [(param_and_grad_buffer, "_ParamAndGradBucketGroup", FP8BucketGroup)],
     ),
     Patch(
         "weight_gradients",

@@ -46,7 +46,7 @@ def check_replicas(engine: Engine) -> None:
     """
     layout = engine.layout
     with engine.patches:
-        gather_parameters(engine.chunks)
+        gather_parameters(engine.chunks, engine.optimizer)
     named = dict(global_parameters(engine.bare_chunks))
     own = digests(named.values())
     whole = [not getattr(p, "tensor_model_parallel", False) for p in named.values()]
@@ -72,7 +72,7 @@ def require_finite_parameters(engine: Engine) -> None:
     Collectives: what `gather_parameters` does; one all-gather of the outcome over all ranks.
     """
     with engine.patches:
-        gather_parameters(engine.chunks)
+        gather_parameters(engine.chunks, engine.optimizer)
     named = dict(global_parameters(engine.bare_chunks))
     finite = are_finite(named.values()).tolist()
     bad = [name for name, is_finite in zip(named, finite, strict=True) if not is_finite]

@@ -24,6 +24,7 @@ SUB_LAYERS: Mapping[str, Layers] = {
         ("replay", "fp8_check"),
         ("step", "fake_ranks"),
         ("optimizer", "patches"),
+        ("optimizer.fp8_gather",),
         ("model", "optimizer.adamw", "checkpoint_io", "checkpoint_capture", "agreement"),
         ("layout", "objective", "platform", "precision"),
         ("rendezvous", "forward_timer"),

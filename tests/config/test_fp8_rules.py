@@ -9,6 +9,7 @@ from phi4.engine.precision import describe_precision
 SOUND = with_overrides(Recipe(), ["batch.global_batch_size=16", "precision.fp8=torch"])
 BLOCKWISE = "precision.fp8_recipe=blockwise"
 TP2_SP = ("parallel.tensor=2", "parallel.sequence=true")
+GATHER = ("parallel.fp8_param_gather=true", "parallel.distributed_optimizer=true")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,46 @@ def test_what_fp8_cannot_take_is_refused(overrides: list[str], text: str) -> Non
 )
 def test_sizes_of_phi4_are_taken(overrides: list[str]) -> None:
     check(with_overrides(SOUND, overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        (
+            "parallel.distributed_optimizer=false",
+            "weights that are gathered, but parallel.distributed_optimizer=false; use "
+            "parallel.distributed_optimizer=true",
+        ),
+        *(
+            (
+                f"precision.fp8={fp8}",
+                "linears that cast bf16 weights to FP8 in torch, but "
+                f"precision.fp8={fp8}; use precision.fp8=torch",
+            )
+            for fp8 in ("off", "te")
+        ),
+        *(
+            (
+                f"precision.fp8_recipe={scaling}",
+                f"one scale per weight, but precision.fp8_recipe={scaling}; use "
+                "precision.fp8_recipe=tensorwise",
+            )
+            for scaling in ("rowwise", "blockwise")
+        ),
+        (
+            "precision.dtype=fp32",
+            "masters apart from the weights, but precision.dtype=fp32; use precision.dtype=bf16",
+        ),
+    ],
+)
+def test_what_a_gather_in_fp8_cannot_take_is_refused(override: str, text: str) -> None:
+    check(with_overrides(SOUND, GATHER))
+    wrong = with_overrides(SOUND, [*GATHER, override])
+    [line] = violations(wrong)
+    assert line == (
+        f"parallel.fp8_param_gather=true needs {text}, or parallel.fp8_param_gather=false"
+    )
+    check(with_overrides(wrong, ["parallel.fp8_param_gather=false"]))
 
 
 def test_formats_are_named() -> None:

@@ -14,7 +14,8 @@ from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.ranks import RankError, RankPool
 
 PIPELINE, DATA = "parallel.pipeline=2", "parallel.data=2"
-NEEDED_BY = {"synchronize": DATA}
+IN_FP8 = ("precision.dtype=bf16", "precision.fp8=torch", "parallel.fp8_param_gather=true")
+NEEDED_BY = {"synchronize": DATA, "fp8_param_gather": DATA}
 """The layout that fails without a change, where that is not the pipeline."""
 NAMES = [DEVICE_LITERALS, *(patch.name for patch in PATCHES)]
 
@@ -24,6 +25,7 @@ def _train_save_resume(
 ) -> float:
     recipe = tiny_recipe(
         layout,
+        *(IN_FP8 if layout == DATA else ()),
         "parallel.distributed_optimizer=true",
         "recompute.granularity='full'",
     )

@@ -254,7 +254,7 @@ class Save:
             TorchDistSaveShardedStrategy("torch_dist", 1), self.engine.layout.groups.dp_cp
         )
         with self.engine.patches:
-            gather_parameters(self.engine.chunks)
+            gather_parameters(self.engine.chunks, self.engine.optimizer)
             state = sharded_state(self.engine, self.request.form, loading=False)
             # Plans consist of sizes and names: no device is used.
             with without_rewriting():

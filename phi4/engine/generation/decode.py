@@ -102,7 +102,7 @@ class Decoder:
             and context ranks.
         """
         with self._engine.patches:
-            gather_parameters(self._engine.chunks)
+            gather_parameters(self._engine.chunks, self._engine.optimizer)
 
     @torch.inference_mode()
     def begin(self, step: Step) -> Running:

@@ -61,6 +61,12 @@ class OnePass:
         if not self.is_stub_optimizer:
             self.optimizer.update(grad_scale=grad_scale, found_inf=found_inf, weights=self.weights)
 
+    def rewrite_weights(self) -> None:
+        """Round the masters to the corresponding weights again, as the last update did."""
+        if not self.is_stub_optimizer:
+            for master, weight in self.weights.items():
+                weight.copy_(master)
+
 
 class OnePassFP32(OnePass, FP32Optimizer):
     """fp32 weights, complete on every data rank, without separate masters."""
@@ -206,6 +212,12 @@ class OnePassChain(ChainedOptimizer):
         self.local_square_sum = total.clone()
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
         return total
+
+    @torch.no_grad()
+    def rewrite_weights(self) -> None:
+        """Round this rank's masters to its part of the weights again."""
+        for optimizer in self.chained_optimizers:
+            optimizer.rewrite_weights()
 
     def counted_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Return (parameter of the model, its prepared gradient or this rank's part of it) for all

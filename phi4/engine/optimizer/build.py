@@ -1,6 +1,7 @@
 """Build the optimizer: megatron-core's (master weights, ZeRO-1) around our AdamW; see adamw."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -11,9 +12,11 @@ from phi4_kernels.dispatch import Choice
 
 from phi4.config import Recipe
 from phi4.engine.layout import Layout
+from phi4.engine.model.fp8.layers import fp8_linears
 from phi4.engine.model.gpt import Phi4Model, global_parameters
 from phi4.engine.model.implementations import implementation_of
 from phi4.engine.optimizer.adamw import OnePassChain
+from phi4.engine.optimizer.fp8_gather import FP8BucketGroup
 from phi4.engine.precision import torch_dtype
 from phi4.model.names import parameter_group
 from phi4.model.shape import PARAMETER_GROUPS
@@ -42,20 +45,62 @@ def wrap_data_parallel(
     if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    if parallel.fp8_param_gather:
+        for chunk in wrapped:
+            for group in chunk.bucket_groups:
+                group.send_in_fp8(fp8_linears([chunk]), layout.groups.tp)
     return wrapped
 
 
-def gather_parameters(wrapped: list[torch.nn.Module]) -> None:
-    """Wait until every rank has all updated parameters.
+def gather_parameters(wrapped: Sequence[torch.nn.Module], optimizer: OnePassChain | None) -> None:
+    """Wait until every rank has all updated parameters, in their dtype.
 
-    With overlap_param_gather they are gathered while the next forward pass runs; code that reads
-    them before that must call this.
+    With overlap_param_gather they are gathered while the next forward pass runs, and with
+    fp8_param_gather weights are rounded to FP8; code that reads them must call this before.
 
-    Collectives: all-gather of the parameters over data and context ranks where it is outstanding.
+    Args:
+        wrapped: this rank's model chunks.
+        optimizer: over the same parameters; None if there is none.
+
+    Collectives: all-gather of the parameters over data and context ranks where it is outstanding
+        or rounded them.
     """
-    for chunk in wrapped:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+    chunks = [chunk for chunk in wrapped if isinstance(chunk, DistributedDataParallel)]
+    are_rounded = any(group.is_rounded for group in _fp8_groups(chunks))
+    if are_rounded:
+        assert optimizer is not None, "gradient buffers come with an optimizer"
+        optimizer.rewrite_weights()
+    for chunk in chunks:
+        if are_rounded or chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
+
+
+@contextmanager
+def exact_parameters(wrapped: Sequence[torch.nn.Module], optimizer: OnePassChain) -> Iterator[None]:
+    """Keep all parameters in their dtype in the block, whatever passes run in it.
+
+    Collectives: those of `gather_parameters`.
+    """
+    gather_parameters(wrapped, optimizer)
+    groups = _fp8_groups(wrapped)
+    try:
+        for group in groups:
+            group.stays_exact = True
+        yield
+    finally:
+        for group in groups:
+            group.stays_exact = False
+
+
+def _fp8_groups(wrapped: Sequence[torch.nn.Module]) -> list[FP8BucketGroup]:
+    """Return the groups of buckets that may be gathered in FP8."""
+    return [
+        group
+        for chunk in wrapped
+        if isinstance(chunk, DistributedDataParallel)
+        for group in chunk.bucket_groups
+        if isinstance(group, FP8BucketGroup)
+    ]
 
 
 def build_optimizer(
