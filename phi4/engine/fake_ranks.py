@@ -13,14 +13,17 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from phi4.config import ParallelConfig, Recipe
+from phi4.config.fp8_rules import fp8_layers
 from phi4.config.te_rules import without_transformer_engine
 from phi4.engine.layout import Layout, create_layout, destroy_layout
-from phi4.engine.model.fp8.layers import fp8_linears
 from phi4.engine.model.gpt import Phi4Model, build_chunks, seed_random_states, transformer_config
 from phi4.engine.patches import Patches
+
+_LINEARS = (ColumnParallelLinear, RowParallelLinear)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ChunkShape:
 
     num_layers: int
     num_fp8_layers: int
-    """The part of them whose linears run in FP8."""
+    """The part of them whose linears run in FP8, ours or Transformer Engine's."""
     num_fp8_parameters: int
     """Weights of these linears."""
     num_parameters: int
@@ -69,7 +72,6 @@ def rank_shapes(recipe: Recipe) -> list[RankShape]:
     Args:
         recipe: checked against the rules.
     """
-    recipe = without_transformer_engine(recipe)
     parallel = recipe.parallel
     per_stage = parallel.tensor * parallel.context
     return [
@@ -106,23 +108,33 @@ def _shape_of(recipe: Recipe, rank: int) -> RankShape:
         # megatron-core's advice concerns transformer-engine's attention, which is not used.
         warnings.simplefilter("ignore", UserWarning)
         seed_random_states(recipe.run.seed)
-        config = transformer_config(recipe, frees_stage_outputs=True)
-        chunks = build_chunks(recipe, layout, config)
-        shapes = tuple(_count(chunk, layout.tp_rank) for chunk in chunks)
+        built = without_transformer_engine(recipe)
+        config = transformer_config(built, frees_stage_outputs=True)
+        chunks = build_chunks(built, layout, config)
+        shapes = tuple(_count(chunk, layout.tp_rank, fp8_layers(recipe)) for chunk in chunks)
         return RankShape(layout.pp_rank, layout.tp_rank, shapes)
 
 
-def _count(chunk: Phi4Model, tp_rank: int) -> ChunkShape:
+def _count(chunk: Phi4Model, tp_rank: int, in_fp8: range) -> ChunkShape:
+    """Count a chunk's parameters.
+
+    Args:
+        chunk: on the meta device.
+        tp_rank: of this rank.
+        in_fp8: global indices of the layers whose linears run in FP8.
+    """
     sizes = [
         (parameter.numel(), tp_rank == 0 or _is_split(parameter))
         for parameter in chunk.parameters()
     ]
     fp8_sizes = [
-        [linear.weight.numel() for linear in fp8_linears([layer])] for layer in chunk.decoder.layers
+        [one.weight.numel() for one in layer.modules() if isinstance(one, _LINEARS)]
+        for layer in chunk.decoder.layers
+        if layer.layer_number - 1 in in_fp8
     ]
     return ChunkShape(
         num_layers=len(chunk.decoder.layers),
-        num_fp8_layers=sum(map(bool, fp8_sizes)),
+        num_fp8_layers=len(fp8_sizes),
         num_fp8_parameters=sum(map(sum, fp8_sizes)),
         num_parameters=sum(size for size, _ in sizes),
         num_counted_parameters=sum(size for size, counts in sizes if counts),

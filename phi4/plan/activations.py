@@ -80,8 +80,9 @@ class Activations:
 
     @property
     def fp8_layer_bytes(self) -> int:
-        """Bytes kept per layer whose linears run in FP8; equals layer_bytes without FP8."""
-        if self.recipe.precision.fp8 == "off" or self.recipe.recompute.granularity == "full":
+        """Bytes kept per layer whose linears run in FP8; equals layer_bytes without FP8, and as an
+        upper bound with Transformer Engine's linears."""
+        if self.recipe.precision.fp8 != "torch" or self.recipe.recompute.granularity == "full":
             return self.layer_bytes
         return self.layer_bytes + self._fp8_difference_bytes
 

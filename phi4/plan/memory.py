@@ -16,7 +16,8 @@ from phi4.plan.schedule import peak_in_flight
 GRADIENT_BYTES = 4
 """megatron-core's gradient buffer is fp32 (grad_reduce_in_fp32) for bf16 and fp32 parameters."""
 FP8_CASTS_BYTES = 2
-"""A weight is cast for the forward product and, transposed, for the gradient of the input."""
+"""A weight is cast for the forward product and, transposed, for the gradient of the input. With
+Transformer Engine too, according to its sources (`_data` and `_transpose` of its FP8 tensors)."""
 CONTEXT_BYTES = 2**30
 """Allowance, not a measurement: CUDA context, cuBLAS workspaces, kernel code."""
 NCCL_GROUP_BYTES = 2**28

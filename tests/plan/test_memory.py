@@ -101,12 +101,19 @@ def test_casts_of_weights_take_two_bytes_each() -> None:
         ],
     )
     plain = make_plan(recipe, 4, H100).stages
-    stages = make_plan(with_overrides(recipe, ["precision.fp8=torch"]), 4, H100).stages
+    stages, of_te = (
+        make_plan(with_overrides(recipe, [f"precision.fp8={fp8}"]), 4, H100).stages
+        for fp8 in ("torch", "te")
+    )
     # Of two layers: queries, keys and values, projection, both linears of the MLP.
     weights = 2 * 64 * ((4 + 2 * 2) * 16 + 64 + 3 * 96) // 2
     for stage, without in zip(stages, plain, strict=True):
         assert stage.weights == without.weights + 2 * weights
         assert stage.activations < without.activations
+    for stage, without in zip(of_te, plain, strict=True):
+        # Its activations are not counted in FP8.
+        assert stage.weights == without.weights + 2 * weights
+        assert stage.activations == without.activations
 
 
 def test_optimizer_is_split_over_data_and_context_ranks() -> None:
