@@ -103,6 +103,8 @@ def _figures(planned: MemoryPlan, host_bytes: int) -> Table:
     )
     table.add_row("precision", describe_precision(recipe))
     table.add_row("optimizer state", _optimizer(planned))
+    if parallel.fp8_param_gather:
+        table.add_row("FP8 weight gather", _gather(planned))
     table.add_row(
         "tokens per step",
         f"{tokens:,} = {recipe.batch.global_batch_size:,} rows x "
@@ -144,6 +146,16 @@ def _optimizer(planned: MemoryPlan) -> str:
     return (
         f"{used}; on the largest stage {split} distributed over {parallel.data * parallel.context} "
         f"data and context ranks, {plain} plain"
+    )
+
+
+def _gather(planned: MemoryPlan) -> str:
+    largest = max((stage.gather for stage in planned.stages), key=lambda one: one.plain_bytes)
+    messages = max(stage.gather.message_bytes for stage in planned.stages)
+    return (
+        f"{format_bytes(largest.received_bytes)} received per step on the largest stage, "
+        f"{format_bytes(largest.plain_bytes)} without; messages take at most "
+        f"{format_bytes(messages)}, before the first micro-batch"
     )
 
 

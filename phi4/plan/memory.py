@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from phi4.config import Recipe, check, with_overrides
 from phi4.engine.checkpoint.state import GATHER_BYTES_PER_PARAMETER
-from phi4.engine.fake_ranks import RankShape, rank_shapes
+from phi4.engine.fake_ranks import ChunkShape, RankShape, rank_shapes
 from phi4.engine.model.fp8.device import gpu_fault
 from phi4.errors import LayoutError, PlatformError
 from phi4.model.cards import Card
@@ -25,6 +25,18 @@ NCCL_GROUP_BYTES = 2**28
 FRAGMENTATION = 0.05
 """Allowance, not a measurement: fraction of activations and working memory lost to
 fragmentation."""
+
+
+@dataclass(frozen=True)
+class WeightGather:
+    """The gather of updated weights over data and context ranks, on one GPU."""
+
+    received_bytes: int
+    """Per step, without what messages are padded by."""
+    plain_bytes: int
+    """Per step, with every weight in its dtype."""
+    message_bytes: int
+    """Memory of FP8 messages, of the largest model chunk; an upper bound."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +63,15 @@ class StageMemory:
     """Tokens and RoPE tables of the micro-batches in flight and of the one being copied to the
     device."""
     allowance: int
+    gather: "WeightGather"
+    """Of parallel.fp8_param_gather; nothing of a micro-batch is kept then."""
 
     @property
     def total(self) -> int:
-        """Sum of all of them."""
+        """Sum of all of them, with the larger of the micro-batches' and the gather's."""
         state = self.weights + self.gradients + self.optimizer
-        return (
-            state + self.activations + self.loss_head + self.working + self.batch + self.allowance
-        )
+        passes = self.activations + self.loss_head + self.working + self.batch
+        return state + max(passes, self.gather.message_bytes) + self.allowance
 
 
 @dataclass(frozen=True)
@@ -201,7 +214,25 @@ def _stage(recipe: Recipe, tensor_ranks: Sequence[RankShape]) -> StageMemory:
         # Every model chunk has the micro-batch after its current one on the device.
         batch=(sum(in_flight) + 1 + len(in_flight)) * kept.batch_bytes,
         allowance=_allowance(recipe, activations + loss_head + working),
+        gather=_weight_gather(recipe, chunks),
     )
+
+
+def _weight_gather(recipe: Recipe, chunks: Sequence[ChunkShape]) -> WeightGather:
+    parallel, element_bytes = recipe.parallel, DTYPE_BYTES[recipe.precision.dtype]
+    ranks = parallel.data * parallel.context
+    if not parallel.distributed_optimizer or ranks == 1:
+        return WeightGather(0, 0, 0)
+    plain = element_bytes * sum(chunk.num_parameters for chunk in chunks)
+    saved, messages = 0, 0
+    if parallel.fp8_param_gather:
+        saved = (element_bytes - 1) * sum(chunk.num_fp8_parameters for chunk in chunks)
+        with_some = [chunk.num_parameters for chunk in chunks if chunk.num_fp8_parameters]
+        # If one rank's shard has no FP8 weight, all messages are as long as in bf16. A rank has its
+        # own twice.
+        messages = element_bytes * max(with_some, default=0) * (ranks + 1) // ranks
+    received, plain_received = ((sent * (ranks - 1)) // ranks for sent in (plain - saved, plain))
+    return WeightGather(received, plain_received, messages)
 
 
 def _allowance(recipe: Recipe, churned_bytes: int) -> int:

@@ -44,6 +44,14 @@ def test_fp8_is_named_and_costs_its_casts(capsys: pytest.CaptureFixture[str]) ->
     assert "FP8" not in run(capsys, "--gpus", "1920")[1]
 
 
+def test_gather_in_fp8_is_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ("precision.fp8=torch", "parallel.fp8_param_gather=true")
+    code, out, err = run(capsys, "--gpus", "1920", *keys)
+    assert (code, err) == (0, "")
+    assert "4.0 GiB received per step on the largest stage, 7.1 GiB without; messages" in out
+    assert "FP8 weight gather" not in run(capsys, "--gpus", "1920", keys[0])[1]
+
+
 @pytest.mark.parametrize("recipe", ["phi4_14b_dpo_pivotal", "phi4_14b_dpo_judge"])
 def test_no_reference_model_is_held(capsys: pytest.CaptureFixture[str], recipe: str) -> None:
     code, out, err = run(capsys, "--gpus", "64", "--gpu", "h100", recipe=recipe)

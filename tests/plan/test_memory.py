@@ -1,5 +1,6 @@
 """Planned bytes against the buffers of real ranks, and the arithmetic of a plan."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,39 @@ def test_casts_of_weights_take_two_bytes_each() -> None:
         # Its activations are not counted in FP8.
         assert stage.weights == without.weights + 2 * weights
         assert stage.activations == without.activations
+
+
+def test_gather_in_fp8_sends_one_byte_less_per_weight() -> None:
+    recipe = with_overrides(
+        TINY,
+        [
+            *("model.num_layers=6", "precision.fp8_end_layers_in_bf16=1", "precision.fp8=torch"),
+            *("parallel.pipeline=3", "parallel.distributed_optimizer=true"),
+            "data.sequence_length=64",
+        ],
+    )
+    plain = make_plan(recipe, 6, H100).stages
+    stages = make_plan(with_overrides(recipe, ["parallel.fp8_param_gather=true"]), 6, H100).stages
+    weights = 64 * ((4 + 2 * 2) * 16 + 64 + 3 * 96)
+    for stage, without, num_layers in zip(stages, plain, (1, 2, 1), strict=True):
+        whole = 2 * stage.num_parameters
+        # Half of it is this data rank's own.
+        assert stage.gather.received_bytes == (whole - num_layers * weights) // 2
+        assert without.gather.received_bytes == stage.gather.plain_bytes == whole // 2
+        assert (stage.gather.message_bytes, without.gather.message_bytes) == (whole * 3 // 2, 0)
+
+
+def test_peak_is_that_of_passes_or_of_messages() -> None:
+    recipe = with_overrides(
+        TINY,
+        ["model.num_layers=4", "precision.fp8=torch", "parallel.distributed_optimizer=true"],
+    )
+    [plain] = make_plan(recipe, 2, H100).stages
+    [stage] = make_plan(with_overrides(recipe, ["parallel.fp8_param_gather=true"]), 2, H100).stages
+    passes = plain.activations + plain.loss_head + plain.working + plain.batch
+    assert stage.gather.message_bytes < passes and stage.total == plain.total
+    larger = replace(stage.gather, message_bytes=passes + 7)
+    assert replace(stage, gather=larger).total == plain.total + 7
 
 
 def test_optimizer_is_split_over_data_and_context_ranks() -> None:
