@@ -22,7 +22,7 @@ from phi4.config import DpoConfig, Recipe, with_overrides
 from phi4.data.stream.batch import Batch
 from phi4.engine.engine import Engine
 from phi4.engine.platform import connect, disconnect
-from phi4.engine.step import StepResult
+from phi4.engine.step_values import StepResult
 from phi4.stages.dpo import PreferenceLoss
 from phi4.verify.measured_rows import append_row, provenance
 from tests.support.pair_rows import Row, Trajectory, pair_batch

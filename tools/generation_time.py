@@ -24,8 +24,8 @@ import torch
 
 from phi4.config import Recipe, with_overrides
 from phi4.engine.engine import Engine
+from phi4.engine.generation.events import TokenDrawn
 from phi4.engine.generation.generator import CacheSize, Generator
-from phi4.engine.generation.scheduler import TokenDrawn
 from phi4.engine.platform import connect, disconnect
 from phi4.sampling.protocol import Request
 from phi4.verify.measured_rows import append_row, provenance

@@ -30,7 +30,7 @@ from phi4.engine.optimizer import adamw
 from phi4.engine.optimizer.adamw import CLIP_EPS, OnePassChain
 from phi4.engine.platform import connect, disconnect
 from phi4.engine.replicas import check_replicas, require_finite_parameters
-from phi4.engine.step import Totals
+from phi4.engine.step_values import Totals
 from phi4.rundir.state import Numerics, RunState
 from phi4.stages.pretrain import NextToken
 from phi4.train.hooks import Progress

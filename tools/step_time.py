@@ -26,7 +26,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from phi4.config import Recipe, with_overrides
 from phi4.convert.hf_config import hf_config
 from phi4.data.stream.batch import Batch, build_batch
-from phi4.engine import step as engine_steps
+from phi4.engine import schedule
 from phi4.engine.engine import Engine
 from phi4.engine.platform import connect, disconnect
 from phi4.model.names import to_hf
@@ -95,7 +95,7 @@ class EngineLoop:
             "forward": forward,
             "backward": [(schedules, "backward_step")],
             "zero gradients": [(self.engine.chunks[0], "zero_grad_buffer")],
-            "reduce gradients": [(engine_steps, "finalize_model_grads")],
+            "reduce gradients": [(schedule, "finalize_model_grads")],
             "clip and AdamW": [(self.engine.optimizer, "step")],
         }
 

@@ -4,10 +4,8 @@ megatron-core is always entered inside `Patches`; callers of this class need not
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from phi4_kernels.evidence import KernelEvidence
 
@@ -18,9 +16,9 @@ from phi4.config.te_rules import without_transformer_engine
 from phi4.engine import step as steps
 from phi4.engine.agreement import Asked, nothing_asked
 from phi4.engine.forward_timer import ForwardTimer
-from phi4.engine.fp8_check import FP8Check, FP8Limits, check_fp8
+from phi4.engine.fp8_check import check_fp8
+from phi4.engine.fp8_deviation import FP8Check, FP8Limits
 from phi4.engine.layout import Layout, create_layout, destroy_layout
-from phi4.engine.model.alternatives import LabelLogProbs
 from phi4.engine.model.fp8.device import check_device
 from phi4.engine.model.fp8.fallback import use_fp8_in
 from phi4.engine.model.fp8.layers import forget_weights
@@ -32,24 +30,24 @@ from phi4.engine.model.fp8.te_backend import (
 )
 from phi4.engine.model.gpt import (
     build_chunks,
-    global_parameters,
     initialise,
     seed_random_states,
-    shard,
     transformer_config,
-    unshard,
 )
 from phi4.engine.model.host_batch import HostBatch, check_host_batches
 from phi4.engine.model.implementations import (
     attention_needs,
     choose,
-    implementation_of,
     unused_ops,
 )
 from phi4.engine.model.micro_batch import MicroBatches, to_device
 from phi4.engine.model.placement import SideStream
-from phi4.engine.model.rope import RopeCache
-from phi4.engine.model.weights_hash import weights_sha256
+from phi4.engine.model.rope import rope_cache
+from phi4.engine.model.whole_weights import (
+    read_parameters,
+    weights_sha256,
+    whole_parameters,
+)
 from phi4.engine.objective import Objective
 from phi4.engine.optimizer.adamw import OnePassChain
 from phi4.engine.optimizer.build import (
@@ -62,28 +60,7 @@ from phi4.engine.patches import Patches
 from phi4.engine.platform import Platform
 from phi4.engine.precision import torch_dtype
 from phi4.engine.replay import Replay, replay_step
-from phi4.engine.step import NO_LIMITS, StepResult, UpdateLimits
-
-
-@dataclass(frozen=True)
-class RowLogProbs:
-    """Log-probabilities of complete rows, on the host.
-
-    Attributes:
-        labels: [B, S] float32.
-        alternative_labels: [B, S] float32, 0 where there is none; None if the batch has none.
-    """
-
-    labels: np.ndarray
-    alternative_labels: np.ndarray | None
-
-    @classmethod
-    def of(cls, found: LabelLogProbs) -> "RowLogProbs":
-        """Copy to the host."""
-        second_BS = found.alternatives_BS
-        return cls(
-            found.labels_BS.cpu().numpy(), None if second_BS is None else second_BS.cpu().numpy()
-        )
+from phi4.engine.step_values import NO_LIMITS, RowLogProbs, StepResult, UpdateLimits
 
 
 class Engine:
@@ -145,7 +122,7 @@ class Engine:
             begin_delayed_scaling(self.bare_chunks, self.config)
             if draws_weights:
                 initialise(self.bare_chunks, recipe.model, recipe.run.seed, self.layout)
-            self.rope_cache = self._rope_cache()
+            self.rope_cache = rope_cache(recipe, self.choices, platform.device)
             self.chunks: list[torch.nn.Module] = list(self.bare_chunks)
             self.optimizer: OnePassChain | None = None
             if trains:
@@ -211,14 +188,12 @@ class Engine:
             objective: the stage's loss.
             limits: allowed deviations.
         """
-        # Complete groups, which the interleaved schedule requires.
-        count = self.layout.pp_size if self.layout.vpp_size > 1 else 1
         with self.patches, exact_parameters(self.chunks, self._updater):
             self._set_training(True)
             return check_fp8(
                 self.chunks,
                 self._updater,
-                self.to_device(batches[:count]),
+                self.to_device(batches[: self.layout.schedule_group]),
                 objective,
                 self.layout,
                 fp8_layers=self.fp8_layers,
@@ -256,12 +231,11 @@ class Engine:
     def logits(self, batches: Sequence[HostBatch]) -> list[torch.Tensor]:
         """Return logits [B, S, V] per micro-batch on the last stage; elsewhere an empty list.
 
-        Collectives: the forward schedule; all-gather over tp and over cp on the last stage.
+        Collectives: those of `step.logits`.
         """
         with self.patches:
             self._set_training(False)
-            local = steps.logits(self.chunks, self.to_device(batches), self.layout)
-            return [self._whole_logits(piece) for piece in local]
+            return steps.logits(self.chunks, self.to_device(batches), self.layout)
 
     def log_probs(self, batches: Sequence[HostBatch]) -> list[RowLogProbs]:
         """Return log-probabilities of the labels per micro-batch, without gradients, in any layout.
@@ -279,9 +253,7 @@ class Engine:
         """
         if not batches:
             return []
-        # Interleaved 1F1B takes micro-batches in groups as large as the pipeline.
-        group = self.layout.pp_size if self.layout.vpp_size > 1 else 1
-        filled = [*batches, *[batches[-1]] * (-len(batches) % group)]
+        filled = [*batches, *[batches[-1]] * (-len(batches) % self.layout.schedule_group)]
         with self.patches:
             self._set_training(False)
             found = steps.log_probs(self.chunks, self.to_device(filled), self.layout)
@@ -311,8 +283,7 @@ class Engine:
         Collectives: one all-gather over tp per split tensor.
         """
         self._gather_parameters()
-        for name, parameter in global_parameters(self.bare_chunks):
-            yield name, unshard(parameter.detach(), parameter, self.layout)
+        yield from whole_parameters(self.bare_chunks, self.layout)
 
     def weights_sha256(self) -> dict[str, str]:
         """Return the sha256 of every full tensor by global name, the same on every rank and in any
@@ -336,13 +307,7 @@ class Engine:
         Raises:
             KeyError: the stream lacks parameters of this stage.
         """
-        waiting = dict(global_parameters(self.bare_chunks))
-        for name, tensor in stream:
-            parameter = waiting.pop(name, None)
-            if parameter is not None:
-                parameter.copy_(shard(tensor, parameter, self.layout))
-        if waiting:
-            raise KeyError(f"no weights for {', '.join(sorted(waiting))}")
+        read_parameters(stream, self.bare_chunks, self.layout)
         if self.optimizer is not None:
             with self.patches:
                 self.optimizer.reload_model_params()
@@ -352,14 +317,6 @@ class Engine:
         with self.patches:
             end_delayed_scaling(self.config)
             destroy_layout()
-
-    def _rope_cache(self) -> RopeCache | None:
-        """Return the cache of all positions in a row, if RoPE uses one."""
-        if implementation_of("rope", self.choices) == "torch":
-            return None
-        recipe = self.recipe
-        longest = max(recipe.data.sequence_length, recipe.model.max_position_embeddings)
-        return RopeCache.up_to(longest, recipe.model, self.platform.device)
 
     def _gather_parameters(self) -> None:
         with self.patches:
@@ -372,11 +329,3 @@ class Engine:
             chunk.train(training)
         # Weights change only between two calls of the engine.
         forget_weights(self.bare_chunks)
-
-    def _whole_logits(self, local_BSV: torch.Tensor) -> torch.Tensor:
-        layout = self.layout
-        if layout.tp_size > 1:
-            pieces = [torch.empty_like(local_BSV) for _ in range(layout.tp_size)]
-            torch.distributed.all_gather(pieces, local_BSV.contiguous(), group=layout.groups.tp)
-            local_BSV = torch.cat(pieces, dim=-1)
-        return layout.context_gather(local_BSV)

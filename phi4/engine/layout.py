@@ -56,6 +56,12 @@ class Layout:
         chunks = 2 * self.cp_size if self.cp_size > 1 else 1
         return chunks * (self.tp_size if self.parallel.sequence else 1)
 
+    @property
+    def schedule_group(self) -> int:
+        """Micro-batches that the schedule takes at a time: interleaved 1F1B needs complete
+        groups."""
+        return self.pp_size if self.vpp_size > 1 else 1
+
     def describe(self) -> str:
         """Return one line for the console."""
         p = self.parallel

@@ -9,7 +9,7 @@ is needed. Written against megatron-core 0.16.1; any other version is refused.
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
@@ -27,7 +27,6 @@ from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel import random as megatron_random
 from phi4_kernels.adamw import FusedAdam
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.overrides import TorchFunctionMode
 
 from phi4.engine.checkpoint_capture import Capture
 from phi4.engine.checkpoint_io import VettedReader, load_bytes_as_values
@@ -39,6 +38,12 @@ from phi4.engine.optimizer.adamw import (
     OnePassFP32,
 )
 from phi4.engine.optimizer.fp8_gather import FP8BucketGroup
+from phi4.engine.without_cuda import (
+    CpuRngTracker,
+    CudaMeansHere,
+    get_cpu_rng_state,
+    set_cpu_rng_state,
+)
 from phi4.errors import PlatformError
 
 MEGATRON_VERSION = "0.16.1"
@@ -57,69 +62,8 @@ class Patch:
     """(object, attribute, new value) triples."""
 
 
-class CudaMeansHere(TorchFunctionMode):
-    """Rewrites the device argument of torch calls from cuda to another device.
-
-    Replaces no attribute of torch or megatron-core; costs about 1 us per torch call, so the engine
-    leaves it (`without_rewriting`) around the model's own forward pass, which uses no literal
-    device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """See TorchFunctionMode."""
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if device is not None and torch.device(device).type == "cuda":
-            kwargs = {**kwargs, "device": self.device}
-        if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return f"torch.cuda.{func(*args).rpartition('.')[2]}"
-        return func(*args, **kwargs)
-
-
-without_rewriting = torch._C.DisableTorchFunction
-"""Context in which torch calls skip every TorchFunctionMode."""
-
 _ABSENT = object()
 """Marks an attribute that the owner does not have."""
-
-
-class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
-    """megatron's tracker of named random states, over the CPU generator."""
-
-    def add(self, name: str, seed: int) -> None:
-        """Register a state under a name."""
-        if name in self.states_ or seed in self.seeds_:
-            raise ValueError(f"random state {name} or seed {seed} is already registered")
-        self._is_initialized = True
-        self.seeds_.add(seed)
-        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
-
-    @contextlib.contextmanager
-    def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        """Use a named state inside the context."""
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self.states_[name])
-        try:
-            yield
-        finally:
-            self.states_[name] = torch.get_rng_state()
-            torch.set_rng_state(outside)
-
-
-def _get_cpu_rng_state(device="cuda", clone=False, graph_safe=False) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_cpu_rng_state(new_state, device=-1, graph_safe=False) -> None:
-    torch.set_rng_state(new_state)
 
 
 def _checkpoint_writer(patches: "Patches") -> list[tuple[Any, str, Any]]:
@@ -165,8 +109,8 @@ PATCHES = (
         "activation recompute saves and restores the CUDA generator",
         ("cpu", "meta"),
         lambda patches: [
-            (megatron_random, "_get_cuda_rng_state", _get_cpu_rng_state),
-            (megatron_random, "_set_cuda_rng_state", _set_cpu_rng_state),
+            (megatron_random, "_get_cuda_rng_state", get_cpu_rng_state),
+            (megatron_random, "_set_cuda_rng_state", set_cpu_rng_state),
         ],
     ),
     Patch(

@@ -11,17 +11,18 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_model_config
 
-from phi4.engine import step as steps
 from phi4.engine.bits import are_finite, digests
 from phi4.engine.layout import Layout
 from phi4.engine.model.micro_batch import MicroBatches
 from phi4.engine.objective import Objective
 from phi4.engine.optimizer.adamw import OnePassChain
+from phi4.engine.schedule import loss_function, run_schedule
+from phi4.engine.step_values import Totals
 
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """Results of this rank, on its device; the sums are as in `step.Evidence`."""
+    """Results of this rank, on its device; the sums are as in `step_values.Evidence`."""
 
     loss_sums: torch.Tensor
     """[2 * names] fp64."""
@@ -44,7 +45,7 @@ def replay_step(
 
     Collectives: those of `step.train_step` without the update's and the totals'.
     """
-    totals = steps.Totals(objective.metric_names, next(chunks[0].parameters()).device)
+    totals = Totals(objective.metric_names, next(chunks[0].parameters()).device)
     found: list[torch.Tensor] = []
 
     def before_reduction() -> None:
@@ -60,11 +61,11 @@ def replay_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     with _reduced_at_the_end(chunks):
-        steps.run_schedule(
+        run_schedule(
             chunks,
             batches,
             layout,
-            steps.loss_function(objective, totals, layout),
+            loss_function(objective, totals, layout),
             with_gradients=True,
             before_reduction=before_reduction,
         )

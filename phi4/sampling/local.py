@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.engine.generation.draws import Drawn
+from phi4.engine.generation.events import Event as EngineEvent
+from phi4.engine.generation.events import PromptScored, SampleEnded, TokenDrawn
 from phi4.engine.generation.generator import Generator
-from phi4.engine.generation.scheduler import Event as EngineEvent
-from phi4.engine.generation.scheduler import PromptScored, SampleEnded, TokenDrawn
 from phi4.errors import ConfigError, SamplerError
 from phi4.sampling.checks import check_request
 from phi4.sampling.protocol import (

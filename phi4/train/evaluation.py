@@ -6,7 +6,7 @@ from phi4.config import Recipe
 from phi4.data.stream.loader import HeldOut
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
-from phi4.engine.step import StepResult
+from phi4.engine.step_values import StepResult
 from phi4.train.hooks import Hook, Progress
 from phi4.train.reliability.phases import Phases
 from phi4.train.reliability.requests import Requests

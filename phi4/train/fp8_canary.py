@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from phi4.config import PrecisionConfig
-from phi4.engine.fp8_check import FP8Check, FP8Limits
+from phi4.engine.fp8_deviation import FP8Check, FP8Limits
 from phi4.rundir.state import FP8Fallback, RunState
 from phi4.train.hooks import Hook, Progress, RunContext
 

@@ -19,7 +19,7 @@ from phi4.engine.engine import Engine
 from phi4.engine.model.host_batch import HostBatch
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
-from phi4.engine.step import StepResult
+from phi4.engine.step_values import StepResult
 from phi4.errors import ConfigError
 from phi4.rundir import Lease
 from phi4.rundir.state import RunState

@@ -23,7 +23,7 @@ from phi4.data.stream.replay import rewind
 from phi4.data.vocabulary.bpe import train_bpe
 from phi4.data.vocabulary.tokenizer import load_tokenizer, rank_file_bytes
 from phi4.engine.platform import Platform
-from phi4.engine.step import StepResult
+from phi4.engine.step_values import StepResult
 from phi4.errors import CheckpointError, ConfigError, DataError
 from phi4.rundir.checkpoints import checkpoint_name, checkpoints_dir
 from phi4.rundir.names import LATEST_FILE, MANIFEST_FILE, RECIPE_FILE, STATE_FILE

@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from phi4_kernels import cuda_library
 
 from phi4.config import KernelsConfig
-from phi4.engine import step as steps
+from phi4.engine import schedule
 from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.memory_use import KeptBytes, kept_bytes
@@ -113,12 +113,12 @@ def _passes(rank, world_size, overrides, stock):
 
             return run
 
-        finalize = steps.finalize_model_grads
+        finalize = schedule.finalize_model_grads
         if engine.layout.dp_size == 1:
             finalize = counted(finalize)
         with (
             mock.patch.object(OnePassChain, "step", lambda *given: counted(step)(*given)),
-            mock.patch.object(steps, "finalize_model_grads", finalize),
+            mock.patch.object(schedule, "finalize_model_grads", finalize),
         ):
             train(engine, 1)
         assert owned > 0

@@ -14,7 +14,7 @@ import torch
 from transformers import Phi3ForCausalLM
 
 from phi4.config import ModelConfig, Recipe
-from phi4.engine.generation.scheduler import TokenDrawn
+from phi4.engine.generation.events import TokenDrawn
 from tests.support.anchor import MODEL, anchor_recipe
 from tests.support.decoding_ranks import run, run_scored, save
 from tests.support.generation import Asked, collect

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from phi4.engine.generation.blocks import CachedSequence
+from phi4.engine.generation.events import SampleEnded
 from phi4.engine.generation.generator import CacheSize, Generator
-from phi4.engine.generation.scheduler import SampleEnded
 from phi4.engine.generation.steps import Step
 from phi4.engine.model.gpt import initialise
 from phi4.stages.pretrain import NextToken

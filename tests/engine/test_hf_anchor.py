@@ -15,8 +15,8 @@ from phi4.data.stream.batch import Batch
 from phi4.data.vocabulary.bpe import train_bpe
 from phi4.data.vocabulary.tokenizer import rank_file_bytes
 from phi4.engine.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
-from phi4.engine.engine import RowLogProbs
 from phi4.engine.platform import connect, disconnect
+from phi4.engine.step_values import RowLogProbs
 from tests.support.anchor import (
     DOCUMENTS,
     MODEL,

@@ -19,7 +19,7 @@ from phi4.engine import objective
 from phi4.engine.engine import Engine
 from phi4.engine.model.micro_batch import MicroBatch
 from phi4.engine.objective import Loss, LossInputs, SegmentSum
-from phi4.engine.step import StepResult
+from phi4.engine.step_values import StepResult
 from phi4.errors import ConfigError
 from phi4.stages.pretrain import NextToken
 from phi4.verify.parity import LEARNING_RATE, LOSS_TOLERANCE, PARAMETER_TOLERANCE

@@ -7,7 +7,7 @@ from phi4.engine.bits import digests
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Loss
 from phi4.engine.replicas import check_replicas, require_finite_parameters
-from phi4.engine.step import UpdateLimits
+from phi4.engine.step_values import UpdateLimits
 from phi4.errors import CorruptionError, NotFiniteError
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe

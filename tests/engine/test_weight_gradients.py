@@ -7,7 +7,7 @@ import torch
 from phi4_kernels.swiglu import swiglu_linear
 from torch import nn
 
-from phi4.engine import step as steps
+from phi4.engine import schedule
 from phi4.engine.engine import Engine
 from phi4.engine.model.weight_gradients import SwiGLULinearIntoMainGrad, add_weight_gradient
 from phi4.stages.pretrain import NextToken
@@ -73,7 +73,7 @@ def unreduced(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple |
             weights = weights_of(engine)
             found.update({name: weight.main_grad.clone() for name, weight in weights.items()})
 
-        with mock.patch.object(steps, "finalize_model_grads", keep):
+        with mock.patch.object(schedule, "finalize_model_grads", keep):
             engine.train_step(batches_of(engine, 0), NextToken(), learning_rate=0.0)
         return found, factors
 

@@ -14,8 +14,9 @@ import torch
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
 from phi4.engine.generation.draws import Drawn
+from phi4.engine.generation.events import TokenDrawn
 from phi4.engine.generation.generator import CacheSize, Generator
-from phi4.engine.generation.scheduler import StepLimits, TokenDrawn
+from phi4.engine.generation.scheduler import StepLimits
 from phi4.errors import ConfigError, SamplerError
 from phi4.sampling.batch import answers
 from phi4.sampling.local import LocalSampler

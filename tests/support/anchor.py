@@ -12,7 +12,8 @@ from transformers import Phi3ForCausalLM
 from phi4.config import ModelConfig, Recipe, parse_recipe
 from phi4.data.stream.batch import Batch
 from phi4.engine.engine import Engine
-from phi4.engine.model.gpt import global_parameters, unshard
+from phi4.engine.model.gpt import global_parameters
+from phi4.engine.model.tensor_parts import unshard
 from phi4.model.names import to_megatron
 from phi4.stages.pretrain import NextToken
 from tests.support.generation import greedy

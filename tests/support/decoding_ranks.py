@@ -12,8 +12,9 @@ import torch
 from phi4.config import Recipe, dump_toml
 from phi4.convert import read_hf
 from phi4.engine.checkpoint import save_checkpoint
+from phi4.engine.generation.events import Event
 from phi4.engine.generation.generator import CacheSize, Generator
-from phi4.engine.generation.scheduler import Event, StepLimits
+from phi4.engine.generation.scheduler import StepLimits
 from tests.support.engines import engine_on
 from tests.support.generation import Asked, collect, generate
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from phi4.engine.engine import Engine
 from phi4.engine.generation.draws import Drawn
+from phi4.engine.generation.events import Event, PromptScored, SampleEnded, TokenDrawn
 from phi4.engine.generation.generator import CacheSize, Generator
-from phi4.engine.generation.scheduler import Event, PromptScored, SampleEnded, TokenDrawn
 
 
 @dataclass(frozen=True)

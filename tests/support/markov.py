@@ -10,7 +10,8 @@ import torch
 
 from phi4.config import Recipe
 from phi4.engine.engine import Engine
-from phi4.engine.model.gpt import full_shape, global_parameters
+from phi4.engine.model.gpt import global_parameters
+from phi4.engine.model.tensor_parts import full_shape
 from tests.support.engines import tiny_recipe
 
 VOCAB_SIZE = 32

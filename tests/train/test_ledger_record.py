@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4.engine.platform import Platform
-from phi4.engine.step import StepResult
+from phi4.engine.step_values import StepResult
 from phi4.errors import DataError
 from phi4.rundir.ledger_log import recorded_counts
 from phi4.rundir.names import LEDGER_FILE

@@ -7,7 +7,7 @@ from unittest.mock import Mock, call, patch
 
 import pytest
 
-from phi4.engine.step import StepResult
+from phi4.engine.step_values import StepResult
 from phi4.errors import CheckpointError, ConfigError
 from phi4.rundir.state import RunState
 from phi4.train.hooks import CONTINUE, Decision, Hook, Progress, RollBack, SaveAndStop, strongest

@@ -9,7 +9,7 @@ import pytest
 
 from phi4.config import ModelConfig, Recipe
 from phi4.engine.memory_use import KeptBytes
-from phi4.engine.step import StepResult
+from phi4.engine.step_values import StepResult
 from phi4.model.shape import Work
 from phi4.rundir.names import METRICS_FILE
 from phi4.rundir.state import RunState

@@ -1,9 +1,10 @@
 """Checkpoints by megatron-core's dist_checkpointing, in directories that are complete or absent."""
 
+from phi4.engine.checkpoint.host_views import newest_complete, views_of_replicas
 from phi4.engine.checkpoint.loading import VerifiedCheckpoint, load_checkpoint, verify_checkpoint
 from phi4.engine.checkpoint.open import open_checkpoint, recipe_of
 from phi4.engine.checkpoint.pending import Durable, PendingSave
-from phi4.engine.checkpoint.replica import Replicas, newest_complete, views_of_replicas
+from phi4.engine.checkpoint.replica import Replicas
 from phi4.engine.checkpoint.saving import SaveRequest, predicted_bytes, save_checkpoint
 from phi4.engine.checkpoint.search import checkpoints_newest_first, find_checkpoint_together
 from phi4.engine.checkpoint.state import (

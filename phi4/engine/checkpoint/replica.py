@@ -18,9 +18,15 @@ from phi4.engine.agreement import (
     raise_together,
     wait_until_visible,
 )
+from phi4.engine.checkpoint.host_views import (
+    HostView,
+    first_holder,
+    present_files,
+    views_of_replicas,
+)
 from phi4.engine.platform import Platform
 from phi4.errors import CheckpointError, Phi4Error, PlatformError
-from phi4.rundir import Lease, this_process
+from phi4.rundir import Lease
 from phi4.rundir.bad_checkpoints import is_bad_content
 from phi4.rundir.checkpoints import (
     CheckpointDirectory,
@@ -38,57 +44,11 @@ from phi4.rundir.manifest import (
     verify_files,
 )
 from phi4.rundir.names import MANIFEST_FILE, SAVES_FILE
-from phi4.rundir.replica import Held, ReplicaId, copy_verified, held_replicas
+from phi4.rundir.replica import ReplicaId, copy_verified
 from phi4.rundir.roll_back import read_roll_back, still_counts
 from phi4.rundir.save_log import counting_manifests
 
 _SHOWN_NAMES = 4
-
-
-@dataclass(frozen=True)
-class HostView:
-    """One rank's view of its host.
-
-    Attributes:
-        host: host name.
-        kernel: distinguishes it from another host of that name.
-        held: replicas on the host.
-        problem: why none of them can be read; empty if they can.
-    """
-
-    host: str
-    kernel: str
-    held: tuple[Held, ...] = ()
-    problem: str = ""
-
-    def shares_disk_with(self, other: "HostView") -> bool:
-        """Return whether both are on the same host."""
-        return (self.host, self.kernel) == (other.host, other.kernel)
-
-
-def views_of_replicas(platform: Platform, place: Path) -> list[HostView]:
-    """Return every rank's view of its host, by rank.
-
-    Collectives: one all-gather of file names over all ranks.
-    """
-    process, problem = this_process(), ""
-    held: tuple[Held, ...] = ()
-    try:
-        held = tuple(held_replicas(place))
-    except OSError as error:
-        problem = f"the replicas on {process.host} cannot be read: {error}"
-    return gathered(platform, HostView(process.host, process.kernel, held, problem))
-
-
-def newest_complete(views: Sequence[HostView]) -> ReplicaId | None:
-    """Return the newest checkpoint of which all hosts together have every file."""
-    present: dict[ReplicaId, set[str]] = {}
-    num_files: dict[ReplicaId, int] = {}
-    for held in (held for view in views for held in view.held):
-        present.setdefault(held.of, set()).update(held.present)
-        num_files[held.of] = held.num_files
-    complete = [of for of, names in present.items() if len(names) == num_files[of]]
-    return max(complete, key=lambda of: of.step, default=None)
 
 
 @dataclass(frozen=True)
@@ -194,8 +154,8 @@ class Replicas:
         directory and of verdicts; two broadcasts of the writer's outcome; over all ranks.
         """
         holders = {
-            name: [r for r, view in enumerate(views) if name in _present(view, of)]
-            for name in {name for view in views for name in _present(view, of)}
+            name: [r for r, view in enumerate(views) if name in present_files(view, of)]
+            for name in {name for view in views for name in present_files(view, of)}
         }
         try:
             content, manifest = self._manifest(of, views)
@@ -211,7 +171,7 @@ class Replicas:
             return False
         lost = manifest.files.keys() - intact
         hosts = {views[rank].host for name in lost for rank in holders[name]}
-        hosts.add(views[_first_holder(of, views)].host)
+        hosts.add(views[first_holder(of, views)].host)
         self.say(
             f"step {of.step} is restored from replicas on {', '.join(sorted(hosts))}: {len(lost)} "
             f"of its {len(manifest.files)} files were missing or damaged"
@@ -221,7 +181,7 @@ class Replicas:
     def _manifest(
         self, of: ReplicaId, views: Sequence[HostView]
     ) -> tuple[bytes, CheckpointManifest]:
-        first = _first_holder(of, views)
+        first = first_holder(of, views)
         path, own = self.place / of.name / MANIFEST_FILE, b""
         if self.platform.rank == first:
             with contextlib.suppress(OSError):
@@ -301,15 +261,6 @@ def _shares(
         ranks = range(world_size) if name in intact else holders[name]
         shares[ranks[index % len(ranks)]].append(_Piece(name, entry, name in intact))
     return shares
-
-
-def _first_holder(of: ReplicaId, views: Sequence[HostView]) -> int:
-    """Return the lowest rank whose host has the manifest."""
-    return next(r for r, view in enumerate(views) if any(held.of == of for held in view.held))
-
-
-def _present(view: HostView, of: ReplicaId) -> tuple[str, ...]:
-    return next((held.present for held in view.held if held.of == of), ())
 
 
 def _linked(source: Path, target: Path) -> bool:

@@ -33,7 +33,7 @@ from phi4.engine.checkpoint_capture import InProcess, ToWriterProcess
 from phi4.engine.engine import Engine
 from phi4.engine.model.fp8.te_state import delayed_states
 from phi4.engine.optimizer.build import gather_parameters
-from phi4.engine.patches import without_rewriting
+from phi4.engine.without_cuda import without_rewriting
 from phi4.errors import DiskFullError, Phi4Error, PlatformError
 from phi4.rundir.checkpoints import CheckpointDirectory, Retention
 from phi4.rundir.manifest import (

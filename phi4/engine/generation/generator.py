@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from phi4.engine.engine import Engine
 from phi4.engine.generation.blocks import BlockPool
 from phi4.engine.generation.decode import Decoder, Running
+from phi4.engine.generation.events import Event
 from phi4.engine.generation.orders import Cancel, Close, Load, Order, OrderRelay, Submit
-from phi4.engine.generation.scheduler import Event, Scheduler, StepLimits
+from phi4.engine.generation.scheduler import Scheduler, StepLimits
 from phi4.errors import CheckpointError, ConfigError
 from phi4.model.generation_request import GenerationRequest, check_generation_request
 

@@ -12,43 +12,19 @@ most, since its next token depends on the last one; the chunks of a prompt may b
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from phi4.engine.generation.blocks import BlockCopy, BlockPool, CachedSequence
 from phi4.engine.generation.draws import Draw, Drawn
+from phi4.engine.generation.events import (
+    Event,
+    FinishReason,
+    PromptScored,
+    SampleEnded,
+    TokenDrawn,
+)
 from phi4.engine.generation.steps import Step, StepRow
 from phi4.model.generation_request import GenerationRequest
-
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(frozen=True, slots=True)
-class PromptScored:
-    """The scores of a prompt's tokens from the second one on."""
-
-    request_id: int
-    tokens: Sequence[Drawn]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDrawn:
-    """A sample grew by one token."""
-
-    request_id: int
-    sample: int
-    drawn: Drawn
-
-
-@dataclass(frozen=True, slots=True)
-class SampleEnded:
-    """A sample ended; sent exactly once for every sample of a request."""
-
-    request_id: int
-    sample: int
-    reason: FinishReason
-
-
-Event = PromptScored | TokenDrawn | SampleEnded
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """cos and sin of RoPE: one table of all positions, or one per token of a micro-batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from phi4_kernels.dispatch import Choice
 
-from phi4.config import ModelConfig
+from phi4.config import ModelConfig, Recipe
+from phi4.engine.model.implementations import implementation_of
 
 # Shape legend: B rows, S local columns, D head dim, D2 half of it, P positions.
 
@@ -46,3 +49,11 @@ def _angles(positions: torch.Tensor, model: ModelConfig) -> torch.Tensor:
     exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies_D2 = 1.0 / (model.rope_theta ** (exponents / model.head_dim))
     return positions.unsqueeze(-1) * frequencies_D2
+
+
+def rope_cache(recipe: Recipe, choices: Sequence[Choice], device: torch.device) -> RopeCache | None:
+    """Return the cache of all positions in a row, if the chosen RoPE uses one."""
+    if implementation_of("rope", choices) == "torch":
+        return None
+    longest = max(recipe.data.sequence_length, recipe.model.max_position_embeddings)
+    return RopeCache.up_to(longest, recipe.model, device)

@@ -122,9 +122,8 @@ class StartGate(Hook):
         """Return the probe rows, after checking that repetition and packing change nothing."""
         context, engine = self._context, self._context.engine
         recipe, tokenizer = context.recipe, context.tokenizer
-        # Interleaved 1F1B takes micro-batches in groups as large as the pipeline. All replicas get
-        # the same rows, so the mean over the global batch is that of each of them.
-        group = engine.layout.pp_size if engine.layout.vpp_size > 1 else 1
+        # All replicas get the same rows, so the mean over the global batch is that of each of them.
+        group = engine.layout.schedule_group
         num_rows = -(-NUM_ROWS // group) * group
         rows = done_by_all(context.platform, partial(read_probe, recipe, tokenizer, num_rows))
         batches = [row.batch for row in rows]

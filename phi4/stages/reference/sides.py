@@ -3,7 +3,7 @@
 import numpy as np
 
 from phi4.data.stream.batch import Batch
-from phi4.engine.engine import RowLogProbs
+from phi4.engine.step_values import RowLogProbs
 
 
 def segment_sums(batch: Batch, log_probs: RowLogProbs) -> np.ndarray:

@@ -16,7 +16,7 @@ from phi4.engine.agreement import gathered
 from phi4.engine.layout import Layout
 from phi4.engine.platform import Platform
 from phi4.engine.replay import Replay
-from phi4.engine.step import StepResult
+from phi4.engine.step_values import StepResult
 from phi4.errors import CorruptionError
 from phi4.train.hooks import Progress, RunContext
 

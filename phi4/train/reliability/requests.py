@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from phi4.engine.agreement import Asked, asked_of_any
 from phi4.engine.platform import Platform
-from phi4.engine.step import StepResult
+from phi4.engine.step_values import StepResult
 from phi4.errors import REQUEUE_EXIT_CODE
 from phi4.rundir.names import SAVE_NOW_FILE, STOP_FILE
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from phi4.engine.step import StepResult, UpdateLimits
+from phi4.engine.step_values import StepResult, UpdateLimits
 from phi4.rundir.state import Numerics
 
 _SIGMA = 1.4826

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from phi4.engine.engine import Engine
-from phi4.engine.fp8_check import Distance, FP8Check, FP8Limits
+from phi4.engine.fp8_deviation import Distance, FP8Check, FP8Limits
 from phi4.stages.pretrain import NextToken
 from tests.support.engines import batches_of, engine_on, tiny_recipe
 from tests.support.fp8_plants import plant_hidden_outlier, plant_outlier

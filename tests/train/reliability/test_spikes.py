@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4.config import ReliabilityConfig
-from phi4.engine.step import StepResult
+from phi4.engine.step_values import StepResult
 from phi4.rundir.state import Numerics, RunState
 from phi4.train.reliability.spikes import SpikeDetector, describe
 
