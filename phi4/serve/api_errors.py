@@ -6,6 +6,8 @@ under /v1 and in Ollama's under /api.
 
 from enum import StrEnum
 
+UNAVAILABLE = 503
+
 
 class ErrorType(StrEnum):
     """OpenAI's error types."""
@@ -61,3 +63,10 @@ class ApiError(Exception):
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Make a 400 error: the request itself is wrong."""
     return ApiError(400, message, param=param, code=code)
+
+
+def shutting_down() -> ApiError:
+    """Make a 503 error: the server accepts no more requests."""
+    return ApiError(
+        UNAVAILABLE, "the server is shutting down; use another one", kind=ErrorType.SERVER
+    )

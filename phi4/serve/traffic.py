@@ -23,7 +23,13 @@ from phi4.sampling.protocol import (
     Request,
     Sampler,
 )
-from phi4.serve.api_errors import ApiError, ErrorType, bad_request
+from phi4.serve.api_errors import (
+    UNAVAILABLE,
+    ApiError,
+    ErrorType,
+    bad_request,
+    shutting_down,
+)
 from phi4.serve.counts import TrafficCounts, TrafficLoad
 from phi4.serve.letters import AskedRequest, Letter, post
 from phi4.serve.timing import Timing
@@ -31,7 +37,6 @@ from phi4.serve.timing import Timing
 IDLE_SECONDS = 0.2
 """Longest pause between two steps, because the other ranks of the model wait in them."""
 
-_UNAVAILABLE = 503
 _RETRY_SECONDS = 5
 """Value of Retry-After; the remaining time of the open requests is unknown."""
 
@@ -149,7 +154,7 @@ class Traffic:
                 except SamplerError as failure:
                     self._fail(failure)
                 self._note_load(sampler)
-            error = _shutting_down()
+            error = shutting_down()
         finally:
             self._close(error)
 
@@ -161,7 +166,7 @@ class Traffic:
         """
         if self.is_draining:
             self.counts.refused += count
-            raise _shutting_down()
+            raise shutting_down()
         if count > self._max_open:
             raise bad_request(f"{count} prompts in a request; expected at most {self._max_open}")
         if self.num_open + count > self._max_open:
@@ -198,7 +203,7 @@ class Traffic:
         if self._drain_ends is None:
             self._drain_ends = now + self._drain_seconds
         if now >= self._drain_ends:
-            self._abandon_all(_shutting_down())
+            self._abandon_all(shutting_down())
         return not self._under_way and not self._waiting
 
     def _abandon_all(self, error: ApiError) -> None:
@@ -214,7 +219,7 @@ class Traffic:
             self.is_draining = True
         self._take_orders()
         for one in (*self._waiting, *self._under_way.values()):
-            if one.is_abandoned or error.status == _UNAVAILABLE:
+            if one.is_abandoned or error.status == UNAVAILABLE:
                 self.counts.cancelled += 1
             else:
                 self.counts.failed += 1
@@ -293,9 +298,3 @@ class Traffic:
         self.counts.failed += 1
         failure = ApiError(500, str(error), kind=ErrorType.SERVER)
         post([(one, Letter(one.index, failure, True))])
-
-
-def _shutting_down() -> ApiError:
-    return ApiError(
-        _UNAVAILABLE, "the server is shutting down; use another one", kind=ErrorType.SERVER
-    )

@@ -11,68 +11,35 @@ from pathlib import Path
 
 from phi4.config import Recipe
 from phi4.data.stream.loader import Loader
-from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer
 from phi4.engine.agreement import decided_by_writer, done_by_all, raise_together
 from phi4.engine.checkpoint import Replicas
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Objective
 from phi4.engine.platform import Platform
 from phi4.engine.qualified import qualified_evidence
-from phi4.errors import REQUEUE_EXIT_CODE, TokenizerError
+from phi4.errors import REQUEUE_EXIT_CODE
 from phi4.rundir import Lease
 from phi4.rundir.about import NO_LAUNCHER, LaunchedBy
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint
 from phi4.rundir.replica import replica_place
 from phi4.rundir.state import RunState
-from phi4.track.mlflow.system_samples import sampling_beside
+from phi4.track.mlflow.system_sampler import sampling_beside
 from phi4.train.checkpointing import Checkpointer
-from phi4.train.evaluation import HeldOutLoss
-from phi4.train.fp8_canary import fp8_canary
-from phi4.train.hooks import Hook, HookFactory, RunContext
+from phi4.train.hooks import HookFactory, RunContext
 from phi4.train.initial_weights import with_initial_weights
-from phi4.train.ledger_record import LedgerRecord
 from phi4.train.loop import Ending, train
-from phi4.train.meter import meter
-from phi4.train.ownership import Ownership, owned_run_dir
-from phi4.train.reliability.guard import NumericsGuard
+from phi4.train.own_hooks import OWN_HOOKS
+from phi4.train.ownership import owned_run_dir
 from phi4.train.reliability.phases import Phases
 from phi4.train.reliability.requests import Requests
 from phi4.train.reliability.same_start import require_same_start
-from phi4.train.reliability.stragglers import stragglers
 from phi4.train.reliability.watchdog import Watchdog, watched
 from phi4.train.resume import first_state, resume
 from phi4.train.run_record import begin_record, failure_recorded
-from phi4.train.sources import open_sources
+from phi4.train.sources import check_tokenizer, open_sources
 from phi4.train.summary import already_finished, end_summary, start_summary
 
 Say = Callable[[str], None]
-
-
-def _ledger_record(context: RunContext) -> Sequence[Hook]:
-    if context.recipe.data.weigh_by == "units":
-        return []
-    return [LedgerRecord(context.recipe, context.platform)]
-
-
-OWN_HOOKS: tuple[HookFactory, ...] = (
-    lambda context: [Ownership(context.lease)],
-    meter,
-    lambda context: [NumericsGuard(context)],
-    lambda context: [
-        HeldOutLoss(
-            context.recipe,
-            context.engine,
-            context.objective,
-            context.held_out,
-            context.requests,
-            context.phases,
-        )
-    ],
-    _ledger_record,
-    stragglers,
-    fp8_canary,
-)
-"""Hooks of every run, called in this order and before the caller's hooks."""
 
 
 def run_training(
@@ -279,21 +246,6 @@ def _fresh_state(recipe: Recipe) -> RunState | None:
     if latest_checkpoint(checkpoints_dir(recipe.run.dir)) is not None:
         return None
     return first_state(recipe)
-
-
-def check_tokenizer(recipe: Recipe) -> TokenizerFacts:
-    """The tokenizer's facts.
-
-    Raises:
-        TokenizerError: it cannot be loaded, or has more ids than the model has embeddings.
-    """
-    facts = load_tokenizer(recipe.tokenizer).facts
-    if facts.vocab_size > recipe.model.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has {facts.vocab_size} ids, model.vocab_size is "
-            f"{recipe.model.vocab_size}; raise model.vocab_size or use the model's tokenizer"
-        )
-    return facts
 
 
 def print_line(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Opening a run's data sources: once, before anything is built, and the writer first.
+"""Opening a run's tokenizer and sources, before anything is built; sources on the writer first.
 
 If a thousand ranks opened a new source at once, each would read every shard's manifest and pack the
 same rows. So the writer opens it first and caches both next to the shards. An error on the writer
@@ -12,9 +12,10 @@ from typing import TypeVar
 from phi4.config import Recipe
 from phi4.data.stream.loader import HeldOut, Loader, open_held_out
 from phi4.data.stream.read_ahead import ReadAheadLoader
-from phi4.data.vocabulary.tokenizer import TokenizerFacts
+from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer
 from phi4.engine.agreement import decided_by_writer, done_by_all
 from phi4.engine.platform import Platform
+from phi4.errors import TokenizerError
 from phi4.rundir.state import RunState
 
 Opened = TypeVar("Opened")
@@ -41,6 +42,21 @@ class RunData:
         """
         self.loader.go_to(state.data)
         self.loader.require_epochs((recipe.run.steps - state.step) * recipe.batch.global_batch_size)
+
+
+def check_tokenizer(recipe: Recipe) -> TokenizerFacts:
+    """The tokenizer's facts.
+
+    Raises:
+        TokenizerError: it cannot be loaded, or has more ids than the model has embeddings.
+    """
+    facts = load_tokenizer(recipe.tokenizer).facts
+    if facts.vocab_size > recipe.model.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {facts.vocab_size} ids, model.vocab_size is "
+            f"{recipe.model.vocab_size}; raise model.vocab_size or use the model's tokenizer"
+        )
+    return facts
 
 
 def open_sources(

@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 
 from phi4.data.files.manifest import encode_manifest
-from phi4.data.stream import references
+from phi4.data.stream import reference_files, references
 from phi4.data.stream.reference_difference import ItemDifference, first_difference
-from phi4.data.stream.references import (
+from phi4.data.stream.reference_files import (
     FINISHED,
     UNFINISHED,
-    ReferenceCache,
     ReferenceManifest,
     array_bytes,
     array_path,
     array_sha256,
-    open_references,
     source_references,
 )
+from phi4.data.stream.references import ReferenceCache, open_references
 from phi4.errors import CheckpointError, DataError
 
 WEIGHTS = {"embedding": "a" * 64, "layer.0": "b" * 64}
@@ -49,7 +48,8 @@ class Items:
 
 @pytest.fixture(autouse=True)
 def templates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(references, "chat_templates", lambda manifest: (manifest,))
+    for module in (reference_files, references):
+        monkeypatch.setattr(module, "chat_templates", lambda manifest: (manifest,))
 
 
 def items(*hashes: int, template: str = "c" * 64) -> Items:

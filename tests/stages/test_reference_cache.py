@@ -13,7 +13,8 @@ import pytest
 
 from phi4.cli import main
 from phi4.config import dump_toml
-from phi4.data.stream.references import FINISHED, open_references
+from phi4.data.stream.reference_files import FINISHED
+from phi4.data.stream.references import open_references
 from phi4.errors import DataError
 from phi4.rundir.names import REFERENCE_FILE
 from phi4.stages.reference import job

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phi4.rundir.about import LaunchedBy
-from phi4.track.mlflow import system_samples
-from phi4.track.mlflow.system_samples import SystemSampler, SystemTail, sampling_beside
+from phi4.track.mlflow import system_sampler
+from phi4.track.mlflow.system_sampler import SystemSampler, sampling_beside
+from phi4.track.mlflow.system_samples import SystemTail
 from tests.support.waiting import wait_until
 
 ALWAYS = {
@@ -141,7 +142,7 @@ def test_sampling_is_done_when_it_is_due(tmp_path, monkeypatch):
     now = itertools.count(1000.0, 3.0)
     # This module's clock alone: other threads of the process read the real one.
     clock = SimpleNamespace(monotonic=lambda: next(now), time=time.time)
-    monkeypatch.setattr(system_samples, "time", clock)
+    monkeypatch.setattr(system_sampler, "time", clock)
     one = sampler(tmp_path)
     monkeypatch.setattr(one, "_traffic", dict)
     for _ in range(8):
@@ -235,7 +236,7 @@ def test_process_ends_with_a_rank_that_is_killed(tmp_path):
 import time
 from pathlib import Path
 from phi4.rundir.about import LaunchedBy
-from phi4.track.mlflow.system_samples import sampling_beside
+from phi4.track.mlflow.system_sampler import sampling_beside
 with sampling_beside(Path({str(tmp_path)!r}), LaunchedBy({{}}, 1, 0), wanted=True):
     time.sleep({10**6})
 """

@@ -28,8 +28,8 @@ from phi4.rundir.checkpoints import checkpoint_name, checkpoints_dir, find_check
 from phi4.rundir.manifest import manifest_hash
 from phi4.rundir.state import RunState, read_state
 from phi4.stages.pretrain import NextToken
-from phi4.train.session import check_tokenizer, run_training
-from phi4.train.sources import open_sources
+from phi4.train.session import run_training
+from phi4.train.sources import check_tokenizer, open_sources
 from tests.support.engines import tiny_recipe
 from tests.support.ranks import RankPool, pool_fixture, rendezvous
 

@@ -16,17 +16,16 @@ import numpy as np
 from phi4.data.files.atomic_files import file_error, write_atomically
 from phi4.data.files.manifest import encode_manifest
 from phi4.data.stream.pair_source import PairSource
-from phi4.data.stream.references import (
+from phi4.data.stream.reference_files import (
     FINISHED,
     UNFINISHED,
-    ReferenceCache,
     ReferenceManifest,
     array_bytes,
     array_path,
     array_sha256,
-    read_cache,
     source_references,
 )
+from phi4.data.stream.references import ReferenceCache, read_cache
 from phi4.errors import DataError, Phi4Error
 
 _CHUNKS_DIR = "chunks"

@@ -30,8 +30,8 @@ from phi4.stages.reference.chunks import (
 from phi4.stages.reference.sides import segment_sums
 from phi4.stages.reference.sources import cache_dir_of, open_preferences, read_batch
 from phi4.train.initial_weights import initialise_from
-from phi4.train.session import check_tokenizer, print_line
-from phi4.train.sources import opened_writer_first
+from phi4.train.session import print_line
+from phi4.train.sources import check_tokenizer, opened_writer_first
 
 Say = Callable[[str], None]
 

@@ -27,7 +27,7 @@ from phi4.track.mlflow.messages import (
     TrainingEnded,
 )
 from phi4.track.mlflow.store import MlflowStore
-from phi4.track.mlflow.system_samples import SystemSampler
+from phi4.track.mlflow.system_sampler import SystemSampler
 from phi4.track.mlflow.troubles import trouble_of
 from phi4.track.mlflow.wish import TrackingWish
 from phi4.track.record import Status

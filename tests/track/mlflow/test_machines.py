@@ -8,7 +8,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from phi4.track.mlflow.system_samples import SystemSampler, last_samples
+from phi4.track.mlflow.system_sampler import SystemSampler
+from phi4.track.mlflow.system_samples import last_samples
 from tests.support.tracked_runs import TrackedDir
 
 KEY = "system/node_{}/memory_used_bytes"
