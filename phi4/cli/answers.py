@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from phi4.cli.asked_model import ModelPlace, find_asked_model
+from phi4.cli.command_words import option_words
 from phi4.cli.data_options import Ranks
 from phi4.cli.file_errors import FileErrorsGroup
 from phi4.cli.sampling_options import (
@@ -125,11 +126,14 @@ class Drawing:
 
     def _arguments(self, place: str, out: Path) -> list[str]:
         """What makes `phi4` draw the same, for the workers of a layout."""
-        values = {"--ranks": self.ranks, "--cache-tokens": self.cache_tokens}
+        values = {
+            "--chat": self.chat,
+            "--ranks": self.ranks,
+            "--cache-tokens": self.cache_tokens,
+        }
         return [
             *("answers", "draw", f"--questions={self.questions}", f"--out={out}", f"--n={self.n}"),
-            *(["--chat"] if self.chat else []),
-            *(f"{name}={value}" for name, value in values.items() if value is not None),
+            *option_words(values),
             *self.options.arguments(),
             *("--", place, *self.overrides),
         ]

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from phi4.cli.command_words import option_words
 from phi4.cli.conversation import Dialogue, converse
 from phi4.cli.model_ranks import CheckpointPath, on_model_ranks
 from phi4.cli.sampling_options import (
@@ -62,8 +63,7 @@ def chat(
 
     argv = [
         "chat",
-        *([] if system is None else [f"--system={system}"]),
-        *([] if cache_tokens is None else [f"--cache-tokens={cache_tokens}"]),
+        *option_words({"--system": system, "--cache-tokens": cache_tokens}),
         *options.arguments(),
         *("--", str(source.path), *(overrides or [])),
     ]

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from phi4.cli.command_words import option_words
 from phi4.cli.completions import Asking, print_finished, print_json, print_live
 from phi4.cli.model_ranks import CheckpointPath, on_model_ranks
 from phi4.cli.sampling_options import (
@@ -17,9 +18,11 @@ from phi4.cli.sampling_options import (
     SamplingOptions,
     Seed,
     Stop,
+    System,
     Temperature,
     TopK,
     TopP,
+    check_system,
 )
 from phi4.errors import ConfigError, DataError
 from phi4.sampling.prompts import STDIN, Prompt, PromptReader
@@ -46,9 +49,6 @@ PromptsFile = Annotated[
 ]
 IsChat = Annotated[
     bool, typer.Option("--chat", help="Treat every prompt as a user turn and print the answer.")
-]
-System = Annotated[
-    str | None, typer.Option(help="System message for conversations without one; needs --chat.")
 ]
 Samples = Annotated[int, typer.Option("--n", min=1, help="Samples per prompt.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per finished sample.")]
@@ -120,23 +120,20 @@ def generate(
         of_file = reader.of_file(prompts) if prompts else ()
         _print(sampler, asking, chain(reader.of_texts(texts), of_file), as_json)
 
-    flags = {
+    values = {
         "--chat": chat,
         "--json": as_json,
         "--log-probs": log_probs,
         "--batch-invariant": batch_invariant,
+        "--prompts": prompts,
+        "--system": system,
+        "--n": n,
+        "--cache-tokens": cache_tokens,
     }
-    values = {"--prompts": prompts, "--system": system, "--n": n, "--cache-tokens": cache_tokens}
-    argv = [
-        "generate",
-        *(flag for flag, is_set in flags.items() if is_set),
-        *(f"{name}={value}" for name, value in values.items() if value is not None),
-        *options.arguments(),
-        *("--", str(source.path), *overrides, *texts),
-    ]
+    place = ["--", str(source.path), *overrides, *texts]
     how = {"batch_invariant": batch_invariant, "interactive": prompts == STDIN}
-    code = on_model_ranks(argv, source, cache_tokens, use, **how)
-    raise typer.Exit(code)
+    argv = ["generate", *option_words(values), *options.arguments(), *place]
+    raise typer.Exit(on_model_ranks(argv, source, cache_tokens, use, **how))
 
 
 def _check_prompts(
@@ -144,8 +141,7 @@ def _check_prompts(
 ) -> None:
     if not texts and prompts is None:
         raise ConfigError("there is no prompt; give PROMPT or --prompts FILE")
-    if system is not None and not chat:
-        raise ConfigError("--system needs conversations, and the prompts are texts; add --chat")
+    check_system(system, chat)
     if prompts not in (None, STDIN) and not prompts.is_file():
         raise DataError(f"--prompts={prompts} is not a file; give JSON Lines, or - for stdin")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from phi4.cli.asked_model import AskedModel, RemoteModel, find_asked_model
+from phi4.cli.command_words import option_words
 from phi4.cli.data_options import Ranks, tokenizer_of
 from phi4.cli.file_errors import FileErrorsGroup
 from phi4.cli.sampling_options import CacheTokens
@@ -126,7 +127,7 @@ def pairs_command(
     }
     argv = [
         *("judge", "pairs", *(f"--answers={path}" for path in answers)),
-        *(f"{name}={value}" for name, value in options.items() if value is not None),
+        *option_words(options),
         *("--", *overrides),
     ]
     raise typer.Exit(model.ask(argv, cache_tokens, use))

@@ -1,12 +1,11 @@
 """`phi4 kernels`: which implementations of the ops exist, what is proven, and the proof itself."""
 
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from phi4.cli.tables import table_console
 from phi4.errors import ConfigError, PlatformError
 
 app = typer.Typer(no_args_is_help=True)
@@ -102,4 +101,4 @@ def show(
 
 
 def _print(table: Table | str) -> None:
-    Console(width=140 if not sys.stdout.isatty() else None).print(table)
+    table_console().print(table)

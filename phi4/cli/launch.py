@@ -1,18 +1,18 @@
 """`phi4 launch`: a run on a Slurm cluster, or on this machine."""
 
-import shlex
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from phi4.cli import launch_options as options
 from phi4.cli.file_errors import FileErrorsGroup
 from phi4.cli.launch_preflight import preflight
+from phi4.cli.slurm_request import asked_request, require_notice_in_time
+from phi4.cli.tables import table_console
 from phi4.cli.train import Overrides, RecipePath, train
 from phi4.config import Recipe, load_recipe
 from phi4.errors import ConfigError
@@ -28,6 +28,7 @@ _LOG_LINES = 30
 
 @app.command()
 def slurm(
+    context: typer.Context,
     recipe_path: RecipePath,
     overrides: Overrides = None,
     nodes: options.Nodes = "1",
@@ -56,32 +57,17 @@ def slurm(
     """
     recipe = load_recipe(recipe_path, overrides or [])
     run_dir = recipe.run.dir
-    request = on_slurm.SlurmRequest(
-        written_by=command_line(),
+    submitted = str(on_slurm.submitted_recipe_path(run_dir))
+    request = asked_request(
+        context.params,
         run_dir=run_dir,
         last_step=recipe.run.steps,
-        command=_command(python, container, run_dir, change=change),
-        nodes=on_slurm.NodeRange.parse(nodes),
-        tasks_per_node=tasks_per_node or gpus_per_node or 1,
-        gpus_per_node=gpus_per_node,
-        starter="torchrun" if torchrun else "srun",
         name=recipe.run.name or Path(run_dir).name,
-        partition=partition,
-        account=account,
-        time_limit=time,
-        signal_seconds=(
-            round(recipe.reliability.stop_seconds) + 60
-            if signal_seconds is None
-            else signal_seconds
-        ),
-        max_retries=max_requeues,
-        setup=setup_lines(setup),
-        settings=on_slurm.rank_settings(recipe, on_gpus=gpus_per_node > 0),
-        container=container,
-        container_mounts=container_mounts,
-        cpus_per_task=cpus_per_task,
-        sbatch=tuple(sbatch or ()),
+        arguments=("train", submitted, *(["--change"] if change else [])),
+        stop_seconds=recipe.reliability.stop_seconds,
     )
+    settings = on_slurm.rank_settings(recipe, on_gpus=gpus_per_node > 0)
+    request = replace(request, settings=settings)
     _require_sound(recipe, request)
     if dry_run:
         typer.echo(on_slurm.script_text(request), nl=False)
@@ -92,26 +78,6 @@ def slurm(
     on_slurm.require_same_run(run_dir, recipe, allow=change, say=typer.echo)
     job = on_slurm.submit(request, recipe)
     typer.echo(f"job {job} trains {run_dir} on {nodes} nodes; `phi4 launch status {run_dir}`")
-
-
-def _command(
-    python: str | None, container: str | None, run_dir: str, *, change: bool
-) -> tuple[str, ...]:
-    program = python or ("python" if container else sys.executable)
-    recipe = str(on_slurm.submitted_recipe_path(run_dir))
-    return (program, "-m", "phi4", "train", recipe, *(["--change"] if change else []))
-
-
-def command_line() -> str:
-    """What the user typed, for the reader of a script that is submitted."""
-    return shlex.join(["phi4", *sys.argv[1:]]).replace(" --dry-run", "")
-
-
-def setup_lines(setup: list[str] | None) -> str:
-    """The --setup options as shell lines; a file is sourced."""
-    return "\n".join(
-        f"source {shlex.quote(text)}" if Path(text).is_file() else text for text in setup or []
-    )
 
 
 def _require_sound(recipe: Recipe, request: on_slurm.SlurmRequest) -> None:
@@ -125,20 +91,6 @@ def _require_sound(recipe: Recipe, request: on_slurm.SlurmRequest) -> None:
     require_notice_in_time(request)
     rules = list(stage_of(recipe).violations(recipe))
     on_slurm.require_fit(recipe, request.nodes, request.tasks_per_node, rules)
-
-
-def require_notice_in_time(request: on_slurm.SlurmRequest) -> None:
-    """Refuse a time limit that is all notice.
-
-    Raises:
-        ConfigError: the notice comes before the attempt begins.
-    """
-    limit = request.time_limit
-    if limit and on_slurm.limit_seconds(limit) <= request.signal_seconds:
-        raise ConfigError(
-            f"--time={limit} leaves nothing before the notice of --signal-seconds="
-            f"{request.signal_seconds}; give the run longer, or a shorter notice"
-        )
 
 
 @app.command()
@@ -224,5 +176,4 @@ def logs(
 
 
 def _print(table: Table) -> None:
-    # A file or a pipe gets unwrapped lines.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    table_console(160).print(table)

@@ -1,15 +1,14 @@
 """`phi4 launch preflight`: checks of the machines before a run."""
 
-import sys
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from phi4.cli.tables import table_console
 from phi4.config import check, load_recipe
 from phi4.errors import PlatformError
 from phi4.launch import WorkerEnvironment, join, on_ranks
@@ -66,7 +65,7 @@ def _summary(failures: list[str]) -> str:
 def _show(found: "Preflight") -> None:
     """The ranks as a table, those with failures first where there are many."""
     # Without a terminal a table is as wide as it needs to be, for logs.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = table_console(160)
     table = Table(box=SIMPLE_HEAD)
     columns = ("rank", "host", "device", "driver", "MHz", "C", "free memory", "of the host", "disk")
     for name in (*columns, "TFLOP/s", "link GB/s"):

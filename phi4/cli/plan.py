@@ -1,14 +1,13 @@
 """`phi4 plan`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from phi4.cli.tables import table_console
 from phi4.config import load_recipe
 from phi4.engine.precision import describe_precision
 from phi4.model.shape import format_bytes, training_flops_per_token
@@ -51,7 +50,7 @@ def plan(
     """
     recipe = load_recipe(recipe_path, overrides or [])
     planned = make_plan(recipe, gpus, card_named(gpu), gpus_per_node)
-    console = Console(width=150 if not sys.stdout.isatty() else None)
+    console = table_console(150)
     console.print(_stages(planned))
     console.print(_figures(planned, host_memory * 2**30))
     mistake = recompute_mistake(planned)

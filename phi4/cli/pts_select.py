@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 from phi4.cli.answers import Drawing, OracleName, Overrides, Questions, scored
-from phi4.cli.sampling_options import CacheTokens, MaxTokens, SamplingOptions, Seed, Temperature
+from phi4.cli.sampling_options import (
+    CacheTokens,
+    IsUserTurn,
+    MaxTokens,
+    SamplingOptions,
+    Seed,
+    Temperature,
+)
 from phi4.config import load_recipe
 from phi4.errors import CheckpointError
 from phi4.oracles.registry import open_oracle
@@ -37,9 +44,7 @@ def select(
     oracle: OracleName,
     overrides: Overrides = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Answers per question.")] = 8,
-    chat: Annotated[
-        bool, typer.Option(help="Treat `prompt` as a user turn instead of plain text.")
-    ] = True,
+    chat: IsUserTurn = True,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 1.0,
     seed: Seed = 0,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from phi4.data.vocabulary.tokenizer import Tokenizer
+from phi4.errors import ConfigError
 from phi4.sampling.protocol import Request
 from phi4.sampling.text import end_ids
 
@@ -47,6 +48,24 @@ CacheTokens = Annotated[
         show_default=False,
     ),
 ]
+
+
+System = Annotated[
+    str | None, typer.Option(help="System message for conversations without one; needs --chat.")
+]
+IsUserTurn = Annotated[
+    bool, typer.Option(help="Treat `prompt` as a user turn instead of plain text.")
+]
+
+
+def check_system(system: str | None, chat: bool) -> None:
+    """Refuse a system message for prompts that are texts.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if system is not None and not chat:
+        raise ConfigError("--system needs conversations, and the prompts are texts; add --chat")
 
 
 @dataclass(frozen=True)

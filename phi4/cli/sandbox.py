@@ -1,11 +1,9 @@
 """`phi4 sandbox`: does the sandbox of this machine hold?"""
 
-import sys
-
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from phi4.cli.tables import table_console
 from phi4.errors import PlatformError
 from phi4.oracles.code import CodeOracle
 from phi4.oracles.code.forgeries import FORGERIES, HONEST, KEY
@@ -37,7 +35,7 @@ def check() -> None:
     for name, expected, got, is_as_expected in [*_attacks(tools), *_forgeries(tools)]:
         held.append(is_as_expected)
         table.add_row(name, expected, got, "ok" if is_as_expected else "NOT")
-    Console(width=140 if not sys.stdout.isatty() else None).print(table)
+    table_console().print(table)
     if not all(held):
         print(f"{held.count(False)} of {len(held)} not as expected: run no program of a model here")
     raise SystemExit(int(not all(held)))

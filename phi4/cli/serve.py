@@ -2,34 +2,25 @@
 
 import ipaddress
 import os
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi4.cli.model_ranks import CheckpointPath, logs_of, on_model_rank
+from phi4.cli.model_ranks import CheckpointPath
 from phi4.cli.sampling_options import CacheTokens
+from phi4.cli.serve_ranks import ServedRanks
 from phi4.errors import ConfigError, PlatformError
-from phi4.launch import StopPlan, WorkerEnvironment, on_ranks, take_notices
 from phi4.rundir.names import CHECKPOINTS_DIR
 
 if TYPE_CHECKING:
     from phi4.convert.model_source import ModelSource
-    from phi4.sampling.local import LocalSampler
-    from phi4.serve.server import ServerOptions
-    from phi4.serve.traffic import Traffic
 
 API_KEY_VARIABLE = "PHI4_API_KEY"
 """A key on a command line would be in the list of processes."""
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
-
-_CLOSE_SECONDS = 10.0
-"""From the end of the drain to the end of all processes: a last step, and closing connections."""
 
 Overrides = Annotated[
     list[str] | None,
@@ -131,128 +122,19 @@ def serve(
 
     source = find_model(checkpoint, overrides or [])
     source.tokenizer()
-    own_name, weights = _names(source)
-    served = _Served(
+    served = ServedRanks(
         source=source,
-        name=own_name if name is None else name,
-        weights=weights,
+        name=_name(source) if name is None else name,
         max_tokens=max_tokens,
         cache_tokens=cache_tokens,
         batch_invariant=batch_invariant,
         run_dir=_followed(source) if follow else None,
         options=ServerOptions(host, port, api_key, max_requests, drain_seconds),
+        no_key=no_key,
     )
     if not served.name.strip():
         raise ConfigError(f"--name={name!r} is empty; clients ask for a model by its name")
-    code = on_ranks(
-        [*served.arguments(), *(["--no-key"] if no_key else []), "--", str(source.path)]
-        + (overrides or []),
-        served.on_rank,
-        num_workers=source.recipe.parallel.model_parallel_size,
-        work_dir=logs_of("serve"),
-        stop=served.stop,
-    )
-    raise typer.Exit(code)
-
-
-@dataclass(frozen=True)
-class _Served:
-    """What a server was asked to be.
-
-    Attributes:
-        source: its model.
-        name: what clients call it.
-        weights: name of its weights.
-        max_tokens: new tokens of a request that does not say how many.
-        cache_tokens: see `phi4.cli.model_ranks.on_model_ranks`.
-        batch_invariant: likewise.
-        run_dir: whose new checkpoints it takes; None where it keeps its own.
-        options: how it is reached.
-    """
-
-    source: "ModelSource"
-    name: str
-    weights: str
-    max_tokens: int
-    cache_tokens: int | None
-    batch_invariant: bool
-    run_dir: Path | None
-    options: "ServerOptions"
-
-    @property
-    def stop(self) -> StopPlan:
-        """How it ends."""
-        seconds = self.options.drain_seconds
-        return StopPlan(
-            seconds + _CLOSE_SECONDS,
-            first=f"the server ends once open requests are answered, within {seconds:g} s "
-            "(--drain-seconds); a second signal ends it at once",
-            overdue=f"not ended {_CLOSE_SECONDS:g} s after --drain-seconds={seconds:g}; killed",
-            second="ended at once; open requests are cut off",
-            by_ctrl_c=True,
-        )
-
-    def arguments(self) -> list[str]:
-        """The command line of a worker, up to its model."""
-        values = {
-            "--host": self.options.host,
-            "--port": self.options.port,
-            "--name": self.name,
-            "--max-requests": self.options.max_requests,
-            "--max-tokens": self.max_tokens,
-            "--cache-tokens": self.cache_tokens,
-            "--drain-seconds": self.options.drain_seconds,
-        }
-        given = [f"{name}={value}" for name, value in values.items() if value is not None]
-        flags = {"--batch-invariant": self.batch_invariant, "--follow": self.run_dir is not None}
-        return ["serve", *given, *(flag for flag, is_set in flags.items() if is_set)]
-
-    def on_rank(self, worker: WorkerEnvironment) -> None:
-        """One rank's part; the leading rank alone decides when the server ends.
-
-        Collectives: those of `on_model_rank`.
-        """
-        from phi4.serve.served_model import ServedModel
-        from phi4.serve.server import answer_until
-        from phi4.serve.web_server import listen
-
-        if worker.rank == 0:
-            # Fail on a used port before weights are read. The port is closed again meanwhile, so
-            # that early connections are refused instead of waiting without an answer.
-            listen(self.options.host, self.options.port).close()
-        has_launcher = worker.rendezvous == "directory"
-        told = take_notices(
-            None if has_launcher else self.stop,
-            ends_at_second=worker.rank == 0 and not has_launcher,
-        )
-
-        def use(sampler: "LocalSampler") -> None:
-            model = ServedModel(
-                self.name,
-                self.source.tokenizer(),
-                sampler.limits,
-                int(self.source.path.stat().st_mtime),
-                self.max_tokens,
-            )
-            beside = partial(self._follow, sampler, self.run_dir)
-            answer_until(told, sampler, model, self.weights, self.options, beside)
-
-        on_model_rank(worker, self.source, self.cache_tokens, use, self.batch_invariant)
-
-    def _follow(
-        self, sampler: "LocalSampler", run_dir: Path | None, traffic: "Traffic"
-    ) -> AbstractContextManager[None]:
-        if run_dir is None:
-            return nullcontext()
-        from phi4.serve.follow import Weights, follow
-        from phi4.serve.server import say
-
-        weights = Weights(
-            self.source.path,
-            self.source.check_successor,
-            lambda checkpoint: sampler.reload(str(checkpoint)),
-        )
-        return follow(run_dir, traffic, weights, say)
+    raise typer.Exit(served.run(overrides or []))
 
 
 def _require_packages() -> None:
@@ -298,10 +180,10 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _names(source: "ModelSource") -> tuple[str, str]:
-    """What the model is called by its directory, and its weights."""
-    path, run_dir = source.path.resolve(), _run_dir(source)
-    return path.name if run_dir is None else run_dir.name, path.name
+def _name(source: "ModelSource") -> str:
+    """What the model is called by its directory."""
+    run_dir = _run_dir(source)
+    return source.path.resolve().name if run_dir is None else run_dir.name
 
 
 def _run_dir(source: "ModelSource") -> Path | None:

@@ -1,20 +1,20 @@
 """`phi4 sweep`: a grid of small runs, and what it shows."""
 
 import json
-import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from phi4.cli import launch_options as options
 from phi4.cli.file_errors import FileErrorsGroup
-from phi4.cli.launch import command_line, require_notice_in_time, setup_lines
+from phi4.cli.slurm_request import asked_request, require_notice_in_time
 from phi4.cli.sweep_analyses import analysis_of
+from phi4.cli.tables import table_console
 from phi4.config import Recipe
 from phi4.errors import ConfigError
 from phi4.launch import slurm as on_slurm
@@ -112,32 +112,15 @@ def _slurm_request(
     sweep: SweepFile, runs: list[SweepRun], given: Mapping[str, Any]
 ) -> on_slurm.SlurmRequest:
     """What is asked of every task; `given` are the options of `run` by name."""
-    python = given["python"] or ("python" if given["container"] else sys.executable)
-    signal_seconds = given["signal_seconds"]
-    if signal_seconds is None:
-        signal_seconds = round(stop_seconds_of(runs)) + 60
-    return on_slurm.SlurmRequest(
-        written_by=command_line(),
+    request = asked_request(
+        given,
         run_dir=sweep.directory,
         last_step=0,
-        command=(python, "-m", "phi4", "train"),
-        nodes=on_slurm.NodeRange.parse(given["nodes"]),
-        tasks_per_node=given["tasks_per_node"] or given["gpus_per_node"] or 1,
-        gpus_per_node=given["gpus_per_node"],
-        starter="torchrun" if given["torchrun"] else "srun",
         name=sweep.name,
-        partition=given["partition"],
-        account=given["account"],
-        time_limit=given["time"],
-        signal_seconds=signal_seconds,
-        max_retries=given["max_requeues"],
-        setup=setup_lines(given["setup"]),
-        container=given["container"],
-        container_mounts=given["container_mounts"],
-        cpus_per_task=given["cpus_per_task"],
-        sbatch=tuple(given["sbatch"] or ()),
-        parallel_tasks=given["jobs"],
+        arguments=("train",),
+        stop_seconds=stop_seconds_of(runs),
     )
+    return replace(request, parallel_tasks=given["jobs"])
 
 
 @app.command()
@@ -159,7 +142,7 @@ def status(file: File) -> None:
             "" if found.exit_code is None else str(found.exit_code),
             "" if result is None else f"{result.metrics[metric]:.4f}",
         )
-    _console().print(table)
+    table_console(160).print(table)
     states = [progress[one.name].status for one in runs]
     typer.echo(", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)))
 
@@ -209,7 +192,7 @@ def table(
     if as_json:
         return
     for part in found.shown:
-        _console().print(part)
+        table_console(160).print(part)
     typer.echo(f"picture: {picture}")
 
 
@@ -250,8 +233,3 @@ def _require_no_slurm_options(context: typer.Context, slurm: bool) -> None:
 def _stage_violations(recipe: Recipe) -> list[str]:
     require_stage(recipe)
     return list(stage_of(recipe).violations(recipe))
-
-
-def _console() -> Console:
-    # A file or a pipe gets unwrapped lines.
-    return Console(width=None if sys.stdout.isatty() else 160)

@@ -2,15 +2,14 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from phi4.cli.tables import table_console
 from phi4.data.files.atomic_files import file_error
 from phi4.rundir.goodput import BUCKETS
 from phi4.rundir.run_record import read_run
@@ -48,7 +47,7 @@ def compare(
     if as_json:
         typer.echo(json.dumps(_json_values(found.to_json()), indent=1, allow_nan=False))
         return
-    console = Console(width=140 if not sys.stdout.isatty() else None)
+    console = table_console()
     console.print(f"A: {escape(str(a))}\nB: {escape(str(b))}", highlight=False)
     for warning in found.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)

@@ -8,11 +8,11 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from phi4.cli import verify_drills, verify_leak
 from phi4.cli.file_errors import FileErrorsGroup
+from phi4.cli.tables import table_console
 from phi4.config import Recipe, check, dump_toml, load_recipe
 from phi4.launch import WorkerEnvironment, on_ranks
 from phi4.stages import require_stage, stage_of
@@ -119,7 +119,7 @@ def _print_parity(results: Results, impossible: dict[str, str]) -> None:
             "yes" if result.same_work else "[red]no[/red]",
             "ok" if result.passed else "[red]FAILED[/red]",
         )
-    console = Console(width=140 if not sys.stdout.isatty() else None)
+    console = table_console()
     console.print(table)
     for name, rule in impossible.items():
         console.print(f"{name}: not possible for this recipe: {rule}")

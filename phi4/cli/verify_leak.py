@@ -7,9 +7,9 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from phi4.cli.tables import table_console
 from phi4.config import check, load_recipe
 from phi4.launch import WorkerEnvironment, on_ranks
 from phi4.stages import require_stage, stage_of
@@ -93,7 +93,7 @@ def _print(findings: list["LeakFindings"], impossible: dict[str, str]) -> None:
             *(found.leaks(document) or "nothing" for document in DOCUMENTS),
             "ok" if found.passed else "[red]FAILED[/red]",
         )
-    console = Console(width=140 if not sys.stdout.isatty() else None)
+    console = table_console()
     console.print(table)
     for name, reason in impossible.items():
         console.print(f"{name}: not possible here: {reason}")
