@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from phi4.errors import DataError
-from phi4.pts.answers import AnswerRow, parse_answer
+from phi4.pts.answers import AnswerRow, parse_answer, unreadable
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class AnswerGroups:
             for place, question in _index(path, index):
                 self._places.setdefault(question, []).append(place)
         if not self._places:
-            raise DataError(f"there is no answer in {', '.join(map(str, paths))}")
+            raise DataError(
+                f"there is no answer in {', '.join(map(str, paths))}; draw some with "
+                f"`phi4 answers draw`"
+            )
 
     def __len__(self) -> int:
         return len(self._places)
@@ -77,7 +80,7 @@ def _opened(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise DataError(f"answers {path} cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
 
 
 def _check(rows: Sequence[AnswerRow], places: Sequence[str]) -> None:

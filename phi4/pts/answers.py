@@ -61,7 +61,14 @@ def read_answers(path: Path) -> Iterator[AnswerRow]:
             for number, line in enumerate(lines, start=1):
                 yield parse_answer(line, f"{path}:{number}")
     except OSError as error:
-        raise DataError(f"answers {path} cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """Return the error for a file of answers that cannot be read."""
+    return DataError(
+        f"answers {path} cannot be read: {error.strerror}; give a file of `phi4 answers draw`"
+    )
 
 
 def parse_answer(line: bytes, place: str) -> AnswerRow:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from phi4.data.files.jsonl import open_lines, parse_row, read_lines, reading
+from phi4.data.files.jsonl import parse_row, placed_lines
 from phi4.errors import DataError
 
 
@@ -13,16 +13,12 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     Raises:
         DataError: the file cannot be read, or a line is not a JSON object.
     """
-    with reading(path), open_lines(path) as lines:
-        for number, (line, num_bytes) in enumerate(read_lines(lines), start=1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                row = parse_row(line, num_bytes)
-            except DataError as error:
-                raise DataError(f"{place}: {error}") from None
-            yield place, row
+    for place, line, num_bytes in placed_lines(path):
+        try:
+            row = parse_row(line, num_bytes)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
+        yield place, row
 
 
 def text_of(row: Mapping[str, object], column: str, place: str) -> str:

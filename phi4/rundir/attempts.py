@@ -83,7 +83,9 @@ def read_attempt(path: Path) -> Attempt | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise PlatformError(f"{path} cannot be read: {error.strerror}") from None
+        raise PlatformError(
+            f"{path} cannot be read: {error.strerror}; check the file system of the run directory"
+        ) from None
     try:
         return msgspec.json.decode(content, type=Attempt)
     except msgspec.DecodeError:

@@ -64,7 +64,7 @@ def find_checkpoint(place: Path) -> Path:
     """
     if _NAME.fullmatch(place.name):
         if not place.is_dir():
-            raise CheckpointError(f"{place} does not exist")
+            raise CheckpointError(f"{place} does not exist; give RUN for its newest checkpoint")
         return place
     for root in (place, checkpoints_dir(place)):
         newest = latest_checkpoint(root)

@@ -55,7 +55,10 @@ class JudgePrompt:
             text = self._path.read_text(encoding="utf-8")
             self._template = environment.from_string(text)
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--template={self._path} cannot be read: {error}") from None
+            raise ConfigError(
+                f"--template={self._path} cannot be read: {error}; give a UTF-8 file with a "
+                f"template"
+            ) from None
         except TemplateError as error:
             raise self._not_a_template(error) from None
 

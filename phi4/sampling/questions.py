@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi4.data.files.jsonl import open_lines, parse_row, read_lines, reading
+from phi4.data.files.jsonl import parse_row, placed_lines
 from phi4.data.rows.messages import column_names, read_messages
 from phi4.data.rows.token_ids import read_ids
 from phi4.errors import DataError
@@ -47,23 +47,19 @@ def read_questions(path: Path, reader: PromptReader) -> Iterator[KeyedQuestion]:
         DataError: the file cannot be read, a line is not a question, or two have the same id.
     """
     places: dict[str, str] = {}
-    with reading(path), open_lines(path) as lines:
-        for number, (line, num_bytes) in enumerate(read_lines(lines), start=1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                question = _question(parse_row(line, num_bytes), reader, place)
-            except DataError as error:
-                said = str(error)
-                raise DataError(said if said.startswith(place) else f"{place}: {said}") from None
-            if question.id in places:
-                raise DataError(
-                    f"{place}: question {question.id!r} is also at {places[question.id]}; remove "
-                    f"one, or give each an `id`"
-                )
-            places[question.id] = place
-            yield question
+    for place, line, num_bytes in placed_lines(path):
+        try:
+            question = _question(parse_row(line, num_bytes), reader, place)
+        except DataError as error:
+            said = str(error)
+            raise DataError(said if said.startswith(place) else f"{place}: {said}") from None
+        if question.id in places:
+            raise DataError(
+                f"{place}: question {question.id!r} is also at {places[question.id]}; remove "
+                f"one, or give each an `id`"
+            )
+        places[question.id] = place
+        yield question
 
 
 def _question(row: Mapping[str, object], reader: PromptReader, place: str) -> KeyedQuestion:

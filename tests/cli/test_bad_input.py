@@ -112,9 +112,31 @@ def _lines_of_refusal(command: str, capsys: pytest.CaptureFixture) -> list[str]:
         ("data demo --vocab-size 3", "--vocab-size: expected at least 352, got 3"),
         ("data filter x --out d --accept-share 7", "--accept-share: expected at most 1, got 7"),
         ("data decontaminate --normalisation x", "'x' is not one of 'robust', 'paper'"),
-        ("answers score missing --oracle exact", "answers missing cannot be read"),
+        (
+            "answers score missing --oracle exact",
+            "answers missing cannot be read: No such file or directory; give a file of `phi4",
+        ),
         ("answers score missing", "Missing option '--oracle'; see `phi4 answers score --help`"),
-        ("pts show missing", "missing/trajectories.jsonl cannot be read"),
+        (
+            "pts show missing",
+            "missing/trajectories.jsonl cannot be read: No such file or directory; give a dir",
+        ),
+        (
+            "pts pairs missing --out x",
+            "pivots missing cannot be read: No such file or directory; give a directory of `phi4",
+        ),
+        (
+            "judge pairs --answers missing --judge oracle:exact --out j",
+            "answers missing cannot be read: No such file or directory; give a file of `phi4",
+        ),
+        (
+            "judge pairs --answers /dev/null --judge oracle:exact --out j",
+            "there is no answer in /dev/null; draw some with `phi4 answers draw`",
+        ),
+        (
+            "generate run/checkpoints/step_0000009 hi",
+            "run/checkpoints/step_0000009 does not exist; give RUN for its newest checkpoint",
+        ),
         ("pts pairs --out x", "give directories of `phi4 pts search` or --from-codelion"),
         (
             "pts select run --questions x --oracle bogus",

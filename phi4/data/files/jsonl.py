@@ -65,6 +65,19 @@ def open_lines(path: str | Path) -> BufferedIOBase:
     return open(name, "rb")
 
 
+def placed_lines(path: Path) -> Iterator[tuple[str, bytes, int]]:
+    """Yield each line of a file that is not blank: its place `PATH:NUMBER` for errors, its content
+    and its length, as `read_lines`.
+
+    Raises:
+        DataError: the file cannot be read or decompressed.
+    """
+    with reading(path), open_lines(path) as lines:
+        for number, (line, num_bytes) in enumerate(read_lines(lines), start=1):
+            if line.strip():
+                yield f"{path}:{number}", line, num_bytes
+
+
 def read_lines(
     stream: BinaryIO | BufferedIOBase, max_bytes: int = MAX_ROW_BYTES, end: int = 0
 ) -> Iterator[tuple[bytes, int]]:

@@ -102,7 +102,10 @@ def _listed(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as a list of shards ({error})") from None
+        raise DataError(
+            f"{path} cannot be read as a list of shards ({error}); give a UTF-8 file with a prefix "
+            f"a line"
+        ) from None
     return [str(path.parent / line.strip()) for line in lines if line.strip()]
 
 

@@ -131,7 +131,10 @@ def read_pivot_files(paths: Sequence[Path]) -> Iterator[PivotItem]:
                 for number, line in enumerate(lines, start=1):
                     yield _item(line, f"{file}:{number}", trajectories)
         except OSError as error:
-            raise DataError(f"pivots {file} cannot be read: {error.strerror}") from None
+            raise DataError(
+                f"pivots {file} cannot be read: {error.strerror}; give a directory of "
+                f"`phi4 pts search`"
+            ) from None
 
 
 def _share(trials: Trials | None) -> float | None:

@@ -223,7 +223,9 @@ def _read(path: Path, kind: type[Row], name: str) -> Iterator[Row]:
                         f"{path}:{number} is not a {name}: {error}; write it with `phi4 pts search`"
                     ) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; give a directory of `phi4 pts search`"
+        ) from None
 
 
 def _pivot(
