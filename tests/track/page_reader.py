@@ -1,8 +1,11 @@
-"""What a report page holds, read with the standard library."""
+"""The page of a report, and what it holds, read with the standard library."""
 
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
+
+from phi4.track.report import write_report
 
 
 class Page(HTMLParser):
@@ -81,3 +84,12 @@ class Page(HTMLParser):
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
+
+
+def report_page(directory: Path, *runs: Path) -> Page:
+    """The report of some runs, written into a directory."""
+    text = write_report(runs, directory / "report.html").read_text(encoding="utf-8")
+    assert len(text) < 15_000_000
+    found = Page(text)
+    assert len(found.ids) == len(set(found.ids))
+    return found

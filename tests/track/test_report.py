@@ -1,34 +1,16 @@
-"""The report of runs that were made up: sections, numbers, and whatever a record may hold."""
+"""The report of an eventful run: its sections, its charts, and their numbers."""
 
-import math
-import os
 from pathlib import Path
 
-import msgspec
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from plotly.graph_objects import Figure
 
-from phi4.cli import main
 from phi4.rundir.goodput import BUCKETS, goodput_of, spans_of
-from phi4.rundir.names import LEDGER_FILE, METRICS_FILE
 from phi4.rundir.run_record import read_run
-from phi4.rundir.state import Change
-from phi4.track.report import colours as palette
 from phi4.track.report import write_report
-from phi4.track.report.decimate import kept_points
 from phi4.track.report.timeline import timeline_of
-from tests.support.recorded_runs import (
-    BEGAN_UNIX,
-    RecordedRun,
-    eventful_run,
-    write_about,
-    write_samples,
-    write_state,
-)
-from tests.track.page_reader import Page
+from tests.support.recorded_runs import BEGAN_UNIX, eventful_run, write_about, write_samples
+from tests.track.page_reader import Page, report_page
 
 ABOUT = {
     "source_tree": {"commit": "0123456789abcdef0123", "is_dirty": True},
@@ -50,14 +32,6 @@ SAMPLE = {
 }
 
 
-def page(tmp_path: Path, *runs: Path) -> Page:
-    text = write_report(runs, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert len(text) < 15_000_000
-    found = Page(text)
-    assert len(found.ids) == len(set(found.ids))
-    return found
-
-
 @pytest.fixture(scope="module")
 def eventful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "eventful"
@@ -72,7 +46,7 @@ def eventful(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shown(eventful: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return page(tmp_path_factory.mktemp("page"), eventful)
+    return report_page(tmp_path_factory.mktemp("page"), eventful)
 
 
 def test_head_says_what_is_known(shown: Page) -> None:
@@ -147,15 +121,15 @@ def test_wall_time_table_sums_to_the_wall_time(shown: Page, eventful: Path) -> N
     )
 
 
-def test_time_that_nobody_counted_is_a_row(tmp_path: Path) -> None:
-    run = RecordedRun(tmp_path / "run")
-    run.start()
-    run.steps(3)
-    run.clock += 7.0
-    run.end()
-    run.write()
-    rows = {row[0]: row[1] for row in page(tmp_path, tmp_path / "run").tables["wall-time"]}
-    assert rows["in no bucket"] == "7.000"
+def test_timeline_has_every_second_of_the_table(eventful: Path) -> None:
+    record = read_run(eventful)
+    timeline = timeline_of(list(spans_of(record)))
+    found = goodput_of(record)
+    assert {name: timeline.seconds[name].sum() for name in BUCKETS} == pytest.approx(
+        dict(found.seconds), abs=1e-6
+    )
+    width = found.wall_seconds / (len(timeline.edges) - 1)
+    assert sum(timeline.seconds.values()) == pytest.approx(width, abs=1e-6)
 
 
 def test_attempts_say_how_they_ended(shown: Page) -> None:
@@ -203,7 +177,7 @@ def test_page_asks_for_nothing(shown: Page, eventful: Path, tmp_path: Path) -> N
 def test_several_runs_have_a_colour_each(eventful: Path, tmp_path: Path) -> None:
     run = eventful_run(tmp_path / "other", seed=1)
     run.write()
-    found = page(tmp_path, eventful, run.run_dir)
+    found = report_page(tmp_path, eventful, run.run_dir)
     head, *rows = found.tables["overview"]
     assert head[1:] == ["eventful", "other"]
     assert ["steps", "120 of 120", "120 of 120"] in rows
@@ -211,195 +185,3 @@ def test_several_runs_have_a_colour_each(eventful: Path, tmp_path: Path) -> None
     colours = {series[f"{name}: training"]["line"]["color"] for name in ("eventful", "other")}
     assert len(colours) == 2
     assert {"run-0", "run-1"} <= set(found.ids)
-
-
-def test_html_in_a_record_is_text(tmp_path: Path) -> None:
-    name = "<script>alert(1)</script>&amp;<!--"
-    run = RecordedRun(tmp_path / "run", (f"run.name='{name}'",))
-    run.start(host="<b>host</b>")
-    run.steps(3, **{"data__<i>web</i>": 1.0, "held_out_loss__<u>x</u>": 3.0})
-    run.end("failed", reason="<img src=x onerror=alert(2)>")
-    run.write()
-    found = page(tmp_path, run.run_dir)
-    assert found.headings[0] == name
-    assert found.facts["host"] == "<b>host</b>"
-    assert found.facts["status"] == "failed: <img src=x onerror=alert(2)>"
-    # plotly reads some HTML in texts.
-    assert "held out: &lt;u&gt;x&lt;/u&gt;" in found.series("loss")
-    assert "&lt;i&gt;web&lt;/i&gt;" in found.series("run-0-ledger")
-
-
-@pytest.mark.parametrize("steps", [0, 1])
-def test_run_that_just_began(steps: int, tmp_path: Path) -> None:
-    run = RecordedRun(tmp_path / "run")
-    run.start()
-    run.steps(steps, eta_seconds=3_720.0)
-    run.write()
-    found = page(tmp_path, run.run_dir)
-    # Its file was written just now.
-    assert found.facts["status"] == ("running, 1 h 02 min left" if steps else "running")
-    assert found.facts["steps"] == f"{steps} of 100"
-    assert ("loss" in found.charts) == bool(steps)
-
-
-def test_run_that_was_killed_with_its_launcher(tmp_path: Path) -> None:
-    run = RecordedRun(tmp_path / "run")
-    run.start()
-    run.steps(5)
-    run.write()
-    attempt = tmp_path / "run/attempts/0000001.json"
-    os.utime(attempt, (BEGAN_UNIX, BEGAN_UNIX))
-    found = page(tmp_path, run.run_dir)
-    assert found.facts["status"].startswith("killed or lost: no sign of life since 2026-09-21")
-
-
-def test_run_of_an_earlier_version(tmp_path: Path) -> None:
-    run = RecordedRun(tmp_path / "run")
-    run.start()
-    run.steps(5)
-    run.end()
-    of_now = ("unix_seconds", "attempt", "seconds/step", "seconds/data", "seconds/start")
-    run.lines = [{k: v for k, v in one.items() if k not in of_now} for one in run.lines]
-    fields = {"outcome": "", "started_unix": 0.0, "ended_unix": 0.0, "seconds": {}}
-    run.attempts[1] = msgspec.structs.replace(run.attempts[1], **fields)
-    run.write()
-    found = page(tmp_path, run.run_dir)
-    assert found.facts["wall time"] == found.facts["goodput"] == "not recorded"
-    assert found.facts["status"] == "ended; version 0.1 did not record how"
-    assert "wall-time" not in found.tables
-    assert found.series("loss")["training"]["y"]
-
-
-def test_losses_that_are_not_finite_break_no_chart(tmp_path: Path) -> None:
-    run = RecordedRun(tmp_path / "run")
-    run.start()
-    for loss in (3.0, math.nan, math.inf, -math.inf, 2.0):
-        run.step(loss=loss, grad_norm=math.nan, skipped=float(not math.isfinite(loss)))
-    run.step(loss=math.nan)
-    run.write()
-    found = page(tmp_path, run.run_dir)
-    assert found.series("loss")["training"]["y"] == [3.0, 2.0]
-    assert found.facts["final loss"] == "nan"
-    assert "4 losses are NaN or infinite: no point." in found.notes
-
-
-def test_fractions_come_from_the_ledger_where_no_line_has_them(tmp_path: Path) -> None:
-    run = RecordedRun(tmp_path / "run")
-    run.start()
-    run.steps(2)
-    run.write()
-    counts = [{"step": 1, "loss_tokens/a": 30, "loss_tokens/b": 10}, {"step": 2}]
-    text = "".join(f"{msgspec.json.encode(line).decode()}\n" for line in counts)
-    (run.run_dir / LEDGER_FILE).write_text(text + '{"step": 3, "loss_t', encoding="utf-8")
-    series = page(tmp_path, run.run_dir).series("run-0-ledger")
-    assert {name: trace["y"] for name, trace in series.items()} == {"a": [0.75], "b": [0.25]}
-
-
-def test_schedule_changes_are_listed(tmp_path: Path) -> None:
-    run = RecordedRun(tmp_path / "run")
-    run.start()
-    run.steps(2)
-    run.write()
-    write_state(run.run_dir, Change(1, "optim.learning_rate", 3e-4, 1e-4), step=2)
-    rows = page(tmp_path, run.run_dir).tables["schedule"]
-    assert rows[1] == ["1", "optim.learning_rate", "0.0003", "0.0001"]
-
-
-def test_long_run_is_decimated_and_says_so(tmp_path: Path) -> None:
-    run = RecordedRun(tmp_path / "run")
-    run.start()
-    run.steps(7_000, 1.0)
-    run.lines[1_234]["loss"] = 77.0
-    run.end()
-    run.write()
-    found = page(tmp_path, run.run_dir)
-    every = found.series("loss")["training, every step"]
-    assert len(every["y"]) <= 5_000
-    assert max(every["y"]) == 77.0
-    assert "training, mean of 46 steps" in found.series("loss")
-    assert any(note.startswith("Decimated: up to") for note in found.notes)
-    # One outlier does not flatten the curve.
-    assert found.charts["loss"]["layout"]["yaxis"]["range"][1] < 10
-
-
-@given(st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=400), st.integers(4, 60))
-def test_decimation_keeps_extremes_and_ends(values: list[float], limit: int) -> None:
-    array = np.array(values)
-    kept = kept_points(array, limit)
-    assert len(kept) <= limit
-    assert list(kept) == sorted(set(kept.tolist()))
-    assert (kept[0], kept[-1]) == (0, len(values) - 1)
-    assert (array[kept].min(), array[kept].max()) == (array.min(), array.max())
-    num_bins = (limit - 2) // 2
-    if len(values) > limit:
-        # No neighbours are further apart than two bins.
-        assert np.diff(kept).max() <= 2 * math.ceil(len(values) / num_bins)
-
-
-def test_timeline_has_every_second_of_the_table(eventful: Path) -> None:
-    record = read_run(eventful)
-    timeline = timeline_of(list(spans_of(record)))
-    found = goodput_of(record)
-    assert {name: timeline.seconds[name].sum() for name in BUCKETS} == pytest.approx(
-        dict(found.seconds), abs=1e-6
-    )
-    width = found.wall_seconds / (len(timeline.edges) - 1)
-    assert sum(timeline.seconds.values()) == pytest.approx(width, abs=1e-6)
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of WCAG 2."""
-    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-@pytest.mark.parametrize("background", palette.BACKGROUNDS)
-def test_colours_stand_out_on_light_and_dark(background: str) -> None:
-    for colour in (*palette.RUNS, *palette.BUCKETS.values(), *palette.EVENTS.values()):
-        low, high = sorted((luminance(colour), luminance(background)))
-        assert (high + 0.05) / (low + 0.05) >= 3.0, colour
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["none"], "none does not exist; give the directory of a run (run.dir)"),
-        (["file"], "file is a file; give the directory of a run (run.dir)"),
-        (
-            ["."],
-            "is not a run: it has no config.toml; give the directory of a run (run.dir), for ex",
-        ),
-        (["run", "./run"], "a run is given twice; give each run's directory once"),
-        (["run", "--out", "run"], "run"),
-    ],
-)
-def test_wrong_path_is_one_line(
-    words: list[str],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    run = RecordedRun(tmp_path / "run")
-    run.start()
-    run.write()
-    (tmp_path / "file").touch()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main(["report", *words])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
-
-
-def test_damaged_line_names_file_and_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = RecordedRun(tmp_path / "run")
-    run.start()
-    run.write()
-    (tmp_path / "run" / METRICS_FILE).write_text("what?\n", encoding="utf-8")
-    with pytest.raises(SystemExit) as stop:
-        main(["report", str(tmp_path / "run")])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{METRICS_FILE}:1 is not the JSON object of a step" in line

@@ -1,6 +1,6 @@
 """A line's seconds: by bucket, from the attempt's own beginning, and with nothing left out."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +13,10 @@ from phi4.train.wall_clock import WallClock
 def clock(monkeypatch) -> list[float]:
     """The time, in a list of one number; both clocks show it, one from another beginning."""
     now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0] - 400)
-    monkeypatch.setattr(time, "time", lambda: now[0])
+    # The clocks of these two modules alone: other threads of the process read the real ones.
+    clocks = SimpleNamespace(monotonic=lambda: now[0] - 400, time=lambda: now[0])
+    for module in ("wall_clock", "reliability.phases"):
+        monkeypatch.setattr(f"phi4.train.{module}.time", clocks)
     return now
 
 
