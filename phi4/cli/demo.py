@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from phi4.cli.demo_commands import moved_recipe, run_phi4
+from phi4.cli.demo_commands import NumberedCommands, moved_recipe, run_phi4
 from phi4.cli.demo_figures import post_train
 from phi4.cli.demo_post_training import USUAL_OUT, ChainSettings
 from phi4.errors import ConfigError, Phi4Error
@@ -79,19 +79,17 @@ def _pretrain(out: Path, json_file: Path | None) -> None:
             typer.echo(f"removing {earlier}, the run of an earlier demo")
             shutil.rmtree(earlier)
     train = ["train", RECIPE, *moved_recipe(RECIPE, out, DEFAULT_OUT)]
-    _section(
-        1,
+    section = NumberedCommands(run_phi4, NUM_SECTIONS)
+    section(
         "Corpus: sources and documentation of this Python",
         *("data", "demo", "--out", data),
     )
-    _section(
-        2,
+    section(
         "Pretraining: tensor 2 x pipeline 2 with sequence parallelism, four processes",
         *train,
         f"run.steps={FIRST_STEPS}",
     )
-    _section(
-        3,
+    section(
         "Resume: the same run in another layout, context 2",
         *train,
         f"run.steps={ALL_STEPS}",
@@ -99,15 +97,13 @@ def _pretrain(out: Path, json_file: Path | None) -> None:
         *("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"),
         "parallel.context=2",
     )
-    _section(
-        4,
+    section(
         "Midtraining: rows four times as long, 30% long documents, 70% pretraining data from where "
         "pretraining stopped",
         *("train", MIDTRAIN, *moved_recipe(MIDTRAIN, out, DEFAULT_OUT)),
     )
-    _section(5, "Ledger: what was drawn from each source", "data", "ledger", midtrain)
-    _section(
-        6,
+    section("Ledger: what was drawn from each source", "data", "ledger", midtrain)
+    section(
         "Generation",
         "generate",
         midtrain,
@@ -117,8 +113,7 @@ def _pretrain(out: Path, json_file: Path | None) -> None:
         "--temperature",
         0.7,
     )
-    _section(
-        7,
+    section(
         "Parity: three layouts against one process",
         *("verify", "parity", RECIPE, "--steps", 3, "--layouts", "tp2+sp,pp2,tp2xcp2+sp"),
     )
@@ -130,10 +125,6 @@ def _pretrain(out: Path, json_file: Path | None) -> None:
 
         steps = {"steps": ALL_STEPS, "held_out_nats_below_unigram": round(gain, 3)}
         append_row(json_file, {"benchmark": "demo", "seconds": round(seconds), **steps})
-
-
-def _section(number: int, title: str, *words: object) -> None:
-    run_phi4(f"{number}/{NUM_SECTIONS} {title}", *words)
 
 
 def _draw(run: Path) -> Path:

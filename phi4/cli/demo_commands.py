@@ -4,7 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import typer
@@ -27,6 +27,28 @@ def run_phi4(why: str, *words: object) -> None:
     code = subprocess.run([sys.executable, "-m", "phi4", *command], check=False).returncode
     if code:
         raise typer.Exit(code)
+
+
+RunCommand = Callable[..., None]
+"""Prints and runs a command, as `run_phi4` does."""
+
+
+class NumberedCommands:
+    """Runs the commands of a demo, each with its number in the heading: `3/7 TITLE`.
+
+    Args:
+        run: runs one of them.
+        total: how many there are.
+    """
+
+    def __init__(self, run: RunCommand, total: int) -> None:
+        self._run, self._total = run, total
+        self._number = 0
+
+    def __call__(self, why: str, *words: object) -> None:
+        """See `run_phi4`."""
+        self._number += 1
+        self._run(f"{self._number}/{self._total} {why}", *words)
 
 
 def moved_recipe(path: str, out: Path, usual: Path) -> Sequence[str]:

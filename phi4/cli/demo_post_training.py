@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from phi4.cli.answers import scored
-from phi4.cli.demo_commands import moved_recipe, run_phi4
+from phi4.cli.demo_commands import NumberedCommands, RunCommand, moved_recipe, run_phi4
 from phi4.pts.score import Estimate, Score, gain
 from phi4.pts.select_checkpoint import read_selection
 from phi4.rundir.names import SELECTED_FILE
@@ -24,6 +24,8 @@ BASE_ANSWERS, JUDGED_ANSWERS, COMPARISONS = 8, 8, 6
 """Answers to a question that fine-tuning and the judge choose from; comparisons of a question."""
 _CACHE_TOKENS = 65_536
 _ROW_TOKENS = 256
+_NUM_COMMANDS = 37
+"""Of the chain, which numbers them."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,19 @@ class PostTraining:
 
     Args:
         settings: of the chain.
+        run: runs its commands; `run_phi4` by default.
     """
 
-    def __init__(self, settings: ChainSettings) -> None:
+    def __init__(self, settings: ChainSettings, run: RunCommand | None = None) -> None:
         self._settings = settings
+        self._run = run or run_phi4
         self._out = settings.out
         self.data = settings.out / "data"
 
     def base(self) -> Path:
         """Build the data, and pretrain."""
         settings = self._settings
-        run_phi4(
+        self._run(
             "The task: arithmetic modulo 10, by a writer who often computes sums before products.",
             *("data", "reasoning", f"--out={self.data}", *settings.data_options()),
         )
@@ -114,12 +118,12 @@ class PostTraining:
             "The base model answers each question several times.",
             *(base, "sft", answers, BASE_ANSWERS),
         )
-        run_phi4(
+        self._run(
             "Of its answers to a question, a right one is kept.",
             *("data", "best-of", f"--answers={answers}", f"--oracle={ORACLE}", f"--out={rows}"),
             f"--ranks={self._ranks}",
         )
-        run_phi4(
+        self._run(
             "They become conversations.",
             *("data", "tokenize", rows, f"--out={self.data / 'best_of'}"),
             *(f"--ranks={self._ranks}", "--overwrite"),
@@ -130,12 +134,12 @@ class PostTraining:
     def pivotal(self, start: Path) -> Path:
         """Search pivotal tokens of a model, and prefer the better one of two."""
         found, rows = self._out / "search", self.data / "pivots.jsonl"
-        run_phi4(
+        self._run(
             "Which tokens decide whether an answer becomes right?",
             *("pts", "search", start, f"--questions={self.data / 'search.jsonl'}"),
             *(f"--oracle={ORACLE}", f"--out={found}", *self._drawing()),
         )
-        run_phi4(
+        self._run(
             "Each with a token that does better or worse.",
             *("pts", "pairs", found, f"--out={rows}"),
         )
@@ -149,7 +153,7 @@ class PostTraining:
             "The model answers other questions several times.",
             *(start, "judge", answers, JUDGED_ANSWERS, "--chat"),
         )
-        run_phi4(
+        self._run(
             "A judge compares the answers to a question; here it is the oracle.",
             *("judge", "pairs", f"--answers={answers}", f"--judge=oracle:{ORACLE}"),
             *(f"--out={found}", "pairs.same_model=true", f"pairs.max_per_prompt={COMPARISONS}"),
@@ -168,7 +172,7 @@ class PostTraining:
             rows: JSON Lines.
             name: of the token file; that of the rows without one.
         """
-        run_phi4(
+        self._run(
             "The preferences become a token file.",
             *("data", "pairs", rows, f"--out={self.data / (name or rows.stem)}"),
             *(f"--ranks={self._ranks}", f"--row-tokens={_ROW_TOKENS}", "--overwrite"),
@@ -181,13 +185,13 @@ class PostTraining:
             cache = self._out / f"{name}_reference"
             words += [f"run.dir={self._out / name}", f"data.reference_cache={cache}"]
         recipe_words = self._recipe(recipe, *words)
-        run_phi4("What the model thinks of both sides before.", "dpo", "cache-ref", *recipe_words)
-        run_phi4("Direct preference optimisation.", "train", *recipe_words)
+        self._run("What the model thinks of both sides before.", "dpo", "cache-ref", *recipe_words)
+        self._run("Direct preference optimisation.", "train", *recipe_words)
         return self.selected(self._out / (name or recipe))
 
     def selected(self, run: Path) -> Path:
         """The checkpoint of a run that answers the questions for choosing best."""
-        run_phi4(
+        self._run(
             "A loss does not say where to stop: the share of right answers does.",
             *("pts", "select", run, f"--questions={self.data / 'stop.jsonl'}"),
             *(f"--oracle={ORACLE}", f"--n={SAMPLES}", *self._drawing()),
@@ -202,7 +206,7 @@ class PostTraining:
         )
         words = ("--chat",) if chat else ()
         self.draw(f"{name} on the test questions.", model, "test", sampled, SAMPLES, *words)
-        run_phi4("How many are right?", "answers", "score", sampled, f"--oracle={ORACLE}")
+        self._run("How many are right?", "answers", "score", sampled, f"--oracle={ORACLE}")
         likeliest = ("--temperature=0", *words)
         self.draw("Its likeliest answers.", model, "test", greedy, 1, *likeliest)
         return StageFigures(name, model, scored(sampled, ORACLE), scored(greedy, ORACLE))
@@ -218,7 +222,7 @@ class PostTraining:
             n: answers to each question.
             words: further options.
         """
-        run_phi4(
+        self._run(
             why,
             *("answers", "draw", model, f"--questions={self.data / questions}.jsonl"),
             *(f"--out={out}", f"--n={n}", *words, *self._drawing()),
@@ -240,7 +244,7 @@ class PostTraining:
         return [*room, *self._settings.seed_option()]
 
     def _train(self, why: str, recipe: str, *overrides: str) -> None:
-        run_phi4(why, "train", *self._recipe(recipe, *overrides))
+        self._run(why, "train", *self._recipe(recipe, *overrides))
 
     def _recipe(self, name: str, *overrides: str) -> list[str]:
         """A recipe's path and its overrides; later ones count."""
@@ -255,7 +259,7 @@ class PostTraining:
 
 def run_chain(settings: ChainSettings) -> list[StageFigures]:
     """All stages in order, each measured on the test questions as it ends."""
-    chain = PostTraining(settings)
+    chain = PostTraining(settings, NumberedCommands(run_phi4, _NUM_COMMANDS))
     base = chain.base()
     figures = [chain.figures("base", base, chat=False)]
     sft = chain.fine_tuned(base)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from phi4.engine.precision import describe_precision
 from phi4.model.shape import num_parameters
+from phi4.rundir.about import about_path, read_abouts
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint
+from phi4.rundir.names import CHECKPOINTS_DIR
 from phi4.train.hooks import RunContext
 from phi4.train.loop import Ending
 from phi4.train.schedule import step_tokens
@@ -95,7 +97,10 @@ def _row(label: str, text: str) -> list[str]:
 
 
 def _kernels(context: RunContext) -> str:
-    """The implementations, each with its reason and its ops."""
+    """The implementations, each with its reason and its ops, or the record that has the same."""
+    recorded = _recorded_kernels(context)
+    if recorded is not None:
+        return f"as in {recorded}"
     ops: dict[tuple[str, str], list[str]] = {}
     for choice in context.engine.choices:
         ops.setdefault((choice.implementation, choice.reason), []).append(choice.op)
@@ -103,6 +108,31 @@ def _kernels(context: RunContext) -> str:
         f"{implementation} ({reason}): {', '.join(names)}"
         for (implementation, reason), names in ops.items()
     )
+
+
+def _recorded_kernels(context: RunContext) -> Path | None:
+    """The newest record of this run, or of the one that its weights are from, if it has the same
+    implementations for the same reasons."""
+    if not context.platform.is_writer:
+        # The summary of another rank is not printed.
+        return None
+    run = context.recipe.run
+    chosen = {
+        choice.op: (choice.implementation, choice.reason) for choice in context.engine.choices
+    }
+    for place in (Path(run.dir), *([_run_of(Path(run.init_from))] if run.init_from else [])):
+        if abouts := read_abouts(place):
+            newest = abouts[-1]
+            ops = newest.kernels.items()
+            recorded = {op: (name, newest.kernel_reasons.get(op)) for op, name in ops}
+            return about_path(place, newest.attempt) if recorded == chosen else None
+    return None
+
+
+def _run_of(place: Path) -> Path:
+    """The run directory of a run or of one of its checkpoints."""
+    is_checkpoint = place.parent.name == CHECKPOINTS_DIR
+    return place.parent.parent if is_checkpoint else place
 
 
 def _shares(context: RunContext) -> str:

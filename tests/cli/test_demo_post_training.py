@@ -1,4 +1,4 @@
-"""What `phi4 demo --post-training` runs, and the figures that it ends with."""
+"""What `phi4 demo` runs, above all with --post-training, and the figures that it ends with."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -8,11 +8,16 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from phi4.cli import demo_figures, make_app
+from phi4.cli import demo, demo_figures, make_app
 from phi4.cli.demo_post_training import ChainSettings, StageFigures
 from phi4.config import check, load_recipe
 from phi4.stages import stage_of
-from tests.support.planned_demo import BEST, even_score, planned_commands
+from tests.support.planned_demo import (
+    BEST,
+    even_score,
+    planned_commands,
+    planned_sections,
+)
 
 Plan = Callable[..., list[list[str]]]
 
@@ -101,6 +106,23 @@ def test_commands_are_spelled_as_they_are_parsed(planned: Plan) -> None:
             command, left = command.commands[left[0]], left[1:]
         # An option or argument that it lacks is an error.
         command.make_context("phi4", left)
+
+
+def numbers_of(headings: list[str]) -> list[str]:
+    """The first words of headings, if they are the numbers that they should be."""
+    expected = [f"{i}/{len(headings)}" for i in range(1, len(headings) + 1)]
+    assert [heading.split()[0] for heading in headings] == expected
+    return expected
+
+
+def test_every_command_has_its_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    numbers_of([why for why, _ in planned_sections(ChainSettings(), monkeypatch)])
+    headings: list[str] = []
+    monkeypatch.setattr(demo, "run_phi4", lambda why, *words: headings.append(why))
+    monkeypatch.setattr(demo, "_draw", lambda run: tmp_path)
+    monkeypatch.setattr(demo, "_conclude", lambda *arguments: 1.0)
+    demo._pretrain(tmp_path, None)
+    assert numbers_of(headings)[-1] == "7/7"
 
 
 def figures() -> list[StageFigures]:

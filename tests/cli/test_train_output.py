@@ -52,6 +52,17 @@ def test_save_follows_its_step_and_the_end_says_what_is_next(run: Path) -> None:
     assert following == "next: phi4 report run"
 
 
+def test_kernels_are_listed_once_in_a_chain_of_runs(run: Path, copy: Path) -> None:
+    assert _row(_printed(run), "kernels").startswith("torch (")
+    resumed = train(copy, "run.steps=3", "--change").stdout.splitlines()
+    assert _row(resumed, "kernels") == "as in run/about/0000001.json"
+    words = ("run.init_from=run/checkpoints/step_0000002", "run.steps=1")
+    following = train(copy, *words, "run.dir=next").stdout.splitlines()
+    assert _row(following, "kernels") == "as in run/about/0000002.json"
+    other = train(copy, *words, "run.dir=other", "kernels.rms_norm=torch").stdout.splitlines()
+    assert _row(other, "kernels").startswith("torch (")
+
+
 def test_finished_run_says_so_and_what_to_raise(copy: Path) -> None:
     again = train(copy)
     assert (again.returncode, again.stderr) == (0, "")

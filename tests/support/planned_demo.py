@@ -21,11 +21,18 @@ def even_score(share: float) -> Score:
 
 def planned_commands(settings: ChainSettings, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Words of every `phi4` command of a chain, in order."""
-    commands: list[list[str]] = []
+    return [words for _, words in planned_sections(settings, monkeypatch)]
+
+
+def planned_sections(
+    settings: ChainSettings, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, list[str]]]:
+    """Heading and words of every `phi4` command of a chain, in order."""
+    sections: list[tuple[str, list[str]]] = []
 
     def run_phi4(why: str, *words: object) -> None:
         assert why.endswith((".", "?"))
-        commands.append(list(map(str, words)))
+        sections.append((why, list(map(str, words))))
 
     def read_selection(path: Path) -> Selection:
         best = str(path.parent / BEST)
@@ -36,4 +43,4 @@ def planned_commands(settings: ChainSettings, monkeypatch: pytest.MonkeyPatch) -
         patch.setattr(demo_post_training, "read_selection", read_selection)
         patch.setattr(demo_post_training, "scored", lambda path, oracle: even_score(0.5))
         run_chain(settings)
-    return commands
+    return sections
