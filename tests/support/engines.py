@@ -9,7 +9,7 @@ from phi4.data.stream.batch import Batch
 from phi4.engine.checkpoint import open_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.patches import Patches
-from phi4.engine.platform import connect, disconnect
+from phi4.engine.platform import Platform, connect, disconnect
 from phi4.verify.parity import micro_batches
 from tests.support.ranks import rendezvous
 
@@ -39,6 +39,16 @@ def tiny_recipe(*overrides: str) -> Recipe:
     return recipe
 
 
+def platform_of(rank: int, recipe: Recipe) -> Platform | None:
+    """Inside a rank: connect those that the recipe's layout needs; None on a rank beyond them."""
+    world_size = recipe.parallel.model_parallel_size * max(recipe.parallel.data, 1)
+    # Every rank counts the meetings.
+    meeting = rendezvous()
+    if rank >= world_size:
+        return None
+    return connect("cpu", rank=rank, world_size=world_size, rendezvous=meeting)
+
+
 @contextmanager
 def engine_on(
     rank: int,
@@ -52,12 +62,10 @@ def engine_on(
 
     With a checkpoint it holds those weights, and neither `trains` nor `patches` counts.
     """
-    world_size = recipe.parallel.model_parallel_size * recipe.parallel.data
-    meeting = rendezvous()
-    if rank >= world_size:
+    platform = platform_of(rank, recipe)
+    if platform is None:
         yield None
         return
-    platform = connect("cpu", rank=rank, world_size=world_size, rendezvous=meeting)
     if checkpoint:
         engine = open_checkpoint(recipe, checkpoint, platform)
     else:

@@ -14,7 +14,7 @@ from phi4.data.stream.batch import Batch
 from phi4.data.stream.read_ahead import ReadAheadLoader
 from phi4.engine.engine import Engine
 from phi4.engine.objective import Loss
-from phi4.engine.platform import connect, disconnect
+from phi4.engine.platform import disconnect
 from phi4.errors import Phi4Error
 from phi4.rundir.manifest import read_manifest
 from phi4.rundir.step_log import read_metrics
@@ -23,8 +23,7 @@ from phi4.track import Trackers
 from phi4.train.hooks import CONTINUE, Decision, Hook, Progress, SaveAndStop
 from phi4.train.session import run_training
 from tests.support.byte_source import write_byte_source
-from tests.support.engines import tiny_recipe
-from tests.support.ranks import rendezvous
+from tests.support.engines import platform_of, tiny_recipe
 
 ROWS = 8
 RECIPE = (
@@ -142,11 +141,9 @@ def marking_loader(poison: Poison) -> type[ReadAheadLoader]:
 def start(rank: int, world_size: int, root: Path, plan: RunPlan) -> Ended | None:
     """One rank of a run; None on a rank that its layout does not need."""
     recipe = tiny_recipe(*RECIPE, f"run.dir={plan.run_dir}", *plan.overrides)
-    size = recipe.parallel.model_parallel_size * recipe.parallel.data
-    meeting = rendezvous()
-    if rank >= size:
+    platform = platform_of(rank, recipe)
+    if platform is None:
         return None
-    platform = connect("cpu", rank=rank, world_size=size, rendezvous=meeting)
     said: list[str] = []
     with ExitStack() as stack:
         stack.enter_context(chdir(root))

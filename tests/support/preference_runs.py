@@ -12,7 +12,7 @@ from phi4.data.files.token_writer import TokenFileWriter
 from phi4.data.vocabulary.tokenizer import TokenizerFacts, load_tokenizer
 from phi4.engine.checkpoint import save_checkpoint
 from phi4.engine.engine import Engine
-from phi4.engine.platform import Platform, connect, disconnect
+from phi4.engine.platform import Platform, disconnect
 from phi4.errors import Phi4Error
 from phi4.rundir.checkpoints import checkpoints_dir
 from phi4.rundir.names import RECIPE_FILE, STATE_FILE
@@ -22,8 +22,7 @@ from phi4.stages.reference import cache_references
 from phi4.train.session import run_training
 from tests.data.preferences import Pivots, Side, drawn_pairs, drawn_pivots
 from tests.support.byte_source import write_byte_tokenizer
-from tests.support.engines import tiny_recipe
-from tests.support.ranks import rendezvous
+from tests.support.engines import platform_of, tiny_recipe
 
 NUM_PAIRS, NUM_TRAJECTORIES = 10, 5
 SOURCES = (
@@ -130,14 +129,11 @@ def run_of(rank: int, world_size: int, root: Path, recipe: Recipe) -> str:
 @contextmanager
 def joined(rank: int, world_size: int, root: Path, recipe: Recipe) -> Iterator[Platform | None]:
     """In the directory, joined; None on a rank that the layout does not need."""
-    parallel = recipe.parallel
-    needed = parallel.model_parallel_size * max(parallel.data, 1)
-    meeting = rendezvous()
-    if rank >= needed:
-        yield None
-        return
     with chdir(root):
-        platform = connect("cpu", rank=rank, world_size=needed, rendezvous=meeting)
+        platform = platform_of(rank, recipe)
+        if platform is None:
+            yield None
+            return
         try:
             yield platform
         finally:

@@ -30,7 +30,7 @@ from phi4.rundir.state import RunState, read_state
 from phi4.stages.pretrain import NextToken
 from phi4.train.session import run_training
 from phi4.train.sources import check_tokenizer, open_sources
-from tests.support.engines import tiny_recipe
+from tests.support.engines import platform_of, tiny_recipe
 from tests.support.ranks import RankPool, pool_fixture, rendezvous
 
 WEB_UNITS, CODE_UNITS = 50, 23
@@ -67,11 +67,9 @@ class Recorded(ReadAheadLoader):
 def _train(rank: int, world_size: int, root: Path, overrides: tuple[str, ...]) -> tuple[list, int]:
     """Data rank and rows, [n, S], of each step; tables of rows that this rank computed."""
     recipe = tiny_recipe(*MODEL, *overrides)
-    size = recipe.parallel.model_parallel_size * recipe.parallel.data
-    meeting = rendezvous()
-    if rank >= size:
+    platform = platform_of(rank, recipe)
+    if platform is None:
         return [], 0
-    platform = connect("cpu", rank=rank, world_size=size, rendezvous=meeting)
     Recorded.served = []
     computing = patch("phi4.data.stream.window_table._computed", wraps=window_table._computed)
     recording = patch("phi4.train.sources.ReadAheadLoader", Recorded)

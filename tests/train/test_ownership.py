@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 
 from phi4.engine.agreement import wait_until_visible
-from phi4.engine.platform import Platform, connect, disconnect
+from phi4.engine.platform import Platform, disconnect
 from phi4.errors import OwnershipError, Phi4Error
 from phi4.rundir import Lease, this_process
 from phi4.rundir.lease import take_lease
@@ -23,7 +23,7 @@ from phi4.train.checkpointing import Checkpointer
 from phi4.train.hooks import CONTINUE, Continue, Hook, HookFactory, Progress
 from phi4.train.session import run_training
 from tests.support.byte_source import write_byte_source
-from tests.support.engines import tiny_recipe
+from tests.support.engines import platform_of, tiny_recipe
 from tests.support.ranks import gloo_group, pool_fixture, rendezvous
 
 RECIPE = (
@@ -60,11 +60,9 @@ def outcome(
 ) -> str:
     """How a run of this rank ends."""
     recipe = tiny_recipe(*RECIPE, *overrides)
-    size = recipe.parallel.model_parallel_size
-    meeting = rendezvous()
-    if rank >= size:
+    platform = platform_of(rank, recipe)
+    if platform is None:
         return ""
-    platform = connect("cpu", rank=rank, world_size=size, rendezvous=meeting)
     with chdir(root):
         try:
             ending = run_training(recipe, platform, NextToken(), allow_change=True, hooks=hooks)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from phi4.engine.platform import Platform, connect, disconnect
+from phi4.engine.platform import Platform, disconnect
 from phi4.errors import Phi4Error, PlatformError
 from phi4.rundir import replica
 from phi4.rundir.bad_checkpoints import note_bad
@@ -32,9 +32,9 @@ from phi4.train.replication import Replication
 from phi4.train.session import run_training
 from phi4.writer import Replicate, Replicated, WriterProcess
 from tests.support.byte_source import write_byte_source
-from tests.support.engines import tiny_recipe
+from tests.support.engines import platform_of, tiny_recipe
 from tests.support.forked_writer import forked_writer
-from tests.support.ranks import RankPool, pool_fixture, rendezvous
+from tests.support.ranks import RankPool, pool_fixture
 from tests.support.waiting import wait_until
 
 RECIPE = (
@@ -104,11 +104,9 @@ def start(rank: int, world_size: int, root: Path, plan: Plan) -> Outcome | None:
         *plan.layout,
         *plan.overrides,
     )
-    size = recipe.parallel.model_parallel_size * recipe.parallel.data
-    meeting = rendezvous()
-    if rank >= size:
+    platform = platform_of(rank, recipe)
+    if platform is None:
         return None
-    platform = connect("cpu", rank=rank, world_size=size, rendezvous=meeting)
     said: list[str] = []
     spoil = plan.spoil if rank == 1 and plan.spoil else lambda: None
     kept = _Kept()

@@ -16,7 +16,7 @@ from phi4.cli.data import app
 from phi4.data.stream import loader as loaders
 from phi4.data.stream.batch import Batch
 from phi4.data.stream.read_ahead import ReadAheadLoader
-from phi4.engine.platform import connect, disconnect
+from phi4.engine.platform import disconnect
 from phi4.errors import Phi4Error, PlatformError
 from phi4.rundir.manifest import read_manifest
 from phi4.rundir.state import RunState, Skip, read_state
@@ -26,9 +26,9 @@ from phi4.track import Trackers
 from phi4.train.hooks import CONTINUE, Decision, Hook, Progress, RollBack, SaveAndStop
 from phi4.train.session import run_training
 from tests.support.byte_source import write_byte_source
-from tests.support.engines import tiny_recipe
+from tests.support.engines import platform_of, tiny_recipe
 from tests.support.metrics_page import unexplained
-from tests.support.ranks import RankPool, pool_fixture, rendezvous
+from tests.support.ranks import RankPool, pool_fixture
 
 STEPS, ROWS = 6, 8
 RECIPE = (
@@ -117,11 +117,9 @@ class Outcome:
 def start(rank: int, world_size: int, root: Path, plan: Plan) -> Outcome | None:
     """One rank of a run; None on a rank that its layout does not need."""
     recipe = tiny_recipe(*RECIPE, f"run.dir={plan.run_dir}", *plan.overrides)
-    size = recipe.parallel.model_parallel_size * recipe.parallel.data
-    meeting = rendezvous()
-    if rank >= size:
+    platform = platform_of(rank, recipe)
+    if platform is None:
         return None
-    platform = connect("cpu", rank=rank, world_size=size, rendezvous=meeting)
     said: list[str] = []
     killers = [KilledAfterwards()] if plan.is_killed_afterwards else []
     Recorded.served, Recorded.skipped_rows = [], plan.skipped_rows
