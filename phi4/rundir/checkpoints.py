@@ -88,7 +88,9 @@ def read_checkpoint_file(checkpoint: Path, name: str) -> str:
             f"{checkpoint} has no {name}; give a directory like RUN/checkpoints/step_0000100"
         ) from None
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{checkpoint / name} is damaged: {error}") from None
+        raise CheckpointError(
+            f"{checkpoint / name} is damaged: {error}; use another checkpoint"
+        ) from None
 
 
 @dataclass(frozen=True)

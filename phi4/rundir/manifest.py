@@ -74,10 +74,11 @@ def parse_manifest(content: bytes, path: Path) -> CheckpointManifest:
     try:
         manifest = msgspec.json.decode(content, type=CheckpointManifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+        raise CheckpointError(f"{path} is damaged: {error}; use another checkpoint") from None
     if manifest.version not in _READ_VERSIONS:
         raise CheckpointError(
-            f"{path} has version {manifest.version}; this phi4 reads up to {FORMAT_VERSION}"
+            f"{path} has version {manifest.version}; this phi4 reads up to {FORMAT_VERSION}; use "
+            f"the phi4 that wrote it"
         )
     if manifest.layout.keys() != LAYOUT_KEYS:
         raise CheckpointError(
@@ -87,7 +88,9 @@ def parse_manifest(content: bytes, path: Path) -> CheckpointManifest:
     for name in manifest.files:
         parts = PurePosixPath(name).parts
         if name.startswith("/") or ".." in parts or "\0" in name or not parts:
-            raise CheckpointError(f"{path} lists {name!r}, which is not a file of the checkpoint")
+            raise CheckpointError(
+                f"{path} lists {name!r}, which is not a file of the checkpoint; use another one"
+            )
     return manifest
 
 

@@ -122,7 +122,9 @@ def read_state(checkpoint: Path) -> RunState:
     try:
         return RunState.from_json(text)
     except msgspec.DecodeError as error:
-        raise CheckpointError(f"{checkpoint / STATE_FILE} is damaged: {error}") from None
+        raise CheckpointError(
+            f"{checkpoint / STATE_FILE} is damaged: {error}; use another checkpoint"
+        ) from None
 
 
 def _with_json_values(entry: Any) -> Any:

@@ -116,6 +116,10 @@ def _lines_of_refusal(command: str, capsys: pytest.CaptureFixture) -> list[str]:
             "answers score missing --oracle exact",
             "answers missing cannot be read: No such file or directory; give a file of `phi4",
         ),
+        (
+            "answers score recipe.toml --oracle exact",
+            "recipe.toml:1 is not an answer: Expected `object`, got `array`; draw answers with",
+        ),
         ("answers score missing", "Missing option '--oracle'; see `phi4 answers score --help`"),
         (
             "pts show missing",
@@ -201,6 +205,18 @@ def test_missing_recipe_says_where_recipes_are(capsys: pytest.CaptureFixture) ->
         main(["train", "no/such.toml"])
     assert stop.value.code == 2
     assert "examples/recipes/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "recipe.toml"])
+def test_damaged_checkpoint_is_one_line_with_a_remedy(
+    name: str, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(copy)
+    path = Path("run/checkpoints/step_0000002", name)
+    path.write_bytes(b"\xff")
+    (line,) = _lines_of_refusal(f"generate {path.parent} hi --max-tokens 2", capsys)
+    assert f"{path} is damaged: " in line
+    assert line.endswith("; use another checkpoint")
 
 
 def test_missing_data_is_named(copy: Path) -> None:

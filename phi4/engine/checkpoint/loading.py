@@ -206,9 +206,14 @@ def _vetted(checkpoint: Path, manifest: CheckpointManifest) -> tuple[Metadata, b
     index, common, form = (read_verified(checkpoint, manifest, name) for name in _VETTED_NAMES)
     try:
         if msgspec.json.decode(form) != _FORMAT:
-            raise CheckpointError(f"{checkpoint / _FORMAT_NAME} specifies an unsupported format")
+            raise CheckpointError(
+                f"{checkpoint / _FORMAT_NAME} specifies an unsupported format; use another "
+                f"checkpoint"
+            )
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{checkpoint / _FORMAT_NAME} is damaged: {error}") from None
+        raise CheckpointError(
+            f"{checkpoint / _FORMAT_NAME} is damaged: {error}; use another checkpoint"
+        ) from None
     file_bytes = {name: entry.bytes for name, entry in manifest.files.items()}
     try:
         return parse_metadata(index, file_bytes), common

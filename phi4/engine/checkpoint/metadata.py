@@ -114,7 +114,9 @@ def parse_metadata(content: bytes, file_bytes: Mapping[str, int]) -> Metadata:
     except Exception as error:
         # A damaged pickle makes the unpickler raise arbitrary errors.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(f"{METADATA_NAME} cannot be read ({reason})") from None
+        raise CheckpointError(
+            f"{METADATA_NAME} cannot be read ({reason}); use another checkpoint"
+        ) from None
 
 
 class _MalformedError(Exception):
