@@ -14,7 +14,7 @@ from tests.support.preference import NUM_MICRO_BATCHES, NUM_ROWS, Preference, pa
 from tests.support.ranks import RankPool
 from tests.support.synchronising import engine_on_paper
 
-AT_THE_END = ["aten::_to_copy to the host in step", "aten::_to_copy to the host in read"]
+AT_THE_END = ["aten::_to_copy to the host in step", "aten::_to_copy to the host in result"]
 """The norm and whether there was an update, then the loss: when all of the step is enqueued."""
 SMALL = ("model.num_layers=2",)
 LAYOUTS = {
