@@ -120,6 +120,7 @@ def fp8_canary(row: Row) -> list[Line]:
         case=row["case"],
         recipe=row["fp8_recipe"],
         choices=row.get("choices", ""),
+        seed=row["seed"],
         steps=row["steps"],
         final_loss=row["final_loss"],
         without_FP8=row.get("final_loss_without_fp8", ""),
