@@ -107,10 +107,13 @@ def test_what_cannot_be_used_looks_like_what_is_not_installed(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_engine_imports_beside_a_broken_one(tmp_path: Path):
+def test_the_engine_imports_beside_a_broken_one_and_without_collections(tmp_path: Path):
     code = (
-        "import torch\n"
+        "import gc, torch\n"
         "torch.cuda.is_available = lambda: True\n"
+        "before = gc.get_stats()[2]['collections']\n"
+        "import phi4.engine\n"
+        "print(gc.get_stats()[2]['collections'] - before, gc.isenabled())\n"
         "import phi4.engine.engine\n"
         "from megatron.core.extensions.transformer_engine import HAVE_TE\n"
         "from phi4.engine.te_import import TRANSFORMER_ENGINE\n"
@@ -120,7 +123,7 @@ def test_the_engine_imports_beside_a_broken_one(tmp_path: Path):
         [str(package(tmp_path / "broken", CUDNN)), str(ROOT), str(ROOT / "kernels")]
     )
     said = "its import raised OSError: libcudnn.so.9: cannot open shared object file"
-    assert printed_by(code, python_path=path)[-1] == f"False {said}"
+    assert printed_by(code, python_path=path) == ["0 True", f"False {said}"]
 
 
 GPU = Platform("cuda", torch.device("cuda"), 0, 1, "a CUDA device is present")
