@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from phi4.errors import PlatformError
-from phi4.rundir.about import LaunchedBy
+from phi4.rundir.launched_by import LaunchedBy
 
 Starter = Literal["phi4", "torchrun", "slurm"]
 

@@ -23,7 +23,8 @@ from phi4 import __version__
 from phi4.config import Recipe, SourceConfig
 from phi4.data.stream.sources import SourceManifest
 from phi4.engine.layout import Layout
-from phi4.rundir.about import About, AboutSource, LaunchedBy, Origins, SourceTree, uid_of
+from phi4.rundir.about import About, AboutSource, Origins, SourceTree, uid_of
+from phi4.rundir.launched_by import LaunchedBy
 from phi4.rundir.state import RunState
 from phi4.train.hooks import RunContext
 

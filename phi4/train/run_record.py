@@ -14,7 +14,8 @@ from phi4.data.stream.sources import SourceManifest
 from phi4.engine.agreement import decided_by_writer
 from phi4.errors import OwnershipError, Phi4Error
 from phi4.rundir import Lease
-from phi4.rundir.about import LaunchedBy, write_about
+from phi4.rundir.about import write_about
+from phi4.rundir.launched_by import LaunchedBy
 from phi4.rundir.names import CONFIG_FILE
 from phi4.rundir.roll_back import commit_roll_back, follows_roll_back, forget_roll_back
 from phi4.rundir.run_record import read_run

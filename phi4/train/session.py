@@ -19,8 +19,8 @@ from phi4.engine.platform import Platform
 from phi4.engine.qualified import qualified_evidence
 from phi4.errors import REQUEUE_EXIT_CODE
 from phi4.rundir import Lease
-from phi4.rundir.about import NO_LAUNCHER, LaunchedBy
 from phi4.rundir.checkpoints import checkpoints_dir, latest_checkpoint
+from phi4.rundir.launched_by import NO_LAUNCHER, LaunchedBy
 from phi4.rundir.replica import replica_place
 from phi4.rundir.state import RunState
 from phi4.track.mlflow.system_sampler import sampling_beside

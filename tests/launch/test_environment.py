@@ -12,7 +12,7 @@ from phi4.launch import (
     started_by,
     worker_environment,
 )
-from phi4.rundir.about import LaunchedBy
+from phi4.rundir.launched_by import LaunchedBy
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "a"}
 SRUN = {

@@ -5,7 +5,8 @@ from typing import Any
 
 import msgspec
 
-from phi4.rundir.about import About, AboutSource, LaunchedBy, Origins, SourceTree, write_about
+from phi4.rundir.about import About, AboutSource, Origins, SourceTree, write_about
+from phi4.rundir.launched_by import LaunchedBy
 
 ABOUT = About(
     uid="u" * 32,

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phi4.rundir.about import LaunchedBy
+from phi4.rundir.launched_by import LaunchedBy
 from phi4.track.mlflow import system_sampler
 from phi4.track.mlflow.system_sampler import SystemSampler, sampling_beside
 from phi4.track.mlflow.system_samples import SystemTail
@@ -235,7 +235,7 @@ def test_process_ends_with_a_rank_that_is_killed(tmp_path):
     program = f"""
 import time
 from pathlib import Path
-from phi4.rundir.about import LaunchedBy
+from phi4.rundir.launched_by import LaunchedBy
 from phi4.track.mlflow.system_sampler import sampling_beside
 with sampling_beside(Path({str(tmp_path)!r}), LaunchedBy({{}}, 1, 0), wanted=True):
     time.sleep({10**6})

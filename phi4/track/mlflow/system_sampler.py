@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from phi4.rundir.about import LaunchedBy
+from phi4.rundir.launched_by import LaunchedBy
 from phi4.track.mlflow.system_samples import append_sample, last_sample, samples_path
 
 SAMPLE_SECONDS = 10.0
