@@ -26,6 +26,7 @@ def _train_save_resume(
     recipe = tiny_recipe(
         layout,
         *(IN_FP8 if layout == DATA else ()),
+        "model.num_layers=4",
         "parallel.distributed_optimizer=true",
         "recompute.granularity='full'",
     )
