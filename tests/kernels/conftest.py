@@ -27,6 +27,14 @@ def interpreted() -> Iterator[InterpretedProcess]:
     process.close()
 
 
+@pytest.fixture(scope="session")
+def mutated() -> Iterator[InterpretedProcess]:
+    """Another one, for mutants: they may write where they should not."""
+    process = InterpretedProcess()
+    yield process
+    process.close()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Inputs do not depend on which tests ran before."""

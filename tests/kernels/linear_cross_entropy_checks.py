@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -84,8 +85,9 @@ def on_rank(
     return dict(zip(NAMES, (tensor.detach() for tensor in results), strict=True))
 
 
+@cache
 def defined(kind: Kind, form: str, wide: bool) -> Results:
-    """What they should be: the reference as it is, or in fp64."""
+    """What they should be: the reference as it is, or in fp64. Not to be written to."""
     given = {
         name: tensor.double() if wide and tensor.is_floating_point() else tensor
         for name, tensor in problem(*kind).items()

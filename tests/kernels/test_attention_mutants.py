@@ -1,22 +1,12 @@
 """Mutants of the Triton kernels of attention: heads of other groups, and what is not
 finite outside of a query's range."""
 
-from collections.abc import Iterator
-
 import pytest
 from phi4_kernels.errors import GateError
 from phi4_kernels.testing.interpreted import InterpretedProcess
 
 GATE = "phi4_kernels.testing.gates:check_numbers"
 NEIGHBOURS = "tests.kernels.attention_checks:what_is_not_finite_stays_in_its_document"
-
-
-@pytest.fixture(scope="module")
-def mutated() -> Iterator[InterpretedProcess]:
-    """A process of its own: a mutant may write where it should not."""
-    process = InterpretedProcess()
-    yield process
-    process.close()
 
 
 NOT_FINITE = {

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -21,14 +20,6 @@ from tests.support.ranks import gloo_group, run_ranks
 CHECKS = "tests.kernels.cross_entropy_checks"
 GATE = "phi4_kernels.testing.gates:check_numbers"
 X, Y = torch.randn(3, 8), torch.tensor([0, 7, 3])
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[InterpretedProcess]:
-    """A process of its own: a mutant may write where it should not."""
-    process = InterpretedProcess()
-    yield process
-    process.close()
 
 
 def test_the_definition_is_pytorchs() -> None:
@@ -61,13 +52,13 @@ def test_one_rank_obeys_the_same_rule(kind: tuple[torch.dtype, bool]) -> None:
 
 
 @pytest.mark.slow
-def test_interpreted_kernels_on_two_ranks(process: InterpretedProcess, tmp_path: Path) -> None:
+def test_interpreted_kernels_on_two_ranks(interpreted: InterpretedProcess, tmp_path: Path) -> None:
     second = InterpretedProcess()
     run = f"{CHECKS}:interpreted_rank"
     with ThreadPoolExecutor(2) as pool:
         calls = [
             pool.submit(each.call, run, rank=rank, size=2, folder=str(tmp_path))
-            for rank, each in enumerate((process, second))
+            for rank, each in enumerate((interpreted, second))
         ]
         for call in calls:
             call.result()
@@ -87,14 +78,16 @@ def test_interpreted_kernels_on_two_ranks(process: InterpretedProcess, tmp_path:
         "masked_columns_get_nothing",
     ],
 )
-def test_both_implementations(process: InterpretedProcess, check: str, implementation: str) -> None:
-    process.call(f"{CHECKS}:{check}", implementation=implementation)
+def test_both_implementations(
+    interpreted: InterpretedProcess, check: str, implementation: str
+) -> None:
+    interpreted.call(f"{CHECKS}:{check}", implementation=implementation)
 
 
 @pytest.mark.slow  # inductor compiles C++ for 20 s
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles by g++")
-def test_padded_rows_compile(process: InterpretedProcess) -> None:
-    process.call(f"{CHECKS}:padded_rows_compile", implementation="triton")
+def test_padded_rows_compile(interpreted: InterpretedProcess) -> None:
+    interpreted.call(f"{CHECKS}:padded_rows_compile", implementation="triton")
 
 
 def count_collectives(rank: int, world_size: int) -> None:
@@ -283,10 +276,10 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_mutant_turns_the_gate_red(process: InterpretedProcess, mutant: str) -> None:
+def test_a_mutant_turns_the_gate_red(mutated: InterpretedProcess, mutant: str) -> None:
     old, new, (entry, case, dtype) = MUTANTS[mutant]
     folder = registry.folder("cross_entropy")
     (file,) = (file.name for file in folder.glob("triton_*.py") if old in file.read_text())
     with pytest.raises(GateError, match="GateError"):
         change = ("cross_entropy", file, old, new)
-        process.call(GATE, mutant=change, entry=entry, case=case, dtype=dtype)
+        mutated.call(GATE, mutant=change, entry=entry, case=case, dtype=dtype)

@@ -21,13 +21,17 @@ from tests.kernels.gluon_problems import PROBLEMS, SCHEDULES, Problem, check, pa
 GRIDS = [1, 7, 66, 132]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES[1:3], ids=str)
+# The order of programs changes no bit, as another test shows; `make test-all` has both orders.
+ORDERS = [pytest.param(SCHEDULES[1], marks=pytest.mark.slow), SCHEDULES[2]]
+
+
+@pytest.mark.parametrize("schedule", ORDERS, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_outputs_and_gradients_obey_the_error_rule(name: str, schedule: Schedule) -> None:
     check(PROBLEMS[name], run(PROBLEMS[name], schedule))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(
     parts=st.lists(
         st.tuples(st.integers(0, 140), st.integers(0, 200), st.integers(0, 9)), max_size=3

@@ -33,11 +33,10 @@ def test_rows_far_apart_are_addressed_in_64_bits(interpreted: InterpretedProcess
     interpreted.call(f"{CHECKS}:rows_far_apart_are_addressed_in_64_bits")
 
 
-def test_a_32_bit_address_is_caught() -> None:
-    # In a process of its own: it may well crash, which is an answer too.
-    process = InterpretedProcess()
+def test_a_32_bit_address_is_caught(mutated: InterpretedProcess) -> None:
+    # It may well crash, which is an answer too.
     with pytest.raises(GateError):
-        process.call(
+        mutated.call(
             f"{CHECKS}:rows_far_apart_are_addressed_in_64_bits",
             mutant=(
                 "rms_norm",
@@ -46,16 +45,13 @@ def test_a_32_bit_address_is_caught() -> None:
                 "row = tl.program_id(0)",
             ),
         )
-    process.close()
 
 
-def test_a_death_costs_one_call() -> None:
-    process = InterpretedProcess()
-    before = process.call("os:getpid")
+def test_a_death_costs_one_call(mutated: InterpretedProcess) -> None:
+    before = mutated.call("os:getpid")
     with pytest.raises(GateError, match=r"died \(exit -6\) in os:abort"):
-        process.call("os:abort")
-    assert process.call("os:getpid") != before
-    process.close()
+        mutated.call("os:abort")
+    assert mutated.call("os:getpid") != before
 
 
 def test_calls_are_counted_by_implementation(interpreted: InterpretedProcess) -> None:

@@ -1,7 +1,5 @@
 """Gate 1: numerics of every op, case and dtype under the interpreter, by the error rule."""
 
-from collections.abc import Iterator
-
 import pytest
 from _pytest.mark import ParameterSet
 from phi4_kernels import registry
@@ -327,14 +325,6 @@ def test_triton_obeys_the_error_rule(
 ) -> None:
     margins = interpreted.call(GATE, entry=entry, case=case, dtype=dtype)
     assert margins
-
-
-@pytest.fixture(scope="module")
-def mutated() -> Iterator[InterpretedProcess]:
-    """A process of its own: a mutant may write where it should not."""
-    process = InterpretedProcess()
-    yield process
-    process.close()
 
 
 @pytest.mark.slow
