@@ -41,7 +41,7 @@ def phi4_data(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def corpus() -> dict[str, list[str]]:
-    return phi4_corpus(max_code_bytes=3_000_000)
+    return phi4_corpus(max_code_bytes=2_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ def bare(): pass
 
 
 def test_code_is_bounded(corpus: dict[str, list[str]]) -> None:
-    assert sum(map(len, corpus["code"] + corpus["code_held_out"])) <= 3_000_000
+    assert sum(map(len, corpus["code"] + corpus["code_held_out"])) <= 2_000_000
 
 
 def test_corpus_is_the_same_in_another_process() -> None:

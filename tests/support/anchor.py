@@ -37,7 +37,7 @@ SINGLE_TOLERANCE = 1e-6
 """Of max |logit|."""
 GRADIENT_TOLERANCE = 1e-5
 """Relative L2 error of a tensor."""
-PROMPT_TOKENS, NEW_TOKENS = 8, 24
+PROMPT_TOKENS, NEW_TOKENS = 8, 10
 RANKS = "bpe.tiktoken"
 
 Tensors = dict[str, torch.Tensor]
