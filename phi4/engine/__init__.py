@@ -5,27 +5,11 @@ The only package that imports megatron.core or transformer_engine. Its callers u
 objectives and step results.
 """
 
-import contextlib
-import gc
 import warnings
-from collections.abc import Iterator
 
+from phi4.imports import without_collections
 
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Imports make no garbage worth a collection, and collections take a third of their time."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        # What is imported stays: no later collection, at the exit neither, walks it again.
-        gc.freeze()
-        if collects:
-            gc.enable()
-
-
-with _without_collections():
+with without_collections():
     import phi4.engine.te_import  # noqa: F401, before megatron-core
     from phi4.engine.deferred_compile import deferred_compile
 

@@ -37,13 +37,11 @@ def start_interpreter(control_fd: int, memory_fd: int, first: str = "") -> Handl
         control_fd, memory_fd: see `phi4.writer.process.serve`.
         first: statements that it runs before; measurements use it to slow down the disk.
     """
-    # Imports make no garbage worth a collection, and collections take a third of their time.
     code = (
-        f"import gc, sys; sys.path[:] = {sys.path!r}\n{first}\n"
-        "gc.disable()\n"
-        "from phi4.writer.process import serve\n"
-        "gc.freeze()\n"
-        "gc.enable()\n"
+        f"import sys; sys.path[:] = {sys.path!r}\n{first}\n"
+        "from phi4.imports import without_collections\n"
+        "with without_collections():\n"
+        "    from phi4.writer.process import serve\n"
         f"serve({control_fd}, {memory_fd}, {os.getpid()})"
     )
     return subprocess.Popen(

@@ -21,7 +21,7 @@ LAYERS: Layers = (
     ("rundir",),
     ("data", "model"),
     ("config", "oracles"),
-    ("errors",),
+    ("errors", "imports"),
 )
 """Packages of phi4/, top to bottom. A package imports packages of lower layers only."""
 

@@ -5,7 +5,6 @@ once MLflow has the run's final status, or some time after the training process 
 killed with SIGKILL at any time without losing data.
 """
 
-import gc
 import importlib
 import os
 import select
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from phi4.imports import without_collections
 from phi4.rundir.attempts import newest_attempt
 from phi4.track.mlflow.follower import Follower
 from phi4.track.mlflow.messages import (
@@ -184,14 +184,8 @@ class LiveFollowing:
 
 def _open_store(wish: TrackingWish) -> MlflowStore:
     if "mlflow" not in sys.modules:
-        # Imports make no garbage worth a collection, and collections take half of their time. What
-        # is imported stays: no later collection, at the exit neither, walks it again.
-        gc.disable()
-        try:
+        with without_collections():
             importlib.import_module("mlflow")
-        finally:
-            gc.freeze()
-            gc.enable()
     return MlflowStore(wish, is_training=True)
 
 
