@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and mlflow are imported: they read these once.
@@ -79,6 +81,14 @@ def _count_cpu_seconds(config: pytest.Config, selection: str, strict: bool) -> N
             plugins.append(WriteMeasured(report, selection))
     for plugin in plugins:
         config.pluginmanager.register(plugin)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_groups_left() -> Iterator[None]:
+    """Megatron-core's groups are of the process: a file that leaves them breaks a later one."""
+    yield
+    state = sys.modules.get("megatron.core.parallel_state")
+    assert state is None or not state.model_parallel_is_initialized()
 
 
 def pytest_collection_finish() -> None:

@@ -8,7 +8,7 @@ from phi4.engine.agreement import decided_by_writer
 from phi4.engine.checkpoint.loading import load_checkpoint, verify_checkpoint
 from phi4.engine.engine import Engine
 from phi4.engine.platform import Platform
-from phi4.errors import ConfigError
+from phi4.errors import ConfigError, Phi4Error
 from phi4.rundir.manifest import check_recipe
 from phi4.rundir.state import read_recipe
 
@@ -45,10 +45,15 @@ def open_checkpoint(recipe: Recipe, checkpoint: Path, platform: Platform) -> Eng
     Collectives: those of building the engine, of `verify_checkpoint` and of `load_checkpoint`.
     """
     engine = Engine(recipe, platform, trains=False, draws_weights=False)
-    verified = verify_checkpoint(engine, checkpoint)
-    decided_by_writer(
-        platform,
-        lambda: check_recipe(checkpoint, verified.manifest, read_recipe(checkpoint)),
-    )
-    load_checkpoint(engine, checkpoint, verified, optimizer=False)
+    try:
+        verified = verify_checkpoint(engine, checkpoint)
+        decided_by_writer(
+            platform,
+            lambda: check_recipe(checkpoint, verified.manifest, read_recipe(checkpoint)),
+        )
+        load_checkpoint(engine, checkpoint, verified, optimizer=False)
+    except Phi4Error:
+        # All ranks refuse alike, and the caller may open another one.
+        engine.close()
+        raise
     return engine
