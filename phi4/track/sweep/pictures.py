@@ -141,7 +141,11 @@ def draw_learning_rates(
         panel.grid(alpha=0.3, which="both")
     optima.set_yscale("log")
     curves.set_xticks(fits[0].rates, [f"{rate:g}" for rate in fits[0].rates], fontsize=8)
-    curves.minorticks_off()
+    budgets = [fit.tokens for fit in fits] + ([predict_tokens] if predict_tokens else [])
+    optima.set_xticks(budgets, [f"{tokens:,}" for tokens in budgets], fontsize=8)
+    for panel in (curves, optima):
+        # A minor tick's label would overlap its neighbour's.
+        panel.xaxis.minorticks_off()
     curves.legend(fontsize=8)
     figure.savefig(out)
     return out
