@@ -7,9 +7,12 @@ what is on the host are told apart. Its collectives move nothing, so one process
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import megatron.core
+import phi4_kernels
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import p2p_communication
@@ -20,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import phi4
 from phi4.config import Recipe
 from phi4.engine.engine import Engine
 from phi4.engine.model import placement
@@ -27,6 +31,10 @@ from phi4.engine.patches import Patches
 from phi4.engine.platform import Platform
 
 META = torch.device("meta")
+# By place, as a clone's own directory may be named phi4, too.
+_WATCHED = tuple(
+    f"{Path(package.__file__).parent}/" for package in (phi4, phi4_kernels, megatron.core)
+)
 _COPIES = ("aten::_to_copy", "aten::copy_")
 _SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "equal", "is_nonzero", "bincount")
 """Their results, or the sizes of these, are known to the host only once they are computed."""
@@ -126,8 +134,7 @@ class Waits(TorchDispatchMode):
         ours = [
             frame
             for frame in frames
-            if any(part in frame.filename for part in ("/phi4/", "/phi4_kernels/", "/megatron/"))
-            and frame.name != "__torch_function__"
+            if frame.filename.startswith(_WATCHED) and frame.name != "__torch_function__"
         ]
         self.found.append(f"{operator} in {ours[-1].name}" if ours else operator)
 
