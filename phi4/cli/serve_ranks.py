@@ -110,16 +110,14 @@ class ServedRanks:
                 int(self.source.path.stat().st_mtime),
                 self.max_tokens,
             )
-            beside = partial(self._follow, sampler, self.run_dir)
+            beside = partial(self._follow, sampler)
             weights = self.source.path.resolve().name
             answer_until(told, sampler, model, weights, self.options, beside)
 
         on_model_rank(worker, self.source, self.cache_tokens, use, self.batch_invariant)
 
-    def _follow(
-        self, sampler: "LocalSampler", run_dir: Path | None, traffic: "Traffic"
-    ) -> AbstractContextManager[None]:
-        if run_dir is None:
+    def _follow(self, sampler: "LocalSampler", traffic: "Traffic") -> AbstractContextManager[None]:
+        if self.run_dir is None:
             return nullcontext()
         from phi4.serve.follow import Weights, follow
         from phi4.serve.server import say
@@ -129,4 +127,4 @@ class ServedRanks:
             self.source.check_successor,
             lambda checkpoint: sampler.reload(str(checkpoint)),
         )
-        return follow(run_dir, traffic, weights, say)
+        return follow(self.run_dir, traffic, weights, say)
